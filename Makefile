@@ -1,0 +1,45 @@
+# make run        sets up, then runs the demo: a small sweep, its table and its figure
+# make test       sets up, then runs the tests; make test ARGS="-k updates" runs some of them
+# make test-all   the same with the slow ones
+# make lab        sets up, then opens JupyterLab on the notebooks
+
+# The Python that makes .venv, and the torch to install where there is none yet. For a build without CUDA on Linux:
+# make run PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+
+# An active environment is used as it is (conda's base is not); otherwise .venv is made here.
+ENV   := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),$(CURDIR)/.venv)
+PY    := "$(ENV)/bin/python"
+READY := "$(ENV)/.labkit-ready"
+export PATH := $(ENV)/bin:$(PATH)
+
+.PHONY: run test test-all lab setup install
+
+run: setup
+	$(PY) -m labkit demo
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+test-all: setup
+	$(PY) -m pytest -m "" $(ARGS)
+
+lab: setup
+	$(PY) -m jupyter lab notebooks
+
+# Nothing to do while the environment is younger than pyproject.toml.
+setup:
+	@test -x $(PY) && test $(READY) -nt pyproject.toml || $(MAKE) --no-print-directory install
+
+# torch comes first, and only where it is missing: a conda build is never replaced by a wheel.
+CHECK := -c 'import sys; sys.exit(sys.version_info < (3, 11) and "labkit needs Python 3.11 or newer, and this is \
+	%d.%d. Leave the environment or remove .venv, then: make run PYTHON=python3.12" % sys.version_info[:2])'
+install:
+	@test -x $(PY) || $(PYTHON) $(CHECK)
+	test -x $(PY) || $(PYTHON) -m venv "$(ENV)"
+	@$(PY) $(CHECK)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
+	$(PY) -m pip install -q -e ".[test]"
+	@touch $(READY)

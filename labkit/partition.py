@@ -1,0 +1,233 @@
+"""Partitions: which worker holds which samples.
+
+    UDPA   every worker gets n/m samples at once                                              the usual way
+    IDPA   A batches; batch 1 by declared or probed speed, batch a by measured speed:         BPT-CNN 2019
+           T = (a n/A) / sum_l (1/t_l),   target_j = T / t_j,   batch_j = target_j - held_j   t_j = seconds per sample
+
+A partition is a pure state machine: seconds per sample go in, sample indices come out; it reads no clock and moves no data. The
+samples are shuffled once by seed. Every sample is handed out exactly once, and a shard only grows: a sample never moves from a
+living worker. Rounding is by largest remainders; a target below what a worker already holds is clamped to nothing, and
+the others are rescaled so that the batch has its size.
+
+Used by `labkit.server`, which calls `allocate` whenever it releases workers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from labkit.errors import PartitionError
+
+
+def largest_remainder(total: int, shares: Iterable[float]) -> np.ndarray:
+    """Split `total` into whole numbers in proportion to `shares` (int64, sums to `total` exactly)."""
+    shares = np.asarray(list(shares), dtype=np.float64)
+    if shares.sum() <= 0:
+        shares = np.ones_like(shares)
+    exact = total * shares / shares.sum()
+    parts = np.floor(exact).astype(np.int64)
+    order = np.argsort(-(exact - parts), kind="stable")
+    parts[order[: total - int(parts.sum())]] += 1
+    return parts
+
+
+def shuffled(n: int, seed: int, labels: np.ndarray | None = None) -> np.ndarray:
+    """A permutation of n samples by seed; with `labels` every run of neighbours holds the classes in their true shares."""
+    generator = np.random.default_rng(np.random.SeedSequence([seed, n]))
+    order = generator.permutation(n)
+    if labels is None:
+        return order
+    place = np.empty(n)  # where in [0, 1) of its own class a sample stands
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        place[members] = (np.arange(len(members)) + generator.random()) / len(members)
+    return np.argsort(place, kind="stable")
+
+
+class UDPA:
+    """Uniform partition: n/m samples for each of m workers, all at once.
+
+    `stratified=True` gives each shard the classes in their true shares.
+    """
+
+    name = "udpa"
+    batches = 1
+
+    def __init__(self, *, stratified: bool = False) -> None:
+        self.stratified = bool(stratified)
+
+    def start(self, n_samples: int, workers: Iterable[int], *, seed: int = 0, labels: np.ndarray | None = None) -> None:
+        """Shuffle the samples and forget every allocation; `labels` (n_samples,) is needed when stratified."""
+        self.workers = sorted(int(worker) for worker in workers)
+        smallest = n_samples // self.batches
+        if smallest < len(self.workers):
+            of = f"{n_samples} samples" + (f" in {self.batches} batches" if self.batches > 1 else "")
+            fewer = "" if self.batches == 1 else " or fewer batches"
+            raise PartitionError(
+                f"{of} cannot fill {len(self.workers)} shards (one sample each at least). "
+                f"Use n_workers <= {max(1, smallest)}{fewer}."
+            )
+        if self.stratified and labels is None:
+            raise PartitionError("a stratified partition needs labels, and this data set has none. Use stratified=False.")
+        self.n_samples = int(n_samples)
+        self.pool = shuffled(self.n_samples, seed, labels if self.stratified else None)  # not handed out yet
+        self.held = dict.fromkeys(self.workers, 0)
+        self.count = dict.fromkeys(self.workers, 0)  # allocations that each worker has had
+        self.shards: dict[int, list[np.ndarray]] = {worker: [] for worker in self.workers}
+        self.seconds: dict[int, float] = {}  # smoothed seconds per sample
+
+    def allocate(self, workers: Iterable[int], seconds: Mapping[int, float] | None = None) -> dict[int, np.ndarray]:
+        """The indices to add to the shards of `workers`, which are about to begin their next local pass.
+
+        `seconds` maps a worker to the seconds per sample of its latest local pass (of a probe, before the first); workers
+        without an entry keep their earlier value. Returns int64 arrays, empty where a worker gets nothing. Under a barrier
+        all workers are named in one call and share the batch exactly; otherwise each worker's own count of allocations
+        says which batch it is at.
+        """
+        workers = sorted(workers)
+        self._learn(seconds or {})
+        for worker in workers:
+            self.count[worker] += 1
+        together = workers == self.workers and len({min(self.count[w], self.batches) for w in workers}) == 1
+        add = np.array([self._wanted(worker) for worker in workers], dtype=np.int64)
+        if together:
+            room = self._due(self.count[workers[0]]) - (self.n_samples - len(self.pool))
+            add = largest_remainder(max(0, room), add if add.sum() else self._speeds(workers))
+            for i in np.flatnonzero((add == 0) & [self.held[worker] == 0 for worker in workers]):
+                add[i], add[np.argmax(add)] = 1, add.max() - 1  # nobody begins with nothing
+        return {worker: self._hand_out(worker, int(n)) for worker, n in zip(workers, add, strict=True)}
+
+    def join(self, worker: int) -> None:
+        """A worker more; it is served from what is not handed out."""
+        if worker not in self.workers:
+            self.workers = sorted([*self.workers, worker])
+            self.held[worker], self.count[worker], self.shards[worker] = 0, 0, []
+
+    def leave(self, worker: int) -> None:
+        """A worker is gone: its shard goes back and is handed to the others with their next allocations."""
+        if worker in self.workers:
+            self.workers.remove(worker)
+            self.pool = np.concatenate([self.pool, *self.shards.pop(worker)]).astype(np.int64)
+            self.held.pop(worker), self.count.pop(worker), self.seconds.pop(worker, None)
+
+    def shard(self, worker: int) -> np.ndarray:
+        """All indices that `worker` holds, in the order in which they came (int64)."""
+        return np.concatenate([np.empty(0, np.int64), *self.shards[worker]])
+
+    def config(self) -> dict:
+        """Name and settings, as JSON; `make_partition` reads it back."""
+        return {"name": self.name, "stratified": self.stratified}
+
+    def _learn(self, seconds: Mapping[int, float]) -> None:
+        pass  # equal shares whatever the speed
+
+    def _speeds(self, workers: list[int]) -> list[float]:
+        return [1.0] * len(workers)
+
+    def _due(self, count: int) -> int:
+        """Samples that all workers together should hold after `count` allocations."""
+        return self.n_samples * min(count, self.batches) // self.batches
+
+    def _wanted(self, worker: int) -> int:
+        shares = self._speeds(self.workers)
+        mine = self.workers.index(worker)
+        target = int(largest_remainder(self._due(self.count[worker]), shares)[mine])
+        add = max(0, target - self.held[worker])
+        if self.count[worker] > self.batches <= min(self.count[w] for w in self.workers):  # all batches are out: what is left
+            add = max(add, int(np.ceil(len(self.pool) * shares[mine] / sum(shares))))
+        return min(add, len(self.pool))
+
+    def _hand_out(self, worker: int, n: int) -> np.ndarray:
+        given, self.pool = self.pool[:n], self.pool[n:]
+        self.shards[worker].append(given)
+        self.held[worker] += len(given)
+        return given
+
+
+class IDPA(UDPA):
+    """Incremental partition by measured speed (BPT-CNN 2019): data handed out in batches, each correcting the one before.
+
+    Parameters
+    ----------
+    batches
+        A: the number of allocations, one before each of the first A local passes. The first A passes see a/A of the data.
+    speeds
+        Relative speed of each worker for batch 1: a list by worker index ("declared"), or None for the speed probed by
+        timing a few optimiser steps before the start.
+    smoothing
+        Weight in [0, 1) of the earlier estimate when a new time per sample is measured; 0 trusts the latest pass alone.
+    stratified
+        Each batch holds the classes in their true shares.
+    """
+
+    name = "idpa"
+
+    def __init__(
+        self,
+        batches: int = 4,
+        *,
+        speeds: Iterable[float] | None = None,
+        smoothing: float = 0.3,
+        stratified: bool = False,
+    ) -> None:
+        super().__init__(stratified=stratified)
+        if int(batches) != batches or batches < 1:
+            raise ValueError(f"batches={batches}: IDPA needs a whole number of batches, at least 1.")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing} must lie in [0, 1).")
+        self.batches, self.smoothing = int(batches), float(smoothing)
+        self.speeds = None if speeds is None else [float(speed) for speed in speeds]
+        if self.speeds is not None and not all(np.isfinite(s) and s > 0 for s in self.speeds):
+            raise ValueError(f"speeds={self.speeds}: every relative speed must be a positive number.")
+
+    def start(self, n_samples: int, workers: Iterable[int], *, seed: int = 0, labels: np.ndarray | None = None) -> None:
+        super().start(n_samples, workers, seed=seed, labels=labels)
+        self._measured: set[int] = set()
+        if self.speeds is not None:
+            if len(self.speeds) != len(self.workers):
+                raise PartitionError(
+                    f"speeds has {len(self.speeds)} entries for {len(self.workers)} workers. Give one for each worker."
+                )
+            self.seconds = {worker: 1 / speed for worker, speed in zip(self.workers, self.speeds, strict=True)}
+
+    def config(self) -> dict:
+        return {**super().config(), "batches": self.batches, "speeds": self.speeds, "smoothing": self.smoothing}
+
+    def leave(self, worker: int) -> None:
+        super().leave(worker)
+        self._measured.discard(worker)
+
+    def _learn(self, seconds: Mapping[int, float]) -> None:
+        for worker, value in seconds.items():
+            if not (np.isfinite(value) and value > 0):
+                raise PartitionError(f"worker {worker} reports {value} seconds per sample; a positive time is needed.")
+            if self.count.get(worker, 0) == 0:  # a probe: declared speeds stand, and the first true pass replaces it
+                self.seconds.setdefault(worker, float(value))
+                continue
+            keep = self.smoothing if worker in self._measured else 0.0
+            self.seconds[worker] = keep * self.seconds.get(worker, value) + (1 - keep) * float(value)
+            self._measured.add(worker)
+
+    def _speeds(self, workers: list[int]) -> list[float]:
+        known = [1 / self.seconds[worker] for worker in workers if worker in self.seconds]
+        middle = float(np.mean(known)) if known else 1.0
+        return [1 / self.seconds[worker] if worker in self.seconds else middle for worker in workers]
+
+
+PARTITIONS = {rule.name: rule for rule in (UDPA, IDPA)}
+
+
+def make_partition(partition: str | dict | UDPA) -> UDPA:
+    """A partition from its name ("idpa"), its `config()`, or itself; an unknown name is a `ValueError` with the known ones."""
+    if isinstance(partition, UDPA):
+        return partition
+    settings = dict(partition) if isinstance(partition, dict) else {"name": partition}
+    name = str(settings.pop("name", "")).lower()
+    if name not in PARTITIONS:
+        close = difflib.get_close_matches(name, PARTITIONS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown partition {partition!r}. Known: {', '.join(PARTITIONS)}.{hint}")
+    return PARTITIONS[name](**settings)

@@ -1,0 +1,183 @@
+import numpy as np
+import pytest
+
+from labkit.errors import PartitionError
+from labkit.partition import IDPA, UDPA, largest_remainder, make_partition, shuffled
+
+
+def course(partition, n, speeds, passes, seed=0, noise=0.0):
+    """Run a partition under a barrier with true `speeds`; returns T per pass and worker."""
+    workers, rng = list(range(len(speeds))), np.random.default_rng(seed)
+    partition.start(n, workers, seed=seed)
+    seconds, times = {}, []
+    for _ in range(passes):
+        partition.allocate(workers, seconds)
+        true = [(1 / speed) * np.exp(noise * rng.standard_normal()) for speed in speeds]
+        times.append([partition.held[w] * true[w] for w in workers])
+        seconds = dict(zip(workers, true, strict=True))
+    return np.array(times)
+
+
+def assert_exact_cover(partition, n):
+    everything = np.concatenate([partition.shard(worker) for worker in partition.workers])
+    assert sorted(everything) == list(range(n))
+
+
+def test_largest_remainder_by_hand():
+    assert largest_remainder(10, [1, 1, 1]).tolist() == [4, 3, 3]
+    assert largest_remainder(7, [1, 4]).tolist() == [1, 6]  # 1.4 and 5.6
+    assert largest_remainder(5, [0, 0]).tolist() == [3, 2]  # no shares: equal
+
+
+@pytest.mark.parametrize("rule", [UDPA(), UDPA(stratified=True), IDPA(3), IDPA(5, speeds=[1, 2, 9]), IDPA(1)])
+@pytest.mark.parametrize("n", [17, 100, 101])
+def test_shards_are_disjoint_and_cover_everything(rule, n):
+    rule.start(n, [0, 1, 2], seed=3, labels=np.arange(n) % 2)
+    for _ in range(rule.batches):
+        rule.allocate([0, 1, 2], {0: 0.1, 1: 0.25, 2: 0.7})
+    assert_exact_cover(rule, n)
+    assert len(rule.pool) == 0
+
+
+def test_udpa_gives_equal_shares_at_once():
+    rule = UDPA()
+    rule.start(17, [0, 1, 2])
+    assert sorted(len(part) for part in rule.allocate([0, 1, 2]).values()) == [5, 6, 6]
+    assert all(len(part) == 0 for part in rule.allocate([0, 1, 2]).values())
+
+
+def test_idpa_by_hand():
+    """N = 120, A = 3, speeds 1:3 declared equal: 20+20; then T = 80/(1+3) = 20, targets 20 and 60: 0 and 40; then 30 and 90."""
+    rule = IDPA(3, speeds=[1, 1])
+    rule.start(120, [0, 1])
+    assert {w: len(i) for w, i in rule.allocate([0, 1]).items()} == {0: 20, 1: 20}
+    measured = {0: 1.0, 1: 1 / 3}
+    assert {w: len(i) for w, i in rule.allocate([0, 1], measured).items()} == {0: 0, 1: 40}
+    assert {w: len(i) for w, i in rule.allocate([0, 1], measured).items()} == {0: 10, 1: 30}
+    assert_exact_cover(rule, 120)
+
+
+def test_idpa_clamps_and_rescales():
+    """Worker 0 holds 30 of 60 when its target for 80 samples is 8: it gets nothing, the others share the 20 exactly."""
+    rule = IDPA(2, speeds=[3, 1, 2])
+    rule.start(80, [0, 1, 2])
+    assert {w: len(i) for w, i in rule.allocate([0, 1, 2]).items()} == {0: 20, 1: 7, 2: 13}
+    second = rule.allocate([0, 1, 2], {0: 9.0, 1: 1.0, 2: 1.0})
+    assert len(second[0]) == 0 and sum(len(part) for part in second.values()) == 40
+    assert_exact_cover(rule, 80)
+
+
+@pytest.mark.parametrize("batches", [2, 4, 10])
+def test_idpa_balances_from_the_second_allocation_on_and_is_never_below_udpa(batches):
+    speeds = np.random.default_rng(1).uniform(0.5, 1.5, 8)
+    idpa = course(IDPA(batches, speeds=np.ones(8)), 8000, speeds, batches + 2)
+    udpa = course(UDPA(), 8000, speeds, batches + 2)
+    balance, equal = idpa.mean(1) / idpa.max(1), udpa.mean(1) / udpa.max(1)
+    assert (balance[1:] >= 0.95).all()
+    assert (balance >= equal - 1e-3).all()
+
+
+def test_smoothing_makes_idpa_steadier_under_noise():
+    def final(smoothing, seed):
+        rule = IDPA(8, smoothing=smoothing)
+        course(rule, 4000, [1, 2], 8, seed, noise=0.3)
+        return rule.seconds[0] / rule.seconds[1]
+
+    noisy, smooth = (np.std([final(s, seed) for seed in range(40)]) for s in (0.0, 0.7))
+    assert smooth < noisy
+
+
+def test_without_a_barrier_each_worker_follows_its_own_count():
+    """Worker 1 is four times slower: worker 0 is at its third batch when worker 1 comes for its second. Nothing is lost."""
+    rule = IDPA(4)
+    rule.start(1000, [0, 1], seed=0)
+    rule.allocate([0, 1], {0: 1.0, 1: 4.0})
+    held = [rule.held[0]]
+    for _ in range(3):
+        rule.allocate([0], {0: 1.0})
+        held.append(rule.held[0])
+    assert held == [200, 400, 600, 800] and rule.held[1] == 50
+    for _ in range(3):
+        rule.allocate([1], {1: 4.0})
+    assert rule.held == {0: 800, 1: 200}
+    assert_exact_cover(rule, 1000)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_a_barrier_whatever_the_order_everything_is_handed_out_in_the_end(seed):
+    rng, rule = np.random.default_rng(seed), IDPA(5)
+    rule.start(997, [0, 1, 2], seed=seed)
+    rule.allocate([0, 1, 2], {0: 1.0, 1: 1.0, 2: 1.0})
+    for _ in range(200):
+        worker = int(rng.integers(3))
+        rule.allocate([worker], {worker: float(rng.uniform(0.2, 5))})
+    assert_exact_cover(rule, 997)
+
+
+def test_a_lost_worker_s_samples_go_to_the_others():
+    rule = IDPA(2)
+    rule.start(100, [0, 1, 2])
+    rule.allocate([0, 1, 2], {0: 1.0, 1: 1.0, 2: 2.0})
+    rule.leave(1)
+    for _ in range(4):
+        rule.allocate([0, 2], {0: 1.0, 2: 2.0})
+    assert_exact_cover(rule, 100)
+    assert rule.held[0] > rule.held[2]
+
+
+def test_nobody_begins_with_nothing():
+    rule = IDPA(2)
+    rule.start(20, [0, 1])
+    rule.allocate([0, 1], {0: 1.0, 1: 1e6})
+    assert rule.held == {0: 9, 1: 1}
+
+
+def test_the_same_seed_gives_the_same_shards_and_another_seed_others():
+    def shard(seed):
+        rule = UDPA()
+        rule.start(50, [0, 1], seed=seed)
+        return rule.allocate([0, 1])[0].tolist()
+
+    assert shard(1) == shard(1) != shard(2)
+
+
+def test_stratified_batches_hold_the_classes_in_their_shares():
+    labels = np.array([0] * 80 + [1] * 20)
+    rule = IDPA(4, stratified=True)
+    rule.start(100, [0, 1], labels=labels)
+    for part in rule.allocate([0, 1], {0: 1.0, 1: 1.5}).values():
+        assert abs(np.mean(labels[part]) - 0.2) < 0.1
+    order = shuffled(100, 0, labels)
+    assert all(labels[order[i : i + 10]].sum() == 2 for i in range(0, 100, 10))
+
+
+def test_config_round_trip():
+    for rule in (UDPA(stratified=True), IDPA(7, speeds=[1, 2], smoothing=0.5)):
+        assert make_partition(rule.config()).config() == rule.config()
+    assert isinstance(make_partition("IDPA"), IDPA)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: UDPA().start(10, range(16)), PartitionError, "10 samples cannot fill 16 shards.*n_workers <= 10"),
+        (lambda: IDPA(8).start(10, range(4)), PartitionError, "in 8 batches.*or fewer batches"),
+        (lambda: IDPA(speeds=[1, 2]).start(100, range(3)), PartitionError, "speeds has 2 entries for 3 workers"),
+        (lambda: UDPA(stratified=True).start(10, range(2)), PartitionError, "needs labels"),
+        (lambda: make_partition("ipda"), ValueError, "Did you mean 'idpa'"),
+        (lambda: IDPA(0), ValueError, "batches=0"),
+        (lambda: IDPA(2.5), ValueError, "batches=2.5"),
+        (lambda: IDPA(speeds=[1, -1]), ValueError, "positive"),
+        (lambda: IDPA(smoothing=1), ValueError, "smoothing=1"),
+    ],
+)
+def test_bad_requests(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_senseless_time_is_refused():
+    rule = IDPA(2)
+    rule.start(20, [0, 1])
+    with pytest.raises(PartitionError, match="worker 1 reports nan"):
+        rule.allocate([0, 1], {0: 1.0, 1: float("nan")})
