@@ -3,8 +3,8 @@
 # make test-all   the same with the slow ones
 # make lab        sets up, then opens JupyterLab on the notebooks
 
-# The Python that makes .venv, and the torch to install where there is none yet. For a build without CUDA on Linux:
-# make run PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# The Python that makes .venv, and the torch to install where there is none yet. An index of your choice (a CPU build, say)
+# goes into PIP_EXTRA_INDEX_URL.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 

@@ -1,0 +1,142 @@
+"""Fetching a data set's files without root rights: from the system's own apt, else from where they were published.
+
+apt checks its signatures; the content is checked against known SHA-256 in either case, before the files are put in
+place. apt runs as the user: the package is downloaded into the cache and unpacked there, never installed. Where the
+system has no package lists, it makes its own beside the download. The whole has one time limit.
+
+Used by `labkit.data.images`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shutil
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from labkit.data.shards import replacing, say
+from labkit.errors import DataError
+
+PACKAGE = "dataset-fashion-mnist"
+UNPACKED = Path("usr/share/datasets/fashion-mnist")
+PUBLISHED = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+)
+LIMIT_S = 240.0  # for everything together
+SILENCE_S = 15  # one host may be silent for this long
+RETRY_S = 300.0  # a failure is remembered for this long, so that nobody waits for it twice
+MAX_FILE = 100 << 20
+
+_FAILED: dict[Path, tuple[float, list[str]]] = {}
+
+
+def fetch(
+    target: Path,
+    names: list[str],
+    *,
+    good: Callable[[Path], bool],
+    check: Callable[[Path], None],
+    limit_s: float = LIMIT_S,
+) -> list[str]:
+    """Put the files `names` into the folder `target`; return an empty list, or for each way that failed the reason.
+
+    `good(folder)` says whether a folder is complete, `check(folder)` raises DataError where a file is not the right
+    one.
+    """
+    when, reasons = _FAILED.get(target, (0.0, []))
+    if reasons and time.monotonic() - when < RETRY_S:
+        return reasons
+    end = time.monotonic() + limit_s
+    reasons = []
+    ways = [("apt-get", lambda folder: _from_apt(folder, names, end))] if _has_apt() else []
+    ways += [(url.split("/")[2], lambda folder, url=url: _from_url(url, folder, names, end)) for url in PUBLISHED]
+    for way, get in ways:
+        if time.monotonic() > end:
+            reasons.append(f"{way}: not tried, {limit_s:.0f} s were over")
+            continue
+        say(f"Fashion-MNIST is not on this machine; fetching it (31 MB) with {way} into {target}.")
+        try:
+            with replacing(target, lambda: good(target)) as folder:
+                try:
+                    get(folder)
+                except (OSError, http.client.HTTPException) as error:
+                    raise DataError(str(error)) from error
+                check(folder)
+            return []
+        except DataError as error:
+            reasons.append(f"{way}: {error}")
+    _FAILED[target] = (time.monotonic(), reasons)
+    return reasons
+
+
+def _has_apt() -> bool:
+    return all(shutil.which(tool) for tool in ("apt-get", "dpkg-deb"))
+
+
+def _from_apt(folder: Path, names: list[str], end: float) -> None:
+    work = folder.parent / "apt"
+    for sub in ("lists/partial", "cache/archives/partial"):
+        (work / sub).mkdir(parents=True, exist_ok=True)
+    options = [f"Acquire::http::Timeout={SILENCE_S}", f"Acquire::https::Timeout={SILENCE_S}", "Acquire::Retries=0"]
+    private = [f"Dir::State={work}", f"Dir::State::lists={work / 'lists'}", f"Dir::Cache={work / 'cache'}"]
+    if os.geteuid() == 0:
+        options.append("APT::Sandbox::User=root")  # apt's own user may not enter the cache of root
+    try:
+        _apt(["download", PACKAGE], options, work, end)
+    except OSError:  # most likely there are no package lists, as in a fresh container
+        _apt(["update"], [*options, *private, "Acquire::Languages=none"], work, end)
+        _apt(["download", PACKAGE], [*options, *private], work, end)
+    package = next(work.glob(f"{PACKAGE}_*.deb"), None)
+    if package is None:
+        raise OSError("it left no package")
+    _run(["dpkg-deb", "-x", str(package), str(work / "unpacked")], work, end)
+    for name in names:
+        shutil.copy2(work / "unpacked" / UNPACKED / name, folder / name)
+
+
+def _apt(verb: list[str], options: list[str], work: Path, end: float) -> None:
+    _run(["apt-get", "-q", *(part for option in options for part in ("-o", option)), *verb], work, end)
+
+
+def _run(command: list[str], work: Path, end: float) -> None:
+    """Run a command, ending it and its children at the time limit; OSError with its last words where it fails."""
+    process = subprocess.Popen(
+        command,
+        cwd=work,
+        env={**os.environ, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # apt's download methods are processes of their own
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise OSError(f"{command[0]} was not done within the time limit") from error
+        raise
+    if process.returncode:
+        errors = [line for line in said.splitlines() if line.startswith("E:")] or said.splitlines()[-1:]
+        raise OSError(errors[-1].removeprefix("E:").strip() if errors else f"exit status {process.returncode}")
+
+
+def _from_url(base: str, folder: Path, names: list[str], end: float) -> None:
+    for name in names:
+        with urllib.request.urlopen(f"{base}/{name}", timeout=SILENCE_S) as answer, open(folder / name, "wb") as file:
+            while block := answer.read(1 << 16):
+                file.write(block)
+                if time.monotonic() > end:
+                    raise OSError(f"the time limit was over in the middle of {name}")
+                if file.tell() > MAX_FILE:
+                    raise OSError(f"{name} is longer than {MAX_FILE} bytes")

@@ -1,0 +1,90 @@
+"""The models that have a name, and how a model is made from a name, an import path or a function.
+
+A model is a function that returns a torch module, called as `f()` or as `f(shape, n_classes)`, where `shape` is that of
+one sample. A model of the user's own needs no entry here.
+
+Used by problems.py and subnets.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from labkit.errors import ProblemError
+from labkit.models.cnn import lenet, resnet20, vgg3, vgg9
+from labkit.settings import imported, known, short
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"lenet": lenet, "vgg3": vgg3, "vgg9": vgg9, "resnet20": resnet20}
+_seeding = threading.RLock()  # workers in threads share torch's one CPU generator
+
+
+def check_model(model: str | Callable[..., nn.Module]) -> None:
+    """Refuse what cannot be a model, without importing or calling anything: ValueError or TypeError."""
+    if isinstance(model, nn.Module) or not (isinstance(model, str) or callable(model)):
+        raise TypeError(
+            f"model must be a name, an import path or a function that makes a module, not {describe(model)}. Each "
+            "worker makes its own: give for instance the class, or lambda: nn.Sequential(...)."
+        )
+    if isinstance(model, str) and ":" not in model:
+        known("model", model, MODELS, ' An import path "my_module:make_model" or a function will do as well.')
+
+
+def make_model(
+    model: str | Callable[..., nn.Module],
+    shape: tuple[int, ...],
+    n_classes: int,
+    arguments: Mapping[str, Any],
+    seed: int,
+) -> nn.Module:
+    """The module that `model` makes for samples of `shape`; the same seed gives the same weights.
+
+    A function with two required positional parameters is called with (shape, n_classes), one without any with
+    nothing; `arguments` go to it by keyword. Raises ProblemError where it has others, or returns no module.
+    """
+    title = f"model {describe(model)}"
+    make = model
+    if isinstance(model, str):
+        make = imported(model) if ":" in model else MODELS[model]
+    parameters = inspect.signature(make).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p.name for p in positional if p.default is p.empty and p.name not in arguments]
+    if len(needed) not in (0, 2):
+        raise ProblemError(
+            f"{title} needs {len(needed)} positional argument(s): {', '.join(needed)}. A model is called as f() or as "
+            "f(shape, n_classes); give others by model_args={...}."
+        )
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        free = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for name in arguments:
+            if name not in free:
+                try:
+                    known("model_args", name, [n for n in free if n not in needed])
+                except ValueError as error:
+                    raise ProblemError(f"{title}: {error}") from None
+    with seeded(seed):
+        module = make(*((shape, n_classes) if needed else ()), **arguments)
+    if not isinstance(module, nn.Module):
+        raise ProblemError(f"{title} returned {short(module)} ({type(module).__name__}), not a torch.nn.Module.")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ProblemError(f"{title} has no parameter to train.")
+    return module
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's CPU generator as if it had just been seeded, and leave it as it was."""
+    with _seeding, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
+        yield
+
+
+def describe(model: Any) -> str:
+    """A model's name for messages."""
+    return repr(model) if isinstance(model, str) else short(model)

@@ -1,0 +1,53 @@
+"""Which samples a problem trains on, is scored on and is tested on.
+
+The score set is held out of the training split, class by class in proportion, so that no worker is scored on samples
+that it has seen. One fixed seed draws it, on every machine and in every run of a data set.
+
+Used by problems.py; numpy only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from labkit.errors import ProblemError
+
+SEED = 20190417
+
+
+def hold_out(labels: np.ndarray | None, n: int, n_score: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut 0..n-1 into (train, score): train in one fixed random order, score ascending; int64.
+
+    The score set has `n_score` samples but at most a fifth of all, and at least one. Raises ProblemError for n < 2.
+    """
+    if n < 2:
+        raise ProblemError(f"The data have {n} training sample(s). Give at least 2: one is held out as the score set.")
+    order = shuffled(n)
+    n_score = max(1, min(n_score, n // 5))
+    held = np.arange(n) < n_score if labels is None else _stratified(labels[order], n_score)
+    return order[~held], np.sort(order[held])
+
+
+def shuffled(n: int) -> np.ndarray:
+    """0..n-1 in one fixed random order; int64."""
+    return np.random.default_rng(SEED).permutation(n)
+
+
+def first(option: str, wanted: int | None, order: np.ndarray, but: str = "") -> np.ndarray:
+    """The first `wanted` of `order`, all for None; ProblemError, naming the option, if there are fewer."""
+    if wanted is not None and wanted > order.size:
+        raise ProblemError(
+            f"{option}={wanted}, but the data have {order.size}{but}. Use {option}=None for all of them."
+        )
+    return order[:wanted].copy()
+
+
+def _stratified(labels: np.ndarray, size: int) -> np.ndarray:
+    """Mask of `size` samples: the first ones of each class, in proportion by largest remainders."""
+    _, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    quota, remainder = np.divmod(counts * size, labels.size)
+    quota[np.argsort(-remainder, kind="stable")[: size - quota.sum()]] += 1
+    grouped = np.argsort(number, kind="stable")
+    rank = np.empty_like(grouped)
+    rank[grouped] = np.arange(labels.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rank < quota[number]

@@ -1,0 +1,142 @@
+"""The named networks: shapes, sizes, refusals; how a model is made from a name, an import path or a function."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from labkit.errors import ProblemError
+from labkit.models import MODELS, check_model, make_model, seeded
+from labkit.models.cnn import lenet, resnet20, vgg3, vgg9
+
+
+def n_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 8, 8), (2, 17, 19), (1, 9, 50)])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_takes_any_size_and_gives_gradients(name, shape):
+    net = MODELS[name](shape, 7, width=0.25)
+    logits = net(torch.randn(3, *shape))
+    assert logits.shape == (3, 7)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_takes_volumes(name):
+    shape = (1, 9, 8, 11)
+    assert MODELS[name](shape, 3, width=0.25)(torch.randn(2, *shape)).shape == (2, 3)
+
+
+def test_parameter_counts_are_the_classic_ones():
+    assert n_parameters(lenet((1, 28, 28), 10)) == 317_066
+    assert n_parameters(vgg3((3, 32, 32), 10)) == 550_570
+    assert n_parameters(vgg9((3, 32, 32), 10)) == 3_491_530
+    assert n_parameters(resnet20((3, 32, 32), 10)) == 269_722
+    assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in resnet20((3, 32, 32), 10).modules()) == 20
+
+
+def test_large_images_do_not_blow_up_the_dense_layers():
+    assert n_parameters(vgg9((3, 180, 180), 10)) == n_parameters(vgg9((3, 32, 32), 10))
+
+
+def test_pool_before_relu_is_the_same_network():
+    net, x = lenet((1, 28, 28), 10), torch.randn(5, 1, 28, 28)
+    layers = dict(net.named_children())
+    h = layers["pool1"](torch.relu(layers["conv1"](x)))
+    h = layers["pool2"](torch.relu(layers["conv2"](h)))
+    h = layers["dense2"](torch.relu(layers["dense1"](h.flatten(1))))
+    gradients = [torch.autograd.grad(out.square().sum(), list(net.parameters())) for out in (h, net(x))]
+    assert torch.equal(h, net(x))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_width_scales_the_hidden_layers():
+    assert n_parameters(lenet((1, 28, 28), 10, width=2)) > 3 * n_parameters(lenet((1, 28, 28), 10))
+    assert lenet((1, 28, 28), 10, width=0.001)(torch.randn(1, 1, 28, 28)).shape == (1, 10)
+    for width in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="must be a positive number"):
+            lenet((1, 28, 28), 10, width=width)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "layer", "smallest"),
+    [("lenet", 3, "pool2", 4), ("vgg3", 7, "pool3", 8), ("vgg9", 7, "pool3", 8), ("resnet20", 4, "stage3", 5)],
+)
+def test_too_small_input_names_the_layer_and_the_smallest_size(name, side, layer, smallest):
+    with pytest.raises(ProblemError, match=rf"{name} does not fit .* layer {layer} .* at least {smallest} pixels"):
+        MODELS[name]((1, side, 20), 10)
+    net = MODELS[name]((1, smallest, smallest), 10, width=0.25)
+    assert net(torch.randn(1, 1, smallest, smallest)).shape == (1, 10)  # a training batch of one sample
+
+
+@pytest.mark.parametrize("shape", [(64,), (8, 8), (1, 2, 8, 8, 8)])
+def test_features_are_no_images(shape):
+    with pytest.raises(ProblemError, match=r"needs images .* the data have shape"):
+        resnet20(shape, 10)
+
+
+def test_senseless_sizes():
+    with pytest.raises(ProblemError, match="n_classes=0"):
+        lenet((1, 28, 28), 0)
+
+
+def test_seeded_is_deterministic_and_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    draws = []
+    for seed in (3, 3, 4):
+        with seeded(seed), seeded(seed):
+            draws.append(torch.rand(5))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def two(shape, n_classes, hidden=4):
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), hidden), nn.Linear(hidden, n_classes))
+
+
+def test_a_model_is_called_by_its_required_positional_parameters():
+    assert make_model(two, (1, 3, 3), 2, {}, 0)[1].out_features == 4
+    assert make_model(two, (1, 3, 3), 2, {"hidden": 5}, 0)[1].out_features == 5
+    assert make_model(lambda: nn.Linear(2, 3), (9,), 7, {}, 0).out_features == 3
+    assert make_model(lambda width: nn.Linear(2, width), (9,), 7, {"width": 6}, 0).out_features == 6
+    assert make_model(nn.Linear, (9,), 7, {"in_features": 2, "out_features": 3}, 0).in_features == 2
+    assert make_model("labkit.models.cnn:lenet", (1, 8, 8), 7, {}, 0).dense2.out_features == 7
+
+
+def test_the_same_seed_gives_the_same_weights():
+    nets = [make_model("lenet", (1, 8, 8), 3, {"width": 0.25}, seed) for seed in (0, 0, 1)]
+    weights = [nn.utils.parameters_to_vector(net.parameters()) for net in nets]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (lambda a: nn.Linear(2, 2), {}, r"needs 1 positional argument\(s\): a\. .* f\(shape, n_classes\)"),
+        (lambda a, b, c: nn.Linear(2, 2), {}, r"needs 3 positional argument\(s\): a, b, c"),
+        ("lenet", {"widht": 2}, r"model 'lenet': model_args='widht' is not known. Known: width. Did you mean 'width'"),
+        (lambda: {"net": 1}, {}, r"returned \{'net': 1\} \(dict\), not a torch.nn.Module"),
+        (nn.ReLU, {}, "model ReLU has no parameter to train"),
+        ("labkit.models.cnn:lenett", {}, r"has no 'lenett'. Did you mean 'lenet'\?"),
+        ("no_such_module_here:f", {}, "no module 'no_such_module_here' can be imported .* PYTHONPATH"),
+    ],
+)
+def test_a_model_that_cannot_be_made_says_why(model, arguments, message):
+    with pytest.raises(ProblemError, match=message):
+        make_model(model, (1, 8, 8), 10, arguments, 0)
+
+
+def test_what_is_no_model_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"model='lennet' is not known. Known: lenet, .* Did you mean 'lenet'\?"):
+        check_model("lennet")
+    with pytest.raises(TypeError, match="a function that makes a module, not Linear"):
+        check_model(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="not 17"):
+        check_model(17)
+    check_model("somewhere:make")  # looked up where it is used
