@@ -1,0 +1,216 @@
+"""The command line: `python -m labkit demo | sweep | summary | doctor`.
+
+Everything here can be done from a notebook too; the commands are for batch systems, for `make run`, and for finding out
+what a machine has. Exit code: 0 when all went well, 1 when a run or a probe failed, 2 for a wrong request.
+
+Used from the shell and by the Makefile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labkit.demo import demo
+from labkit.errors import LabError, SweepError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NEEDED = "torch dask distributed ipyparallel papermill nbclient ipykernel jupyterlab hvplot holoviews matplotlib pandas"
+NEEDED += " numpy scikit-learn pyarrow h5py psutil cloudpickle platformdirs"
+OPTIONAL = "dask-labextension jupyter-server-proxy dask-jobqueue mpi4py optuna"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    before = signal.signal(signal.SIGTERM, _as_interrupt)  # batch systems end a job so; running kernels are to end too
+    try:
+        return options.run(options)
+    except LabError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here: finished runs are reused.", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _as_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m labkit", description="Train networks on uneven clusters.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo_ = commands.add_parser("demo", help="compare five ways of training: a table and a figure")
+    demo_.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the runs (default: %(default)s)")
+    demo_.set_defaults(run=lambda options: demo(options.out))
+
+    sweep = commands.add_parser("sweep", help="execute a notebook over a grid of parameters")
+    sweep.add_argument("notebook", metavar="NOTEBOOK")
+    sweep.add_argument(
+        "--grid", action="append", default=[], metavar="NAME=A,B,...",
+        help="values of a parameter; may be given several times. A list is written in brackets: sizes=[1,2],[3,4]",
+    )  # fmt: skip
+    sweep.add_argument("--out", metavar="DIR", help="folder of the runs (default: runs/<notebook>)")
+    sweep.add_argument("--parallel", type=int, default=1, metavar="N", help="kernels at once (default: %(default)s)")
+    sweep.add_argument("--timeout", type=float, default=3600, metavar="S", help="seconds a run (default: %(default)s)")
+    sweep.add_argument("--retry-failed", action="store_true", help="run those again that failed")
+    sweep.add_argument("--fresh", action="store_true", help="run all of them again")
+    sweep.add_argument("--kind", choices=["threads", "dask"], help="execute on the workers of a lab of this kind")
+    sweep.add_argument("--n-workers", type=int, metavar="N", help="workers of that lab")
+    sweep.set_defaults(run=_sweep)
+
+    table = commands.add_parser("summary", help="print the table of a sweep")
+    table.add_argument("out", metavar="DIR", help="folder of the runs")
+    table.set_defaults(run=_summary)
+
+    commands.add_parser("doctor", help="say what this machine has").set_defaults(run=lambda options: doctor())
+    return parser
+
+
+# -- sweep, summary ----------------------------------------------------------------------------------------------------
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from labkit.sweeps import parameters, sweep
+
+    grid = parse_grid(options.grid, {p.name: p.type for p in parameters(options.notebook)})
+    settings = {name: getattr(options, name) for name in ("out", "parallel", "timeout", "retry_failed", "fresh")}
+    if options.kind is None and options.n_workers is None:
+        table = sweep(options.notebook, grid, **settings)
+    else:
+        from labkit.lab import connect
+
+        with connect(options.kind, options.n_workers) as lab:
+            table = sweep(options.notebook, grid, lab=lab, **settings)
+    return _print(table)
+
+
+def _summary(options: argparse.Namespace) -> int:
+    from labkit.sweeps import summary
+
+    return _print(summary(options.out))
+
+
+def _print(table: pd.DataFrame) -> int:
+    shown = table.assign(notebook=[os.path.relpath(path) for path in table["notebook"]])
+    text = shown.to_string(index=False, max_colwidth=100, float_format="{:.4g}".format)
+    print(text if len(shown) else "No runs here.")
+    return int("failed" in set(table["status"]))
+
+
+def parse_grid(texts: Sequence[str], types: dict[str, str]) -> dict[str, list]:
+    """`["seed=0,1", "sizes=[1,2],[3]"]` as a grid. `types` gives each parameter's type: text for a str stays text."""
+    grid: dict[str, list] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise SweepError(f"--grid {text!r} is not NAME=VALUE,VALUE,...")
+        if name in grid:
+            raise SweepError(f"--grid gives {name!r} twice. Write its values in one: --grid {name}=A,B")
+        grid[name] = [_value(piece.strip(), types.get(name, ""), name) for piece in _pieces(values)]
+    return grid
+
+
+def _pieces(text: str) -> list[str]:
+    """Split at the commas that are not inside brackets or braces."""
+    pieces, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return pieces
+
+
+def _value(text: str, type_: str, name: str) -> Any:
+    if type_ == "str":
+        return text
+    if text.lower() in ("true", "false", "none", "null"):
+        return {"true": True, "false": False}.get(text.lower())
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf)", text, re.IGNORECASE):
+        return float(text)
+    if text[:1] in ("[", "{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise SweepError(f"--grid {name}: {text} is not JSON ({error}); text in it is double-quoted.") from None
+    return text
+
+
+# -- doctor ------------------------------------------------------------------------------------------------------------
+
+
+def doctor() -> int:
+    """Print what this machine has; 1 when something needed is missing or a lab does not start."""
+    missing = []
+
+    def probe(name: str, ask: Callable[[], str], needed: bool = True) -> None:
+        try:
+            answer = ask()
+        except Exception as error:  # a probe must not end the others
+            answer = "missing" if isinstance(error, ImportError) else f"FAILED: {type(error).__name__}: {error}"
+            missing.extend([name] * needed)
+        print(f"{name:22} {answer}", flush=True)
+
+    probe("Python", lambda: f"{platform.python_version()} ({sys.executable})")
+    probe("platform", platform.platform)
+    probe("CPUs", lambda: f"{os.cpu_count()}, load {', '.join(f'{load:.1f}' for load in os.getloadavg())}")
+    probe("labkit", lambda: f"{importlib.metadata.version('labkit')} ({Path(__file__).parent})")
+    probe("torch", _torch)
+    for name in NEEDED.split()[1:]:
+        probe(name, lambda name=name: importlib.metadata.version(name))
+    for name in OPTIONAL.split():
+        probe(f"{name} (optional)", lambda name=name: importlib.metadata.version(name), needed=False)
+    probe("fashion-mnist", _fashion)
+    probe("lab of 1 thread", _lab)
+    print(f"Not in order: {', '.join(missing)}." if missing else "All in order.")
+    return int(bool(missing))
+
+
+def _torch() -> str:
+    import torch
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device"
+    return f"{torch.__version__}, {torch.get_num_threads()} threads, {device}"
+
+
+def _fashion() -> str:
+    from labkit.data import open_dataset
+
+    data = open_dataset("fashion-mnist")
+    return f"{data.n_train:,} training samples from {data.path}" + (f" ({data.note})" if data.note else "")
+
+
+def _lab() -> str:
+    from labkit.lab import connect
+
+    with connect("threads", 1, timeout=30) as lab:
+        return f"starts, and answers {lab.map(abs, [-1], timeout=30)[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The group of an all-reduce: torch DistributedDataParallel among the workers of a lab.
+
+DDP averages gradients over ranks; here they are averaged over samples, g = sum_j b_j g_j / sum_l b_l with b_j the batch of rank
+j at this step, so that unequal shards (IDPA's too) give the gradient of the joint batch. Every rank takes the same number of
+steps with batches in proportion to its shard: nobody waits for a missing batch.
+
+The ranks find each other through a file in the run directory, so nothing listens for strangers. Used by `labkit.worker`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import socket
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from labkit.errors import ClusterError
+
+if TYPE_CHECKING:
+    from labkit.worker import WorkerSpec
+
+# One-channel images in channels_last give the first convolution a gradient of equal layout but other strides: nothing is wrong.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+TIMEOUT = datetime.timedelta(seconds=120)  # a rank that is gone is noticed at once; this is for one that hangs
+
+
+class Group:
+    """One rank's membership, from `__init__` to `close`; `close` is what the other ranks notice when this one is gone."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        if not dist.is_available():
+            raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
+        self.one_process = spec.one_process
+        file = str(Path(spec.collective) / "ranks")
+        if spec.one_process:
+            group = _gloo_between_threads(file, spec.index, spec.n_workers)
+        else:
+            loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+            if spec.one_host and loopback:
+                os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
+            backend = "nccl" if spec.own_gpu else "gloo"
+            dist.init_process_group(
+                backend, init_method=f"file://{file}", rank=spec.index, world_size=spec.n_workers, timeout=TIMEOUT
+            )
+            group = dist.group.WORLD
+        self.exchange = _Exchange(group, 1 / spec.n_workers, [])
+
+    def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
+        """The module whose backward pass averages gradients over the samples of all ranks."""
+        ddp = DistributedDataParallel(module, process_group=self.exchange.group)
+        ddp.register_comm_hook(self.exchange, _average)
+        return ddp
+
+    def begin(self, weight: float) -> None:
+        """A step comes, of whose samples this rank has the share `weight`."""
+        self.exchange.weight = weight
+        self.exchange.waits.clear()
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the latest step spent in the exchange, which is mostly waiting for the slowest rank."""
+        return sum(self.exchange.waits)
+
+    def close(self) -> None:
+        # The sockets of a gloo group close when its last owner goes, not before. That must not be the reducer of DDP (it would
+        # wait for gloo's threads and keep the lock of the interpreter, which they need), so the wrapped module goes first.
+        gc.collect()
+        if not self.one_process and dist.is_initialized():
+            dist.destroy_process_group()
+        self.exchange.group = None
+
+
+@dataclass
+class _Exchange:
+    group: dist.ProcessGroup | None
+    weight: float  # this rank's share of the samples of the coming step
+    waits: list[float]  # seconds, of the latest step
+
+
+def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:
+    """Batch sizes of this rank, one for each optimiser step (as many on every rank), and its weight at each step.
+
+    A step takes `batch_size` samples a rank on average, in proportion to the grants; what is left over makes a smaller last one.
+    BatchNorm cannot train on one sample, so a rank whose share would be so small gets fewer, larger steps.
+    """
+    total, least = sum(grants), min(2, batch_size)
+    joint = max(batch_size * len(grants), -(-total // max(1, min(grants) // least)))
+    ends = [*range(joint, total, joint), total]
+    cuts = [[grant * end // total for grant in grants] for end in ends]
+    if len(cuts) > 1 and min(np.subtract(cuts[-1], cuts[-2])) < least:
+        del cuts[-2]
+    sizes = np.diff(cuts, axis=0, prepend=[[0] * len(grants)])
+    return sizes[:, rank].tolist(), (sizes[:, rank] / sizes.sum(axis=1)).tolist()
+
+
+def _average(exchange, bucket):  # no annotations: DDP compares them with types, and here they are strings
+    begun, last, waits = time.perf_counter(), bucket.is_last(), exchange.waits
+
+    def done(future):  # in a thread of the group; it must not own the group, whose end waits for its threads
+        if last:  # the earlier ones travel while the backward pass computes
+            waits.append(time.perf_counter() - begun)
+        return future.value()[0]
+
+    buffer = bucket.buffer().mul_(exchange.weight)
+    return exchange.group.allreduce([buffer]).get_future().then(done)
+
+
+def _gloo_between_threads(file: str, rank: int, n_ranks: int) -> dist.ProcessGroup:
+    # torch's default group is one for each process; ranks that are threads of one process need a group object each.
+    store = dist.PrefixStore("labkit", dist.FileStore(file, n_ranks))
+    store.set_timeout(TIMEOUT)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = TIMEOUT
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    backend = dist.ProcessGroupGloo(store, rank, n_ranks, options)
+    group = dist.ProcessGroup(store, rank, n_ranks)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    backend._set_sequence_number_for_group()
+    return group

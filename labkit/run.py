@@ -1,0 +1,286 @@
+"""A run: the handle that `train` returns, and what `load_run` reads back from a run directory.
+
+Everything that it tells comes from the directory (`labkit.record`), so a run can be read while it goes, after it, and from
+another kernel. The handle never blocks the kernel except where it says so (`wait`).
+
+Made by `labkit.training`; read by `labkit.plots`, `labkit.sweeps` and users.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labkit import record
+from labkit.errors import RunError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from labkit.problems import Problem
+    from labkit.training import Session
+
+_handles: weakref.WeakSet[Run] = weakref.WeakSet()
+NAMES = {"allreduce": "AllReduce"}  # the other rules are written in capitals
+
+
+class Run:
+    """One training: its directory, and while it goes the way to follow and stop it.
+
+    Attributes
+    ----------
+    name, path, config
+        The name, the directory and the settings of the run.
+    """
+
+    def __init__(self, path: str | Path, *, problem: Problem | None = None, session: Session | None = None) -> None:
+        self.path = Path(path)
+        self.config = record.read_json(self.path / "config.json")
+        if self.config.get("format", 0) > record.FORMAT:
+            raise RunError(f"{self.path} was written by a later labkit ({self.config['labkit']}). Update labkit to read it.")
+        self.name = str(self.config.get("name", self.path.name))
+        self._problem, self._session = problem, session
+        self._events: tuple[int, pd.DataFrame] | None = None
+        _handles.add(self)
+
+    # -- while it goes -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """ "running", "done", "stopped" (by `stop`), or "failed" (also when it was cut off)."""
+        if self._session:
+            return self._session.state
+        status = self.path / "status.json"
+        return record.read_json(status)["state"] if status.exists() else "failed"
+
+    def status(self) -> dict:
+        """Where the run stands: state, samples, budget, version, seconds, and loss and score of each worker."""
+        if self._session:
+            return self._session.status()
+        status = self.path / "status.json"
+        return record.read_json(status) if status.exists() else {"state": "failed", "reason": "cut off"}
+
+    def wait(self, timeout: float = 3600.0) -> Run:
+        """Block until the run has ended and its curve is measured; returns the run.
+
+        An interrupt (Ctrl-C, or the square in the notebook) stops the run and keeps what there is.
+
+        Raises
+        ------
+        WorkerError, LabError
+            The run failed; the first failing worker's error with its traceback.
+        RunError
+            It still goes after `timeout` seconds.
+        """
+        if self._session:
+            try:
+                if not self._session.wait(timeout):
+                    raise RunError(f"run {self.name} still goes after {timeout:g} s. Wait again, or run.stop().")
+            except KeyboardInterrupt:
+                self.stop()
+                raise
+            self._session.raise_error()
+        return self
+
+    def stop(self, timeout: float = 30.0) -> Run:
+        """End the run now; everything so far can be read. Stopping twice, or a run that has ended, is fine."""
+        if self._session:
+            self._session.stop(timeout)
+        return self
+
+    def progress(self) -> None:
+        """Show how far the run is: a bar that moves by itself in a notebook; elsewhere a line every few seconds until the end."""
+        from labkit.progress import show
+
+        show(self)
+
+    def live(self) -> Any:
+        """A figure that grows with the run (see `labkit.plots.live`)."""
+        from labkit import plots
+
+        return plots.live(self)
+
+    # -- what happened -------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """Name of the strategy, as figures show it: "AGWU + IDPA"."""
+        update, partition = self.config["update"]["name"], self.config["partition"]["name"]
+        label = NAMES.get(update, update.upper())
+        return label if update == "allreduce" and partition == "udpa" else f"{label} + {partition.upper()}"
+
+    @property
+    def events(self) -> pd.DataFrame:
+        """One row an event, in order (columns: `labkit.record.COLUMNS`)."""
+        file = self.path / "events.jsonl"
+        size = file.stat().st_size if file.exists() else 0
+        if self._events is None or self._events[0] != size:
+            self._events = (size, record.read_events(self.path))
+        return self._events[1].copy()
+
+    def curve(self) -> pd.DataFrame:
+        """Learning curve of the global weights on the test set: seconds, samples, version, loss, score; a row a kept version.
+
+        It is measured after the run, so that measuring it does not slow the run.
+        """
+        import pandas as pd
+
+        file = self.path / "metrics.parquet"
+        if file.exists():
+            return pd.read_parquet(file)
+        if self.state == "running":
+            raise RunError(f"run {self.name} still goes; its curve is measured at the end. Use run.wait() first.")
+        from labkit.training import measure
+
+        return measure(self, self.problem())
+
+    def allocations(self) -> pd.DataFrame:
+        """Who was given how many samples: worker, pass (number of the allocation), samples (added), total (held then)."""
+        events = self.events
+        table = events.loc[events.kind == "allocate", ["worker", "pass", "samples", "total"]]
+        return table.astype(int).reset_index(drop=True)
+
+    def balance(self) -> pd.DataFrame:
+        """How even the work was: for each local pass that all workers reached, mean_s, max_s and ratio = mean T / max T.
+
+        T is the time of the local pass: optimiser steps and score, emulated sleep included.
+        """
+        import pandas as pd
+
+        pushes = self.events.query("kind == 'push'")
+        if pushes.empty:
+            return pd.DataFrame(columns=["pass", "mean_s", "max_s", "ratio"])
+        times = (pushes.compute_s + pushes.score_s).groupby([pushes["pass"], pushes.worker]).sum().unstack()
+        times = times.dropna()
+        table = pd.DataFrame({"mean_s": times.mean(axis=1), "max_s": times.max(axis=1)})
+        table["ratio"] = table.mean_s / table.max_s
+        return table.reset_index().astype({"pass": int})
+
+    def summary(self) -> dict:
+        """The cost card: settings, final score and loss, time, throughput, waiting, staleness, balance, traffic."""
+        events = self.events
+        merges, pushes, releases = (events[events.kind == kind] for kind in ("merge", "push", "release"))
+        curve = self.curve() if self.state != "running" else None
+        n_workers = max(1, int(self.config["n_workers"]))
+        seconds = float(merges.seconds.max()) if len(merges) else 0.0
+        samples = float(merges.samples.sum())
+        worked = float((pushes.compute_s + pushes.score_s).sum())
+        sent, waited = float(pushes.send_s.sum()), float(releases.wait_s.sum() + pushes.wait_s.sum())
+        busy = worked + sent + waited
+        balance = self.balance()
+        later = balance.loc[balance["pass"] >= 2, "ratio"]
+        coefficients = merges.groupby("worker").coefficient.sum()
+        total = float(coefficients.sum())
+        return {
+            "name": self.name,
+            "update": self.config["update"]["name"],
+            "partition": self.config["partition"]["name"],
+            "state": self.state,
+            "score": None if curve is None or curve.empty else float(curve.score.iloc[-1]),
+            "loss": None if curve is None or curve.empty else float(curve.loss.iloc[-1]),
+            "seconds": seconds,
+            "samples": int(samples),
+            "samples_per_s": samples / seconds if seconds else 0.0,
+            "versions": int(merges.version.max()) if len(merges) else 0,
+            "wait_share": waited / busy if busy else 0.0,
+            "send_share": sent / busy if busy else 0.0,
+            "staleness_p50": float(merges.staleness.median()) if len(merges) else 0.0,
+            "staleness_p95": float(merges.staleness.quantile(0.95)) if len(merges) else 0.0,
+            "balance": float(later.mean()) if len(later) else None,
+            "weight_per_worker": {int(w): float(c) / total for w, c in coefficients.items()} if total else {},
+            "bytes": int(pushes.bytes.sum() + releases.bytes.sum()),
+            "checkpoints": int((events.kind == "checkpoint").sum()),
+            "n_workers": n_workers,
+            "seed": self.config["seed"],
+        }
+
+    def time_to(self, score: float) -> float | None:
+        """Seconds until the global weights first reached `score` on the test set, between kept versions by straight lines; None if never."""
+        curve = self.curve()
+        reached = np.flatnonzero(curve.score.to_numpy() >= score)
+        if not len(reached):
+            return None
+        last = reached[0]
+        if last == 0:
+            return float(curve.seconds.iloc[0])
+        (t0, q0), (t1, q1) = curve[["seconds", "score"]].iloc[[last - 1, last]].to_numpy()
+        return float(t0 + (t1 - t0) * (score - q0) / (q1 - q0))
+
+    # -- the weights ---------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Any:
+        """Which entries of the flat vector belong to which tensor (`labkit.worker.Layout`)."""
+        from labkit.worker import Layout
+
+        stored = record.read_json(self.path / "layout.json")
+        return Layout(
+            tuple(stored["names"]), tuple(tuple(s) for s in stored["shapes"]), stored["n_params"], stored["n_buffers"]
+        )
+
+    def flat(self, version: int | None = None) -> np.ndarray:
+        """The global weights as one flat float32 vector; the newest kept version unless told which."""
+        if version is None:
+            versions = record.checkpoint_versions(self.path)
+            if not versions:
+                raise RunError(f"run {self.name} has kept no weights in {self.path / 'checkpoints'}.")
+            version = versions[-1]
+        return record.read_checkpoint(self.path, version, self.layout.size)
+
+    def weights(self, version: int | None = None) -> dict[str, np.ndarray]:
+        """The global weights by name; the newest kept version unless told which."""
+        return {name: np.array(part) for name, part in self.layout.split(self.flat(version)).items()}
+
+    def problem(self) -> Problem:
+        """What was trained. A model that was written in a notebook cell is known only to the kernel that trained it."""
+        if self._problem is None:
+            from labkit.problems import problem_from_config
+
+            self._problem = problem_from_config(self.config["problem"])
+        return self._problem
+
+    def model(self, version: int | None = None) -> torch.nn.Module:
+        """The torch module that holds the global weights, on the CPU, in evaluation mode."""
+        import torch
+
+        from labkit.worker import flatten
+
+        module = self.problem().build(int(self.config["seed"]))
+        flat, _ = flatten(module)
+        flat.copy_(torch.from_numpy(np.array(self.flat(version))))
+        return module.eval()
+
+    def __repr__(self) -> str:
+        status = self.status()
+        done = f", {status['samples']} of {self.config['budget']} samples" if "samples" in status else ""
+        reason = f": {status['reason']}" if status.get("reason") else ""
+        return f"<Run {self.name}: {self.label}, {self.state}{reason}{done}>"
+
+
+def moved(old: Path, new: Path) -> None:
+    """A run directory has been renamed: the handles that this process has on it follow it."""
+    for run in list(_handles):
+        if run.path.absolute() == old:
+            run.path = new
+
+
+def load_run(path: str | Path, *, problem: Problem | None = None) -> Run:
+    """Read a run back from its directory; `problem` where its model was written in a notebook cell."""
+    path = Path(path)
+    if not path.is_dir():
+        near = sorted(p.name for p in path.parent.iterdir() if (p / "config.json").exists()) if path.parent.is_dir() else []
+        raise RunError(f"there is no run at {path}." + (f" Runs beside it: {', '.join(near)}." if near else ""))
+    return Run(path, problem=problem)
+
+
+def compare(runs: Iterable[Run]) -> pd.DataFrame:
+    """The cost cards of several runs, a row a run."""
+    import pandas as pd
+
+    table = pd.DataFrame([{"run": run.label, **run.summary()} for run in runs])
+    return table.drop(columns="weight_per_worker").set_index("run") if len(table) else table

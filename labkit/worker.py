@@ -1,0 +1,339 @@
+"""The loop of one worker: pull, local pass, score, push.
+
+    join -> [ weights, new samples, grant -> optimiser steps on my shard -> Q on the shared score set -> push ] ... -> leave
+
+The parameters and buffers of the module are views into one flat float32 vector, so a pull is received straight into the model
+and a push is sent straight out of it. The optimiser's state stays with the worker across pulls: momentum goes on from where it
+was. BatchNorm's running statistics travel as buffers; integer buffers (its step counter) stay at home. Every local pass draws
+a new order of the shard from (seed, worker, pass), so a run can be repeated and replayed.
+
+Emulated slowness is honest: after each piece of work the worker sleeps in proportion to the time that piece took.
+
+Runs on the workers of a `Lab`, sent there by `labkit.training`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from labkit import wire
+from labkit.collective import Group, steps
+from labkit.errors import WireError, WorkerError
+from labkit.problems import Clock, Problem
+from labkit.server import BEAT_S, SILENCE_S
+
+PROBE_STEPS = 4
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What one worker needs to know beside the problem."""
+
+    index: int
+    n_workers: int
+    address: tuple[str, int]
+    secret: bytes
+    seed: int
+    budget: int
+    device: str = "cpu"
+    threads: int = 1
+    slowdown: float = 1.0
+    jitter: float = 0.0
+    collective: str | None = None  # folder where the ranks of an all-reduce find each other
+    one_process: bool = False  # all workers are threads of one process
+    one_host: bool = True
+    own_gpu: bool = False  # every worker has a GPU to itself, so that NCCL can be used
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which entries of the flat vector belong to which tensor: parameters first, then floating-point buffers."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    n_params: int
+    n_buffers: int
+
+    @property
+    def size(self) -> int:
+        return self.n_params + self.n_buffers
+
+    def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
+        """Name -> array of its shape, as views into `flat`."""
+        parts, start = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            n = int(np.prod(shape))
+            parts[name], start = flat[start : start + n].reshape(shape), start + n
+        return parts
+
+
+def flatten(module: torch.nn.Module, device: str = "cpu") -> tuple[torch.Tensor, Layout]:
+    """Move the module to `device` and make all its tensors views into one flat float32 vector, which is returned."""
+    module.to(device)
+    params = list(module.named_parameters())
+    buffers = [(name, b) for name, b in module.named_buffers() if b.is_floating_point()]
+    odd = [name for name, tensor in params + buffers if tensor.dtype != torch.float32]
+    if odd:
+        raise WorkerError(f"tensors {odd[:3]} are not float32. Keep float32 weights; use precision='bfloat16' for speed.")
+    layout = Layout(
+        tuple(name for name, _ in params + buffers),
+        tuple(tuple(tensor.shape) for _, tensor in params + buffers),
+        sum(tensor.numel() for _, tensor in params),
+        sum(tensor.numel() for _, tensor in buffers),
+    )
+    flat, start = torch.empty(layout.size, device=device), 0
+    for _, tensor in params + buffers:
+        part = flat[start : start + tensor.numel()].view(tensor.shape)
+        part.copy_(tensor.detach())
+        tensor.data, start = part, start + tensor.numel()
+    return flat, layout
+
+
+def pass_order(shard: np.ndarray, seed: int, worker: int, epoch: int) -> np.ndarray:
+    """The order in which `worker` goes through its shard for the `epoch`-th time (0, 1, ...)."""
+    generator = np.random.default_rng(np.random.SeedSequence([seed, worker, epoch]))
+    return shard[generator.permutation(len(shard))]
+
+
+def batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Cut into batches of `batch_size`; the rest is a smaller last one, except a single sample, which joins its neighbour
+    (BatchNorm cannot train on one sample). Nothing makes no batch."""
+    if not len(indices):
+        return []
+    cuts = list(range(batch_size, len(indices), batch_size))
+    if cuts and batch_size > 1 and len(indices) - cuts[-1] == 1:
+        cuts.pop()
+    return np.split(indices, cuts)
+
+
+class Shard:
+    """The samples that a worker holds, served pass after pass; without `local_steps` a pass is the shard once, in a new order."""
+
+    def __init__(self, seed: int, worker: int) -> None:
+        self.seed, self.worker, self.epoch = seed, worker, 0
+        self.indices = self.rest = np.empty(0, np.int64)
+
+    def add(self, indices: np.ndarray) -> None:
+        self.indices = np.concatenate([self.indices, indices])
+
+    def take(self, n: int) -> np.ndarray:
+        """The next n samples; a new order is drawn whenever the shard has been gone through."""
+        taken = []
+        while n > 0:
+            if not len(self.rest):
+                self.rest, self.epoch = pass_order(self.indices, self.seed, self.worker, self.epoch), self.epoch + 1
+            taken.append(self.rest[:n])
+            self.rest, n = self.rest[n:], n - len(taken[-1])
+        return np.concatenate(taken) if taken else self.indices[:0]
+
+
+class Slowness:
+    """Emulated speed: after work that took t seconds, sleep (factor - 1) t; factor = slowdown * exp(jitter z), z normal, at least 1."""
+
+    def __init__(self, slowdown: float, jitter: float, seed: int, worker: int, device: str) -> None:
+        self.slowdown, self.jitter, self.device = slowdown, jitter, device
+        self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 20]))
+
+    @property
+    def on(self) -> bool:
+        return self.slowdown != 1.0 or self.jitter > 0
+
+    def after(self, started: float, waited: float = 0.0) -> None:
+        """Sleep for work that began at `started` (perf_counter), of which `waited` seconds were spent on others."""
+        if not self.on:
+            return
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+        factor = self.slowdown
+        if self.jitter:
+            factor *= float(np.exp(self.jitter * self.generator.standard_normal()))
+        time.sleep(max(0.0, factor - 1.0) * max(0.0, time.perf_counter() - started - waited))
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees.
+
+    Dask starts its workers with MALLOC_TRIM_THRESHOLD_=65536, for the sake of data frames: glibc then hands every activation of a
+    network back to the system and fetches it again at the next step, which makes training on a CPU 1.6 to 2 times slower.
+    """
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):
+            return  # another C library: nothing to mend
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+
+
+def run_worker(problem: Problem, spec: WorkerSpec) -> dict:
+    """Train until the server says stop; returns {"samples": ..., "passes": ...}.
+
+    Raises
+    ------
+    WorkerError
+        Anything that went wrong here, with the traceback; the server is told first, so that the others stop.
+    """
+    worker = _Worker(problem, spec)
+    try:
+        return worker.run()
+    except WireError as error:
+        failure = WorkerError(f"worker {spec.index} lost the server: {error}", spec.index)
+    except Exception as error:
+        message = f"worker {spec.index} ({spec.device}) failed at version {worker.version}: {type(error).__name__}: {error}"
+        worker.tell_failure(message)
+        failure = WorkerError(message, spec.index, traceback.format_exc())
+    finally:
+        worker.close()
+    raise failure  # out here the frames of the error are gone, and with them what they held of the group
+
+
+class _Worker:
+    def __init__(self, problem: Problem, spec: WorkerSpec) -> None:
+        self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
+
+    def _prepare(self) -> None:
+        problem, spec = self.problem, self.spec
+        keep_memory()
+        if torch.get_num_threads() != spec.threads:
+            torch.set_num_threads(spec.threads)
+        self.connection = wire.connect(spec.address, spec.secret, timeout=SILENCE_S)
+        self.module = problem.build(spec.seed)
+        self.flat, self.layout = flatten(self.module, spec.device)
+        self.vector = self.flat if spec.device == "cpu" else self.flat.to("cpu").pin_memory()
+        self.bytes = memoryview(self.vector.numpy()).cast("B")
+        self.slowness = Slowness(spec.slowdown, spec.jitter, spec.seed, spec.index, spec.device)
+        self.shard = Shard(spec.seed, spec.index)
+        self.score_batches = batches(problem.score_indices(), 256)
+        self.train_indices = problem.train_indices()
+        self.n_train = len(self.train_indices)
+        self.send_s, self.pushed_at = 0.0, None
+
+    def run(self) -> dict:
+        self._prepare()
+        speed = self._probe()
+        if not self.spec.one_process:  # dropout and the like: a stream for each worker
+            torch.manual_seed(int(np.random.SeedSequence([self.spec.seed, self.spec.index]).generate_state(1)[0]))
+        self.optimisers = self.problem.optimisers(self.module)  # fresh: the probe has left its momentum in the old ones
+        about = f"pid {os.getpid()}, {self.spec.device}, {self.spec.threads} thread(s)"
+        self.connection.send({"op": "join", "worker": self.spec.index, "seconds_per_sample": speed, "about": about})
+        trained = self.module
+        samples = passes = 0
+        while (go := self._pull()) is not None:
+            if self.spec.collective and not self.group:  # only now: at the first go everyone is here
+                self.group = Group(self.spec)
+                trained = self.group.wrap(self.module)
+            done = self._local_pass(trained, go)
+            if done is None:
+                break
+            samples, passes = samples + done["samples"], passes + 1
+            self._push(done)
+        self.connection.send({"op": "leave"})
+        return {"samples": samples, "passes": passes}
+
+    def tell_failure(self, message: str) -> None:
+        try:
+            if self.connection:
+                self.connection.send({"op": "fail", "reason": message})
+        except WireError:
+            pass  # then the server sees the connection close
+
+    def close(self) -> None:
+        if self.group:
+            self.group.close()
+        if self.connection:
+            self.connection.close()
+
+    def _probe(self) -> float:
+        """Seconds per sample, from a few steps on weights that the first pull then replaces."""
+        optimisers = self.problem.optimisers(self.module)
+        indices = self.train_indices[: self.problem.batch_size]
+        times = []
+        for _ in range(PROBE_STEPS):
+            started = time.perf_counter()
+            self._step(self.module, indices, optimisers, Clock(0, self.spec.budget, 0.0))
+            times.append((time.perf_counter() - started) / len(indices))
+        return float(np.median(times[1:]))
+
+    def _step(self, module: torch.nn.Module, indices: np.ndarray, optimisers: tuple, clock: Clock) -> dict:
+        started = time.perf_counter()
+        batch = self._load(indices)
+        metrics = self.problem.step(module, batch, optimisers, clock)
+        self.slowness.after(started, self.group.waited if self.group else 0.0)
+        return metrics
+
+    def _pull(self) -> dict | None:
+        """Wait for the next version; its weights are received into the model. None: stop."""
+        while True:
+            header, _ = self.connection.receive(self._place)
+            if header["op"] == "hold":
+                continue
+            if self.pushed_at is not None:  # what the round trip took, less the time that the server held us
+                self.send_s = round(max(0.0, time.perf_counter() - self.pushed_at - header["wait_s"]), 6)
+            if header["op"] == "stop":
+                return None
+            if self.vector is not self.flat:
+                self.flat.copy_(self.vector)
+            self.version = header["version"]
+            self.shard.add(self.new_indices)
+            return header
+
+    def _place(self, header: dict, n: int) -> list[memoryview]:
+        self.new_indices = np.empty(header["indices"], np.int64)
+        return [self.bytes, memoryview(self.new_indices)]
+
+    def _local_pass(self, module: torch.nn.Module, go: dict) -> dict | None:
+        """Train on the granted samples; None when the run was stopped in between."""
+        indices, batch_size = self.shard.take(go["samples"]), self.problem.batch_size
+        if self.group:
+            sizes, weights = steps(go["grants"], self.spec.index, batch_size)
+            parts = np.split(indices, np.cumsum(sizes)[:-1])
+        else:
+            parts = batches(indices, batch_size)
+        started = beaten = time.perf_counter()
+        samples, waited, loss = 0, 0.0, torch.zeros((), device=self.spec.device)
+        for number, part in enumerate(parts):
+            if self.group:
+                self.group.begin(weights[number])
+            seen = min(self.spec.budget, go["done"] + int(samples * go["pace"]))
+            clock = Clock(seen, self.spec.budget, seen / self.n_train)
+            metrics = self._step(module, self.train_indices[part], self.optimisers, clock)
+            loss += torch.as_tensor(metrics["loss"], device=self.spec.device).detach() * len(part)
+            samples += len(part)
+            waited += self.group.waited if self.group else 0.0
+            if time.perf_counter() - beaten > BEAT_S:
+                beaten = time.perf_counter()
+                self.connection.send({"op": "beat", "samples": samples, "loss": float(loss) / samples})
+                if self.connection.waiting():  # the only word that can come now
+                    return None
+        mean_loss = float(loss) / max(1, samples)  # reads the device, so the time below is true on a GPU
+        compute_s = time.perf_counter() - started - waited
+        return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(waited, 6)}
+
+    def _push(self, done: dict) -> None:
+        started = time.perf_counter()
+        parts = [(self.problem.score(self.module, self._load(part)), len(part)) for part in self.score_batches]
+        score = sum(q * n for q, n in parts) / max(1, sum(n for _, n in parts))
+        self.slowness.after(started)
+        if self.vector is not self.flat:
+            self.vector.copy_(self.flat)
+        header = {
+            "op": "push",
+            "version": self.version,
+            "score": score,
+            "score_s": round(time.perf_counter() - started, 6),
+            "send_s": self.send_s,
+            **done,
+        }
+        self.pushed_at = time.perf_counter()
+        self.connection.send(header, self.bytes)
+
+    def _load(self, indices: np.ndarray) -> tuple:
+        return self.problem.load(indices, "train", self.spec.device)

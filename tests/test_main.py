@@ -1,0 +1,177 @@
+"""The command line: how a grid is read, which exit codes are given, what the demo says, what the doctor asks."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from labkit import __main__ as cli
+from labkit import sweeps
+from labkit.__main__ import main, parse_grid
+from labkit.demo import DEMO_COLUMNS, STRATEGIES, demo, label, verdict
+from labkit.errors import SweepError
+
+
+@pytest.fixture
+def notebook(tmp_path) -> Path:
+    """Reports the half of its seed, and fails at 13."""
+    first = new_code_cell("seed: int = 0\nname: str = 'x'\nrun_dir: str = 'runs'", metadata={"tags": ["parameters"]})
+    cell = "from labkit.sweeps import report\nassert seed != 13, 'unlucky'\nreport(run_dir, {'score': seed / 2})"
+    nbformat.write(new_notebook(cells=[first, new_code_cell(cell)]), tmp_path / "n.ipynb")
+    return tmp_path / "n.ipynb"
+
+
+# -- main --------------------------------------------------------------------------------------------------------------
+
+
+def test_no_command_prints_help(capsys):
+    assert main([]) == 0
+    assert "sweep" in capsys.readouterr().out
+
+
+def test_a_wrong_request_is_a_line_and_exit_code_2(notebook, capsys):
+    assert main(["sweep", str(notebook), "--grid", "sed=1"]) == 2
+    error = capsys.readouterr().err
+    assert error == "SweepError: n.ipynb has no parameter 'sed'. It has: seed, name. Did you mean 'seed'?\n"
+    assert main(["summary", str(notebook.parent / "nowhere")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", str(notebook), "--parallel", "many"])
+
+
+def test_an_interrupt_is_exit_code_130(monkeypatch, capsys, notebook):
+    monkeypatch.setattr(sweeps, "sweep", lambda *_, **__: cli._as_interrupt())
+    assert main(["sweep", str(notebook)]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+
+def test_sweep_and_summary_in_a_shell(notebook, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "labkit", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+
+    grid = ["--grid", "seed=2,13", "--grid", "name=007"]
+    first = run("sweep", "n.ipynb", *grid, "--out", "out", "--parallel", "2")
+    assert first.returncode == 1 and first.stderr == "", first.stderr
+    assert "2 runs: 1 new, 0 reused, 1 failed" in first.stdout
+    assert "In [3]: AssertionError: unlucky" in first.stdout and " 007 " in first.stdout
+    second = run("summary", "out")
+    assert second.returncode == 1 and second.stderr == ""
+    assert second.stdout == first.stdout.split("failed\n")[-1]
+
+
+# -- grids -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "type_", "values"),
+    [
+        ("1,-2, +3", "int", [1, -2, 3]),
+        ("1e-3,.5,2.,nan,-inf", "float", [0.001, 0.5, 2.0, math.nan, -math.inf]),
+        ("true,False,none,NULL", "bool", [True, False, None, None]),
+        ("agwu,sgwu+idpa,1.2.3", "", ["agwu", "sgwu+idpa", "1.2.3"]),
+        ("007,none,[a,1e3", "str", ["007", "none", "[a,1e3"]),
+        ("a=b", "str", ["a=b"]),
+        ('[1,[2,3]],[],{"k":[1,2]}', "list", [[1, [2, 3]], [], {"k": [1, 2]}]),
+        ("", "str", [""]),
+    ],
+)
+def test_values_of_a_grid(text, type_, values):
+    assert repr(parse_grid([f"x={text}"], {"x": type_})) == repr({"x": values})
+
+
+def test_a_grid_that_cannot_be_read():
+    for texts, says in [
+        (["seed"], "'seed' is not NAME=VALUE"),
+        (["=1"], "is not NAME=VALUE"),
+        (["a=1", "a=2"], "gives 'a' twice"),
+        (["a=[x]"], "is not JSON"),
+    ]:
+        with pytest.raises(SweepError, match=says):
+            parse_grid(texts, {})
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+def results(times: list, **columns: object) -> pd.DataFrame:
+    """The demo's table; a time of "failed" is a failed run."""
+    failed = [time == "failed" for time in times]
+    table = {
+        "strategy": STRATEGIES[: len(times)],
+        "seconds_to_target": [None if time == "failed" else time for time in times],
+        "target": [None if f else 0.85 for f in failed],
+        "score": [None if f else 0.8 + number / 100 for number, f in enumerate(failed)],
+        "status": ["failed" if f else "done" for f in failed],
+        "error": ["In [3]: ValueError: no" if f else "" for f in failed],
+        "notebook": [f"runs/demo/n-{number}/notebook.ipynb" for number in range(len(times))],
+    }
+    return pd.DataFrame(table | columns)
+
+
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [
+        ([48.0, 40, 30, 21, 50], "AGWU + IDPA reached 85 % accuracy in 21 s, 2.3x sooner than SGWU + UDPA (48 s)."),
+        ([20.0, 40.0, 30.0], "SGWU + UDPA reached 85 % accuracy in 20 s, 1.5x sooner than AGWU + UDPA (30 s)."),
+        ([None, 40.0, 30.0], "AGWU + UDPA reached 85 % accuracy in 30 s; SGWU + UDPA did not reach it."),
+        (["failed", 40.0], "SGWU + IDPA reached 85 % accuracy in 40 s; SGWU + UDPA failed."),
+        ([20.0, "failed", None], "SGWU + UDPA reached 85 % accuracy in 20 s, and no other did."),
+        ([None, "failed", math.nan], "No strategy reached 85 % accuracy; best: AGWU + UDPA with 82 %."),
+        (["failed", "failed"], "None of the 2 runs finished; the first error: In [3]: ValueError: no."),
+    ],
+)  # fmt: skip
+def test_the_verdict_of_the_demo(times, says):
+    assert verdict(results(times)) == says
+
+
+def test_the_verdict_copes_without_results():
+    assert verdict(pd.DataFrame({"strategy": ["allreduce+udpa"], "status": ["done"], "error": [""]})).startswith(
+        "No strategy"
+    )
+    assert label("allreduce+udpa") == "AllReduce"
+
+
+def test_the_demo_writes_its_table_and_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    Path("runs/demo").mkdir(parents=True)
+    monkeypatch.setattr(sweeps, "sweep", lambda notebook, grid, out: results([48.0, 40.0, 30.0, 21.0, "failed"]))
+    assert demo() == 1
+    said = capsys.readouterr()
+    assert said.out.endswith("sooner than SGWU + UDPA (48 s). Open runs/demo/n-3/notebook.ipynb.\n")
+    assert said.err == "No figure: SweepError: no notebook reported a run\n"
+    table = pd.read_csv("runs/demo/table.csv")
+    assert list(table.columns) == list(DEMO_COLUMNS.values()) and len(table) == 5
+
+
+def test_the_demo_says_where_its_notebook_should_be(monkeypatch, capsys):
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    assert main(["demo"]) == 2
+    assert "03-update-the-weights.ipynb" in capsys.readouterr().err
+
+
+# -- doctor ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_doctor_goes_on_after_a_failed_probe(monkeypatch, capsys):
+    def fail():
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(cli, "_fashion", fail)
+    monkeypatch.setattr(cli, "_lab", lambda: "starts")
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED: OSError: no such thing" in said and "lab of 1 thread        starts" in said
+    assert said.endswith("Not in order: fashion-mnist.\n")
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_this_environment_in_order(capsys, cache):
+    assert main(["doctor"]) == 0, capsys.readouterr().out

@@ -1,0 +1,62 @@
+"""Every notebook runs top to bottom through the sweep, with tiny parameters, and keeps the conventions."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import labkit
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+SMALL = {"kind": "threads", "data": "digits"}
+TINY = {
+    "01-start-a-lab": SMALL | {"train_samples": 200},
+    "02-partition-the-data": SMALL | {"train_samples": 400, "passes": 3.0},
+    "03-update-the-weights": SMALL | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
+    "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "rounds": 1, "samples": 600, "local_steps": 5},
+    "benchmarks/02-time-to-accuracy": {
+        "strategies": ["sgwu+udpa", "agwu+idpa"],
+        "seeds": [0],
+        "settings": SMALL | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
+    },
+}
+FIGURES = {
+    "01-start-a-lab": ["speed.png"],
+    "02-partition-the-data": ["balance.png"],
+    "03-update-the-weights": ["accuracy.png", "timeline.png", "staleness.png"],
+    "benchmarks/02-time-to-accuracy": ["curves.png"],
+}
+
+
+def path_of(name):
+    return NOTEBOOKS / f"{name}.ipynb"
+
+
+def test_every_notebook_is_here():
+    assert {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("[0-9]*.ipynb")} == set(TINY)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "bench" in name else []) for name in TINY]
+)
+def test_it_runs_and_leaves_results_and_figures(name, tmp_path, cache):
+    table = labkit.sweep(path_of(name), [TINY[name]], out=tmp_path / "sweep", timeout=110, progress=False)
+    assert set(table.status) == {"done"}, table[["error", "notebook"]].to_dict("records")
+    folder = Path(table.notebook.iloc[0]).parent
+    for figure in FIGURES.get(name, []):
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_it_keeps_the_conventions(name):
+    cells = json.loads(path_of(name).read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code), "commit it without outputs"
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in code) == 1
+    assert len(cells) <= 30 and "What to look at" in text and "*In words:*" in text
+    for cell in code:
+        lines = [line for line in "".join(cell["source"]).splitlines() if line.strip()]
+        assert len(lines) <= 8 or "parameters" in cell["metadata"].get("tags", []), lines
+    assert all(parameter.help for parameter in labkit.parameters(path_of(name))), "each parameter has a comment"
