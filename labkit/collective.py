@@ -10,7 +10,6 @@ The ranks find each other through a file in the run directory, so nothing listen
 from __future__ import annotations
 
 import datetime
-import gc
 import os
 import socket
 import time
@@ -54,13 +53,14 @@ class Group:
                 backend, init_method=f"file://{file}", rank=spec.index, world_size=spec.n_workers, timeout=TIMEOUT
             )
             group = dist.group.WORLD
-        self.exchange = _Exchange(group, 1 / spec.n_workers, [])
+        self.exchange, self.ddp = _Exchange(group, 1 / spec.n_workers, []), None
 
     def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
         """The module whose backward pass averages gradients over the samples of all ranks."""
-        ddp = DistributedDataParallel(module, process_group=self.exchange.group)
-        ddp.register_comm_hook(self.exchange, _average)
-        return ddp
+        self.ddp = DistributedDataParallel(module, process_group=self.exchange.group)
+        self.ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then nobody waits for them
+        self.ddp.register_comm_hook(self.exchange, _average)
+        return self.ddp
 
     def begin(self, weight: float) -> None:
         """A step comes, of whose samples this rank has the share `weight`."""
@@ -73,9 +73,12 @@ class Group:
         return sum(self.exchange.waits)
 
     def close(self) -> None:
-        # The sockets of a gloo group close when its last owner goes, not before. That must not be the reducer of DDP (it would
-        # wait for gloo's threads and keep the lock of the interpreter, which they need), so the wrapped module goes first.
-        gc.collect()
+        # The sockets of a gloo group close when its last owner goes, not before. The wrapped module is emptied rather than
+        # dropped, because torch may keep it (DistributedDataParallel._active_ddp_module, when ranks are threads), and before the
+        # group, because its reducer would wait for gloo's threads with the lock of the interpreter, which they need.
+        if self.ddp is not None:
+            vars(self.ddp).clear()
+            self.ddp = None
         if not self.one_process and dist.is_initialized():
             dist.destroy_process_group()
         self.exchange.group = None

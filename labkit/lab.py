@@ -122,9 +122,7 @@ class Lab:
             raise ClusterError(f"there is no worker {worker}; this lab has workers 0 to {len(self.workers) - 1}.")
         if worker in self.lost():
             raise ClusterError(f"worker {worker} was lost. connect() again for a full lab.")
-        future = self.client.submit(
-            fn, *args, workers=[self._addresses[worker]], allow_other_workers=False, pure=False, retries=0
-        )
+        future = self.client.submit(fn, *args, workers=[self._addresses[worker]], allow_other_workers=False, pure=False, retries=0)
         return Task(future, worker, self)
 
     def map(self, fn: Callable, items: Iterable[Any], timeout: float = 3600.0) -> list[Any]:
@@ -242,7 +240,15 @@ def connect(
     _check_request(kind, n_workers, threads_per_worker, slowdown, jitter, address, client)
     if n_workers is None and not (address or client):
         n_workers = 2
-    request = (kind, n_workers, threads_per_worker, tuple(slowdown or ()), jitter, address, id(client) if client is not None else None)
+    request = (
+        kind,
+        n_workers,
+        threads_per_worker,
+        tuple(slowdown or ()),
+        jitter,
+        address,
+        id(client) if client is not None else None,
+    )
     with _connecting:
         if _current:
             made_for, lab = _current
@@ -309,6 +315,7 @@ def _client(kind, n_workers, threads, address, client, timeout, scratch) -> tupl
             raise ClusterError(f"no Dask scheduler answers at {address}: {error}.") from error
         return made, [made]
     settings = {
+        "temporary-directory": scratch,  # the scheduler's too
         "distributed.worker.profile.enabled": False,  # it samples every 10 ms and would be timed too
         "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.scheduler.worker-ttl": None,  # a long step that holds the GIL is no dead worker
@@ -364,7 +371,7 @@ def _find_workers(lab: Lab, n_workers, threads, slowdown, timeout) -> None:
         device = f"cuda:{index % gpus}" if gpus else "cpu"
         factor = float(slowdown[index]) if slowdown is not None else 1.0
         lab.workers.append(Worker(index, str(known[address]["name"]), host, device, threads, pid, factor))
-    lab._addresses = addresses
+    lab._addresses, lab._alive, lab._asked = addresses, known, time.monotonic()
 
 
 def _describe() -> tuple[str, int, int]:
@@ -387,8 +394,8 @@ def _gather(client: Any, futures: list[Any], timeout: float) -> list[Any]:
         with client.as_current():
             wait(futures, timeout=timeout)
     except TimeoutError as error:
-        client.cancel(futures)
         left = sum(not future.done() for future in futures)
+        client.cancel(futures)
         raise ClusterError(f"{left} of {len(futures)} tasks were not done within {timeout:g} s; they were cancelled.") from error
     return client.gather(futures)
 

@@ -77,7 +77,11 @@ def curves(runs: Run | Sequence[Run], x: str = "seconds", target: float | None =
     elif first is not None:
         title = f"{'No run reaches' if len(lines) > 1 else first + ' does not reach'} {_percent(target)} test accuracy"
     note = canvas.caption(runs, _seeds(runs))
-    return canvas.finish(canvas.overlay(pieces), title, note, legend, xlabel=AXES[x], ylabel="test accuracy")
+    # The untrained weights lie far below the rest and would press what matters against the top.
+    seen = np.concatenate([np.r_[low[1:], high[1:]] if len(low) > 1 else low for _, _, low, high in lines.values()])
+    bottom, top = np.floor(20 * seen.min()) / 20, max(seen.max(), target or 0.0)
+    ylim = (bottom, top + 0.05 * (top - bottom) + 0.005)
+    return canvas.finish(canvas.overlay(pieces), title, note, legend, xlabel=AXES[x], ylabel="test accuracy", ylim=ylim)
 
 
 def crossing(x: np.ndarray, y: np.ndarray, target: float) -> float:

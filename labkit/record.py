@@ -29,7 +29,29 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1  # of the run directory; a reader refuses what is newer
-COLUMNS = ["seq", "time", "seconds", "kind", "worker", "incarnation", "pass", "base_version", "version", "staleness", "samples", "total", "loss", "score", "coefficient", "compute_s", "score_s", "wait_s", "send_s", "bytes", "message"]
+COLUMNS = [
+    "seq",
+    "time",
+    "seconds",
+    "kind",
+    "worker",
+    "incarnation",
+    "pass",
+    "base_version",
+    "version",
+    "staleness",
+    "samples",
+    "total",
+    "loss",
+    "score",
+    "coefficient",
+    "compute_s",
+    "score_s",
+    "wait_s",
+    "send_s",
+    "bytes",
+    "message",
+]
 TEXT_COLUMNS = ("kind", "message")
 
 
@@ -40,7 +62,8 @@ class Recorder:
         self.path = Path(path)
         self.started: float | None = None  # Unix time at which the clock of the run began; seconds are empty before
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path / "events.jsonl", "a", encoding="utf-8", buffering=1)  # a line is on its way at once
+        # One line is on its way at once; open until `close`.
+        self._file = open(self.path / "events.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._lock = threading.Lock()
         self._seq = 0
 

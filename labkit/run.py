@@ -148,11 +148,14 @@ class Run:
     def balance(self) -> pd.DataFrame:
         """How even the work was: for each local pass that all workers reached, mean_s, max_s and ratio = mean T / max T.
 
-        T is the time of the local pass: optimiser steps and score, emulated sleep included.
+        T is the time of the local pass: optimiser steps and score, emulated sleep included. A last pass that the end of the run
+        has cut short does not count.
         """
         import pandas as pd
 
         pushes = self.events.query("kind == 'push'")
+        by_worker = pushes.groupby("worker").samples
+        pushes = pushes[(pushes.samples >= by_worker.shift(1, fill_value=0)) | by_worker.shift(-1).notna()]
         if pushes.empty:
             return pd.DataFrame(columns=["pass", "mean_s", "max_s", "ratio"])
         times = (pushes.compute_s + pushes.score_s).groupby([pushes["pass"], pushes.worker]).sum().unstack()
@@ -200,7 +203,10 @@ class Run:
         }
 
     def time_to(self, score: float) -> float | None:
-        """Seconds until the global weights first reached `score` on the test set, between kept versions by straight lines; None if never."""
+        """Seconds until the global weights first reached `score` on the test set; None if they never did.
+
+        Between kept versions the curve is taken as straight.
+        """
         curve = self.curve()
         reached = np.flatnonzero(curve.score.to_numpy() >= score)
         if not len(reached):
@@ -219,9 +225,7 @@ class Run:
         from labkit.worker import Layout
 
         stored = record.read_json(self.path / "layout.json")
-        return Layout(
-            tuple(stored["names"]), tuple(tuple(s) for s in stored["shapes"]), stored["n_params"], stored["n_buffers"]
-        )
+        return Layout(tuple(stored["names"]), tuple(tuple(s) for s in stored["shapes"]), stored["n_params"], stored["n_buffers"])
 
     def flat(self, version: int | None = None) -> np.ndarray:
         """The global weights as one flat float32 vector; the newest kept version unless told which."""

@@ -16,6 +16,7 @@ Started by `labkit.training` in a process of its own; spoken to by `labkit.worke
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import queue
@@ -267,10 +268,8 @@ class Server:
 
 
 def _interrupt(connection: wire.Connection, reason: str) -> None:
-    try:
+    with contextlib.suppress(WireError):  # it may be gone already
         connection.send({"op": "stop", "reason": reason, "wait_s": 0.0})
-    except WireError:
-        pass  # it is gone already
 
 
 def main() -> None:

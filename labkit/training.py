@@ -74,7 +74,8 @@ def train(
     seed
         Initial weights, shuffles and orders all derive from it.
     name, runs
-        The run is recorded in `runs/name`; an earlier run there is kept under `name.1`, `name.2`, ... Default name: strategy and seed.
+        The run is recorded in `runs/name`; an earlier run there is kept under `name.1`, `name.2`, ... Default name: strategy
+        and seed.
     checkpoints
         How many versions to keep and to measure afterwards, spread evenly over the run.
 
@@ -273,10 +274,8 @@ class Session:
     def _finish(self, state: str, reason: str) -> None:
         self._status = {**self._status, "reason": reason}
         if state == "failed":
-            try:
+            with contextlib.suppress(OSError):  # an unwritable folder may be why it failed
                 record.write_json(self.path / "status.json", {**self._status, "state": "failed"})
-            except OSError:
-                pass  # an unwritable folder may be why it failed
         if self.lab.run is self.run:
             self.lab.run = None
         self.state = state

@@ -15,6 +15,7 @@ Used by `labkit.server` (accept), `labkit.worker` and `labkit.run` (connect).
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
@@ -92,10 +93,8 @@ class Connection:
         return bool(select.select([self.sock], [], [], 0)[0])
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the other side may have been quicker
             self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side was quicker
         self.sock.close()
 
     def __enter__(self) -> Connection:
@@ -136,10 +135,8 @@ def listen(host: str = "127.0.0.1") -> socket.socket:
 
 def shut(listener: socket.socket) -> None:
     """Close a listening socket; a thread that waits in its `accept` gets an `OSError`."""
-    try:
-        listener.shutdown(socket.SHUT_RDWR)  # closing alone does not wake it on Linux
-    except OSError:
-        pass  # closing does, on macOS
+    with contextlib.suppress(OSError):  # macOS, where closing is enough; on Linux that alone does not wake who accepts
+        listener.shutdown(socket.SHUT_RDWR)
     listener.close()
 
 

@@ -136,7 +136,7 @@ class Shard:
 
 
 class Slowness:
-    """Emulated speed: after work that took t seconds, sleep (factor - 1) t; factor = slowdown * exp(jitter z), z normal, at least 1."""
+    """Emulated speed: after work that took t seconds, sleep (factor - 1) t; factor = max(1, slowdown * exp(jitter z)), z normal."""
 
     def __init__(self, slowdown: float, jitter: float, seed: int, worker: int, device: str) -> None:
         self.slowdown, self.jitter, self.device = slowdown, jitter, device
