@@ -27,7 +27,7 @@ FONTS = {"title": 13, "labels": 12, "xticks": 11, "yticks": 11, "legend": 11}
 
 MODES = ("static", "interactive")
 
-_loaded: dict[str, str] = {}
+_loaded: dict[str, str | None] = {}
 
 
 def extension(mode: str | None = None) -> str:
@@ -45,7 +45,10 @@ def extension(mode: str | None = None) -> str:
     mode = mode or ("interactive" if interactive() else "static")
     if mode not in MODES:
         raise ValueError(f"there is no plotting mode {mode!r}; it can be 'static' (pictures) or 'interactive' (bokeh).")
-    if _loaded.get("mode") == mode:
+    cell, execution = _cell()
+    # The scripts of bokeh lie in the output of the cell that loaded them: who runs that cell again throws them away.
+    again = mode == "interactive" and cell is not None and cell == _loaded.get("cell") and execution != _loaded.get("execution")
+    if _loaded.get("mode") == mode and not again:
         return mode
     import holoviews as hv
 
@@ -62,7 +65,7 @@ def extension(mode: str | None = None) -> str:
             import hvplot.pandas  # noqa: F401
         hv.Store.set_current_backend("bokeh")
     hv.Store.renderers["matplotlib"].dpi = 120
-    _loaded["mode"] = mode
+    _loaded.update(mode=mode, cell=cell, execution=execution)
     return mode
 
 
@@ -77,6 +80,16 @@ def interactive() -> bool:
     in_kernel = ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
     # A Jupyter server tells its kernels the notebook's name; papermill, scripts and consoles have none.
     return in_kernel and "JPY_SESSION_NAME" in os.environ
+
+
+def _cell() -> tuple[str | None, str | None]:
+    """The notebook cell that is being executed and this execution of it, each as its id; None where there is none."""
+    ipython = sys.modules.get("IPython")
+    kernel = getattr(ipython.get_ipython(), "kernel", None) if ipython is not None else None
+    if kernel is None:
+        return None, None
+    parent = kernel.get_parent("shell") or {}
+    return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
 
 
 def _quiet() -> Any:

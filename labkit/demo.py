@@ -29,12 +29,12 @@ DEMO_COLUMNS = {
     "staleness_p50": "staleness p50",
     "status": "status",
 }
-SETTINGS = {  # of notebook 03: a sixth of Fashion-MNIST's training images, so that the five runs take some four minutes on 2 cores
-    "train_samples": 10000,
+SETTINGS = {  # of notebook 03: 8,000 of the 60,000 training images of Fashion-MNIST, so that the five runs take some four minutes on 2 cores
+    "train_samples": 8000,
     "test_samples": 4000,
     "passes": 6.0,
     "local_steps": 32,
-    "target": 0.86,
+    "target": 0.85,
 }
 
 

@@ -29,6 +29,8 @@ def line(status: dict) -> str:
         parts.append(status["state"] + (f": {status['reason']}" if status.get("reason") else ""))
     elif not status.get("started"):
         parts.append("workers are starting")
+    elif share == 1.0:
+        parts.append("measuring the curve")
     elif share > 0.02:
         parts.append(f"{seconds * (1 - share) / share:.0f} s left")
     return ", ".join(parts)

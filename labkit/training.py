@@ -367,10 +367,13 @@ def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[
 def _end(server: subprocess.Popen) -> bytes:
     """What the server said last; it is killed if it still goes. Twice is fine."""
     server.kill()
-    try:
-        return server.communicate()[0]
-    except (OSError, ValueError):  # its pipes are closed already
-        return b""
+    server.wait()
+    said = b"" if server.stdout.closed else server.stdout.read()
+    for pipe in (server.stdin, server.stdout):
+        with contextlib.suppress(OSError):  # what it was not told any more
+            if pipe:
+                pipe.close()
+    return said
 
 
 def _host(lab: Lab) -> str:
