@@ -438,7 +438,7 @@ def test_a_worker_that_loses_the_server_does_not_end_the_run(update, train, monk
         push(self, done)
 
     monkeypatch.setattr(_Worker, "_push", lossy)
-    a_problem = problem()
+    a_problem = problem(kind=Slow)  # so that both have their turns
     run = ended(train(a_problem, update=update, passes=6))
     events = run.events
     merges = events[events.kind == "merge"]
