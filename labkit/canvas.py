@@ -159,9 +159,7 @@ def boxes(rows: Any, number: int, label: str, names: Sequence[str] = ("left", "b
     return box.opts(facecolor=colour, edgecolor="white", linewidth=0, hatch=hatch, backend="matplotlib")
 
 
-def columns(
-    heights: dict[str, Any], names: Sequence[str], title: str, note: str, text: str = "", **options: Any
-) -> Any:
+def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str, text: str = "", **options: Any) -> Any:
     """A figure of bars side by side: `heights` maps a colour's label to its heights, one for each of `names`.
 
     `text` formats the number written above each bar ("{:.0f}"); without it none is written.
@@ -296,9 +294,7 @@ def _matplotlib_look(title: str, note: str, legend: Sequence[tuple[str, int, str
             lines.grid(True, alpha=0.3 if name in grid else 0)
             lines.set_zorder(-1)  # HoloViews puts its first element at 0, below a grid
         if legend:
-            below = axis.transAxes + ScaledTranslation(
-                0, -0.7, axis.figure.dpi_scale_trans
-            )  # inches, clear of the x axis
+            below = axis.transAxes + ScaledTranslation(0, -0.7, axis.figure.dpi_scale_trans)  # inches, clear of the x axis
             where = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0}
             style = {"frameon": False, "fontsize": FONTS["legend"], "handlelength": 3, "ncols": _columns(legend)}
             axis.legend(handles=[_handle(*entry) for entry in legend], **where, **style)

@@ -29,7 +29,8 @@ DEMO_COLUMNS = {
     "staleness_p50": "staleness p50",
     "status": "status",
 }
-SETTINGS = {  # of notebook 03: 8,000 of the 60,000 training images of Fashion-MNIST, so that the five runs take some four minutes on 2 cores
+# Of notebook 03: 8,000 of the 60,000 training images of Fashion-MNIST, so that the five runs take some four minutes on 2 cores.
+SETTINGS = {
     "train_samples": 8000,
     "test_samples": 4000,
     "passes": 6.0,
@@ -47,9 +48,7 @@ def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
 
     notebook = Path(__file__).resolve().parent.parent / "notebooks" / "03-update-the-weights.ipynb"
     if not notebook.is_file():
-        raise SweepError(
-            f"the demo needs {notebook}, which comes with the repository: clone it, and `pip install -e .`"
-        )
+        raise SweepError(f"the demo needs {notebook}, which comes with the repository: clone it, and `pip install -e .`")
     print("Five ways to train on two uneven workers, one after another, because they are timed.", flush=True)
     table = sweep(notebook, {**SETTINGS, "strategy": STRATEGIES}, out=out)
     table = table[table["strategy"].isin(STRATEGIES)].reset_index(drop=True)

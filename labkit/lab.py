@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import atexit
 import difflib
-import logging
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from labkit.dask_workers import find_workers, gather, quiet, start_client
 from labkit.errors import ClusterError
 
 KINDS = ("threads", "dask")
@@ -131,7 +129,7 @@ class Lab:
         if len(self.lost()) == len(self.workers):
             raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
         futures = self.client.map(fn, list(items), pure=False, workers=self._addresses)
-        return _gather(self.client, futures, timeout)
+        return gather(self.client, futures, timeout)
 
     def lost(self) -> list[int]:
         """Indices of workers that are gone."""
@@ -155,7 +153,7 @@ class Lab:
         self.closed = True
         if _current and _current[1] is self:
             _current = None
-        with _quiet():
+        with quiet():
             for thing in self._owned:
                 thing.close(timeout=10)
         if self._scratch:
@@ -255,19 +253,24 @@ def connect(
             if made_for == request and not lab.closed and not lab.lost():
                 return lab
             lab.close()
-        with _quiet():
+        with quiet():
             scratch = None if address or client is not None else tempfile.mkdtemp(prefix="labkit-")
             try:
-                dask_client, owned = _client(kind, n_workers, threads_per_worker, address, client, timeout, scratch)
+                dask_client, owned = start_client(kind, n_workers, threads_per_worker, address, client, timeout, scratch)
             except BaseException:
                 shutil.rmtree(scratch or "", ignore_errors=True)
                 raise
-            lab = Lab(kind, dask_client, [], [], jitter=jitter, owned=owned, scratch=scratch)
             try:
-                _find_workers(lab, n_workers, threads_per_worker, slowdown, timeout)
+                found = find_workers(dask_client, n_workers, slowdown, timeout)
             except BaseException:
-                lab.close()
+                Lab(kind, dask_client, [], [], owned=owned, scratch=scratch).close()
                 raise
+            workers = []
+            for index, (name, host, pid, gpus) in enumerate(found.values()):
+                device = f"cuda:{index % gpus}" if gpus else "cpu"
+                factor = float(slowdown[index]) if slowdown is not None else 1.0
+                workers.append(Worker(index, name, host, device, threads_per_worker, pid, factor))
+            lab = Lab(kind, dask_client, workers, list(found), jitter=jitter, owned=owned, scratch=scratch)
         _current = (request, lab)
     return lab
 
@@ -296,121 +299,3 @@ def _check_request(kind, n_workers, threads_per_worker, slowdown, jitter, addres
             raise ClusterError(f"slowdown={list(slowdown)}: a factor below 1 would be a speed-up; 1 is the true speed.")
     if address and client is not None:
         raise ClusterError("give address or client, not both.")
-
-
-def _client(kind, n_workers, threads, address, client, timeout, scratch) -> tuple[Any, list[Any]]:
-    """A Dask client, and what this lab has to close (the client first)."""
-    import dask
-    from distributed import Client, LocalCluster
-
-    if client is not None:
-        if isinstance(client, Client):
-            return client, []
-        made = Client(client, timeout=timeout, set_as_default=False)
-        return made, [made]
-    if address:
-        try:
-            made = Client(address, timeout=timeout, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise ClusterError(f"no Dask scheduler answers at {address}: {error}.") from error
-        return made, [made]
-    settings = {
-        "temporary-directory": scratch,  # the scheduler's too
-        "distributed.worker.profile.enabled": False,  # it samples every 10 ms and would be timed too
-        "distributed.admin.system-monitor.gil.enabled": False,
-        "distributed.scheduler.worker-ttl": None,  # a long step that holds the GIL is no dead worker
-        "distributed.comm.timeouts.connect": f"{timeout:g}s",
-    }
-    with dask.config.set(settings):
-        processes = {
-            "host": "127.0.0.1",
-            "env": dict.fromkeys(_THREAD_VARIABLES, str(threads)),
-            "preload": ["labkit.lab"],  # calls dask_setup there
-        }
-        cluster = LocalCluster(
-            n_workers=n_workers,
-            threads_per_worker=1,  # one task at a time; torch's threads are set by the worker
-            processes=kind != "threads",
-            dashboard_address="127.0.0.1:0",
-            memory_limit=None,
-            local_directory=scratch,
-            silence_logs=logging.CRITICAL,
-            **(processes if kind != "threads" else {}),
-        )
-        made = Client(cluster, timeout=timeout, set_as_default=False)
-    return made, [made, cluster]
-
-
-def dask_setup(worker: Any) -> None:
-    """Dask calls this in each worker process. An interrupt of the notebook reaches the whole process group; it is for the kernel,
-    and the workers have to outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def _find_workers(lab: Lab, n_workers, threads, slowdown, timeout) -> None:
-    """Wait until the workers are there, order them by name, ask each of them who it is."""
-    client, wanted = lab.client, n_workers or len(slowdown or [0])
-    limit = time.monotonic() + timeout
-    while len(known := client.scheduler_info(n_workers=-1)["workers"]) < wanted:
-        if time.monotonic() > limit:
-            raise ClusterError(
-                f"{len(known)} of {wanted} workers arrived in {timeout:g} s. Try connect(n_workers=1, kind='threads'), "
-                "or give a longer timeout."
-            )
-        time.sleep(0.05)
-    addresses = sorted(known, key=lambda address: (isinstance(known[address]["name"], str), known[address]["name"], address))
-    addresses = addresses[: n_workers or len(addresses)]
-    if slowdown is not None and len(slowdown) != len(addresses):
-        raise ClusterError(f"slowdown has {len(slowdown)} entries for {len(addresses)} workers. Give one factor for each worker.")
-    about = client.run(_describe, workers=addresses)
-    for index, address in enumerate(addresses):
-        host, pid, gpus = about[address]
-        device = f"cuda:{index % gpus}" if gpus else "cpu"
-        factor = float(slowdown[index]) if slowdown is not None else 1.0
-        lab.workers.append(Worker(index, str(known[address]["name"]), host, device, threads, pid, factor))
-    lab._addresses, lab._alive, lab._asked = addresses, known, time.monotonic()
-
-
-def _describe() -> tuple[str, int, int]:
-    """Runs on a worker: host, process id, number of GPUs. torch is asked only where a GPU driver is there."""
-    import glob
-    import socket
-
-    gpus = 0
-    if glob.glob("/dev/nvidia[0-9]*"):
-        import torch
-
-        gpus = torch.cuda.device_count()
-    return socket.gethostname(), os.getpid(), gpus
-
-
-def _gather(client: Any, futures: list[Any], timeout: float) -> list[Any]:
-    from distributed import wait
-
-    try:
-        with client.as_current():
-            wait(futures, timeout=timeout)
-    except TimeoutError as error:
-        left = sum(not future.done() for future in futures)
-        client.cancel(futures)
-        raise ClusterError(f"{left} of {len(futures)} tasks were not done within {timeout:g} s; they were cancelled.") from error
-    return client.gather(futures)
-
-
-@contextmanager
-def _quiet():
-    """Dask says a lot about workers that come and go; in a notebook that reads like failure."""
-    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "asyncio", "bokeh")]
-    names = [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
-    loggers += [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

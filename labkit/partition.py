@@ -158,7 +158,8 @@ class IDPA(UDPA):
         Relative speed of each worker for batch 1: a list by worker index ("declared"), or None for the speed probed by
         timing a few optimiser steps before the start.
     smoothing
-        Weight in [0, 1) of the earlier estimate when a new time per sample is measured; 0 trusts the latest pass alone.
+        The time per sample is the median over so many of a worker's latest passes, so that one pass that was disturbed does not
+        shape the shards; 1 trusts the latest pass alone.
     stratified
         Each batch holds the classes in their true shares.
     """
@@ -170,22 +171,22 @@ class IDPA(UDPA):
         batches: int = 4,
         *,
         speeds: Iterable[float] | None = None,
-        smoothing: float = 0.3,
+        smoothing: int = 5,
         stratified: bool = False,
     ) -> None:
         super().__init__(stratified=stratified)
         if int(batches) != batches or batches < 1:
             raise ValueError(f"batches={batches}: IDPA needs a whole number of batches, at least 1.")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing={smoothing} must lie in [0, 1).")
-        self.batches, self.smoothing = int(batches), float(smoothing)
+        if int(smoothing) != smoothing or smoothing < 1:
+            raise ValueError(f"smoothing={smoothing}: IDPA needs a whole number of passes, at least 1.")
+        self.batches, self.smoothing = int(batches), int(smoothing)
         self.speeds = None if speeds is None else [float(speed) for speed in speeds]
         if self.speeds is not None and not all(np.isfinite(s) and s > 0 for s in self.speeds):
             raise ValueError(f"speeds={self.speeds}: every relative speed must be a positive number.")
 
     def start(self, n_samples: int, workers: Iterable[int], *, seed: int = 0, labels: np.ndarray | None = None) -> None:
         super().start(n_samples, workers, seed=seed, labels=labels)
-        self._measured: set[int] = set()
+        self._measured: dict[int, list[float]] = {}
         if self.speeds is not None:
             if len(self.speeds) != len(self.workers):
                 raise PartitionError(
@@ -198,7 +199,7 @@ class IDPA(UDPA):
 
     def leave(self, worker: int) -> None:
         super().leave(worker)
-        self._measured.discard(worker)
+        self._measured.pop(worker, None)
 
     def _learn(self, seconds: Mapping[int, float]) -> None:
         for worker, value in seconds.items():
@@ -207,9 +208,8 @@ class IDPA(UDPA):
             if self.count.get(worker, 0) == 0:  # a probe: declared speeds stand, and the first true pass replaces it
                 self.seconds.setdefault(worker, float(value))
                 continue
-            keep = self.smoothing if worker in self._measured else 0.0
-            self.seconds[worker] = keep * self.seconds.get(worker, value) + (1 - keep) * float(value)
-            self._measured.add(worker)
+            latest = [*self._measured.get(worker, []), float(value)][-self.smoothing :]
+            self._measured[worker], self.seconds[worker] = latest, float(np.median(latest))
 
     def _speeds(self, workers: list[int]) -> list[float]:
         known = [1 / self.seconds[worker] for worker in workers if worker in self.seconds]

@@ -200,10 +200,7 @@ def timeline(run: Run) -> hv.Overlay:
     ticks = ticks.opts(color="black", line_width=1, backend="bokeh")
     ticks = ticks.opts(color="black", linewidth=1, backend="matplotlib")
     slow = canvas.slowdowns(run)
-    names = [
-        (y, f"worker {worker}" + (f" ({slow[worker]:g}x)" if slow.get(worker, 1) != 1 else ""))
-        for worker, y in rows.items()
-    ]
+    names = [(y, f"worker {worker}" + (f" ({slow[worker]:g}x)" if slow.get(worker, 1) != 1 else "")) for worker, y in rows.items()]
     note, end = canvas.caption([run], "ticks: merges"), float(spans["end"].max())
     return canvas.finish(
         canvas.overlay([*pieces, ticks]), title, note, legend, xlabel="time (s)", ylabel="",
@@ -253,8 +250,7 @@ def weights(run: Run) -> hv.Overlay:
     given, trained = given / given.sum(), trained / max(trained.sum(), 1)
     worker = (given - trained).abs().idxmax()
     title = (
-        f"{run.label}: worker {int(worker)} trains on {_percent(trained[worker])} of the samples, "
-        f"weighs {_percent(given[worker])}"
+        f"{run.label}: worker {int(worker)} trains on {_percent(trained[worker])} of the samples, weighs {_percent(given[worker])}"
     )
     heights = {"share of the samples": 100 * trained.to_numpy(), "effective weight": 100 * given.to_numpy()}
     names = [f"worker {int(index)}" for index in given.index]
@@ -297,10 +293,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
         same = [[run.config.get(key) for key in SAME], canvas.slowdowns(run)]
         groups.setdefault((run.label, json.dumps(same, sort_keys=True, default=str)), []).append(run)
     labels = [label for label, _ in groups]
-    return {
-        label if labels.count(label) == 1 else f"{label} ({group[0].name})": group
-        for (label, _), group in groups.items()
-    }
+    return {label if labels.count(label) == 1 else f"{label} ({group[0].name})": group for (label, _), group in groups.items()}
 
 
 def _count(group: Sequence[Run], told: bool) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from labkit.problems import Problem
-    from labkit.training import Session
+    from labkit.session import Session
 
 _handles: weakref.WeakSet[Run] = weakref.WeakSet()
 NAMES = {"allreduce": "AllReduce"}  # the other rules are written in capitals
@@ -135,7 +135,7 @@ class Run:
             return pd.read_parquet(file)
         if self.state == "running":
             raise RunError(f"run {self.name} still goes; its curve is measured at the end. Use run.wait() first.")
-        from labkit.training import measure
+        from labkit.evaluation import measure
 
         return measure(self, self.problem())
 

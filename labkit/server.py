@@ -11,7 +11,7 @@ the lock: versions are immutable arrays, so one worker can still be receiving ve
       push (weights, Q, times)   ------->     merge
       go, or stop                <-------     release; while it is held: hold, hold, ...
 
-Started by `labkit.training` in a process of its own; spoken to by `labkit.worker` and `labkit.training`.
+Started by `labkit.session` in a process of its own; spoken to by `labkit.worker` and `labkit.session`.
 """
 
 from __future__ import annotations

@@ -36,9 +36,7 @@ def shuffled(n: int) -> np.ndarray:
 def first(option: str, wanted: int | None, order: np.ndarray, but: str = "") -> np.ndarray:
     """The first `wanted` of `order`, all for None; ProblemError, naming the option, if there are fewer."""
     if wanted is not None and wanted > order.size:
-        raise ProblemError(
-            f"{option}={wanted}, but the data have {order.size}{but}. Use {option}=None for all of them."
-        )
+        raise ProblemError(f"{option}={wanted}, but the data have {order.size}{but}. Use {option}=None for all of them.")
     return order[:wanted].copy()
 
 

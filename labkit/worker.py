@@ -9,7 +9,7 @@ a new order of the shard from (seed, worker, pass), so a run can be repeated and
 
 Emulated slowness is honest: after each piece of work the worker sleeps in proportion to the time that piece took.
 
-Runs on the workers of a `Lab`, sent there by `labkit.training`.
+Runs on the workers of a `Lab`, sent there by `labkit.session`.
 """
 
 from __future__ import annotations

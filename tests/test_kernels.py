@@ -50,18 +50,14 @@ def test_four_at_once_get_their_values_their_folder_and_leave_nothing(tmp_path, 
     extras = [(1, 2), np.float32(0.5), Path("data"), float("nan")]
     table = sweep("books/a {b}.ipynb", [{"seed": i, "extra": e} for i, e in enumerate(extras)], out="out", parallel=4)
     assert list(table["status"]) == ["done"] * 4
-    assert list(table["values"])[:3] == [
-        [i, 0.1, [1, 2], e] for i, e in enumerate([[1, 2], 0.5, str(tmp_path / "data")])
-    ]
+    assert list(table["values"])[:3] == [[i, 0.1, [1, 2], e] for i, e in enumerate([[1, 2], 0.5, str(tmp_path / "data")])]
     assert math.isnan(table["values"][3][3])
     assert set(table["cwd"]) == {str(books)} and set(table["beside"]) == {42} and set(table["plots"]) == {"static"}
     assert [Path(path).parent for path in table["notebook"]] == [Path(path) for path in table["here"]]
     assert set(table["threads"]) == {os.environ["OMP_NUM_THREADS"]}
     assert os.environ == before and Path.cwd() == tmp_path
     assert len(set(table["sockets"])) == 4 and not any(map(os.path.exists, table["sockets"]))
-    assert sorted(path.name for path in Path("out").iterdir()) == sorted(
-        [*(f"a {{b}}-{i}" for i in table["id"]), "sweep.json"]
-    )
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted([*(f"a {{b}}-{i}" for i in table["id"]), "sweep.json"])
     assert not recwarn.list
     executed = nbformat.read(table["notebook"][0], 4)
     assert executed.metadata.papermill.input_path == str(notebook)
@@ -112,14 +108,10 @@ def test_a_kernel_that_does_not_come_up_is_started_once_more(tmp_path, monkeypat
 
 
 def test_an_interrupt_stops_the_kernels_and_the_same_call_goes_on(tmp_path):
-    notebook = write(
-        tmp_path / "n.ipynb", "import time\ntime.sleep(60 if not lr else 0)", REPORT + "report(run_dir, {})"
-    )
+    notebook = write(tmp_path / "n.ipynb", "import time\ntime.sleep(60 if not lr else 0)", REPORT + "report(run_dir, {})")
     call = f"sweep({str(notebook)!r}, {{'lr': [0, 1]}}, out={str(tmp_path / 'out')!r})"
     script = "from labkit.sweeps import sweep\n" + call
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 40
     while time.monotonic() < deadline and not list((tmp_path / "out").glob("*/status.json")):
         time.sleep(0.1)

@@ -132,9 +132,7 @@ def test_the_verdict_of_the_demo(times, says):
 
 
 def test_the_verdict_copes_without_results():
-    assert verdict(pd.DataFrame({"strategy": ["allreduce+udpa"], "status": ["done"], "error": [""]})).startswith(
-        "No strategy"
-    )
+    assert verdict(pd.DataFrame({"strategy": ["allreduce+udpa"], "status": ["done"], "error": [""]})).startswith("No strategy")
     assert label("allreduce+udpa") == "AllReduce"
 
 

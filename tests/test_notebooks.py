@@ -36,9 +36,7 @@ def test_every_notebook_is_here():
     assert {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("[0-9]*.ipynb")} == set(TINY)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if "bench" in name else []) for name in TINY]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "bench" in name else []) for name in TINY])
 def test_it_runs_and_leaves_results_and_figures(name, tmp_path, cache):
     table = labkit.sweep(path_of(name), [TINY[name]], out=tmp_path / "sweep", timeout=110, progress=False)
     assert set(table.status) == {"done"}, table[["error", "notebook"]].to_dict("records")

@@ -81,9 +81,7 @@ class Recorded:
             row["seq"] = seq
 
     def _event(self, seconds, kind, worker, **fields):
-        self.rows.append(
-            {"time": 1e9 + seconds, "seconds": seconds, "kind": kind, "worker": worker, "incarnation": 0, **fields}
-        )
+        self.rows.append({"time": 1e9 + seconds, "seconds": seconds, "kind": kind, "worker": worker, "incarnation": 0, **fields})
 
     def curve(self):
         if not self.rows:
@@ -91,9 +89,7 @@ class Recorded:
         pushes = self.events[self.events["kind"] == "push"]
         seconds = np.concatenate([[0.0], pushes["seconds"].astype(float)])
         score = (
-            0.95
-            - 0.85 * np.exp(-seconds / (1.5 if not self.barrier else 2.5))
-            + 0.01 * np.sin(seconds * 7 + self.config["seed"])
+            0.95 - 0.85 * np.exp(-seconds / (1.5 if not self.barrier else 2.5)) + 0.01 * np.sin(seconds * 7 + self.config["seed"])
         )
         return pd.DataFrame(
             {
@@ -299,9 +295,7 @@ def test_balance_holds_the_ratios(run):
     figure = plots.balance(run)
     ((label, line),) = pieces(figure, "Curve").items()
     assert np.allclose(line["ratio"], ratio)
-    assert label == f"AGWU + IDPA: mean {ratio[1:].mean():.2f} from pass 2 on" and f"{ratio[1:].mean():.2f}" in title(
-        figure
-    )
+    assert label == f"AGWU + IDPA: mean {ratio[1:].mean():.2f} from pass 2 on" and f"{ratio[1:].mean():.2f}" in title(figure)
 
 
 def test_weights_are_shares(run):

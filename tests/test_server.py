@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from labkit import record, training, wire
+from labkit import record, session, wire
 from labkit import server as server_module
 from labkit.errors import WireError
 from labkit.partition import IDPA, UDPA
@@ -431,7 +431,7 @@ def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
     """10 MB of weights, two workers, asynchronous: the rule keeps a base for each."""
     n = 2_500_000
     big = spec(tmp_path, weights=np.zeros(n, np.float32), n_buffers=0, budget=17 * 4)
-    process, address = training._start_server(big, tmp_path)
+    process, address = session._start_server(big, tmp_path)
     try:
         clients = [Client(address, index, size=n) for index in (0, 1)]
         peak = 0
@@ -446,15 +446,15 @@ def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
         for client in clients:
             client.connection.close()
         assert process.wait(10) == 0
-        last = json.loads(training._end(process))
+        last = json.loads(session._end(process))
     finally:
-        training._end(process)
+        session._end(process)
     assert last["state"] in ("done", "failed") and (tmp_path / "server.log").read_text() == ""
     assert record.read_checkpoint(tmp_path, last["version"], n)[0] == last["version"] or last["version"] > 0
 
 
 def test_a_server_whose_parent_is_gone_serves_to_the_end(tmp_path):
-    process, address = training._start_server(spec(tmp_path, workers=(0,)), tmp_path)
+    process, address = session._start_server(spec(tmp_path, workers=(0,)), tmp_path)
     process.stdout.close()  # the parent reads no more
     client = Client(address, 0)
     client.pull()

@@ -132,9 +132,7 @@ def test_the_id_is_of_source_parameters_and_version_and_nothing_else(tmp_path, m
     notebook["cells"][-1].update(outputs=[{"output_type": "stream", "name": "stdout", "text": "x"}], execution_count=4)
     (tmp_path / "n.ipynb").write_text(json.dumps(notebook))
     for out in ("out", "elsewhere"):
-        assert [
-            job["id"] for job in sweeps._jobs(tmp_path / "n.ipynb", {"seed": 1}, tmp_path / out, "python3", 9)
-        ] == one
+        assert [job["id"] for job in sweeps._jobs(tmp_path / "n.ipynb", {"seed": 1}, tmp_path / out, "python3", 9)] == one
     monkeypatch.setattr(sweeps, "_version", lambda: "9")
     assert ids({"seed": 1}, "1") != one
 

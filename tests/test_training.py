@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import labkit
-from labkit import training
+from labkit import session, training
 from labkit.collective import steps
 from labkit.errors import ClusterError, LabError, PartitionError, RunError, WireError, WorkerError
 from labkit.partition import UDPA
@@ -106,7 +106,7 @@ def ended(run, state="done", timeout=40):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(training, "POLL_S", 0.02)
+    monkeypatch.setattr(session, "POLL_S", 0.02)
 
 
 @pytest.fixture
@@ -358,7 +358,10 @@ def test_running_the_cell_again_begins_again_and_keeps_the_earlier_run(train, ca
     with pytest.raises(ClusterError, match=r"still trains 'x'\. Call run\.wait\(\) or run\.stop\(\)"):
         train(problem(), name="y")
     second = ended(train(problem(), passes=1, name="x"))
-    assert first.state == "stopped" and capsys.readouterr().out == "Stopping 'x', which is begun again.\n"
+    assert first.state == "stopped" and capsys.readouterr().out.splitlines() == [
+        "Stopping 'x', which is begun again.",
+        "The earlier run 'x' is kept as x.1.",
+    ]
     assert second.path.name == "x" and first.path == second.path.with_name("x.1")
     assert first.config["passes"] == 1000 and first.events.time.max() < second.events.time.min()  # each handle its own run
     third = ended(train(problem(), passes=1, name="x"))
@@ -459,7 +462,7 @@ def test_a_server_that_dies_fails_the_run(train):
 
 def test_a_connection_to_the_server_that_breaks_is_made_again(train, monkeypatch):
     """The kernel's own connection: a pause of the kernel must not end a healthy run."""
-    asked, ask = [], training.Session._ask
+    asked, ask = [], session.Session._ask
 
     def flaky(self, connection):
         asked.append(1)
@@ -468,8 +471,8 @@ def test_a_connection_to_the_server_that_breaks_is_made_again(train, monkeypatch
             raise WireError("as after a long pause")
         ask(self, connection)
 
-    monkeypatch.setattr(training.Session, "_ask", flaky)
-    monkeypatch.setattr(training, "RETRY_S", 0.1)
+    monkeypatch.setattr(session.Session, "_ask", flaky)
+    monkeypatch.setattr(session, "RETRY_S", 0.1)
     ended(train(problem(kind=Slow), passes=15))
     assert len(asked) > 2
 
@@ -532,7 +535,7 @@ def test_a_server_that_cannot_start_leaves_the_lab_free(train, monkeypatch, lab,
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(training.sys, "executable", str(broken))
+    monkeypatch.setattr(session.sys, "executable", str(broken))
     with pytest.raises(RunError, match="the server did not start"):
         train(problem())
     monkeypatch.undo()

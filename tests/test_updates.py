@@ -184,7 +184,7 @@ def test_who_joins_gets_the_current_version_and_may_push(name):
 def test_names():
     assert isinstance(make_update("AGWU"), AGWU)
     assert make_update({"name": "agwu", "quality": "raw"}).quality == "raw"
-    with pytest.raises(ValueError, match="unknown update 'sgwo'. Known: sgwu, agwu, allreduce. Did you mean 'sgwu'"):
+    with pytest.raises(ValueError, match=r"unknown update 'sgwo'\. Known: sgwu, agwu, allreduce\. Did you mean 'sgwu'"):
         make_update("sgwo")
     with pytest.raises(ValueError, match="no quality 'best'"):
         AGWU(quality="best")

@@ -74,9 +74,7 @@ def from_path(path: Path) -> Dataset:
         return shard(path.stem, file_key([path]), lambda: (_parquet(path), None))
     if path.suffix in (".h5", ".hdf5"):
         return shard(path.stem, file_key([path]), lambda: _hdf5(path))
-    raise DataError(
-        f"{path} ends in {path.suffix or 'nothing'!r}. Known are .parquet, .h5, .hdf5 and folders of .npy files."
-    )
+    raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}. Known are .parquet, .h5, .hdf5 and folders of .npy files.")
 
 
 def _which(present: Iterable[str], where: str, optional_test: bool) -> tuple[str, ...]:
@@ -228,9 +226,7 @@ def _samples(path: Path, batch: Any, columns: list[str]) -> np.ndarray:
         if values.type.permutation not in (None, list(range(len(values.type.shape)))):
             raise DataError(f"{path}: the tensors of column x are permuted. Store them in row-major order.")
         values = values.storage.flatten()
-    while (
-        pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type)
-    ):
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
         lengths = pc.unique(pc.list_value_length(values)).to_pylist()
         if len(lengths) != 1 or not lengths[0]:
             raise DataError(f"{path}: lists in column x have the lengths {lengths[:5]}. All need one length above 0.")

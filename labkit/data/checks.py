@@ -52,9 +52,7 @@ def check_shapes(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
-def check_labels(
-    name: str, given: Mapping[str, tuple[np.ndarray, int]]
-) -> tuple[dict[str, np.ndarray], int, list[str]]:
+def check_labels(name: str, given: Mapping[str, tuple[np.ndarray, int]]) -> tuple[dict[str, np.ndarray], int, list[str]]:
     """Labels as int64, the number of classes K, and notes; `given` holds for each split its labels and the length of
     its x.
 
@@ -91,9 +89,7 @@ def _integers(called: str, y: np.ndarray, n: int) -> np.ndarray:
     if len(y) != n:
         raise DataError(f"{called} holds {len(y)} labels for the {n} samples of x. Give one label for each sample.")
     if y.dtype.kind not in "biuf":
-        raise DataError(
-            f"{called} is of type {y.dtype}. Labels are 0..K-1: use y = numpy.unique(y, return_inverse=True)[1]."
-        )
+        raise DataError(f"{called} is of type {y.dtype}. Labels are 0..K-1: use y = numpy.unique(y, return_inverse=True)[1].")
     if y.dtype.kind == "f":
         y = y.astype(np.float64)
     if y.dtype.kind == "f" and (odd := ~np.isfinite(y) | (y != np.floor(y)) | (np.abs(y) > 2**31)).any():

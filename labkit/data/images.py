@@ -69,9 +69,7 @@ def _find() -> tuple[Path | None, list[str]]:
             if not missing:
                 return folder, []
             if len(missing) < len(FILES):
-                raise DataError(
-                    f"{folder} lacks {', '.join(missing)} of Fashion-MNIST. Put all four files there, or none."
-                )
+                raise DataError(f"{folder} lacks {', '.join(missing)} of Fashion-MNIST. Put all four files there, or none.")
     cached = cache_dir() / "fashion-mnist"
     for folder in (DEBIAN, cached):
         if _complete(folder):

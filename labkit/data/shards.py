@@ -89,8 +89,7 @@ class Dataset:
 
     def __repr__(self) -> str:
         return (
-            f"Dataset({self.name!r}, shape={self.shape}, n_classes={self.n_classes}, "
-            f"n_train={self.n_train}, n_test={self.n_test})"
+            f"Dataset({self.name!r}, shape={self.shape}, n_classes={self.n_classes}, n_train={self.n_train}, n_test={self.n_test})"
         )
 
     def batch(self, indices: Any, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -239,9 +238,7 @@ def hold_out(n: int) -> np.ndarray:
     return mask
 
 
-def _write(
-    folder: Path, name: str, load: Callable[[], tuple[Source, Source | None]], synthetic: bool
-) -> dict[str, Any]:
+def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | None]], synthetic: bool) -> dict[str, Any]:
     """Check the splits, write them into `folder`, and return the `meta.json` that was written beside them."""
     train, test = load()
     given = {"train": train} if test is None else {"train": train, "test": test}

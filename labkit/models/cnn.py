@@ -176,9 +176,7 @@ def _kit(model: str, shape: tuple[int, ...], n_classes: int, width: float) -> tu
             "own, a function f(shape, n_classes)."
         )
     if min(shape) < 1 or n_classes < 1:
-        raise ProblemError(
-            f"{model} needs sizes and n_classes of at least 1, not shape {shape}, n_classes={n_classes}."
-        )
+        raise ProblemError(f"{model} needs sizes and n_classes of at least 1, not shape {shape}, n_classes={n_classes}.")
     if not width > 0 or math.isinf(width):
         raise ValueError(f"width={width!r} must be a positive number: it scales the channels of {model}.")
     return _KITS[len(shape) - 1]

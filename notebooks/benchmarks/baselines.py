@@ -20,7 +20,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def plain_loops(problem, lab, samples: int) -> float:
-    """Samples/s of all workers of `lab` together, each training on its share of `samples`, from the common start to the last end."""
+    """Samples/s of all workers together, each training on its share of `samples`, from the common start to the last end."""
     share = samples // len(lab.workers)
     begin = time.time() + 1.0  # all begin together
     tasks = [lab.start(worker.index, plain_loop, problem, share, worker.index, begin) for worker in lab.workers]
