@@ -27,7 +27,7 @@ from labkit.errors import LabError, SweepError
 if TYPE_CHECKING:
     import pandas as pd
 
-NEEDED = "torch dask distributed ipyparallel papermill nbclient ipykernel jupyterlab hvplot holoviews matplotlib pandas"
+NEEDED = "torch dask distributed ipyparallel papermill nbclient ipykernel jupyterlab ipywidgets hvplot holoviews matplotlib pandas"
 NEEDED += " numpy scikit-learn pyarrow h5py psutil cloudpickle platformdirs"
 OPTIONAL = "dask-labextension jupyter-server-proxy dask-jobqueue mpi4py optuna"
 

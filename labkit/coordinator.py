@@ -76,7 +76,7 @@ class Coordinator:
         self.deliver, self.record, self.save, self.clock = deliver, record, save, clock
         self.members: dict[int, Member] = {}
         self.incarnations: dict[int, int] = {}
-        self.seconds: dict[int, float] = {}  # per sample, of the latest local pass (of the probe at first)
+        self.seconds: dict[int, float] = {}  # per sample, measured (probed at first) and not yet known to the partition
         self.granted = self.done = 0  # samples; what is granted contains what is done
         self.idle: set[int] = set()  # workers for whom no samples are left, unless another one is lost
         self.started = self.over = False
@@ -150,6 +150,7 @@ class Coordinator:
         if self.members.get(member.index) is not member:
             return
         del self.members[member.index]
+        self.seconds.pop(member.index, None)
         self.record("leave", worker=member.index, incarnation=member.incarnation, message=why)
         if self.state == "running" and self.started:
             self.granted -= member.granted + member.unmerged
@@ -226,8 +227,9 @@ class Coordinator:
             return
         if not members:
             return
+        measured, self.seconds = self.seconds, {}  # each measurement once: the partition smooths them
         try:
-            added = self.partition.allocate([member.index for member in members], self.seconds)
+            added = self.partition.allocate([member.index for member in members], measured)
         except PartitionError as error:
             self.stop("failed", str(error))
             return

@@ -50,8 +50,9 @@ def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
     if not notebook.is_file():
         raise SweepError(f"the demo needs {notebook}, which comes with the repository: clone it, and `pip install -e .`")
     print("Five ways to train on two uneven workers, one after another, because they are timed.", flush=True)
-    table = sweep(notebook, {**SETTINGS, "strategy": STRATEGIES}, out=out)
-    table = table[table["strategy"].isin(STRATEGIES)].reset_index(drop=True)
+    table = sweep(notebook, {**SETTINGS, "strategy": STRATEGIES}, out=out, retry_failed=True)
+    # The folder may hold runs of earlier settings, too; those of this call come first.
+    table = table[table["strategy"].isin(STRATEGIES)].drop_duplicates("strategy").reset_index(drop=True)
     shown = table.reindex(columns=list(DEMO_COLUMNS)).rename(columns=DEMO_COLUMNS)
     shown["wait %"] = 100 * shown["wait %"].astype(float)
     shown["strategy"] = [label(name) for name in shown["strategy"]]

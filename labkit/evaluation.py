@@ -40,6 +40,7 @@ def measure(run: Run, problem: Problem, lab: Lab | None = None) -> pd.DataFrame:
     merges = events[events.kind == "merge"].groupby("version")[["seconds", "total"]].max()
     merges.loc[0] = 0.0
     table = pd.DataFrame(rows, columns=["version", "loss", "score"])
+    table = table[table.version.isin(merges.index)]  # a full disk may have swallowed the merge of the last one
     table["seconds"] = table.version.map(merges.seconds)
     table["samples"] = table.version.map(merges.total).astype("int64")
     table = table[["seconds", "samples", "version", "loss", "score"]]

@@ -9,7 +9,7 @@ samples are shuffled once by seed. Every sample is handed out exactly once, and 
 living worker. Rounding is by largest remainders; a target below what a worker already holds is clamped to nothing, and
 the others are rescaled so that the batch has its size.
 
-Used by `labkit.server`, which calls `allocate` whenever it releases workers.
+Used by `labkit.coordinator`, which calls `allocate` whenever it releases workers.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A problem builds the module and its optimisers, makes one optimiser step, and me
 workers with its data set by reference; a model function travels by import path, or by value when it was written in a
 notebook cell. Every seed is an argument, so the same seed gives the same weights in every process.
 
-Used by worker.py, training.py and tuning.py; a user's own problem is a subclass of `Problem`.
+Used by worker.py and training.py; a user's own problem is a subclass of `Problem`.
 """
 
 from __future__ import annotations

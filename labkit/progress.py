@@ -42,11 +42,15 @@ def show(run: Run) -> None:
 
     if not interactive():
         last = 0.0
-        while run.state == "running":
-            if time.monotonic() - last >= EVERY_S:
-                print(f"{run.label}: {line(run.status())}", flush=True)
-                last = time.monotonic()
-            time.sleep(0.1)
+        try:
+            while run.state == "running":
+                if time.monotonic() - last >= EVERY_S:
+                    print(f"{run.label}: {line(run.status())}", flush=True)
+                    last = time.monotonic()
+                time.sleep(0.1)
+        except KeyboardInterrupt:  # as in `Run.wait`
+            run.stop()
+            raise
         print(f"{run.label}: {line(run.status())}", flush=True)
         return
     import ipywidgets as widgets

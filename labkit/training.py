@@ -15,7 +15,6 @@ import socket
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from labkit import record
 from labkit.errors import ClusterError, RunError
@@ -27,9 +26,6 @@ from labkit.server import ServerSpec
 from labkit.session import Session
 from labkit.updates import Update, make_update
 from labkit.worker import Layout, flatten
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(

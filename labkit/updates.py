@@ -8,10 +8,10 @@ a version and the weights of that version. A barrier is nothing but "no replies 
     AGWU       W(i) = W(i-1) + gamma_j Q_j (W_j - W(k))              at every push              BPT-CNN 2019
     AllReduce  gradients averaged at every optimiser step            torch DDP does the work    baseline
 
-Every vector is [parameters | buffers]: buffers (BatchNorm's running statistics) are always mixed as convex averages,
-because a variance must not be extrapolated below zero.
+Every vector is [parameters | buffers]: SGWU and AGWU mix buffers (BatchNorm's running statistics) as convex averages, because a
+variance must not be extrapolated below zero; AllReduce takes those of its first worker, as DDP does.
 
-Used by `labkit.server` (live) and by anybody who tests or invents a rule.
+Used by `labkit.coordinator` (live) and by anybody who tests or invents a rule.
 """
 
 from __future__ import annotations

@@ -351,3 +351,19 @@ def test_shares_are_exact_and_leave_nobody_with_one():
         for shares in ([1, 1, 1], [100, 1, 0], [0, 0, 0], [5, 3, 9]):
             parts = _share(total, shares)
             assert sum(parts) == total and min(parts) >= min(2, total // 3)
+
+
+def test_a_time_is_measured_once_and_declared_speeds_stand_until_the_first_pass():
+    """While worker 1 is at its first pass, worker 0 comes back again and again: that says nothing new about worker 1."""
+    course = Course(AGWU(), IDPA(batches=4, speeds=[1, 1], smoothing=2), budget=200, workers=[0, 1]).join(0, 1, seconds=9.0)
+    work = {w: course.answer(w) for w in (0, 1)}
+    for _ in range(3):
+        course.push(0, work[0], seconds=2.0 * work[0].header["samples"])
+        work[0] = course.answer(0)
+        assert course.it.partition.seconds == {0: 2.0, 1: 1.0}
+    for estimate, measured in [(4.0, 4.0), (6.0, 8.0)]:  # the first pass counts alone; the median of two is their mean
+        course.push(1, work[1], seconds=measured * work[1].header["samples"])
+        work[1] = course.answer(1)
+        course.push(0, work[0], seconds=2.0 * work[0].header["samples"])
+        work[0] = course.answer(0)
+        assert course.it.partition.seconds == {0: 2.0, 1: pytest.approx(estimate)}

@@ -141,7 +141,7 @@ def test_scratch_folders_go_with_the_lab(monkeypatch, tmp_path):
     with labkit.connect("threads", 1):
         assert [path.name.startswith("labkit-") for path in tmp_path.iterdir()] == [True]
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(lab_module, "_client", boom_client)
+    monkeypatch.setattr(lab_module, "start_client", boom_client)
     with pytest.raises(ZeroDivisionError):
         labkit.connect("threads", 1)
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@
 A model is a function that returns a torch module, called as `f()` or as `f(shape, n_classes)`, where `shape` is that of
 one sample. A model of the user's own needs no entry here.
 
-Used by problems.py and subnets.py.
+Used by problems.py.
 """
 
 from __future__ import annotations
