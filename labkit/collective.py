@@ -4,7 +4,8 @@ DDP averages gradients over ranks; here they are averaged over samples, g = sum_
 j at this step, so that unequal shards (IDPA's too) give the gradient of the joint batch. Every rank takes the same number of
 steps with batches in proportion to its shard: nobody waits for a missing batch.
 
-The ranks find each other through a file in the run directory, so nothing listens for strangers. Used by `labkit.worker`.
+The ranks find each other through a file in the run directory, without a listening store; gloo itself then
+connects them over TCP, without authentication, on loopback where all are on one host. Used by `labkit.worker`.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ class Member:
     seen: int = 0  # of these, trained on so far
     unmerged: int = 0  # samples of a push that waits for the others
     held_since: float | None = None
+    waited: float = 0.0  # seconds, before it was told to stop
     loss: float | None = None
     score: float | None = None
 
@@ -151,7 +152,7 @@ class Coordinator:
             return
         del self.members[member.index]
         self.seconds.pop(member.index, None)
-        self.record("leave", worker=member.index, incarnation=member.incarnation, message=why)
+        self.record("leave", worker=member.index, incarnation=member.incarnation, wait_s=member.waited, message=why)
         if self.state == "running" and self.started:
             self.granted -= member.granted + member.unmerged
             self.done -= member.unmerged
@@ -224,6 +225,9 @@ class Coordinator:
             self.idle.update(member.index for member in members)
             if self.granted == self.done:  # nobody is under way
                 self._dismiss_idle()
+            else:
+                for member in members:
+                    self.record("hold", worker=member.index, incarnation=member.incarnation, version=self.update.version)
             return
         if not members:
             return
@@ -277,7 +281,8 @@ class Coordinator:
         self.idle.clear()
 
     def _dismiss(self, member: Member) -> None:
-        self.deliver(member.index, Answer({"op": "stop", "reason": self.reason, "wait_s": self._held(member)}))
+        member.waited = self._held(member)
+        self.deliver(member.index, Answer({"op": "stop", "reason": self.reason, "wait_s": member.waited}))
 
     def _held(self, member: Member) -> float:
         since, member.held_since = member.held_since, None

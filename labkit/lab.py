@@ -143,6 +143,13 @@ class Lab:
             alive = self._alive
         return [worker.index for worker, address in zip(self.workers, self._addresses, strict=True) if address not in alive]
 
+    def broken(self) -> bool:
+        """Is a worker lost, or the connection to all of them?"""
+        try:
+            return bool(self.lost())
+        except (OSError, RuntimeError):  # the client was closed by its owner
+            return True
+
     def close(self) -> None:
         """End the workers that this lab started; a cluster that was handed in stays as it was."""
         global _current
@@ -250,7 +257,7 @@ def connect(
     with _connecting:
         if _current:
             made_for, lab = _current
-            if made_for == request and not lab.closed and not lab.lost():
+            if made_for == request and not lab.closed and not lab.broken():
                 return lab
             lab.close()
         with quiet():

@@ -137,7 +137,8 @@ class Run:
             raise RunError(f"run {self.name} still goes; its curve is measured at the end. Use run.wait() first.")
         from labkit.evaluation import measure
 
-        return measure(self, self.problem())
+        lab = self._session.lab if self._session else None
+        return measure(self, self.problem(), lab if lab and not lab.closed and not lab.lost() and lab.run is None else None)
 
     def allocations(self) -> pd.DataFrame:
         """Who was given how many samples: worker, pass (number of the allocation), samples (added), total (held then)."""
@@ -173,7 +174,8 @@ class Run:
         seconds = float(merges.seconds.max()) if len(merges) else 0.0
         samples = float(merges.samples.sum())
         worked = float((pushes.compute_s + pushes.score_s).sum())
-        sent, waited = float(pushes.send_s.sum()), float(releases.wait_s.sum() + pushes.wait_s.sum())
+        leaves = events[events.kind == "leave"]
+        sent, waited = float(pushes.send_s.sum()), float(sum(table.wait_s.sum() for table in (releases, pushes, leaves)))
         busy = worked + sent + waited
         balance = self.balance()
         later = balance.loc[balance["pass"] >= 2, "ratio"]

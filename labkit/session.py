@@ -40,7 +40,7 @@ class Session:
         self.state = "running"
         self.tasks: list[Task] = []
         self._status: dict = {"state": "running", "samples": 0, "budget": spec.budget, "version": 0}
-        self._stop, self._over = threading.Event(), threading.Event()
+        self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
 
     def start(self, run: Run) -> None:
         self.run, self.server = run, None
@@ -67,7 +67,11 @@ class Session:
 
     def stop(self, timeout: float) -> None:
         self._stop.set()
-        if not self.wait(timeout):
+        limit = time.monotonic() + timeout
+        while not self._measuring.is_set() and time.monotonic() < limit:  # what is measured now has ended already
+            if self._over.wait(0.05):
+                return
+        if not self._measuring.is_set():
             self.server.kill()  # it does not answer; the workers see their connections close
             self.wait(10)
 
@@ -99,12 +103,21 @@ class Session:
         try:
             self._watch()
             state, reason = self._ending()
-            if state in ("done", "stopped"):
-                measure(self.run, self.problem, self.lab)
+            if state == "done":
+                reason = self._measure()
         except BaseException as error:  # whatever it is, whoever waits must hear of it
             _end(self.server)
             state, reason, self.error = "failed", str(error), self.error or error
         self._finish(state, reason)
+
+    def _measure(self) -> str:
+        """The curve, on the lab's workers. A run is done also when that fails; `Run.curve` then tries again and says why."""
+        self._measuring.set()
+        try:
+            measure(self.run, self.problem, self.lab)
+        except Exception as error:
+            return f"its curve is not measured yet: {error}"
+        return ""
 
     def _watch(self) -> None:
         failures = 0

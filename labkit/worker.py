@@ -126,6 +126,8 @@ class Shard:
 
     def take(self, n: int) -> np.ndarray:
         """The next n samples; a new order is drawn whenever the shard has been gone through."""
+        if n > 0 and not len(self.indices):
+            raise WorkerError(f"worker {self.worker} was asked to train on {n} samples and holds none.", self.worker)
         taken = []
         while n > 0:
             if not len(self.rest):
@@ -254,12 +256,15 @@ class _Worker:
     def _probe(self) -> float:
         """Seconds per sample, from a few steps on weights that the first pull then replaces."""
         optimisers = self.problem.optimisers(self.module)
+        counters = [(b, b.clone()) for b in self.module.buffers() if not b.is_floating_point()]  # these are not pulled
         indices = self.train_indices[: self.problem.batch_size]
         times = []
         for _ in range(PROBE_STEPS):
             started = time.perf_counter()
             self._step(self.module, indices, optimisers, Clock(0, self.spec.budget, 0.0))
             times.append((time.perf_counter() - started) / len(indices))
+        for counter, before in counters:
+            counter.copy_(before)
         return float(np.median(times[1:]))
 
     def _step(self, module: torch.nn.Module, indices: np.ndarray, optimisers: tuple, clock: Clock) -> dict:
