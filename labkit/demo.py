@@ -93,10 +93,10 @@ def verdict(table: pd.DataFrame) -> str:
 
 def _draw(table: pd.DataFrame, out: Path) -> Path | None:
     """curves.png of the runs that the notebooks made; None, and a line that says why, where it cannot be drawn."""
-    os.environ.setdefault("LABKIT_PLOTS", "static")
     try:
         from labkit import load_run, plots
 
+        plots.extension("static")
         paths = [path for path in table.get("run", []) if isinstance(path, str)]
         if not paths:
             raise SweepError("no notebook reported a run")
