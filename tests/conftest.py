@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -39,6 +40,10 @@ os.environ.update(
     MATPLOTLIBRC=str(SCRATCH / "matplotlibrc"),  # no windows; MPLBACKEND would also reach the kernels of notebooks
 )
 (SCRATCH / "matplotlibrc").write_text("backend: agg\n")
+
+# A runner in the background ignores interrupts, and every process that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One for the whole Python process, and they live as long as it does.
 LASTING_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "loky.backend.resource_tracker")

@@ -200,8 +200,8 @@ import labkit
 
 if __name__ == "__main__":
     lab = labkit.connect("dask", 2)
-    print(*(worker.pid for worker in lab.workers), flush=True)
     try:
+        print(*(worker.pid for worker in lab.workers), flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("interrupted", lab.map(abs, [-1, -2], timeout=20), lab.lost(), flush=True)
