@@ -46,7 +46,7 @@ class Session:
         self.run, self.server = run, None
         try:
             self.server, self.address = _start_server(self.spec, self.path)
-            for worker in self.lab.workers:
+            for worker in (self.lab.workers[index] for index in self.spec.workers):
                 self.tasks.append(self.lab.start(worker.index, run_worker, self.problem, self._worker_spec(worker)))
         except BaseException as error:
             if self.server:
@@ -80,10 +80,10 @@ class Session:
             raise self.error.with_traceback(None)  # what matters is in its text; the frames are Dask's
 
     def _worker_spec(self, worker) -> WorkerSpec:
-        devices = [w.device for w in self.lab.workers]
+        devices = [self.lab.workers[index].device for index in self.spec.workers]
         return WorkerSpec(
             index=worker.index,
-            n_workers=len(self.lab.workers),
+            n_workers=len(self.spec.workers),
             address=self.address,
             secret=self.spec.secret,
             seed=self.spec.seed,
@@ -114,7 +114,7 @@ class Session:
         """The curve, on the lab's workers. A run is done also when that fails; `Run.curve` then tries again and says why."""
         self._measuring.set()
         try:
-            measure(self.run, self.problem, self.lab)
+            measure(self.run, self.problem, self.lab, self.spec.workers)
         except Exception as error:
             return f"its curve is not measured yet: {error}"
         return ""
@@ -163,14 +163,14 @@ class Session:
         if not self._status.get("started"):  # until then everybody is needed
             if errors := self._errors():
                 return _words(errors[0])
-            if gone := [index for index in self.lab.lost() if index < len(self.tasks)]:
+            if gone := [index for index in self.lab.lost() if index in self.spec.workers]:
                 return f"workers {gone} were lost before the run began. connect() again for a full lab."
         return ""
 
     def _errors(self) -> list[BaseException]:
         for task in self.tasks:
-            if task.worker not in self._raised and task.future.status == "error":
-                self._raised[task.worker] = task.future.exception(timeout=10)
+            if task.worker not in self._raised and (error := task.error()):
+                self._raised[task.worker] = error
         return list(self._raised.values())
 
     def _ending(self) -> tuple[str, str]:
@@ -198,8 +198,9 @@ class Session:
         if state == "failed":
             with contextlib.suppress(OSError):  # an unwritable folder may be why it failed
                 record.write_json(self.path / "status.json", {**self._status, "state": "failed"})
-        if self.lab.run is self.run:
-            self.lab.run = None
+        self.lab.release(self.run.name)
+        if self.run in self.lab.runs:
+            self.lab.runs.remove(self.run)
         self.state = state
         self._over.set()
 
