@@ -91,7 +91,7 @@ class Session:
         self._raised.pop(index, None)
 
     def _worker_spec(self, worker) -> WorkerSpec:
-        devices = [w.device for w in self.lab.workers]
+        devices = [self.lab.workers[index].device for index in self.spec.workers]
         return WorkerSpec(
             generation=self.generations[worker.index],
             index=worker.index,
@@ -125,7 +125,7 @@ class Session:
         """The curve, on the lab's workers. A run is done also when that fails; `Run.curve` then tries again and says why."""
         self._measuring.set()
         try:
-            measure(self.run, self.problem, self.lab)
+            measure(self.run, self.problem, self.lab, self.spec.workers)
         except Exception as error:
             return f"its curve is not measured yet: {error}"
         return ""
@@ -235,8 +235,9 @@ class Session:
         if state == "failed":
             with contextlib.suppress(OSError):  # an unwritable folder may be why it failed
                 record.write_json(self.path / "status.json", {**self._status, "state": "failed"})
-        if self.lab.run is self.run:
-            self.lab.run = None
+        self.lab.release(self.run.name)
+        if self.run in self.lab.runs:
+            self.lab.runs.remove(self.run)
         self.state = state
         self._over.set()
 
