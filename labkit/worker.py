@@ -274,24 +274,21 @@ class _Worker:
         """Local passes of one incarnation: until the server says stop (False), or wants this worker to join anew (True)."""
         self.shard, self.send_s, self.pushed_at = None, 0.0, None
         while (go := self._pull())["op"] == "go":
+            done, broken = None, ""
             try:
                 with self.pulse.listening():
                     done = self._local_pass(self._trained(go), go)
-            except Broken as broken:
+            except Broken as error:
+                broken = str(error)
+            word = self.pulse.heard()
+            if word and word["op"] != "regroup":
+                go = word
+                break
+            if done is None:  # one of the all-reduce is gone
                 self._close_group()
-                word = self.pulse.heard()
-                if word is None or word["op"] == "regroup":
-                    self.connection.send({"op": "regroup", "reason": str(broken)})
-                    continue
-                go = word
-                break
-            if done is None:
-                go = self.pulse.heard()
-                break
-            if (word := self.pulse.heard()) and word["op"] != "regroup":  # a regroup came too late: the pass is complete
-                go = word
-                break
-            self._push(done)
+                self.connection.send({"op": "regroup", "reason": broken})
+                continue
+            self._push(done)  # also when a regroup came too late: this pass is complete
             self.done = {"samples": self.done["samples"] + done["samples"], "passes": self.done["passes"] + 1}
         if go["op"] == "lost":
             raise WireError(go["reason"])
