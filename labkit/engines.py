@@ -40,7 +40,6 @@ CONTROLLER = (
 ENGINE = ("--log-level=40", "--IPEngine.wait_for_url_file=60")
 SHORT_S = 0.02  # what a new task may take before the engine answers that it is at work
 POLL_S = (0.01, 0.5)  # pause before a task is asked for again: it grows from the first to the second
-END_S = 3.0  # what engines and controller may take to end by themselves
 MPI_ADVICE = "Install one beside labkit, pip install labkit[mpi], or put the system's on PATH."
 MPI_AS_ROOT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -268,6 +267,7 @@ class LocalEngines:
 
     def __init__(self, folder: Path, threads: int, mpi: bool) -> None:
         self.folder, self.threads, self.mpi = folder, threads, mpi
+        folder.mkdir(exist_ok=True)
         self.processes: list[subprocess.Popen] = []
         self.keeper = subprocess.Popen(
             [sys.executable, "-S", "-E", "-c", _KEEPER],
@@ -293,7 +293,8 @@ class LocalEngines:
     def start(self, n: int) -> None:
         engine = [sys.executable, "-m", "ipyparallel.engine", *ENGINE]
         if self.mpi:
-            self._popen([*mpiexec(), "-n", str(n), *engine, "--mpi"], "engines")
+            deaf = ["sh", "-c", 'trap "" USR1; exec "$0" "$@"']  # mpich tells the others of a dead rank by a signal that ends them
+            self._popen([*mpiexec(), "-n", str(n), *deaf, *engine, "--mpi"], "engines")
         else:
             for _ in range(n):
                 self._popen(engine, "engine")
@@ -307,15 +308,18 @@ class LocalEngines:
         return "\n".join(text.splitlines()[-20:])
 
     def close(self) -> None:
-        """End everybody; who does not listen is killed. Twice is fine."""
-        for sent in (signal.SIGTERM, signal.SIGCONT):
-            for process in reversed(self.processes):
-                _signal(process, sent)
-        limit = time.monotonic() + END_S
-        for process in reversed(self.processes):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, limit - time.monotonic()))
-            _signal(process, signal.SIGKILL)  # also what it has left in its group
+        """End everybody, frozen or not; they hold nothing that has to be saved. Twice is fine."""
+        import psutil
+
+        below = []  # each engine has a nanny in a session of its own, which would spend seconds on saying goodbye
+        for process in self.processes:
+            with contextlib.suppress(psutil.Error):
+                below += psutil.Process(process.pid).children(recursive=True)
+            _signal(process, signal.SIGKILL)
+        for other in below:
+            with contextlib.suppress(psutil.Error):
+                other.kill()
+        for process in self.processes:
             process.wait()
         self.processes.clear()
         self.keeper.kill()
