@@ -293,8 +293,7 @@ class LocalEngines:
     def start(self, n: int) -> None:
         engine = [sys.executable, "-m", "ipyparallel.engine", *ENGINE]
         if self.mpi:
-            deaf = ["sh", "-c", 'trap "" USR1; exec "$0" "$@"']  # mpich tells the others of a dead rank by a signal that ends them
-            self._popen([*mpiexec(), "-n", str(n), *deaf, *engine, "--mpi"], "engines")
+            self._popen([*mpiexec(n), *engine, "--mpi"], "engines")
         else:
             for _ in range(n):
                 self._popen(engine, "engine")
@@ -358,8 +357,12 @@ def _signal(process: subprocess.Popen, sent: signal.Signals) -> None:
         os.killpg(process.pid, sent)
 
 
-def mpiexec() -> list[str]:
-    """The launcher of MPI, beside this Python or else on PATH."""
+def mpiexec(n: int) -> list[str]:
+    """The beginning of a command that runs n ranks: the launcher of MPI beside this Python, or else on PATH.
+
+    MPI ends all ranks when one dies. mpich's launcher does not notice: the shell above each engine outlives it, and keeps the
+    connection open that the launcher listens to (its own -disable-auto-cleanup was tried: all ranks were gone a second later).
+    """
     found = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
     if not found:
         raise ClusterError(f"engines='mpi' needs MPI, and there is no mpiexec. {MPI_ADVICE}")
@@ -368,7 +371,8 @@ def mpiexec() -> list[str]:
     except ImportError as error:
         raise ClusterError(f"engines='mpi' needs mpi4py, which is not installed. {MPI_ADVICE}") from error
     said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30).stdout
-    return [found, "-disable-auto-cleanup"] if "HYDRA" in said else [found]  # one dead rank must not end the others
+    mourner = ["sh", "-c", '"$0" "$@" || exec sleep 100000000'] if "HYDRA" in said else []
+    return [found, "-n", str(n), *mourner]
 
 
 def start_engines(n: int, threads: int, *, mpi: bool, timeout: float, scratch: str) -> Engines:
@@ -376,7 +380,7 @@ def start_engines(n: int, threads: int, *, mpi: bool, timeout: float, scratch: s
     from ipyparallel import Client
 
     if mpi:
-        mpiexec()
+        mpiexec(n)  # is there one?
     local = LocalEngines(Path(scratch), threads, mpi)
     try:
         local.start_controller(timeout)
