@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import labkit
 from labkit import connecting
 from labkit.dask_workers import DaskWorkers, quiet
 from labkit.errors import ClusterError
+from labkit.local_engines import mpiexec
 
 
 @pytest.fixture(autouse=True)
@@ -426,3 +428,68 @@ def test_a_dask_cluster_elsewhere(tmp_path):
 def test_local_workers_with_resources():
     with labkit.connect("threads", 2, resources={"GPU": 1}) as lab:
         assert len(lab) == 2 and lab.map(abs, [-1, -2]) == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_dask_under_mpi_is_found_by_its_scheduler_file(tmp_path):
+    skip_without("mpi")
+    pytest.importorskip("dask_mpi", reason="needs dask-mpi, which is not installed")
+    file = tmp_path / "scheduler.json"
+    service = ["-c", "from dask_mpi.cli import main; main()", "--scheduler-file", str(file), "--scheduler-port", "0"]
+    process = subprocess.Popen(
+        [*mpiexec(3)[:3], sys.executable, *service, "--interface", "lo", "--worker-class", "distributed.Worker", "--no-dashboard"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    try:
+        with labkit.connect(address=str(file), n_workers=2, slowdown=[1, 2]) as lab:
+            assert lab.map(os.getenv, ["PMI_SIZE"] * 2, timeout=20) == ["3", "3"]
+            lab.lease([0, 1], "run")
+            os.kill(lab.workers[1].pid, signal.SIGSTOP)
+            assert lab.lost() == lab.refresh() == []
+            os.kill(lab.workers[1].pid, signal.SIGCONT)
+            lab.client.shutdown()  # ends all ranks
+            until(lambda: lab.lost() == [0, 1], 30)
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+HOLDER = """
+import sys, time
+import labkit
+
+if __name__ == "__main__":
+    lab = labkit.connect(address=sys.argv[1])
+    lab.lease([0], "theirs")
+    print("leased", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_leases_of_a_notebook_that_died_end_by_themselves(tmp_path):
+    from distributed import LocalCluster
+
+    (tmp_path / "script.py").write_text(HOLDER)
+    with quiet(), LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        command = [sys.executable, str(tmp_path / "script.py"), cluster.scheduler_address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "leased\n"
+            with labkit.connect(address=cluster.scheduler_address) as lab:
+                with pytest.raises(ClusterError, match=r"worker 0 by 'theirs \(another notebook, process \d+ on "):
+                    lab.lease([0, 1], "ours")
+                lab.lease([1], "ours")
+                process.kill()
+
+                def ours():
+                    with contextlib.suppress(ClusterError):
+                        lab.lease([0, 1], "ours")
+                    return lab.free() == []
+
+                until(ours, 60)
