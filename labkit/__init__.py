@@ -12,6 +12,7 @@ _HOMES = {
     "connect": "lab",
     "Lab": "lab",
     "train": "training",
+    "resume": "resuming",
     "Run": "run",
     "load_run": "run",
     "compare": "run",

@@ -59,6 +59,7 @@ class ServerSpec:
     checkpoints: int  # how many versions to keep, spread evenly over the run
     host: str = "127.0.0.1"
     patience: float = 300.0  # seconds to wait until every worker has joined
+    state: dict | None = None  # of the checkpoint that a run goes on from (`labkit.checkpoints.read_state`)
 
 
 class Server:

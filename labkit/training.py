@@ -4,7 +4,8 @@
                                              |  pull, local pass, score, push ... until passes x n samples are trained on
     curve of the kept versions  <-  record  <-  everyone has left
 
-`train` returns at once; a thread of the kernel follows the run to its end. Used from notebooks; nobody below imports it.
+`train` returns at once; a thread of the kernel follows the run to its end. Used from notebooks, and by `labkit.resuming`, which
+goes the second half of the way with a run that exists.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import socket
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+
+import numpy as np
 
 from labkit import record
 from labkit.errors import ClusterError, RunError
@@ -75,30 +78,52 @@ def train(
     problem.check(seed)
     _check_shards(problem, lab, partition)
     name = name or "-".join([update.name, partition.name, f"seed{seed}"])
-    _free(lab, name)
+    check_free(lab, name)
     flat, layout = flatten(problem.build(seed))
     samples = problem.train_indices()
     budget = max(1, round(passes * len(samples)))
     path = _claim(Path(runs), name)
-    config = _config(problem, lab, partition, update, name, budget, passes, local_steps, seed, len(samples))
+    config = _config(problem, lab, partition, update, name, budget, passes, local_steps, seed, checkpoints, len(samples))
     _write_beginning(path, config, layout)
-    spec = ServerSpec(
+    spec = server_spec(path, config, problem, lab, update, partition, flat.numpy(), layout)
+    return begin(path, lab, problem, spec)
+
+
+def server_spec(
+    path: Path,
+    config: dict,
+    problem: Problem,
+    lab: Lab,
+    update: Update,
+    partition: UDPA,
+    weights: np.ndarray,
+    layout: Layout,
+    state: dict | None = None,
+) -> ServerSpec:
+    """What the server of a run needs to know; with the `state` of a checkpoint it goes on from there."""
+    samples = problem.train_indices()
+    return ServerSpec(
         path=str(path),
         secret=secrets.token_bytes(32),
         update=update,
         partition=partition,
-        weights=flat.numpy(),
+        weights=weights,
         n_buffers=layout.n_buffers,
         n_samples=len(samples),
         labels=problem.labels(samples) if partition.stratified else None,
         workers=[worker.index for worker in lab.workers],
-        budget=budget,
-        local_steps=local_steps,
+        budget=config["budget"],
+        local_steps=config["local_steps"],
         batch_size=problem.batch_size,
-        seed=seed,
-        checkpoints=checkpoints,
+        seed=config["seed"],
+        checkpoints=config["checkpoints"],
         host=_host(lab),
+        state=state,
     )
+
+
+def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec) -> Run:
+    """Start the server and the workers of a run whose directory is ready."""
     session = Session(path, lab, problem, spec)
     lab.run = Run(path, problem=problem, session=session)
     session.start(lab.run)
@@ -132,7 +157,7 @@ def _check_shards(problem: Problem, lab: Lab, partition: UDPA) -> None:
     copy.deepcopy(partition).start(len(samples), [worker.index for worker in lab.workers], labels=labels)
 
 
-def _free(lab: Lab, name: str) -> None:
+def check_free(lab: Lab, name: str) -> None:
     """One run at a time on a lab. Running a cell again means to begin again; another run is not cut off silently."""
     if lab.closed:
         raise ClusterError("this lab is closed. Run the cell with connect() again.")
@@ -173,9 +198,21 @@ def _write_beginning(path: Path, config: dict, layout: Layout) -> None:
         raise RunError(f"the run cannot be recorded in {path}: {error}. Give train() another folder: runs=...") from error
 
 
-def _config(problem, lab, partition, update, name, budget, passes, local_steps, seed, n_train) -> dict:
+def describe_lab(lab: Lab) -> dict:
+    """Where a run goes, for its settings."""
+    return {
+        "kind": lab.kind,
+        "n_workers": len(lab.workers),
+        "workers": [asdict(worker) for worker in lab.workers],
+        "jitter": lab.jitter,
+        "emulated": lab.emulated,
+    }
+
+
+def _config(problem, lab, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train) -> dict:
     return {
         "format": record.FORMAT,
+        "id": secrets.token_hex(8),  # checkpoints bear it, so that those of another run are told apart
         "labkit": record.environment()["versions"]["labkit"],
         "name": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -185,12 +222,9 @@ def _config(problem, lab, partition, update, name, budget, passes, local_steps, 
         "local_steps": local_steps,
         "seed": seed,
         "budget": budget,
+        "checkpoints": checkpoints,
         "n_train": n_train,
-        "kind": lab.kind,
-        "n_workers": len(lab.workers),
-        "workers": [asdict(worker) for worker in lab.workers],
-        "jitter": lab.jitter,
-        "emulated": lab.emulated,
+        **describe_lab(lab),
         "synthetic": problem.dataset.synthetic,
         "data_note": problem.dataset.note,
         "problem": problem.config(),
