@@ -119,9 +119,10 @@ class Recorder:
     def _go_on(self) -> None:
         for draft in (self.path / "checkpoints").glob(".*"):
             draft.unlink(missing_ok=True)  # half a checkpoint
-        file = self.path / "events.jsonl"
+        file, size = self.path / "events.jsonl", os.fstat(self._file.fileno()).st_size
+        if not size:
+            return
         lines = file.read_bytes().split(b"\n")
-        size = sum(len(line) + 1 for line in lines) - 1
         lines.pop()  # behind the last newline: nothing, or half an event
         while lines and not _row(lines[-1]):  # a crash of the whole machine leaves zeros
             lines.pop()
