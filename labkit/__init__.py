@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "connect": "lab",
+    "connect": "connecting",
     "Lab": "lab",
     "train": "training",
     "resume": "resuming",

@@ -7,6 +7,7 @@ where that was cut off.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,15 +27,16 @@ if TYPE_CHECKING:
 BATCH = 250
 
 
-def measure(run: Run, problem: Problem, lab: Lab | None = None) -> pd.DataFrame:
-    """Loss and score of every kept version on the test set, as `metrics.parquet`; on the lab's workers, or here without one."""
+def measure(run: Run, problem: Problem, lab: Lab | None = None, workers: Sequence[int] | None = None) -> pd.DataFrame:
+    """Loss and score of every kept version on the test set, as `metrics.parquet`; on `workers` of the lab (by default those
+    that no run holds), or here without a lab."""
     import pandas as pd
 
     versions = checkpoints.versions(run.path)
-    n = len(lab.workers) if lab else 1
+    n = len(workers or lab.free()) or 1 if lab else 1
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
     items = [(problem, str(run.path), share, int(run.config["seed"])) for share in shares]
-    results = lab.map(_evaluate, items) if lab and lab.workers else [_evaluate(item) for item in items]
+    results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
     rows = sorted(itertools.chain.from_iterable(results))
     events = record.effective(run.events)
     merges = events[events.kind == "merge"].groupby("version")[["seconds", "total"]].max()

@@ -12,23 +12,31 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from labkit import checkpoints, presence, record
+from labkit.connecting import connect, current
 from labkit.errors import PartitionError, RunError
-from labkit.lab import KINDS, Lab, connect, current
+from labkit.lab import Lab
 from labkit.partition import make_partition
 from labkit.problems import Problem
 from labkit.run import Run, load_run
 from labkit.settings import by_value
-from labkit.training import begin, check_free, describe_lab, server_spec
+from labkit.training import begin, choose, describe_lab, leased, server_spec
 from labkit.updates import make_update
 
 
-def resume(path: str | Path, lab: Lab | None = None, *, problem: Problem | None = None) -> Run:
+def resume(
+    path: str | Path,
+    lab: Lab | None = None,
+    *,
+    problem: Problem | None = None,
+    workers: Sequence[int] | None = None,
+) -> Run:
     """Go on with a run from its newest whole checkpoint; returns at once with its `Run`.
 
     Parameters
@@ -39,6 +47,8 @@ def resume(path: str | Path, lab: Lab | None = None, *, problem: Problem | None 
         Where: any kind, any number of workers. By default the lab of this kernel, or one such as the run had.
     problem
         The problem as it was given to `train`, where its model was written in a notebook cell.
+    workers
+        Indices of the workers to go on with; by default all that no other run holds.
 
     Raises
     ------
@@ -57,15 +67,16 @@ def resume(path: str | Path, lab: Lab | None = None, *, problem: Problem | None 
         raise RunError(f"version {version} holds {len(weights)} weights, and layout.json of {run.path} says {layout.size}.")
     update, partition = make_update(run.config["update"]), make_partition(run.config["partition"])
     lab = lab or current() or _lab_like(run)
-    check_free(lab, run.name)
-    if len(lab.workers) > run.config["n_train"]:
-        raise PartitionError(f"{run.config['n_train']} samples cannot fill {len(lab.workers)} shards. Use fewer workers.")
-    for reason in refused:
-        print(f"Not used: {reason}")
-    print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config['budget']:,} samples.")
-    spec = server_spec(run.path, run.config, problem, lab, update, partition, np.array(weights), layout, state)
-    _clear(run, lab, version, state["done"])
-    return begin(run.path, lab, problem, spec)
+    workers = choose(lab, workers, run.name)
+    if len(workers) > run.config["n_train"]:
+        raise PartitionError(f"{run.config['n_train']} samples cannot fill {len(workers)} shards. Use fewer workers.")
+    with leased(lab, workers, run.name):
+        for reason in refused:
+            print(f"Not used: {reason}")
+        print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config['budget']:,} samples.")
+        spec = server_spec(run.path, run.config, problem, lab, workers, update, partition, np.array(weights), layout, state)
+        _clear(run, describe_lab(lab, workers), version, state["done"])
+        return begin(run.path, lab, problem, spec)
 
 
 def _check_ended(run: Run) -> None:
@@ -109,7 +120,7 @@ def _problem(run: Run, given: Problem | None) -> Problem:
 def _lab_like(run: Run) -> Lab:
     """A lab such as the run had, started here."""
     kind, workers = run.config["kind"], run.config["workers"]
-    if kind not in KINDS or {worker["host"] for worker in workers} != {socket.gethostname()}:
+    if kind == "slurm" or {worker["host"] for worker in workers} != {socket.gethostname()}:
         raise RunError(f"run {run.name} had a lab of kind {kind!r} elsewhere. Connect one: labkit.resume(path, lab).")
     slowdown = [worker["slowdown"] for worker in workers]
     return connect(
@@ -121,9 +132,8 @@ def _lab_like(run: Run) -> Lab:
     )
 
 
-def _clear(run: Run, lab: Lab, version: int, done: int) -> None:
+def _clear(run: Run, place: dict, version: int, done: int) -> None:
     """What says that the run has ended goes; the settings say where it goes on."""
-    place = describe_lab(lab)
     earlier = {key: run.config.get(key) for key in place}
     note = {"version": version, "samples": done, "resumed": datetime.now(UTC).isoformat(timespec="seconds"), "before": earlier}
     config = {**run.config, **place, "resumed": [*run.config.get("resumed", []), note]}

@@ -164,7 +164,7 @@ class Run:
         from labkit.evaluation import measure
 
         lab = self._session.lab if self._session else None
-        return measure(self, self.problem(), lab if lab and not lab.closed and not lab.lost() and lab.run is None else None)
+        return measure(self, self.problem(), lab if lab and not lab.closed and lab.free() else None)
 
     def allocations(self) -> pd.DataFrame:
         """Who was given how many samples: worker, pass (number of the allocation), samples (added), total (held then)."""

@@ -10,8 +10,7 @@ import pytest
 from torch import nn
 
 import labkit
-from labkit import checkpoints, presence, record, resuming, session
-from labkit import lab as labs
+from labkit import checkpoints, connecting, presence, record, resuming, session
 from labkit.errors import ClusterError, LabError, PartitionError, RunError
 from labkit.partition import make_partition
 from labkit.record import Recorder
@@ -142,12 +141,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_set_aside(cut, lab, begun, cap
 def test_without_a_lab_the_one_of_this_kernel_is_taken_or_one_as_before(cut, lab, begun):
     run = cut()
     labkit.resume(run.path)
-    assert labs.current() is lab and begun[-1][0].workers == [0, 1]
+    assert connecting.current() is lab and begun[-1][0].workers == [0, 1]
     lab.close()
     labkit.resume(run.path)
-    with labs.current() as made:
+    with connecting.current() as made:
         assert (made.kind, len(made)) == ("threads", 2)
-    assert labs.current() is None
+    assert connecting.current() is None
 
 
 def test_a_lab_that_was_elsewhere_must_be_given(cut, lab, begun):
@@ -229,8 +228,7 @@ def test_an_edited_model_of_a_notebook_is_found_by_its_tensors(cut, refused):
 def test_a_lab_that_cannot_is_refused(cut, refused, lab, monkeypatch):
     run = cut()
     with monkeypatch.context() as many:
-        many.setattr(lab, "workers", lab.workers * 100)
-        many.setattr(lab, "lost", list)
+        many.setattr(resuming, "choose", lambda *_: list(range(200)))
         refused(run, "187 samples cannot fill 200 shards. Use fewer workers", PartitionError)
     lab.close()
     refused(run, "this lab is closed", ClusterError, lab=lab)
