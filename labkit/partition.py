@@ -141,6 +141,24 @@ class UDPA:
         """All indices that `worker` holds, in the order in which they came (int64)."""
         return np.concatenate([np.empty(0, np.int64), *self.shards[worker]])
 
+    def state_dict(self) -> dict:
+        """Everything that the future of the partition depends on: numbers, dicts and arrays; no objects."""
+        state = {"n_samples": self.n_samples, "workers": list(self.workers), "late": sorted(self.late), "pool": self.pool.copy()}
+        state |= {"shards": {worker: self.shard(worker) for worker in self.workers}}
+        return state | {"count": dict(self.count), "seconds": dict(self.seconds)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a `state_dict`, also without `start`; `PartitionError` unless it holds every sample exactly once."""
+        shards = {worker: np.array(state["shards"][worker], np.int64) for worker in state["workers"]}
+        pool, n = np.array(state["pool"], np.int64), int(state["n_samples"])
+        held = np.concatenate([pool, *shards.values()])
+        if len(held) != n or not np.array_equal(np.sort(held), np.arange(n)):
+            raise PartitionError(f"the saved partition holds {len(np.unique(held))} different samples of {n}, {len(held)} in all.")
+        self.n_samples, self.workers, self.late, self.pool = n, list(state["workers"]), set(state["late"]), pool
+        self.shards = {worker: [shard] for worker, shard in shards.items()}
+        self.held = {worker: len(shard) for worker, shard in shards.items()}
+        self.count, self.seconds = dict(state["count"]), dict(state["seconds"])
+
     def config(self) -> dict:
         """Name and settings, as JSON; `make_partition` reads it back."""
         return {"name": self.name, "stratified": self.stratified}
@@ -226,6 +244,13 @@ class IDPA(UDPA):
                     f"speeds has {len(self.speeds)} entries for {len(self.workers)} workers. Give one for each worker."
                 )
             self.seconds = {worker: 1 / speed for worker, speed in zip(self.workers, self.speeds, strict=True)}
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "measured": {worker: list(times) for worker, times in self._measured.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._measured = {worker: list(times) for worker, times in state["measured"].items()}
 
     def join(self, worker: int, seconds: float | None = None) -> None:
         if self.speeds is not None and worker < len(self.speeds):  # it comes back

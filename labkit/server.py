@@ -67,6 +67,7 @@ class ServerSpec:
     patience: float = 300.0  # seconds to wait until every worker has joined
     alone: float = 60.0  # seconds to wait for somebody to come when every worker is lost
     silence: float = 4.0  # seconds without a word after which a worker is taken to be gone
+    state: dict | None = None  # of the checkpoint that a run goes on from (`labkit.checkpoints.read_state`)
 
 
 class Server:

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from labkit import record, session, wire
+from labkit import checkpoints, record, session, wire
 from labkit.errors import WireError
 from labkit.partition import IDPA, UDPA
 from labkit.server import Server, ServerSpec
@@ -154,7 +154,7 @@ def test_a_whole_run(update, tmp_path):
         assert [word["op"] for word in words] == ["stop", "stop"] and not thread.is_alive()
     assert (result["state"], result["samples"]) == ("done", 34)
     assert events(server, "merge").samples.sum() == 34
-    versions = record.checkpoint_versions(tmp_path)
+    versions = checkpoints.versions(tmp_path)
     assert versions[0] == 0 and versions[-1] == result["version"]
     assert events(server, "push").bytes.tolist() == [4 * SIZE] * len(events(server, "push"))
 
@@ -266,7 +266,7 @@ def test_a_bad_push_fails_the_run_and_frees_the_others(what, tmp_path):
     assert result["state"] == "failed"
     assert re.search(words, result["reason"]), result["reason"]
     assert list(events(server, "error").message) == [result["reason"]] and len(events(server, "merge")) == 0
-    assert record.checkpoint_versions(tmp_path) == [0]
+    assert checkpoints.versions(tmp_path) == [0]
 
 
 def test_who_is_in_the_middle_of_a_pass_hears_of_the_end(tmp_path):
@@ -521,7 +521,7 @@ def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
     finally:
         session._end(process)
     assert last["state"] in ("done", "failed") and (tmp_path / "server.log").read_text() == ""
-    assert record.read_checkpoint(tmp_path, last["version"], n)[0] == last["version"] or last["version"] > 0
+    assert checkpoints.read_weights(tmp_path, last["version"], n)[0] == last["version"] or last["version"] > 0
 
 
 def test_a_server_whose_parent_is_gone_serves_to_the_end(tmp_path):
