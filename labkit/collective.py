@@ -130,6 +130,7 @@ def _gloo_between_threads(file: str, rank: int, n_ranks: int) -> dist.ProcessGro
     backend = dist.ProcessGroupGloo(store, rank, n_ranks, options)
     group = dist.ProcessGroup(store, rank, n_ranks)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    for device in ("cpu", "cuda"):  # gloo takes gradients from a card too, by way of the host
+        group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.GLOO, backend)
     backend._set_sequence_number_for_group()
     return group

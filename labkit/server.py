@@ -31,6 +31,7 @@ import numpy as np
 from labkit import wire
 from labkit.coordinator import Answer, Coordinator, Member
 from labkit.errors import ClusterError, WireError
+from labkit.messages import checked
 from labkit.partition import UDPA
 from labkit.record import Recorder, write_json
 from labkit.updates import Update
@@ -68,7 +69,7 @@ class Server:
         self.spec = spec
         self.lock = threading.RLock()
         self.recorder = Recorder(Path(spec.path))
-        self.listener = wire.listen(spec.host)
+        self.listener, self.strangers = wire.listen(spec.host), wire.Strangers()
         self.outboxes: dict[int, queue.SimpleQueue[Answer]] = {}
         self.connections: dict[int, wire.Connection] = {}
         self.versions: queue.SimpleQueue[tuple[int, np.ndarray] | None] = queue.SimpleQueue()
@@ -129,16 +130,13 @@ class Server:
     # -- connections -----------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return  # closed: the run is over
+        for sock in wire.incoming(self.listener):
             threading.Thread(target=self._talk, args=(sock,), daemon=True).start()
 
     def _talk(self, sock) -> None:
         try:
-            with wire.accept(sock, self.spec.secret, timeout=SILENCE_S, max_body=self.spec.weights.nbytes) as connection:
+            limits = {"timeout": SILENCE_S, "max_body": self.spec.weights.nbytes, "strangers": self.strangers}
+            with wire.accept(sock, self.spec.secret, check=checked, **limits) as connection:
                 hello, _ = connection.receive()
                 if hello["op"] == "watch":
                     self._serve_watcher(connection)

@@ -206,6 +206,8 @@ class _Worker:
         keep_memory()
         if torch.get_num_threads() != spec.threads:
             torch.set_num_threads(spec.threads)
+        if spec.device != "cpu":
+            torch.cuda.set_device(spec.device)  # pinned memory and NCCL go by it, and cuda:0 is somebody else's
         self.connection = wire.connect(spec.address, spec.secret, timeout=SILENCE_S)
         self.module = problem.build(spec.seed)
         self.flat, self.layout = flatten(self.module, spec.device)
@@ -262,6 +264,8 @@ class _Worker:
         for _ in range(PROBE_STEPS):
             started = time.perf_counter()
             self._step(self.module, indices, optimisers, Clock(0, self.spec.budget, 0.0))
+            if self.spec.device != "cpu":  # there a step is only queued
+                torch.cuda.synchronize(self.spec.device)
             times.append((time.perf_counter() - started) / len(indices))
         for counter, before in counters:
             counter.copy_(before)
