@@ -111,7 +111,9 @@ def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], lis
 def _average(exchange, bucket):  # no annotations: DDP compares them with types, and here they are strings
     begun, last, waits = time.perf_counter(), bucket.is_last(), exchange.waits
 
-    def done(future):  # in a thread of the group; it must not own the group, whose end waits for its threads
+    # In a thread of the group; it must not own the group, whose end waits for its threads. NCCL calls it when the exchange is only
+    # queued on the card, so there waiting counts as computing.
+    def done(future):
         if last:  # the earlier ones travel while the backward pass computes
             waits.append(time.perf_counter() - begun)
         return future.value()[0]

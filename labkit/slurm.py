@@ -93,6 +93,7 @@ def start_cluster(
 
     with dask.config.set({"distributed.scheduler.worker-ttl": None}):  # a long step that holds the GIL is no dead worker
         cluster = cluster_class(
+            job_name="labkit",
             queue=queue,
             account=account,
             cores=cores,

@@ -129,6 +129,19 @@ def test_a_job_that_waits_is_cancelled_with_the_reason_that_slurm_gives(cluster_
 
 
 @real
+def test_a_kernel_that_is_killed_leaves_no_jobs(cluster_of_jobs, tmp_path):
+    code = f"""if __name__ == "__main__":
+    import os
+    from labkit import slurm
+    slurm.start_cluster(2, log_directory={str(tmp_path)!r}, timeout=90, **{JOBS!r})
+    os.kill(os.getpid(), 9)
+"""
+    (tmp_path / "kernel.py").write_text(code)
+    assert run(sys.executable, tmp_path / "kernel.py").returncode == -9
+    until(lambda: not queue(), limit=60)
+
+
+@real
 def test_more_jobs_than_nodes(cluster_of_jobs, tmp_path):
     with pytest.raises(ClusterError, match=r"2 of 3 workers arrived in \d+ s") as caught:
         slurm.start_cluster(3, cores=2, log_directory=tmp_path, timeout=20, **JOBS)
@@ -200,6 +213,14 @@ def test_without_dask_jobqueue_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(ClusterError, match=r"needs dask-jobqueue .* pip install 'labkit\[slurm\]'"):
         slurm.start_cluster(1)
+
+
+def test_without_cryptography_nothing_listens_beyond_loopback(tmp_path, monkeypatch):
+    pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue: pip install 'labkit[slurm]'")
+    stand_in(tmp_path, monkeypatch, sbatch="exit 1")
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(ClusterError, match=r"need TLS.*pip install 'labkit\[slurm\]', or give interface='lo'"):
+        slurm.start_cluster(1, log_directory=tmp_path)
 
 
 def test_what_squeue_says_is_read_whatever_it_is(tmp_path, monkeypatch):
