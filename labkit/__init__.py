@@ -9,9 +9,10 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "connect": "lab",
+    "connect": "connecting",
     "Lab": "lab",
     "train": "training",
+    "resume": "resuming",
     "Run": "run",
     "load_run": "run",
     "compare": "run",

@@ -98,7 +98,7 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.kind is None and options.n_workers is None:
         table = sweep(options.notebook, grid, **settings)
     else:
-        from labkit.lab import connect
+        from labkit.connecting import connect
 
         with connect(options.kind, options.n_workers) as lab:
             table = sweep(options.notebook, grid, lab=lab, **settings)
@@ -206,7 +206,7 @@ def _fashion() -> str:
 
 
 def _lab() -> str:
-    from labkit.lab import connect
+    from labkit.connecting import connect
 
     with connect("threads", 1, timeout=30) as lab:
         return f"starts, and answers {lab.map(abs, [-1], timeout=30)[0]}"

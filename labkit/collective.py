@@ -10,14 +10,16 @@ connects them over TCP, without authentication, on loopback where all are on one
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,35 +35,78 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 TIMEOUT = datetime.timedelta(seconds=120)  # a rank that is gone is noticed at once; this is for one that hangs
+FORMING_S = 30.0  # how long the ranks may take to find each other
+
+
+class Broken(Exception):
+    """The group can no longer be used: a rank is gone. Caught by the worker, which asks for a new group."""
 
 
 class Group:
-    """One rank's membership, from `__init__` to `close`; `close` is what the other ranks notice when this one is gone."""
+    """One rank's membership, from `__init__` to `close`; `close` is what the other ranks notice when this one is gone.
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    `ranks` are the workers that make the group, `number` says how often one was formed in this run; `pulse` hears from the server
+    when one of them is gone, and then breaks off an exchange that waits for it.
+    """
+
+    def __init__(self, spec: WorkerSpec, ranks: list[int], number: int, pulse: Any) -> None:
         if not dist.is_available():
             raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
-        self.one_process = spec.one_process
-        file = str(Path(spec.collective) / "ranks")
-        if spec.one_process:
-            group = _gloo_between_threads(file, spec.index, spec.n_workers)
-        else:
-            loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-            if spec.one_host and loopback:
-                os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
-            backend = "nccl" if spec.own_gpu else "gloo"
-            dist.init_process_group(
-                backend, init_method=f"file://{file}", rank=spec.index, world_size=spec.n_workers, timeout=TIMEOUT
-            )
-            group = dist.group.WORLD
-        self.exchange, self.ddp = _Exchange(group, 1 / spec.n_workers, []), None
+        self.one_process, self.number, self.rank, self.pulse = spec.one_process, number, ranks.index(spec.index), pulse
+        self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), []), None
+        file = str(Path(spec.collective) / f"ranks-{number}")
+        self._meet(file, len(ranks))
+        try:
+            if spec.one_process:
+                self.exchange.group = _gloo_between_threads(file, self.rank, len(ranks))
+            else:
+                loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+                if spec.one_host and loopback:
+                    os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
+                backend = "nccl" if spec.own_gpu else "gloo"
+                dist.init_process_group(
+                    backend, init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
+                )
+                self.exchange.group = dist.group.WORLD
+        except RuntimeError as error:
+            self.close()
+            raise Broken(f"the group could not be formed: {error}") from error
+        pulse.alarm = self._abort
+
+    def _meet(self, file: str, n_ranks: int) -> None:
+        """Wait until every rank is here. torch would wait for the whole of its time limit for one that is gone."""
+        store = dist.FileStore(f"{file}-here", n_ranks)
+        store.set(str(self.rank), "here")
+        limit = time.monotonic() + FORMING_S
+        while not store.check([str(rank) for rank in range(n_ranks)]):
+            if self.pulse.told or time.monotonic() > limit:
+                raise Broken(f"not all of {n_ranks} ranks came within {FORMING_S:g} s")
+            time.sleep(0.01)
+
+    def _abort(self) -> None:
+        """From another thread: whoever waits in an exchange gets an error."""
+        group = self.exchange.group
+        if group is not None and not self.exchange.broken:
+            self.exchange.broken = "the server says that a worker is gone"
+            group.abort()
 
     def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
         """The module whose backward pass averages gradients over the samples of all ranks."""
-        self.ddp = DistributedDataParallel(module, process_group=self.exchange.group)
+        with self.exchanging():  # the ranks compare their parameters
+            self.ddp = DistributedDataParallel(module, process_group=self.exchange.group)
         self.ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then nobody waits for them
         self.ddp.register_comm_hook(self.exchange, _average)
         return self.ddp
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """What goes wrong with the other ranks in here is `Broken`; what goes wrong with the model stays what it is."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.exchange.broken or isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise Broken(self.exchange.broken or str(error).splitlines()[0]) from error
+            raise
 
     def begin(self, weight: float) -> None:
         """A step comes, of whose samples this rank has the share `weight`."""
@@ -77,6 +122,7 @@ class Group:
         # The sockets of a gloo group close when its last owner goes, not before. The wrapped module is emptied rather than
         # dropped, because torch may keep it (DistributedDataParallel._active_ddp_module, when ranks are threads), and before the
         # group, because its reducer would wait for gloo's threads with the lock of the interpreter, which they need.
+        self.pulse.alarm = lambda: None
         if self.ddp is not None:
             vars(self.ddp).clear()
             self.ddp = None
@@ -90,6 +136,7 @@ class _Exchange:
     group: dist.ProcessGroup | None
     weight: float  # this rank's share of the samples of the coming step
     waits: list[float]  # seconds, of the latest step
+    broken: str = ""  # why it cannot be used any more
 
 
 def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:

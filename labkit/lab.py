@@ -1,33 +1,29 @@
 """The lab: the connected cluster that runs train on.
 
-A lab can do four things and no more: list its workers, start a long task pinned to one of them, map independent tasks over
-them, and tell which are lost. Whatever else a back end can do stays behind this.
+A lab can do a few things and no more: list its workers, start a long task pinned to one of them, map independent tasks over
+them, tell which are lost and which have come, and lease workers to a run. Whatever else a back end can do stays behind this
+(`labkit.dask_workers` says what a back end is).
 
-    threads   Dask's in-process cluster: starts at once, 1 GB is enough (Binder, tests)
-    dask      local worker processes; or any scheduler by address; or a Client or cluster object handed in
+A worker that comes takes the place of one that was lost, index, slowdown and lease included, or else gets a new index.
 
-Used by `labkit.training`, `labkit.sweeps` and every notebook.
+Made by `labkit.connecting`; used by `labkit.training`, `labkit.sweeps` and every notebook.
 """
 
 from __future__ import annotations
 
-import atexit
-import difflib
-import os
 import shutil
-import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from labkit.dask_workers import find_workers, gather, quiet, start_client
+from labkit.dask_workers import quiet
 from labkit.errors import ClusterError
 
-KINDS = ("threads", "dask")
-_current: tuple[tuple, Lab] | None = None  # the lab of this process, and the request that made it
-_connecting = threading.Lock()
+DESCRIBE_S = 1.0  # how long `refresh` waits for a newcomer to say who it is; it is asked again the next time
+DEATHS = 3  # an item of `map` that has lost so many workers is not tried again
 
 
 @dataclass(frozen=True)
@@ -44,25 +40,45 @@ class Worker:
 
 
 class Task:
-    """A function at work on one worker."""
+    """A function at work on one worker. It stays on the process where it began: when that is lost, so is the task."""
 
     def __init__(self, future: Any, worker: int, lab: Lab) -> None:
-        self.future, self.worker, self._lab = future, worker, lab
+        self.future, self.worker, self._lab, self._id = future, worker, lab, lab._ids[worker]
 
     @property
     def done(self) -> bool:
-        return self.future.done() or self.worker in self._lab.lost()
+        return self.future.done() or self.lost
+
+    @property
+    def lost(self) -> bool:
+        """Is the process gone on which it began?"""
+        return self._lab.closed or self._id not in self._lab._backend.alive()
 
     def result(self, timeout: float = 60.0) -> Any:
         """What the function returned; its own exception if it raised; `ClusterError` when the worker is lost or time is up."""
         limit = time.monotonic() + timeout
-        while not self.future.done():
-            if self.worker in self._lab.lost():
+        while True:
+            if self.future.done():
+                try:
+                    return self.future.result(timeout=5)
+                except TimeoutError:  # not the function's own: that is raised below
+                    if self.future.done() and self.error() is not None:
+                        raise
+            elif self.lost:
+                self.cancel()  # Dask would keep it for an address that may never come back
                 raise ClusterError(f"worker {self.worker} was lost while its task ran. connect() again for a full lab.")
             if time.monotonic() > limit:
                 raise ClusterError(f"worker {self.worker} did not finish within {timeout:g} s. Give result() a longer timeout.")
             time.sleep(0.01)
-        return self.future.result(timeout=30)
+
+    def error(self) -> BaseException | None:
+        """The exception that the function raised; None while it runs, when it succeeded, or when its worker was lost."""
+        if not self.future.done():
+            return None
+        try:
+            return self.future.exception(timeout=5)
+        except Exception:  # cancelled, or gone with its worker
+            return None
 
     def cancel(self) -> None:
         """Take the task back if it has not begun; forget its result otherwise."""
@@ -75,19 +91,28 @@ class Lab:
     def __init__(
         self,
         kind: str,
-        client: Any,
-        workers: Sequence[Worker],
-        addresses: Sequence[str],
+        backend: Any,
         *,
+        threads: int = 1,
         jitter: float = 0.0,
-        owned: Sequence[Any] = (),
+        limit: int | None = None,
         scratch: str | None = None,
     ) -> None:
-        self.kind, self.client, self.workers, self.jitter = kind, client, list(workers), jitter
-        self._addresses, self._owned, self._scratch = list(addresses), list(owned), scratch
-        self.run = None  # the run that trains on this lab now, set by labkit.training
-        self.closed = False
-        self._alive, self._asked = dict.fromkeys(addresses), time.monotonic()
+        self.kind, self.jitter, self.workers, self.closed = kind, jitter, [], False
+        self.runs: list[Any] = []  # the runs that train here now, set by labkit.training
+        self._backend, self._threads, self._limit, self._scratch = backend, threads, limit, scratch
+        self._ids: list[Any] = []  # of the back end, by index
+        self._visible: list[tuple[str, str]] = []  # host and visible GPUs, by index: who shares them counts devices together
+        self._leases: dict[int, str] = {}  # index -> holder
+        self._arrivals: list[int] = []
+        self._seen: dict[str, int] = {}  # holder -> how many arrivals it has heard of
+        self._asked: dict[Any, Any] = {}  # newcomers that were asked who they are
+        self._lock = threading.RLock()
+
+    @property
+    def client(self) -> Any:
+        """Dask's or ipyparallel's own client."""
+        return self._backend.client
 
     @property
     def emulated(self) -> bool:
@@ -97,12 +122,7 @@ class Lab:
     @property
     def dashboard(self) -> str:
         """Address of Dask's dashboard, or "" where there is none."""
-        import dask
-
-        link = "" if self.closed else self.client.dashboard_link or ""
-        if link and self._in_process() and dask.config.get("distributed.dashboard.link").startswith("{scheme}://{host}"):
-            return f"http://127.0.0.1:{link.rsplit(':', 1)[1]}"  # Dask names the host; our dashboard is on loopback alone
-        return link
+        return "" if self.closed else self._backend.dashboard
 
     @property
     def one_process(self) -> bool:
@@ -113,56 +133,218 @@ class Lab:
     def one_host(self) -> bool:
         return len({worker.host for worker in self.workers}) == 1
 
+    # -- work ----------------------------------------------------------------------------------------------------
+
     def start(self, worker: int, fn: Callable, *args: Any) -> Task:
         """Run `fn(*args)` on one worker, however long it takes; it is never moved to another one and never run twice."""
         self._check_open()
-        if not 0 <= worker < len(self.workers):
-            raise ClusterError(f"there is no worker {worker}; this lab has workers 0 to {len(self.workers) - 1}.")
+        self._check_known([worker])
         if worker in self.lost():
             raise ClusterError(f"worker {worker} was lost. connect() again for a full lab.")
-        future = self.client.submit(fn, *args, workers=[self._addresses[worker]], allow_other_workers=False, pure=False, retries=0)
-        return Task(future, worker, self)
+        with self._lock:
+            return Task(self._backend.submit(self._ids[worker], self.workers[worker].pid, fn, args), worker, self)
 
-    def map(self, fn: Callable, items: Iterable[Any], timeout: float = 3600.0) -> list[Any]:
-        """`[fn(item) for item in items]`, spread over the workers; the first exception is raised here."""
+    def map(self, fn: Callable, items: Iterable[Any], timeout: float = 3600.0, workers: Sequence[int] | None = None) -> list[Any]:
+        """`[fn(item) for item in items]`, spread over the workers, one item on each at a time; the first exception is raised here.
+
+        Without `workers`, those that no run holds do the work, or all where every one is held. An item whose worker is lost is
+        given to another one.
+        """
         self._check_open()
-        if len(self.lost()) == len(self.workers):
-            raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
-        futures = self.client.map(fn, list(items), pure=False, workers=self._addresses)
-        return gather(self.client, futures, timeout)
+        items, limit = list(items), time.monotonic() + timeout
+        todo, results, deaths = deque(range(len(items))), {}, [0] * len(items)
+        working: dict[int, tuple[int, Task]] = {}
+        try:
+            while len(results) < len(items):
+                idle = set(workers if workers is not None else self.free() or range(len(self))) - set(self.lost())
+                if not idle and not working:
+                    raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
+                for worker in sorted(idle - set(working))[: len(todo)]:
+                    number = todo.popleft()
+                    try:
+                        working[worker] = number, self.start(worker, fn, items[number])
+                    except ClusterError:  # lost just now
+                        todo.appendleft(number)
+                for worker, (number, task) in list(working.items()):
+                    if task.future.done():
+                        results[number] = task.result(30)
+                        del working[worker]
+                    elif task.lost:
+                        task.cancel()
+                        deaths[number] += 1
+                        if deaths[number] == DEATHS:
+                            raise ClusterError(f"item {number} was given to {DEATHS} workers, and each was lost.")
+                        todo.append(number)
+                        del working[worker]
+                if time.monotonic() > limit and len(results) < len(items):
+                    left = len(items) - len(results)
+                    raise ClusterError(f"{left} of {len(items)} tasks were not done within {timeout:g} s; they were cancelled.")
+                if working:
+                    time.sleep(0.003)
+        finally:
+            for _, task in working.values():
+                task.cancel()
+        return [results[number] for number in range(len(items))]
+
+    # -- who is there --------------------------------------------------------------------------------------------
 
     def lost(self) -> list[int]:
         """Indices of workers that are gone."""
+        alive = {} if self.closed else self._backend.alive()
+        return [index for index, id in enumerate(self._ids) if id not in alive]
+
+    def refresh(self, holder: str = "") -> list[int]:
+        """Look for workers that have come; the indices of those that are new or back since `holder` looked last.
+
+        A run asks under the name that holds its lease, and hears of workers that are free or its own. It never waits for long.
+        """
         if self.closed:
-            return [worker.index for worker in self.workers]
-        if self._in_process():
-            alive = self.client.cluster.scheduler.workers
-        else:
-            if time.monotonic() - self._asked > 1.0:  # a question to the scheduler: at most one a second
-                self._alive, self._asked = self.client.scheduler_info(n_workers=-1)["workers"], time.monotonic()
-            alive = self._alive
-        return [worker.index for worker, address in zip(self.workers, self._addresses, strict=True) if address not in alive]
+            return []
+        with self._lock:
+            self._admit(DESCRIBE_S)
+            since = self._seen.get(holder, 0)
+            self._seen[holder] = len(self._arrivals)
+            here = set(range(len(self))) - set(self.lost())
+            return sorted(i for i in {*self._arrivals[since:]} & here if self._leases.get(i, holder) == holder)
+
+    def add(self, n: int = 1, timeout: float = 60.0) -> list[int]:
+        """Start n more workers, where this lab started the cluster itself; their indices, once they have come."""
+        self._check_open()
+        if int(n) != n or n < 1:
+            raise ClusterError(f"add({n}): one worker at least.")
+        before, limit = len(self._arrivals), time.monotonic() + timeout
+        with quiet():
+            self._backend.add(int(n))
+            while len(came := self._arrivals[before:]) < n:
+                if time.monotonic() > limit:
+                    raise ClusterError(f"{len(came)} of {n} new workers came in {timeout:g} s. {self._backend.trouble()}".strip())
+                time.sleep(0.05)
+                with self._lock:
+                    self._admit(DESCRIBE_S)
+        return came
 
     def broken(self) -> bool:
         """Is a worker lost, or the connection to all of them?"""
+        return bool(self.lost())
+
+    def admit(self, wanted: int, slowdown: Sequence[float] | None, timeout: float) -> None:
+        """Wait for the first workers and number them in the order of their names, or of their ranks under MPI."""
+        limit = time.monotonic() + timeout
+        while len(alive := self._backend.alive()) < wanted:
+            if time.monotonic() > limit:
+                raise ClusterError(
+                    f"{len(alive)} of {wanted} workers arrived in {timeout:g} s. Try connect(n_workers=1, kind='threads'), "
+                    f"or give a longer timeout. {self._backend.trouble()}".strip()
+                )
+            time.sleep(0.03)
+        order = sorted(alive, key=lambda id: (_natural(alive[id]), str(id)))
+        order = order[: self._limit or len(order)]
+        if slowdown is not None and len(slowdown) != len(order):
+            raise ClusterError(f"slowdown has {len(slowdown)} entries for {len(order)} workers. Give one factor for each worker.")
+        asked = {id: self._backend.describe(id) for id in order}
         try:
-            return bool(self.lost())
-        except (OSError, RuntimeError):  # the client was closed by its owner
-            return True
+            about = {id: asked[id].result(timeout=max(1.0, limit - time.monotonic())) for id in order}
+        except TimeoutError as error:
+            raise ClusterError(f"a worker is there but did not say who it is within {timeout:g} s. Is it frozen?") from error
+        for number, id in enumerate(sorted(order, key=lambda id: about[id][4])):  # stable: without MPI all ranks are 0
+            self._place(number, id, alive[id], about[id], float(slowdown[number]) if slowdown is not None else 1.0)
+        self._arrivals.clear()
+
+    def _admit(self, patience: float) -> None:
+        """Give the workers that have come a place."""
+        alive = self._backend.alive()
+        unknown = [id for id in alive if id not in self._ids]
+        self._asked = {id: asked for id, asked in self._asked.items() if id in unknown}
+        lost = [index for index, id in enumerate(self._ids) if id not in alive]
+        by_name = {self.workers[index].name: index for index in lost}
+        limit = time.monotonic() + patience
+        for id in unknown:
+            name = str(alive[id])
+            if name in by_name:
+                index = by_name[name]
+            elif lost and not self._backend.keeps_names:
+                index = lost[0]
+            elif self._limit is None:
+                index = len(self)
+            else:
+                continue  # on a cluster of others a lab has as many workers as it asked for
+            asked = self._asked.setdefault(id, None) or self._backend.describe(id)
+            self._asked[id] = asked
+            while not asked.done() and time.monotonic() < limit:
+                time.sleep(0.01)
+            if not asked.done():
+                continue  # perhaps it is frozen; it is looked at again the next time
+            try:
+                about = asked.result(timeout=1.0)
+            except Exception:  # it has died meanwhile
+                self._asked[id] = None
+                continue
+            holder = self._leases.get(index)
+            if holder and self._backend.lease([id], holder):
+                continue  # another notebook was quicker
+            self._place(index, id, name, about, self.workers[index].slowdown if index < len(self) else 1.0)
+            lost = [place for place in lost if place != index]
+            by_name.pop(name, None)
+
+    def _place(self, index: int, id: Any, name: Any, about: tuple, slowdown: float) -> None:
+        host, pid, gpus, visible, _ = about
+        old = self._visible[index] if index < len(self) else None
+        if old == (host, visible):
+            device = self.workers[index].device
+        else:
+            rank = sum(sees == (host, visible) for place, sees in enumerate(self._visible) if place != index)
+            device = f"cuda:{rank % gpus}" if gpus else "cpu"
+        worker = Worker(index, str(name), host, device, self._threads, pid, slowdown)
+        if index == len(self):
+            self._ids.append(id)
+            self._visible.append((host, visible))
+            self.workers.append(worker)
+        else:
+            self._ids[index], self._visible[index], self.workers[index] = id, (host, visible), worker
+        self._arrivals.append(index)
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    def lease(self, workers: Iterable[int], holder: str) -> None:
+        """Take workers for one holder, all of them or, with a `ClusterError` that says who has them, none."""
+        self._check_open()
+        workers = sorted(set(workers))
+        self._check_known(workers)
+        with self._lock:
+            held = {index: other for index in workers if (other := self._leases.get(index, holder)) != holder}
+            if not held:
+                gone = set(self.lost())
+                others = self._backend.lease([self._ids[index] for index in workers if index not in gone], holder)
+                held = {index: others[id] for index in workers if (id := self._ids[index]) in others}
+            if held:
+                who = ", ".join(f"worker {index} by {other!r}" for index, other in held.items())
+                raise ClusterError(f"workers are held: {who}. Wait for that run, stop it, or train on others: workers=[...].")
+            self._seen.setdefault(holder, len(self._arrivals))
+            self._leases.update(dict.fromkeys(workers, holder))
+
+    def release(self, holder: str) -> None:
+        """Give back what the holder has; twice is fine."""
+        with self._lock:
+            self._leases = {index: other for index, other in self._leases.items() if other != holder}
+            self._seen.pop(holder, None)
+            if not self.closed:
+                self._backend.release(holder)
+
+    def free(self, holder: str = "") -> list[int]:
+        """Indices of workers that are there and that no run holds, or `holder` itself."""
+        gone = set(self.lost())
+        return [index for index in range(len(self)) if index not in gone and self._leases.get(index, holder) == holder]
+
+    # -- the end, and how it looks -------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End the workers that this lab started; a cluster that was handed in stays as it was."""
-        global _current
         if self.closed:
             return
-        if self.run is not None:
-            self.run.stop()
+        for run in list(self.runs):
+            run.stop()
         self.closed = True
-        if _current and _current[1] is self:
-            _current = None
-        with quiet():
-            for thing in self._owned:
-                thing.close(timeout=10)
+        self._backend.close()
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -192,117 +374,16 @@ class Lab:
 
         return pd.DataFrame([asdict(worker) for worker in self.workers]).set_index("index")
 
-    def _in_process(self) -> bool:
-        from distributed import Scheduler
-
-        return isinstance(getattr(self.client.cluster, "scheduler", None), Scheduler)
-
     def _check_open(self) -> None:
         if self.closed:
             raise ClusterError("this lab is closed. Run the cell with connect() again.")
 
-
-def connect(
-    kind: str | None = None,
-    n_workers: int | None = None,
-    *,
-    threads_per_worker: int = 1,
-    slowdown: Sequence[float] | None = None,
-    jitter: float = 0.0,
-    address: str | None = None,
-    client: Any = None,
-    timeout: float = 60.0,
-) -> Lab:
-    """Connect to workers, starting them where none are given.
-
-    The same request in one kernel gives the same lab; a changed one closes the old lab first.
-
-    Parameters
-    ----------
-    kind
-        "threads" (in this process) or "dask" (processes). Default: "dask", or "threads" where LABKIT_SMALL is set, as on Binder.
-    n_workers
-        How many; 2 by default, and all of them for `address` and `client`.
-    threads_per_worker
-        torch threads of each worker.
-    slowdown
-        Emulated slowness, one factor of at least 1 for each worker: `[1, 4]` makes worker 1 four times slower.
-    jitter
-        Standard deviation of the logarithm of a random factor on every step's emulated duration; 0 is none.
-    address, client
-        A running Dask scheduler ("tcp://host:8786"), or a `Client` or cluster object of your own; both are left running at `close`.
-    timeout
-        Seconds to wait for the workers.
-
-    Raises
-    ------
-    ClusterError
-        The workers did not arrive, or the request makes no sense.
-    """
-    global _current
-    if kind is None:
-        kind = "threads" if os.environ.get("LABKIT_SMALL") and not (address or client) else "dask"
-    _check_request(kind, n_workers, threads_per_worker, slowdown, jitter, address, client)
-    if n_workers is None and not (address or client):
-        n_workers = 2
-    request = (
-        kind,
-        n_workers,
-        threads_per_worker,
-        tuple(slowdown or ()),
-        jitter,
-        address,
-        id(client) if client is not None else None,
-    )
-    with _connecting:
-        if _current:
-            made_for, lab = _current
-            if made_for == request and not lab.closed and not lab.broken():
-                return lab
-            lab.close()
-        with quiet():
-            scratch = None if address or client is not None else tempfile.mkdtemp(prefix="labkit-")
-            try:
-                dask_client, owned = start_client(kind, n_workers, threads_per_worker, address, client, timeout, scratch)
-            except BaseException:
-                shutil.rmtree(scratch or "", ignore_errors=True)
-                raise
-            try:
-                found = find_workers(dask_client, n_workers, slowdown, timeout)
-            except BaseException:
-                Lab(kind, dask_client, [], [], owned=owned, scratch=scratch).close()
-                raise
-            workers = []
-            for index, (name, host, pid, gpus) in enumerate(found.values()):
-                device = f"cuda:{index % gpus}" if gpus else "cpu"
-                factor = float(slowdown[index]) if slowdown is not None else 1.0
-                workers.append(Worker(index, name, host, device, threads_per_worker, pid, factor))
-            lab = Lab(kind, dask_client, workers, list(found), jitter=jitter, owned=owned, scratch=scratch)
-        _current = (request, lab)
-    return lab
+    def _check_known(self, workers: Iterable[int]) -> None:
+        for worker in workers:
+            if not 0 <= worker < len(self):
+                raise ClusterError(f"there is no worker {worker}; this lab has workers 0 to {len(self) - 1}.")
 
 
-@atexit.register
-def _close_at_exit() -> None:
-    if _current:
-        _current[1].close()
-
-
-def _check_request(kind, n_workers, threads_per_worker, slowdown, jitter, address, client) -> None:
-    if kind not in KINDS:
-        close = difflib.get_close_matches(str(kind), KINDS, n=1)
-        raise ClusterError(f"unknown kind {kind!r}. Known: {', '.join(KINDS)}." + (f" Did you mean {close[0]!r}?" if close else ""))
-    if n_workers is not None and (int(n_workers) != n_workers or n_workers < 1):
-        raise ClusterError(f"n_workers={n_workers}: a lab needs at least one worker.")
-    if int(threads_per_worker) != threads_per_worker or threads_per_worker < 1:
-        raise ClusterError(f"threads_per_worker={threads_per_worker}: at least one thread is needed.")
-    if jitter < 0:
-        raise ClusterError(f"jitter={jitter} must not be negative.")
-    if slowdown is not None:
-        n = n_workers or (None if address or client else 2)
-        if n is not None and len(slowdown) != n:
-            raise ClusterError(f"slowdown has {len(slowdown)} entries for {n} workers. Give one factor for each worker.")
-        if not all(factor >= 1 for factor in slowdown):
-            raise ClusterError(f"slowdown={list(slowdown)}: a factor below 1 would be a speed-up; 1 is the true speed.")
-    if address and client is not None:
-        raise ClusterError("give address or client, not both.")
+def _natural(name: Any) -> tuple:
+    """Sorts worker 10 behind worker 9."""
+    return (0, int(name), "") if str(name).isdigit() else (1, 0, str(name))

@@ -81,7 +81,7 @@ class Update:
         self.bases = {int(worker): 0 for worker in workers}  # worker -> version that it works from
 
     def join(self, worker: int) -> list[Reply]:
-        """`worker` comes, or comes back: it gets the current version at once."""
+        """`worker` comes, comes back, or begins anew what it could not finish: it gets the current version."""
         self.merges = []
         self.bases[worker] = self.version
         return [Reply(worker, self.version, self.weights)]
@@ -148,32 +148,43 @@ class Update:
 
 
 class _Barrier(Update):
-    """A rule that waits for every member, then merges all pushes in the order of worker indices."""
+    """A rule that waits for every member, then merges all pushes in the order of worker indices.
+
+    Who joins while a round is under way begins with the next one. Who leaves is not waited for any more.
+    """
 
     def start(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int = 0) -> None:
         super().start(weights, workers, n_buffers)
         self.pending: dict[int, Push] = {}
+        self.waiting: dict[int, int] = {}  # who begins with the next round, and the version at which it came
+
+    def join(self, worker: int) -> list[Reply]:
+        self.merges = []
+        self.pending.pop(worker, None)  # a worker that comes back has forgotten what it pushed
+        self.bases[worker] = self.waiting[worker] = self.version
+        return self._close_round()
 
     def leave(self, worker: int) -> list[Reply]:
         super().leave(worker)
         self.pending.pop(worker, None)
+        self.waiting.pop(worker, None)
         return self._close_round()
 
-    def join(self, worker: int) -> list[Reply]:
-        self.pending.pop(worker, None)  # a worker that comes back has forgotten what it pushed
-        return super().join(worker)
-
     def _merge(self, push: Push) -> list[Reply]:
+        if push.worker in self.waiting:
+            raise UpdateError(f"push of worker {push.worker} refused: it begins with the next round.")
         self.pending[push.worker] = push
         return self._close_round()
 
     def _close_round(self) -> list[Reply]:
-        if not self.pending or set(self.pending) != set(self.bases):
+        if set(self.pending) != set(self.bases) - set(self.waiting):
             return []
         pushes = [self.pending[worker] for worker in sorted(self.pending)]
-        self.pending = {}
-        self._merge_all(pushes)
-        return self._release([push.worker for push in pushes])
+        released = sorted([*self.pending, *self.waiting])
+        self.pending, self.waiting = {}, {}
+        if pushes:
+            self._merge_all(pushes)
+        return self._release(released)
 
     def _merge_all(self, pushes: list[Push]) -> None:
         raise NotImplementedError

@@ -57,9 +57,9 @@ class Connection:
         body = sum(view.nbytes for view in views)
         try:
             with self._sending:
-                self.sock.sendall(PREFIX.pack(len(text), body) + text)
-                for view in views:
-                    self.sock.sendall(view)
+                for view in (memoryview(PREFIX.pack(len(text), body) + text), *views):
+                    while view.nbytes:  # not sendall, whose time limit is for the whole: a slow link may take its time
+                        view = view[self.sock.send(view) :]
         except OSError as error:
             raise WireError(f"the connection broke while {body} bytes were sent: {error}.") from error
         self.sent += PREFIX.size + len(text) + body
@@ -92,9 +92,19 @@ class Connection:
         self.received += PREFIX.size + n_header + n_body
         return header, n_body
 
-    def waiting(self) -> bool:
-        """Is there something to receive right now?"""
-        return bool(select.select([self.sock], [], [], 0)[0])
+    def waiting(self, timeout: float = 0.0) -> bool:
+        """Is there something to receive (be it the end), within `timeout` seconds?"""
+        poll = select.poll()  # select() cannot watch more than 1024 files
+        try:
+            poll.register(self.sock, select.POLLIN)
+        except ValueError as error:
+            raise WireError("the connection was closed here.") from error
+        return bool(poll.poll(max(0.0, timeout) * 1000))
+
+    def patience(self, timeout: float) -> None:
+        """How long the other side may be silent in the middle of a message, from now on."""
+        with contextlib.suppress(OSError):  # closed: the next call says so
+            self.sock.settimeout(timeout)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the other side may have been quicker

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from test_backends import PLACES, skip_without
 
 import labkit
-from labkit import lab as lab_module
+from labkit import connecting
+from labkit.dask_workers import DaskWorkers, quiet
 from labkit.errors import ClusterError
 
 
 @pytest.fixture(autouse=True)
 def _closed():
     yield
-    if lab_module._current:
-        lab_module._current[1].close()
+    if connecting._current:
+        connecting._current[1].close()
 
 
 def until(condition, limit=20.0):
@@ -97,8 +100,8 @@ def test_the_same_request_gives_the_same_lab_and_a_changed_one_closes_it():
 
 
 REQUESTS = {
-    "unknown kind 'thread'. Known: threads, dask. Did you mean 'threads'?": {"kind": "thread"},
-    "unknown kind 'mpi'. Known: threads, dask.": {"kind": "mpi"},
+    "unknown kind 'thread'. Known: threads, dask, ipyparallel, slurm. Did you mean 'threads'?": {"kind": "thread"},
+    "unknown kind 'mpi'. Known: threads, dask, ipyparallel, slurm.": {"kind": "mpi"},
     "n_workers=0: a lab needs at least one worker.": {"n_workers": 0},
     "n_workers=1.5: a lab needs": {"n_workers": 1.5},
     "threads_per_worker=0: at least one thread": {"threads_per_worker": 0},
@@ -106,7 +109,12 @@ REQUESTS = {
     "slowdown has 3 entries for 2 workers. Give one factor for each worker.": {"slowdown": [1, 2, 3]},
     "slowdown=[1, 0.5]: a factor below 1 would be a speed-up": {"slowdown": [1, 0.5]},
     "slowdown=[1, nan]": {"slowdown": [1, float("nan")]},
-    "give address or client, not both.": {"address": "tcp://x:1", "client": object()},
+    "give address or client, not both.": {"kind": "dask", "address": "tcp://x:1", "client": object()},
+    "unknown engines 'mip'. Known: local, mpi. Did you mean 'mpi'?": {"kind": "ipyparallel", "engines": "mip"},
+    "profile, engines and an ipyparallel Client go with kind='ipyparallel', not with 'dask'.": {"kind": "dask", "profile": "x"},
+    "kind='ipyparallel' finds a running cluster by profile": {"kind": "ipyparallel", "address": "tcp://x:1"},
+    "security goes with address": {"kind": "dask", "security": object()},
+    "engines have no resources": {"kind": "ipyparallel", "resources": {"GPU": 1}},
 }
 
 
@@ -115,7 +123,7 @@ def test_bad_requests_start_nothing(message):
     request = {"kind": "threads", "n_workers": None if "client" in REQUESTS[message] else 2, **REQUESTS[message]}
     with pytest.raises(ClusterError) as caught:
         labkit.connect(**request)
-    assert message in str(caught.value) and lab_module._current is None
+    assert message in str(caught.value) and connecting._current is None
 
 
 def test_a_bad_request_leaves_the_lab_that_is_there():
@@ -133,15 +141,15 @@ def test_an_address_where_nobody_answers():
 def test_workers_that_do_not_come(cluster):
     with pytest.raises(ClusterError, match=r"2 of 5 workers arrived in 0\.3 s\. Try connect\(n_workers=1, kind='threads'\)"):
         labkit.connect("dask", 5, client=cluster, timeout=0.3)
-    assert cluster.scheduler.workers and lab_module._current is None
+    assert cluster.scheduler.workers and connecting._current is None
 
 
 def test_scratch_folders_go_with_the_lab(monkeypatch, tmp_path):
-    monkeypatch.setattr(lab_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(connecting.tempfile, "tempdir", str(tmp_path))
     with labkit.connect("threads", 1):
         assert [path.name.startswith("labkit-") for path in tmp_path.iterdir()] == [True]
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(lab_module, "start_client", boom_client)
+    monkeypatch.setattr(connecting, "start_client", boom_client)
     with pytest.raises(ZeroDivisionError):
         labkit.connect("threads", 1)
     assert not list(tmp_path.iterdir())
@@ -231,31 +239,169 @@ def test_an_interrupt_of_the_whole_group_is_for_the_kernel_alone(tmp_path):
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
-@pytest.mark.cluster
-def test_real_processes(capfd, monkeypatch, tmp_path):
-    monkeypatch.setattr(lab_module.tempfile, "tempdir", str(tmp_path))
-    lab = labkit.connect("dask", 2)
-    pids = [worker.pid for worker in lab.workers]
-    assert len({*pids, os.getpid()}) == 3 and not lab.one_process and lab.one_host
-    assert [lab.start(index, os.getpid).result(20) for index in (1, 0, 1)] == [pids[1], pids[0], pids[1]]
-    assert lab.map(os.getenv, ["OMP_NUM_THREADS"]) == ["1"]
-    assert labkit.connect("dask", 2) is lab
+def work(path, seconds):
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(seconds)
 
-    task = lab.start(1, time.sleep, 60)
-    until(lambda: lab.client.processing()[lab._addresses[1]])
-    os.kill(pids[1], signal.SIGKILL)  # Dask's nanny starts another process, but that is another worker
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("place", ["dask", "ipyparallel", "mpi"])
+def test_real_processes(place, capfd, monkeypatch, tmp_path):
+    """Killed, back, joined by another, frozen, closed: no wait without a limit, nothing run twice, nothing left, not a word."""
+    skip_without(place)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(connecting.tempfile, "tempdir", str(scratch))
+    request = {"n_workers": 2, "slowdown": [1, 4], **PLACES[place]}
+    lab = labkit.connect(**request)
+    pids = [worker.pid for worker in lab.workers]
+    assert len({*pids, os.getpid()}) == 3 and labkit.connect(**request) is lab
+    lab.lease([0, 1], "run")
+
+    task, begun = lab.start(1, work, tmp_path / "begun", 60), time.monotonic()
+    until((tmp_path / "begun").exists)
+    os.kill(pids[1], signal.SIGKILL)
     until(lambda: lab.lost() == [1])
     with pytest.raises(ClusterError, match=r"worker 1 was lost while its task ran"):
         task.result(20)
-    assert task.done
+    assert task.done and task.lost and task.error() is None
     with pytest.raises(ClusterError, match=r"worker 1 was lost\. connect\(\) again"):
         lab.start(1, os.getpid)
     assert lab.map(os.getenv, ["HOME"], timeout=20) == [os.getenv("HOME")]
+    assert time.monotonic() - begun < 30
 
+    if place == "dask":  # its nanny starts a new process under the old name
+        until(lambda: lab.refresh("run") == [1], 30)
+    else:
+        assert lab.add() == [1] and lab.refresh("run") == [1]
+    assert lab.lost() == lab.refresh("run") == lab.free() == [] and lab.workers[1].slowdown == 4
+    assert lab.start(1, os.getpid).result(20) == lab.workers[1].pid != pids[1] and task.lost
+    assert lab.add() == [2] and lab.refresh("run") == lab.free() == [2] and lab.workers[2].slowdown == 1
+    assert lab.start(2, os.getpid).result(20) == lab.workers[2].pid
+    assert (tmp_path / "begun").read_text() == f"{pids[1]}\n"  # and never again
+
+    os.kill(lab.workers[0].pid, signal.SIGSTOP)
     begun = time.monotonic()
-    again = labkit.connect("dask", 2)  # the same request, but that lab is not whole
-    assert again is not lab and lab.closed and again.lost() == []
-    again.close()
-    assert time.monotonic() - begun < 60
-    assert not any(psutil.pid_exists(pid) for pid in pids) and not list(Path(tmp_path).iterdir())
-    assert capfd.readouterr() == ("", "")
+    assert lab.lost() == lab.refresh() == []
+    with pytest.raises(ClusterError, match=r"worker 0 did not finish within 0\.2 s"):
+        lab.start(0, os.getpid).result(0.2)
+    assert time.monotonic() - begun < 5
+    pids += [worker.pid for worker in lab.workers]
+    lab.close()
+    lab.close()
+    assert time.monotonic() - begun < 25
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert not list(scratch.iterdir()) and capfd.readouterr() == ("", "")
+
+
+NOTEBOOK = """
+import os, sys, time
+from IPython.core.interactiveshell import InteractiveShell
+import labkit
+
+shell = InteractiveShell.instance()
+lab = labkit.connect("ipyparallel", 2)
+task = lab.start(0, time.sleep, 60)
+shell.run_cell_magic("px", "", "import os; print('engine', os.getpid())")
+assert not task.done
+print(*(worker.pid for worker in lab.workers), *(process.pid for process in lab._backend._local.processes), flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted", lab.map(abs, [-1], workers=[1], timeout=20), lab.lost(), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.cluster
+def test_engines_beside_a_notebook_that_is_interrupted_and_killed(tmp_path):
+    """%%px works while a task runs; an interrupt is for the kernel alone; engines and controller do not outlive it."""
+    (tmp_path / "script.py").write_text(NOTEBOOK)
+    process = subprocess.Popen(
+        [sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        lines = []
+        while not lines or not lines[-1][:1].isdigit():
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        pids = [int(pid) for pid in lines[-1].split()]
+        assert all(any(f"engine {pid}" in line for line in lines) for pid in pids[:2]), lines
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "interrupted [1] []\n"
+    finally:
+        process.kill()
+        process.communicate(timeout=20)
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert [file.name for file in tmp_path.iterdir()] == ["script.py"]
+
+
+@pytest.mark.cluster
+def test_a_running_ipyparallel_cluster_and_its_client_stay_as_they_were(tmp_path):
+    from labkit.engines import start_engines
+
+    engines = start_engines(2, 1, mpi=False, timeout=60, scratch=str(tmp_path / "profile"))
+    try:
+        client = engines.client
+        with labkit.connect(client=client) as lab:
+            assert lab.kind == "ipyparallel" and len(lab) == 2 and lab.client is client and lab.map(abs, [-1, -2]) == [1, 2]
+            with pytest.raises(ClusterError, match="did not start its engines"):
+                lab.add()
+            os.kill(lab.workers[0].pid, signal.SIGKILL)
+            until(lambda: lab.lost() == [0])
+            engines.add(1)
+            until(lambda: lab.refresh() == [0])
+        assert not client._closed and len(client.ids) == 2 and client[:].apply_sync(os.getpid)
+        with pytest.raises(ClusterError, match="2 of 3 workers"):
+            labkit.connect(client=client, n_workers=3, timeout=0.5)
+    finally:
+        engines.close()
+
+
+@pytest.mark.cluster
+def test_a_dask_cluster_elsewhere(tmp_path):
+    """TLS, a scheduler file, resources, leases that two notebooks respect, other people's tasks beside ours."""
+    from distributed import Client, LocalCluster
+    from distributed.security import Security
+
+    security = Security.temporary()
+    with (
+        quiet(),
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, security=security, dashboard_address=None, resources={"GPU": 1}, protocol="tls://"
+        ) as cluster,
+    ):
+        address = cluster.scheduler_address
+        assert address.startswith("tls://")
+        with pytest.raises(ClusterError, match=r"speaks TLS\. Give connect\(\) its certificates"):
+            labkit.connect(address=address, timeout=1)
+        with pytest.raises(ClusterError, match="0 of 1 workers arrived"):
+            labkit.connect(address=address, security=security, resources={"GPU": 2}, timeout=0.5)
+        file = tmp_path / "scheduler.json"
+        with pytest.raises(ClusterError, match=r"no scheduler file appeared at .* in 0\.1 s"):
+            labkit.connect(address=str(file), security=security, timeout=0.1)
+        file.write_text(json.dumps({"address": address}))
+        with Client(address, security=security, set_as_default=False) as theirs:
+            other = theirs.submit(time.sleep, 0.5)
+            with labkit.connect(address=str(file), security=security, resources={"GPU": 1}) as lab:
+                assert len(lab) == 1 and lab.start(0, abs, -3).result(20) == 3 and other.result(20) is None
+                with pytest.raises(ClusterError, match="did not start its cluster"):
+                    lab.add()
+                lab.lease([0], "mine")
+                stranger = DaskWorkers(theirs)  # as in another notebook
+                held = stranger.lease(stranger.alive(), "theirs")
+                assert list(held.values()) == [f"mine (another notebook, process {os.getpid()} on {socket.gethostname()})"]
+                lab.release("mine")
+                assert stranger.lease(stranger.alive(), "theirs") == {}
+                with pytest.raises(ClusterError, match=r"worker 0 by 'theirs \(another notebook"):
+                    lab.lease([0], "mine")
+                assert lab.free() == [0]  # nobody here holds it
+                stranger.release("theirs")
+                lab.lease([0], "mine")
+
+
+@pytest.mark.cluster
+def test_local_workers_with_resources():
+    with labkit.connect("threads", 2, resources={"GPU": 1}) as lab:
+        assert len(lab) == 2 and lab.map(abs, [-1, -2]) == [1, 2]

@@ -520,7 +520,7 @@ def test_bad_requests_start_nothing(train, tmp_path, lab):
     ]:
         with pytest.raises(error, match=words):
             train(a_problem, **options)
-        assert lab.run is None
+        assert lab.runs == [] and lab.free() == [0, 1]
     assert not (tmp_path / "runs").exists()
 
 
@@ -539,7 +539,7 @@ def test_a_server_that_cannot_start_leaves_the_lab_free(train, monkeypatch, lab,
     with pytest.raises(RunError, match="the server did not start"):
         train(problem())
     monkeypatch.undo()
-    assert lab.run is None
+    assert lab.runs == [] and lab.free() == [0, 1]
     ended(train(problem(), passes=1))
 
 
@@ -636,5 +636,6 @@ def test_real_processes(tmp_path):
         assert run.events.query("kind == 'merge'").samples.sum() == 30 * n
         assert run.events.query("kind == 'leave'").worker.iloc[0] == 1
         assert run.allocations().query("worker == 0").total.max() == n
-        with pytest.raises(ClusterError, match=r"workers \[1\] of this lab are lost"):
-            labkit.train(problem(), **options)
+        until(lambda: not lab.refresh() and not lab.lost())  # Dask has started it again, at its old place
+        run = ended(labkit.train(problem(), passes=1, **options), timeout=90)
+        assert {*run.events.query("kind == 'join'").worker} == {0, 1}
