@@ -197,7 +197,9 @@ def _average(exchange, bucket):  # no annotations: DDP compares them with types,
     begun, last, waiting = time.perf_counter(), bucket.is_last(), exchange.waiting
     average = waiting.new()
 
-    def done(future):  # in a thread of the group; it must not own the group, whose end waits for its threads
+    # In a thread of the group; it must not own the group, whose end waits for its threads. NCCL calls it when the exchange is only
+    # queued on the card, so there waiting counts as computing.
+    def done(future):
         if last:  # the earlier ones travel while the backward pass computes
             waiting.seconds.append(time.perf_counter() - begun)
         waiting.done(average, future)
@@ -217,6 +219,7 @@ def _gloo_between_threads(file: str, rank: int, n_ranks: int) -> dist.ProcessGro
     backend = dist.ProcessGroupGloo(store, rank, n_ranks, options)
     group = dist.ProcessGroup(store, rank, n_ranks)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    for device in ("cpu", "cuda"):  # gloo takes gradients from a card too, by way of the host
+        group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.GLOO, backend)
     backend._set_sequence_number_for_group()
     return group

@@ -242,6 +242,8 @@ class _Worker:
         keep_memory()
         if torch.get_num_threads() != spec.threads:
             torch.set_num_threads(spec.threads)
+        if spec.device != "cpu":
+            torch.cuda.set_device(spec.device)  # pinned memory and NCCL go by it, and cuda:0 is somebody else's
         self._build()
         self.slowness = Slowness(spec.slowdown, spec.jitter, spec.seed, spec.index, spec.device)
         self.score_batches = batches(problem.score_indices(), 256)
@@ -337,6 +339,8 @@ class _Worker:
         for _ in range(PROBE_STEPS):
             started = time.perf_counter()
             self._step(self.module, indices, optimisers, Clock(0, self.spec.budget, 0.0))
+            if self.spec.device != "cpu":  # there a step is only queued
+                torch.cuda.synchronize(self.spec.device)
             times.append((time.perf_counter() - started) / len(indices))
         for counter, before in counters:
             counter.copy_(before)
