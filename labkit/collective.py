@@ -19,7 +19,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,7 +57,7 @@ class Group:
             raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
         self.one_process, self.number, self.rank, self.pulse = spec.one_process, number, ranks.index(spec.index), pulse
         self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), _Waiting()), None
-        file = str(Path(spec.collective) / f"ranks-{number}")
+        file = f"{spec.collective}-{number}"
         self._meet(file, len(ranks))
         try:
             if spec.one_process:

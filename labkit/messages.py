@@ -77,8 +77,10 @@ WORDS = {
         **{"score": NUMBER, "loss": _or_nothing(NUMBER)},
         **dict.fromkeys(("compute_s", "score_s", "wait_s", "send_s"), SECONDS),
     },
-    **dict.fromkeys(("fail", "regroup"), {"reason": TEXT}),
-    **dict.fromkeys(("expect", "drop"), {"workers": COUNTS}),
+    "fail": {"reason": TEXT},
+    "regroup": {"reason": TEXT},
+    "expect": {"workers": COUNTS},
+    "drop": {"workers": COUNTS},
     "stop": {
         "state": ("'stopped' or 'failed'", lambda value: value is None or value in ("stopped", "failed")),
         "reason": _or_nothing(TEXT),

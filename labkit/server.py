@@ -32,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
-from labkit import wire
-from labkit.coordinator import Answer, Coordinator, Member
+from labkit import checkpoints, presence, wire
+from labkit.coordinator import AGE_S, Answer, Coordinator, Member
 from labkit.errors import WireError
 from labkit.messages import checked
 from labkit.partition import UDPA
@@ -66,6 +66,7 @@ class ServerSpec:
     patience: float = 300.0  # seconds to wait until every worker has joined
     alone: float = 60.0  # seconds to wait for somebody to come when every worker is lost
     silence: float = 4.0  # seconds without a word after which a worker is taken to be gone
+    age: float = AGE_S  # seconds after which the newest version is kept, also between the checkpoints
     state: dict | None = None  # of the checkpoint that a run goes on from (`labkit.checkpoints.read_state`)
 
 
@@ -80,11 +81,15 @@ class Server:
         self.outboxes: dict[int, queue.SimpleQueue[Answer]] = {}
         self.connections: dict[int, wire.Connection] = {}
         self.generations: dict[int, int] = {}  # by worker: how often the kernel has started its task
-        self.versions: queue.SimpleQueue[tuple[int, np.ndarray] | None] = queue.SimpleQueue()
+        self.versions: queue.SimpleQueue[tuple[int, np.ndarray, dict] | None] = queue.SimpleQueue()
         self.over = threading.Event()
         self.unwritten = ""  # why the record is not complete
-        spec.update.start(spec.weights, spec.workers, spec.n_buffers)
-        spec.partition.start(spec.n_samples, spec.workers, seed=spec.seed, labels=spec.labels)
+        if spec.state:
+            spec.update.go_on(spec.weights, spec.workers, spec.n_buffers, spec.state["update"])
+            spec.partition.load_state_dict(spec.state["partition"])
+        else:
+            spec.update.start(spec.weights, spec.workers, spec.n_buffers)
+            spec.partition.start(spec.n_samples, spec.workers, seed=spec.seed, labels=spec.labels)
         self.course = Coordinator(
             update=spec.update,
             partition=spec.partition,
@@ -95,8 +100,10 @@ class Server:
             checkpoints=spec.checkpoints,
             deliver=lambda worker, answer: self.outboxes[worker].put(answer),
             record=self.recorder.event,
-            save=lambda version, weights: self.versions.put((version, weights)),
+            save=lambda *version: self.versions.put(version),
             clock=time.monotonic,
+            state=spec.state,
+            age=spec.age,
         )
 
     @property
@@ -104,6 +111,13 @@ class Server:
         return self.listener.getsockname()[:2]
 
     def serve(self) -> dict:
+        presence.announce(Path(self.spec.path), self.address, self.spec.secret)
+        try:
+            return self._serve()
+        finally:
+            presence.withdraw(Path(self.spec.path))
+
+    def _serve(self) -> dict:
         saver = threading.Thread(target=self._keep_saving)
         saver.start()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -342,9 +356,11 @@ class Server:
 
     def _keep_saving(self) -> None:
         """Writes versions to the disk away from the lock, so that a slow disk delays nobody."""
+        path = Path(self.spec.path)
         while (item := self.versions.get()) is not None:
             try:
                 self.recorder.checkpoint(*item)
+                checkpoints.prune(path, checkpoints.retained(self.recorder.kept, self.spec.budget, self.spec.checkpoints))
             except OSError as error:
                 with self.lock:
                     self._cannot_write(error)

@@ -54,7 +54,7 @@ class WorkerSpec:
     threads: int = 1
     slowdown: float = 1.0
     jitter: float = 0.0
-    collective: str | None = None  # folder where the ranks of an all-reduce find each other
+    collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     one_process: bool = False  # all workers are threads of one process
     one_host: bool = True
     own_gpu: bool = False  # every worker has a GPU to itself, so that NCCL can be used
