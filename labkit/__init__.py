@@ -12,6 +12,7 @@ _HOMES = {
     "connect": "connecting",
     "Lab": "lab",
     "train": "training",
+    "resume": "resuming",
     "Run": "run",
     "load_run": "run",
     "compare": "run",

@@ -10,14 +10,16 @@ connects them over TCP, without authentication, on loopback where all are on one
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,64 +34,146 @@ if TYPE_CHECKING:
 # One-channel images in channels_last give the first convolution a gradient of equal layout but other strides: nothing is wrong.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
-TIMEOUT = datetime.timedelta(seconds=120)  # a rank that is gone is noticed at once; this is for one that hangs
+TIMEOUT = datetime.timedelta(seconds=60)  # of an exchange; a rank that is gone is noticed at once, one that is frozen by the server
+FORMING_S = 30.0  # how long the ranks may take to find each other
+
+
+_abandoned: list[dist.ProcessGroup] = []  # groups that wait for a frozen rank until their time limit
+
+
+class Broken(Exception):
+    """The group can no longer be used: a rank is gone. Caught by the worker, which asks for a new group."""
 
 
 class Group:
-    """One rank's membership, from `__init__` to `close`; `close` is what the other ranks notice when this one is gone."""
+    """One rank's membership, from `__init__` to `close`; `close` is what the other ranks notice when this one is gone.
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    `ranks` are the workers that make the group, `number` says how often one was formed in this run; `pulse` hears from the server
+    when one of them is gone, and then breaks off an exchange that waits for it.
+    """
+
+    def __init__(self, spec: WorkerSpec, ranks: list[int], number: int, pulse: Any) -> None:
         if not dist.is_available():
             raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
-        self.one_process = spec.one_process
-        file = str(Path(spec.collective) / "ranks")
-        if spec.one_process:
-            group = _gloo_between_threads(file, spec.index, spec.n_workers)
-        else:
-            loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-            if spec.one_host and loopback:
-                os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
-            backend = "nccl" if spec.own_gpu else "gloo"
-            dist.init_process_group(
-                backend, init_method=f"file://{file}", rank=spec.index, world_size=spec.n_workers, timeout=TIMEOUT
-            )
-            group = dist.group.WORLD
-        self.exchange, self.ddp = _Exchange(group, 1 / spec.n_workers, []), None
+        self.one_process, self.number, self.rank, self.pulse = spec.one_process, number, ranks.index(spec.index), pulse
+        self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), _Waiting()), None
+        file = f"{spec.collective}-{number}"
+        self._meet(file, len(ranks))
+        try:
+            if spec.one_process:
+                self.exchange.group = _gloo_between_threads(file, self.rank, len(ranks))
+            else:
+                loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+                if spec.one_host and loopback:
+                    os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
+                backend = "nccl" if spec.own_gpu else "gloo"
+                dist.init_process_group(
+                    backend, init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
+                )
+                self.exchange.group = dist.group.WORLD
+        except RuntimeError as error:
+            self.close()
+            raise Broken(f"the group could not be formed: {error}") from error
+        pulse.alarm = self._abort
+
+    def _meet(self, file: str, n_ranks: int) -> None:
+        """Wait until every rank is here. torch would wait for the whole of its time limit for one that is gone."""
+        store = dist.FileStore(f"{file}-here", n_ranks)
+        store.set(str(self.rank), "here")
+        limit = time.monotonic() + FORMING_S
+        while not store.check([str(rank) for rank in range(n_ranks)]):
+            if self.pulse.told or time.monotonic() > limit:
+                raise Broken(f"not all of {n_ranks} ranks came within {FORMING_S:g} s")
+            time.sleep(0.01)
+
+    def _abort(self) -> None:
+        """From another thread: whoever waits in an exchange gets an error."""
+        self.exchange.waiting.fail("the server says that a worker is gone")
 
     def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
         """The module whose backward pass averages gradients over the samples of all ranks."""
-        self.ddp = DistributedDataParallel(module, process_group=self.exchange.group)
+        with self.exchanging():  # the ranks compare their parameters
+            self.ddp = DistributedDataParallel(module, process_group=self.exchange.group)
         self.ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then nobody waits for them
         self.ddp.register_comm_hook(self.exchange, _average)
         return self.ddp
 
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """What goes wrong with the other ranks in here is `Broken`; what goes wrong with the model stays what it is."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.exchange.waiting.broken or isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise Broken(self.exchange.waiting.broken or str(error).splitlines()[0]) from error
+            raise
+
     def begin(self, weight: float) -> None:
         """A step comes, of whose samples this rank has the share `weight`."""
         self.exchange.weight = weight
-        self.exchange.waits.clear()
+        self.exchange.waiting.seconds.clear()
 
     @property
     def waited(self) -> float:
         """Seconds that the latest step spent in the exchange, which is mostly waiting for the slowest rank."""
-        return sum(self.exchange.waits)
+        return sum(self.exchange.waiting.seconds)
 
     def close(self) -> None:
         # The sockets of a gloo group close when its last owner goes, not before. The wrapped module is emptied rather than
         # dropped, because torch may keep it (DistributedDataParallel._active_ddp_module, when ranks are threads), and before the
         # group, because its reducer would wait for gloo's threads with the lock of the interpreter, which they need.
+        self.pulse.alarm = lambda: None
         if self.ddp is not None:
             vars(self.ddp).clear()
             self.ddp = None
+        if self.exchange.waiting.cut:  # with a rank that is frozen: the end of the group would wait for it
+            _abandoned.append(self.exchange.group)
         if not self.one_process and dist.is_initialized():
             dist.destroy_process_group()
         self.exchange.group = None
+
+
+class _Waiting:
+    """What a step waits for. It can be ended from here, which gloo offers no way to do."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []  # of the latest step
+        self.broken = ""  # why the group cannot be used any more
+        self.cut = False  # was a step ended from here, so that its exchange may still be under way?
+        self.lock, self.futures = threading.Lock(), []
+
+    def new(self) -> torch.futures.Future:
+        with self.lock:
+            self.futures = [future for future in self.futures if not future.done()]
+            self.futures.append(torch.futures.Future())
+            if self.broken:
+                self.futures[-1].set_exception(RuntimeError(self.broken))
+            return self.futures[-1]
+
+    def done(self, future: torch.futures.Future, result: torch.futures.Future) -> None:
+        with self.lock:
+            if future.done():
+                return
+            try:
+                future.set_result(result.value()[0])
+            except RuntimeError as error:
+                self.broken = self.broken or str(error).splitlines()[0]
+                future.set_exception(error)
+
+    def fail(self, why: str) -> None:
+        with self.lock:
+            self.broken = self.broken or why
+            for future in self.futures:
+                if not future.done():
+                    self.cut = True
+                    future.set_exception(RuntimeError(self.broken))
 
 
 @dataclass
 class _Exchange:
     group: dist.ProcessGroup | None
     weight: float  # this rank's share of the samples of the coming step
-    waits: list[float]  # seconds, of the latest step
+    waiting: _Waiting
 
 
 def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:
@@ -109,15 +193,19 @@ def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], lis
 
 
 def _average(exchange, bucket):  # no annotations: DDP compares them with types, and here they are strings
-    begun, last, waits = time.perf_counter(), bucket.is_last(), exchange.waits
+    begun, last, waiting = time.perf_counter(), bucket.is_last(), exchange.waiting
+    average = waiting.new()
 
-    def done(future):  # in a thread of the group; it must not own the group, whose end waits for its threads
+    # In a thread of the group; it must not own the group, whose end waits for its threads. NCCL calls it when the exchange is only
+    # queued on the card, so there waiting counts as computing.
+    def done(future):
         if last:  # the earlier ones travel while the backward pass computes
-            waits.append(time.perf_counter() - begun)
-        return future.value()[0]
+            waiting.seconds.append(time.perf_counter() - begun)
+        waiting.done(average, future)
 
     buffer = bucket.buffer().mul_(exchange.weight)
-    return exchange.group.allreduce([buffer]).get_future().then(done)
+    exchange.group.allreduce([buffer]).get_future().add_done_callback(done)
+    return average
 
 
 def _gloo_between_threads(file: str, rank: int, n_ranks: int) -> dist.ProcessGroup:
@@ -130,6 +218,7 @@ def _gloo_between_threads(file: str, rank: int, n_ranks: int) -> dist.ProcessGro
     backend = dist.ProcessGroupGloo(store, rank, n_ranks, options)
     group = dist.ProcessGroup(store, rank, n_ranks)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    for device in ("cpu", "cuda"):  # gloo takes gradients from a card too, by way of the host
+        group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.GLOO, backend)
     backend._set_sequence_number_for_group()
     return group

@@ -157,6 +157,11 @@ def connect(
     return lab
 
 
+def current() -> Lab | None:
+    """The lab of this process, if one is open."""
+    return None if _current is None or _current[1].closed else _current[1]
+
+
 @atexit.register
 def _close_at_exit() -> None:
     if _current:

@@ -4,19 +4,21 @@ Between the update and the partition (pure rules) and whoever drives them (socke
 socket, no thread and no file: answers go out through `deliver`, rows through `record`, versions to keep through `save`, and
 time comes from `clock`, so that another driver can bring a virtual one.
 
-    join   -> start barrier -> go          all workers of the run begin together, and the clock starts
-    push   -> update.push -> replies       one reply releases one worker: partition.allocate, then a grant
-    leave  -> the shard goes back, update.leave may release those who waited
+    join    -> start barrier -> go         all workers of the run begin together, and the clock starts
+    push    -> update.push -> replies      one reply releases one worker: partition.reclaim and allocate, then a grant
+    leave   -> the shard goes back, update.leave may release those who waited
+    join    -> update.join -> a reply      in mid-run: a new incarnation, served from what the others give back
+    regroup -> update.join -> replies      an all-reduce whose group has broken begins anew from the latest version
 
 A run trains on `budget` samples, counted over all workers. A *grant* is the number of samples of the next local pass; who finds the
-budget granted is told to stop.
+budget granted is told to stop. A run whose last worker is lost waits for others; how long is its driver's affair (`alone_since`).
 
 Used by `labkit.server`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,9 @@ import numpy as np
 from labkit.errors import ClusterError, PartitionError, UpdateError
 from labkit.partition import UDPA, largest_remainder
 from labkit.updates import Push, Reply, Update
+
+AGE_S = 30.0  # at least so often a version is kept, if there is a new one
+FRUITLESS = 10  # how often the group of an all-reduce may break in a row before the run is given up
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Member:
     unmerged: int = 0  # samples of a push that waits for the others
     held_since: float | None = None
     waited: float = 0.0  # seconds, before it was told to stop
+    held: int = 0  # samples of its shard, as it knows them
     loss: float | None = None
     score: float | None = None
 
@@ -69,46 +75,100 @@ class Coordinator:
         checkpoints: int,
         deliver: Callable[[int, Answer], None],
         record: Callable[..., None],
-        save: Callable[[int, np.ndarray], None],
+        save: Callable[[int, np.ndarray, dict], None],
         clock: Callable[[], float],
+        state: dict | None = None,
+        age: float = AGE_S,
     ) -> None:
         self.update, self.partition, self.workers = update, partition, workers
         self.budget, self.batch_size, self.local_steps, self.checkpoints = budget, batch_size, local_steps, checkpoints
-        self.deliver, self.record, self.save, self.clock = deliver, record, save, clock
+        self.deliver, self.record, self.save, self.clock, self.age = deliver, record, save, clock, age
         self.members: dict[int, Member] = {}
         self.incarnations: dict[int, int] = {}
+        self.round = 0  # local passes that the quickest worker had done when the run was cut off
         self.seconds: dict[int, float] = {}  # per sample, measured (probed at first) and not yet known to the partition
         self.granted = self.done = 0  # samples; what is granted contains what is done
-        self.idle: set[int] = set()  # workers for whom no samples are left, unless another one is lost
-        self.started = self.over = False
+        self.idle: set[int] = set()  # workers for whom the budget leaves nothing, unless another one is lost
+        self.hungry: set[int] = set()  # workers for whom no samples are in the pool yet; the update does not know them
+        self.group: list[tuple[int, int]] = []  # who makes the all-reduce: (index, incarnation)
+        self.groups = self.fruitless = 0  # how often it was formed; and in a row without a new version
+        self.alone_since: float | None = None  # when the last worker of a run that goes was lost
+        self.started = self.finished = self.over = False  # finished: the budget is met, and all have been told
         self.state, self.reason = "running", ""
-        self.saved = self.saves_due = -1  # newest version that is kept, and how many were due by then
-        self.keep()
+        self.saved, self.saved_at, self.saves_due = -1, self.clock(), -1  # the newest version kept, when, how many were due by then
+        if state:
+            self._go_on(state)
+        else:
+            self.keep()
 
     # -- what workers do -------------------------------------------------------------------------------------------
+
+    def expect(self, workers: Iterable[int]) -> None:
+        """Begin with these alone; who was lost before the start may come later."""
+        if self.started or self.state != "running" or set(workers) == set(self.workers):
+            return
+        for index in set(self.workers) - set(workers) - set(self.members):
+            self.workers.remove(index)
+            self.partition.leave(index)
+            self.update.leave(index)
+        self._begin()
 
     def join(self, index: int, about: str = "", seconds: float | None = None) -> Member:
         """A worker comes; it is answered when everyone is here, or at once if the run goes already.
 
-        Raises `ClusterError` when the run has ended or this worker is here already.
+        Its earlier incarnation, if that is still thought to be here, leaves. Raises `ClusterError` when the run has ended.
         """
-        if self.state != "running":
+        if self.state != "running" or self.finished:
             raise ClusterError("the run has ended.")
         if index in self.members:
-            raise ClusterError(f"worker {index} is here already.")
+            self.leave(self.members[index], "it came again.")
         incarnation = self.incarnations[index] = self.incarnations.get(index, -1) + 1
-        member = self.members[index] = Member(index, incarnation)
-        if seconds:
-            self.seconds[index] = float(seconds)
+        member = self.members[index] = Member(index, incarnation, passes=self.round)
+        self.alone_since = None
         self.record("join", worker=index, incarnation=incarnation, message=about)
         if self.started:
-            self.partition.join(index)
+            member.held_since = self.clock()
+            member.passes = max((other.passes for other in self.members.values()), default=0)  # its round, not its experience
+            self.partition.join(index, seconds)
             self._release(self.update.join(index))
-        elif set(self.members) == set(self.workers):
-            self.started = True
-            self.record("start")
-            self._release([Reply(worker, self.update.version, self.update.weights) for worker in sorted(self.members)])
+        else:
+            if seconds and not self.partition.count.get(index):
+                self.seconds[index] = float(seconds)
+            self._begin()
         return member
+
+    def _begin(self) -> None:
+        if not self.members or not set(self.members) >= set(self.workers):
+            return
+        self.started = True
+        self.record("start")
+        replies = [Reply(worker, self.update.version, self.update.weights) for worker in sorted(self.workers)]
+        for index in sorted(set(self.members) - set(self.workers)):  # was given up, and has come after all
+            self.partition.join(index, self.seconds.pop(index, None))
+            replies += self.update.join(index)
+        self._release(replies)
+
+    def regroup(self, member: Member, why: str) -> None:
+        """The group of an all-reduce has broken under `member`: it drops its local pass, and goes on when the others do."""
+        self.record("regroup", worker=member.index, incarnation=member.incarnation, version=self.update.version, message=why)
+        self.granted, member.granted, member.seen = self.granted - member.granted, 0, 0
+        member.held_since = self.clock()
+        self.group = []
+        if self.state != "running":
+            return self._dismiss(member)
+        self._release(self.update.join(member.index))
+
+    def refuse(self, member: Member, header: dict) -> None:
+        """Something came from a worker that was taken to be gone: it changes nothing, and it is written down."""
+        samples = int(header.get("samples") or 0)
+        self.record(
+            "refuse",
+            worker=member.index,
+            incarnation=member.incarnation,
+            version=self.update.version,
+            samples=samples,
+            message=f"a late {header['op']} of {samples} samples, from a worker that was taken to be gone",
+        )
 
     def push(self, member: Member, header: dict, weights: np.ndarray | None, n_bytes: int) -> None:
         """A worker has finished a local pass. `weights` is only read until the worker is answered; None: of the wrong size."""
@@ -143,7 +203,7 @@ class Coordinator:
         member.unmerged = samples
         self.seconds[index] = max(1e-9, header["compute_s"] + header["score_s"]) / max(1, samples)
         if all(reply.worker != index for reply in replies):
-            self.record("hold", worker=index, incarnation=member.incarnation, version=self.update.version)
+            self._hold(member)
         self._release(replies)
 
     def leave(self, member: Member, why: str = "") -> None:
@@ -153,22 +213,31 @@ class Coordinator:
         del self.members[member.index]
         self.seconds.pop(member.index, None)
         self.record("leave", worker=member.index, incarnation=member.incarnation, wait_s=member.waited, message=why)
-        if self.state == "running" and self.started:
+        if self.state == "running" and self.started and not self.finished:
             self.granted -= member.granted + member.unmerged
             self.done -= member.unmerged
             self.idle.discard(member.index)
+            self.hungry.discard(member.index)
             self.partition.leave(member.index)
-            self._release(self.update.leave(member.index))
-            while self.idle and self.granted < self.budget:  # what it leaves undone is for those who had nothing left to do
-                index = min(self.idle)
+            self.group = []
+            try:
+                replies = self.update.leave(member.index)
+            except UpdateError as error:  # the others' round closes, and cannot be merged
+                self.stop("failed", str(error))
+            else:
+                self._release(replies)
+                self._feed()
+            while self.idle and self.granted < self.budget and self.state == "running":  # what it leaves undone is for those
+                index = min(self.idle)  # who had nothing left to do
                 self.idle.remove(index)
                 self._release(self.update.join(index))
         if not self.members:
             if self.state == "running" and self.started:
-                finished = self.budget - self.done < (len(self.workers) if self.update.collective else 1)
-                self.state = "done" if finished else "failed"
-                self.reason = "" if finished else f"every worker was lost after {self.done} of {self.budget} samples."
-            self.over = self.started or self.state != "running"
+                if self.finished:
+                    self.state = "done"
+                else:
+                    self.alone_since = self.clock()
+            self.over = self.state != "running"
 
     def stop(self, state: str, reason: str) -> list[Member]:
         """Nobody gets another local pass. Returns the members who are in the middle of one and must be told to drop it."""
@@ -185,11 +254,34 @@ class Coordinator:
         return [member for member in self.members.values() if member.granted]
 
     def keep(self) -> None:
-        """Keep the newest version."""
-        self.saves_due = self.done * self.checkpoints // self.budget
+        """Keep the newest version, with all that is needed to go on from it."""
+        self.saves_due, self.saved_at = self.done * self.checkpoints // self.budget, self.clock()
         if self.update.version != self.saved:
             self.saved = self.update.version
-            self.save(self.update.version, self.update.weights)
+            self.save(self.update.version, self.update.weights, self.state_dict())
+
+    def state_dict(self) -> dict:
+        """What a run goes on from: what is merged, and who holds what. Local passes under way are left out."""
+        return {
+            "version": self.update.version,
+            "done": self.done - sum(member.unmerged for member in self.members.values()),
+            "update": self.update.lasting(),
+            "partition": self.partition.state_dict(),
+            "incarnations": dict(self.incarnations),
+            "round": max((member.passes for member in self.members.values()), default=self.round),
+        }
+
+    def _go_on(self, state: dict) -> None:
+        """Begin where a checkpoint ends; update and partition stand there already. The workers may be others than before."""
+        self.granted = self.done = int(state["done"])
+        self.incarnations = {int(worker): int(n) for worker, n in state["incarnations"].items()}
+        self.round, self.saved = int(state["round"]), self.update.version
+        self.saves_due = self.done * self.checkpoints // self.budget
+        for worker in set(self.workers) - set(self.partition.workers):
+            self.partition.join(worker)
+        for worker in set(self.partition.workers) - set(self.workers):
+            self.partition.leave(worker)
+        self.record("resume", version=self.update.version, total=self.done)
 
     def status(self) -> dict:
         return {
@@ -217,8 +309,10 @@ class Coordinator:
                 coefficient=round(merge.coefficient, 9),
             )
             self.members[merge.worker].unmerged = 0
-        if self.update.merges and self.done * self.checkpoints // self.budget > self.saves_due:
-            self.keep()
+        if self.update.merges:
+            self.fruitless = 0
+            if self.done * self.checkpoints // self.budget > self.saves_due or self.clock() - self.saved_at > self.age:
+                self.keep()
         members = [self.members[reply.worker] for reply in replies]
         remaining = self.budget - self.granted
         if remaining < (len(members) if self.update.collective else 1):
@@ -227,37 +321,78 @@ class Coordinator:
                 self._dismiss_idle()
             else:
                 for member in members:
-                    self.record("hold", worker=member.index, incarnation=member.incarnation, version=self.update.version)
+                    self._hold(member)
             return
         if not members:
             return
         measured, self.seconds = self.seconds, {}  # each measurement once: the partition smooths them
         try:
+            for member in members:
+                if n := self.partition.reclaim(member.index):
+                    self.record("reclaim", worker=member.index, incarnation=member.incarnation, samples=n)
+                    member.held -= n
             added = self.partition.allocate([member.index for member in members], measured)
         except PartitionError as error:
             self.stop("failed", str(error))
             return
+        for member in members:
+            if not self.partition.held[member.index]:  # until another one gives something back
+                self.hungry.add(member.index)
+                self._hold(member)
+                self.update.leave(member.index)
+        at_work = [(member, reply) for member, reply in zip(members, replies, strict=True) if member.index not in self.hungry]
+        if not at_work:
+            return
+        members = [member for member, _ in at_work]
+        if self.update.collective and not self._form(members):
+            return
         grants = self._grants(members, remaining)
-        for member, reply, grant in zip(members, replies, grants, strict=True):
-            self._go(member, reply, grant, grants, np.ascontiguousarray(added[member.index], np.int64))
+        for (member, reply), grant in zip(at_work, grants, strict=True):
+            self._go(member, reply, grant, grants, len(added[member.index]))
+        self._feed()
 
-    def _go(self, member: Member, reply: Reply, grant: int, grants: list[int], indices: np.ndarray) -> None:
+    def _feed(self) -> None:
+        """The pool has samples again: the next of those who wait for some."""
+        if self.hungry and len(self.partition.pool) and self.state == "running":
+            index = min(self.hungry)
+            self.hungry.remove(index)
+            self._release(self.update.join(index))
+
+    def _form(self, members: list[Member]) -> bool:
+        """The group of the coming local pass. One that breaks again and again without a new version ends the run."""
+        group = [(member.index, member.incarnation) for member in members]
+        if group != self.group:
+            self.group, self.groups, self.fruitless = group, self.groups + 1, self.fruitless + 1
+            if self.fruitless > FRUITLESS:
+                where = f"at version {self.update.version}"
+                self.stop("failed", f"the group of the all-reduce broke {FRUITLESS} times in a row {where}.")
+                return False
+        return True
+
+    def _go(self, member: Member, reply: Reply, grant: int, grants: list[int], added: int) -> None:
         index, who = member.index, {"worker": member.index, "incarnation": member.incarnation}
-        held = int(self.partition.held[index])
-        if len(indices):
+        held, keep = int(self.partition.held[index]), member.held
+        if added:
             count = int(self.partition.count[index])
-            self.record("allocate", samples=len(indices), total=held, **{"pass": count}, **who)
-        if member.passes == 0:
+            self.record("allocate", samples=added, total=held, **{"pass": count}, **who)
+        if not keep:
             self.record("pull", version=reply.version, **who)
+        new = self.partition.shard(index)[keep:] if held > keep else []  # the first time, the whole shard
+        indices = np.ascontiguousarray(new, np.int64)
         member.granted = grant
         self.granted += grant
+        member.held = held
         header = {
             "op": "go",
+            "incarnation": member.incarnation,
             "version": reply.version,
-            "wait_s": self._held(member),
+            "wait_s": self._waited(member),
+            "keep": keep,
             "indices": len(indices),
             "samples": grant,
             "grants": grants,
+            "ranks": [index for index, _ in self.group],
+            "group": self.groups,
             "done": self.done,
             # How many samples all workers train on while this one trains on one: the clock of learning-rate schedules.
             "pace": sum(self.partition.held.values()) / max(1, held),
@@ -266,7 +401,7 @@ class Coordinator:
 
     def _grants(self, members: list[Member], remaining: int) -> list[int]:
         """Samples of the next local pass of each member; together at most what is left of the budget."""
-        held = {worker: int(n) for worker, n in self.partition.held.items()}
+        held = {worker: int(n) for worker, n in self.partition.held.items() if n}
         if self.local_steps is None:
             wanted = [held[member.index] for member in members]
         else:  # in proportion to the shards, so that a balanced partition stays balanced
@@ -276,15 +411,20 @@ class Coordinator:
         return _share(remaining, wanted) if last else wanted
 
     def _dismiss_idle(self) -> None:
-        for index in sorted(self.idle):
+        self.finished = True
+        for index in sorted(self.idle | self.hungry):
             self._dismiss(self.members[index])
         self.idle.clear()
+        self.hungry.clear()
 
     def _dismiss(self, member: Member) -> None:
-        member.waited = self._held(member)
+        member.waited = self._waited(member)
         self.deliver(member.index, Answer({"op": "stop", "reason": self.reason, "wait_s": member.waited}))
 
-    def _held(self, member: Member) -> float:
+    def _hold(self, member: Member) -> None:
+        self.record("hold", worker=member.index, incarnation=member.incarnation, version=self.update.version)
+
+    def _waited(self, member: Member) -> float:
         since, member.held_since = member.held_since, None
         return 0.0 if since is None else round(self.clock() - since, 6)
 

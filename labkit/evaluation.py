@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from labkit import record
+from labkit import checkpoints, record
 from labkit.worker import flatten, keep_memory
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ def measure(run: Run, problem: Problem, lab: Lab | None = None, workers: Sequenc
     that no run holds), or here without a lab."""
     import pandas as pd
 
-    versions = record.checkpoint_versions(run.path)
+    versions = checkpoints.versions(run.path)
     n = len(workers or lab.free()) or 1 if lab else 1
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
     items = [(problem, str(run.path), share, int(run.config["seed"])) for share in shares]
     results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
     rows = sorted(itertools.chain.from_iterable(results))
-    events = run.events
+    events = record.effective(run.events)
     merges = events[events.kind == "merge"].groupby("version")[["seconds", "total"]].max()
     merges.loc[0] = 0.0
     table = pd.DataFrame(rows, columns=["version", "loss", "score"])
@@ -61,7 +61,7 @@ def _evaluate(item: tuple[Problem, str, list[int], int]) -> list[tuple[int, floa
     parts = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
     rows = []
     for version in versions:
-        flat.copy_(torch.from_numpy(np.array(record.read_checkpoint(Path(path), version, layout.size))))
+        flat.copy_(torch.from_numpy(np.array(checkpoints.read_weights(Path(path), version, layout.size))))
         measured = [(problem.evaluate(module, problem.load(part, "test")), len(part)) for part in parts]
         loss = sum(m["loss"] * n for m, n in measured) / len(indices)
         score = sum(m["score"] * n for m, n in measured) / len(indices)

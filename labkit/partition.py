@@ -5,9 +5,10 @@
            T = (a n/A) / sum_l (1/t_l),   target_j = T / t_j,   batch_j = target_j - held_j   t_j = seconds per sample
 
 A partition is a pure state machine: seconds per sample go in, sample indices come out; it reads no clock and moves no data. The
-samples are shuffled once by seed. Every sample is handed out exactly once, and a shard only grows: a sample never moves from a
-living worker. Rounding is by largest remainders; a target below what a worker already holds is clamped to nothing, and
-the others are rescaled so that the batch has its size.
+samples are shuffled once by seed. At every moment each sample is held by one worker or by none. A shard only grows, with one
+exception that the paper does not know: for a worker that comes late, the others give back what exceeds their shares (`reclaim`).
+The shard of a worker that leaves goes to the others. Rounding is by largest remainders; a target below what a worker already
+holds is clamped to nothing, and the others are rescaled so that the batch has its size.
 
 Used by `labkit.coordinator`, which calls `allocate` whenever it releases workers.
 """
@@ -78,6 +79,7 @@ class UDPA:
         self.count = dict.fromkeys(self.workers, 0)  # allocations that each worker has had
         self.shards: dict[int, list[np.ndarray]] = {worker: [] for worker in self.workers}
         self.seconds: dict[int, float] = {}  # smoothed seconds per sample
+        self.late: set[int] = set()  # who came after the start and does not hold its share yet
 
     def allocate(self, workers: Iterable[int], seconds: Mapping[int, float] | None = None) -> dict[int, np.ndarray]:
         """The indices to add to the shards of `workers`, which are about to begin their next local pass.
@@ -97,14 +99,35 @@ class UDPA:
             room = self._due(self.count[workers[0]]) - (self.n_samples - len(self.pool))
             add = largest_remainder(max(0, room), add if add.sum() else self._speeds(workers))
             for i in np.flatnonzero((add == 0) & [self.held[worker] == 0 for worker in workers]):
-                add[i], add[np.argmax(add)] = 1, add.max() - 1  # nobody begins with nothing
+                if add.max() > 1:  # nobody begins with nothing
+                    add[i], add[np.argmax(add)] = 1, add.max() - 1
         return {worker: self._hand_out(worker, int(n)) for worker, n in zip(workers, add, strict=True)}
 
-    def join(self, worker: int) -> None:
-        """A worker more; it is served from what is not handed out."""
+    def reclaim(self, worker: int) -> int:
+        """How many samples `worker`, about to begin its next local pass, gives back for those who came late: the last of its shard.
+
+        They go to the pool, from which `allocate` serves the latecomers. 0 where nobody waits for samples.
+        """
+        missing = self._owed() - len(self.pool)
+        if worker in self.late or missing <= 0:
+            return 0
+        n = min(self.held[worker] - max(1, self._target(worker)), missing)
+        if n <= 0:
+            return 0
+        shard = self.shard(worker)
+        self.shards[worker], self.pool = [shard[:-n]], np.concatenate([self.pool, shard[-n:]])
+        self.held[worker] -= n
+        return n
+
+    def join(self, worker: int, seconds: float | None = None) -> None:
+        """A worker more, after the start; `seconds` per sample as probed. It gets what the others give back (`reclaim`)."""
         if worker not in self.workers:
+            count = max(self.count.values(), default=0)
             self.workers = sorted([*self.workers, worker])
-            self.held[worker], self.count[worker], self.shards[worker] = 0, 0, []
+            self.held[worker], self.count[worker], self.shards[worker] = 0, count, []
+            self.late.add(worker)
+            if seconds:
+                self.seconds[worker] = float(seconds)
 
     def leave(self, worker: int) -> None:
         """A worker is gone: its shard goes back and is handed to the others with their next allocations."""
@@ -112,10 +135,29 @@ class UDPA:
             self.workers.remove(worker)
             self.pool = np.concatenate([self.pool, *self.shards.pop(worker)]).astype(np.int64)
             self.held.pop(worker), self.count.pop(worker), self.seconds.pop(worker, None)
+            self.late.discard(worker)
 
     def shard(self, worker: int) -> np.ndarray:
         """All indices that `worker` holds, in the order in which they came (int64)."""
         return np.concatenate([np.empty(0, np.int64), *self.shards[worker]])
+
+    def state_dict(self) -> dict:
+        """Everything that the future of the partition depends on: numbers, dicts and arrays; no objects."""
+        state = {"n_samples": self.n_samples, "workers": list(self.workers), "late": sorted(self.late), "pool": self.pool.copy()}
+        state |= {"shards": {worker: self.shard(worker) for worker in self.workers}}
+        return state | {"count": dict(self.count), "seconds": dict(self.seconds)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a `state_dict`, also without `start`; `PartitionError` unless it holds every sample exactly once."""
+        shards = {worker: np.array(state["shards"][worker], np.int64) for worker in state["workers"]}
+        pool, n = np.array(state["pool"], np.int64), int(state["n_samples"])
+        held = np.concatenate([pool, *shards.values()])
+        if len(held) != n or not np.array_equal(np.sort(held), np.arange(n)):
+            raise PartitionError(f"the saved partition holds {len(np.unique(held))} different samples of {n}, {len(held)} in all.")
+        self.n_samples, self.workers, self.late, self.pool = n, list(state["workers"]), set(state["late"]), pool
+        self.shards = {worker: [shard] for worker, shard in shards.items()}
+        self.held = {worker: len(shard) for worker, shard in shards.items()}
+        self.count, self.seconds = dict(state["count"]), dict(state["seconds"])
 
     def config(self) -> dict:
         """Name and settings, as JSON; `make_partition` reads it back."""
@@ -131,19 +173,28 @@ class UDPA:
         """Samples that all workers together should hold after `count` allocations."""
         return self.n_samples * min(count, self.batches) // self.batches
 
+    def _target(self, worker: int) -> int:
+        """What `worker` should hold after as many allocations as it has had."""
+        return int(largest_remainder(self._due(self.count[worker]), self._speeds(self.workers))[self.workers.index(worker)])
+
+    def _owed(self, but: int | None = None) -> int:
+        """Samples that those who came late still miss, `but` left out."""
+        return sum(max(0, self._target(worker) - self.held[worker]) for worker in self.late if worker != but)
+
     def _wanted(self, worker: int) -> int:
-        shares = self._speeds(self.workers)
-        mine = self.workers.index(worker)
-        target = int(largest_remainder(self._due(self.count[worker]), shares)[mine])
-        add = max(0, target - self.held[worker])
+        add = max(0, self._target(worker) - self.held[worker])
         if self.count[worker] > self.batches <= min(self.count[w] for w in self.workers):  # all batches are out: what is left
-            add = max(add, int(np.ceil(len(self.pool) * shares[mine] / sum(shares))))
+            shares = self._speeds(self.workers)
+            left = max(0, len(self.pool) - self._owed(but=worker))
+            add = max(add, int(np.ceil(left * shares[self.workers.index(worker)] / sum(shares))))
         return min(add, len(self.pool))
 
     def _hand_out(self, worker: int, n: int) -> np.ndarray:
         given, self.pool = self.pool[:n], self.pool[n:]
         self.shards[worker].append(given)
         self.held[worker] += len(given)
+        if worker in self.late and self.held[worker] >= self._target(worker):
+            self.late.remove(worker)
         return given
 
 
@@ -193,6 +244,18 @@ class IDPA(UDPA):
                     f"speeds has {len(self.speeds)} entries for {len(self.workers)} workers. Give one for each worker."
                 )
             self.seconds = {worker: 1 / speed for worker, speed in zip(self.workers, self.speeds, strict=True)}
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "measured": {worker: list(times) for worker, times in self._measured.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._measured = {worker: list(times) for worker, times in state["measured"].items()}
+
+    def join(self, worker: int, seconds: float | None = None) -> None:
+        if self.speeds is not None and worker < len(self.speeds):  # it comes back
+            seconds = 1 / self.speeds[worker]
+        super().join(worker, seconds)
 
     def config(self) -> dict:
         return {**super().config(), "batches": self.batches, "speeds": self.speeds, "smoothing": self.smoothing}

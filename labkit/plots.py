@@ -16,6 +16,7 @@ import numpy as np
 
 from labkit import canvas
 from labkit.canvas import extension, interactive, save
+from labkit.record import effective
 from labkit.watch import live
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def staleness(runs: Run | Sequence[Run]) -> hv.Overlay:
     """How stale the merges were, in versions: a histogram by worker for one run, by setting for several."""
     extension()
     runs = _as_runs(runs)
-    merges = [run.events.query("kind == 'merge'").dropna(subset=["staleness"]) for run in runs]
+    merges = [effective(run.events).query("kind == 'merge'").dropna(subset=["staleness"]) for run in runs]
     values = np.concatenate([table["staleness"].to_numpy(float) for table in merges])
     if not len(values):
         return canvas.message("Staleness of the merges", f"{_names(runs)}: nothing merged yet.")
@@ -241,11 +242,12 @@ def staleness(runs: Run | Sequence[Run]) -> hv.Overlay:
 def weights(run: Run) -> hv.Overlay:
     """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples."""
     extension()
-    merges = run.events.query("kind == 'merge'").dropna(subset=["worker", "coefficient"])
+    events = effective(run.events)
+    merges = events.query("kind == 'merge'").dropna(subset=["worker", "coefficient"])
     given = merges["coefficient"].abs().groupby(merges["worker"]).sum()
     if merges.empty or not given.sum():
         return canvas.message(f"{run.label}: effective weight", f"{run.name}: nothing merged yet.")
-    pushes = run.events.query("kind == 'push'")
+    pushes = events.query("kind == 'push'")
     trained = pushes.groupby("worker")["samples"].sum().reindex(given.index, fill_value=0)
     given, trained = given / given.sum(), trained / max(trained.sum(), 1)
     worker = (given - trained).abs().idxmax()

@@ -1,10 +1,12 @@
 """The run directory: what happened in a run, written while it happens and read afterwards.
 
-    config.json  environment.json  layout.json  events.jsonl  status.json  checkpoints/<version>.npy  metrics.parquet
+    config.json  environment.json  layout.json  events.jsonl  status.json  checkpoints/<version>.npz  metrics.parquet
 
 `events.jsonl` is append-only and is the truth: one JSON object a line, one line an event; every table and figure comes from it.
-A checkpoint is one flat float32 vector; `layout.json` says which entries belong to which tensor. Files that are replaced are
-written beside their place and renamed, so that a reader never sees half of one. Nothing here is pickled.
+A run that was cut off goes on in the same file: seq and the clock continue, and an event "resume" says from which version, so
+what came after that version does not count (`effective`). Weights are kept in checkpoints (`labkit.checkpoints`);
+`layout.json` says which of their entries belong to which tensor. Files that are replaced are written beside their place and
+renamed, so that a reader never sees half of one. Nothing here is pickled.
 
 Written by `labkit.server` (events, checkpoints) and `labkit.training` (the rest); read by `labkit.run`. Imports numpy alone, so
 that the server stays small; pandas and pyarrow come with the reading functions.
@@ -12,12 +14,14 @@ that the server stays small; pandas and pyarrow come with the reading functions.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,55 +60,127 @@ TEXT_COLUMNS = ("kind", "message")
 
 
 class Recorder:
-    """Appends events and saves checkpoints of one run; safe from several threads; closing twice is fine."""
+    """Appends events and saves checkpoints of one run; safe from several threads; closing twice is fine.
+
+    A record that exists goes on: what a writer that was killed left half-written is cut off, seq goes on, and the clock stands
+    where it was until the next event "start". `kept` says of each checkpoint how many samples were trained on by then.
+
+    Raises `RunError` while another process writes the same record.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self.started: float | None = None  # Unix time at which the clock of the run began; seconds are empty before
+        self.started: float | None = None  # Unix time at which the clock of the run was 0; None while it stands
+        self.kept: dict[int, int] = {}  # version: samples
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         # One line is on its way at once; open until `close`.
         self._file = open(self.path / "events.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._lock = threading.Lock()
-        self._seq = 0
+        self._seq, self._before = 0, None  # seconds on the clock of the earlier writer
+        try:
+            _lock_out_others(self._file)
+            self._go_on()
+        except BaseException:
+            self._file.close()
+            raise
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one row; `fields` are columns of `COLUMNS`. The clock of the run begins with the event "start"."""
+        """Append one row; `fields` are columns of `COLUMNS`. The clock of the run begins, or goes on, with the event "start"."""
         unknown = set(fields) - set(COLUMNS)
         assert not unknown, f"events have no column {unknown}"
         with self._lock:
             now = time.time()
             if kind == "start":
-                self.started = now
-            seconds = None if self.started is None else round(now - self.started, 6)
+                self.started = now - (self._before or 0.0)
+            seconds = self._before if self.started is None else round(now - self.started, 6)
             row = {"seq": self._seq, "time": round(now, 6), "seconds": seconds, "kind": kind, **fields}
             self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
             self._seq += 1
+            self._count(row)
 
-    def checkpoint(self, version: int, weights: np.ndarray) -> None:
-        """Save the weights of a version, whole or not at all, and record it."""
-        with replacing(self.path / "checkpoints" / f"{version:08d}.npy") as file:
-            np.save(file, weights, allow_pickle=False)
-        self.event("checkpoint", version=version, bytes=int(weights.nbytes))
+    def checkpoint(self, version: int, weights: np.ndarray, state: dict | None = None) -> None:
+        """Save a version and the state to go on from, whole or not at all, and record it; `state["done"]` is in samples."""
+        from labkit import checkpoints  # which uses this room
+
+        with self._lock:
+            try:
+                os.fsync(self._file.fileno())  # no checkpoint is ahead of the record
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # what lies on no disk cannot be synchronised
+                    raise
+        size = checkpoints.write(self.path, version, weights, state)
+        self.event("checkpoint", version=version, total=(state or {}).get("done"), bytes=size)
 
     def close(self) -> None:
         with self._lock:
             if not self._file.closed:
                 self._file.close()
 
+    def _go_on(self) -> None:
+        for draft in (self.path / "checkpoints").glob(".*"):
+            draft.unlink(missing_ok=True)  # half a checkpoint
+        file, size = self.path / "events.jsonl", os.fstat(self._file.fileno()).st_size
+        if not size:
+            return
+        lines = file.read_bytes().split(b"\n")
+        lines.pop()  # behind the last newline: nothing, or half an event
+        while lines and not _row(lines[-1]):  # a crash of the whole machine leaves zeros
+            lines.pop()
+        whole = sum(len(line) + 1 for line in lines)
+        if whole < size:
+            os.truncate(file, whole)
+        if lines:
+            self._seq = _row(lines[-1])["seq"] + 1
+        clock = (_row(line).get("seconds") for line in reversed(lines))
+        self._before = next((seconds for seconds in clock if seconds is not None), None)
+        for line in lines:
+            if b'"checkpoint"' in line or b'"resume"' in line:
+                self._count(_row(line))
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the place of `path` only once it is written and on the disk."""
+    def _count(self, row: dict) -> None:
+        if row.get("kind") == "checkpoint" and row.get("total") is not None:
+            self.kept[row["version"]] = row["total"]
+        elif row.get("kind") == "resume":
+            self.kept = {version: done for version, done in self.kept.items() if version <= row["version"]}
+
+
+def _lock_out_others(file: Any) -> None:
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(f"{file.name} is being written by another process: the run still goes. Wait, or stop it first.") from error
+    except OSError:
+        pass  # a file system without locks
+
+
+def _row(line: bytes) -> dict:
+    """An event; empty if the line is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) and isinstance(row.get("seq"), int) else {}
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Iterator[Any]:
+    """A binary file that takes the place of `path` only once it is written and on the disk; `mode` holds from its first moment."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    draft.unlink(missing_ok=True)
     try:
-        with open(draft, "wb") as file:
+        with open(draft, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # its new name, too, is on the disk
+    finally:
+        os.close(folder)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -151,27 +227,21 @@ def read_events(path: Path) -> pd.DataFrame:
     return frame
 
 
-def checkpoint_versions(path: Path) -> list[int]:
-    """The versions whose weights are kept, in order."""
-    return sorted(int(file.stem) for file in (Path(path) / "checkpoints").glob("*.npy") if file.stem.isdecimal())
+def effective(events: pd.DataFrame) -> pd.DataFrame:
+    """The events without what a "resume" has undone, so that no sample counts twice.
 
-
-def read_checkpoint(path: Path, version: int, size: int) -> np.ndarray:
-    """The flat float32 vector of a version (memory-mapped); anything but `size` finite float32 numbers is refused by name."""
-    file = Path(path) / "checkpoints" / f"{version:08d}.npy"
-    try:
-        weights = np.load(file, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise RunError(f"{file} is missing. Kept versions: {checkpoint_versions(path)}.") from error
-    except (ValueError, OSError, EOFError) as error:
-        raise RunError(f"{file} is damaged or no checkpoint: {error}.") from error
-    if not isinstance(weights, np.ndarray):  # a zip archive in its place
-        raise RunError(f"{file} is no checkpoint: it holds a {type(weights).__name__}.")
-    if weights.shape != (size,) or weights.dtype != np.float32:
-        raise RunError(f"{file} holds {weights.dtype} of shape {weights.shape}; this run has float32 of ({size},).")
-    if not np.isfinite(np.add.reduce(weights)):
-        raise RunError(f"{file} holds NaN or infinity: it is damaged.")
-    return weights
+    A run that goes on from version v makes the versions after v again: pushes and merges between those of v and the resume, and
+    checkpoints of later versions, led to nothing. All other rows stay: what time was spent on is still true.
+    """
+    kind, version = events.kind.to_numpy(), events.version.to_numpy(float)
+    counts, place = np.ones(len(events), bool), np.arange(len(events))
+    for resume in np.flatnonzero(kind == "resume"):
+        earlier = counts & (place < resume)
+        made = np.flatnonzero(earlier & (kind == "merge") & (version <= version[resume]))
+        after = earlier & (place > (made[-1] if len(made) else -1))
+        counts &= ~(after & np.isin(kind, ("push", "merge")))
+        counts &= ~(earlier & (kind == "checkpoint") & (version > version[resume]))
+    return events if counts.all() else events[counts]
 
 
 def environment() -> dict:

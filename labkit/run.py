@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labkit import record
+from labkit import checkpoints, presence, record
 from labkit.errors import RunError
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from labkit.attached import Attached
     from labkit.problems import Problem
     from labkit.session import Session
 
@@ -44,7 +45,8 @@ class Run:
         if self.config.get("format", 0) > record.FORMAT:
             raise RunError(f"{self.path} was written by a later labkit ({self.config['labkit']}). Update labkit to read it.")
         self.name = str(self.config.get("name", self.path.name))
-        self._problem, self._session = problem, session
+        self._problem = problem
+        self._session: Session | Attached | None = session
         self._events: tuple[int, pd.DataFrame] | None = None
         _handles.add(self)
 
@@ -53,17 +55,34 @@ class Run:
     @property
     def state(self) -> str:
         """ "running", "done", "stopped" (by `stop`), or "failed" (also when it was cut off)."""
-        if self._session:
-            return self._session.state
-        status = self.path / "status.json"
-        return record.read_json(status)["state"] if status.exists() else "failed"
+        return self._session.state if self._session else self.recorded()["state"]
 
     def status(self) -> dict:
         """Where the run stands: state, samples, budget, version, seconds, and loss and score of each worker."""
-        if self._session:
-            return self._session.status()
+        return self._session.status() if self._session else self.recorded()
+
+    def recorded(self) -> dict:
+        """What the directory alone tells: how the run ended, or that its server lives, or that it was cut off."""
         status = self.path / "status.json"
-        return record.read_json(status) if status.exists() else {"state": "failed", "reason": "cut off"}
+        if not status.exists() and presence.alive(self.path) is not False:
+            return {"state": "running", "reason": ""}
+        if status.exists():  # also if it ended just now
+            return record.read_json(status)
+        return {"state": "failed", "reason": f"cut off; labkit.resume({str(self.path)!r}) goes on"}
+
+    def attach(self) -> Run:
+        """Follow and steer a run that goes in another kernel: its state, `status`, `wait`, `stop`, `progress`; returns the run.
+
+        Raises
+        ------
+        RunError
+            It does not go any more, or its server cannot be reached from here.
+        """
+        if self._session is None:
+            from labkit.attached import Attached
+
+            self._session = Attached(self)
+        return self
 
     def wait(self, timeout: float = 3600.0) -> Run:
         """Block until the run has ended and its curve is measured; returns the run.
@@ -75,8 +94,9 @@ class Run:
         WorkerError, LabError
             The run failed; the first failing worker's error with its traceback.
         RunError
-            It still goes after `timeout` seconds.
+            It still goes after `timeout` seconds, or in another kernel (`attach`).
         """
+        self._check_attached()
         if self._session:
             try:
                 if not self._session.wait(timeout):
@@ -89,6 +109,7 @@ class Run:
 
     def stop(self, timeout: float = 30.0) -> Run:
         """End the run now; everything so far can be read. Stopping twice, or a run that has ended, is fine."""
+        self._check_attached()
         if self._session:
             self._session.stop(timeout)
         return self
@@ -97,6 +118,7 @@ class Run:
         """Show how far the run is: a bar that moves by itself in a notebook; elsewhere a line every few seconds until the end."""
         from labkit.progress import show
 
+        self._check_attached()
         show(self)
 
     def live(self) -> Any:
@@ -104,6 +126,10 @@ class Run:
         from labkit import plots
 
         return plots.live(self)
+
+    def _check_attached(self) -> None:
+        if self._session is None and self.state == "running":
+            raise RunError(f"run {self.name} goes in another kernel. Call run.attach() first.")
 
     # -- what happened -------------------------------------------------------------------------------------------
 
@@ -154,7 +180,7 @@ class Run:
         """
         import pandas as pd
 
-        pushes = self.events.query("kind == 'push'")
+        pushes = record.effective(self.events).query("kind == 'push'")
         by_worker = pushes.groupby("worker").samples
         pushes = pushes[(pushes.samples >= by_worker.shift(1, fill_value=0)) | by_worker.shift(-1).notna()]
         if pushes.empty:
@@ -166,9 +192,13 @@ class Run:
         return table.reset_index().astype({"pass": int})
 
     def summary(self) -> dict:
-        """The cost card: settings, final score and loss, time, throughput, waiting, staleness, balance, traffic."""
+        """The cost card: settings, final score and loss, time, throughput, waiting, staleness, balance, traffic.
+
+        Samples count once, also where a run was cut off and made some again; time, waiting and traffic are all that it cost.
+        """
         events = self.events
-        merges, pushes, releases = (events[events.kind == kind] for kind in ("merge", "push", "release"))
+        merges = record.effective(events).query("kind == 'merge'")
+        pushes, releases = (events[events.kind == kind] for kind in ("push", "release"))
         curve = self.curve() if self.state != "running" else None
         n_workers = max(1, int(self.config["n_workers"]))
         seconds = float(merges.seconds.max()) if len(merges) else 0.0
@@ -199,7 +229,7 @@ class Run:
             "balance": float(later.mean()) if len(later) else None,
             "weight_per_worker": {int(w): float(c) / total for w, c in coefficients.items()} if total else {},
             "bytes": int(pushes.bytes.sum() + releases.bytes.sum()),
-            "checkpoints": int((events.kind == "checkpoint").sum()),
+            "checkpoints": int((record.effective(events).kind == "checkpoint").sum()),
             "n_workers": n_workers,
             "seed": self.config["seed"],
         }
@@ -232,11 +262,11 @@ class Run:
     def flat(self, version: int | None = None) -> np.ndarray:
         """The global weights as one flat float32 vector; the newest kept version unless told which."""
         if version is None:
-            versions = record.checkpoint_versions(self.path)
+            versions = checkpoints.versions(self.path)
             if not versions:
                 raise RunError(f"run {self.name} has kept no weights in {self.path / 'checkpoints'}.")
             version = versions[-1]
-        return record.read_checkpoint(self.path, version, self.layout.size)
+        return checkpoints.read_weights(self.path, version, self.layout.size)
 
     def weights(self, version: int | None = None) -> dict[str, np.ndarray]:
         """The global weights by name; the newest kept version unless told which."""

@@ -10,6 +10,10 @@ the lock: versions are immutable arrays, so one worker can still be receiving ve
       beat (samples, loss)       ------->     progress; who is silent too long is taken to be gone
       push (weights, Q, times)   ------->     merge
       go, or stop                <-------     release; while it is held: hold, hold, ...
+      (late beat or push)        ------->     refused and recorded
+      join again                 <-------     rejoin
+                                 <-------     regroup: one of the all-reduce is gone
+      regroup                    ------->     begins anew with those who are left
 
 Started by `labkit.session` in a process of its own; spoken to by `labkit.worker` and `labkit.session`.
 """
@@ -28,15 +32,16 @@ from pathlib import Path
 
 import numpy as np
 
-from labkit import wire
-from labkit.coordinator import Answer, Coordinator, Member
-from labkit.errors import ClusterError, WireError
+from labkit import checkpoints, presence, wire
+from labkit.coordinator import AGE_S, Answer, Coordinator, Member
+from labkit.errors import WireError
+from labkit.messages import checked
 from labkit.partition import UDPA
 from labkit.record import Recorder, write_json
 from labkit.updates import Update
 
-BEAT_S = 0.5  # how often a worker says that it lives, and a waiting worker is told so
-SILENCE_S = 120.0  # who says nothing for longer is taken to be gone
+BEAT_S = 0.5  # how often a worker says that it lives, and a waiting worker is told that the server does
+SILENCE_S = 60.0  # a server that says nothing for longer to a waiting worker, or to the kernel, is taken to be gone
 
 
 @dataclass
@@ -59,6 +64,10 @@ class ServerSpec:
     checkpoints: int  # how many versions to keep, spread evenly over the run
     host: str = "127.0.0.1"
     patience: float = 300.0  # seconds to wait until every worker has joined
+    alone: float = 60.0  # seconds to wait for somebody to come when every worker is lost
+    silence: float = 4.0  # seconds without a word after which a worker is taken to be gone
+    age: float = AGE_S  # seconds after which the newest version is kept, also between the checkpoints
+    state: dict | None = None  # of the checkpoint that a run goes on from (`labkit.checkpoints.read_state`)
 
 
 class Server:
@@ -68,14 +77,19 @@ class Server:
         self.spec = spec
         self.lock = threading.RLock()
         self.recorder = Recorder(Path(spec.path))
-        self.listener = wire.listen(spec.host)
+        self.listener, self.strangers = wire.listen(spec.host), wire.Strangers()
         self.outboxes: dict[int, queue.SimpleQueue[Answer]] = {}
         self.connections: dict[int, wire.Connection] = {}
-        self.versions: queue.SimpleQueue[tuple[int, np.ndarray] | None] = queue.SimpleQueue()
+        self.generations: dict[int, int] = {}  # by worker: how often the kernel has started its task
+        self.versions: queue.SimpleQueue[tuple[int, np.ndarray, dict] | None] = queue.SimpleQueue()
         self.over = threading.Event()
         self.unwritten = ""  # why the record is not complete
-        spec.update.start(spec.weights, spec.workers, spec.n_buffers)
-        spec.partition.start(spec.n_samples, spec.workers, seed=spec.seed, labels=spec.labels)
+        if spec.state:
+            spec.update.go_on(spec.weights, spec.workers, spec.n_buffers, spec.state["update"])
+            spec.partition.load_state_dict(spec.state["partition"])
+        else:
+            spec.update.start(spec.weights, spec.workers, spec.n_buffers)
+            spec.partition.start(spec.n_samples, spec.workers, seed=spec.seed, labels=spec.labels)
         self.course = Coordinator(
             update=spec.update,
             partition=spec.partition,
@@ -86,8 +100,10 @@ class Server:
             checkpoints=spec.checkpoints,
             deliver=lambda worker, answer: self.outboxes[worker].put(answer),
             record=self.recorder.event,
-            save=lambda version, weights: self.versions.put((version, weights)),
-            clock=time.time,
+            save=lambda *version: self.versions.put(version),
+            clock=time.monotonic,
+            state=spec.state,
+            age=spec.age,
         )
 
     @property
@@ -95,6 +111,13 @@ class Server:
         return self.listener.getsockname()[:2]
 
     def serve(self) -> dict:
+        presence.announce(Path(self.spec.path), self.address, self.spec.secret)
+        try:
+            return self._serve()
+        finally:
+            presence.withdraw(Path(self.spec.path))
+
+    def _serve(self) -> dict:
         saver = threading.Thread(target=self._keep_saving)
         saver.start()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -102,8 +125,9 @@ class Server:
             missing = sorted(set(self.spec.workers) - set(self.course.members))
             with self.lock:
                 self._stop("failed", f"workers {missing} did not join within {self.spec.patience:g} s.")
-        while not self.over.wait(1.0):
-            pass  # ended by the last worker that leaves; the silence of each of them has a limit
+        while not self.over.wait(0.5):  # ended by the last worker that leaves; the silence of each of them has a limit
+            with self.lock:
+                self._mind_loneliness()
         wire.shut(self.listener)
         with self.lock:
             self.course.keep()
@@ -126,91 +150,138 @@ class Server:
                 return self.course.state != "running"
         return True
 
+    def _mind_loneliness(self) -> None:
+        since = self.course.alone_since
+        if since is not None and time.monotonic() - since > self.spec.alone:
+            done = f"{self.course.done} of {self.course.budget} samples"
+            self._stop("failed", f"every worker was lost after {done}, and none came back within {self.spec.alone:g} s.")
+
     # -- connections -----------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return  # closed: the run is over
+        for sock in wire.incoming(self.listener):
             threading.Thread(target=self._talk, args=(sock,), daemon=True).start()
 
     def _talk(self, sock) -> None:
         try:
-            with wire.accept(sock, self.spec.secret, timeout=SILENCE_S, max_body=self.spec.weights.nbytes) as connection:
+            limits = {"timeout": SILENCE_S, "max_body": self.spec.weights.nbytes, "strangers": self.strangers}
+            with wire.accept(sock, self.spec.secret, check=checked, **limits) as connection:
                 hello, _ = connection.receive()
                 if hello["op"] == "watch":
                     self._serve_watcher(connection)
-                elif hello["op"] == "join":
-                    self._serve_worker(connection, hello)
+                while hello and hello["op"] == "join":
+                    hello = self._serve_worker(connection, hello)
         except WireError:
             pass  # whoever it was is gone; a worker has been taken out where it was served
 
     def _serve_watcher(self, connection: wire.Connection) -> None:
-        """The side channel of the kernel: status and stop."""
+        """The side channel of the kernel: status and stop, and what it knows about the workers."""
         while True:
             request, _ = connection.receive()
             with self.lock:
                 if request["op"] == "stop":
-                    self._stop(request.get("state", "stopped"), str(request.get("reason", "")))
+                    self._stop(request.get("state") or "stopped", request.get("reason") or "")
+                elif request["op"] == "expect":
+                    self.course.expect(request["workers"])
+                elif request["op"] == "drop":
+                    for index in set(request["workers"]) & set(self.connections):
+                        self.connections[index].close()
                 status = self.course.status()
             started = self.recorder.started
             connection.send({"op": "status", "seconds": time.time() - started if started else 0.0, **status})
 
-    def _serve_worker(self, connection: wire.Connection, hello: dict) -> None:
-        index, why, refused = int(hello["worker"]), "", ""
-        with self.lock:
-            if self.course.state == "running" and index not in self.course.members:
-                self.outboxes[index], self.connections[index] = queue.SimpleQueue(), connection
-            try:
-                member = self.course.join(index, str(hello.get("about", "")), hello.get("seconds_per_sample"))
-                outbox = self.outboxes[index]
-            except ClusterError as error:
-                refused = str(error)
-            except OSError as error:
-                refused = self._cannot_write(error)
-                self._leave(self.course.members[index], refused)
-        if refused:
+    def _serve_worker(self, connection: wire.Connection, hello: dict) -> dict | None:
+        """One incarnation of a worker, from its join until it is gone. Who comes back on the same connection: its new hello."""
+        member, outbox, refused = self._admit(connection, hello)
+        if member is None:
             connection.send({"op": "stop", "reason": refused, "wait_s": 0.0})
-            return
-        buffer = np.empty(len(self.spec.weights), np.float32)
+            return None
+        why, buffer = "", np.empty(len(self.spec.weights), np.float32)
+        connection.patience(self.spec.silence)
         try:
             self._answer(member, connection, outbox)
-            while True:
-                header, n = connection.receive(lambda _, n: [buffer] if n == buffer.nbytes else [bytearray(n)])
-                if header["op"] == "beat":
-                    member.seen, member.loss = int(header["samples"]), header["loss"]
-                elif header["op"] == "push":
-                    with self.lock:
-                        self.course.push(member, header, buffer if n == buffer.nbytes else None, n)
-                        if self.course.state != "running":
-                            self._tell_the_others()
-                    self._answer(member, connection, outbox)
-                elif header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
-                    why = str(header["reason"])
-                    with self.lock:
-                        self._stop("failed", why)
-                    return
-                else:
-                    return
+            while self._hear(member, connection, buffer):
+                self._answer(member, connection, outbox)
+        except _Silent as silence:
+            why = str(silence)
         except WireError as error:
             why = str(error)
+            raise
         except OSError as error:  # the record cannot be written: nothing that happens from now on would be known
             with self.lock:
                 why = self._cannot_write(error)
+            _tell(connection, {"op": "stop", "reason": why, "wait_s": 0.0})
         finally:
             with self.lock:
                 self._leave(member, why)
+        return self._late(member, connection, buffer) if why and self.course.state == "running" else None
+
+    def _admit(self, connection: wire.Connection, hello: dict) -> tuple[Member | None, queue.SimpleQueue[Answer], str]:
+        """A worker joins, for the first time or again; or the reason why it cannot."""
+        index, generation, outbox = hello["worker"], hello.get("generation") or 0, queue.SimpleQueue()
+        with self.lock:
+            if self.course.state != "running" or self.course.finished:
+                return None, outbox, "the run has ended."
+            if generation < self.generations.get(index, 0):
+                return None, outbox, f"worker {index} has been started again elsewhere."
+            before = self.connections.get(index)
+            self.generations[index], self.outboxes[index], self.connections[index] = generation, outbox, connection
+            try:
+                member = self.course.join(index, hello.get("about") or "", hello.get("seconds_per_sample"))
+            except OSError as error:
+                refused = self._cannot_write(error)
+                self._leave(self.course.members[index], refused)
+                return None, outbox, refused
+        if before is not None and before is not connection:
+            before.close()
+        return member, outbox, ""
+
+    def _hear(self, member: Member, connection: wire.Connection, buffer: np.ndarray) -> bool:
+        """Take in what a worker says during its local pass, until it needs an answer (True) or leaves (False)."""
+        while True:
+            if not connection.waiting(self.spec.silence):
+                raise _Silent(f"no sign of life for {self.spec.silence:g} s")
+            header, n = connection.receive(lambda _, n: [buffer] if n == buffer.nbytes else [bytearray(n)])
+            if self.course.members.get(member.index) is not member:
+                raise _Silent("it came again")
+            if header["op"] == "beat":
+                self._note(member, header)
+                continue
+            if header["op"] == "push":
+                with self.lock:
+                    self.course.push(member, header, buffer if n == buffer.nbytes else None, n)
+                    if self.course.state != "running":
+                        self._tell_the_others()
+            elif header["op"] == "regroup":
+                with self.lock:
+                    self.course.regroup(member, header["reason"])
+            elif header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
+                with self.lock:
+                    self._stop("failed", header["reason"])
+                return False
+            else:
+                return False
+            return True
+
+    def _note(self, member: Member, header: dict) -> None:
+        member.seen = min(header.get("samples") or 0, member.granted)
+        if header.get("loss") is not None:
+            member.loss = header["loss"]
 
     def _answer(self, member: Member, connection: wire.Connection, outbox: queue.SimpleQueue[Answer]) -> None:
         """Send this worker its answer when there is one; until then tell it that it is held, which shows a dead peer too."""
+        heard = time.monotonic()
         while True:
             try:
                 answer = outbox.get(timeout=BEAT_S)
                 break
             except queue.Empty:
                 connection.send({"op": "hold"})
+            while connection.waiting():
+                connection.receive()  # beats
+                heard = time.monotonic()
+            if time.monotonic() - heard > self.spec.silence:
+                raise _Silent(f"no sign of life for {self.spec.silence:g} s")
         n = connection.send(answer.header, *(part for part in (answer.weights, answer.indices) if part is not None))
         if answer.header["op"] == "go":
             self.recorder.event(
@@ -222,12 +293,35 @@ class Server:
                 bytes=n,
             )
 
+    def _late(self, member: Member, connection: wire.Connection, buffer: np.ndarray) -> dict | None:
+        """Who was taken to be gone is heard again: nothing that it has done counts; it is asked to join anew."""
+        connection.patience(SILENCE_S)
+        asked = False
+        while not self.over.is_set():
+            if not connection.waiting(BEAT_S):
+                continue
+            header, _ = connection.receive(lambda _, n: [buffer] if n == buffer.nbytes else [bytearray(n)])
+            if header["op"] in ("join", "leave", "fail"):
+                return header
+            if not asked or header["op"] == "push":
+                with self.lock:
+                    self.course.refuse(member, header)
+            if not asked:
+                connection.send({"op": "rejoin"})
+                asked = True
+        connection.send({"op": "stop", "reason": "the run has ended.", "wait_s": 0.0})
+        return None
+
     def _leave(self, member: Member, why: str) -> None:
         try:
             self.course.leave(member, why)
         except OSError as error:
             self._cannot_write(error)
             self.course.over = not self.course.members
+        if self.course.state != "running":
+            self._tell_the_others()
+        elif self.course.update.collective and member.granted:  # the others wait for it in the middle of a step
+            self._interrupt({"op": "regroup"})
         if self.course.over:
             self.over.set()
 
@@ -252,24 +346,33 @@ class Server:
         return f"the run directory {self.spec.path} cannot be written: {error}."
 
     def _tell_the_others(self) -> None:
-        """Interrupt those who are in the middle of a local pass."""
+        self._interrupt({"op": "stop", "reason": self.course.reason, "wait_s": 0.0})
+
+    def _interrupt(self, word: dict) -> None:
+        """Tell those who are in the middle of a local pass."""
         for member in list(self.course.members.values()):
             if member.granted:
-                threading.Thread(target=_interrupt, args=(self.connections[member.index], self.course.reason), daemon=True).start()
+                threading.Thread(target=_tell, args=(self.connections[member.index], word), daemon=True).start()
 
     def _keep_saving(self) -> None:
         """Writes versions to the disk away from the lock, so that a slow disk delays nobody."""
+        path = Path(self.spec.path)
         while (item := self.versions.get()) is not None:
             try:
                 self.recorder.checkpoint(*item)
+                checkpoints.prune(path, checkpoints.retained(self.recorder.kept, self.spec.budget, self.spec.checkpoints))
             except OSError as error:
                 with self.lock:
                     self._cannot_write(error)
 
 
-def _interrupt(connection: wire.Connection, reason: str) -> None:
+class _Silent(Exception):
+    """A worker has said nothing for too long, or another one speaks for it now."""
+
+
+def _tell(connection: wire.Connection, word: dict) -> None:
     with contextlib.suppress(WireError):  # it may be gone already
-        connection.send({"op": "stop", "reason": reason, "wait_s": 0.0})
+        connection.send(word)
 
 
 def main() -> None:

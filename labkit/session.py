@@ -1,7 +1,8 @@
 """A run that goes: its server process, its workers' tasks, and the thread of the kernel that follows them to the end.
 
-Every wait in here has a limit, and whatever goes wrong ends the run with a reason: a worker's own error with its traceback, a
-server that did not start or died, a folder that cannot be written.
+Workers may be lost and come back, or come for the first time, while the run goes: each gets its task. Every wait in here has a
+limit, and whatever goes wrong ends the run with a reason: a worker's own error with its traceback, a server that did not start or
+died, a folder that cannot be written.
 
 Used by `labkit.training`; a `Run` asks it for its state while it goes.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -18,27 +20,32 @@ import time
 from pathlib import Path
 
 from labkit import record, wire
-from labkit.errors import LabError, RunError, WireError, WorkerError
+from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError
 from labkit.evaluation import measure
-from labkit.lab import Lab, Task
+from labkit.lab import Lab, Task, Worker
 from labkit.problems import Problem
 from labkit.run import Run
 from labkit.server import ServerSpec
 from labkit.worker import WorkerSpec, run_worker
 
 POLL_S = 0.2
+ATTEMPTS = 3  # how often a worker is started again that is alive and could not talk to the server
 RETRY_S = 10.0  # how long a server that has hung up may take to end before it is asked again
 
 
 class Session:
     """A run that goes: its server process, its workers' tasks and the thread that follows them to the end."""
 
-    def __init__(self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec) -> None:
-        self.path, self.lab, self.problem, self.spec = path, lab, problem, spec
+    def __init__(self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, *, takes_newcomers: bool = True) -> None:
+        self.path, self.lab, self.problem, self.spec, self.takes_newcomers = path, lab, problem, spec, takes_newcomers
         self.error: BaseException | None = None
         self._raised: dict[int, BaseException] = {}  # by worker
         self.state = "running"
-        self.tasks: list[Task] = []
+        self.tasks: dict[int, Task] = {}  # by worker: the latest
+        self.started_on: dict[int, Worker] = {}  # the worker as it was then: who comes back is another process
+        self.generations: dict[int, int] = {}  # how often it was started
+        self.meeting = f".ranks-{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
+        self._lonely_since: float | None = None  # before the start: since when all are lost
         self._status: dict = {"state": "running", "samples": 0, "budget": spec.budget, "version": 0}
         self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
 
@@ -46,8 +53,8 @@ class Session:
         self.run, self.server = run, None
         try:
             self.server, self.address = _start_server(self.spec, self.path)
-            for worker in (self.lab.workers[index] for index in self.spec.workers):
-                self.tasks.append(self.lab.start(worker.index, run_worker, self.problem, self._worker_spec(worker)))
+            for index in self.spec.workers:
+                self._start_worker(index)
         except BaseException as error:
             if self.server:
                 _end(self.server)
@@ -79,11 +86,17 @@ class Session:
         if self.error:
             raise self.error.with_traceback(None)  # what matters is in its text; the frames are Dask's
 
+    def _start_worker(self, index: int) -> None:
+        self.generations[index] = self.generations.get(index, -1) + 1
+        self.started_on[index] = self.lab.workers[index]
+        self.tasks[index] = self.lab.start(index, run_worker, self.problem, self._worker_spec(self.lab.workers[index]))
+        self._raised.pop(index, None)
+
     def _worker_spec(self, worker) -> WorkerSpec:
         devices = [self.lab.workers[index].device for index in self.spec.workers]
         return WorkerSpec(
+            generation=self.generations[worker.index],
             index=worker.index,
-            n_workers=len(self.spec.workers),
             address=self.address,
             secret=self.spec.secret,
             seed=self.spec.seed,
@@ -92,7 +105,7 @@ class Session:
             threads=worker.threads,
             slowdown=worker.slowdown,
             jitter=self.lab.jitter,
-            collective=str(self.path) if self.spec.update.collective else None,
+            collective=str(self.path / self.meeting) if self.spec.update.collective else None,
             one_process=self.lab.one_process,
             one_host=self.lab.one_host,
             own_gpu=len(set(devices)) == len(devices) and all(device != "cpu" for device in devices),
@@ -133,21 +146,24 @@ class Session:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.server.wait(timeout=RETRY_S)
         self._last_words = _end(self.server)
-        for task in self.tasks:
-            limit = time.monotonic() + 30
+        limit = time.monotonic() + 30
+        for task in self.tasks.values():
             while not task.done and time.monotonic() < limit:
                 time.sleep(0.02)
 
     def _ask(self, connection: wire.Connection) -> None:
         """One question to the server: its status, or that it should stop."""
-        trouble = self._trouble()
-        if self._status["state"] != "running":
-            connection.send({"op": "status"})
-        elif trouble:
+        running = self._status["state"] == "running"
+        trouble = self._trouble() if running else ""
+        if trouble:
             connection.send({"op": "stop", "state": "failed", "reason": trouble})
-        elif self._stop.is_set():
+        elif running and self._stop.is_set():
             connection.send({"op": "stop", "reason": ""})
+        elif running and not self._status.get("started") and (present := self._mind_workers()):
+            connection.send({"op": "expect", "workers": present})
         else:
+            if running:
+                self._mind_workers()
             connection.send({"op": "status"})
         self._status = connection.receive()[0]
         if self._status["state"] == "running":
@@ -155,23 +171,46 @@ class Session:
         else:
             time.sleep(0.05)
 
+    def _mind_workers(self) -> list[int]:
+        """Start whoever has come back, or come anew and is free; returns who is here."""
+        self.lab.refresh()
+        lost = set(self.lab.lost())
+        if self.takes_newcomers and (new := [i for i in self.lab.free() if i not in self.tasks]):
+            self.lab.lease(new, self.run.name)
+            for index in new:
+                self._try_worker(index)
+        for index, task in list(self.tasks.items()):
+            if index in lost:
+                continue
+            came_back = self.lab.workers[index] != self.started_on[index]
+            cut_off = self.generations[index] < ATTEMPTS and task.done and _lost_server(self._error(index))
+            if came_back or cut_off:
+                self._try_worker(index)
+        return [index for index in self.tasks if index not in lost]
+
+    def _try_worker(self, index: int) -> None:
+        with contextlib.suppress(ClusterError):  # lost again already: the next look will tell
+            self._start_worker(index)
+
     def _trouble(self) -> str:
         """Why the run cannot go on although the server would. Who merely lost the server is treated there as any lost worker."""
-        for error in self._errors():
-            if not _lost_server(error):
+        for index in self.tasks:
+            if (error := self._error(index)) and not _lost_server(error):
                 return _words(error)
-        if not self._status.get("started"):  # until then everybody is needed
-            if errors := self._errors():
-                return _words(errors[0])
-            if gone := [index for index in self.lab.lost() if index in self.spec.workers]:
-                return f"workers {gone} were lost before the run began. connect() again for a full lab."
+        if self.lab.closed:
+            return "the lab was closed."
+        if not self._status.get("started"):
+            lost = self.lab.lost()
+            alone = all(index in lost for index in self.tasks)
+            self._lonely_since = (self._lonely_since or time.monotonic()) if alone else None
+            if self._lonely_since and time.monotonic() - self._lonely_since > self.spec.alone:
+                return f"workers {sorted(self.tasks)} were lost before the run began. connect() again for a full lab."
         return ""
 
-    def _errors(self) -> list[BaseException]:
-        for task in self.tasks:
-            if task.worker not in self._raised and (error := task.error()):
-                self._raised[task.worker] = error
-        return list(self._raised.values())
+    def _error(self, index: int) -> BaseException | None:
+        if index not in self._raised and (error := self.tasks[index].error()):
+            self._raised[index] = error
+        return self._raised.get(index)
 
     def _ending(self) -> tuple[str, str]:
         """State and reason, from the last words of the server; and the error to raise in `wait`."""
@@ -184,7 +223,7 @@ class Session:
         self._status = {**self._status, **ended}
         if ended["state"] == "failed":
             # The error of a worker tells more than the server's line; the worker that the line names failed first.
-            errors = [error for error in self._errors() if not _lost_server(error)]
+            errors = [error for index in self.tasks if (error := self._error(index)) and not _lost_server(error)]
             errors.sort(key=lambda error: _words(error) != ended["reason"])
             self.error = LabError(f"run {self.run.name} failed: {ended['reason']}")
             if errors and isinstance(errors[0], WorkerError):
@@ -198,6 +237,8 @@ class Session:
         if state == "failed":
             with contextlib.suppress(OSError):  # an unwritable folder may be why it failed
                 record.write_json(self.path / "status.json", {**self._status, "state": "failed"})
+        for file in self.path.glob(f"{self.meeting}*"):
+            file.unlink(missing_ok=True)
         self.lab.release(self.run.name)
         if self.run in self.lab.runs:
             self.lab.runs.remove(self.run)
@@ -205,7 +246,7 @@ class Session:
         self._over.set()
 
 
-def _lost_server(error: BaseException) -> bool:
+def _lost_server(error: BaseException | None) -> bool:
     """Was the connection all that this worker lost?"""
     return isinstance(error, WorkerError) and not error.remote_traceback
 

@@ -4,18 +4,22 @@
                                              |  pull, local pass, score, push ... until passes x n samples are trained on
     curve of the kept versions  <-  record  <-  everyone has left
 
-`train` returns at once; a thread of the kernel follows the run to its end. Used from notebooks; nobody below imports it.
+`train` returns at once; a thread of the kernel follows the run to its end. Used from notebooks, and by `labkit.resuming`, which
+goes the second half of the way with a run that exists.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+
+import numpy as np
 
 from labkit import record
 from labkit.errors import ClusterError, RunError
@@ -78,41 +82,54 @@ def train(
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
     problem.check(seed)
     name = name or "-".join([update.name, partition.name, f"seed{seed}"])
-    workers = _choose(lab, workers, name)
+    workers = choose(lab, workers, name)
     _check_shards(problem, workers, partition)
-    _stop_earlier(lab, name)
-    lab.lease(workers, name)
-    try:
-        return _begin(problem, lab, workers, partition, update, name, passes, local_steps, seed, runs, checkpoints)
-    except BaseException:
-        lab.release(name)
-        raise
+    with leased(lab, workers, name):
+        flat, layout = flatten(problem.build(seed))
+        n_train = len(problem.train_indices())
+        budget = max(1, round(passes * n_train))
+        path = _claim(Path(runs), name)
+        config = _config(problem, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train)
+        _write_beginning(path, config | describe_lab(lab, workers), layout)
+        return begin(path, lab, problem, server_spec(path, config, problem, lab, workers, update, partition, flat.numpy(), layout))
 
 
-def _begin(problem, lab, workers, partition, update, name, passes, local_steps, seed, runs, checkpoints) -> Run:
-    flat, layout = flatten(problem.build(seed))
+def server_spec(
+    path: Path,
+    config: dict,
+    problem: Problem,
+    lab: Lab,
+    workers: list[int],
+    update: Update,
+    partition: UDPA,
+    weights: np.ndarray,
+    layout: Layout,
+    state: dict | None = None,
+) -> ServerSpec:
+    """What the server of a run needs to know; with the `state` of a checkpoint it goes on from there."""
     samples = problem.train_indices()
-    budget = max(1, round(passes * len(samples)))
-    path = _claim(Path(runs), name)
-    config = _config(problem, lab, workers, partition, update, name, budget, passes, local_steps, seed, len(samples))
-    _write_beginning(path, config, layout)
-    spec = ServerSpec(
+    return ServerSpec(
         path=str(path),
         secret=secrets.token_bytes(32),
         update=update,
         partition=partition,
-        weights=flat.numpy(),
+        weights=weights,
         n_buffers=layout.n_buffers,
         n_samples=len(samples),
         labels=problem.labels(samples) if partition.stratified else None,
         workers=workers,
-        budget=budget,
-        local_steps=local_steps,
+        budget=config["budget"],
+        local_steps=config["local_steps"],
         batch_size=problem.batch_size,
-        seed=seed,
-        checkpoints=checkpoints,
+        seed=config["seed"],
+        checkpoints=config["checkpoints"],
         host=_host(lab),
+        state=state,
     )
+
+
+def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec) -> Run:
+    """Start the server and the workers of a run whose directory is ready."""
     session = Session(path, lab, problem, spec)
     run = Run(path, problem=problem, session=session)
     lab.runs.append(run)
@@ -147,7 +164,7 @@ def _check_shards(problem: Problem, workers: list[int], partition: UDPA) -> None
     copy.deepcopy(partition).start(len(samples), workers, labels=labels)
 
 
-def _choose(lab: Lab, workers: Sequence[int] | None, name: str) -> list[int]:
+def choose(lab: Lab, workers: Sequence[int] | None, name: str) -> list[int]:
     """The workers of a run: those asked for, or all that no other run holds."""
     if lab.closed:
         raise ClusterError("this lab is closed. Run the cell with connect() again.")
@@ -162,6 +179,18 @@ def _choose(lab: Lab, workers: Sequence[int] | None, name: str) -> list[int]:
     if not chosen:
         raise ClusterError("workers=[]: a run needs at least one worker.")
     return chosen
+
+
+@contextlib.contextmanager
+def leased(lab: Lab, workers: list[int], name: str) -> Iterator[None]:
+    """The workers belong to this run from here on; they are free again if it cannot begin."""
+    _stop_earlier(lab, name)
+    lab.lease(workers, name)
+    try:
+        yield
+    except BaseException:
+        lab.release(name)
+        raise
 
 
 def _stop_earlier(lab: Lab, name: str) -> None:
@@ -198,9 +227,21 @@ def _write_beginning(path: Path, config: dict, layout: Layout) -> None:
         raise RunError(f"the run cannot be recorded in {path}: {error}. Give train() another folder: runs=...") from error
 
 
-def _config(problem, lab, workers, partition, update, name, budget, passes, local_steps, seed, n_train) -> dict:
+def describe_lab(lab: Lab, workers: list[int]) -> dict:
+    """Where a run goes, for its settings."""
+    return {
+        "kind": lab.kind,
+        "n_workers": len(workers),
+        "workers": [asdict(lab.workers[index]) for index in workers],
+        "jitter": lab.jitter,
+        "emulated": lab.emulated,
+    }
+
+
+def _config(problem, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train) -> dict:
     return {
         "format": record.FORMAT,
+        "id": secrets.token_hex(8),  # checkpoints bear it, so that those of another run are told apart
         "labkit": record.environment()["versions"]["labkit"],
         "name": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -210,12 +251,8 @@ def _config(problem, lab, workers, partition, update, name, budget, passes, loca
         "local_steps": local_steps,
         "seed": seed,
         "budget": budget,
+        "checkpoints": checkpoints,
         "n_train": n_train,
-        "kind": lab.kind,
-        "n_workers": len(workers),
-        "workers": [asdict(lab.workers[index]) for index in workers],
-        "jitter": lab.jitter,
-        "emulated": lab.emulated,
         "synthetic": problem.dataset.synthetic,
         "data_note": problem.dataset.note,
         "problem": problem.config(),

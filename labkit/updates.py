@@ -68,6 +68,7 @@ class Update:
 
     name = ""
     collective = False  # True: workers exchange gradients among themselves at every step
+    fleeting: tuple[str, ...] = ("weights", "bases")  # what `lasting` leaves out
 
     def start(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int = 0) -> None:
         """Begin at version 0 with `weights` (float32, shape (n,); the last `n_buffers` entries are buffers)."""
@@ -81,7 +82,7 @@ class Update:
         self.bases = {int(worker): 0 for worker in workers}  # worker -> version that it works from
 
     def join(self, worker: int) -> list[Reply]:
-        """`worker` comes, or comes back: it gets the current version at once."""
+        """`worker` comes, comes back, or begins anew what it could not finish: it gets the current version."""
         self.merges = []
         self.bases[worker] = self.version
         return [Reply(worker, self.version, self.weights)]
@@ -113,6 +114,16 @@ class Update:
     def load_state_dict(self, state: dict) -> None:
         vars(self).update({key: dict(value) if isinstance(value, dict) else value for key, value in state.items()})
         self.merges = []
+
+    def lasting(self) -> dict:
+        """What a checkpoint keeps beside the weights: `state_dict` without what belongs to local passes under way."""
+        return {key: value for key, value in self.state_dict().items() if key not in self.fleeting}
+
+    def go_on(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int, lasting: dict) -> None:
+        """Begin again from a checkpoint, with workers of which none has anything under way."""
+        self.start(weights, workers, n_buffers)
+        self.load_state_dict(lasting)
+        self.bases = dict.fromkeys(self.bases, self.version)
 
     def config(self) -> dict:
         """Name and settings, as JSON; `make_update` reads it back."""
@@ -148,32 +159,45 @@ class Update:
 
 
 class _Barrier(Update):
-    """A rule that waits for every member, then merges all pushes in the order of worker indices."""
+    """A rule that waits for every member, then merges all pushes in the order of worker indices.
+
+    Who joins while a round is under way begins with the next one. Who leaves is not waited for any more.
+    """
+
+    fleeting = ("weights", "bases", "pending", "waiting")
 
     def start(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int = 0) -> None:
         super().start(weights, workers, n_buffers)
         self.pending: dict[int, Push] = {}
+        self.waiting: dict[int, int] = {}  # who begins with the next round, and the version at which it came
+
+    def join(self, worker: int) -> list[Reply]:
+        self.merges = []
+        self.pending.pop(worker, None)  # a worker that comes back has forgotten what it pushed
+        self.bases[worker] = self.waiting[worker] = self.version
+        return self._close_round()
 
     def leave(self, worker: int) -> list[Reply]:
         super().leave(worker)
         self.pending.pop(worker, None)
+        self.waiting.pop(worker, None)
         return self._close_round()
 
-    def join(self, worker: int) -> list[Reply]:
-        self.pending.pop(worker, None)  # a worker that comes back has forgotten what it pushed
-        return super().join(worker)
-
     def _merge(self, push: Push) -> list[Reply]:
+        if push.worker in self.waiting:
+            raise UpdateError(f"push of worker {push.worker} refused: it begins with the next round.")
         self.pending[push.worker] = push
         return self._close_round()
 
     def _close_round(self) -> list[Reply]:
-        if not self.pending or set(self.pending) != set(self.bases):
+        if set(self.pending) != set(self.bases) - set(self.waiting):
             return []
         pushes = [self.pending[worker] for worker in sorted(self.pending)]
-        self.pending = {}
-        self._merge_all(pushes)
-        return self._release([push.worker for push in pushes])
+        released = sorted([*self.pending, *self.waiting])
+        self.pending, self.waiting = {}, {}
+        if pushes:
+            self._merge_all(pushes)
+        return self._release(released)
 
     def _merge_all(self, pushes: list[Push]) -> None:
         raise NotImplementedError
@@ -215,6 +239,7 @@ class AGWU(Update):
     """
 
     name = "agwu"
+    fleeting = ("weights", "bases", "base_weights", "scores")
 
     def __init__(self, quality: str = "normalised") -> None:
         if quality not in ("normalised", "raw"):

@@ -5,7 +5,11 @@
 The parameters and buffers of the module are views into one flat float32 vector, so a pull is received straight into the model
 and a push is sent straight out of it. The optimiser's state stays with the worker across pulls: momentum goes on from where it
 was. BatchNorm's running statistics travel as buffers; integer buffers (its step counter) stay at home. Every local pass draws
-a new order of the shard from (seed, worker, pass), so a run can be repeated and replayed.
+a new order of the shard from (seed, worker, pass, incarnation), so a run can be repeated and replayed.
+
+A thread says twice a second that the worker lives, however long a step takes, and hears what cannot wait for the end of a local
+pass. A worker whose connection breaks, or that was taken to be gone (it was frozen, say), joins again: a new incarnation
+with an empty shard, whose unfinished local pass does not count.
 
 Emulated slowness is honest: after each piece of work the worker sleeps in proportion to the time that piece took.
 
@@ -14,23 +18,27 @@ Runs on the workers of a `Lab`, sent there by `labkit.session`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from labkit import wire
-from labkit.collective import Group, steps
+from labkit.collective import Broken, Group, steps
 from labkit.errors import WireError, WorkerError
 from labkit.problems import Clock, Problem
 from labkit.server import BEAT_S, SILENCE_S
 
 PROBE_STEPS = 4
+RETRY_S = 10.0  # how long a worker whose link is down tries to reach its server again
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,6 @@ class WorkerSpec:
     """What one worker needs to know beside the problem."""
 
     index: int
-    n_workers: int
     address: tuple[str, int]
     secret: bytes
     seed: int
@@ -47,10 +54,11 @@ class WorkerSpec:
     threads: int = 1
     slowdown: float = 1.0
     jitter: float = 0.0
-    collective: str | None = None  # folder where the ranks of an all-reduce find each other
+    collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     one_process: bool = False  # all workers are threads of one process
     one_host: bool = True
     own_gpu: bool = False  # every worker has a GPU to itself, so that NCCL can be used
+    generation: int = 0  # how often this worker has been started in this run before
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,9 @@ def flatten(module: torch.nn.Module, device: str = "cpu") -> tuple[torch.Tensor,
     return flat, layout
 
 
-def pass_order(shard: np.ndarray, seed: int, worker: int, epoch: int) -> np.ndarray:
-    """The order in which `worker` goes through its shard for the `epoch`-th time (0, 1, ...)."""
-    generator = np.random.default_rng(np.random.SeedSequence([seed, worker, epoch]))
+def pass_order(shard: np.ndarray, seed: int, worker: int, epoch: int, incarnation: int = 0) -> np.ndarray:
+    """The order in which this incarnation of `worker` goes through its shard for the `epoch`-th time (0, 1, ...)."""
+    generator = np.random.default_rng(np.random.SeedSequence([seed, worker, epoch, incarnation]))
     return shard[generator.permutation(len(shard))]
 
 
@@ -117,12 +125,18 @@ def batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
 class Shard:
     """The samples that a worker holds, served pass after pass; without `local_steps` a pass is the shard once, in a new order."""
 
-    def __init__(self, seed: int, worker: int) -> None:
-        self.seed, self.worker, self.epoch = seed, worker, 0
+    def __init__(self, seed: int, worker: int, incarnation: int = 0) -> None:
+        self.seed, self.worker, self.incarnation, self.epoch = seed, worker, incarnation, 0
         self.indices = self.rest = np.empty(0, np.int64)
 
     def add(self, indices: np.ndarray) -> None:
         self.indices = np.concatenate([self.indices, indices])
+
+    def keep(self, n: int) -> None:
+        """Give back all but the first n samples."""
+        if n < len(self.indices):
+            self.indices, gone = self.indices[:n], self.indices[n:]
+            self.rest = self.rest[~np.isin(self.rest, gone)]
 
     def take(self, n: int) -> np.ndarray:
         """The next n samples; a new order is drawn whenever the shard has been gone through."""
@@ -131,7 +145,8 @@ class Shard:
         taken = []
         while n > 0:
             if not len(self.rest):
-                self.rest, self.epoch = pass_order(self.indices, self.seed, self.worker, self.epoch), self.epoch + 1
+                self.rest = pass_order(self.indices, self.seed, self.worker, self.epoch, self.incarnation)
+                self.epoch += 1
             taken.append(self.rest[:n])
             self.rest, n = self.rest[n:], n - len(taken[-1])
         return np.concatenate(taken) if taken else self.indices[:0]
@@ -200,23 +215,7 @@ def run_worker(problem: Problem, spec: WorkerSpec) -> dict:
 class _Worker:
     def __init__(self, problem: Problem, spec: WorkerSpec) -> None:
         self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
-
-    def _prepare(self) -> None:
-        problem, spec = self.problem, self.spec
-        keep_memory()
-        if torch.get_num_threads() != spec.threads:
-            torch.set_num_threads(spec.threads)
-        self.connection = wire.connect(spec.address, spec.secret, timeout=SILENCE_S)
-        self.module = problem.build(spec.seed)
-        self.flat, self.layout = flatten(self.module, spec.device)
-        self.vector = self.flat if spec.device == "cpu" else self.flat.to("cpu").pin_memory()
-        self.bytes = memoryview(self.vector.numpy()).cast("B")
-        self.slowness = Slowness(spec.slowdown, spec.jitter, spec.seed, spec.index, spec.device)
-        self.shard = Shard(spec.seed, spec.index)
-        self.score_batches = batches(problem.score_indices(), 256)
-        self.train_indices = problem.train_indices()
-        self.n_train = len(self.train_indices)
-        self.send_s, self.pushed_at = 0.0, None
+        self.pulse = _Pulse()
 
     def run(self) -> dict:
         self._prepare()
@@ -224,21 +223,94 @@ class _Worker:
         if not self.spec.one_process:  # dropout and the like: a stream for each worker
             torch.manual_seed(int(np.random.SeedSequence([self.spec.seed, self.spec.index]).generate_state(1)[0]))
         self.optimisers = self.problem.optimisers(self.module)  # fresh: the probe has left its momentum in the old ones
+        self.done = {"samples": 0, "passes": 0}
         about = f"pid {os.getpid()}, {self.spec.device}, {self.spec.threads} thread(s)"
-        self.connection.send({"op": "join", "worker": self.spec.index, "seconds_per_sample": speed, "about": about})
-        trained = self.module
-        samples = passes = 0
-        while (go := self._pull()) is not None:
-            if self.spec.collective and not self.group:  # only now: at the first go everyone is here
-                self.group = Group(self.spec)
-                trained = self.group.wrap(self.module)
-            done = self._local_pass(trained, go)
-            if done is None:
+        hello = {"op": "join", "worker": self.spec.index, "generation": self.spec.generation, "about": about}
+        self.connection = wire.connect(self.spec.address, self.spec.secret, timeout=SILENCE_S)
+        while True:
+            try:
+                self.connection.send({**hello, "seconds_per_sample": speed})
+                self.pulse.start(self.connection)
+                if not self._serve():
+                    self.connection.send({"op": "leave"})
+                    return self.done
+            except WireError as error:
+                self._connect_again(error)
+
+    def _prepare(self) -> None:
+        problem, spec = self.problem, self.spec
+        keep_memory()
+        if torch.get_num_threads() != spec.threads:
+            torch.set_num_threads(spec.threads)
+        if spec.device != "cpu":
+            torch.cuda.set_device(spec.device)  # pinned memory and NCCL go by it, and cuda:0 is somebody else's
+        self._build()
+        self.slowness = Slowness(spec.slowdown, spec.jitter, spec.seed, spec.index, spec.device)
+        self.score_batches = batches(problem.score_indices(), 256)
+        self.train_indices = problem.train_indices()
+        self.n_train = len(self.train_indices)
+
+    def _build(self) -> None:
+        self.module = self.problem.build(self.spec.seed)
+        self.flat, self.layout = flatten(self.module, self.spec.device)
+        self.vector = self.flat if self.spec.device == "cpu" else self.flat.to("cpu").pin_memory()
+        self.bytes = memoryview(self.vector.numpy()).cast("B")
+
+    def _connect_again(self, error: WireError) -> None:
+        """The link is down; the server may be there all the same. Nobody listening any more means that the run is over."""
+        self._close_group()
+        self.pulse.stop()
+        self.connection.close()
+        limit, pause = time.monotonic() + RETRY_S, 0.05
+        while True:
+            try:
+                self.connection = wire.connect(self.spec.address, self.spec.secret, timeout=SILENCE_S)
+                return
+            except WireError as again:
+                if isinstance(again.__cause__, ConnectionRefusedError) or time.monotonic() > limit:
+                    raise error from again
+            time.sleep(pause)
+            pause = min(1.0, 2 * pause)
+
+    def _serve(self) -> bool:
+        """Local passes of one incarnation: until the server says stop (False), or wants this worker to join anew (True)."""
+        self.shard, self.send_s, self.pushed_at = None, 0.0, None
+        while (go := self._pull())["op"] == "go":
+            done, broken = None, ""
+            try:
+                with self.pulse.listening():
+                    done = self._local_pass(self._trained(go), go)
+            except Broken as error:
+                broken = str(error)
+            word = self.pulse.heard()
+            if word and word["op"] != "regroup":
+                go = word
                 break
-            samples, passes = samples + done["samples"], passes + 1
-            self._push(done)
-        self.connection.send({"op": "leave"})
-        return {"samples": samples, "passes": passes}
+            if done is None:  # one of the all-reduce is gone
+                self._close_group()
+                self.connection.send({"op": "regroup", "reason": broken})
+                continue
+            self._push(done)  # also when a regroup came too late: this pass is complete
+            self.done = {"samples": self.done["samples"] + done["samples"], "passes": self.done["passes"] + 1}
+        if go["op"] == "lost":
+            raise WireError(go["reason"])
+        self._close_group()
+        return go["op"] == "rejoin"
+
+    def _trained(self, go: dict) -> torch.nn.Module:
+        """The module to train: with an all-reduce it is wrapped, anew whenever the group has changed."""
+        if not self.spec.collective:
+            return self.module
+        if self.group is None or self.group.number != go["group"]:
+            if self.group is not None or go["group"] > 1:  # others have another momentum, or none
+                self._close_group()
+                weights = self.flat.clone()
+                self._build()
+                self.flat.copy_(weights)
+                self.optimisers = self.problem.optimisers(self.module)
+            self.group = Group(self.spec, go["ranks"], go["group"], self.pulse)
+            self.wrapped = self.group.wrap(self.module)
+        return self.wrapped
 
     def tell_failure(self, message: str) -> None:
         try:
@@ -248,10 +320,15 @@ class _Worker:
             pass  # then the server sees the connection close
 
     def close(self) -> None:
-        if self.group:
-            self.group.close()
+        self.pulse.stop()
+        self._close_group()
         if self.connection:
             self.connection.close()
+
+    def _close_group(self) -> None:
+        group, self.group, self.wrapped = self.group, None, None
+        if group:
+            group.close()
 
     def _probe(self) -> float:
         """Seconds per sample, from a few steps on weights that the first pull then replaces."""
@@ -262,6 +339,8 @@ class _Worker:
         for _ in range(PROBE_STEPS):
             started = time.perf_counter()
             self._step(self.module, indices, optimisers, Clock(0, self.spec.budget, 0.0))
+            if self.spec.device != "cpu":  # there a step is only queued
+                torch.cuda.synchronize(self.spec.device)
             times.append((time.perf_counter() - started) / len(indices))
         for counter, before in counters:
             counter.copy_(before)
@@ -270,23 +349,27 @@ class _Worker:
     def _step(self, module: torch.nn.Module, indices: np.ndarray, optimisers: tuple, clock: Clock) -> dict:
         started = time.perf_counter()
         batch = self._load(indices)
-        metrics = self.problem.step(module, batch, optimisers, clock)
+        with self.group.exchanging() if self.group else contextlib.nullcontext():
+            metrics = self.problem.step(module, batch, optimisers, clock)
         self.slowness.after(started, self.group.waited if self.group else 0.0)
         return metrics
 
-    def _pull(self) -> dict | None:
-        """Wait for the next version; its weights are received into the model. None: stop."""
+    def _pull(self) -> dict:
+        """Wait for the next version, whose weights are received into the model; or for another word: stop, rejoin."""
         while True:
             header, _ = self.connection.receive(self._place)
-            if header["op"] == "hold":
+            if header["op"] in ("hold", "regroup"):
                 continue
             if self.pushed_at is not None:  # what the round trip took, less the time that the server held us
-                self.send_s = round(max(0.0, time.perf_counter() - self.pushed_at - header["wait_s"]), 6)
-            if header["op"] == "stop":
-                return None
+                self.send_s = round(max(0.0, time.perf_counter() - self.pushed_at - header.get("wait_s", 0.0)), 6)
+            if header["op"] != "go":
+                return header
             if self.vector is not self.flat:
                 self.flat.copy_(self.vector)
             self.version = header["version"]
+            if self.shard is None:
+                self.shard = Shard(self.spec.seed, self.spec.index, header["incarnation"])
+            self.shard.keep(header["keep"])
             self.shard.add(self.new_indices)
             return header
 
@@ -298,13 +381,15 @@ class _Worker:
         """Train on the granted samples; None when the run was stopped in between."""
         indices, batch_size = self.shard.take(go["samples"]), self.problem.batch_size
         if self.group:
-            sizes, weights = steps(go["grants"], self.spec.index, batch_size)
+            sizes, weights = steps(go["grants"], self.group.rank, batch_size)
             parts = np.split(indices, np.cumsum(sizes)[:-1])
         else:
             parts = batches(indices, batch_size)
         started = beaten = time.perf_counter()
         samples, waited, loss = 0, 0.0, torch.zeros((), device=self.spec.device)
         for number, part in enumerate(parts):
+            if self.pulse.told:
+                return None
             if self.group:
                 self.group.begin(weights[number])
             seen = min(self.spec.budget, go["done"] + int(samples * go["pace"]))
@@ -315,9 +400,7 @@ class _Worker:
             waited += self.group.waited if self.group else 0.0
             if time.perf_counter() - beaten > BEAT_S:
                 beaten = time.perf_counter()
-                self.connection.send({"op": "beat", "samples": samples, "loss": float(loss) / samples})
-                if self.connection.waiting():  # the only word that can come now
-                    return None
+                self.pulse.progress = {"samples": samples, "loss": float(loss) / samples}
         mean_loss = float(loss) / max(1, samples)  # reads the device, so the time below is true on a GPU
         compute_s = time.perf_counter() - started - waited
         return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(waited, 6)}
@@ -342,3 +425,57 @@ class _Worker:
 
     def _load(self, indices: np.ndarray) -> tuple:
         return self.problem.load(indices, "train", self.spec.device)
+
+
+class _Pulse:
+    """Says twice a second that this worker lives; during a local pass it also hears what cannot wait: stop, regroup, rejoin."""
+
+    def __init__(self) -> None:
+        self.lock, self.thread, self.ended = threading.Lock(), None, threading.Event()
+        self.told: dict | None = None  # what the server said; "lost" when it can no longer be heard
+        self.alarm = lambda: None  # called when something was heard: breaks off an exchange that waits for the others
+        self.progress: dict = {}
+        self.open = False
+
+    def start(self, connection: wire.Connection) -> None:
+        if self.thread is None or self.connection is not connection:
+            self.stop()
+            self.connection, self.ended = connection, threading.Event()
+            self.thread = threading.Thread(target=self._beat, args=(connection, self.ended), name="labkit-pulse", daemon=True)
+            self.thread.start()
+
+    def stop(self) -> None:
+        self.ended.set()
+        if self.thread:
+            self.thread.join(SILENCE_S)
+            self.thread = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """A local pass: until its end nobody else receives from the connection."""
+        self.told, self.progress = None, {}
+        with self.lock:
+            self.open = True
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.open, self.progress = False, {}
+
+    def heard(self) -> dict | None:
+        told, self.told = self.told, None
+        return told
+
+    def _beat(self, connection: wire.Connection, ended: threading.Event) -> None:
+        while not ended.wait(BEAT_S):
+            try:
+                connection.send({"op": "beat", **self.progress})
+                with self.lock:
+                    if self.open and self.told is None and connection.waiting():
+                        self.told, _ = connection.receive()
+            except WireError as error:
+                self.told = {"op": "lost", "reason": str(error)}
+            if self.told is not None:
+                self.alarm()
+                if self.told is not None and self.told["op"] == "lost":
+                    return

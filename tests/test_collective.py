@@ -52,8 +52,8 @@ def ranks(n, work, folder, limit=30):
     results, errors = [None] * n, [None] * n
 
     def run(rank):
-        spec = SimpleNamespace(index=rank, n_workers=n, collective=str(folder), one_process=True, one_host=True, own_gpu=False)
-        group = Group(spec)
+        spec = SimpleNamespace(index=rank, collective=str(folder), one_process=True, one_host=True, own_gpu=False)
+        group = Group(spec, list(range(n)), 1, SimpleNamespace(told=None))
         try:
             results[rank] = work(group, rank)
         except Exception as error:

@@ -35,13 +35,14 @@ class Course:
             checkpoints=checkpoints,
             deliver=lambda worker, answer: self.answers[worker].append(answer),
             record=lambda kind, **fields: self.rows.append({"kind": kind, **fields}),
-            save=lambda version, weights: self.saved.append((version, weights)),
+            save=lambda version, weights, state: self.saved.append((version, weights)),
             clock=lambda: self.now,
         )
         self.members, self.indices = {}, {w: [] for w in workers}
 
     def join(self, *workers, seconds=1.0):
         for worker in workers:
+            self.answers[worker], self.indices[worker] = [], []  # a new incarnation begins with nothing
             self.members[worker] = self.it.join(worker, f"about {worker}", seconds)
         return self
 
@@ -51,7 +52,8 @@ class Course:
         answer = self.answers[worker].pop() if self.answers[worker] else None
         if answer and answer.header["op"] == "go":
             assert len(answer.indices) == answer.header["indices"]
-            self.indices[worker].extend(answer.indices.tolist())
+            self.indices[worker] = self.indices[worker][: answer.header["keep"]] + answer.indices.tolist()
+            assert self.indices[worker] == self.it.partition.shard(worker).tolist()
         return answer
 
     def push(self, worker, answer, seconds=1.0, **changes):
@@ -216,12 +218,23 @@ def test_all_are_told_to_stop_when_the_last_push_has_come():
     assert course.it.state == "done" and course.it.over
 
 
-def test_all_workers_lost():
-    course = Course(AGWU()).join(*WORKERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_all_workers_lost(rule):
+    """The run waits for somebody to come, and goes on with whoever does."""
+    course = Course(rule(), IDPA(batches=2)).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    if not rule.collective:
+        course.push(2, work[2])
+    course.now = 7.0
     for worker in WORKERS:
-        assert not course.it.over
+        assert course.it.alone_since is None
         course.it.leave(course.members[worker])
-    assert (course.it.state, course.it.reason) == ("failed", "every worker was lost after 0 of 34 samples.") and course.it.over
+    assert (course.it.state, course.it.over, course.it.alone_since) == ("running", False, 7.0)
+    course.join(1)
+    assert course.it.alone_since is None
+    course.join(5)
+    course.finish()
+    assert course.it.state == "done" and sum(row["samples"] for row in course.of("merge")) == course.it.done
 
 
 def test_leaving_twice_and_leaving_of_an_earlier_incarnation_are_nothing():
@@ -258,11 +271,11 @@ def test_who_leaves_before_the_start_may_come_back_before_it():
     assert course.it.state == "done"
 
 
-def test_a_worker_cannot_be_here_twice_or_come_after_the_end():
+def test_who_comes_again_replaces_its_earlier_incarnation_and_nobody_comes_after_the_end():
     course = Course(AGWU()).join(0)
-    with pytest.raises(ClusterError, match="worker 0 is here already"):
-        course.join(0)
-    course.it.stop("stopped", "")
+    course.join(0)
+    assert course.it.members[0].incarnation == 1 and len(course.of("leave")) == 1
+    course.it.stop("stopped", "enough")
     with pytest.raises(ClusterError, match="the run has ended"):
         course.join(1)
 
@@ -367,3 +380,118 @@ def test_a_time_is_measured_once_and_declared_speeds_stand_until_the_first_pass(
         course.push(0, work[0], seconds=2.0 * work[0].header["samples"])
         work[0] = course.answer(0)
         assert course.it.partition.seconds == {0: 2.0, 1: pytest.approx(estimate)}
+
+
+@pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=1)])
+@pytest.mark.parametrize("rule", RULES)
+def test_who_comes_when_all_samples_are_handed_out_gets_its_share(rule, partition):
+    """The others give back what exceeds theirs at their next release; nothing is lost, nothing is held twice."""
+    course = Course(rule(), partition(), budget=400, workers=[0, 1]).join(0, 1)
+    course.join(7)
+    course.finish(speeds={0: 1, 1: 1, 7: 1})
+    shares = course.it.partition.held
+    assert sum(shares.values()) == SAMPLES and shares == {w: len(course.indices[w]) for w in (0, 1, 7)}
+    assert all(4 <= n <= 8 for n in shares.values()), shares
+    assert sorted(itertools.chain(*course.indices.values())) == list(range(SAMPLES))
+    assert course.of("merge", worker=7) and sum(row["samples"] for row in course.of("reclaim")) >= 4
+
+
+def test_a_latecomer_does_not_hold_up_a_round_that_is_under_way():
+    course = Course(SGWU(), budget=200, workers=[0, 1]).join(0, 1)
+    work = {w: course.answer(w) for w in (0, 1)}
+    course.join(2)
+    assert course.answer(2) is None
+    course.push(0, work[0])
+    course.push(1, work[1])
+    assert {w: course.answer(w).header["version"] for w in (0, 1, 2)} == {0: 1, 1: 1, 2: 1}
+
+
+def test_the_run_begins_without_those_who_are_lost_before_the_start():
+    course = Course(SGWU(), budget=100).join(0, 2)
+    assert not course.it.started
+    course.it.expect([0, 2])
+    assert course.it.started and sorted(course.it.partition.held) == [0, 2]
+    work = {w: course.answer(w) for w in (0, 2)}
+    course.join(1)  # it has come after all
+    course.finish(work)
+    assert course.it.state == "done" and course.of("merge", worker=1)
+
+
+def test_an_all_reduce_whose_group_breaks_begins_anew_from_the_latest_version():
+    course = Course(AllReduce(), budget=100).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    assert [work[w].header["group"] for w in WORKERS] == [1, 1, 1] and work[0].header["ranks"] == WORKERS
+    for worker in WORKERS:
+        course.push(worker, work[worker])
+    work = {w: course.answer(w) for w in WORKERS}
+    assert [work[w].header["group"] for w in WORKERS] == [1, 1, 1]  # nobody has changed: the group stays
+    course.it.regroup(course.members[0], "the connection was closed")
+    assert course.answer(0) is None
+    course.it.leave(course.members[1])
+    course.it.regroup(course.members[2], "the connection was closed")
+    work = {w: course.answer(w) for w in (0, 2)}
+    assert all(a.header["ranks"] == [0, 2] and a.header["group"] == 2 and a.header["version"] == 1 for a in work.values())
+    course.join(1)
+    for worker in (0, 2):
+        course.push(worker, work[worker])
+    assert {course.answer(w).header["group"] for w in WORKERS} == {3}
+
+
+def test_a_group_that_breaks_for_ever_ends_the_run():
+    course = Course(AllReduce(), budget=100).join(*WORKERS)
+    for _ in range(100):
+        if course.it.state != "running":
+            break
+        for worker in WORKERS:
+            assert course.answer(worker).header["op"] == "go"
+        for worker in WORKERS:
+            course.it.regroup(course.members[worker], "no luck")
+    assert course.it.state == "failed" and "broke 10 times in a row at version 0" in course.it.reason
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=3)])
+@pytest.mark.parametrize("seed", range(40))
+def test_whoever_comes_and_goes_the_budget_is_met_and_no_sample_is_lost_or_doubled(rule, partition, seed):
+    """Random pushes, losses, returns, newcomers and broken groups; at every moment the shards and the pool are the data set."""
+    chance = np.random.default_rng(seed)
+    course = Course(rule(), partition(), budget=300, local_steps=[None, 3][seed % 2]).join(*WORKERS)
+    working, faults = {}, 0
+    for _ in range(5000):
+        course.now += 1.0
+        here = sorted(course.it.members)
+        for worker in here:
+            if worker not in working and (answer := course.answer(worker)):
+                working[worker] = answer
+        if course.it.over:
+            break
+        dice = chance.random()
+        if faults < 25 and dice < 0.08 and here:
+            lost = int(chance.choice(here))
+            working.pop(lost, None)
+            course.it.leave(course.members[lost], "lost")
+            faults += 1
+        elif (faults < 25 and dice < 0.16) or not here:
+            if course.it.state == "running" and not course.it.finished:
+                newcomer = int(chance.integers(0, 6))  # also one that is here: it comes again
+                working.pop(newcomer, None)
+                course.join(newcomer, seconds=float(chance.uniform(0.5, 2)))
+                faults += 1
+        elif working:
+            worker = int(chance.choice(sorted(working)))
+            answer = working.pop(worker)
+            if answer.header["op"] == "stop":
+                course.it.leave(course.members[worker])
+            elif rule.collective and any(i not in course.it.members for i in answer.header["ranks"]):
+                course.it.regroup(course.members[worker], "a rank is gone")
+            else:
+                course.push(worker, answer, answer.header["samples"] * (1 + worker))
+        else:
+            assert len(course.it.members) < len(WORKERS) or faults == 25 or rule.collective, "everybody waits"
+        partition_now = course.it.partition
+        together = np.concatenate([partition_now.pool, *(partition_now.shard(w) for w in partition_now.workers)])
+        assert sorted(together.tolist()) == list(range(SAMPLES))
+    assert course.it.over and course.it.state == "done", course.it.status()
+    left = 300 - course.it.done
+    assert left == 0 if not rule.collective else left < 6
+    assert course.it.done == sum(r["samples"] for r in course.of("merge"))

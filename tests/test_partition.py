@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 
@@ -149,6 +151,41 @@ def test_stratified_batches_hold_the_classes_in_their_shares():
         assert abs(np.mean(labels[part]) - 0.2) < 0.1
     order = shuffled(100, 0, labels)
     assert all(labels[order[i : i + 10]].sum() == 2 for i in range(0, 100, 10))
+
+
+@pytest.mark.parametrize("make", [UDPA, lambda: IDPA(3), lambda: IDPA(5, speeds=[1, 2, 9]), lambda: IDPA(4, stratified=True)])
+@pytest.mark.parametrize("seed", range(6))
+def test_saved_half_way_and_loaded_it_has_the_same_future(make, seed):
+    """Random allocations, joins and leaves; at a random moment a copy is made from the state as JSON would keep it."""
+    rng, rule, other, n = np.random.default_rng(seed), make(), make(), 211
+    rule.start(n, [0, 1, 2], seed=seed, labels=np.arange(n) % 3)
+    for moment in range(30):
+        if moment == 4 + 3 * seed:
+            other.load_state_dict(copy.deepcopy(rule.state_dict()))
+        now = [rule] if moment < 4 + 3 * seed else [rule, other]
+        some = sorted(int(w) for w in rng.choice(rule.workers, int(rng.integers(1, len(rule.workers) + 1)), replace=False))
+        seconds = {worker: float(rng.uniform(0.2, 5)) for worker in some}
+        given = [each.allocate(some, seconds) for each in now]
+        assert all(given[0][w].tolist() == given[-1][w].tolist() for w in some)
+        if moment % 7 == 5:
+            [each.leave(some[0]) for each in now]
+            [each.join(some[0] if moment % 2 else 3 + moment) for each in now]
+    assert [other.held, other.count, other.seconds, other.workers] == [rule.held, rule.count, rule.seconds, rule.workers]
+    assert all(other.shard(worker).tolist() == rule.shard(worker).tolist() for worker in rule.workers)
+    assert other.pool.tolist() == rule.pool.tolist() and other.pool.dtype == rule.pool.dtype
+
+
+def test_a_state_is_a_copy_and_a_wrong_one_is_refused():
+    rule, other = IDPA(2), IDPA(2)
+    rule.start(20, [0, 1])
+    rule.allocate([0, 1], {0: 1.0, 1: 1.0})
+    state = rule.state_dict()
+    rule.allocate([0, 1], {0: 1.0, 1: 3.0})
+    other.load_state_dict(state)
+    assert other.held == {0: 5, 1: 5} and len(other.pool) == 10
+    for wrong in (np.arange(9), np.zeros(10, int), np.arange(100, 110)):
+        with pytest.raises(PartitionError, match=r"the saved partition holds .* different samples of 20"):
+            IDPA(2).load_state_dict({**state, "pool": wrong})
 
 
 def test_config_round_trip():

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from labkit import canvas, plots
-from labkit.record import COLUMNS
+from labkit.record import COLUMNS, effective
 from labkit.watch import Tail
 
 
@@ -367,3 +367,16 @@ def test_live_follows_a_run_and_stops_with_it(run):
     assert title(panel[()]).startswith("AGWU + IDPA: mean score")
     last = run.events.loc[run.events["kind"] == "push", "seconds"].max()
     assert [plot.x_range.end for plot in shown] == [last, last]  # the axes follow
+
+
+def test_what_a_resume_has_undone_is_drawn_where_time_went_and_counted_nowhere_else(run):
+    merged = run.events[run.events["kind"] == "merge"].groupby("worker").size()
+    last = run.events[run.events["kind"] == "merge"]["version"].max()
+    resume = pd.DataFrame([{"kind": "resume", "version": last - 4, "seconds": run.events["seconds"].max()}], columns=COLUMNS)
+    spans = len(plots.segments(run))
+    run.events = pd.concat([run.events, resume.dropna(axis=1)], ignore_index=True)[COLUMNS]
+    counts = effective(run.events)
+    assert len(counts[counts["kind"] == "merge"]) == merged.sum() - 4
+    assert len(plots.segments(run)) == spans
+    for figure in (plots.staleness(run), plots.weights(run), plots.timeline(run)):
+        assert title(figure)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 import threading
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from labkit import record
@@ -63,7 +63,8 @@ def test_a_recorder_goes_on_where_another_one_ended_and_closes_twice(recorder, t
     other = Recorder(tmp_path)
     other.event("join")
     other.close()
-    assert list(record.read_events(tmp_path).kind) == ["start", "join"]
+    table = record.read_events(tmp_path)
+    assert list(table.kind) == ["start", "join"] and list(table.seq) == [0, 1]
 
 
 def test_a_last_line_that_is_being_written_is_left_out(recorder, tmp_path):
@@ -143,74 +144,122 @@ def test_json_that_is_missing_or_a_folder(tmp_path):
         record.read_json(tmp_path)
 
 
-# -- checkpoints -------------------------------------------------------------------------------------------------------
+# -- a record that goes on ----------------------------------------------------------------------------------------------
 
 
-def test_checkpoints_come_back_bit_for_bit(recorder, tmp_path):
-    for version in (0, 7, 100_000_000):
-        recorder.checkpoint(version, WEIGHTS + np.float32(version))
-    assert record.checkpoint_versions(tmp_path) == [0, 7, 100_000_000]
-    np.testing.assert_array_equal(record.read_checkpoint(tmp_path, 7, 17), WEIGHTS + np.float32(7))
+def test_seq_and_clock_go_on(recorder, tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(record.time, "time", lambda: now)
+    recorder.event("join", worker=0)
+    recorder.event("start")
+    now = 1007.5
+    recorder.event("push", worker=0)
+    recorder.close()
+    now = 5000.0  # cut off, and resumed an hour later
+    other = Recorder(tmp_path)
+    assert other.started is None
+    other.event("resume", version=0, total=0)
+    now = 5001.0
+    other.event("start")
+    now = 5003.0
+    other.event("push", worker=0)
+    other.close()
     table = record.read_events(tmp_path)
-    assert list(table.version) == [0, 7, 100_000_000] and (table.bytes == 68).all()
+    assert list(table.seq) == list(range(6)) and list(table.seconds)[1:] == [0.0, 7.5, 7.5, 7.5, 9.5]
 
 
-def test_files_that_are_not_ours_are_no_versions(recorder, tmp_path):
-    recorder.checkpoint(3, WEIGHTS)
-    for name in (".00000004.npy.12.34", "5a.npy", "notes.txt", "backup.npy"):
-        (tmp_path / "checkpoints" / name).write_bytes(b"")
-    assert record.checkpoint_versions(tmp_path) == [3]
+HALVES = ["", "{", '{"seq": 2, "kind": "pu', '{"seq": 2}', '\n\n{"a"', "\0" * 50, "\0" * 9 + "\n", "\ufffd\n17\n"]
 
 
-class Trap:
-    def __reduce__(self):
-        return (pytest.fail, ("a checkpoint was unpickled",))
+@pytest.mark.parametrize("half", HALVES)
+def test_what_a_crash_left_half_written_is_cut_off(recorder, tmp_path, half):
+    recorder.event("join", worker=0)
+    recorder.event("start")
+    recorder.close()
+    whole = (tmp_path / "events.jsonl").read_bytes()
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write(half)
+    (tmp_path / "checkpoints" / ".00000001.npz.7.7").write_bytes(b"half")
+    other = Recorder(tmp_path)
+    assert (tmp_path / "events.jsonl").read_bytes() == whole and list((tmp_path / "checkpoints").iterdir()) == []
+    other.event("resume", version=0)
+    other.close()
+    assert list(record.read_events(tmp_path).seq) == [0, 1, 2]
 
 
-def damaged(what, file):
-    whole = file.read_bytes()
-    if what == "size":
-        np.save(file, WEIGHTS[:-1])
-    elif what == "shape":
-        np.save(file, WEIGHTS.reshape(1, -1))
-    elif what == "float64":
-        np.save(file, WEIGHTS.astype(np.float64))
-    elif what == "byte order":
-        np.save(file, WEIGHTS.astype(">f4"))
-    elif what == "NaN":
-        np.save(file, np.where(WEIGHTS > 0.9, np.nan, WEIGHTS).astype(np.float32))
-    elif what == "truncated":
-        file.write_bytes(whole[:-4])
-    elif what == "header":
-        file.write_bytes(whole[:128])
-    elif what == "empty":
-        file.write_bytes(b"")
-    elif what == "text":
-        file.write_text("weights\n" * 20)
-    elif what == "pickle":
-        file.write_bytes(pickle.dumps(Trap()))
-    elif what == "objects":
-        np.save(file, np.array([Trap()] * 17), allow_pickle=True)
-    elif what == "archive":
-        with open(file, "wb") as out:
-            np.savez(out, weights=WEIGHTS)
+def test_a_record_of_nothing_but_half_a_line_begins_at_0(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"seq": 0, "ki')
+    recorder = Recorder(tmp_path)
+    recorder.event("join")
+    recorder.close()
+    assert list(record.read_events(tmp_path).seq) == [0]
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["size", "shape", "float64", "byte order", "NaN", "truncated", "header", "empty", "text", "pickle", "objects", "archive"],
-)
-def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(recorder, tmp_path, what):
-    recorder.checkpoint(3, WEIGHTS)
-    damaged(what, tmp_path / "checkpoints" / "00000003.npy")
-    with pytest.raises(RunError, match=r"00000003\.npy (holds|is damaged|is no checkpoint)"):
-        record.read_checkpoint(tmp_path, 3, 17)
+def test_a_record_has_one_writer(recorder, tmp_path):
+    with pytest.raises(RunError, match=r"events\.jsonl is being written by another process.*stop it first"):
+        Recorder(tmp_path)
+    recorder.event("join")  # undisturbed
+    assert list(record.read_events(tmp_path).kind) == ["join"]
 
 
-def test_a_missing_checkpoint_names_those_that_are_kept(recorder, tmp_path):
-    recorder.checkpoint(3, WEIGHTS)
-    with pytest.raises(RunError, match=r"00000004\.npy is missing\. Kept versions: \[3\]"):
-        record.read_checkpoint(tmp_path, 4, 17)
+def test_checkpoints_are_recorded_and_what_was_done_by_each_is_known_again(recorder, tmp_path):
+    for version, done in ((0, 0), (3, 30), (5, 50)):
+        recorder.checkpoint(version, WEIGHTS, {"done": done})
+    assert recorder.kept == {0: 0, 3: 30, 5: 50}
+    recorder.close()
+    table = record.read_events(tmp_path)
+    assert list(table.version) == [0, 3, 5] and list(table.total) == [0, 30, 50] and (table.bytes > WEIGHTS.nbytes).all()
+    other = Recorder(tmp_path)
+    assert other.kept == {0: 0, 3: 30, 5: 50}
+    other.event("resume", version=3, total=30)
+    assert other.kept == {0: 0, 3: 30}
+    other.close()
+    again = Recorder(tmp_path)
+    assert again.kept == {0: 0, 3: 30}
+    again.close()
+
+
+def table(*rows):
+    return pd.DataFrame([{"kind": kind, "version": version, "samples": n} for kind, version, n in rows], columns=COLUMNS)
+
+
+def test_what_a_resume_undoes_does_not_count():
+    rows = [("join", None, None), ("checkpoint", 0, None)]
+    rows += [("push", None, 10), ("merge", 1, 10), ("push", None, 10), ("merge", 2, 10), ("push", None, 10), ("merge", 3, 10)]
+    rows += [("checkpoint", 2, None), ("checkpoint", 3, None), ("push", None, 10), ("leave", None, None)]
+    events = table(*rows)
+    assert record.effective(events) is events
+    events = table(*rows, ("resume", 2, None), ("push", None, 7), ("merge", 3, 7))
+    counts = record.effective(events)
+    assert list(counts.query("kind == 'merge'").version) == [1, 2, 3] and list(counts.query("kind == 'push'").samples) == [
+        10,
+        10,
+        7,
+    ]
+    assert list(counts.query("kind == 'checkpoint'").version) == [0, 2]
+    assert set(events.kind) == set(counts.kind)  # joins, leaves and the resume itself stay
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_however_often_a_run_is_cut_off_each_version_counts_once(seed):
+    """Against a bookkeeper who rolls back by hand; a barrier merges the pushes of a round into one version."""
+    rng, rows, version, kept = np.random.default_rng(seed), [], 0, []
+    for _ in range(6):
+        for _ in range(int(rng.integers(0, 6))):
+            samples = [int(n) for n in rng.integers(1, 9, int(rng.integers(1, 4)))]
+            rows += [("push", None, n) for n in samples]
+            version += 1
+            rows += [("merge", version, n) for n in samples]
+            kept += [(version, n) for n in samples]
+        if rng.integers(2):
+            rows.append(("push", None, 99))  # waits for others, and is lost
+        version = int(rng.integers(0, version + 1))
+        rows.append(("resume", version, None))
+        kept = [(v, n) for v, n in kept if v <= version]
+    counts = record.effective(table(*rows))
+    merges, pushes = counts.query("kind == 'merge'"), counts.query("kind == 'push'")
+    assert list(zip(merges.version, merges.samples, strict=True)) == kept
+    assert list(pushes.samples) == [n for _, n in kept]
 
 
 def test_the_environment_says_with_what_a_run_was_made():

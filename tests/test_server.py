@@ -16,8 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from labkit import record, session, wire
-from labkit import server as server_module
+from labkit import checkpoints, record, session, wire
 from labkit.errors import WireError
 from labkit.partition import IDPA, UDPA
 from labkit.server import Server, ServerSpec
@@ -45,6 +44,7 @@ def spec(path, update=None, workers=(0, 1), **options):
             "seed": 0,
             "checkpoints": 4,
             "patience": 10.0,
+            "alone": 0.3,
             **options,
         }
     )
@@ -65,6 +65,7 @@ class Client:
             if header["op"] != "hold":
                 self.go = header
                 return header
+            self.connection.send({"op": "beat"})
             self.holds += 1
             if self.holds >= holds:
                 return None
@@ -153,7 +154,7 @@ def test_a_whole_run(update, tmp_path):
         assert [word["op"] for word in words] == ["stop", "stop"] and not thread.is_alive()
     assert (result["state"], result["samples"]) == ("done", 34)
     assert events(server, "merge").samples.sum() == 34
-    versions = record.checkpoint_versions(tmp_path)
+    versions = checkpoints.versions(tmp_path)
     assert versions[0] == 0 and versions[-1] == result["version"]
     assert events(server, "push").bytes.tolist() == [4 * SIZE] * len(events(server, "push"))
 
@@ -205,13 +206,27 @@ def drained(sock):
     return True
 
 
-def test_a_second_worker_with_the_same_index_is_refused(tmp_path):
+def test_who_comes_again_replaces_its_earlier_self(tmp_path):
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         first, second = join(server, 0, 0)
-        assert second.go == {"op": "stop", "reason": "worker 0 is here already.", "wait_s": 0.0}
-        assert first.train()["op"] == "stop"
+        assert second.go["op"] == "go" and second.n_indices == 17
+        with pytest.raises(WireError):  # its connection is closed
+            first.push()
+            first.pull()
+        assert second.train()["op"] == "stop"
         thread.join(10)
-    assert result["state"] == "done" and result["samples"] == 34
+    assert result["state"] == "done" and result["samples"] == 34 == events(server, "merge").samples.sum()
+    assert events(server, "merge").incarnation.isna().all() and (events(server, "push").incarnation == 1).all()
+
+
+def test_a_task_that_was_started_before_another_one_is_sent_away(tmp_path):
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        (second,) = join(server, 0, generation=1)
+        (first,) = join(server, 0, generation=0)
+        assert first.go == {"op": "stop", "reason": "worker 0 has been started again elsewhere.", "wait_s": 0.0}
+        assert second.train()["op"] == "stop"
+        thread.join(10)
+    assert result["state"] == "done"
 
 
 def test_a_worker_that_comes_late_is_told_that_the_run_has_ended(tmp_path):
@@ -251,7 +266,7 @@ def test_a_bad_push_fails_the_run_and_frees_the_others(what, tmp_path):
     assert result["state"] == "failed"
     assert re.search(words, result["reason"]), result["reason"]
     assert list(events(server, "error").message) == [result["reason"]] and len(events(server, "merge")) == 0
-    assert record.checkpoint_versions(tmp_path) == [0]
+    assert checkpoints.versions(tmp_path) == [0]
 
 
 def test_who_is_in_the_middle_of_a_pass_hears_of_the_end(tmp_path):
@@ -310,25 +325,80 @@ def test_the_last_pass_of_a_lost_worker_is_made_by_those_who_had_nothing_left_to
     assert (result["state"], result["samples"]) == ("done", 17)
 
 
-def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path, monkeypatch):
-    monkeypatch.setattr(server_module, "SILENCE_S", 0.5)
-    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
+def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
+    """The others go on; when it is heard again, what it brings is refused and written down, and it may join anew."""
+    with serving(spec(tmp_path, SGWU(), silence=1.0)) as (server, result, thread):
         frozen, there = join(server, 0, 1)
         there.push()
         there.pull()
         assert there.go["op"] == "go" and there.go["wait_s"] > 0.3
+        frozen.push(samples=3)
+        assert frozen.pull() == {"op": "rejoin"}
+        frozen.connection.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01})
+        until(lambda: len(events(server, "join")) == 3)
+        there.push()
+        assert frozen.pull()["op"] == "go" and frozen.go["incarnation"] == 1 and there.pull()["op"] == "go"
+        threads = [threading.Thread(target=c.train) for c in (frozen, there)]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 34)
+    assert events(server, "leave").message.iloc[0] == "no sign of life for 1 s"
+    (refused,) = events(server, "refuse").itertuples()
+    assert (refused.worker, refused.incarnation, refused.samples) == (0, 0, 3)
+    assert refused.message == "a late push of 3 samples, from a worker that was taken to be gone"
+
+
+def test_who_is_silent_while_it_is_held_is_not_waited_for(tmp_path):
+    with serving(spec(tmp_path, SGWU(), silence=1.0)) as (server, result, thread):
+        frozen, there = join(server, 0, 1)
+        frozen.push()
+        for _ in range(15):
+            there.connection.send({"op": "beat", "samples": 1, "loss": 0.5})
+            time.sleep(0.1)
+        until(lambda: len(events(server, "leave")) == 1)
+        assert events(server, "leave").worker.iloc[0] == 0
         there.train()
         thread.join(10)
-        with pytest.raises(WireError):  # it comes back: its push is refused
-            frozen.push()
-            frozen.pull()
+    assert (result["state"], result["samples"]) == ("done", 34) and (events(server, "merge").worker == 1).all()
+
+
+def test_a_link_that_is_dropped_on_request(tmp_path):
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        (worker,) = join(server, 0)
+        ask(server, op="drop", workers=[0, 5])
+        with pytest.raises(WireError):
+            worker.push()
+            worker.pull()
+        (again,) = join(server, 0)
+        again.train()
+        thread.join(10)
     assert (result["state"], result["samples"]) == ("done", 34)
-    assert "no word" in events(server, "leave").message.iloc[0]
 
 
-def test_a_beat_is_a_sign_of_life_and_of_progress(tmp_path, monkeypatch):
-    monkeypatch.setattr(server_module, "SILENCE_S", 0.6)
-    with serving(spec(tmp_path, workers=(0,))) as (server, *_):
+def test_a_member_who_does_not_speak_labkit_is_put_out_and_the_run_goes_on(tmp_path):
+    nonsense = [{"op": "push"}, {"op": "push", "samples": "x"}, {"op": "no such thing"}, {"op": "beat", "samples": {}, "loss": "y"}]
+    joins = [{"worker": "x"}, {"worker": -1}, {"worker": 10**30}, {"worker": None}, {"seconds_per_sample": "fast"}]
+    with serving(spec(tmp_path, workers=(0,), budget=170)) as (server, result, thread):
+        (worker,) = join(server, 0)
+        for changes in joins:
+            with wire.connect(server.address, SECRET, timeout=5) as member:
+                member.send({"op": "join", "worker": 0, "seconds_per_sample": 0.1, **changes})
+                with pytest.raises(WireError):
+                    member.receive()
+        for number, words in enumerate(nonsense):
+            (odd,) = join(server, 5 + number)
+            odd.connection.send(words)
+            if words["op"] != "beat":
+                until(lambda number=number: len(events(server, "leave")) == 1 + number)
+        worker.train()
+        odd.train()
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 170)
+
+
+def test_a_beat_is_a_sign_of_life_and_of_progress(tmp_path):
+    with serving(spec(tmp_path, workers=(0,), silence=0.6)) as (server, *_):
         (worker,) = join(server, 0)
         for samples in (3, 5, 9):
             worker.connection.send({"op": "beat", "samples": samples, "loss": 0.7})
@@ -344,7 +414,8 @@ def test_all_workers_lost_is_an_end(tmp_path):
         for client in join(server, 0, 1):
             client.connection.close()
         thread.join(10)
-    assert result["state"] == "failed" and result["reason"] == "every worker was lost after 0 of 34 samples."
+    reason = "every worker was lost after 0 of 34 samples, and none came back within 0.3 s."
+    assert result["state"] == "failed" and result["reason"] == reason
 
 
 def test_a_worker_that_does_not_come(tmp_path):
@@ -450,7 +521,7 @@ def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
     finally:
         session._end(process)
     assert last["state"] in ("done", "failed") and (tmp_path / "server.log").read_text() == ""
-    assert record.read_checkpoint(tmp_path, last["version"], n)[0] == last["version"] or last["version"] > 0
+    assert checkpoints.read_weights(tmp_path, last["version"], n)[0] == last["version"] or last["version"] > 0
 
 
 def test_a_server_whose_parent_is_gone_serves_to_the_end(tmp_path):

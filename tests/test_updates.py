@@ -175,10 +175,32 @@ def test_state_saved_half_way_has_the_same_future(name):
 def test_who_joins_gets_the_current_version_and_may_push(name):
     rule = started(make_update(name), workers=[0])
     push(rule, 0, (5, 5))
-    (reply,) = rule.join(1)
-    assert reply.version == 1 and reply.weights.tolist() == rule.weights.tolist()
+    replies = rule.join(1)
+    if name != "agwu":  # at a barrier: with the next round, which begins when the one under way is over
+        assert replies == []
+        with pytest.raises(UpdateError, match="it begins with the next round"):
+            push(rule, 1, (5, 5))
+        replies = push(rule, 0, (5, 5))
+        assert [r.worker for r in replies] == [0, 1]
+    assert replies[-1].version == rule.version and replies[-1].weights.tolist() == rule.weights.tolist()
+    version = rule.version
     push(rule, 1, (5, 5)), push(rule, 0, (5, 5))
-    assert rule.version >= 2
+    assert rule.version > version
+
+
+@pytest.mark.parametrize("name", ["sgwu", "allreduce"])
+def test_who_joins_when_no_round_is_under_way_is_released_at_once(name):
+    rule = started(make_update(name), workers=[0, 1])
+    rule.leave(0)
+    rule.leave(1)
+    assert [r.worker for r in rule.join(4)] == [4]
+
+
+@pytest.mark.parametrize("name", ["sgwu", "allreduce"])
+def test_who_gives_up_a_round_is_not_waited_for(name):
+    rule = started(make_update(name), workers=[0, 1])
+    assert rule.join(0) == []  # begins anew
+    assert [(r.worker, r.version) for r in push(rule, 1, (5, 5))] == [(0, 1), (1, 1)]
 
 
 def test_names():
