@@ -8,6 +8,9 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 
+# Which extras of pyproject.toml are installed; EXTRAS=test,slurm for a lab on SLURM.
+EXTRAS ?= test
+
 # An active environment is used as it is (conda's base is not); otherwise .venv is made here.
 ENV   := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),$(CURDIR)/.venv)
 PY    := "$(ENV)/bin/python"
@@ -41,5 +44,5 @@ install:
 	@$(PY) $(CHECK)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
-	$(PY) -m pip install -q -e ".[test]"
+	$(PY) -m pip install -q -e ".[$(EXTRAS)]"
 	@touch $(READY)

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--timeout", type=float, default=3600, metavar="S", help="seconds a run (default: %(default)s)")
     sweep.add_argument("--retry-failed", action="store_true", help="run those again that failed")
     sweep.add_argument("--fresh", action="store_true", help="run all of them again")
-    sweep.add_argument("--kind", choices=["threads", "dask"], help="execute on the workers of a lab of this kind")
+    sweep.add_argument("--kind", choices=["threads", "dask", "ipyparallel"], help="execute on the workers of a lab of this kind")
     sweep.add_argument("--n-workers", type=int, metavar="N", help="workers of that lab")
     sweep.set_defaults(run=_sweep)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from labkit import presence, wire
 from labkit.errors import ClusterError, LabError, RunError
 
 if TYPE_CHECKING:
@@ -52,12 +53,16 @@ def thaw(lab: Lab, worker: int) -> None:
 
 def drop_link(run: Run, worker: int) -> None:
     """Cut the connection between a worker and the server of a run that goes; both stay alive."""
-    run.session().tell({"op": "drop", "workers": [worker]})
+    place = _server(run)
+    with wire.connect((place["host"], place["port"]), place["secret"], timeout=10) as connection:
+        connection.send({"op": "watch"})
+        connection.send({"op": "drop", "workers": [worker]})
+        connection.receive()
 
 
 def kill_server(run: Run) -> None:
     """End the server process of a run at once (SIGKILL); `labkit.resume` goes on from the newest checkpoint."""
-    run.session().server.kill()
+    os.kill(_server(run)["pid"], signal.SIGKILL)
 
 
 def corrupt_checkpoint(run: Run, version: int | None = None, seed: int = 0) -> Path:
@@ -186,9 +191,19 @@ def _signal(lab: Lab, worker: int, number: int) -> None:
     os.kill(about.pid, number)
 
 
+def _server(run: Run) -> dict:
+    """Where the server of a run is, on this machine."""
+    place = presence.find(run.path)
+    if place is None or presence.alive(run.path) is False:
+        raise RunError(f"run {run.name} does not go: it has no server.")
+    if place["machine"] != socket.gethostname():
+        raise ClusterError(f"the server of run {run.name} is on {place['machine']}, not here.")
+    return place
+
+
 def _limit_files(run: Run, size: int) -> None:
     if sys.platform != "linux":
         raise LabError("a full disk is made with prlimit(), which only Linux has.")
     import resource
 
-    resource.prlimit(run.session().server.pid, resource.RLIMIT_FSIZE, (size, -1))
+    resource.prlimit(_server(run)["pid"], resource.RLIMIT_FSIZE, (size, -1))

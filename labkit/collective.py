@@ -14,11 +14,11 @@ import contextlib
 import datetime
 import os
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 # One-channel images in channels_last give the first convolution a gradient of equal layout but other strides: nothing is wrong.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
-TIMEOUT = datetime.timedelta(seconds=120)  # a rank that is gone is noticed at once; this is for one that hangs
+TIMEOUT = datetime.timedelta(seconds=60)  # of an exchange; a rank that is gone is noticed at once, one that is frozen by the server
 FORMING_S = 30.0  # how long the ranks may take to find each other
+
+
+_abandoned: list[dist.ProcessGroup] = []  # groups that wait for a frozen rank until their time limit
 
 
 class Broken(Exception):
@@ -53,8 +56,8 @@ class Group:
         if not dist.is_available():
             raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
         self.one_process, self.number, self.rank, self.pulse = spec.one_process, number, ranks.index(spec.index), pulse
-        self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), []), None
-        file = str(Path(spec.collective) / f"ranks-{number}")
+        self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), _Waiting()), None
+        file = f"{spec.collective}-{number}"
         self._meet(file, len(ranks))
         try:
             if spec.one_process:
@@ -85,10 +88,7 @@ class Group:
 
     def _abort(self) -> None:
         """From another thread: whoever waits in an exchange gets an error."""
-        group = self.exchange.group
-        if group is not None and not self.exchange.broken:
-            self.exchange.broken = "the server says that a worker is gone"
-            group.abort()
+        self.exchange.waiting.fail("the server says that a worker is gone")
 
     def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
         """The module whose backward pass averages gradients over the samples of all ranks."""
@@ -104,19 +104,19 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            if self.exchange.broken or isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise Broken(self.exchange.broken or str(error).splitlines()[0]) from error
+            if self.exchange.waiting.broken or isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise Broken(self.exchange.waiting.broken or str(error).splitlines()[0]) from error
             raise
 
     def begin(self, weight: float) -> None:
         """A step comes, of whose samples this rank has the share `weight`."""
         self.exchange.weight = weight
-        self.exchange.waits.clear()
+        self.exchange.waiting.seconds.clear()
 
     @property
     def waited(self) -> float:
         """Seconds that the latest step spent in the exchange, which is mostly waiting for the slowest rank."""
-        return sum(self.exchange.waits)
+        return sum(self.exchange.waiting.seconds)
 
     def close(self) -> None:
         # The sockets of a gloo group close when its last owner goes, not before. The wrapped module is emptied rather than
@@ -126,17 +126,54 @@ class Group:
         if self.ddp is not None:
             vars(self.ddp).clear()
             self.ddp = None
+        if self.exchange.waiting.cut:  # with a rank that is frozen: the end of the group would wait for it
+            _abandoned.append(self.exchange.group)
         if not self.one_process and dist.is_initialized():
             dist.destroy_process_group()
         self.exchange.group = None
+
+
+class _Waiting:
+    """What a step waits for. It can be ended from here, which gloo offers no way to do."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []  # of the latest step
+        self.broken = ""  # why the group cannot be used any more
+        self.cut = False  # was a step ended from here, so that its exchange may still be under way?
+        self.lock, self.futures = threading.Lock(), []
+
+    def new(self) -> torch.futures.Future:
+        with self.lock:
+            self.futures = [future for future in self.futures if not future.done()]
+            self.futures.append(torch.futures.Future())
+            if self.broken:
+                self.futures[-1].set_exception(RuntimeError(self.broken))
+            return self.futures[-1]
+
+    def done(self, future: torch.futures.Future, result: torch.futures.Future) -> None:
+        with self.lock:
+            if future.done():
+                return
+            try:
+                future.set_result(result.value()[0])
+            except RuntimeError as error:
+                self.broken = self.broken or str(error).splitlines()[0]
+                future.set_exception(error)
+
+    def fail(self, why: str) -> None:
+        with self.lock:
+            self.broken = self.broken or why
+            for future in self.futures:
+                if not future.done():
+                    self.cut = True
+                    future.set_exception(RuntimeError(self.broken))
 
 
 @dataclass
 class _Exchange:
     group: dist.ProcessGroup | None
     weight: float  # this rank's share of the samples of the coming step
-    waits: list[float]  # seconds, of the latest step
-    broken: str = ""  # why it cannot be used any more
+    waiting: _Waiting
 
 
 def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:
@@ -156,15 +193,19 @@ def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], lis
 
 
 def _average(exchange, bucket):  # no annotations: DDP compares them with types, and here they are strings
-    begun, last, waits = time.perf_counter(), bucket.is_last(), exchange.waits
+    begun, last, waiting = time.perf_counter(), bucket.is_last(), exchange.waiting
+    average = waiting.new()
 
-    def done(future):  # in a thread of the group; it must not own the group, whose end waits for its threads
+    # In a thread of the group; it must not own the group, whose end waits for its threads. NCCL calls it when the exchange is only
+    # queued on the card, so there waiting counts as computing.
+    def done(future):
         if last:  # the earlier ones travel while the backward pass computes
-            waits.append(time.perf_counter() - begun)
-        return future.value()[0]
+            waiting.seconds.append(time.perf_counter() - begun)
+        waiting.done(average, future)
 
     buffer = bucket.buffer().mul_(exchange.weight)
-    return exchange.group.allreduce([buffer]).get_future().then(done)
+    exchange.group.allreduce([buffer]).get_future().add_done_callback(done)
+    return average
 
 
 def _gloo_between_threads(file: str, rank: int, n_ranks: int) -> dist.ProcessGroup:
@@ -177,6 +218,7 @@ def _gloo_between_threads(file: str, rank: int, n_ranks: int) -> dist.ProcessGro
     backend = dist.ProcessGroupGloo(store, rank, n_ranks, options)
     group = dist.ProcessGroup(store, rank, n_ranks)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    for device in ("cpu", "cuda"):  # gloo takes gradients from a card too, by way of the host
+        group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.GLOO, backend)
     backend._set_sequence_number_for_group()
     return group

@@ -27,6 +27,7 @@ from labkit.errors import ClusterError, PartitionError, UpdateError
 from labkit.partition import UDPA, largest_remainder
 from labkit.updates import Push, Reply, Update
 
+AGE_S = 30.0  # at least so often a version is kept, if there is a new one
 FRUITLESS = 10  # how often the group of an all-reduce may break in a row before the run is given up
 
 
@@ -74,14 +75,17 @@ class Coordinator:
         checkpoints: int,
         deliver: Callable[[int, Answer], None],
         record: Callable[..., None],
-        save: Callable[[int, np.ndarray], None],
+        save: Callable[[int, np.ndarray, dict], None],
         clock: Callable[[], float],
+        state: dict | None = None,
+        age: float = AGE_S,
     ) -> None:
         self.update, self.partition, self.workers = update, partition, workers
         self.budget, self.batch_size, self.local_steps, self.checkpoints = budget, batch_size, local_steps, checkpoints
-        self.deliver, self.record, self.save, self.clock = deliver, record, save, clock
+        self.deliver, self.record, self.save, self.clock, self.age = deliver, record, save, clock, age
         self.members: dict[int, Member] = {}
         self.incarnations: dict[int, int] = {}
+        self.round = 0  # local passes that the quickest worker had done when the run was cut off
         self.seconds: dict[int, float] = {}  # per sample, measured (probed at first) and not yet known to the partition
         self.granted = self.done = 0  # samples; what is granted contains what is done
         self.idle: set[int] = set()  # workers for whom the budget leaves nothing, unless another one is lost
@@ -91,8 +95,11 @@ class Coordinator:
         self.alone_since: float | None = None  # when the last worker of a run that goes was lost
         self.started = self.finished = self.over = False  # finished: the budget is met, and all have been told
         self.state, self.reason = "running", ""
-        self.saved = self.saves_due = -1  # newest version that is kept, and how many were due by then
-        self.keep()
+        self.saved, self.saved_at, self.saves_due = -1, self.clock(), -1  # the newest version kept, when, how many were due by then
+        if state:
+            self._go_on(state)
+        else:
+            self.keep()
 
     # -- what workers do -------------------------------------------------------------------------------------------
 
@@ -116,7 +123,7 @@ class Coordinator:
         if index in self.members:
             self.leave(self.members[index], "it came again.")
         incarnation = self.incarnations[index] = self.incarnations.get(index, -1) + 1
-        member = self.members[index] = Member(index, incarnation)
+        member = self.members[index] = Member(index, incarnation, passes=self.round)
         self.alone_since = None
         self.record("join", worker=index, incarnation=incarnation, message=about)
         if self.started:
@@ -125,7 +132,7 @@ class Coordinator:
             self.partition.join(index, seconds)
             self._release(self.update.join(index))
         else:
-            if seconds:
+            if seconds and not self.partition.count.get(index):
                 self.seconds[index] = float(seconds)
             self._begin()
         return member
@@ -247,11 +254,34 @@ class Coordinator:
         return [member for member in self.members.values() if member.granted]
 
     def keep(self) -> None:
-        """Keep the newest version."""
-        self.saves_due = self.done * self.checkpoints // self.budget
+        """Keep the newest version, with all that is needed to go on from it."""
+        self.saves_due, self.saved_at = self.done * self.checkpoints // self.budget, self.clock()
         if self.update.version != self.saved:
             self.saved = self.update.version
-            self.save(self.update.version, self.update.weights)
+            self.save(self.update.version, self.update.weights, self.state_dict())
+
+    def state_dict(self) -> dict:
+        """What a run goes on from: what is merged, and who holds what. Local passes under way are left out."""
+        return {
+            "version": self.update.version,
+            "done": self.done - sum(member.unmerged for member in self.members.values()),
+            "update": self.update.lasting(),
+            "partition": self.partition.state_dict(),
+            "incarnations": dict(self.incarnations),
+            "round": max((member.passes for member in self.members.values()), default=self.round),
+        }
+
+    def _go_on(self, state: dict) -> None:
+        """Begin where a checkpoint ends; update and partition stand there already. The workers may be others than before."""
+        self.granted = self.done = int(state["done"])
+        self.incarnations = {int(worker): int(n) for worker, n in state["incarnations"].items()}
+        self.round, self.saved = int(state["round"]), self.update.version
+        self.saves_due = self.done * self.checkpoints // self.budget
+        for worker in set(self.workers) - set(self.partition.workers):
+            self.partition.join(worker)
+        for worker in set(self.partition.workers) - set(self.workers):
+            self.partition.leave(worker)
+        self.record("resume", version=self.update.version, total=self.done)
 
     def status(self) -> dict:
         return {
@@ -281,7 +311,7 @@ class Coordinator:
             self.members[merge.worker].unmerged = 0
         if self.update.merges:
             self.fruitless = 0
-            if self.done * self.checkpoints // self.budget > self.saves_due:
+            if self.done * self.checkpoints // self.budget > self.saves_due or self.clock() - self.saved_at > self.age:
                 self.keep()
         members = [self.members[reply.worker] for reply in replies]
         remaining = self.budget - self.granted

@@ -4,21 +4,13 @@ A task runs in a thread of its engine, one after the other, and is asked for its
 engine stays free, and `%%px` works beside a run. Functions travel as cloudpickle bytes; exceptions come back as themselves, with
 the traceback of the engine as a note. Weights never pass the controller: workers talk to the run's server.
 
-Engines, controller and their files end with the lab. When the kernel dies instead, `_KEEPER`, a small process that reads a pipe
-from it, sees the pipe end and kills them.
-
 Answers the same as `labkit.dask_workers.DaskWorkers` does. Used by `labkit.connecting`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -27,46 +19,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from labkit.dask_workers import THREAD_VARIABLES, describe
+from labkit.dask_workers import describe
 from labkit.errors import ClusterError, WorkerError
+from labkit.local_engines import LocalEngines, mpiexec
 
-CONTROLLER = (
-    "--nodb",  # the controller keeps no results
-    "--ip=127.0.0.1",
-    "--HeartMonitor.period=300",  # milliseconds; an engine is there after its second beat
-    "--HeartMonitor.max_heartmonitor_misses=2000",  # an engine that was frozen may thaw; one that died is told of by its nanny
-    "--log-level=40",
-)
-ENGINE = ("--log-level=40", "--IPEngine.wait_for_url_file=60")
 SHORT_S = 0.02  # what a new task may take before the engine answers that it is at work
 POLL_S = (0.01, 0.5)  # pause before a task is asked for again: it grows from the first to the second
-END_S = 3.0  # what engines and controller may take to end by themselves
-MPI_ADVICE = "Install one beside labkit, pip install labkit[mpi], or put the system's on PATH."
-MPI_AS_ROOT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",  # Open MPI 4
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # Open MPI 5
-}
-# Reads the ids of process groups, a line each. The pipe ends without a last word when the kernel dies: then they are killed.
-_KEEPER = """
-import os, signal, sys
-groups = []
-for line in sys.stdin:
-    groups.append(int(line))
-for group in groups:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except OSError:
-        pass
-"""
 
 
 class Engines:
-    """Engines of an ipyparallel cluster, by their ids; `close` ends those that `start_engines` has started."""
+    """Engines of an ipyparallel cluster, by their ids; `close` ends those that were started here."""
 
     keeps_names = False  # an engine that is started again gets a new id
-    in_process = False
     dashboard = ""
 
     def __init__(self, client: Any, local: LocalEngines | None = None, *, own_client: bool = True) -> None:
@@ -84,8 +48,8 @@ class Engines:
         with self._lock:
             return {} if self.client._closed else {id: str(id) for id in self.client.ids}
 
-    def describe(self, id: int) -> _Task:
-        return _Task(self, id, describe, ())
+    def describe(self, id: int) -> _Answer:
+        return _Answer(self.ask(id, describe), id)
 
     def submit(self, id: int, pid: int, fn: Any, args: tuple) -> _Task:  # the id of an engine is never given again
         return _Task(self, id, fn, args)
@@ -125,6 +89,26 @@ class Engines:
                 with contextlib.suppress(ValueError):
                     self.client.history.remove(message)
             return answer
+
+
+class _Answer:
+    """What an engine says at once, also when a task is at work there."""
+
+    def __init__(self, answer: Any, id: int) -> None:
+        self.answer, self.id = answer, id
+
+    def done(self) -> bool:
+        return self.answer is None or self.answer.ready()
+
+    def result(self, timeout: float) -> Any:
+        if self.answer is None:
+            raise ClusterError(f"engine {self.id} is gone.")
+        if not self.answer.wait(timeout):
+            raise TimeoutError(f"engine {self.id} did not answer within {timeout:g} s")
+        try:
+            return self.answer.get(timeout=1)
+        except Exception as error:
+            raise ClusterError(f"engine {self.id} cannot run labkit's tasks: {_plain(error)}. Is labkit installed there?") from None
 
 
 class _Task:
@@ -208,6 +192,34 @@ def _unpack(said: bytes, id: int) -> tuple[bool, Any]:
     return False, error
 
 
+def start_engines(n: int, threads: int, *, mpi: bool, timeout: float, scratch: str) -> Engines:
+    """A controller and n engines on this machine."""
+    from ipyparallel import Client
+
+    if mpi:
+        mpiexec(n)  # is there one?
+    local = LocalEngines(Path(scratch), threads, mpi)
+    try:
+        local.start_controller(timeout)
+        local.start(n)
+        return Engines(Client(str(local.connection), profile_dir=scratch, timeout=timeout), local)
+    except BaseException:
+        local.close()
+        raise
+
+
+def join_engines(profile: str | None, client: Any, timeout: float) -> Engines:
+    """Engines of a cluster that runs already: by its profile, or by a Client, which stays open."""
+    if client is not None:
+        return Engines(client, own_client=False)
+    from ipyparallel import Client
+
+    try:
+        return Engines(Client(profile=profile, timeout=timeout))
+    except (OSError, TimeoutError) as error:
+        raise ClusterError(f"no controller answers for profile {profile!r}: {error}. Start one: ipcluster start.") from error
+
+
 # -- on the engine -------------------------------------------------------------------------------------------------
 
 _tasks: queue.SimpleQueue = queue.SimpleQueue()
@@ -258,138 +270,3 @@ def _run(payload: bytes) -> bytes:
             return cloudpickle.dumps((False, cloudpickle.dumps(error), text))
         except Exception:
             return cloudpickle.dumps((False, b"", text))
-
-
-# -- engines of our own --------------------------------------------------------------------------------------------
-
-
-class LocalEngines:
-    """A controller and sets of engines on this machine, their files in `folder`."""
-
-    def __init__(self, folder: Path, threads: int, mpi: bool) -> None:
-        self.folder, self.threads, self.mpi = folder, threads, mpi
-        self.processes: list[subprocess.Popen] = []
-        self.keeper = subprocess.Popen(
-            [sys.executable, "-S", "-E", "-c", _KEEPER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-
-    @property
-    def connection(self) -> Path:
-        return self.folder / "security" / "ipcontroller-client.json"
-
-    def start_controller(self, timeout: float) -> None:
-        self.controller = self._popen([sys.executable, "-m", "ipyparallel.controller", *CONTROLLER], "controller")
-        limit = time.monotonic() + timeout
-        while not self.connection.exists():
-            if self.controller.poll() is not None or time.monotonic() > limit:
-                raise ClusterError(f"ipyparallel's controller did not start in {timeout:g} s. Its last lines:\n{self.log()}")
-            time.sleep(0.02)
-
-    def start(self, n: int) -> None:
-        engine = [sys.executable, "-m", "ipyparallel.engine", *ENGINE]
-        if self.mpi:
-            self._popen([*mpiexec(), "-n", str(n), *engine, "--mpi"], "engines")
-        else:
-            for _ in range(n):
-                self._popen(engine, "engine")
-
-    def ended(self) -> bool:
-        return self.controller.poll() is not None
-
-    def log(self) -> str:
-        files = sorted(self.folder.glob("*.log"), key=lambda file: file.stat().st_mtime)
-        text = "\n".join(file.read_text(errors="replace").strip() for file in files)
-        return "\n".join(text.splitlines()[-20:])
-
-    def close(self) -> None:
-        """End everybody; who does not listen is killed. Twice is fine."""
-        for sent in (signal.SIGTERM, signal.SIGCONT):
-            for process in reversed(self.processes):
-                _signal(process, sent)
-        limit = time.monotonic() + END_S
-        for process in reversed(self.processes):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, limit - time.monotonic()))
-            _signal(process, signal.SIGKILL)  # also what it has left in its group
-            process.wait()
-        self.processes.clear()
-        self.keeper.kill()
-        self.keeper.wait()
-        self.keeper.stdin.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _popen(self, command: list[str], name: str) -> subprocess.Popen:
-        environment = (
-            os.environ
-            | dict.fromkeys(THREAD_VARIABLES, str(self.threads))
-            | {
-                "IPP_NONINTERACTIVE": "1",
-                "PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path)),  # what can be imported here
-            }
-        )
-        if self.mpi and os.geteuid() == 0:
-            environment |= MPI_AS_ROOT
-        with open(self.folder / f"{name}.{len(self.processes)}.log", "wb") as log:
-            process = subprocess.Popen(
-                [*command, f"--profile-dir={self.folder}"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # an interrupt of the kernel is for the kernel
-            )
-        self.processes.append(process)
-        self.keeper.stdin.write(f"{process.pid}\n")
-        self.keeper.stdin.flush()
-        return process
-
-
-def _signal(process: subprocess.Popen, sent: signal.Signals) -> None:
-    with contextlib.suppress(OSError):
-        os.killpg(process.pid, sent)
-
-
-def mpiexec() -> list[str]:
-    """The launcher of MPI, beside this Python or else on PATH."""
-    found = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
-    if not found:
-        raise ClusterError(f"engines='mpi' needs MPI, and there is no mpiexec. {MPI_ADVICE}")
-    try:
-        import mpi4py  # noqa: F401
-    except ImportError as error:
-        raise ClusterError(f"engines='mpi' needs mpi4py, which is not installed. {MPI_ADVICE}") from error
-    said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30).stdout
-    return [found, "-disable-auto-cleanup"] if "HYDRA" in said else [found]  # one dead rank must not end the others
-
-
-def start_engines(n: int, threads: int, *, mpi: bool, timeout: float, scratch: str) -> Engines:
-    """A controller and n engines on this machine."""
-    from ipyparallel import Client
-
-    if mpi:
-        mpiexec()
-    local = LocalEngines(Path(scratch), threads, mpi)
-    try:
-        local.start_controller(timeout)
-        local.start(n)
-        return Engines(Client(str(local.connection), profile_dir=scratch, timeout=timeout), local)
-    except BaseException:
-        local.close()
-        raise
-
-
-def join_engines(profile: str | None, client: Any, timeout: float) -> Engines:
-    """Engines of a cluster that runs already: by its profile, or by a Client, which stays open."""
-    if client is not None:
-        return Engines(client, own_client=False)
-    from ipyparallel import Client
-
-    try:
-        return Engines(Client(profile=profile, timeout=timeout))
-    except (OSError, TimeoutError) as error:
-        raise ClusterError(f"no controller answers for profile {profile!r}: {error}. Start one: ipcluster start.") from error

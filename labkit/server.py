@@ -32,17 +32,16 @@ from pathlib import Path
 
 import numpy as np
 
-from labkit import wire
-from labkit.coordinator import Answer, Coordinator, Member
+from labkit import checkpoints, presence, wire
+from labkit.coordinator import AGE_S, Answer, Coordinator, Member
 from labkit.errors import WireError
+from labkit.messages import checked
 from labkit.partition import UDPA
 from labkit.record import Recorder, write_json
 from labkit.updates import Update
 
 BEAT_S = 0.5  # how often a worker says that it lives, and a waiting worker is told that the server does
 SILENCE_S = 60.0  # a server that says nothing for longer to a waiting worker, or to the kernel, is taken to be gone
-MAX_WORKERS = 1 << 16
-PUSH_FIELDS = {"version": int, "samples": int} | dict.fromkeys(("loss", "score", "compute_s", "score_s", "wait_s", "send_s"), float)
 
 
 @dataclass
@@ -67,6 +66,7 @@ class ServerSpec:
     patience: float = 300.0  # seconds to wait until every worker has joined
     alone: float = 60.0  # seconds to wait for somebody to come when every worker is lost
     silence: float = 4.0  # seconds without a word after which a worker is taken to be gone
+    age: float = AGE_S  # seconds after which the newest version is kept, also between the checkpoints
     state: dict | None = None  # of the checkpoint that a run goes on from (`labkit.checkpoints.read_state`)
 
 
@@ -77,15 +77,19 @@ class Server:
         self.spec = spec
         self.lock = threading.RLock()
         self.recorder = Recorder(Path(spec.path))
-        self.listener = wire.listen(spec.host)
+        self.listener, self.strangers = wire.listen(spec.host), wire.Strangers()
         self.outboxes: dict[int, queue.SimpleQueue[Answer]] = {}
         self.connections: dict[int, wire.Connection] = {}
         self.generations: dict[int, int] = {}  # by worker: how often the kernel has started its task
-        self.versions: queue.SimpleQueue[tuple[int, np.ndarray] | None] = queue.SimpleQueue()
+        self.versions: queue.SimpleQueue[tuple[int, np.ndarray, dict] | None] = queue.SimpleQueue()
         self.over = threading.Event()
         self.unwritten = ""  # why the record is not complete
-        spec.update.start(spec.weights, spec.workers, spec.n_buffers)
-        spec.partition.start(spec.n_samples, spec.workers, seed=spec.seed, labels=spec.labels)
+        if spec.state:
+            spec.update.go_on(spec.weights, spec.workers, spec.n_buffers, spec.state["update"])
+            spec.partition.load_state_dict(spec.state["partition"])
+        else:
+            spec.update.start(spec.weights, spec.workers, spec.n_buffers)
+            spec.partition.start(spec.n_samples, spec.workers, seed=spec.seed, labels=spec.labels)
         self.course = Coordinator(
             update=spec.update,
             partition=spec.partition,
@@ -96,8 +100,10 @@ class Server:
             checkpoints=spec.checkpoints,
             deliver=lambda worker, answer: self.outboxes[worker].put(answer),
             record=self.recorder.event,
-            save=lambda version, weights: self.versions.put((version, weights)),
+            save=lambda *version: self.versions.put(version),
             clock=time.monotonic,
+            state=spec.state,
+            age=spec.age,
         )
 
     @property
@@ -105,6 +111,13 @@ class Server:
         return self.listener.getsockname()[:2]
 
     def serve(self) -> dict:
+        presence.announce(Path(self.spec.path), self.address, self.spec.secret)
+        try:
+            return self._serve()
+        finally:
+            presence.withdraw(Path(self.spec.path))
+
+    def _serve(self) -> dict:
         saver = threading.Thread(target=self._keep_saving)
         saver.start()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -146,16 +159,13 @@ class Server:
     # -- connections -----------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return  # closed: the run is over
+        for sock in wire.incoming(self.listener):
             threading.Thread(target=self._talk, args=(sock,), daemon=True).start()
 
     def _talk(self, sock) -> None:
         try:
-            with wire.accept(sock, self.spec.secret, timeout=SILENCE_S, max_body=self.spec.weights.nbytes) as connection:
+            limits = {"timeout": SILENCE_S, "max_body": self.spec.weights.nbytes, "strangers": self.strangers}
+            with wire.accept(sock, self.spec.secret, check=checked, **limits) as connection:
                 hello, _ = connection.receive()
                 if hello["op"] == "watch":
                     self._serve_watcher(connection)
@@ -170,13 +180,12 @@ class Server:
             request, _ = connection.receive()
             with self.lock:
                 if request["op"] == "stop":
-                    self._stop(_text(request, "state", "stopped"), _text(request, "reason"))
+                    self._stop(request.get("state") or "stopped", request.get("reason") or "")
                 elif request["op"] == "expect":
-                    self.course.expect(_numbers(request, "workers"))
+                    self.course.expect(request["workers"])
                 elif request["op"] == "drop":
-                    for index in _numbers(request, "workers"):
-                        if index in self.connections:
-                            self.connections[index].close()
+                    for index in set(request["workers"]) & set(self.connections):
+                        self.connections[index].close()
                 status = self.course.status()
             started = self.recorder.started
             connection.send({"op": "status", "seconds": time.time() - started if started else 0.0, **status})
@@ -209,10 +218,7 @@ class Server:
 
     def _admit(self, connection: wire.Connection, hello: dict) -> tuple[Member | None, queue.SimpleQueue[Answer], str]:
         """A worker joins, for the first time or again; or the reason why it cannot."""
-        [index], [generation] = _numbers(hello, "worker"), _numbers({"generation": 0, **hello}, "generation")
-        speed, outbox = hello.get("seconds_per_sample"), queue.SimpleQueue()
-        if not 0 <= index < MAX_WORKERS or not isinstance(speed, float | None):
-            raise WireError(f"a join of worker {index} with {speed!r} seconds per sample was refused.")
+        index, generation, outbox = hello["worker"], hello.get("generation") or 0, queue.SimpleQueue()
         with self.lock:
             if self.course.state != "running" or self.course.finished:
                 return None, outbox, "the run has ended."
@@ -221,7 +227,7 @@ class Server:
             before = self.connections.get(index)
             self.generations[index], self.outboxes[index], self.connections[index] = generation, outbox, connection
             try:
-                member = self.course.join(index, _text(hello, "about"), speed)
+                member = self.course.join(index, hello.get("about") or "", hello.get("seconds_per_sample"))
             except OSError as error:
                 refused = self._cannot_write(error)
                 self._leave(self.course.members[index], refused)
@@ -242,26 +248,25 @@ class Server:
                 self._note(member, header)
                 continue
             if header["op"] == "push":
-                header = _push_fields(header)
                 with self.lock:
                     self.course.push(member, header, buffer if n == buffer.nbytes else None, n)
                     if self.course.state != "running":
                         self._tell_the_others()
             elif header["op"] == "regroup":
                 with self.lock:
-                    self.course.regroup(member, _text(header, "reason"))
+                    self.course.regroup(member, header["reason"])
             elif header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
                 with self.lock:
-                    self._stop("failed", _text(header, "reason"))
+                    self._stop("failed", header["reason"])
                 return False
             else:
                 return False
             return True
 
     def _note(self, member: Member, header: dict) -> None:
-        samples, loss = header.get("samples", 0), header.get("loss")
-        if isinstance(samples, int) and isinstance(loss, float | None):
-            member.seen, member.loss = min(max(0, samples), member.granted), member.loss if loss is None else loss
+        member.seen = min(header.get("samples") or 0, member.granted)
+        if header.get("loss") is not None:
+            member.loss = header["loss"]
 
     def _answer(self, member: Member, connection: wire.Connection, outbox: queue.SimpleQueue[Answer]) -> None:
         """Send this worker its answer when there is one; until then tell it that it is held, which shows a dead peer too."""
@@ -351,9 +356,11 @@ class Server:
 
     def _keep_saving(self) -> None:
         """Writes versions to the disk away from the lock, so that a slow disk delays nobody."""
+        path = Path(self.spec.path)
         while (item := self.versions.get()) is not None:
             try:
                 self.recorder.checkpoint(*item)
+                checkpoints.prune(path, checkpoints.retained(self.recorder.kept, self.spec.budget, self.spec.checkpoints))
             except OSError as error:
                 with self.lock:
                     self._cannot_write(error)
@@ -366,27 +373,6 @@ class _Silent(Exception):
 def _tell(connection: wire.Connection, word: dict) -> None:
     with contextlib.suppress(WireError):  # it may be gone already
         connection.send(word)
-
-
-def _push_fields(header: dict) -> dict:
-    """The header of a push, if it has all its fields with their types."""
-    fields = {name: header.get(name) for name in PUSH_FIELDS}
-    wrong = [name for name, kind in PUSH_FIELDS.items() if type(fields[name]) not in (kind, int)]
-    if wrong:
-        raise WireError(f"a push with {wrong[0]}={fields[wrong[0]]!r} was refused.")
-    return {**header, **fields}
-
-
-def _numbers(header: dict, name: str) -> list[int]:
-    value = header.get(name)
-    value = value if isinstance(value, list) else [value]
-    if not all(type(n) is int for n in value):
-        raise WireError(f"a message {header['op']!r} with {name}={header.get(name)!r} was refused.")
-    return value
-
-
-def _text(header: dict, name: str, default: str = "") -> str:
-    return str(header.get(name, default))
 
 
 def main() -> None:

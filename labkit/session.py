@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -43,6 +44,7 @@ class Session:
         self.tasks: dict[int, Task] = {}  # by worker: the latest
         self.started_on: dict[int, Worker] = {}  # the worker as it was then: who comes back is another process
         self.generations: dict[int, int] = {}  # how often it was started
+        self.meeting = f".ranks-{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
         self._lonely_since: float | None = None  # before the start: since when all are lost
         self._status: dict = {"state": "running", "samples": 0, "budget": spec.budget, "version": 0}
         self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
@@ -103,7 +105,7 @@ class Session:
             threads=worker.threads,
             slowdown=worker.slowdown,
             jitter=self.lab.jitter,
-            collective=str(self.path) if self.spec.update.collective else None,
+            collective=str(self.path / self.meeting) if self.spec.update.collective else None,
             one_process=self.lab.one_process,
             one_host=self.lab.one_host,
             own_gpu=len(set(devices)) == len(devices) and all(device != "cpu" for device in devices),
@@ -235,6 +237,8 @@ class Session:
         if state == "failed":
             with contextlib.suppress(OSError):  # an unwritable folder may be why it failed
                 record.write_json(self.path / "status.json", {**self._status, "state": "failed"})
+        for file in self.path.glob(f"{self.meeting}*"):
+            file.unlink(missing_ok=True)
         self.lab.release(self.run.name)
         if self.run in self.lab.runs:
             self.lab.runs.remove(self.run)

@@ -68,6 +68,7 @@ class Update:
 
     name = ""
     collective = False  # True: workers exchange gradients among themselves at every step
+    fleeting: tuple[str, ...] = ("weights", "bases")  # what `lasting` leaves out
 
     def start(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int = 0) -> None:
         """Begin at version 0 with `weights` (float32, shape (n,); the last `n_buffers` entries are buffers)."""
@@ -114,6 +115,16 @@ class Update:
         vars(self).update({key: dict(value) if isinstance(value, dict) else value for key, value in state.items()})
         self.merges = []
 
+    def lasting(self) -> dict:
+        """What a checkpoint keeps beside the weights: `state_dict` without what belongs to local passes under way."""
+        return {key: value for key, value in self.state_dict().items() if key not in self.fleeting}
+
+    def go_on(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int, lasting: dict) -> None:
+        """Begin again from a checkpoint, with workers of which none has anything under way."""
+        self.start(weights, workers, n_buffers)
+        self.load_state_dict(lasting)
+        self.bases = dict.fromkeys(self.bases, self.version)
+
     def config(self) -> dict:
         """Name and settings, as JSON; `make_update` reads it back."""
         return {"name": self.name}
@@ -152,6 +163,8 @@ class _Barrier(Update):
 
     Who joins while a round is under way begins with the next one. Who leaves is not waited for any more.
     """
+
+    fleeting = ("weights", "bases", "pending", "waiting")
 
     def start(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int = 0) -> None:
         super().start(weights, workers, n_buffers)
@@ -226,6 +239,7 @@ class AGWU(Update):
     """
 
     name = "agwu"
+    fleeting = ("weights", "bases", "base_weights", "scores")
 
     def __init__(self, quality: str = "normalised") -> None:
         if quality not in ("normalised", "raw"):

@@ -4,7 +4,8 @@
 
 Nothing here can run code that a stranger sends: no pickle, sizes are checked before memory is taken, and before the first
 message both sides prove that they know the secret of the run (HMAC-SHA256 over a fresh nonce, in both directions), which never
-crosses the wire. Arrays are received straight into the buffer that they end in. Every call has a time limit: a peer that is
+crosses the wire. Whoever has not proved that yet gets 5 s and one of 256 places: strangers can neither fill memory nor keep a
+member out. Arrays are received straight into the buffer that they end in. Every call has a time limit: a peer that is
 silent for longer is a `WireError`.
 
 Why not `distributed.comm`: its deserialisers (pickle among them) run before a handler can check who is speaking, it takes
@@ -24,7 +25,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from labkit.errors import WireError
 
@@ -32,16 +33,17 @@ MAGIC = b"labkit1\n"
 PREFIX = struct.Struct("!IQ")
 MAX_HEADER = 1 << 20
 HANDSHAKE_S = 5.0  # a stranger gets this long to prove that it belongs here
+STRANGERS = 256  # how many may be about to prove it at the same time
 NONCE = 32
 
 
 class Connection:
     """One end of an authenticated connection. Sending is safe from several threads, receiving from one."""
 
-    def __init__(self, sock: socket.socket, timeout: float, max_body: int) -> None:
+    def __init__(self, sock: socket.socket, timeout: float, max_body: int, check: Callable[[dict], None] | None = None) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(timeout)
-        self.sock, self.max_body = sock, max_body
+        self.sock, self.max_body, self.check = sock, max_body, check
         self.sent = self.received = 0  # bytes
         self.deadline: float | None = None  # monotonic; until then everything must have come, whatever the pace
         self._sending = threading.Lock()
@@ -67,7 +69,7 @@ class Connection:
         """Wait for one message; returns its header and the length of its body.
 
         `place(header, n)` says where the n bytes of a body go: writable views that hold n bytes together. Without it a message
-        that has a body is refused.
+        that has a body is refused. `check`, if this connection has one, may refuse the header before.
         """
         n_header, n_body = PREFIX.unpack(self._read(PREFIX.size))
         if n_header > MAX_HEADER or n_body > self.max_body or (n_body and place is None):
@@ -75,10 +77,12 @@ class Connection:
             raise WireError(f"a message of {n_header} + {n_body} bytes was refused ({limit}).")
         try:
             header = json.loads(self._read(n_header))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # no JSON, or a thousand brackets deep
             raise WireError("a message with a damaged header was refused.") from error
-        if not isinstance(header, dict) or "op" not in header:
+        if not isinstance(header, dict) or not isinstance(header.get("op"), str):
             raise WireError("a message without an 'op' was refused.")
+        if self.check:
+            self.check(header)
         if n_body:
             views = [memoryview(view).cast("B") for view in place(header, n_body)]
             if sum(view.nbytes for view in views) != n_body:
@@ -150,13 +154,59 @@ def shut(listener: socket.socket) -> None:
     listener.close()
 
 
-def accept(sock: socket.socket, secret: bytes, *, timeout: float, max_body: int) -> Connection:
+def incoming(listener: socket.socket) -> Iterator[socket.socket]:
+    """Peers as they come, until the listener is shut. That no file is left to open is no end: others will close theirs."""
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            if listener.fileno() < 0:
+                return
+            time.sleep(0.02)
+            continue
+        yield sock
+
+
+class Strangers:
+    """Peers that have not proved themselves yet. When all places are taken, who has been here for longest makes room: a proof
+    takes a member milliseconds."""
+
+    def __init__(self, places: int = STRANGERS) -> None:
+        self.places = places
+        self._waiting: dict[socket.socket, None] = {}  # in the order in which they came
+        self._lock = threading.Lock()
+
+    def add(self, sock: socket.socket) -> None:
+        with self._lock:
+            while len(self._waiting) >= self.places:
+                oldest = next(iter(self._waiting))
+                del self._waiting[oldest]
+                with contextlib.suppress(OSError):  # it may be gone already
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
+            self._waiting[sock] = None
+
+    def remove(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._waiting.pop(sock, None)
+
+
+def accept(
+    sock: socket.socket,
+    secret: bytes,
+    *,
+    timeout: float,
+    max_body: int,
+    check: Callable[[dict], None] | None = None,
+    strangers: Strangers | None = None,
+) -> Connection:
     """Make an accepted socket a connection, if the peer knows the secret; otherwise `WireError` and it is closed.
 
     Runs in a thread of its own for each peer: a silent stranger delays nobody and is dropped after 5 s.
     """
+    strangers = strangers or Strangers()
+    strangers.add(sock)
     try:
-        connection = Connection(sock, HANDSHAKE_S, max_body)
+        connection = Connection(sock, HANDSHAKE_S, max_body, check)
         connection.deadline = time.monotonic() + HANDSHAKE_S
         nonce = os.urandom(NONCE)
         sock.sendall(MAGIC + nonce)
@@ -171,6 +221,8 @@ def accept(sock: socket.socket, secret: bytes, *, timeout: float, max_body: int)
     except (OSError, WireError) as error:
         sock.close()
         raise error if isinstance(error, WireError) else WireError(f"a peer broke off: {error}.") from error
+    finally:
+        strangers.remove(sock)
 
 
 def connect(address: tuple[str, int], secret: bytes, *, timeout: float = 60.0, max_body: int = 1 << 40) -> Connection:

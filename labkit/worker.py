@@ -54,7 +54,7 @@ class WorkerSpec:
     threads: int = 1
     slowdown: float = 1.0
     jitter: float = 0.0
-    collective: str | None = None  # folder where the ranks of an all-reduce find each other
+    collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     one_process: bool = False  # all workers are threads of one process
     one_host: bool = True
     own_gpu: bool = False  # every worker has a GPU to itself, so that NCCL can be used
@@ -242,6 +242,8 @@ class _Worker:
         keep_memory()
         if torch.get_num_threads() != spec.threads:
             torch.set_num_threads(spec.threads)
+        if spec.device != "cpu":
+            torch.cuda.set_device(spec.device)  # pinned memory and NCCL go by it, and cuda:0 is somebody else's
         self._build()
         self.slowness = Slowness(spec.slowdown, spec.jitter, spec.seed, spec.index, spec.device)
         self.score_batches = batches(problem.score_indices(), 256)
@@ -274,24 +276,21 @@ class _Worker:
         """Local passes of one incarnation: until the server says stop (False), or wants this worker to join anew (True)."""
         self.shard, self.send_s, self.pushed_at = None, 0.0, None
         while (go := self._pull())["op"] == "go":
+            done, broken = None, ""
             try:
                 with self.pulse.listening():
                     done = self._local_pass(self._trained(go), go)
-            except Broken as broken:
+            except Broken as error:
+                broken = str(error)
+            word = self.pulse.heard()
+            if word and word["op"] != "regroup":
+                go = word
+                break
+            if done is None:  # one of the all-reduce is gone
                 self._close_group()
-                word = self.pulse.heard()
-                if word is None or word["op"] == "regroup":
-                    self.connection.send({"op": "regroup", "reason": str(broken)})
-                    continue
-                go = word
-                break
-            if done is None:
-                go = self.pulse.heard()
-                break
-            if (word := self.pulse.heard()) and word["op"] != "regroup":  # a regroup came too late: the pass is complete
-                go = word
-                break
-            self._push(done)
+                self.connection.send({"op": "regroup", "reason": broken})
+                continue
+            self._push(done)  # also when a regroup came too late: this pass is complete
             self.done = {"samples": self.done["samples"] + done["samples"], "passes": self.done["passes"] + 1}
         if go["op"] == "lost":
             raise WireError(go["reason"])
@@ -340,6 +339,8 @@ class _Worker:
         for _ in range(PROBE_STEPS):
             started = time.perf_counter()
             self._step(self.module, indices, optimisers, Clock(0, self.spec.budget, 0.0))
+            if self.spec.device != "cpu":  # there a step is only queued
+                torch.cuda.synchronize(self.spec.device)
             times.append((time.perf_counter() - started) / len(indices))
         for counter, before in counters:
             counter.copy_(before)

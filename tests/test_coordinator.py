@@ -35,7 +35,7 @@ class Course:
             checkpoints=checkpoints,
             deliver=lambda worker, answer: self.answers[worker].append(answer),
             record=lambda kind, **fields: self.rows.append({"kind": kind, **fields}),
-            save=lambda version, weights: self.saved.append((version, weights)),
+            save=lambda version, weights, state: self.saved.append((version, weights)),
             clock=lambda: self.now,
         )
         self.members, self.indices = {}, {w: [] for w in workers}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ import labkit
 from labkit import connecting
 from labkit.dask_workers import DaskWorkers, quiet
 from labkit.errors import ClusterError
+from labkit.local_engines import mpiexec
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,10 @@ def until(condition, limit=20.0):
     while not condition():
         assert time.monotonic() < end, f"not within {limit:g} s"
         time.sleep(0.02)
+
+
+def connected():
+    return connecting._current is not None and not connecting._current[1].closed
 
 
 def where():
@@ -123,7 +130,7 @@ def test_bad_requests_start_nothing(message):
     request = {"kind": "threads", "n_workers": None if "client" in REQUESTS[message] else 2, **REQUESTS[message]}
     with pytest.raises(ClusterError) as caught:
         labkit.connect(**request)
-    assert message in str(caught.value) and connecting._current is None
+    assert message in str(caught.value) and not connected()
 
 
 def test_a_bad_request_leaves_the_lab_that_is_there():
@@ -141,7 +148,7 @@ def test_an_address_where_nobody_answers():
 def test_workers_that_do_not_come(cluster):
     with pytest.raises(ClusterError, match=r"2 of 5 workers arrived in 0\.3 s\. Try connect\(n_workers=1, kind='threads'\)"):
         labkit.connect("dask", 5, client=cluster, timeout=0.3)
-    assert cluster.scheduler.workers and connecting._current is None
+    assert cluster.scheduler.workers and not connected()
 
 
 def test_scratch_folders_go_with_the_lab(monkeypatch, tmp_path):
@@ -149,13 +156,13 @@ def test_scratch_folders_go_with_the_lab(monkeypatch, tmp_path):
     with labkit.connect("threads", 1):
         assert [path.name.startswith("labkit-") for path in tmp_path.iterdir()] == [True]
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(connecting, "start_client", boom_client)
+    monkeypatch.setattr(connecting, "start_local", boom_client)
     with pytest.raises(ZeroDivisionError):
         labkit.connect("threads", 1)
     assert not list(tmp_path.iterdir())
 
 
-def boom_client(*args):
+def boom_client(*args, **options):
     raise ZeroDivisionError
 
 
@@ -283,7 +290,7 @@ def test_real_processes(place, capfd, monkeypatch, tmp_path):
 
     os.kill(lab.workers[0].pid, signal.SIGSTOP)
     begun = time.monotonic()
-    assert lab.lost() == lab.refresh() == []
+    assert lab.lost() == [] and lab.refresh() == [2]  # who asks under no name hears of those that are free
     with pytest.raises(ClusterError, match=r"worker 0 did not finish within 0\.2 s"):
         lab.start(0, os.getpid).result(0.2)
     assert time.monotonic() - begun < 5
@@ -344,6 +351,7 @@ def test_a_running_ipyparallel_cluster_and_its_client_stay_as_they_were(tmp_path
     engines = start_engines(2, 1, mpi=False, timeout=60, scratch=str(tmp_path / "profile"))
     try:
         client = engines.client
+        until(lambda: len(client.ids) == 2)
         with labkit.connect(client=client) as lab:
             assert lab.kind == "ipyparallel" and len(lab) == 2 and lab.client is client and lab.map(abs, [-1, -2]) == [1, 2]
             with pytest.raises(ClusterError, match="did not start its engines"):
@@ -359,13 +367,28 @@ def test_a_running_ipyparallel_cluster_and_its_client_stay_as_they_were(tmp_path
         engines.close()
 
 
+def certified(security, folder):
+    """What Security.temporary() makes, without the package that it needs."""
+    certificate, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate, and there is none")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=lab"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=60)
+    roles = {
+        f"tls_{role}_{what}": file
+        for role in ("client", "scheduler", "worker")
+        for what, file in (("cert", certificate), ("key", key))
+    }
+    return security(tls_ca_file=certificate, require_encryption=True, **roles)
+
+
 @pytest.mark.cluster
 def test_a_dask_cluster_elsewhere(tmp_path):
     """TLS, a scheduler file, resources, leases that two notebooks respect, other people's tasks beside ours."""
     from distributed import Client, LocalCluster
     from distributed.security import Security
 
-    security = Security.temporary()
+    security = certified(Security, tmp_path)
     with (
         quiet(),
         LocalCluster(
@@ -405,3 +428,68 @@ def test_a_dask_cluster_elsewhere(tmp_path):
 def test_local_workers_with_resources():
     with labkit.connect("threads", 2, resources={"GPU": 1}) as lab:
         assert len(lab) == 2 and lab.map(abs, [-1, -2]) == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_dask_under_mpi_is_found_by_its_scheduler_file(tmp_path):
+    skip_without("mpi")
+    pytest.importorskip("dask_mpi", reason="needs dask-mpi, which is not installed")
+    file = tmp_path / "scheduler.json"
+    service = ["-c", "from dask_mpi.cli import main; main()", "--scheduler-file", str(file), "--scheduler-port", "0"]
+    process = subprocess.Popen(
+        [*mpiexec(3)[:3], sys.executable, *service, "--interface", "lo", "--worker-class", "distributed.Worker", "--no-dashboard"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    try:
+        with labkit.connect(address=str(file), n_workers=2, slowdown=[1, 2]) as lab:
+            assert lab.map(os.getenv, ["PMI_SIZE"] * 2, timeout=20) == ["3", "3"]
+            lab.lease([0, 1], "run")
+            os.kill(lab.workers[1].pid, signal.SIGSTOP)
+            assert lab.lost() == lab.refresh() == []
+            os.kill(lab.workers[1].pid, signal.SIGCONT)
+            lab.client.shutdown()  # ends all ranks
+            until(lambda: lab.lost() == [0, 1], 30)
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+HOLDER = """
+import sys, time
+import labkit
+
+if __name__ == "__main__":
+    lab = labkit.connect(address=sys.argv[1])
+    lab.lease([0], "theirs")
+    print("leased", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_leases_of_a_notebook_that_died_end_by_themselves(tmp_path):
+    from distributed import LocalCluster
+
+    (tmp_path / "script.py").write_text(HOLDER)
+    with quiet(), LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        command = [sys.executable, str(tmp_path / "script.py"), cluster.scheduler_address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "leased\n"
+            with labkit.connect(address=cluster.scheduler_address) as lab:
+                with pytest.raises(ClusterError, match=r"worker 0 by 'theirs \(another notebook, process \d+ on "):
+                    lab.lease([0, 1], "ours")
+                lab.lease([1], "ours")
+                process.kill()
+
+                def ours():
+                    with contextlib.suppress(ClusterError):
+                        lab.lease([0, 1], "ours")
+                    return lab.free() == []
+
+                until(ours, 60)

@@ -19,7 +19,6 @@ from labkit.partition import make_partition
 from labkit.record import Recorder
 
 pytestmark = pytest.mark.usefixtures("cache")
-unwired = pytest.mark.skip(reason="the server does not go on from ServerSpec.state yet")
 DONE = 60
 
 
@@ -262,7 +261,6 @@ def until_version(run, version, limit=20.0):
         time.sleep(0.005)
 
 
-@unwired
 @pytest.mark.parametrize(("update", "partition"), [("agwu", "idpa"), ("sgwu", "udpa"), ("allreduce", "udpa")])
 def test_a_stopped_run_goes_on_and_is_whole(lab, tmp_path, update, partition):
     run = labkit.train(problem(), lab, update=update, partition=partition, passes=40, runs=tmp_path, name="r")
@@ -274,7 +272,6 @@ def test_a_stopped_run_goes_on_and_is_whole(lab, tmp_path, update, partition):
     assert_whole(again)
 
 
-@unwired
 @pytest.mark.parametrize("n_workers", [1, 3])
 @pytest.mark.parametrize("update", ["agwu", "sgwu"])
 def test_a_run_whose_server_was_killed_goes_on_with_another_number_of_workers(lab, tmp_path, update, n_workers):
@@ -290,7 +287,6 @@ def test_a_run_whose_server_was_killed_goes_on_with_another_number_of_workers(la
     assert_whole(again)
 
 
-@unwired
 @pytest.mark.slow
 def test_killed_at_random_moments_never_more_than_one_interval_is_lost(lab, tmp_path):
     """20 kills of the server, also while it writes: each time the run goes on at most one interval of checkpoints behind."""

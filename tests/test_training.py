@@ -341,6 +341,23 @@ def test_waiting_too_short_says_so(train):
         run.curve()
 
 
+def test_two_runs_at_once_hold_workers_of_their_own(train, lab):
+    first = train(problem(kind=Slow), passes=1000, workers=[1], name="first")
+    until(lambda: first.status()["version"] >= 1)
+    second = train(problem(kind=Slow), passes=1000, name="second")  # what is free
+    assert [[w["index"] for w in run.config["workers"]] for run in (first, second)] == [[1], [0]] and lab.free() == []
+    with pytest.raises(ClusterError, match=r"still trains 'first' and 'second'\. Call run\.wait\(\) or run\.stop\(\)"):
+        train(problem(), name="third")
+    with pytest.raises(ClusterError, match=r"worker 0 by 'second'\. Wait for that run"):
+        train(problem(), workers=[0], name="third")
+    with pytest.raises(ClusterError, match="there is no worker 2"):
+        train(problem(), workers=[2], name="third")
+    assert second.stop().state == "stopped" and first.state == "running" and lab.free() == [0] and lab.runs == [first]
+    assert {*ended(train(problem(), passes=1, name="third")).events.query("kind == 'push'").worker} == {0}
+    assert first.stop().state == "stopped" and lab.free() == [0, 1] and lab.runs == []
+    assert {*first.events.query("kind == 'push'").worker} == {1} and len(first.curve())
+
+
 def test_an_interrupt_while_waiting_stops_the_run(train):
     run = train(problem(kind=Slow), passes=1000)
     until(lambda: run.status()["version"] >= 1)

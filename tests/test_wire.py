@@ -38,6 +38,11 @@ def connected(listener, secret=SECRET, max_body=10_000, timeout=5.0):
     return result(), client
 
 
+def check(header):
+    if header["op"] == "refuse me":
+        raise WireError("no such word")
+
+
 def accepting(listener, max_body=10_000, timeout=5.0):
     """Accept one peer in a thread; the returned function waits for the connection or raises its error."""
     box = []
@@ -45,7 +50,7 @@ def accepting(listener, max_body=10_000, timeout=5.0):
     def run():
         sock, _ = listener.accept()
         try:
-            box.append(wire.accept(sock, SECRET, timeout=timeout, max_body=max_body))
+            box.append(wire.accept(sock, SECRET, timeout=timeout, max_body=max_body, check=check))
         except WireError as error:
             box.append(error)
 
@@ -205,6 +210,51 @@ def test_a_stranger_that_hangs_up(listener):
         result()
 
 
+def test_when_all_places_are_taken_the_oldest_stranger_makes_room(listener):
+    strangers, gone = wire.Strangers(places=3), []
+
+    def run(sock, number):
+        try:
+            wire.accept(sock, SECRET, timeout=5, max_body=100, strangers=strangers).close()
+        except WireError:
+            gone.append(number)
+
+    socks, threads = [], []
+    for number in range(5):
+        socks.append(socket.create_connection(listener.getsockname()[:2], timeout=5))
+        threads.append(threading.Thread(target=run, args=(listener.accept()[0], number)))
+        threads[-1].start()
+        assert len(socks[-1].recv(1000)) == len(wire.MAGIC) + wire.NONCE  # it stands there now
+    for thread in threads[:2]:
+        thread.join(5)
+    assert sorted(gone) == [0, 1]
+    threads.append(threading.Thread(target=lambda: run(listener.accept()[0], 5)))
+    threads[-1].start()
+    wire.connect(listener.getsockname()[:2], SECRET, timeout=5).close()  # a member comes in all the same
+    for sock in socks:
+        sock.close()
+    for thread in threads:
+        thread.join(5)
+    assert sorted(gone) == [0, 1, 2, 3, 4]
+
+
+def test_a_listener_goes_on_when_no_more_files_can_be_opened():
+    full = OSError(24, "Too many open files")
+    answers = [full, ("first", None), full, ("second", None), OSError(9, "Bad file descriptor")]
+
+    class Listener:
+        def accept(self):
+            answer = answers.pop(0)
+            if isinstance(answer, tuple):
+                return answer
+            raise answer
+
+        def fileno(self):
+            return 3 if answers else -1
+
+    assert list(wire.incoming(Listener())) == ["first", "second"]
+
+
 # -- members who send nonsense -----------------------------------------------------------------------------------------
 
 
@@ -220,6 +270,10 @@ NONSENSE = {
     "no text": (packed(b"\xff\xfe"), "damaged header"),
     "a list": (packed(b"[]"), "without an 'op'"),
     "no op": (packed(b"{}"), "without an 'op'"),
+    "an op that is no word": (packed(b'{"op":["x"]}'), "without an 'op'"),
+    "brackets without end": (packed(b"[" * 200_000), "damaged header"),
+    "a number of 5,000 digits": (packed(b'{"op":"x","n":' + b"9" * 5000 + b"}"), "damaged header"),
+    "what the check refuses": (packed(b'{"op":"refuse me"}'), "no such word"),
     "an end in the middle": (packed(b'{"op":"x"}', 8) + b"1234", "the other side closed the connection"),
     "another size": (packed(b'{"op":"x"}', 4) + b"1234", "a body of 4 bytes came where 8 belong"),
 }

@@ -1,0 +1,62 @@
+"""What may be said to a server: whole messages pass, damaged ones are refused with the field and its value."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkit.errors import WireError
+from labkit.messages import WORDS, checked
+
+PUSH = {"op": "push", "version": 3, "samples": 17, "score": 0.5, "loss": 1.25}
+PUSH |= {"compute_s": 0.1, "score_s": 0.01, "wait_s": 0.0, "send_s": 0}
+GOOD = [
+    {"op": "join", "worker": 0, "seconds_per_sample": 1e-5, "about": "pid 7, ä"},
+    {"op": "join", "worker": 2},
+    {"op": "beat", "samples": 3, "loss": float("nan")},
+    PUSH,
+    PUSH | {"loss": None, "score": float("nan")},  # what NaN means is for the update to say
+    {"op": "fail", "reason": ""},
+    {"op": "stop"},
+    {"op": "stop", "state": "failed", "reason": "no luck"},
+    {"op": "status", "whatever": [1]},
+    {"op": "a word of tomorrow", "worker": "x"},
+]
+
+
+@pytest.mark.parametrize("header", GOOD)
+def test_what_is_meant_passes(header):
+    before = dict(header)
+    checked(header)
+    assert repr(header) == repr(before)
+
+
+@pytest.mark.parametrize("op", WORDS)
+def test_a_word_alone_is_refused_where_it_needs_fields(op):
+    needed = [field for field, (_, fits) in WORDS[op].items() if not fits(None)]
+    if not needed:
+        return checked({"op": op})
+    with pytest.raises(WireError, match=f"a '{op}' message was refused: '{needed[0]}' is missing, but must be "):
+        checked({"op": op})
+
+
+BAD = {
+    "worker": (GOOD[0], ["x", -1, 1.0, None, True, [0], {}, 2**53, float("nan")]),
+    "seconds_per_sample": (GOOD[0], ["x", float("nan"), float("inf"), -1.0, [], 10**400]),
+    "about": (GOOD[0], [1, ["x"], "\ud800"]),
+    "samples": (PUSH, [None, "17", -1, 1.5, False]),
+    "version": (PUSH, [None, [3], -1, 1e3]),
+    "score": (PUSH, [None, "1", True, {}]),
+    "loss": (PUSH, ["1", [], True]),
+    "compute_s": (PUSH, [None, "x", float("inf"), float("nan"), 10**400]),
+    "state": ({"op": "stop"}, ["running", 1, {"x": 1}, ["failed"]]),
+    "reason": ({"op": "fail"}, [None, 3, "\udfff"]),
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_what_cannot_be_meant_is_refused_by_name(field):
+    header, values = BAD[field]
+    for value in values:
+        with pytest.raises(WireError, match=f"'{field}' is .*, but must be") as caught:
+            checked(header | {field: value})
+        assert len(str(caught.value)) < 200

@@ -1,0 +1,306 @@
+"""Whoever speaks at the server's port, with or without the secret: the run goes on as if nobody had.
+
+The messages are made from valid ones by chance with a seed: bits flipped, ends cut off, lengths that lie, values of another type.
+Those that are still valid and that a server must obey (a worker that joins, a request to stop) are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+from test_server import SECRET, SIZE, ask, events, join, serving, spec, until
+
+import labkit
+from labkit import wire
+from labkit.errors import WireError
+from labkit.updates import SGWU
+
+# -- messages that nobody meant ----------------------------------------------------------------------------------------
+
+BODY = 16
+PUSH = {"op": "push", "version": 0, "samples": 8, "score": 0.5, "loss": 1.0}
+PUSH |= {"compute_s": 0.1, "score_s": 0.01, "wait_s": 0.0, "send_s": 0.0}
+MEANT = [
+    {"op": "join", "worker": 0, "seconds_per_sample": 0.01, "about": "pid 1"},
+    {"op": "watch"},
+    {"op": "status"},
+    {"op": "stop", "state": "stopped", "reason": "enough"},
+    {"op": "beat", "samples": 3, "loss": 0.7},
+    PUSH,
+    {"op": "fail", "reason": "no luck"},
+    {"op": "leave"},
+]
+VALUES = [
+    "x",
+    "",
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    [],
+    {},
+    [0],
+    {"op": "join"},
+    2**63,
+    -(2**70),
+    10**400,
+    float("nan"),
+    float("inf"),
+    "\ud800",
+]
+
+
+def packed(header, body=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return wire.PREFIX.pack(len(text), len(body)) + text + body
+
+
+def flipped(data, chance):
+    data = bytearray(data)
+    for _ in range(chance.randint(1, 8)):
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(data)
+
+
+def mutant(chance):
+    """One message, or what is left of it."""
+    header = dict(chance.choice(MEANT))
+    body = bytes(chance.choice([0, 0, BODY, 3]))
+    way = chance.randrange(8)
+    if way == 0:
+        return flipped(packed(header, body), chance)
+    if way == 1:
+        data = packed(header, body)
+        return data[: chance.randrange(len(data))]
+    if way == 2:  # lengths that lie
+        lengths = [chance.choice([0, 1, 7, 200, 1 << 20, (1 << 32) - 1]), chance.choice([0, 3, 1 << 20, 1 << 40, (1 << 64) - 1])]
+        return wire.PREFIX.pack(*lengths) + packed(header, body)[wire.PREFIX.size :]
+    if way == 3:
+        depth = chance.choice([10, 900, 5_000, 100_000])
+        return packed(chance.choice([b"[" * depth, b'{"op":' * depth, b'{"op":"push","x":' + b"[" * depth + b"]" * depth + b"}"]))
+    if way == 4:
+        return packed(
+            chance.choice([b"", b"null", b"[]", b'"op"', b"{}", b'{"op":1}', b'{"op":["join"]}', b"\xff\xfe", b"9" * 5000])
+        )
+    if way == 5:
+        del header[chance.choice(list(header))]
+        return packed(header, body)
+    for _ in range(chance.randint(1, 3)):  # values that are not meant
+        header[chance.choice(list(header))] = chance.choice(VALUES)
+    return packed(header, body)
+
+
+def obeyed(data):
+    """Would a server have to do as this message says?"""
+    try:
+        n, _ = wire.PREFIX.unpack_from(data)
+        header = json.loads(data[wire.PREFIX.size : wire.PREFIX.size + n])
+        return header["op"] == "stop" or (header["op"] == "join" and header["worker"] not in (0, 1))
+    except Exception:  # no message at all
+        return False
+
+
+def throw(address, secret, chance):
+    """Connect, say something that was not meant, and stay until the server hangs up."""
+    with socket.create_connection(address, timeout=30) as sock:
+        hello = b""
+        while len(hello) < len(wire.MAGIC) + wire.NONCE:
+            hello += sock.recv(100)
+        theirs, mine = hello[len(wire.MAGIC) :], chance.randbytes(wire.NONCE)
+        proof = mine + wire._proof(secret, b"client", theirs + mine)
+        try:
+            if chance.random() < 0.4:  # a stranger
+                answers = [
+                    flipped(proof, chance),
+                    proof[: chance.randrange(64)],
+                    chance.randbytes(chance.randrange(300)),
+                    mutant(chance),
+                ]
+                sock.sendall(chance.choice(answers))
+            else:  # somebody with the secret
+                said = mutant(chance)
+                while obeyed(said):
+                    said = mutant(chance)
+                sock.sendall(proof + chance.choice([b"", packed({"op": "watch"})]) + said)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+        except TimeoutError:
+            pytest.fail("the server does not hang up")
+        except OSError:  # it has hung up already, without reading the rest
+            pass
+
+
+# -- a run that goes on ------------------------------------------------------------------------------------------------
+
+
+class Pace:
+    """Holds the run back, so that it is under way for as long as messages are thrown."""
+
+    def __init__(self):
+        self.changed, self.thrown, self.wanted = threading.Condition(), 0, 0
+
+    def wait(self, share):
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.thrown >= share * self.wanted, timeout=60)
+
+    def count(self):
+        with self.changed:
+            self.thrown += 1
+            self.changed.notify_all()
+
+
+PACE = Pace()
+
+
+class Paced(labkit.Classifier):
+    def step(self, module, batch, optimisers, clock):
+        PACE.wait(min(1.0, 1.1 * clock.samples / clock.total))  # the last steps wait for the last message
+        return super().step(module, batch, optimisers, clock)
+
+
+@pytest.mark.parametrize("n", [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_a_run_is_not_disturbed_by_mutated_messages(n, tmp_path, cache):
+    PACE.thrown = PACE.wanted = 0
+    problem = Paced(model="lenet", data="digits", train_samples=320, test_samples=60, score_samples=60, batch_size=16)
+    settings = {"update": "sgwu", "partition": "udpa", "passes": 3, "local_steps": 2, "checkpoints": 1, "runs": tmp_path}
+    with labkit.connect("threads", 2) as lab:
+        quiet = labkit.train(problem, lab, name="quiet", **settings).wait(timeout=100)
+        PACE.wanted = n
+        run = labkit.train(problem, lab, name="disturbed", **settings)
+        try:
+            until(lambda: run.status().get("started"))
+            address, secret, server = run._session.address, run._session.spec.secret, psutil.Process(run._session.server.pid)
+            threads, sizes = server.num_threads(), []
+
+            def attack(number):
+                throw(address, secret, random.Random(number))
+                if number % (n // 5) == 0:
+                    sizes.append(server.memory_info().rss)
+                PACE.count()
+
+            with ThreadPoolExecutor(4) as pool:
+                thrown = [pool.submit(attack, number) for number in range(n - 1)]
+            [attempt.result() for attempt in thrown]
+            until(lambda: server.num_threads() <= threads + 1)  # the kernel's question may come again
+            assert run.state == "running"
+            attack(n - 1)
+            run.wait(timeout=100)
+        finally:
+            PACE.wanted = 0
+            run.stop()
+    assert run.state == "done", run.summary()
+    for name, weights in quiet.weights().items():
+        np.testing.assert_array_equal(run.weights()[name], weights)
+    assert sorted(run.events[run.events.kind == "join"].worker) == [0, 1] and not (run.events.kind == "error").any()
+    assert max(sizes) - sizes[1] < 8e6, sizes  # the first one is from before each thread had its first piece of memory
+    assert (run.path / "server.log").read_text() == ""
+
+
+# -- members that are mistaken -----------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "no fields": {"op": "push"},
+    "text for a number": PUSH | {"compute_s": "x"},
+    "a list for a number": PUSH | {"samples": [9]},
+    "half a number": PUSH | {"version": 0.5},
+    "infinite seconds": PUSH | {"score_s": float("inf")},
+    "a huge number": PUSH | {"send_s": 10**400},
+    "a beat of NaN": {"op": "beat", "samples": float("nan"), "loss": 0.1},
+    "a failure without a reason": {"op": "fail"},
+    "an unknown word": {"op": "pull"},
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistaken_member_is_taken_out_and_the_others_go_on(what, tmp_path):
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
+        mistaken, other = join(server, 0, 1)
+        other.push()
+        mistaken.connection.send(MISTAKES[what], memoryview(mistaken.weights))
+        other.pull()
+        assert other.go["op"] == "go"
+        other.train()
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 34)
+    (left,) = events(server, "leave").query("worker == 0").message
+    assert what == "an unknown word" or "message was refused: '" in left
+    assert events(server, "push").worker.tolist() == [1] * len(events(server, "push"))
+
+
+@pytest.mark.parametrize("mistake", [{"worker": "x"}, {"worker": None}, {"seconds_per_sample": "x"}, {"about": [1]}])
+def test_a_mistaken_join_is_no_join(mistake, tmp_path):
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        with wire.connect(server.address, SECRET, timeout=5) as connection:
+            connection.send({"op": "join", "worker": 0, **mistake})
+            with pytest.raises(WireError):
+                connection.receive()
+        (worker,) = join(server, 0)
+        worker.train()
+        thread.join(10)
+    assert result["state"] == "done" and len(events(server, "join")) == 1
+
+
+def test_a_request_to_stop_in_an_unknown_way_is_refused(tmp_path):
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        (worker,) = join(server, 0)
+        with pytest.raises(WireError):
+            ask(server, op="stop", state="running")
+        worker.train()
+        thread.join(10)
+    assert result["state"] == "done"
+
+
+# -- strangers who take their time -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("places", [wire.STRANGERS, 20])
+def test_two_hundred_slow_strangers_delay_nobody(places, tmp_path, monkeypatch):
+    """One byte a second from each; also when there are more of them than places, and when none is dropped for being slow."""
+    monkeypatch.setattr(wire, "HANDSHAKE_S", 60.0)
+    with serving(spec(tmp_path), lambda server: setattr(server.strangers, "places", places)) as (server, result, thread):
+        before = threading.active_count()
+        strangers = [socket.create_connection(server.address, timeout=5) for _ in range(200)]
+        drip(strangers)
+        begun = time.monotonic()
+        clients = join(server, 0, 1)
+        joined, begun = time.monotonic() - begun, time.monotonic()
+        drip(strangers)
+        threads = [threading.Thread(target=client.train) for client in clients]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
+        trained = time.monotonic() - begun
+        thread.join(10)
+        assert joined < 2 and trained < 2, (joined, trained)
+        until(lambda: threading.active_count() - before <= min(places, 200) + 5)
+        for stranger in strangers:
+            stranger.close()
+        until(lambda: threading.active_count() <= before)
+    assert result["state"] == "done"
+
+
+def drip(strangers):
+    for stranger in strangers:
+        try:
+            stranger.send(b"x")
+        except OSError:  # dropped already
+            continue
+
+
+def test_a_slow_member_delays_nobody(tmp_path):
+    """The secret is known, but the message never ends."""
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread), wire.connect(server.address, SECRET, timeout=5) as slow:
+        slow.sock.sendall(wire.PREFIX.pack(100, 4 * SIZE) + b"{")
+        (worker,) = join(server, 0)
+        worker.train()
+        thread.join(10)
+    assert result["state"] == "done"
