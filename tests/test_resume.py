@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -302,3 +305,32 @@ def test_killed_at_random_moments_never_more_than_one_interval_is_lost(lab, tmp_
     run.wait(100)
     assert run.state == "done"
     assert_whole(run)
+
+
+NOTEBOOK = """
+import sys, test_resume, labkit
+with labkit.connect("threads", 2) as lab:
+    run = labkit.train(test_resume.problem(), lab, update="agwu", passes=4000, runs=sys.argv[1], name="r", checkpoints=2000)
+    print(run.path, flush=True)
+    run.wait(100)
+"""
+
+
+@unwired
+@pytest.mark.cluster
+def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(lab, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", NOTEBOOK, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+    ) as notebook:
+        path = Path(notebook.stdout.readline().strip())
+        run = labkit.load_run(path).attach()
+        until_version(run, 20)
+        with pytest.raises(RunError, match="run r still goes"):
+            labkit.resume(path, lab)
+        notebook.kill()
+    assert run.stop(20).state == "stopped" and not (path / presence.FILE).exists()
+    done = run.summary()["samples"]
+    record.write_json(path / "config.json", {**run.config, "budget": done + 1000})  # not all of it here
+    again = labkit.resume(path, lab).wait(60)
+    assert again.state == "done"
+    assert_whole(again)
