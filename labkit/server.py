@@ -42,8 +42,6 @@ from labkit.updates import Update
 
 BEAT_S = 0.5  # how often a worker says that it lives, and a waiting worker is told that the server does
 SILENCE_S = 60.0  # a server that says nothing for longer to a waiting worker, or to the kernel, is taken to be gone
-MAX_WORKERS = 1 << 16
-PUSH_FIELDS = {"version": int, "samples": int} | dict.fromkeys(("loss", "score", "compute_s", "score_s", "wait_s", "send_s"), float)
 
 
 @dataclass
@@ -168,11 +166,11 @@ class Server:
             request, _ = connection.receive()
             with self.lock:
                 if request["op"] == "stop":
-                    self._stop(_text(request, "state", "stopped"), _text(request, "reason"))
+                    self._stop(request.get("state") or "stopped", request.get("reason") or "")
                 elif request["op"] == "expect":
-                    self.course.expect(_numbers(request, "workers"))
+                    self.course.expect(request["workers"])
                 elif request["op"] == "drop":
-                    for index in _numbers(request, "workers"):
+                    for index in request["workers"]:
                         if index in self.connections:
                             self.connections[index].close()
                 status = self.course.status()
@@ -207,10 +205,7 @@ class Server:
 
     def _admit(self, connection: wire.Connection, hello: dict) -> tuple[Member | None, queue.SimpleQueue[Answer], str]:
         """A worker joins, for the first time or again; or the reason why it cannot."""
-        [index], [generation] = _numbers(hello, "worker"), _numbers({"generation": 0, **hello}, "generation")
-        speed, outbox = hello.get("seconds_per_sample"), queue.SimpleQueue()
-        if not 0 <= index < MAX_WORKERS or not isinstance(speed, float | None):
-            raise WireError(f"a join of worker {index} with {speed!r} seconds per sample was refused.")
+        index, generation, outbox = hello["worker"], hello.get("generation") or 0, queue.SimpleQueue()
         with self.lock:
             if self.course.state != "running" or self.course.finished:
                 return None, outbox, "the run has ended."
@@ -219,7 +214,7 @@ class Server:
             before = self.connections.get(index)
             self.generations[index], self.outboxes[index], self.connections[index] = generation, outbox, connection
             try:
-                member = self.course.join(index, _text(hello, "about"), speed)
+                member = self.course.join(index, hello.get("about") or "", hello.get("seconds_per_sample"))
             except OSError as error:
                 refused = self._cannot_write(error)
                 self._leave(self.course.members[index], refused)
@@ -240,26 +235,24 @@ class Server:
                 self._note(member, header)
                 continue
             if header["op"] == "push":
-                header = _push_fields(header)
                 with self.lock:
                     self.course.push(member, header, buffer if n == buffer.nbytes else None, n)
                     if self.course.state != "running":
                         self._tell_the_others()
             elif header["op"] == "regroup":
                 with self.lock:
-                    self.course.regroup(member, _text(header, "reason"))
+                    self.course.regroup(member, header.get("reason") or "")
             elif header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
                 with self.lock:
-                    self._stop("failed", _text(header, "reason"))
+                    self._stop("failed", header["reason"])
                 return False
             else:
                 return False
             return True
 
     def _note(self, member: Member, header: dict) -> None:
-        samples, loss = header.get("samples", 0), header.get("loss")
-        if isinstance(samples, int) and isinstance(loss, float | None):
-            member.seen, member.loss = min(max(0, samples), member.granted), member.loss if loss is None else loss
+        samples, loss = header.get("samples") or 0, header.get("loss")
+        member.seen, member.loss = min(samples, member.granted), member.loss if loss is None else loss
 
     def _answer(self, member: Member, connection: wire.Connection, outbox: queue.SimpleQueue[Answer]) -> None:
         """Send this worker its answer when there is one; until then tell it that it is held, which shows a dead peer too."""
@@ -364,27 +357,6 @@ class _Silent(Exception):
 def _tell(connection: wire.Connection, word: dict) -> None:
     with contextlib.suppress(WireError):  # it may be gone already
         connection.send(word)
-
-
-def _push_fields(header: dict) -> dict:
-    """The header of a push, if it has all its fields with their types."""
-    fields = {name: header.get(name) for name in PUSH_FIELDS}
-    wrong = [name for name, kind in PUSH_FIELDS.items() if type(fields[name]) not in (kind, int)]
-    if wrong:
-        raise WireError(f"a push with {wrong[0]}={fields[wrong[0]]!r} was refused.")
-    return {**header, **fields}
-
-
-def _numbers(header: dict, name: str) -> list[int]:
-    value = header.get(name)
-    value = value if isinstance(value, list) else [value]
-    if not all(type(n) is int for n in value):
-        raise WireError(f"a message {header['op']!r} with {name}={header.get(name)!r} was refused.")
-    return value
-
-
-def _text(header: dict, name: str, default: str = "") -> str:
-    return str(header.get(name, default))
 
 
 def main() -> None:
