@@ -254,7 +254,7 @@ class Server:
                         self._tell_the_others()
             elif header["op"] == "regroup":
                 with self.lock:
-                    self.course.regroup(member, header["reason"])
+                    self.course.regroup(member, header.get("reason") or "")
             elif header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
                 with self.lock:
                     self._stop("failed", header["reason"])
