@@ -316,7 +316,6 @@ with labkit.connect("threads", 2) as lab:
 """
 
 
-@unwired
 @pytest.mark.cluster
 def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(lab, tmp_path):
     with subprocess.Popen(
