@@ -67,6 +67,7 @@ def resume(
         raise RunError(f"version {version} holds {len(weights)} weights, and layout.json of {run.path} says {layout.size}.")
     update, partition = make_update(run.config["update"]), make_partition(run.config["partition"])
     lab = lab or current() or _lab_like(run)
+    newcomers = workers is None
     workers = choose(lab, workers, run.name)
     if len(workers) > run.config["n_train"]:
         raise PartitionError(f"{run.config['n_train']} samples cannot fill {len(workers)} shards. Use fewer workers.")
@@ -76,7 +77,7 @@ def resume(
         print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config['budget']:,} samples.")
         spec = server_spec(run.path, run.config, problem, lab, workers, update, partition, np.array(weights), layout, state)
         _clear(run, describe_lab(lab, workers), version, state["done"])
-        return begin(run.path, lab, problem, spec)
+        return begin(run.path, lab, problem, spec, newcomers)
 
 
 def _check_ended(run: Run) -> None:

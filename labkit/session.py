@@ -36,7 +36,7 @@ RETRY_S = 10.0  # how long a server that has hung up may take to end before it i
 class Session:
     """A run that goes: its server process, its workers' tasks and the thread that follows them to the end."""
 
-    def __init__(self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, *, takes_newcomers: bool = True) -> None:
+    def __init__(self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, *, takes_newcomers: bool) -> None:
         self.path, self.lab, self.problem, self.spec, self.takes_newcomers = path, lab, problem, spec, takes_newcomers
         self.error: BaseException | None = None
         self._raised: dict[int, BaseException] = {}  # by worker

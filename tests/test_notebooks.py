@@ -14,6 +14,10 @@ TINY = {
     "02-partition-the-data": SMALL | {"train_samples": 400, "passes": 3.0},
     "03-update-the-weights": SMALL | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
     "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "rounds": 1, "samples": 600, "local_steps": 5},
+    "benchmarks/05-back-ends": {
+        **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
+        "passes": 2.0,
+    },
     "benchmarks/03-gpu": SMALL
     | {"models": ["lenet"], "batch_size": 16, "steps": 8, "rounds": 1, "crowd": [1, 2], "megabytes": [0.1, 1]}
     | {"layouts": [True]},
@@ -28,6 +32,7 @@ FIGURES = {
     "02-partition-the-data": ["balance.png"],
     "03-update-the-weights": ["accuracy.png", "timeline.png", "staleness.png"],
     "benchmarks/02-time-to-accuracy": ["curves.png"],
+    "benchmarks/05-back-ends": ["back-ends.png"],
 }
 
 
