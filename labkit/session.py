@@ -176,9 +176,10 @@ class Session:
         self.lab.refresh()
         lost = set(self.lab.lost())
         if self.takes_newcomers and (new := [i for i in self.lab.free() if i not in self.tasks]):
-            self.lab.lease(new, self.run.name)
-            for index in new:
-                self._try_worker(index)
+            with contextlib.suppress(ClusterError):  # another run was quicker
+                self.lab.lease(new, self.run.name)
+                for index in new:
+                    self._try_worker(index)
         for index, task in list(self.tasks.items()):
             if index in lost:
                 continue
