@@ -173,12 +173,13 @@ class Session:
 
     def _mind_workers(self) -> list[int]:
         """Start whoever has come back, or come anew and is free; returns who is here."""
-        self.lab.refresh()
+        came = self.lab.refresh(self.run.name)
         lost = set(self.lab.lost())
-        if self.takes_newcomers and (new := [i for i in self.lab.free() if i not in self.tasks]):
-            self.lab.lease(new, self.run.name)
-            for index in new:
-                self._try_worker(index)
+        if self.takes_newcomers and (new := [index for index in came if index not in self.tasks]):
+            with contextlib.suppress(ClusterError):  # another run was quicker
+                self.lab.lease(new, self.run.name)
+                for index in new:
+                    self._try_worker(index)
         for index, task in list(self.tasks.items()):
             if index in lost:
                 continue

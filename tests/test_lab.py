@@ -541,6 +541,30 @@ def test_a_dask_cluster_elsewhere(tmp_path):
 
 
 @pytest.mark.cluster
+def test_a_worker_that_comes_back_at_its_old_address_is_another_one(tmp_path):
+    """Dask gives it the task again; a long task with effects must not run twice."""
+    from distributed import LocalCluster
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        quiet(),
+        LocalCluster(n_workers=1, threads_per_worker=1, worker_port=port, dashboard_address=None) as cluster,
+        labkit.connect(address=cluster.scheduler_address) as lab,
+    ):
+        task, pid = lab.start(0, work, tmp_path / "begun", 60), lab.workers[0].pid
+        until((tmp_path / "begun").exists)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: lab.refresh() == [0])
+        assert lab.workers[0].pid != pid and [*cluster.scheduler_info["workers"]] == [f"tcp://127.0.0.1:{port}"]
+        assert lab.start(0, abs, -1).result(20) == 1  # in turn: by now Dask has tried
+        assert task.lost and task.done and task.error() is None and (tmp_path / "begun").read_text() == f"{pid}\n"
+        with pytest.raises(ClusterError, match="was lost while its task ran"):
+            task.result(5)
+
+
+@pytest.mark.cluster
 def test_local_workers_with_resources():
     with labkit.connect("threads", 2, resources={"GPU": 1}) as lab:
         assert len(lab) == 2 and lab.map(abs, [-1, -2]) == [1, 2]
