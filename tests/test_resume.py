@@ -316,18 +316,19 @@ with labkit.connect("threads", 2) as lab:
 """
 
 
-@unwired
 @pytest.mark.cluster
 def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(lab, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", NOTEBOOK, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
     ) as notebook:
-        path = Path(notebook.stdout.readline().strip())
-        run = labkit.load_run(path).attach()
-        until_version(run, 20)
-        with pytest.raises(RunError, match="run r still goes"):
-            labkit.resume(path, lab)
-        notebook.kill()
+        try:
+            path = Path(notebook.stdout.readline().strip())
+            run = labkit.load_run(path).attach()
+            until_version(run, 20)
+            with pytest.raises(RunError, match="run r still goes"):
+                labkit.resume(path, lab)
+        finally:
+            notebook.kill()
     assert run.stop(20).state == "stopped" and not (path / presence.FILE).exists()
     done = run.summary()["samples"]
     record.write_json(path / "config.json", {**run.config, "budget": done + 1000})  # not all of it here

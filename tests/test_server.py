@@ -477,10 +477,10 @@ def test_a_version_that_cannot_be_saved_fails_the_run_even_if_it_is_the_last(tmp
     def fill(server):
         save = server.recorder.checkpoint
 
-        def checkpoint(version, weights):
+        def checkpoint(version, *rest):
             if version >= 2:
                 raise OSError(28, "No space left on device")
-            save(version, weights)
+            save(version, *rest)
 
         server.recorder.checkpoint = checkpoint
 
