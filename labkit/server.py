@@ -278,7 +278,9 @@ class Server:
             except queue.Empty:
                 connection.send({"op": "hold"})
             while connection.waiting():
-                connection.receive()  # beats
+                header, _ = connection.receive()
+                if header["op"] != "beat":
+                    raise WireError(f"a {header['op']!r} message came from a worker that is held.")
                 heard = time.monotonic()
             if time.monotonic() - heard > self.spec.silence:
                 raise _Silent(f"no sign of life for {self.spec.silence:g} s")
