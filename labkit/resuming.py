@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,8 @@ from labkit.run import Run, load_run
 from labkit.settings import by_value
 from labkit.training import begin, choose, describe_lab, leased, server_spec
 from labkit.updates import make_update
+
+ENDING_S = 5.0  # a server that has ended the run has so long to go
 
 
 def resume(
@@ -85,7 +88,10 @@ def _check_ended(run: Run) -> None:
     if presence.alive(run.path) is None:
         file = run.path / presence.FILE
         raise RunError(f"run {run.name} may still go on another machine. Look there; delete {file} if it does not.")
-    if run.state == "running":
+    limit = time.monotonic() + ENDING_S
+    while run.state != "running" and presence.alive(run.path) and time.monotonic() < limit:
+        time.sleep(0.02)  # it has said how it ended, and is about to be gone
+    if run.state == "running" or presence.alive(run.path):
         raise RunError(f"run {run.name} still goes. Use labkit.load_run({str(run.path)!r}).attach() to follow or stop it.")
     if run.state == "done":
         raise RunError(f"run {run.name} is done: all of its {run.config['budget']:,} samples were trained on.")

@@ -105,13 +105,13 @@ class Server:
             state=spec.state,
             age=spec.age,
         )
+        presence.announce(Path(spec.path), self.address, spec.secret)  # before anybody is told of the run
 
     @property
     def address(self) -> tuple[str, int]:
         return self.listener.getsockname()[:2]
 
     def serve(self) -> dict:
-        presence.announce(Path(self.spec.path), self.address, self.spec.secret)
         try:
             return self._serve()
         finally:

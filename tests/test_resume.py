@@ -180,6 +180,10 @@ def test_a_run_that_goes_or_may_go_or_is_done_is_not_begun_again(cut, refused, m
     run = cut()
     presence.announce(run.path, ("127.0.0.1", 1), b"x")
     refused(run, r"run cut still goes\. Use labkit\.load_run\(.*\)\.attach\(\)")
+    monkeypatch.setattr(resuming, "ENDING_S", 0.1)
+    record.write_json(run.path / "status.json", {"state": "failed", "reason": "its kernel gave it up"})
+    refused(run, "run cut still goes")  # its server does not know
+    (run.path / "status.json").unlink()
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     refused(run, r"run cut may still go on another machine\. Look there; delete .*server\.json")
     monkeypatch.undo()
@@ -321,13 +325,15 @@ def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(l
     with subprocess.Popen(
         [sys.executable, "-c", NOTEBOOK, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
     ) as notebook:
-        path = Path(notebook.stdout.readline().strip())
-        run = labkit.load_run(path).attach()
-        until_version(run, 20)
-        with pytest.raises(RunError, match="run r still goes"):
-            labkit.resume(path, lab)
-        notebook.kill()
-    assert run.stop(20).state == "stopped" and not (path / presence.FILE).exists()
+        try:
+            path = Path(notebook.stdout.readline().strip())
+            run = labkit.load_run(path).attach()
+            until_version(run, 20)
+            with pytest.raises(RunError, match="run r still goes"):
+                labkit.resume(path, lab)
+        finally:
+            notebook.kill()
+    assert run.stop(20).state == "stopped"
     done = run.summary()["samples"]
     record.write_json(path / "config.json", {**run.config, "budget": done + 1000})  # not all of it here
     again = labkit.resume(path, lab).wait(60)
