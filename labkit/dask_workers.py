@@ -61,9 +61,7 @@ class DaskWorkers:
     @property
     def keeps_names(self) -> bool:
         """Does a nanny of ours start a killed worker again, under its old name?"""
-        from distributed import LocalCluster
-
-        return isinstance(self.cluster, LocalCluster)
+        return self.cluster is not None
 
     @property
     def in_process(self) -> bool:

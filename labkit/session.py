@@ -93,7 +93,7 @@ class Session:
         self._raised.pop(index, None)
 
     def _worker_spec(self, worker) -> WorkerSpec:
-        devices = [self.lab.workers[index].device for index in self.spec.workers]
+        places = [(self.lab.workers[index].host, self.lab.workers[index].device) for index in self.spec.workers]
         return WorkerSpec(
             generation=self.generations[worker.index],
             index=worker.index,
@@ -108,7 +108,7 @@ class Session:
             collective=str(self.path / self.meeting) if self.spec.update.collective else None,
             one_process=self.lab.one_process,
             one_host=self.lab.one_host,
-            own_gpu=len(set(devices)) == len(devices) and all(device != "cpu" for device in devices),
+            own_gpu=len(set(places)) == len(places) and all(device != "cpu" for _, device in places),
         )
 
     def _follow(self) -> None:

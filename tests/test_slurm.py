@@ -97,11 +97,11 @@ def test_one_worker_a_job_from_the_first_task_to_the_end_of_the_job(cluster_of_j
 
 @real
 def test_a_lab_trains_on_them(cluster_of_jobs, tmp_path, cache):
-    with slurm.start_cluster(2, log_directory=tmp_path, timeout=90, **JOBS) as cluster:
-        problem = labkit.Classifier("lenet", "digits", train_samples=200, test_samples=50, batch_size=20)
-        with labkit.connect(client=cluster, n_workers=2, timeout=60) as lab:
-            run = labkit.train(problem, lab, passes=1, runs=tmp_path / "runs").wait(timeout=100)
-        assert run.state == "done" and set(run.events[run.events.kind == "push"].worker) == {0, 1}
+    problem = labkit.Classifier("lenet", "digits", train_samples=200, test_samples=50, batch_size=20)
+    with labkit.connect(kind="slurm", n_workers=2, log_directory=tmp_path, timeout=90, **JOBS) as lab:
+        assert len(queue()) == 2
+        run = labkit.train(problem, lab, passes=1, runs=tmp_path / "runs").wait(timeout=100)
+    assert run.state == "done" and set(run.events[run.events.kind == "push"].worker) == {0, 1}
     until(lambda: not queue())
 
 
