@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -130,11 +132,15 @@ def _slurm() -> tuple[type, type]:
             "there is no sbatch on the PATH: kind='slurm' needs to run where jobs can be submitted (a login node; Debian: "
             "apt-get install slurm-wlm). Elsewhere try connect(kind='dask')."
         )
+    interrupted = signal.getsignal(signal.SIGINT)
     try:
         from dask_jobqueue import SLURMCluster
         from dask_jobqueue.slurm import SLURMJob
     except ImportError as error:
         raise ClusterError(f"kind='slurm' needs dask-jobqueue ({error}). pip install 'labkit[slurm]'") from error
+    finally:  # dask-jobqueue 0.9 makes Ctrl-C end the whole process when it is imported
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupted)
     from distributed.core import Status
 
     class Job(SLURMJob):

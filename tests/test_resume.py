@@ -62,7 +62,7 @@ def begun(monkeypatch):
     """What would be started: the spec that the server would get."""
     specs = []
 
-    def begin(path, lab, problem, spec):
+    def begin(path, lab, problem, spec, takes_newcomers):
         specs.append((spec, problem))
         return labkit.load_run(path, problem=problem)
 
