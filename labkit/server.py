@@ -363,7 +363,7 @@ class Server:
             try:
                 self.recorder.checkpoint(*item)
                 checkpoints.prune(path, checkpoints.retained(self.recorder.kept, self.spec.budget, self.spec.checkpoints))
-            except OSError as error:
+            except Exception as error:  # whatever it is: without its versions a run is not whole
                 with self.lock:
                     self._cannot_write(error)
 

@@ -262,7 +262,7 @@ def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[
 
     message = cloudpickle.dumps(spec)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with open(path / "server.log", "wb") as log:
+    with open(path / "server.log", "ab") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", "import labkit.server; labkit.server.main()"],
             stdin=subprocess.PIPE,
