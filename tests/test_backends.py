@@ -253,8 +253,6 @@ def test_a_worker_is_killed_in_mid_run(place, tmp_path, cache):
             there = lab.free()
             settings = {"local_steps": 4, "passes": 20, "runs": tmp_path, "name": update, "workers": there}
             run = labkit.train(problem(Slow), lab, update=update, **settings)
-                problem(Slow), lab, update=update, local_steps=4, passes=20, runs=tmp_path, name=update, workers=there
-            )
             until(lambda run=run: run.status()["version"] >= 3)
             chaos.kill(lab, there[-1])
             run.wait(90)
