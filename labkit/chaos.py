@@ -266,7 +266,7 @@ def audit(run: Run) -> list[str]:
 def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
     """How long a lost worker kept the others waiting: a row for each loss, with seconds, worker, message and waited_s.
 
-    waited_s is the longest wait that the loss found among the others: from their push, or from the start of a pass that the loss
+    waited_s is the longest wait that the loss found among the others: from their push or join, or from the start of a pass that the loss
     has broken off (all-reduce), to their next release. With the `faults` of a storm none begins before the fault itself. Waiting
     that the barrier would have asked for anyhow is in it.
     """
@@ -287,7 +287,7 @@ def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
             before = own[own.seq < after.seq.iloc[0]]
             since = before[before.kind.isin(["push", "release", "join"])].tail(1)
             broken = before.kind.iloc[-1:].eq("regroup").any()
-            if len(since) and since.seconds.iloc[0] <= loss.seconds and (since.kind.iloc[0] == "push" or broken):
+            if len(since) and since.seconds.iloc[0] <= loss.seconds and (since.kind.iloc[0] != "release" or broken):
                 waits.append(float(after.seconds.iloc[0] - max(since.seconds.iloc[0], began)))
         rows.append((loss.seconds, int(loss.worker), loss.message, round(max(waits), 3)))
     return pd.DataFrame(rows, columns=["seconds", "worker", "message", "waited_s"])

@@ -328,14 +328,15 @@ def test_the_tail_reads_each_line_once_and_whole(run):
     cut = len(lines) // 2
     file.write_bytes(lines[:cut])
     tail = Tail(run)
-    before = sum(map(len, tail.read().values()))
-    assert sum(map(len, tail.read().values())) == before
+    before = sum(map(len, tail.read().series.values()))
+    assert sum(map(len, tail.read().series.values())) == before
     file.write_bytes(lines)
-    series, pushes = tail.read(), run.events[run.events["kind"] == "push"]
+    (series, here, workers), pushes = tail.read(), run.events[run.events["kind"] == "push"]
     for worker, own in pushes.groupby("worker"):
         seconds, score, rate = np.array(series[worker]).T
         assert np.array_equal(seconds, own["seconds"]) and np.array_equal(score, own["score"])
         assert np.allclose(rate, own["samples"].astype(float) / np.diff(seconds, prepend=0.0))
+    assert workers == set() and [n for _, n in here] == [1, 2, 1, 0]  # two join and leave
 
 
 def test_live_static_waits_for_the_end(run):
@@ -365,8 +366,8 @@ def test_live_follows_a_run_and_stops_with_it(run):
             assert not thread.is_alive()
     assert {label: len(line) for label, line in pieces(panel[()], "Curve").items()} == {"worker 0": 7, "worker 1": 7}
     assert title(panel[()]).startswith("AGWU + IDPA: mean score")
-    last = run.events.loc[run.events["kind"] == "push", "seconds"].max()
-    assert [plot.x_range.end for plot in shown] == [last, last]  # the axes follow
+    last = run.events["seconds"].max()
+    assert [plot.x_range.end for plot in shown] == [last] * 3  # the axes follow
 
 
 def test_what_a_resume_has_undone_is_drawn_where_time_went_and_counted_nowhere_else(run):
