@@ -209,12 +209,12 @@ def overlay(pieces: Sequence[Any]) -> Any:
     return hv.Overlay(list(pieces)).collate() if len(pieces) > 1 else hv.Overlay(list(pieces))
 
 
-def stack(views: Sequence[Any]) -> Any:
-    """Figures under each other."""
+def stack(views: Sequence[Any], space: float = 0.4) -> Any:
+    """Figures under each other; `space` is what matplotlib leaves between them, in heights of a figure."""
     import holoviews as hv
 
     layout = hv.Layout(list(views)).cols(1).opts(toolbar="right", backend="bokeh")  # shared_axes=False would freeze live axes
-    return layout.opts(fig_inches=(8, None), vspace=0.4, sublabel_format="", backend="matplotlib")
+    return layout.opts(fig_inches=(8, None), vspace=space, sublabel_format="", backend="matplotlib")
 
 
 def finish(figure: Any, title: str, note: str = "", legend: Sequence[tuple[str, int, str]] = (), **options: Any) -> Any:

@@ -266,9 +266,9 @@ def audit(run: Run) -> list[str]:
 def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
     """How long a lost worker kept the others waiting: a row for each loss, with seconds, worker, message and waited_s.
 
-    waited_s is the longest wait that the loss found among the others: from their push or join, or from the start of a pass that the loss
-    has broken off (all-reduce), to their next release. With the `faults` of a storm none begins before the fault itself. Waiting
-    that the barrier would have asked for anyhow is in it.
+    waited_s is the longest wait that the loss found among the others: from their push or join, or from the start of a pass that the
+    loss has broken off (all-reduce), to their next release. With the `faults` of a storm none begins before the fault itself.
+    Waiting that the barrier would have asked for anyhow is in it.
     """
     import pandas as pd
 

@@ -52,7 +52,7 @@ def membership(run: Run, faults: pd.DataFrame | None = None) -> hv.Layout:
     table, curve = roster(run), run.curve().dropna(subset=["seconds", "score"])
     if table.empty or curve.empty:
         return canvas.message(f"{run.label}: who was here when", f"{run.name}: no worker has come, or no version was kept.")
-    end = max(float(table.end.max()), float(curve.seconds.max()))
+    end = 1.02 * max(float(table.end.max()), float(curve.seconds.max()))
     lost = int((table.message != "").sum())
     times = "once" if lost == 1 else f"{lost} times"
     said = f"a worker was lost {times}, accuracy {100 * curve.score.iloc[-1]:.1f} % in the end"
@@ -61,7 +61,7 @@ def membership(run: Run, faults: pd.DataFrame | None = None) -> hv.Layout:
         canvas.overlay([upper]), f"{run.label}: {said}", canvas.caption([run]), xlabel="", ylabel="test accuracy",
         xlim=(0, end), **_size(HEIGHTS[0]),
     )  # fmt: skip
-    return canvas.stack([upper, _bars(table, faults, end)])
+    return canvas.stack([upper, _bars(table, faults, end)], space=0.1)
 
 
 def _bars(table: pd.DataFrame, faults: pd.DataFrame | None, end: float) -> hv.Overlay:

@@ -138,16 +138,18 @@ def _scores(run: Run, seen: Seen) -> Any:
 
 
 def _rates(run: Run, seen: Seen) -> Any:
-    total = sum(points[-1][2] for worker, points in seen.series.items() if worker in seen.workers)
-    return _panel(run, seen.series, 2, f"{total:,.0f} samples/s, all workers together", "", "speed (samples/s)")
+    rates = [points[-1][2] for worker, points in seen.series.items() if worker in seen.workers]
+    title = f"{sum(rates):,.0f} samples/s, all workers together" if rates else "Speed of the workers"
+    return _panel(run, seen.series, 2, title, "", "speed (samples/s)")
 
 
 def _membership(run: Run, seen: Seen) -> Any:
     """How many workers are here, as steps."""
-    at, n = np.array(seen.here, float).reshape(-1, 2).T
-    steps = canvas.line(np.repeat(at, 2)[1:], np.repeat(n, 2)[:-1], 6, "workers here", ("seconds", "workers"))
+    at, counts = np.array(seen.here, float).reshape(-1, 2).T
+    steps = canvas.line(np.repeat(at, 2)[1:], np.repeat(counts, 2)[:-1], 0, "workers here", ("seconds", "workers"))
     top = max((count for _, count in seen.here), default=1)
-    title = f"{len(seen.workers)} workers here"
+    n = len(seen.workers)
+    title = f"{n} worker{'s' * (n != 1)} here" if n else "Workers here"
     return canvas.finish(
         canvas.overlay([steps]), title, xlabel="time (s)", ylabel="workers", xlim=(0, None), ylim=(0, top + 0.5),
         height=1.8, shape={"aspect": 5},
