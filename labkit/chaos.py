@@ -98,7 +98,7 @@ def free_disk(run: Run) -> None:
 
 
 class Storm:
-    """Faults at random moments of a run, in a thread, until `stop` or the end of the run; whoever is frozen is thawed then.
+    """Faults at random moments of a run, in a thread, from its start to `stop` or its end; whoever is frozen is thawed then.
 
     The seed decides what is planned: moments, faults, and which of the workers that are there. One worker at least is always left
     in peace.
@@ -169,6 +169,8 @@ class Storm:
         self.stop()
 
     def _rage(self) -> None:
+        while not self.run.status().get("started") and self.run.state == "running" and not self._over.wait(0.05):
+            pass
         plan = iter(self.plan)
         step = next(plan, None)
         due = time.monotonic() + (step[0] if step else 0.0)
@@ -264,15 +266,17 @@ def audit(run: Run) -> list[str]:
 
 
 def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
-    """How long a lost worker kept the others waiting: a row for each loss, with seconds, worker, message and waited_s.
+    """How long a lost worker kept the others waiting: a row for each loss, with seconds, worker, message, waited_s and left.
 
     waited_s is the longest wait that the loss found among the others: from their push or join, or from the start of a pass that the
     loss has broken off (all-reduce), to their next release. With the `faults` of a storm none begins before the fault itself.
-    Waiting that the barrier would have asked for anyhow is in it.
+    Waiting that the barrier would have asked for anyhow is in it. left says how many samples of the budget were not merged yet:
+    when all of them are handed out, the others wait for those of the lost worker under any update.
     """
     import pandas as pd
 
     events, rows = run.events, []
+    merged = effective(events).query("kind == 'merge'")
     ended = events.seconds[events.kind == "merge"].max()
     for loss in events[(events.kind == "leave") & events.message.fillna("").ne("") & (events.seconds < ended)].itertuples():
         began, waits = -np.inf, [0.0]
@@ -289,8 +293,9 @@ def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
             broken = before.kind.iloc[-1:].eq("regroup").any()
             if len(since) and since.seconds.iloc[0] <= loss.seconds and (since.kind.iloc[0] != "release" or broken):
                 waits.append(float(after.seconds.iloc[0] - max(since.seconds.iloc[0], began)))
-        rows.append((loss.seconds, int(loss.worker), loss.message, round(max(waits), 3)))
-    return pd.DataFrame(rows, columns=["seconds", "worker", "message", "waited_s"])
+        left = run.config["budget"] - merged.samples[merged.seq < loss.seq].sum()
+        rows.append((loss.seconds, int(loss.worker), loss.message, round(max(waits), 3), int(left)))
+    return pd.DataFrame(rows, columns=["seconds", "worker", "message", "waited_s", "left"])
 
 
 # -- where things are --------------------------------------------------------------------------------------------------

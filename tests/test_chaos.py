@@ -218,9 +218,12 @@ def test_losses_measure_who_waited_for_whom():
     rows += [event(1.0, "push", 0), event(1.5, "push", 1)]  # a barrier; worker 2 was killed at 0.7
     rows += [event(3.0, "leave", 2, "gone"), event(3.1, "release", 0), event(3.2, "release", 1)]
     rows += [event(4.0, "leave", 1, "gone"), event(5.0, "regroup", 0), event(5.5, "release", 0)]  # an all-reduce, broken off
-    rows += [event(6.0, "merge", 0), event(7.0, "leave", 0, "after the end")]
+    rows += [event(6.0, "merge", 0) | {"samples": 30, "version": 1}, event(7.0, "leave", 0, "after the end")]
     events = pd.DataFrame(rows, columns=COLUMNS).assign(seq=range(len(rows)))
-    run = SimpleNamespace(events=events)
-    assert chaos.losses(run)[["worker", "waited_s"]].to_numpy().tolist() == [[2, 2.1], [1, 2.4]]
+    run = SimpleNamespace(events=events, config={"budget": 40})
+    assert chaos.losses(run).left.tolist() == [40, 40] and chaos.losses(run)[["worker", "waited_s"]].to_numpy().tolist() == [
+        [2, 2.1],
+        [1, 2.4],
+    ]
     faults = pd.DataFrame([(2.0, "kill", 2), (3.5, "freeze", 1)], columns=["seconds", "fault", "worker"])
     assert chaos.losses(run, faults).waited_s.tolist() == [1.2, 2.0]
