@@ -29,6 +29,7 @@ _HOMES = {
     "report": "sweeps",
     "parameters": "sweeps",
     "plots": "",
+    "chaos": "",
     "LabError": "errors",
     "DataError": "errors",
     "ProblemError": "errors",

@@ -141,6 +141,24 @@ def line(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], band: t
     return area.opts(facecolor=colour, alpha=0.2, linewidth=0, backend="matplotlib") * curve * dots
 
 
+def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str]) -> Any:
+    """Single marks without a line, their colour and marker by `number`."""
+    import holoviews as hv
+
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    dots = hv.Scatter((x, y), dims[0], dims[1], label=label)
+    dots = dots.opts(color=colour, marker=marker, size=9, backend="bokeh")
+    return dots.opts(color=colour, marker=marker, s=46, backend="matplotlib")
+
+
+def ticks(x: Any, bottom: Any, top: Any) -> Any:
+    """Thin black strokes upwards."""
+    import holoviews as hv
+
+    strokes = hv.Segments((x, bottom, x, top)).opts(color="black", line_width=1, backend="bokeh")
+    return strokes.opts(color="black", linewidth=1, backend="matplotlib")
+
+
 def level(y: float) -> Any:
     """A dashed horizontal line."""
     import holoviews as hv
@@ -191,10 +209,18 @@ def overlay(pieces: Sequence[Any]) -> Any:
     return hv.Overlay(list(pieces)).collate() if len(pieces) > 1 else hv.Overlay(list(pieces))
 
 
+def stack(views: Sequence[Any], space: float = 0.4) -> Any:
+    """Figures under each other; `space` is what matplotlib leaves between them, in heights of a figure."""
+    import holoviews as hv
+
+    layout = hv.Layout(list(views)).cols(1).opts(toolbar="right", backend="bokeh")  # shared_axes=False would freeze live axes
+    return layout.opts(fig_inches=(8, None), vspace=space, sublabel_format="", backend="matplotlib")
+
+
 def finish(figure: Any, title: str, note: str = "", legend: Sequence[tuple[str, int, str]] = (), **options: Any) -> Any:
     """Give a figure its title, the note under it, axes, size and legend, for both back ends.
 
-    `legend` holds (label, number, "line" or "box") and is drawn below the axes, where no data is. `options` are those
+    `legend` holds (label, number, "line", "mark" or "box") and is drawn below the axes, where no data is. `options` are those
     that the two back ends share (xlabel, ylabel, xlim, ylim, xticks, yticks), height in inches (4.5), and grid: which
     axes its lines start from ("xy", "x", "y" or "").
     """
@@ -311,4 +337,4 @@ def _handle(label: str, number: int, kind: str) -> Any:
     if kind == "box":
         return Patch(facecolor=colour, hatch=HATCHES[number % len(HATCHES)], edgecolor="white", label=label)
     dash, marker = DASHES[number % len(DASHES)][1], MARKERS[number % len(MARKERS)]
-    return Line2D([], [], color=colour, marker=marker, linestyle=dash, linewidth=2, label=label)
+    return Line2D([], [], color=colour, marker=marker, linestyle=dash if kind == "line" else "none", linewidth=2, label=label)

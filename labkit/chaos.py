@@ -5,9 +5,10 @@
     kill_server             the server of a run
     corrupt_checkpoint      one bit of a kept version
     fill_disk, free_disk    the server can write no more, as on a full disk (Linux)
-    Storm                   kills, freezes, thaws and newcomers at random moments of a run, by seed
+    Storm                   kills, freezes, dropped links and newcomers at random moments of a run, by seed
+    audit, losses           what does not add up in the record of a run; how long a loss kept the others waiting
 
-Used by the chaos notebook and the tests; also good for asking whether one's own set-up would survive the night.
+Used by the chaos notebooks and the tests; also good for asking whether one's own set-up would survive the night.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 
-from labkit import presence, wire
-from labkit.errors import ClusterError, LabError, RunError
+from labkit import checkpoints, presence, wire
+from labkit.errors import ClusterError, LabError, PartitionError, RunError
+from labkit.partition import UDPA
+from labkit.record import effective
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,31 +38,35 @@ if TYPE_CHECKING:
     from labkit.lab import Lab
     from labkit.run import Run
 
-FAULTS = ("kill", "freeze", "join", "drop")
+FAULTS = ("kill", "freeze", "drop", "join")
+FROZEN_S = (0.5, 8.0)  # how long a storm freezes a worker: shorter and longer than the server's patience
+JOIN_S = 30.0  # how long a storm waits for a worker that it has added
 
 
 def kill(lab: Lab, worker: int) -> None:
     """End a worker process at once (SIGKILL). Dask's nanny starts it again; it then comes back under its index."""
-    _signal(lab, worker, signal.SIGKILL)
+    _send(_process(lab, worker), signal.SIGKILL)
 
 
 def freeze(lab: Lab, worker: int) -> None:
     """Stop a worker process (SIGSTOP) until `thaw`: it is there and does nothing, as when its machine swaps or sleeps."""
-    _signal(lab, worker, signal.SIGSTOP)
+    _send(_process(lab, worker), signal.SIGSTOP)
 
 
 def thaw(lab: Lab, worker: int) -> None:
     """Let a frozen worker go on (SIGCONT)."""
-    _signal(lab, worker, signal.SIGCONT)
+    _send(_process(lab, worker), signal.SIGCONT)
 
 
 def drop_link(run: Run, worker: int) -> None:
-    """Cut the connection between a worker and the server of a run that goes; both stay alive."""
+    """Cut the connection between a worker and the server of a run that goes; both stay alive, and the worker comes again."""
     place = _server(run)
     with wire.connect((place["host"], place["port"]), place["secret"], timeout=10) as connection:
         connection.send({"op": "watch"})
-        connection.send({"op": "drop", "workers": [worker]})
-        connection.receive()
+        connection.send({"op": "drop", "workers": [int(worker)]})
+        here = sorted(int(index) for index in connection.receive()[0]["workers"])
+    if worker not in here:
+        raise ClusterError(f"worker {worker} has no link to run {run.name}; workers {here} have one.")
 
 
 def kill_server(run: Run) -> None:
@@ -66,17 +75,16 @@ def kill_server(run: Run) -> None:
 
 
 def corrupt_checkpoint(run: Run, version: int | None = None, seed: int = 0) -> Path:
-    """Flip one bit of a kept version (the newest by default); returns the file."""
-    files = sorted((run.path / "checkpoints").glob("[0-9]*"))
-    if version is not None:
-        files = [file for file in files if int(file.stem) == version]
-    if not files:
-        raise RunError(f"run {run.name} has kept no such version in {run.path / 'checkpoints'}.")
-    data = bytearray(files[-1].read_bytes())
-    chance = np.random.default_rng(seed)
-    data[chance.integers(len(data))] ^= 1 << int(chance.integers(8))
-    files[-1].write_bytes(data)
-    return files[-1]
+    """Flip one bit of a kept version, the newest by default; returns the file."""
+    kept = checkpoints.versions(run.path)
+    if version not in (kept if version is not None else [None]) or not kept:
+        raise RunError(f"run {run.name} has no version {'at all' if version is None else version}; it keeps {kept}.")
+    file = run.path / checkpoints.FOLDER / f"{kept[-1] if version is None else version:08d}.npz"
+    data, chance = bytearray(file.read_bytes()), np.random.default_rng(seed)
+    place = chance.integers(len(data) // 4, 3 * len(data) // 4)  # amid the arrays: the frame of the archive has idle bits
+    data[place] ^= 1 << int(chance.integers(8))
+    file.write_bytes(data)
+    return file
 
 
 def fill_disk(run: Run) -> None:
@@ -90,105 +98,231 @@ def free_disk(run: Run) -> None:
 
 
 class Storm:
-    """Faults at random moments of a run, in a thread, until `stop` or the end of the run; all frozen workers are thawed then.
+    """Faults at random moments of a run, in a thread, from its start to `stop` or its end; whoever is frozen is thawed then.
+
+    The seed decides what is planned: moments, faults, and which of the workers that are there. One worker at least is always left
+    in peace.
 
     Parameters
     ----------
     faults
-        Kinds to draw from: "kill", "freeze" (thawed after a while), "join" (a new worker), "drop" (a link).
+        Kinds to draw from: "kill", "freeze" (thawed after a while), "drop" (a link), "join" (a new worker).
     every
         Mean number of seconds between two faults.
-    most
-        At most so many faults; and at most so many workers that join.
-    seed
-        Which faults, which workers and which moments.
+    most, most_joins
+        At most so many faults, of which at most so many workers that join.
 
     Attributes
     ----------
-    table
-        What was done: seconds since the start of the storm, fault, worker.
+    plan
+        What was drawn: a list of (seconds since the fault before, fault, which of those there in [0, 1), seconds frozen).
     """
 
     def __init__(
-        self, run: Run, lab: Lab, *, faults=FAULTS, every: float = 2.0, most: int = 10, most_joins: int = 2, seed: int = 0
+        self,
+        run: Run,
+        lab: Lab,
+        *,
+        faults: Sequence[str] = FAULTS,
+        every: float = 2.0,
+        most: int = 10,
+        most_joins: int = 2,
+        seed: int = 0,
     ) -> None:
         unknown = set(faults) - set(FAULTS)
-        if unknown:
+        if unknown or not faults:
             raise ValueError(f"unknown faults {sorted(unknown)}. Known: {', '.join(FAULTS)}.")
-        self.run, self.lab, self.faults, self.every, self.most = run, lab, list(faults), every, most
-        self.joins_left, self.chance = most_joins, np.random.default_rng(seed)
-        self.rows: list[dict] = []
-        self.frozen: dict[int, float] = {}  # worker -> when it is thawed
-        self._over = threading.Event()
-        self._began = time.monotonic()
+        if {"kill", "freeze"} & set(faults) and any(worker.pid == os.getpid() for worker in lab.workers):
+            raise ClusterError("these workers are threads of this process: Storm(faults=['drop']), or connect(kind='dask').")
+        if run.state != "running":
+            raise RunError(f"run {run.name} does not go: it is {run.state}.")
+        self.run, self.lab, self.joins_left = run, lab, most_joins
+        self.plan = draw(faults, every, most, seed)
+        self._rows: list[tuple[float, str, int]] = []
+        self._frozen: dict[int, tuple[psutil.Process, float]] = {}  # worker: its process, when it is thawed
+        self._over, self._joins = threading.Event(), []
         self._thread = threading.Thread(target=self._rage, name="labkit-storm", daemon=True)
         self._thread.start()
 
     @property
     def table(self) -> pd.DataFrame:
+        """What was done: seconds on the clock of the run, fault ("thaw" among them), worker."""
         import pandas as pd
 
-        return pd.DataFrame(self.rows, columns=["seconds", "fault", "worker"])
+        table = pd.DataFrame(self._rows, columns=["seconds", "fault", "worker"])
+        begun = self.run.events.query("kind == 'start'")
+        if len(begun):
+            table.seconds = (table.seconds - (begun.time - begun.seconds).iloc[-1]).round(3)
+        return table
 
     def stop(self) -> Storm:
         """No more faults; twice is fine."""
         self._over.set()
-        self._thread.join(60)
+        for thread in (self._thread, *self._joins):
+            thread.join(JOIN_S + 5)
         return self
 
+    def __enter__(self) -> Storm:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
     def _rage(self) -> None:
-        ahead = self.chance.exponential(self.every)
-        next_at = time.monotonic() + ahead
+        while not self.run.status().get("started") and self.run.state == "running" and not self._over.wait(0.05):
+            pass
+        plan = iter(self.plan)
+        step = next(plan, None)
+        due = time.monotonic() + (step[0] if step else 0.0)
         while not self._over.wait(0.05) and self.run.state == "running":
             now = time.monotonic()
-            for worker in [w for w, end in self.frozen.items() if end < now]:
-                self._thaw(worker)
-            if now >= next_at and len(self.rows) < self.most:
-                next_at = now + self.chance.exponential(self.every)
+            self._thaw([worker for worker, (_, end) in self._frozen.items() if end < now])
+            if step and now >= due:
                 with contextlib.suppress(LabError, OSError):  # the worker may be gone already, the run over
-                    self._strike()
-        for worker in list(self.frozen):
-            self._thaw(worker)
+                    self._strike(*step[1:])
+                step = next(plan, None)
+                due = time.monotonic() + (step[0] if step else 0.0)
+        self._thaw(list(self._frozen))
 
-    def _strike(self) -> None:
-        fault = str(self.chance.choice(self.faults))
-        lost = self.lab.lost()
-        there = [w.index for w in self.lab.workers if w.index not in lost and w.index not in self.frozen]
-        worker = int(self.chance.choice(there)) if there else None
+    def _strike(self, fault: str, which: float, frozen_s: float) -> None:
+        gone = {*self.lab.lost(), *self._frozen}
+        there = [worker.index for worker in self.lab.workers if worker.index not in gone]
         if fault == "join":
-            if not self.joins_left:
-                return
-            self.joins_left -= 1
-            [worker] = self.lab.add(1)
-        elif worker is None:
+            if self.joins_left > 0:
+                self.joins_left -= 1
+                self._joins.append(threading.Thread(target=self._join, name="labkit-storm-join", daemon=True))
+                self._joins[-1].start()  # a new process takes seconds to come
             return
-        elif fault == "kill":
+        if len(there) < 2:
+            return
+        worker = there[int(which * len(there))]
+        if fault == "kill":
             kill(self.lab, worker)
         elif fault == "freeze":
+            self._frozen[worker] = _process(self.lab, worker), time.monotonic() + frozen_s
             freeze(self.lab, worker)
-            self.frozen[worker] = time.monotonic() + self.chance.uniform(0.5, 8.0)
-        elif fault == "drop":
+        else:
             drop_link(self.run, worker)
-        self.rows.append({"seconds": round(time.monotonic() - self._began, 3), "fault": fault, "worker": worker})
+        self._rows.append((time.time(), fault, worker))
 
-    def _thaw(self, worker: int) -> None:
-        del self.frozen[worker]
+    def _join(self) -> None:
         with contextlib.suppress(LabError, OSError):
-            thaw(self.lab, worker)
-        self.rows.append({"seconds": round(time.monotonic() - self._began, 3), "fault": "thaw", "worker": worker})
+            for worker in self.lab.add(1, timeout=JOIN_S):
+                self._rows.append((time.time(), "join", worker))
+
+    def _thaw(self, workers: list[int]) -> None:
+        for worker in workers:
+            process, _ = self._frozen.pop(worker)  # by process: the lab may have given it up, and its place to another one
+            with contextlib.suppress(LabError):
+                _send(process, signal.SIGCONT)
+                self._rows.append((time.time(), "thaw", worker))
 
 
-def _signal(lab: Lab, worker: int, number: int) -> None:
+def draw(faults: Sequence[str], every: float, most: int, seed: int) -> list[tuple[float, str, float, float]]:
+    """The plan of a storm."""
+    chance = np.random.default_rng(seed)
+    waits, kinds = chance.exponential(every, most), chance.integers(len(faults), size=most)
+    which, frozen = chance.random(most), chance.uniform(*FROZEN_S, most)
+    return [(float(w), faults[k], float(p), float(f)) for w, k, p, f in zip(waits, kinds, which, frozen, strict=True)]
+
+
+# -- what must hold all the same ---------------------------------------------------------------------------------------
+
+
+def audit(run: Run) -> list[str]:
+    """What does not add up in the record of a run that has ended; an empty list is what one hopes for.
+
+    All samples of the budget were merged, each merge has its push, versions and events are numbered without holes, and the newest
+    checkpoint holds the last version and every sample exactly once.
+    """
+    wrong, events = [], run.events
+    if list(events.seq) != list(range(len(events))):
+        wrong.append("events are not numbered 0, 1, 2, ...")
+    counted = effective(events)
+    merges, pushes = (counted[counted.kind == kind] for kind in ("merge", "push"))
+    if merges.samples.sum() != run.config["budget"]:
+        wrong.append(f"{int(merges.samples.sum())} of {run.config['budget']} samples were merged")
+    steps = merges.version.drop_duplicates().astype(int).tolist()
+    if steps != list(range(1, len(steps) + 1)):
+        wrong.append("versions are not numbered 1, 2, 3, ...")
+    for worker, own in merges.groupby("worker"):
+        sent = list(pushes.loc[pushes.worker == worker, ["seq", "samples"]].itertuples(index=False))
+        for merge in own.itertuples():
+            while sent and (sent[0].seq > merge.seq or sent[0].samples != merge.samples):
+                del sent[0]  # a push that was never merged: its worker was lost while it waited for the others
+            if not sent:
+                wrong.append(f"a merge of {int(merge.samples)} samples of worker {int(worker)} has no push")
+                break
+            del sent[0]
+    try:
+        version, refused = checkpoints.newest(run.path)
+        wrong += refused
+        if steps and version != steps[-1]:
+            wrong.append(f"the newest checkpoint holds version {version} of {steps[-1]}")
+        UDPA().load_state_dict(checkpoints.read_state(run.path, version)[1]["partition"])
+    except (RunError, PartitionError) as error:
+        wrong.append(str(error))
+    return wrong
+
+
+def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
+    """How long a lost worker kept the others waiting: a row for each loss, with seconds, worker, message, waited_s and left.
+
+    waited_s is the longest wait that the loss found among the others: from their push or join, or from the start of a pass that the
+    loss has broken off (all-reduce), to their next release. With the `faults` of a storm none begins before the fault itself.
+    Waiting that the barrier would have asked for anyhow is in it. left says how many samples of the budget were not merged yet:
+    when all of them are handed out, the others wait for those of the lost worker under any update.
+    """
+    import pandas as pd
+
+    events, rows = run.events, []
+    merged = effective(events).query("kind == 'merge'")
+    ended = events.seconds[events.kind == "merge"].max()
+    for loss in events[(events.kind == "leave") & events.message.fillna("").ne("") & (events.seconds < ended)].itertuples():
+        began, waits = -np.inf, [0.0]
+        if faults is not None:
+            own = faults[(faults.worker == loss.worker) & faults.fault.isin(["kill", "freeze", "drop"])]
+            began = own.seconds[own.seconds <= loss.seconds].max() if (own.seconds <= loss.seconds).any() else began
+        others = events[(events.worker != loss.worker) & events.kind.isin(["join", "push", "regroup", "release", "leave"])]
+        for _, own in others.groupby("worker"):
+            after = own[(own.seq > loss.seq) & own.kind.isin(["release", "leave", "join"])].head(1)
+            if after.empty or after.kind.iloc[0] != "release":
+                continue
+            before = own[own.seq < after.seq.iloc[0]]
+            since = before[before.kind.isin(["push", "release", "join"])].tail(1)
+            broken = before.kind.iloc[-1:].eq("regroup").any()
+            if len(since) and since.seconds.iloc[0] <= loss.seconds and (since.kind.iloc[0] != "release" or broken):
+                waits.append(float(after.seconds.iloc[0] - max(since.seconds.iloc[0], began)))
+        left = run.config["budget"] - merged.samples[merged.seq < loss.seq].sum()
+        rows.append((loss.seconds, int(loss.worker), loss.message, round(max(waits), 3), int(left)))
+    return pd.DataFrame(rows, columns=["seconds", "worker", "message", "waited_s", "left"])
+
+
+# -- where things are --------------------------------------------------------------------------------------------------
+
+
+def _process(lab: Lab, worker: int) -> psutil.Process:
+    """The process of a worker, if it is here and its own."""
     if not 0 <= worker < len(lab.workers):
         raise ClusterError(f"there is no worker {worker}; this lab has workers 0 to {len(lab.workers) - 1}.")
     about = lab.workers[worker]
+    if lab.closed:
+        raise ClusterError("this lab is closed.")
     if about.host != socket.gethostname():
         raise ClusterError(f"worker {worker} is on {about.host}, not here: it cannot be sent a signal.")
     if about.pid == os.getpid():
         raise ClusterError(f"worker {worker} is a thread of this process. Use connect(kind='dask') to do this to a process.")
-    if worker in lab.lost():
-        raise ClusterError(f"worker {worker} was lost already.")
-    os.kill(about.pid, number)
+    try:
+        return psutil.Process(about.pid)
+    except psutil.NoSuchProcess as error:
+        raise ClusterError(f"worker {worker} was lost already.") from error
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)  # never to a later process with the same number
+    except psutil.NoSuchProcess as error:
+        raise ClusterError(f"process {process.pid} has ended already.") from error
 
 
 def _server(run: Run) -> dict:
@@ -206,4 +340,6 @@ def _limit_files(run: Run, size: int) -> None:
         raise LabError("a full disk is made with prlimit(), which only Linux has.")
     import resource
 
-    resource.prlimit(_server(run)["pid"], resource.RLIMIT_FSIZE, (size, -1))
+    pid = _server(run)["pid"]
+    _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (most if size < 0 else size, most))

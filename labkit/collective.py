@@ -126,7 +126,7 @@ class Group:
         if self.ddp is not None:
             vars(self.ddp).clear()
             self.ddp = None
-        if self.exchange.waiting.cut:  # with a rank that is frozen: the end of the group would wait for it
+        if self.exchange.waiting.under_way:  # with a rank that is frozen: the end of the group would wait for it
             _abandoned.append(self.exchange.group)
         if not self.one_process and dist.is_initialized():
             dist.destroy_process_group()
@@ -139,19 +139,23 @@ class _Waiting:
     def __init__(self) -> None:
         self.seconds: list[float] = []  # of the latest step
         self.broken = ""  # why the group cannot be used any more
-        self.cut = False  # was a step ended from here, so that its exchange may still be under way?
+        self.under_way = 0  # exchanges that gloo has begun and not ended
         self.lock, self.futures = threading.Lock(), []
 
     def new(self) -> torch.futures.Future:
+        """For an exchange that comes now; failed already if none must begin any more."""
         with self.lock:
             self.futures = [future for future in self.futures if not future.done()]
             self.futures.append(torch.futures.Future())
             if self.broken:
                 self.futures[-1].set_exception(RuntimeError(self.broken))
+            else:
+                self.under_way += 1
             return self.futures[-1]
 
     def done(self, future: torch.futures.Future, result: torch.futures.Future) -> None:
         with self.lock:
+            self.under_way -= 1
             if future.done():
                 return
             try:
@@ -165,7 +169,6 @@ class _Waiting:
             self.broken = self.broken or why
             for future in self.futures:
                 if not future.done():
-                    self.cut = True
                     future.set_exception(RuntimeError(self.broken))
 
 
@@ -195,6 +198,8 @@ def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], lis
 def _average(exchange, bucket):  # no annotations: DDP compares them with types, and here they are strings
     begun, last, waiting = time.perf_counter(), bucket.is_last(), exchange.waiting
     average = waiting.new()
+    if average.done():
+        return average
 
     # In a thread of the group; it must not own the group, whose end waits for its threads. NCCL calls it when the exchange is only
     # queued on the card, so there waiting counts as computing.

@@ -1,4 +1,4 @@
-"""Every figure: accuracy over time, who waited when, staleness, balance, effective weight, speed, and the live view.
+"""Every figure: accuracy over time, who waited when, staleness, balance, effective weight, speed, who was here, and the live view.
 
 A figure reads nothing but the record of a run. Its title says what was found, the line under the title what must be
 known to believe it: emulated slowness, synthetic data, a single seed. Where there is nothing yet, words say so.
@@ -17,6 +17,7 @@ import numpy as np
 from labkit import canvas
 from labkit.canvas import extension, interactive, save
 from labkit.record import effective
+from labkit.roster import membership, roster
 from labkit.watch import live
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
     from labkit.run import Run
 
-__all__ = ["balance", "curves", "extension", "interactive", "live", "save"]
-__all__ += ["segments", "speed", "staleness", "timeline", "weights"]
+__all__ = ["balance", "curves", "extension", "interactive", "live", "membership"]
+__all__ += ["roster", "save", "segments", "speed", "staleness", "timeline", "weights"]
 
 AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
 BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness
@@ -173,8 +174,6 @@ def segments(run: Run) -> pd.DataFrame:
 def timeline(run: Run) -> hv.Overlay:
     """One row for each worker: when it computed, waited and exchanged weights; a tick above it: its push was merged."""
     extension()
-    import holoviews as hv
-
     spans = segments(run)
     if spans.empty:
         return canvas.message(f"{run.label}: what the workers did when", f"{run.name}: no worker has pushed yet.")
@@ -197,9 +196,7 @@ def timeline(run: Run) -> hv.Overlay:
     merges = run.events.query("kind == 'merge'").dropna(subset=["worker", "seconds"])
     merges = merges[merges["worker"].isin(shares.index)]
     y = merges["worker"].map(rows).to_numpy(float)
-    ticks = hv.Segments((merges["seconds"].to_numpy(), y + 0.34, merges["seconds"].to_numpy(), y + 0.44))
-    ticks = ticks.opts(color="black", line_width=1, backend="bokeh")
-    ticks = ticks.opts(color="black", linewidth=1, backend="matplotlib")
+    ticks = canvas.ticks(merges["seconds"].to_numpy(), y + 0.34, y + 0.44)
     slow = canvas.slowdowns(run)
     names = [(y, f"worker {worker}" + (f" ({slow[worker]:g}x)" if slow.get(worker, 1) != 1 else "")) for worker, y in rows.items()]
     note, end = canvas.caption([run], "ticks: merges"), float(spans["end"].max())

@@ -1,4 +1,4 @@
-"""The live view of a run: the score that workers report and their samples/s, redrawn while the run goes on.
+"""The live view of a run: the score that workers report, their samples/s, and how many are here, redrawn while the run goes on.
 
 A thread reads what was appended to the record, twice a second, and hands it to the figure; the kernel stays free.
 A browser takes its first picture only from a free kernel, so `await` the run in the next cell instead of blocking it.
@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,8 +31,16 @@ POINTS = 400  # of a worker's line, at most: a long run must not slow the browse
 Series = dict[int, list[tuple[float, float, float]]]  # worker: (seconds, score, samples/s) of each push
 
 
+class Seen(NamedTuple):
+    """What is known now; a later one is another object."""
+
+    series: Series
+    here: list[tuple[float, int]]  # (seconds, how many workers are here from then on)
+    workers: frozenset[int]  # who is here
+
+
 def live(run: Run, timeout: float = 86400) -> hv.Layout:
-    """Score and samples/s of each worker against time, redrawn until the run ends or `timeout` seconds have passed.
+    """Score and samples/s of each worker, and how many are here, against time, until the run ends or `timeout` seconds have passed.
 
     Moves under "Run All" if the next cell leaves the kernel free: `await asyncio.to_thread(run.wait)`; after a cell
     that blocks it, only the last picture comes. In static mode nothing can move: this then waits for the end of the
@@ -43,11 +51,11 @@ def live(run: Run, timeout: float = 86400) -> hv.Layout:
         limit = time.monotonic() + timeout
         while run.state == "running" and time.monotonic() < limit:
             time.sleep(PERIOD_S)
-        return _draw(run, tail.read())
+        return canvas.stack([draw(run, tail.read()) for draw in VIEWS])
     import holoviews as hv
 
-    pipe = hv.streams.Pipe(data={})
-    views = [hv.DynamicMap(lambda data, draw=draw: draw(run, data), streams=[pipe]) for draw in (_scores, _rates)]
+    pipe = hv.streams.Pipe(data=Seen({}, [], frozenset()))
+    views = [hv.DynamicMap(lambda data, draw=draw: draw(run, data), streams=[pipe]) for draw in VIEWS]
     free = threading.Event()
     try:
         asyncio.get_running_loop().call_later(PERIOD_S, free.set)  # the kernel's, which runs between its cells
@@ -55,19 +63,20 @@ def live(run: Run, timeout: float = 86400) -> hv.Layout:
         free.set()
     feed = threading.Thread(target=_feed, args=(run, tail, pipe, free, timeout), name=f"live-{run.name}", daemon=True)
     feed.start()
-    return _stack(views)
+    return canvas.stack(views)
 
 
 class Tail:
-    """The pushes of a run so far; `read` takes in what was appended to the record since it was last called."""
+    """Pushes and membership of a run so far; `read` takes in what was appended to the record since it was last called."""
 
     def __init__(self, run: Run) -> None:
         self.path, self.offset = Path(run.path) / "events.jsonl", 0
         self.series: Series = {}
+        self.here: list[tuple[float, int]] = []
+        self.workers: set[int] = set()
         self.last: dict[int, float] = {}  # worker: seconds of its last push, or of the release that it started with
 
-    def read(self) -> Series:
-        """The series of each worker; the same dict object is never handed out twice."""
+    def read(self) -> Seen:
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
@@ -77,10 +86,15 @@ class Tail:
         self.offset += len(whole) + 1 if whole else 0
         for line in whole.splitlines():
             self._take(json.loads(line))
-        return {worker: points[:: len(points) // POINTS + 1] for worker, points in self.series.items()}
+        series = {worker: points[:: len(points) // POINTS + 1] for worker, points in self.series.items()}
+        return Seen(series, self.here[-POINTS:], frozenset(self.workers))
 
     def _take(self, event: dict[str, Any]) -> None:
         kind, worker, now = event["kind"], event.get("worker"), event.get("seconds")
+        if kind in ("join", "leave", "resume"):
+            self.workers = {*self.workers, worker} if kind == "join" else self.workers - {worker} if kind == "leave" else set()
+        if kind in ("start", "join", "leave") and now is not None:  # before the start the clock stands
+            self.here.append((now, len(self.workers)))
         if worker is None or now is None:
             return
         if kind == "join":
@@ -114,30 +128,32 @@ def _feed(run: Run, tail: Tail, pipe: Any, free: threading.Event, timeout: float
         time.sleep(PERIOD_S)
 
 
-def _draw(run: Run, data: Series) -> Any:
-    """The picture of what is known now."""
-    return _stack([_scores(run, data), _rates(run, data)])
-
-
-def _stack(views: list[Any]) -> Any:
-    import holoviews as hv
-
-    layout = hv.Layout(views).cols(1).opts(toolbar="right", backend="bokeh")  # shared_axes=False would freeze the axes
-    return layout.opts(fig_inches=(8, None), vspace=0.4, sublabel_format="", backend="matplotlib")
-
-
-def _scores(run: Run, data: Series) -> Any:
-    values = [points[-1][1] for points in data.values()]
+def _scores(run: Run, seen: Seen) -> Any:
+    values = [points[-1][1] for points in seen.series.values()]
     title = f"{run.label}: waiting for the first push"
     if values:
-        now = max(points[-1][0] for points in data.values())
+        now = max(points[-1][0] for points in seen.series.values())
         title = f"{run.label}: mean score {np.mean(values):.3f} after {now:.0f} s"
-    return _panel(run, data, 1, title, canvas.caption([run]), "score of the worker", legend=False)
+    return _panel(run, seen.series, 1, title, canvas.caption([run]), "score of the worker", legend=False)
 
 
-def _rates(run: Run, data: Series) -> Any:
-    total = sum(points[-1][2] for points in data.values())
-    return _panel(run, data, 2, f"{total:,.0f} samples/s, all workers together", "", "speed (samples/s)")
+def _rates(run: Run, seen: Seen) -> Any:
+    rates = [points[-1][2] for worker, points in seen.series.items() if worker in seen.workers]
+    title = f"{sum(rates):,.0f} samples/s, all workers together" if rates else "Speed of the workers"
+    return _panel(run, seen.series, 2, title, "", "speed (samples/s)")
+
+
+def _membership(run: Run, seen: Seen) -> Any:
+    """How many workers are here, as steps."""
+    at, counts = np.array(seen.here, float).reshape(-1, 2).T
+    steps = canvas.line(np.repeat(at, 2)[1:], np.repeat(counts, 2)[:-1], 0, "workers here", ("seconds", "workers"))
+    top = max((count for _, count in seen.here), default=1)
+    n = len(seen.workers)
+    title = f"{n} worker{'s' * (n != 1)} here" if n else "Workers here"
+    return canvas.finish(
+        canvas.overlay([steps]), title, xlabel="time (s)", ylabel="workers", xlim=(0, None), ylim=(0, top + 0.5),
+        height=1.8, shape={"aspect": 5},
+    )  # fmt: skip
 
 
 def _panel(run: Run, data: Series, column: int, title: str, note: str, ylabel: str, legend: bool = True) -> Any:
@@ -153,3 +169,6 @@ def _panel(run: Run, data: Series, column: int, title: str, note: str, ylabel: s
         canvas.overlay(pieces), title, note, named if legend else (), xlabel="time (s)", ylabel=ylabel, xlim=(0, None),
         height=2.8, shape={"aspect": 2.8},
     )  # fmt: skip
+
+
+VIEWS = (_scores, _rates, _membership)  # under each other

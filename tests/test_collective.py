@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from labkit.collective import Group, steps
+from labkit.collective import Broken, Group, steps
 from labkit.worker import batches
 
 GRANTS = [[17], [16, 16], [17, 16], [5, 50], [2, 40], [1, 30], [3, 3, 3], [100, 7, 31], [64, 64, 65], [1, 1], [187]]
@@ -149,3 +149,32 @@ def test_when_a_rank_is_gone_the_others_hear_of_it_and_nothing_is_left(tmp_path)
         assert errors[1] == "gone" and errors[0] and time.monotonic() - begun < 10
         counts.append(psutil.Process().num_threads())
     assert counts[-1] <= counts[1] + 1, "threads of the groups pile up"
+
+
+@pytest.mark.parametrize("told", ["before the step", "in the step"])
+def test_who_is_told_that_a_frozen_rank_is_gone_leaves_at_once(told, tmp_path):
+    x, y, left, took = torch.randn(8, 5), torch.arange(8) % 3, threading.Event(), []
+
+    def work(group, rank):
+        module = group.wrap(network())
+        for step in range(4):
+            if step == 3 and rank == 1:  # frozen: it neither takes part nor closes the group
+                assert left.wait(20)
+                return
+            if step == 3:
+                begun = time.monotonic()
+                threading.Timer(0.0 if told == "before the step" else 0.5, group._abort).start()
+                time.sleep(0.2 if told == "before the step" else 0.0)
+            try:
+                with group.exchanging():
+                    group.begin(0.5)
+                    F.cross_entropy(module(x), y).backward()
+            except Broken:
+                module = None
+                group.close()
+                took.append(time.monotonic() - begun)
+                left.set()
+                raise
+
+    _, errors = ranks(2, work, tmp_path)
+    assert errors == ["the server says that a worker is gone", None] and took[0] < 5

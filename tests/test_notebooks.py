@@ -13,6 +13,8 @@ TINY = {
     "01-start-a-lab": SMALL | {"train_samples": 200},
     "02-partition-the-data": SMALL | {"train_samples": 400, "passes": 3.0},
     "03-update-the-weights": SMALL | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
+    "07-kill-a-worker": SMALL | {"train_samples": 400, "test_samples": 100, "passes": 12.0, "local_steps": 4, "every": 0.3},
+    "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
     "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "rounds": 1, "samples": 600, "local_steps": 5},
     "benchmarks/05-back-ends": {
         **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
@@ -31,9 +33,12 @@ FIGURES = {
     "01-start-a-lab": ["speed.png"],
     "02-partition-the-data": ["balance.png"],
     "03-update-the-weights": ["accuracy.png", "timeline.png", "staleness.png"],
+    "07-kill-a-worker": ["membership.png"],
     "benchmarks/02-time-to-accuracy": ["curves.png"],
     "benchmarks/05-back-ends": ["back-ends.png"],
+    "benchmarks/04-chaos": ["storms.png"],
 }
+LONG = {"benchmarks/04-chaos": 400}  # seconds; six storms, and real processes
 
 
 def path_of(name):
@@ -44,9 +49,14 @@ def test_every_notebook_is_here():
     assert {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("[0-9]*.ipynb")} == set(TINY)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "bench" in name else []) for name in TINY])
+def marks(name):
+    limit = [pytest.mark.timeout(LONG[name] + 20), pytest.mark.cluster] if name in LONG else []
+    return limit + ([pytest.mark.slow] if "bench" in name else [])
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TINY])
 def test_it_runs_and_leaves_results_and_figures(name, tmp_path, cache):
-    table = labkit.sweep(path_of(name), [TINY[name]], out=tmp_path / "sweep", timeout=110, progress=False)
+    table = labkit.sweep(path_of(name), [TINY[name]], out=tmp_path / "sweep", timeout=LONG.get(name, 110), progress=False)
     assert set(table.status) == {"done"}, table[["error", "notebook"]].to_dict("records")
     folder = Path(table.notebook.iloc[0]).parent
     for figure in FIGURES.get(name, []):

@@ -135,6 +135,7 @@ def rates(*samples_per_s, slowdown):
 FIGURES = {
     "curves": lambda run: plots.curves([run], target=0.5),
     "timeline": plots.timeline,
+    "membership": plots.membership,
     "staleness": plots.staleness,
     "balance": plots.balance,
     "weights": plots.weights,
@@ -259,6 +260,32 @@ def test_a_worker_held_to_the_end_waits_until_it_leaves(run):
     assert list(plots.segments(run)[["activity", "start", "end"]].itertuples(index=False, name=None)) == expected
 
 
+def test_the_roster_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
+    def event(kind, seconds, worker=None, incarnation=0, **fields):
+        return {"kind": kind, "seconds": seconds, "worker": worker, "incarnation": incarnation, **fields}
+
+    rows = [
+        event("join", np.nan, 0), event("join", np.nan, 1), event("start", 0.0), event("leave", 2.0, 1, message="it broke."),
+        event("join", 3.0, 1, 1), event("join", 3.5, 2), event("resume", 4.0), event("join", 4.0, 0, 1), event("start", 4.0),
+        event("join", 4.5, 1, 2), event("leave", 6.0, 0, 1), event("push", 7.0, 1, 2),
+    ]  # fmt: skip
+    run.events = pd.DataFrame(rows, columns=COLUMNS)
+    gone = "the server was gone."
+    assert sorted(plots.roster(run).itertuples(index=False, name=None)) == [
+        (0, 0, 0.0, 4.0, gone), (0, 1, 4.0, 6.0, ""), (1, 0, 0.0, 2.0, "it broke."), (1, 1, 3.0, 4.0, gone), (1, 2, 4.5, 7.0, ""),
+        (2, 0, 3.5, 4.0, gone),
+    ]  # fmt: skip
+    faults = pd.DataFrame([(2.0, "kill", 1), (1.0, "drop", 0), (1.5, "drop", 1)], columns=["seconds", "fault", "worker"])
+    figure = plots.membership(run, faults)
+    bars = pieces(figure, "Rectangles")
+    assert {name: len(bar) for name, bar in bars.items()} == {"from the start": 2, "came later or came back": 4}
+    marks = {name: len(mark) for name, mark in pieces(figure, "Scatter").items() if name in ("kill", "drop")}
+    assert marks == {"kill": 1, "drop": 2}
+    above, below = (title(view) for view in figure)
+    assert above.startswith("AGWU + IDPA: a worker was lost 4 times, accuracy")
+    assert below == "Who was here, and the 3 faults injected"
+
+
 def test_timeline_names_who_waits_most(tmp_path, run):
     slow = Recorded(tmp_path, "sync", "SGWU")
     releases = slow.events[slow.events["kind"] == "release"]
@@ -328,14 +355,15 @@ def test_the_tail_reads_each_line_once_and_whole(run):
     cut = len(lines) // 2
     file.write_bytes(lines[:cut])
     tail = Tail(run)
-    before = sum(map(len, tail.read().values()))
-    assert sum(map(len, tail.read().values())) == before
+    before = sum(map(len, tail.read().series.values()))
+    assert sum(map(len, tail.read().series.values())) == before
     file.write_bytes(lines)
-    series, pushes = tail.read(), run.events[run.events["kind"] == "push"]
+    (series, here, workers), pushes = tail.read(), run.events[run.events["kind"] == "push"]
     for worker, own in pushes.groupby("worker"):
         seconds, score, rate = np.array(series[worker]).T
         assert np.array_equal(seconds, own["seconds"]) and np.array_equal(score, own["score"])
         assert np.allclose(rate, own["samples"].astype(float) / np.diff(seconds, prepend=0.0))
+    assert workers == set() and [n for _, n in here] == [1, 2, 1, 0]  # two join and leave
 
 
 def test_live_static_waits_for_the_end(run):
@@ -365,8 +393,8 @@ def test_live_follows_a_run_and_stops_with_it(run):
             assert not thread.is_alive()
     assert {label: len(line) for label, line in pieces(panel[()], "Curve").items()} == {"worker 0": 7, "worker 1": 7}
     assert title(panel[()]).startswith("AGWU + IDPA: mean score")
-    last = run.events.loc[run.events["kind"] == "push", "seconds"].max()
-    assert [plot.x_range.end for plot in shown] == [last, last]  # the axes follow
+    last = run.events["seconds"].max()
+    assert [plot.x_range.end for plot in shown] == [last] * 3  # the axes follow
 
 
 def test_what_a_resume_has_undone_is_drawn_where_time_went_and_counted_nowhere_else(run):
