@@ -94,7 +94,7 @@ class Decomposition:
         return [math.prod(np.ix_(*parts)) for parts in itertools.product(*shares)]
 
     def assemble(self, parts: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-        """Put parts (..., C, h, w) together to (..., C, H, W), as the weighted mean where they overlap; what was cut is bit for bit as before."""
+        """Put parts (..., C, h, w) together to (..., C, H, W), bit for bit what was cut; overlaps as weighted means."""
         shape, windows = tuple(shape), self.windows(shape)
         expected = self.shapes(shape)
         axes = len(shape)

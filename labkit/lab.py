@@ -97,14 +97,24 @@ class Lab:
         with self._lock:
             return Task(self._backend.submit(self._ids[worker], self.workers[worker].pid, fn, args), worker, self)
 
-    def map(self, fn: Callable, items: Iterable[Any], timeout: float = 3600.0, workers: Sequence[int] | None = None) -> list[Any]:
+    def map(
+        self,
+        fn: Callable,
+        items: Iterable[Any],
+        timeout: float = 3600.0,
+        workers: Sequence[int] | None = None,
+        *,
+        placed: bool = False,
+        each: Callable[[int, Any], None] | None = None,
+    ) -> list[Any]:
         """`[fn(item) for item in items]`, spread over the workers, one item on each at a time; the first exception is raised here.
 
         Without `workers`, those that no run holds do the work, or all where every one is held. An item whose worker is lost is
-        given to another one.
+        given to another one. With `placed` it is `fn(item, worker)`, the `Worker` telling device, threads and slowdown; `each` is
+        called here as `each(number, result)` when an item is done, once for each.
         """
         self._check_open()
-        return spread(self, fn, list(items), timeout, workers)
+        return spread(self, fn, list(items), timeout, workers, placed, each)
 
     # -- who is there --------------------------------------------------------------------------------------------
 

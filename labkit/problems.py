@@ -60,6 +60,8 @@ class Problem:
     channels_last : give batches to the module with the channels as the innermost axis in memory.
     """
 
+    window: tuple[slice, ...] = ()  # what `load` reads of each sample: slices of the axes behind the channels
+
     def __init__(
         self,
         data: Any,
@@ -105,7 +107,7 @@ class Problem:
 
     def load(self, indices: np.ndarray, split: str = "train", device: str | torch.device = "cpu") -> Any:
         """The samples `indices` of `split` as (x float32 (n, *shape), y int64 (n,)) on `device`."""
-        x, y = (torch.from_numpy(array) for array in self.dataset.batch(indices, split))
+        x, y = (torch.from_numpy(array) for array in self.dataset.batch(indices, split, self.window))
         if self.channels_last and x.dim() > 3:
             # Not .contiguous(memory_format=...): that leaves one-channel images as they are, and convolutions slow.
             x = x.movedim(1, -1).contiguous()

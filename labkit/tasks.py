@@ -66,8 +66,16 @@ class Task:
         self.future.release()
 
 
-def spread(lab: Lab, fn: Callable, items: list, timeout: float, workers: Sequence[int] | None) -> list[Any]:
-    """`[fn(item) for item in items]`, one item on each worker at a time."""
+def spread(
+    lab: Lab,
+    fn: Callable,
+    items: list,
+    timeout: float,
+    workers: Sequence[int] | None,
+    placed: bool = False,
+    each: Callable[[int, Any], None] | None = None,
+) -> list[Any]:
+    """`[fn(item) for item in items]`, one item on each worker at a time; see `Lab.map`."""
     limit = time.monotonic() + timeout
     todo, results, deaths = deque(range(len(items))), {}, [0] * len(items)
     working: dict[int, tuple[int, Task]] = {}
@@ -79,13 +87,16 @@ def spread(lab: Lab, fn: Callable, items: list, timeout: float, workers: Sequenc
             for worker in sorted(idle - set(working))[: len(todo)]:
                 number = todo.popleft()
                 try:
-                    working[worker] = number, lab.start(worker, fn, items[number])
+                    about = (lab.workers[worker],) if placed else ()
+                    working[worker] = number, lab.start(worker, fn, items[number], *about)
                 except ClusterError:  # lost just now
                     todo.appendleft(number)
             for worker, (number, task) in list(working.items()):
                 if task.future.done():
                     results[number] = task.result(30)
                     del working[worker]
+                    if each:
+                        each(number, results[number])
                 elif task.lost:
                     task.cancel()
                     deaths[number] += 1

@@ -97,7 +97,7 @@ def train(
         flat, layout = flatten(problem.build(seed))
         n_train = len(problem.train_indices())
         budget = max(1, round(passes * n_train))
-        path = _claim(Path(runs), name)
+        path = claim(Path(runs), name)
         config = _config(problem, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train)
         config |= {"silence": float(silence), "patience": float(patience)}
         _write_beginning(path, config | describe_lab(lab, workers), layout)
@@ -221,7 +221,7 @@ def _stop_earlier(lab: Lab, name: str) -> None:
             raise ClusterError(f"{name!r} does not end. Call run.wait() on it, or connect() again for a fresh lab.")
 
 
-def _claim(runs: Path, name: str) -> Path:
+def claim(runs: Path, name: str) -> Path:
     """A new, empty directory `runs/name`; what was there before is kept under the next free number."""
     if not name or name != Path(name).name or name.startswith("."):
         raise RunError(f"{name!r} cannot be the name of a run: it becomes a folder in {runs}.")

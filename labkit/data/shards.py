@@ -87,19 +87,24 @@ class Dataset:
         self._rate = (1.0 / (std * meta["scale"])).astype(np.float32)
         self._files: dict[str, int] = meta["files"]
 
+    @property
+    def affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """(centre, rate) of each channel, float32: a batch is (values as they were given - centre) * rate."""
+        return self._centre.ravel(), self._rate.ravel()
+
     def __repr__(self) -> str:
         return (
             f"Dataset({self.name!r}, shape={self.shape}, n_classes={self.n_classes}, n_train={self.n_train}, n_test={self.n_test})"
         )
 
-    def batch(self, indices: Any, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """The samples at `indices`, ready for a network.
+    def batch(self, indices: Any, split: str = "train", window: tuple[slice, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """The samples at `indices`, or a window of each (slices of the axes behind the channels), ready for a network.
 
         Returns x, float32 of shape (n, *shape), with mean 0 and standard deviation 1 in each channel of the training
         split, and y, int64 of shape (n,). Both are new arrays. An index outside 0..N-1 is an IndexError.
         """
         at = self._checked(indices, split)
-        x = self._map("x", split)[at].astype(np.float32)
+        x = self._map("x", split)[(at, slice(None), *window) if window else at].astype(np.float32)
         x -= self._centre
         x *= self._rate
         return x, self._map("y", split)[at]

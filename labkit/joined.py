@@ -1,0 +1,218 @@
+"""What subnets become together: `Subnets`, with its tables, its predictions, and the way to disk and back.
+
+    <folder>/config.json               settings, the shape and the scale of the data, the rows of both tables
+    <folder>/checkpoints/00000000.npz  one flat vector: the weights of all subnets, then those of the coarse network
+
+Nothing is pickled: a file is whole, or refused by name (`labkit.checkpoints`).
+
+Made by `labkit.subnets`; read back with `labkit.load_subnets`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from labkit import checkpoints, record
+from labkit.coarse import VOTES, CoarseProblem, Joined, average, coarse_net, majority
+from labkit.costs import multiply_adds, n_parameters
+from labkit.decomposition import Decomposition
+from labkit.errors import ProblemError, RunError
+from labkit.fitting import BATCH, Fit, fit
+from labkit.layout import flatten
+from labkit.models import make_model, seeded
+from labkit.parts import make_part, part_seed
+from labkit.problems import Problem, evaluating
+from labkit.settings import by_value, known
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LENGTH = {"epochs": 100, "patience": 15}  # of the training of a coarse network, which takes a second or two
+LR = 1e-3  # of its Adam
+NAMES = {"coarse": "CNN-DNN", "average": "average probability", "majority": "majority vote"}
+
+
+class Subnets:
+    """Trained subnets and their coarse network.
+
+    Attributes
+    ----------
+    config : the settings, as `config.json` keeps them
+    decomposition : the `Decomposition`
+    module : all of it as one torch module, from normalised samples to logits
+    rows, part_rows : what `table()` and `parts()` show
+    """
+
+    def __init__(self, module: Joined, config: dict[str, Any], rows: list[dict], part_rows: list[dict]) -> None:
+        self.module, self.config, self.rows, self.part_rows = module, config, rows, part_rows
+        self.decomposition = Decomposition.of(config["decomposition"])
+
+    def predict(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
+        """Classes, int64 (n,), of images as the data set holds them (bytes stay bytes): (n, C, H, W), (n, C, D, H, W).
+
+        `by` is "coarse", "average" (mean probability) or "majority" (equal votes: the larger summed probability).
+        """
+        return self.scores(images, by).argmax(1)
+
+    def scores(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
+        """What each class gets (n, K): probability, or share of the votes, where a trace of probability tells equals apart."""
+        known("by", by, VOTES)
+        images, shape = np.asarray(images), tuple(self.config["shape"])
+        if images.ndim != len(shape) + 1 or images.shape[1:] != shape:
+            raise ProblemError(f"images of shape {images.shape} were given; these subnets take (n, {', '.join(map(str, shape))}).")
+        centre, rate = (
+            np.asarray(self.config[key], np.float32).reshape(-1, *(1,) * (len(shape) - 1)) for key in ("centre", "rate")
+        )
+        found = [np.empty((0, self.config["n_classes"]), np.float32)]
+        with evaluating(self.module) as module:
+            for at in range(0, len(images), BATCH):
+                x = images[at : at + BATCH].astype(np.float32)
+                x -= centre
+                x *= rate
+                logits = module.outputs(torch.from_numpy(x))
+                found.append(_decided(module, logits, by).numpy())
+        return np.concatenate(found)
+
+    def table(self) -> pd.DataFrame:
+        """A row a model: test accuracy, parameters, multiply-adds a sample, epochs, seconds and wall_s.
+
+        `seconds` goes by the rule of the paper: the longest of the subnets plus the coarse network, as if there were a worker
+        for each; `wall_s` is what passed on this lab.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.rows).set_index("model")
+
+    def parts(self) -> pd.DataFrame:
+        """A row a part: its place in the grid, test accuracy of its subnet alone, held-out score, epochs, seconds, worker, cost."""
+        import pandas as pd
+
+        return pd.DataFrame(self.part_rows).set_index("part")
+
+    def summary(self) -> dict[str, Any]:
+        """Accuracy and times of the joined subnets, and what was sent: `t_par` by the rule of the paper, `busy` the share of the
+        wall time of the subnets that the workers trained, `speedup` T(global) / T_par where the global network is in the table."""
+        rows = {row["model"]: row for row in self.rows}
+        own, seconds = rows[NAMES["coarse"]], [row["seconds"] for row in self.part_rows]
+        there = rows.get("global CNN")
+        return {
+            "n_parts": self.decomposition.n_parts,
+            "n_workers": self.config["n_workers"],
+            "accuracy": own["accuracy"],
+            "t_par": own["seconds"],
+            "wall_s": own["wall_s"],
+            "busy": sum(seconds) / (self.config["n_workers"] * rows[NAMES["average"]]["wall_s"]),
+            "speedup": there["seconds"] / own["seconds"] if there else None,
+            "bytes_between_subnets": 0,
+            "bytes_to_coarse": self.config["bytes_to_coarse"],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write all of it to a folder, whole or not at all; what another model left there is not touched: RunError."""
+        path = Path(path).absolute()
+        if (path / "config.json").exists() and record.read_json(path / "config.json").get("what") != "subnets":
+            raise RunError(f"{path} holds something else than subnets. Save to a new folder.")
+        try:
+            (path / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
+            fresh = {"id": secrets.token_hex(8), "rows": self.rows, "parts": self.part_rows}  # a mix of two saves is refused
+            record.write_json(path / "config.json", self.config | fresh)
+            checkpoints.write(path, 0, flatten(self.module)[0].numpy())
+        except OSError as error:
+            raise RunError(f"the subnets cannot be saved in {path}: {error}.") from error
+        return path
+
+
+def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] | None = None) -> Subnets:
+    """Subnets as they were saved, or as `train_subnets` left them; the data set is not needed.
+
+    A model that was written in a notebook is not in the file: give its function as `model`.
+    """
+    path = Path(path).absolute()
+    config = record.read_json(path / "config.json")
+    if config.get("what") != "subnets":
+        raise RunError(f"{path} does not hold subnets. A run of labkit.train is read by labkit.load_run.")
+    if not isinstance(config.get("format"), int) or config["format"] > record.FORMAT:
+        raise RunError(f"{path} was written by a later labkit (format {config.get('format')}). Update labkit to read it.")
+    if "rows" not in config:
+        raise RunError(f"{path} holds no trained subnets: their training did not end. Train them again.")
+    settings = config["problem"]
+    if model is None and (lost := by_value([settings["model"], settings["model_args"]])) is not None:
+        raise RunError(f"{path}: the model {lost!r} was written in a notebook. Give its function: load_subnets(..., model=...).")
+    try:
+        module = make_joined(config, model or settings["model"], settings["model_args"])
+    except (KeyError, TypeError, ValueError, ProblemError) as error:
+        raise RunError(f"{path / 'config.json'} does not describe subnets that can be made here: {error}") from error
+    fill(module, path, 0)
+    return Subnets(module, config, config["rows"], config["parts"])
+
+
+def make_joined(config: Mapping[str, Any], model: Any, model_args: Mapping[str, Any]) -> Joined:
+    """The graph of subnets and coarse network with random weights; those of part i derive from (seed, i)."""
+    decomposition, shape, n_classes = Decomposition.of(config["decomposition"]), tuple(config["shape"]), config["n_classes"]
+    subnets = [
+        make_part(model, model_args, decomposition, part, config["width_rule"], shape, n_classes, part_seed(config["seed"], part))
+        for part in range(decomposition.n_parts)
+    ]
+    arguments = {"hidden": config["hidden"], "dropout": config["dropout"]}
+    coarse = make_model(coarse_net, (decomposition.n_parts, n_classes), n_classes, arguments, config["seed"])
+    return Joined(decomposition.windows(shape), subnets, coarse, config["inputs"])
+
+
+def fill(module: nn.Module, path: Path, version: int) -> dict[str, Any]:
+    """Give a module the weights of a kept version; returns the state that was kept with them."""
+    weights, state = checkpoints.read_state(path, version)
+    flat, layout = flatten(module)
+    if len(weights) != layout.size:
+        raise RunError(f"{path}, version {version}: {len(weights)} weights for a model of {layout.size}. It was changed since.")
+    flat.copy_(torch.from_numpy(weights.copy()))
+    return state
+
+
+def train_coarse(
+    problem: Problem, module: Joined, part_rows: list[dict], folder: Path, config: dict, stack: np.ndarray, wall: float
+) -> Subnets:
+    """Gather the subnets from `folder`, train the coarse network in `module` on their outputs for `stack`, and measure."""
+    held, test = problem.score_indices(), problem.test_indices()
+    kept = [fill(net, folder, part)["logits"] for part, net in enumerate(module.subnets)]
+    logits = {name: np.stack([own[name] for own in kept], 1) for name in ("stack", "score", "test")}
+    seen = np.concatenate([logits["stack"], logits["score"]])
+    labels = problem.labels(np.concatenate([stack, held]))
+    options = {key: config[key] for key in ("inputs", "hidden", "dropout")}
+    task, at = CoarseProblem(problem, seen, labels, **options, lr=LR), np.arange(len(labels))
+    with seeded(config["seed"]):  # for dropout
+        done = fit(task, module.coarse, at[: len(stack)], at[len(stack) :], **LENGTH, seed=config["seed"])
+    answers, outputs = problem.dataset.labels("test")[test], torch.from_numpy(logits["test"])
+    right = logits["test"].argmax(-1) == answers[:, None]
+    for row, own in zip(part_rows, right.T, strict=True):
+        row |= {"accuracy": float(own.mean()), "place": list(Decomposition.of(config["decomposition"]).place(row["part"]))}
+    with evaluating(module):
+        decided = {by: _decided(module, outputs, by).numpy().argmax(1) for by in VOTES}
+    rows = [_row(by, float((decided[by] == answers).mean()), module, part_rows, done, wall) for by in VOTES]
+    return Subnets(module, config | {"bytes_to_coarse": seen.nbytes, "n_test": len(test)}, rows, part_rows)
+
+
+def _decided(module: Joined, logits: torch.Tensor, by: str) -> torch.Tensor:
+    with torch.no_grad():
+        return {"coarse": lambda logits: module.decide(logits).softmax(-1), "average": average, "majority": majority}[by](logits)
+
+
+def _row(by: str, accuracy: float, module: Joined, parts: Sequence[dict], coarse: Fit, wall: float) -> dict[str, Any]:
+    deep, extra = by == "coarse", coarse.seconds if by == "coarse" else 0.0
+    shape = (len(parts), module.coarse[-1].out_features)
+    return {
+        "model": NAMES[by],
+        "accuracy": accuracy,
+        "parameters": sum(row["parameters"] for row in parts) + deep * n_parameters(module.coarse),
+        "multiply_adds": sum(row["multiply_adds"] for row in parts) + deep * multiply_adds(module.coarse, shape),
+        "epochs": max(row["epochs"] for row in parts),
+        "seconds": max(row["seconds"] for row in parts) + extra,
+        "wall_s": wall + extra,
+    }

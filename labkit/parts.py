@@ -1,0 +1,98 @@
+"""One part as something to train: its window of every sample, and the global architecture made narrower.
+
+The widths of all hidden layers are multiplied by the factor of a width rule and rounded to whole channels, at least one:
+
+    "sqrt"     1/sqrt(N)  the N subnets together have about as many parameters as the global network
+    "linear"   1/N        a subnet has about 1/N^2 of them
+    "same"     1          a subnet has about as many as the global network
+
+A `Subnet` is a `Problem`, so `labkit.train` can also train a single one on many workers.
+
+Used by `labkit.subnets`, `labkit.rivals` and `labkit.joined`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from labkit.decomposition import Decomposition
+from labkit.errors import ProblemError
+from labkit.models import describe, make_model
+from labkit.problems import Classifier
+from labkit.settings import known
+
+WIDTH_RULES: dict[str, Callable[[int], float]] = {
+    "sqrt": lambda n_parts: n_parts**-0.5,
+    "linear": lambda n_parts: 1 / n_parts,
+    "same": lambda n_parts: 1.0,
+}
+
+
+class Subnet(Classifier):
+    """The problem of one part: a `Classifier` whose samples are its window and whose model is narrower by the width rule.
+
+    Parameters beside those of `Classifier`: decomposition (also as `Decomposition.config()` gives it), part (0..N-1), width_rule.
+    """
+
+    def __init__(
+        self,
+        model: str | Callable[..., nn.Module] = "lenet",
+        data: Any = "fashion-mnist",
+        *,
+        decomposition: Decomposition | Mapping[str, Any],
+        part: int,
+        width_rule: str = "sqrt",
+        **common: Any,
+    ) -> None:
+        super().__init__(model, data, **common)
+        self.decomposition = Decomposition.of(decomposition)
+        self.part = known("part", part, range(self.decomposition.n_parts))
+        self.width_rule = known("width_rule", width_rule, WIDTH_RULES)
+
+    @property
+    def window(self) -> tuple[slice, ...]:
+        return self.decomposition.windows(self.dataset.shape)[self.part]
+
+    def build(self, seed: int) -> nn.Module:
+        about = self.dataset.shape, self.dataset.n_classes
+        return make_part(self.model, self.model_args, self.decomposition, self.part, self.width_rule, *about, seed)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "decomposition": self.decomposition.config()}
+
+    def _title(self) -> str:
+        return f"part {self.part} of {self.decomposition!r}, model {describe(self.model)}"
+
+
+def make_part(
+    model: str | Callable[..., nn.Module],
+    model_args: Mapping[str, Any],
+    decomposition: Decomposition,
+    part: int,
+    width_rule: str,
+    shape: Sequence[int],
+    n_classes: int,
+    seed: int,
+) -> nn.Module:
+    """The subnet of a part, for whole samples of `shape`."""
+    arguments = narrowed(model_args, decomposition.n_parts, width_rule)
+    try:
+        return make_model(model, decomposition.shapes(shape)[part], n_classes, arguments, seed)
+    except ProblemError as error:
+        advice = " A model of your own needs a keyword `width`, or width_rule='same'." if "'width'" in str(error) else ""
+        raise ProblemError(f"part {part} of {decomposition!r}: {error}{advice}") from error
+
+
+def narrowed(model_args: Mapping[str, Any], n_parts: int, width_rule: str) -> dict[str, Any]:
+    """The arguments of a model with the `width` that a rule gives each of `n_parts` subnets."""
+    factor = WIDTH_RULES[width_rule](n_parts)
+    return dict(model_args) if factor == 1 else {**model_args, "width": model_args.get("width", 1.0) * factor}
+
+
+def part_seed(seed: int, part: int) -> int:
+    """The seed of a subnet; part 0 keeps the seed itself, so that one part is plain training."""
+    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0]) if part else seed
