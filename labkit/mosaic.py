@@ -1,0 +1,150 @@
+"""Pictures of parts: where they lie on a sample, how good each is alone, how long each took.
+
+Of a volume the middle slice is drawn, with the parts that meet it.
+
+Used through plots.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labkit import canvas
+from labkit.decomposition import Decomposition
+
+if TYPE_CHECKING:
+    import holoviews as hv
+
+    from labkit.joined import Subnets
+
+FRAMES = (1, 5, 2, 4)  # colours of four kinds of part, by odd and even row and column: no two of a kind touch
+INSET = 0.01  # of the longer side of the image, by which frames of one kind lie further inside than those of the next
+
+
+def decomposition(parts: Decomposition, image: np.ndarray) -> hv.Overlay:
+    """The parts drawn on one sample (C, H, W) or (C, D, H, W), a frame each, with its number in the middle."""
+    canvas.extension()
+    sample = np.asarray(image)
+    rows = _flat(parts, sample.shape)
+    grey = sample.mean(0, dtype=np.float64)
+    note = "frames: what each subnet sees"
+    if sample.ndim == 4:
+        note += f"; slice {len(grey) // 2} of {len(grey)} of the first axis"
+        grey = grey[len(grey) // 2]
+    pieces = [_picture(grey)]
+    for part, (down, across), (row, column) in rows:
+        kind = 2 * (row % 2) + column % 2
+        inside = INSET * max(grey.shape) * (kind + 0.6)
+        pieces.append(_frame((across.start + inside, down.start + inside, across.stop - inside, down.stop - inside), kind))
+        pieces.append(_words([((across.start + across.stop) / 2, (down.start + down.stop) / 2, str(part))], kind))
+    shared = ", ".join(str(pixels) for pixels in dict.fromkeys(parts.overlap))
+    title = f"{parts.n_parts} parts of {' x '.join(map(str, parts.shapes(sample.shape)[0][1:]))} pixels, overlap {shared}"
+    return _finish(canvas.overlay(pieces), title, note, grey.shape)
+
+
+def part_accuracy(joined: Subnets) -> hv.Overlay:
+    """Test accuracy of each subnet alone, where its part lies on the image."""
+    canvas.extension()
+    shape, chosen = joined.config["shape"], joined.decomposition
+    score = {row["part"]: row["accuracy"] for row in joined.part_rows}
+    rows = _flat(chosen, shape)
+    # As wide as the cell that is a part's own, overlap aside, so that nothing is hidden.
+    n_down, n_across = chosen.grid[-2:]
+    high, wide = shape[-2] / n_down, shape[-1] / n_across
+    cells, words = [], []
+    for part, _, (row, column) in rows:
+        cells.append((column * wide, row * high, (column + 1) * wide, (row + 1) * high, 100 * score[part]))
+        words.append(((column + 0.5) * wide, (row + 0.5) * high, f"{100 * score[part]:.1f}"))
+    best, worst = max(score, key=score.get), min(score, key=score.get)
+    title = f"Alone, part {best} reaches {_percent(score[best])}, part {worst} {_percent(score[worst])}"
+    together = joined.summary()["accuracy"]
+    note = f"test accuracy (%) of each subnet; joined: {_percent(together)}"
+    return _finish(canvas.overlay([_heat(cells), _words(words)]), title, note, shape[-2:])
+
+
+def part_times(joined: Subnets) -> hv.Overlay:
+    """Seconds of training: each subnet, the coarse network, and what was trained for comparison."""
+    canvas.extension()
+    parts, rows = joined.part_rows, {row["model"]: row for row in joined.rows}
+    parallel = rows["CNN-DNN"]["seconds"]
+    coarse = parallel - max(row["seconds"] for row in parts)
+    names = [f"part {row['part']}" for row in parts] + ["coarse", "longest\n+ coarse"]
+    times = [row["seconds"] for row in parts] + [coarse, parallel]
+    title = f"{len(parts)} subnets with a worker each: {parallel:.1f} s"
+    if "global CNN" in rows:
+        names.append("global\nCNN")
+        times.append(rows["global CNN"]["seconds"])
+        title += f", the global network {times[-1]:.1f} s"
+    lab = joined.config
+    slow = canvas.emulated([worker["slowdown"] for worker in lab["workers"]])
+    note = f"{lab['n_workers']} workers needed {rows['CNN-DNN']['wall_s']:.1f} s; 1 seed" + (f"; {slow}" if slow else "")
+    return canvas.columns({"training": times}, names, title, note, ylabel="time (s)", text="{:.1f}")
+
+
+def _flat(parts: Decomposition, shape: Sequence[int]) -> list[tuple[int, tuple[slice, slice], tuple[int, int]]]:
+    """(part, its window in the last two axes, its place there) of the parts that meet the middle slice of a volume, or of all."""
+    found = []
+    for part, window in enumerate(parts.windows(shape)):
+        if len(window) == 2 or parts.place(part)[0] == parts.grid[0] // 2:
+            found.append((part, window[-2:], parts.place(part)[-2:]))
+    return found
+
+
+def _picture(grey: np.ndarray) -> hv.Element:
+    import holoviews as hv
+
+    high, wide = grey.shape
+    picture = hv.Image((np.arange(wide) + 0.5, np.arange(high) + 0.5, grey), ["x", "y"], "value")
+    return picture.opts(cmap="gray", backend="bokeh").opts(cmap="gray", interpolation="nearest", backend="matplotlib")
+
+
+def _frame(box: tuple[float, float, float, float], kind: int) -> hv.Element:
+    import holoviews as hv
+
+    colour, dash = canvas.COLOURS[FRAMES[kind]], canvas.DASHES[kind]
+    left, bottom, right, top = box
+    path = hv.Path([[(left, bottom), (right, bottom), (right, top), (left, top), (left, bottom)]], ["x", "y"])
+    path = path.opts(color=colour, line_dash=dash[0], line_width=3, backend="bokeh")
+    return path.opts(color=colour, linestyle=dash[1], linewidth=2.5, backend="matplotlib")
+
+
+def _heat(cells: list[tuple]) -> hv.Element:
+    import holoviews as hv
+
+    heat = hv.Rectangles(cells, kdims=["left", "bottom", "right", "top"], vdims="accuracy (%)")
+    common = {"cmap": "Blues", "clim": (0, 100), "colorbar": True}
+    heat = heat.opts(color="accuracy (%)", line_color="white", tools=["hover"], **common, backend="bokeh")
+    return heat.opts(color="accuracy (%)", edgecolor="white", **common, backend="matplotlib")
+
+
+def _words(words: list[tuple[float, float, str]], kind: int | None = None) -> hv.Element:
+    """Text on a white ground, in the colour of its frame, so that it can be read on any image."""
+    import holoviews as hv
+
+    colour = "white" if kind is None else canvas.COLOURS[FRAMES[kind]]
+
+    def ground(plot: Any, element: Any) -> None:
+        spots = {(float(x), float(y)) for x, y, _ in words}
+        for word in plot.handles["axis"].texts:
+            if tuple(map(float, word.get_position())) in spots:
+                word.set_bbox({"facecolor": "white", "edgecolor": colour, "pad": 2})
+
+    written = hv.Labels(words, ["x", "y"], "text")
+    ink = {"text_color": "black", "background_fill_color": "white", "border_line_color": colour}
+    written = written.opts(text_font_size="11pt", **ink, backend="bokeh")
+    return written.opts(size=11, color="black", hooks=[ground], backend="matplotlib")
+
+
+def _finish(figure: hv.Overlay, title: str, note: str, size: Sequence[int]) -> hv.Overlay:
+    high, wide = size
+    return canvas.finish(
+        figure, title, note, xlabel="column (pixels)", ylabel="row (pixels)", xlim=(0, wide), ylim=(0, high), invert_yaxis=True,
+        grid="", shape={"aspect": "equal", "fig_inches": (8, 5.5)}, height=5.5,
+    )  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
