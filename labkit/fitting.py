@@ -1,7 +1,7 @@
 """Plain training: one module in one process, epoch after epoch, stopped early by a held-out split.
 
 Orders and batches are those of a worker that trains alone, so without early stopping the weights are bit for bit those of
-`labkit.train` on one worker with SGWU and as many passes. With it, the weights of the best epoch stay.
+`labkit.train` on one worker with SGWU, UDPA and as many passes. With it, the weights of the best epoch stay.
 
 Used by `labkit.subnets` on the workers (parts and rivals) and by `labkit.coarse`.
 """

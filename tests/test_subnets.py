@@ -1,0 +1,373 @@
+"""Networks trained in parts: one part is plain training, no worker matters, nothing is lost, and what is saved comes back."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import labkit
+from labkit import chaos, checkpoints
+from labkit.coarse import CoarseProblem, average, coarse_net, majority
+from labkit.costs import multiply_adds, n_parameters
+from labkit.decomposition import Decomposition
+from labkit.errors import ProblemError, RunError
+from labkit.fitting import fit, measure
+from labkit.models.cnn import lenet, resnet20
+from labkit.parts import Subnet, narrowed, part_seed
+from labkit.settings import kept_arguments
+
+pytestmark = pytest.mark.usefixtures("cache")
+SEED = 5
+
+
+def data(n=231, shape=(1, 8, 8), n_classes=3):
+    """A bright pixel somewhere in each quarter: its column tells the class, noisily."""
+    generator = np.random.default_rng(0)
+    y = np.arange(n) % n_classes
+    x = generator.normal(size=(n, *shape)).astype(np.float32)
+    for quarter in range(0, shape[-1], 4):
+        x[np.arange(n), 0, ..., quarter // 4, quarter + y % 4] += 2.5
+    return x, y
+
+
+def net(shape, n_classes, width=1.0):
+    hidden = max(1, round(16 * width))
+    return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(shape)), hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
+
+
+def stiff(shape, n_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(shape)), n_classes))
+
+
+def problem(model=net, **settings):
+    return labkit.Classifier(model, settings.pop("data", data()), **{"batch_size": 16, "lr": 0.05, "score_samples": 30} | settings)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    with labkit.connect("threads", 2) as lab:
+        yield lab
+
+
+@pytest.fixture
+def train(lab, tmp_path):
+    def train(a_problem=None, grid=(2, 2), **options):
+        place = {"runs": tmp_path, "name": "joined", "progress": False, "epochs": 3, "seed": SEED}
+        return labkit.train_subnets(a_problem or problem(), lab, grid, **place | options)
+
+    return train
+
+
+def weights(joined):
+    return {name: value.numpy().copy() for name, value in joined.module.state_dict().items()}
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    return all(np.array_equal(value, second[name]) for name, value in first.items())
+
+
+# -- what must hold ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["lenet", net])
+def test_one_part_is_plain_training_bit_for_bit(model, train, lab, tmp_path):
+    a_problem = problem(model, model_args={"width": 0.25})
+    joined = train(a_problem, (1, 1), stacking="same-split")
+    plain = {"update": "sgwu", "partition": "udpa", "passes": 3, "seed": SEED, "workers": [0]}
+    run = labkit.train(a_problem, lab, **plain, name="plain", runs=tmp_path).wait(60)
+    alone = {name: value.numpy() for name, value in joined.module.subnets[0].state_dict().items()}
+    assert same(alone, run.weights())
+
+
+def test_a_part_sees_its_window_bit_for_bit():
+    decomposition = Decomposition((2, 3), 1)
+    for options in ({}, {"channels_last": True}, {"data": data(shape=(2, 9, 8)), "channels_last": True}):
+        whole = problem(**options)
+        for indices, split in ((whole.train_indices()[:7], "train"), (whole.test_indices(), "test")):
+            x, y = whole.load(indices, split)
+            for number, expected in enumerate(decomposition.cut(x)):
+                part = Subnet(**kept_arguments(whole), decomposition=decomposition, part=number)
+                seen, labels = part.load(indices, split)
+                assert torch.equal(seen, expected) and torch.equal(labels, y)
+
+
+def test_workers_and_their_number_do_not_matter_and_the_seed_does(train):
+    first, second = train(rivals=["transfer"]), train(workers=[1])
+    assert same(weights(first), weights(second)) and set(second.parts().worker) == {1}
+    assert not same(weights(first), weights(train(seed=SEED + 1)))
+    states = [net.state_dict()["3.weight"] for net in first.module.subnets]
+    assert not any(torch.equal(a, b) for i, a in enumerate(states) for b in states[:i])
+    assert part_seed(SEED, 0) == SEED and len({part_seed(SEED, part) for part in range(64)}) == 64
+
+
+@pytest.mark.parametrize("stacking", ["held-out", "same-split"])
+def test_the_coarse_network_learns_from_what_the_subnets_have_not_seen(stacking, train, lab, monkeypatch):
+    seen, spread = [], type(lab).map
+    monkeypatch.setattr(
+        type(lab), "map", lambda self, fn, items, *rest, **more: spread(self, fn, seen.extend(items) or items, *rest, **more)
+    )
+    a_problem = problem()
+    train(a_problem, stacking=stacking)
+    everything = sorted(a_problem.train_indices())
+    for job in seen:
+        if stacking == "same-split":
+            assert sorted(job.train) == sorted(job.stack) == everything
+        else:
+            assert sorted([*job.train, *job.stack]) == everything and 0.15 < len(job.stack) / len(everything) < 0.25
+            assert set(a_problem.labels(job.stack)) == {0, 1, 2}
+        assert not set(everything) & set(a_problem.score_indices())
+
+
+def test_the_longest_subnets_start_first(train, lab, monkeypatch):
+    seen, spread = [], type(lab).map
+    monkeypatch.setattr(
+        type(lab), "map", lambda self, fn, items, *rest, **more: spread(self, fn, seen.extend(items) or items, *rest, **more)
+    )
+    joined = train(problem(data=data(shape=(1, 12, 12))), Decomposition((3, 3), 1, border="cut"))
+    costs = joined.parts().multiply_adds
+    order = [costs[job.problem.part] for job in seen]
+    assert order == sorted(order, reverse=True) and len(set(order)) == 3 and seen[0].problem.part == 4
+    assert list(joined.parts().index) == list(range(9))
+
+
+def test_progress_is_a_line_for_each(train, capsys):
+    train(progress=True, grid=(1, 3))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("subnet ")]
+    assert [line.split(":")[0] for line in lines] == [f"subnet {i} of 3" for i in (1, 2, 3)]
+    assert all("held-out accuracy" in line and " s on worker " in line for line in lines)
+
+
+def test_all_is_in_one_table_and_the_time_goes_by_the_rule_of_the_paper(train):
+    joined = train(rivals=["global", "small", "coherent", "transfer"], epochs=2)
+    table, parts, summary = joined.table(), joined.parts(), joined.summary()
+    assert list(table.index[:3]) == ["CNN-DNN", "average probability", "majority vote"]
+    assert list(table.index[3:]) == ["global CNN", "small global CNN", "coherent, from random weights", "transfer, from the parts"]
+    assert table.accuracy.between(0, 1).all() and (table.seconds > 0).all() and (table.epochs == 2).all()
+    assert table.seconds["majority vote"] == parts.seconds.max() <= table.seconds["CNN-DNN"] == summary["t_par"]
+    assert table.seconds["transfer, from the parts"] > summary["t_par"]  # what came before it counts
+    assert summary["speedup"] == table.seconds["global CNN"] / summary["t_par"] and summary["bytes_between_subnets"] == 0
+    assert summary["bytes_to_coarse"] % (4 * 3 * 4) == 0 and 0 < summary["busy"] < 1.1
+    coherent = table.loc["coherent, from random weights"]
+    assert (table.loc["CNN-DNN", ["parameters", "multiply_adds"]] == coherent[["parameters", "multiply_adds"]]).all()
+    assert table.parameters["CNN-DNN"] == n_parameters(joined.module) > parts.parameters.sum()
+    assert table.parameters["small global CNN"] < table.parameters["global CNN"]
+
+
+def test_volumes_are_cut_too(train):
+    volumes = problem("lenet", data=data(n=60, shape=(1, 8, 8, 8)), model_args={"width": 0.1})
+    joined = train(volumes, Decomposition((2, 1, 2), 1), epochs=1)
+    assert joined.module.subnets[3].conv1.weight.dim() == 5 and joined.parts().place[3] == [1, 0, 1]
+    assert joined.predict(volumes.dataset.raw(np.arange(3), "test")).shape == (3,)
+
+
+def test_a_subnet_is_a_problem_that_many_workers_can_train(lab, tmp_path):
+    part = Subnet(**kept_arguments(problem("lenet")), decomposition=Decomposition((2, 2), 1), part=2, width_rule="linear")
+    run = labkit.train(part, lab, update="agwu", partition="idpa", passes=3, seed=SEED, name="part", runs=tmp_path).wait(60)
+    again = labkit.load_run(run.path).model()
+    assert run.weights()["conv1.weight"].shape == (8, 1, 5, 5) and again.dense1.in_features == part.build(0).dense1.in_features
+    assert run.summary()["score"] > 0.2
+
+
+# -- the coarse level --------------------------------------------------------------------------------------------------
+
+
+def test_equal_votes_go_to_the_larger_summed_probability():
+    p = torch.tensor([[[0.9, 0.1, 0.0], [0.4, 0.6, 0.0]], [[0.55, 0.45, 0.0], [0.0, 0.9, 0.1]], [[0.2, 0.5, 0.3], [0.1, 0.2, 0.7]]])
+    assert majority(p.log()).argmax(1).tolist() == [0, 1, 2]
+    sure = torch.tensor([[[0.34, 0.33, 0.33], [0.34, 0.33, 0.33], [0.0, 1.0, 0.0]]]).log()
+    assert majority(sure).argmax(1).tolist() == [0] and average(sure).argmax(1).tolist() == [1]  # two votes beat one, however sure
+
+
+def test_the_coarse_network_learns_what_no_vote_can_say():
+    """The class is whether the two parts agree."""
+    generator = np.random.default_rng(0)
+    bits = generator.integers(2, size=(1200, 2))
+    logits = np.eye(2, dtype=np.float32)[bits] * 4 + generator.normal(size=(1200, 2, 2)).astype(np.float32)
+    labels = (bits[:, 0] == bits[:, 1]).astype(np.int64)
+    for inputs in ("probabilities", "logits"):
+        task = CoarseProblem(problem(data=data(n_classes=2)), logits, labels, inputs=inputs, hidden=[16], dropout=0.1, lr=0.01)
+        module = task.build(0)
+        fit(task, module, np.arange(900), np.arange(900, 1200), epochs=40, patience=None, seed=0)
+        assert measure(task, module, np.arange(900, 1200))[0] > 0.95
+    votes = average(torch.from_numpy(logits)).argmax(1).numpy()
+    assert abs((votes == labels).mean() - 0.5) < 0.06
+    assert [layer.out_features for layer in coarse_net((2, 2), 5, [7, 4]) if isinstance(layer, nn.Linear)] == [7, 4, 5]
+
+
+# -- training alone ----------------------------------------------------------------------------------------------------
+
+
+def test_early_stopping_keeps_the_best_weights():
+    a_problem = problem()
+    module, held = a_problem.build(0), a_problem.score_indices()
+    done = fit(a_problem, module, a_problem.train_indices(), held, epochs=60, patience=2, seed=0)
+    assert done.epochs == done.best + 2 < 60 and measure(a_problem, module, held) == (done.score, done.loss)
+    longer = a_problem.build(0)
+    fit(a_problem, longer, a_problem.train_indices(), held, epochs=done.best, patience=None, seed=0)
+    assert same({k: v.numpy() for k, v in module.state_dict().items()}, {k: v.numpy() for k, v in longer.state_dict().items()})
+
+
+def test_a_training_that_diverges_says_so(train):
+    with pytest.raises(ProblemError, match=r"the loss is (nan|inf) after epoch .* Give a smaller lr"):
+        train(problem("lenet", lr=1e6), (1, 2))
+
+
+def test_costs_are_counted():
+    assert multiply_adds(lenet((1, 28, 28), 10), (1, 28, 28)) == 24 * 24 * 32 * 25 + 8 * 8 * 64 * 32 * 25 + 1024 * 256 + 2560
+    assert multiply_adds(nn.Conv3d(4, 6, 3, groups=2), (4, 5, 5, 5)) == 27 * 6 * 2 * 27
+    twice = nn.Sequential(nn.Flatten(), *[layer := nn.Linear(9, 9), nn.ReLU(), layer])
+    assert multiply_adds(twice, (1, 3, 3)) == 2 * 81 and n_parameters(twice) == 90
+    assert not layer._forward_hooks and twice.training
+
+
+def test_width_rules():
+    whole = n_parameters(resnet20((1, 32, 32), 10))
+    for rule, share in (("sqrt", 1 / 16), ("linear", 1 / 256), ("same", 1)):
+        part = n_parameters(resnet20((1, 8, 8), 10, **narrowed({}, 16, rule)))
+        assert part / whole == pytest.approx(share, rel=0.25)
+    assert narrowed({"width": 0.5, "a": 1}, 4, "sqrt") == {"width": 0.25, "a": 1} and narrowed({}, 1, "linear") == {}
+
+
+# -- to disk and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", ["probabilities", "logits"])
+def test_predictions_are_the_same_after_the_way_to_disk(inputs, train, tmp_path):
+    a_problem = problem("resnet20", model_args={"width": 0.2}, data=data(shape=(1, 12, 12)))
+    joined = train(a_problem, Decomposition((2, 2), 1), inputs=inputs)
+    test = a_problem.test_indices()
+    images, answers = a_problem.dataset.raw(test, "test"), a_problem.dataset.labels("test")[test]
+    for again in (labkit.load_subnets(tmp_path / "joined"), labkit.load_subnets(joined.save(tmp_path / "new" / "place"))):
+        for by, model in (("coarse", "CNN-DNN"), ("average", "average probability"), ("majority", "majority vote")):
+            assert np.array_equal(joined.scores(images, by), again.scores(images, by))
+            assert (again.predict(images, by) == answers).mean() == pytest.approx(again.table().accuracy[model])
+        assert again.summary() == joined.summary() and again.parts().equals(joined.parts())
+        assert same(weights(joined), weights(again))
+    np.testing.assert_allclose(joined.scores(images).sum(1), 1, rtol=1e-5)
+    assert joined.predict(images[:0]).shape == (0,)
+
+
+def test_what_was_damaged_mixed_or_is_something_else_is_refused(train, tmp_path):
+    joined = train()
+    joined.save(tmp_path / "copy")
+    file = checkpoints._file(tmp_path / "copy", 0)
+    for content, message in (
+        (checkpoints._file(tmp_path / "joined", 0).read_bytes(), "belongs to another run"),
+        (file.read_bytes()[:-40], "is damaged"),
+        (b"\x80\x04pickle", "is no checkpoint of labkit"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(RunError, match=message):
+            labkit.load_subnets(tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    for change, message in (
+        ({"what": "run"}, "does not hold subnets"),
+        ({"format": 99}, "by a later labkit"),
+        ({"rows": None}, ""),
+        ({"decomposition": {"grid": [20, 2]}}, "does not describe subnets"),
+        ({"problem": config["problem"] | {"model": {"by_value": "net"}}}, r"'net' was written in a notebook.*model="),
+    ):
+        changed = {key: value for key, value in (config | change).items() if value is not None}
+        (tmp_path / "copy" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(RunError, match=message or "did not end"):
+            labkit.load_subnets(tmp_path / "copy")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(RunError, match="holds something else"):
+        joined.save(tmp_path / "run")
+
+
+def test_a_model_of_a_notebook_is_given_again(train, tmp_path):
+    joined = train(problem(lambda shape, n_classes, width=1.0: net(shape, n_classes, width)))
+    with pytest.raises(RunError, match="was written in a notebook"):
+        labkit.load_subnets(tmp_path / "joined")
+    images = data(5)[0]
+    assert np.array_equal(labkit.load_subnets(tmp_path / "joined", model=net).scores(images), joined.scores(images))
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"grid": (9, 1)}, ProblemError, "9 parts along axis 0, which has 8 pixels"),
+        ({"grid": (2, 2, 2)}, ProblemError, r"cuts volumes \(C, D, H, W\), and the data have shape \(1, 8, 8\)"),
+        ({"width_rule": "sqr"}, ValueError, r"width_rule='sqr' is not known. Known: sqrt, linear, same. Did you mean 'sqrt'\?"),
+        ({"stacking": "out"}, ValueError, "stacking='out' is not known. Known: held-out, same-split"),
+        ({"inputs": "features"}, ValueError, "Known: probabilities, logits"),
+        ({"rivals": ["globl"]}, ValueError, "Did you mean 'global'"),
+        ({"epochs": 0}, ValueError, "epochs=0 must be at least 1"),
+        ({"patience": 0}, ValueError, "patience=0"),
+        ({"dropout": 1.0}, ValueError, "dropout=1 must be"),
+        ({"hidden": [0]}, ValueError, "hidden=0"),
+    ],
+)
+def test_senseless_requests_start_nothing(change, error, message, train, tmp_path):
+    with pytest.raises(error, match=message):
+        train(**change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_says_why(train, tmp_path):
+    with pytest.raises(
+        ProblemError, match=r"part 0 of Decomposition\(\(2, 2\), overlap=0\): vgg9 does not fit .* layer pool3 would"
+    ):
+        train(problem("vgg9"))
+    with pytest.raises(ProblemError, match=r"part 0 .* needs a keyword `width`, or width_rule='same'"):
+        train(problem(stiff))
+    with pytest.raises(ProblemError, match=r"classes \[2\] of 4 have no sample among"):
+        x, y = data(n_classes=4)
+        train(problem(data=(x[y != 2], y[y != 2], x, y)))
+    with pytest.raises(TypeError, match=r"problem is a Subnet; subnets are made of a labkit.Classifier"):
+        train(Subnet(net, data(), decomposition=Decomposition((2, 2)), part=0))
+    assert not list(tmp_path.iterdir())
+    assert train(problem(stiff), width_rule="same").summary()["n_parts"] == 4
+    with pytest.raises(ValueError, match=r"part=4 is not known. Known: 0, 1, 2, 3"):
+        Subnet(net, data(), decomposition=Decomposition((2, 2)), part=4)
+
+
+def test_images_of_another_shape_are_refused(train):
+    joined = train(epochs=1)
+    with pytest.raises(ProblemError, match=r"images of shape \(3, 8, 8\) were given; these subnets take \(n, 1, 8, 8\)"):
+        joined.predict(np.zeros((3, 8, 8)))
+    with pytest.raises(ValueError, match=r"by='vote' is not known. Known: coarse, average, majority"):
+        joined.predict(np.zeros((3, 1, 8, 8)), by="vote")
+
+
+# -- workers that die --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_the_subnets_of_a_killed_worker_are_trained_again_and_none_is_lost_or_counted_twice(tmp_path):
+    a_problem = labkit.Classifier("lenet", "digits", batch_size=16, lr=0.02, train_samples=640)
+    options = {"decomposition": Decomposition((2, 4), 1), "epochs": 3, "seed": SEED, "runs": tmp_path, "progress": False}
+    with labkit.connect("dask", 2) as lab:
+        quiet = labkit.train_subnets(a_problem, lab, name="quiet", **options)
+        starts, start, found = [], lab.start, {}
+        lab.start = lambda worker, fn, *args: starts.append((worker, args[0].problem.part)) or start(worker, fn, *args)
+        stormy = {"name": "stormy", **options}
+        thread = threading.Thread(target=lambda: found.update(joined=labkit.train_subnets(a_problem, lab, **stormy)))
+        thread.start()
+        limit, parts = time.monotonic() + 120, tmp_path / "stormy" / "parts"
+        while len(done := checkpoints.versions(parts)) < 2 or [part for worker, part in starts if worker == 1][-1] in done:
+            assert time.monotonic() < limit and thread.is_alive()
+            time.sleep(0.02)
+        chaos.kill(lab, 1)
+        thread.join(120)
+    joined = found["joined"]
+    parts = [part for _, part in starts]
+    assert sorted(set(parts)) == list(range(8)) and len(parts) == 9  # one of them twice
+    again = next(part for part in parts if parts.count(part) == 2)
+    assert joined.parts().worker[again] == 0 and (1, again) in starts
+    assert list(joined.parts().index) == list(range(8))
+    assert same(weights(joined), weights(quiet)) and joined.table().accuracy.equals(quiet.table().accuracy)
