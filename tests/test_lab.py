@@ -54,6 +54,16 @@ def boom(x=0):
     raise ZeroDivisionError(f"no {x}")
 
 
+def test_map_tells_who_works_and_what_is_done():
+    told = []
+    with labkit.connect("threads", 2, slowdown=[1, 3]) as lab:
+        places = lab.map(
+            lambda item, worker: (item, worker.index, worker.slowdown), range(5), placed=True, each=lambda *row: told.append(row)
+        )
+        assert [item for item, *_ in places] == list(range(5)) and {row[1:] for row in places} <= {(0, 1), (1, 3)}
+        assert sorted(told) == list(enumerate(places))
+
+
 def test_four_things(capfd):
     with labkit.connect("threads", 3, slowdown=[1, 2, 4]) as lab:
         assert [w.index for w in lab.workers] == [0, 1, 2] and len(lab) == 3

@@ -1,0 +1,91 @@
+"""Pictures of parts: every frame is where its part is, every number is the right one, and both back ends can draw them."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_plots import pieces, title
+
+from labkit import plots
+from labkit.decomposition import Decomposition
+from labkit.errors import ProblemError
+
+
+@pytest.fixture(autouse=True)
+def static():
+    plots.extension("static")
+    yield
+    plots.extension("static")
+
+
+def image(shape=(1, 12, 16)):
+    return np.random.default_rng(0).integers(255, size=shape).astype(np.uint8)
+
+
+def joined(grid=(2, 3), shape=(1, 12, 15), rivals=("global CNN",)):
+    """What the figures read of trained subnets."""
+    decomposition = Decomposition(grid, 1)
+    parts = [{"part": i, "accuracy": 0.5 + 0.01 * i, "seconds": 3.0 + 0.1 * i} for i in range(decomposition.n_parts)]
+    times = {"CNN-DNN": parts[-1]["seconds"] + 0.5} | dict.fromkeys(rivals, 20.0)
+    rows = [{"model": model, "seconds": seconds, "wall_s": 2 * seconds} for model, seconds in times.items()]
+    config = {"shape": list(shape), "n_workers": 2, "workers": [{"slowdown": 1.0}, {"slowdown": 4.0}]}
+    return SimpleNamespace(
+        decomposition=decomposition, part_rows=parts, rows=rows, config=config, summary=lambda: {"accuracy": 0.93}
+    )  # fmt: skip
+
+
+FIGURES = {
+    "decomposition": lambda: plots.decomposition(Decomposition((3, 2), 1), image()),
+    "volume": lambda: plots.decomposition(Decomposition((2, 1, 3)), image((2, 5, 9, 9))),
+    "accuracy": lambda: plots.part_accuracy(joined()),
+    "times": lambda: plots.part_times(joined()),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_a_picture_and_a_page(name, tmp_path):
+    assert plots.save(FIGURES[name](), tmp_path / "figure.png").stat().st_size > 5_000
+    page = plots.save(FIGURES[name](), tmp_path / "figure.html").read_text()
+    assert "Bokeh" in page and not re.search(r"<script[^>]* src=", page)
+
+
+def test_every_frame_lies_just_inside_its_part():
+    decomposition, sample = Decomposition((4, 3), 1), image()
+    figure = plots.decomposition(decomposition, sample)
+    frames = figure.traverse(lambda piece: piece, ["Path"])
+    numbers = [label.data["text"].iloc[0] for label in figure.traverse(lambda piece: piece, ["Labels"])]
+    assert len(frames) == 12 and numbers == [str(part) for part in range(12)]
+    for (down, across), frame in zip(decomposition.windows(sample.shape), frames, strict=True):
+        left, right, top, bottom = (*frame.range("x"), *frame.range("y"))
+        assert across.start < left < across.start + 1 and across.stop - 1 < right < across.stop
+        assert down.start < top < down.start + 1 and down.stop - 1 < bottom < down.stop
+    assert title(figure) == "12 parts of 5 x 7 pixels, overlap 1"
+    assert np.array_equal(next(iter(pieces(figure, "Image").values())).data["value"], sample[0])
+
+
+def test_of_a_volume_the_parts_that_meet_the_middle_slice_are_drawn():
+    figure = plots.decomposition(Decomposition((2, 1, 3)), image((2, 5, 9, 9)))
+    numbers = [label.data["text"].iloc[0] for label in figure.traverse(lambda piece: piece, ["Labels"])]
+    assert numbers == ["3", "4", "5"] and title(figure) == "6 parts of 3 x 9 x 3 pixels, overlap 0"
+    maps = plots.part_accuracy(joined((2, 1, 3), (1, 5, 9, 9)))
+    assert len(pieces(maps, "Rectangles")[""]) == 3
+
+
+def test_the_map_and_the_bars_hold_the_numbers():
+    figure = plots.part_accuracy(joined())
+    (cells,) = pieces(figure, "Rectangles").values()
+    assert list(cells["accuracy (%)"]) == pytest.approx([50, 51, 52, 53, 54, 55])
+    assert list(cells["left"]) == [0, 5, 10] * 2 and list(cells["top"]) == [6] * 3 + [12] * 3
+    assert title(figure) == "Alone, part 5 reaches 55.0 %, part 0 50.0 %"
+    bars = plots.part_times(joined())
+    assert list(pieces(bars, "Rectangles")["training"]["top"]) == pytest.approx([3.0, 3.1, 3.2, 3.3, 3.4, 3.5, 0.5, 4.0, 20.0])
+    assert title(bars) == "6 subnets with a worker each: 4.0 s, the global network 20.0 s"
+    assert title(plots.part_times(joined(rivals=()))) == "6 subnets with a worker each: 4.0 s"
+
+
+def test_a_grid_that_does_not_fit_the_image_is_refused():
+    with pytest.raises(ProblemError, match=r"cuts images \(C, H, W\), and the data have shape \(12, 16\)"):
+        plots.decomposition(Decomposition((2, 2)), image((12, 16)))
