@@ -18,6 +18,7 @@ _HOMES = {
     "compare": "run",
     "train_subnets": "subnets",
     "load_subnets": "joined",
+    "Subnet": "parts",
     "Decomposition": "decomposition",
     "Problem": "problems",
     "Classifier": "problems",

@@ -2,6 +2,7 @@
 
     <folder>/config.json               settings, the shape and the scale of the data, the rows of both tables
     <folder>/checkpoints/00000000.npz  one flat vector: the weights of all subnets, then those of the coarse network
+    <folder>/parts/checkpoints/        only where they were trained: each subnet by its number, and its logits
 
 Nothing is pickled: a file is whole, or refused by name (`labkit.checkpoints`).
 
@@ -54,6 +55,9 @@ class Subnets:
     def __init__(self, module: Joined, config: dict[str, Any], rows: list[dict], part_rows: list[dict]) -> None:
         self.module, self.config, self.rows, self.part_rows = module, config, rows, part_rows
         self.decomposition = Decomposition.of(config["decomposition"])
+
+    def __repr__(self) -> str:
+        return f"<Subnets: {self.decomposition!r} of {tuple(self.config['shape'])}, accuracy {self.rows[0]['accuracy']:.3f}>"
 
     def predict(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
         """Classes, int64 (n,), of images as the data set holds them (bytes stay bytes): (n, C, H, W), (n, C, D, H, W).

@@ -23,7 +23,7 @@ from labkit.decomposition import Decomposition
 from labkit.errors import ProblemError
 from labkit.models import describe, make_model
 from labkit.problems import Classifier
-from labkit.settings import known
+from labkit.settings import kept_arguments, known
 
 WIDTH_RULES: dict[str, Callable[[int], float]] = {
     "sqrt": lambda n_parts: n_parts**-0.5,
@@ -52,6 +52,11 @@ class Subnet(Classifier):
         self.decomposition = Decomposition.of(decomposition)
         self.part = known("part", part, range(self.decomposition.n_parts))
         self.width_rule = known("width_rule", width_rule, WIDTH_RULES)
+
+    @classmethod
+    def of(cls, problem: Classifier, decomposition: Decomposition, part: int, width_rule: str = "sqrt") -> Subnet:
+        """The problem of one part of `problem`, whose settings it takes."""
+        return cls(**kept_arguments(problem), decomposition=decomposition, part=part, width_rule=width_rule)
 
     @property
     def window(self) -> tuple[slice, ...]:

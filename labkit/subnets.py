@@ -33,7 +33,7 @@ from labkit.layout import flatten
 from labkit.parts import WIDTH_RULES, Subnet, part_seed
 from labkit.problems import Classifier
 from labkit.rivals import RIVALS, train_rivals
-from labkit.settings import kept_arguments, known, real, whole
+from labkit.settings import known, real, whole
 from labkit.splits import hold_out
 from labkit.training import choose, claim, describe_lab, leased
 
@@ -94,14 +94,14 @@ def train_subnets(
     """
     problem, decomposition = _checked(problem), Decomposition.of(decomposition)
     known("width_rule", width_rule, WIDTH_RULES)
-    known("stacking", stacking, STACKING), known("inputs", inputs, INPUTS)
+    known("stacking", stacking, STACKING)
+    known("inputs", inputs, INPUTS)
     epochs, hidden = whole("epochs", epochs), [whole("hidden", width) for width in hidden]
     patience = None if patience is None else whole("patience", patience)
     real("dropout", dropout, least=0, below=1)
     for rival in rivals:
         known("rivals", rival, RIVALS)
-    kept = kept_arguments(problem)
-    parts = [Subnet(**kept, decomposition=decomposition, part=i, width_rule=width_rule) for i in range(decomposition.n_parts)]
+    parts = [Subnet.of(problem, decomposition, part, width_rule) for part in range(decomposition.n_parts)]
     costs = _check_parts(problem, parts, seed)
     name = name or f"subnets-{'x'.join(map(str, decomposition.grid))}-{width_rule}-seed{seed}"
     workers = choose(lab, workers, name)

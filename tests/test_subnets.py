@@ -20,7 +20,6 @@ from labkit.errors import ProblemError, RunError
 from labkit.fitting import fit, measure
 from labkit.models.cnn import lenet, resnet20
 from labkit.parts import Subnet, narrowed, part_seed
-from labkit.settings import kept_arguments
 
 pytestmark = pytest.mark.usefixtures("cache")
 SEED = 5
@@ -93,7 +92,7 @@ def test_a_part_sees_its_window_bit_for_bit():
         for indices, split in ((whole.train_indices()[:7], "train"), (whole.test_indices(), "test")):
             x, y = whole.load(indices, split)
             for number, expected in enumerate(decomposition.cut(x)):
-                part = Subnet(**kept_arguments(whole), decomposition=decomposition, part=number)
+                part = Subnet.of(whole, decomposition, number)
                 seen, labels = part.load(indices, split)
                 assert torch.equal(seen, expected) and torch.equal(labels, y)
 
@@ -168,7 +167,7 @@ def test_volumes_are_cut_too(train):
 
 
 def test_a_subnet_is_a_problem_that_many_workers_can_train(lab, tmp_path):
-    part = Subnet(**kept_arguments(problem("lenet")), decomposition=Decomposition((2, 2), 1), part=2, width_rule="linear")
+    part = Subnet.of(problem("lenet"), Decomposition((2, 2), 1), 2, "linear")
     run = labkit.train(part, lab, update="agwu", partition="idpa", passes=3, seed=SEED, name="part", runs=tmp_path).wait(60)
     again = labkit.load_run(run.path).model()
     assert run.weights()["conv1.weight"].shape == (8, 1, 5, 5) and again.dense1.in_features == part.build(0).dense1.in_features
