@@ -73,7 +73,7 @@ def fit(
             seen += len(part)
             after(began)
         if not math.isfinite(loss := float(total) / len(train)):
-            raise ProblemError(f"the loss is {loss} after epoch {epoch} of {epochs}: training has diverged. Give a smaller lr.")
+            raise ProblemError(f"{problem._title()}: the loss is {loss} after epoch {epoch} of {epochs}. Give a smaller lr.")
         began = time.perf_counter()
         if patience is not None or epoch == epochs:
             score, loss = measure(problem, module, held, device=device)

@@ -164,14 +164,21 @@ def _check_parts(problem: Classifier, parts: list[Subnet], seed: int) -> list[in
 # -- on the workers ----------------------------------------------------------------------------------------------------
 
 
+def stacked(problem: Classifier, stacking: str) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (split "train") that subnets are trained on, and those whose outputs the coarse network learns from."""
+    train = problem.train_indices()
+    if stacking == "same-split":
+        return train, train
+    left, held = hold_out(problem.labels(train), len(train), len(train) // HELD_OUT)
+    return train[left], train[held]
+
+
 @dataclass(frozen=True)
 class Job:
-    """One subnet for a worker: trained on `train`, stopped by the score set; its outputs are computed on the rest as well."""
+    """One subnet for a worker; the samples it is trained on follow from the settings, so that no index travels."""
 
     problem: Subnet
     path: str
-    train: np.ndarray
-    stack: np.ndarray
     config: Mapping[str, Any]
 
 
@@ -184,9 +191,10 @@ def train_part(job: Job, worker: Worker) -> dict[str, Any]:
     seed = part_seed(config["seed"], problem.part)
     slowness = ready(worker, config["jitter"], seed, config["kind"])
     module, held = problem.build(seed), problem.score_indices()
+    train, stack = stacked(problem, config["stacking"])
     settings = {"epochs": config["epochs"], "patience": config["patience"], "seed": seed}
-    done = fit(problem, module, job.train, held, **settings, device=worker.device, after=slowness.after)
-    asked = {"stack": (job.stack, "train"), "score": (held, "train"), "test": (problem.test_indices(), "test")}
+    done = fit(problem, module, train, held, **settings, device=worker.device, after=slowness.after)
+    asked = {"stack": (stack, "train"), "score": (held, "train"), "test": (problem.test_indices(), "test")}
     logits = {name: outputs(problem, module, *where, device=worker.device) for name, where in asked.items()}
     flat = flatten(module, "cpu")[0].numpy()
     checkpoints.write(Path(job.path), problem.part, flat, {"logits": logits})
@@ -200,14 +208,10 @@ def _train(
     problem: Classifier, parts: list[Subnet], costs: list[int], path: Path, config: dict, run: Callable, progress: bool
 ) -> Subnets:
     """Subnets on the lab, then the coarse network here."""
-    train = stack = problem.train_indices()
-    if config["stacking"] == "held-out":
-        left, held = hold_out(problem.labels(train), len(train), len(train) // HELD_OUT)
-        train, stack = train[left], train[held]
     folder = path / "parts"
     (folder / checkpoints.FOLDER).mkdir(parents=True)
     order = sorted(range(len(parts)), key=lambda part: -costs[part])  # longest first
-    jobs = [Job(parts[part], str(folder), train, stack, config) for part in order]
+    jobs = [Job(parts[part], str(folder), config) for part in order]
 
     def told(_: int, row: dict) -> None:
         place = parts[0].decomposition.place(row["part"])
@@ -225,4 +229,4 @@ def _train(
     wall = time.perf_counter() - started
     rows = [row | {"multiply_adds": cost} for row, cost in zip(rows, costs, strict=True)]
     module = make_joined(config, problem.model, problem.model_args)
-    return train_coarse(problem, module, rows, folder, config, stack, wall)
+    return train_coarse(problem, module, rows, folder, config, stacked(problem, config["stacking"])[1], wall)
