@@ -96,7 +96,7 @@ class Subnets:
         return pd.DataFrame(self.rows).set_index("model")
 
     def parts(self) -> pd.DataFrame:
-        """A row a part: its place in the grid, test accuracy of its subnet alone, held-out score, epochs, seconds, worker, cost."""
+        """A row a part: its place in the grid, test accuracy of its subnet alone, score, epochs, seconds, worker, cost."""
         import pandas as pd
 
         return pd.DataFrame(self.part_rows).set_index("part")

@@ -61,7 +61,8 @@ def part_accuracy(joined: Subnets) -> hv.Overlay:
     best, worst = max(score, key=score.get), min(score, key=score.get)
     title = f"Alone, part {best} reaches {_percent(score[best])}, part {worst} {_percent(score[worst])}"
     together = joined.summary()["accuracy"]
-    note = f"test accuracy (%) of each subnet; joined: {_percent(together)}"
+    made = "; synthetic data" if joined.config["synthetic"] else ""
+    note = f"test accuracy (%) of each subnet; joined: {_percent(together)}; 1 seed{made}"
     return _finish(canvas.overlay([_heat(cells), _words(words)]), title, note, shape[-2:])
 
 
@@ -78,9 +79,7 @@ def part_times(joined: Subnets) -> hv.Overlay:
         names.append("global\nCNN")
         times.append(rows["global CNN"]["seconds"])
         title += f", the global network {times[-1]:.1f} s"
-    lab = joined.config
-    slow = canvas.emulated([worker["slowdown"] for worker in lab["workers"]])
-    note = f"{lab['n_workers']} workers needed {rows['CNN-DNN']['wall_s']:.1f} s; 1 seed" + (f"; {slow}" if slow else "")
+    note = canvas.caption([joined], f"{joined.config['n_workers']} workers needed {rows['CNN-DNN']['wall_s']:.1f} s", "1 seed")
     return canvas.columns({"training": times}, names, title, note, ylabel="time (s)", text="{:.1f}")
 
 

@@ -11,7 +11,6 @@ Used in notebooks; what comes out is in labkit/joined.py.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -99,6 +98,8 @@ def train_subnets(
     epochs, hidden = whole("epochs", epochs), [whole("hidden", width) for width in hidden]
     patience = None if patience is None else whole("patience", patience)
     real("dropout", dropout, least=0, below=1)
+    if isinstance(seed, bool) or int(seed) != seed or seed < 0:
+        raise ValueError(f"seed={seed} must be a whole number of at least 0.")
     for rival in rivals:
         known("rivals", rival, RIVALS)
     parts = [Subnet.of(problem, decomposition, part, width_rule) for part in range(decomposition.n_parts)]
@@ -108,18 +109,9 @@ def train_subnets(
     with leased(lab, workers, name):
         try:
             path = claim(Path(runs), name)
-            config = {
-                "format": record.FORMAT,
-                "id": secrets.token_hex(8),
-                "what": "subnets",
-                "name": name,
-                "problem": problem.config(),
-                "decomposition": decomposition.config(),
-                **{"width_rule": width_rule, "epochs": epochs, "patience": patience, "stacking": stacking, "inputs": inputs},
-                **{"shape": list(problem.dataset.shape), "n_classes": problem.dataset.n_classes},
-                **dict(zip(("centre", "rate"), (part.tolist() for part in problem.dataset.affine), strict=True)),
-                **{"hidden": hidden, "dropout": float(dropout), "seed": seed, **describe_lab(lab, workers)},
-            }
+            config = {"name": name, **_about(problem), "decomposition": decomposition.config(), "seed": seed}
+            config |= {"width_rule": width_rule, "epochs": epochs, "patience": patience, "stacking": stacking, "inputs": inputs}
+            config |= {"hidden": hidden, "dropout": float(dropout), **describe_lab(lab, workers)}
             record.write_json(path / "config.json", config)
             record.write_json(path / "environment.json", record.environment())
             run = partial(_map, lab, workers=workers, timeout=timeout)
@@ -131,6 +123,23 @@ def train_subnets(
             return joined
         finally:
             lab.release(name)
+
+
+def _about(problem: Classifier) -> dict[str, Any]:
+    """What the record of subnets says of the problem: enough to use them without its data."""
+    dataset = problem.dataset
+    centre, rate = (part.tolist() for part in dataset.affine)
+    return {
+        "format": record.FORMAT,
+        "what": "subnets",
+        "problem": problem.config(),
+        "shape": list(dataset.shape),
+        "n_classes": dataset.n_classes,
+        "centre": centre,
+        "rate": rate,
+        "synthetic": dataset.synthetic,
+        "data_note": dataset.note,
+    }
 
 
 def _map(lab: Lab, fn: Callable, items: Sequence[Any], *, workers: list[int], timeout: float, each: Any = None) -> list[Any]:
@@ -218,8 +227,8 @@ def _train(
         told.done += 1
         if progress:
             print(
-                f"subnet {told.done} of {len(parts)}: part {row['part']} {place}, epoch {row['best']} of {row['epochs']}, held-out "
-                f"accuracy {row['score']:.3f}, {row['seconds']:.1f} s on worker {row['worker']}",
+                f"subnet {told.done} of {len(parts)}: part {row['part']} {place}, epoch {row['best']} of {row['epochs']}, score "
+                f"{row['score']:.3f}, {row['seconds']:.1f} s on worker {row['worker']}",
                 flush=True,
             )
 

@@ -31,7 +31,8 @@ def joined(grid=(2, 3), shape=(1, 12, 15), rivals=("global CNN",)):
     parts = [{"part": i, "accuracy": 0.5 + 0.01 * i, "seconds": 3.0 + 0.1 * i} for i in range(decomposition.n_parts)]
     times = {"CNN-DNN": parts[-1]["seconds"] + 0.5} | dict.fromkeys(rivals, 20.0)
     rows = [{"model": model, "seconds": seconds, "wall_s": 2 * seconds} for model, seconds in times.items()]
-    config = {"shape": list(shape), "n_workers": 2, "workers": [{"slowdown": 1.0}, {"slowdown": 4.0}]}
+    config = {"shape": list(shape), "n_workers": 2, "synthetic": True, "emulated": True}
+    config["workers"] = [{"index": 0, "slowdown": 1.0}, {"index": 1, "slowdown": 4.0}]
     return SimpleNamespace(
         decomposition=decomposition, part_rows=parts, rows=rows, config=config, summary=lambda: {"accuracy": 0.93}
     )  # fmt: skip
@@ -74,7 +75,7 @@ def test_of_a_volume_the_parts_that_meet_the_middle_slice_are_drawn():
     assert len(pieces(maps, "Rectangles")[""]) == 3
 
 
-def test_the_map_and_the_bars_hold_the_numbers():
+def test_the_map_and_the_bars_hold_the_numbers(tmp_path):
     figure = plots.part_accuracy(joined())
     (cells,) = pieces(figure, "Rectangles").values()
     assert list(cells["accuracy (%)"]) == pytest.approx([50, 51, 52, 53, 54, 55])
@@ -83,6 +84,10 @@ def test_the_map_and_the_bars_hold_the_numbers():
     bars = plots.part_times(joined())
     assert list(pieces(bars, "Rectangles")["training"]["top"]) == pytest.approx([3.0, 3.1, 3.2, 3.3, 3.4, 3.5, 0.5, 4.0, 20.0])
     assert title(bars) == "6 subnets with a worker each: 4.0 s, the global network 20.0 s"
+    assert (
+        "slowness emulated: 1x, 4x; synthetic data; 2 workers needed 8.0 s; 1 seed"
+        in plots.save(bars, tmp_path / "a.html").read_text()
+    )
     assert title(plots.part_times(joined(rivals=()))) == "6 subnets with a worker each: 4.0 s"
 
 

@@ -136,7 +136,7 @@ def test_progress_is_a_line_for_each(train, capsys):
     train(progress=True, grid=(1, 3))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("subnet ")]
     assert [line.split(":")[0] for line in lines] == [f"subnet {i} of 3" for i in (1, 2, 3)]
-    assert all("held-out accuracy" in line and " s on worker " in line for line in lines)
+    assert all(" score " in line and " s on worker " in line for line in lines)
 
 
 def test_all_is_in_one_table_and_the_time_goes_by_the_rule_of_the_paper(train):
@@ -303,6 +303,7 @@ def test_a_model_of_a_notebook_is_given_again(train, tmp_path):
         ({"patience": 0}, ValueError, "patience=0"),
         ({"dropout": 1.0}, ValueError, "dropout=1 must be"),
         ({"hidden": [0]}, ValueError, "hidden=0"),
+        ({"seed": -1}, ValueError, "seed=-1 must be"),
     ],
 )
 def test_senseless_requests_start_nothing(change, error, message, train, tmp_path):
