@@ -8,7 +8,7 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 
-# Which extras of pyproject.toml are installed; EXTRAS=test,slurm for a lab on SLURM.
+# Which extras of pyproject.toml are installed; EXTRAS=test,slurm,mpi for a lab on SLURM, and engines under MPI.
 EXTRAS ?= test
 
 # An active environment is used as it is (conda's base is not); otherwise .venv is made here.

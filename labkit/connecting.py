@@ -132,7 +132,7 @@ def connect(
                 elif kind == "slurm":
                     from labkit import slurm
 
-                    cluster = slurm.start_cluster(n_workers, threads=threads_per_worker, timeout=timeout, scratch=scratch, **job)
+                    cluster = slurm.start_cluster(n_workers, threads=threads_per_worker, timeout=timeout, **job)
                     backend = own_cluster(cluster, resources=resources, timeout=timeout)
                 else:
                     processes = kind != "threads"

@@ -213,9 +213,9 @@ class Coordinator:
         del self.members[member.index]
         self.seconds.pop(member.index, None)
         self.record("leave", worker=member.index, incarnation=member.incarnation, wait_s=member.waited, message=why)
+        self.granted -= member.granted + member.unmerged
+        self.done -= member.unmerged  # a push that waited for others, and waited in vain
         if self.state == "running" and self.started and not self.finished:
-            self.granted -= member.granted + member.unmerged
-            self.done -= member.unmerged
             self.idle.discard(member.index)
             self.hungry.discard(member.index)
             self.partition.leave(member.index)
@@ -255,10 +255,14 @@ class Coordinator:
 
     def keep(self) -> None:
         """Keep the newest version, with all that is needed to go on from it."""
-        self.saves_due, self.saved_at = self.done * self.checkpoints // self.budget, self.clock()
+        self.saves_due, self.saved_at = self._due(), self.clock()
         if self.update.version != self.saved:
             self.saved = self.update.version
             self.save(self.update.version, self.update.weights, self.state_dict())
+
+    def _due(self) -> int:
+        # Twice as often as is kept for the curve: a server that is killed while it writes loses one interval at most.
+        return 2 * self.done * self.checkpoints // self.budget
 
     def state_dict(self) -> dict:
         """What a run goes on from: what is merged, and who holds what. Local passes under way are left out."""
@@ -276,7 +280,7 @@ class Coordinator:
         self.granted = self.done = int(state["done"])
         self.incarnations = {int(worker): int(n) for worker, n in state["incarnations"].items()}
         self.round, self.saved = int(state["round"]), self.update.version
-        self.saves_due = self.done * self.checkpoints // self.budget
+        self.saves_due = self._due()
         for worker in set(self.workers) - set(self.partition.workers):
             self.partition.join(worker)
         for worker in set(self.partition.workers) - set(self.workers):
@@ -311,7 +315,7 @@ class Coordinator:
             self.members[merge.worker].unmerged = 0
         if self.update.merges:
             self.fruitless = 0
-            if self.done * self.checkpoints // self.budget > self.saves_due or self.clock() - self.saved_at > self.age:
+            if self._due() > self.saves_due or self.clock() - self.saved_at > self.age:
                 self.keep()
         members = [self.members[reply.worker] for reply in replies]
         remaining = self.budget - self.granted

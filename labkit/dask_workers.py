@@ -1,7 +1,7 @@
 """Dask's side of a lab: a client, the workers behind it, tasks pinned to one of them, and leases that other notebooks respect.
 
-A back end is what `labkit.lab.Lab` stands on. It knows workers by an id that no second worker ever gets (here their address) and
-answers these, none of which waits without a limit:
+A back end is what `labkit.lab.Lab` stands on. It knows workers by an id that no second worker ever gets (here the address and the
+folder of the process, as an address may be had again) and answers these, none of which waits without a limit:
 
     alive() -> {id: name}                   who is there now; a second old at most
     describe(id) -> future                  of (host, process id, number of GPUs, which of them it may see, rank under MPI)
@@ -61,9 +61,7 @@ class DaskWorkers:
     @property
     def keeps_names(self) -> bool:
         """Does a nanny of ours start a killed worker again, under its old name?"""
-        from distributed import LocalCluster
-
-        return isinstance(self.cluster, LocalCluster)
+        return self.cluster is not None
 
     @property
     def in_process(self) -> bool:
@@ -86,7 +84,7 @@ class DaskWorkers:
             for _ in range(3):
                 with contextlib.suppress(RuntimeError):  # it changed while it was read
                     states = list(self.client.cluster.scheduler.workers.values())
-                    return {state.address: state.name for state in states if self._has_resources(state.resources)}
+                    return {_id(s.address, s.local_directory): s.name for s in states if self._has_resources(s.resources)}
             return self._known
         with self._asking:
             return self._ask_who_is_there()
@@ -107,12 +105,16 @@ class DaskWorkers:
             except (OSError, RuntimeError, concurrent.futures.CancelledError):
                 workers = {}
             self._question, self._asked = None, time.monotonic()
-            self._known = {address: about["name"] for address, about in workers.items() if self._has_resources(about["resources"])}
+            self._known = {
+                _id(address, about["local_directory"]): about["name"]
+                for address, about in workers.items()
+                if self._has_resources(about["resources"])
+            }
         return self._known
 
     def describe(self, id: str) -> concurrent.futures.Future:
         async def ask() -> tuple:  # it is the event loop of the worker that answers, so a busy one does too
-            return (await self.client._run(describe, workers=[id]))[id]
+            return (await self.client._run(describe, workers=[_address(id)]))[_address(id)]
 
         self._describing = [future for future in self._describing if not future.done()] + [self._ask(ask())]
         return self._describing[-1]
@@ -124,7 +126,7 @@ class DaskWorkers:
             pid,
             fn,
             *args,
-            workers=[id],
+            workers=[_address(id)],
             allow_other_workers=False,
             pure=False,
             retries=0,
@@ -150,16 +152,18 @@ class DaskWorkers:
         taken: dict[str, Any] = {}
         try:
             for id in sorted(set(ids) - set(self._locks.get(holder, {}))):
-                lock = Semaphore(1, f"labkit-{id}", scheduler_rpc=self.client.scheduler, loop=self.client.loop)
+                lock = Semaphore(1, f"labkit-{_address(id)}", scheduler_rpc=self.client.scheduler, loop=self.client.loop)
                 taken[id] = lock
                 if not self.client.sync(lock._acquire, timeout=0, callback_timeout=LEASE_S):
                     other = self.client.sync(
-                        self.client.scheduler.get_metadata, keys=["labkit", id], default=None, callback_timeout=LEASE_S
+                        self.client.scheduler.get_metadata, keys=["labkit", _address(id)], default=None, callback_timeout=LEASE_S
                     )
                     self._give_back(taken)
                     return {id: other or "another notebook"}
                 words = f"{holder} (another notebook, process {os.getpid()} on {socket.gethostname()})"
-                self.client.sync(self.client.scheduler.set_metadata, keys=["labkit", id], value=words, callback_timeout=LEASE_S)
+                self.client.sync(
+                    self.client.scheduler.set_metadata, keys=["labkit", _address(id)], value=words, callback_timeout=LEASE_S
+                )
         except (OSError, RuntimeError) as error:
             self._give_back(taken)
             raise ClusterError(f"the Dask scheduler does not answer: {error or type(error).__name__}.") from error
@@ -201,6 +205,18 @@ class DaskWorkers:
         except RuntimeError:  # the loop is closed
             coroutine.close()
             raise
+
+
+class Again(ClusterError):
+    """Dask was about to run a task a second time, after its worker was lost."""
+
+
+def _id(address: str, folder: str) -> str:
+    return f"{address} {folder}"
+
+
+def _address(id: str) -> str:
+    return id.split(" ", 1)[0]
 
 
 def settings(scratch: str | None) -> dict[str, Any]:
@@ -296,7 +312,7 @@ def describe() -> tuple[str, int, int, str, int]:
 def _only_once(token: str, pid: int, fn: Any, *args: Any) -> Any:
     """Runs on a worker. Dask runs a task again when its worker was lost; for a long task with effects that would be wrong."""
     if token in _begun or os.getpid() != pid:
-        raise ClusterError(f"process {pid} was lost while its task ran; it is not run again.")
+        raise Again(f"process {pid} was lost while its task ran; it is not run again.")
     _begun.add(token)
     return fn(*args)
 

@@ -188,9 +188,11 @@ class Lab:
                 index = len(self)
             else:
                 continue  # on a cluster of others a lab has as many workers as it asked for
-            asked = self._asked.setdefault(id, None) or self._backend.describe(id)
-            self._asked[id] = asked
-            while not asked.done() and time.monotonic() < limit:
+            asked, patient = self._asked.get(id), False
+            if asked is None:
+                asked, patient = self._backend.describe(id), True
+                self._asked[id] = asked
+            while patient and not asked.done() and time.monotonic() < limit:
                 time.sleep(0.01)
             if not asked.done():
                 continue  # perhaps it is frozen; it is looked at again the next time

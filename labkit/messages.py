@@ -14,6 +14,7 @@ from typing import Any
 
 from labkit.errors import WireError
 
+MAX_WORKERS = 1 << 16
 LARGEST = 2**53  # whole numbers beyond it are not the same in every JSON reader
 
 
@@ -51,12 +52,8 @@ def _text(value: Any) -> bool:
     return True
 
 
-COUNT = ("a whole number of at least 0", _count)
-NUMBER = ("a number", _number)
-SECONDS = ("a finite number of seconds", _seconds)
-SPEED = ("a time of at least 0 seconds", _speed)
-TEXT = ("text", _text)
-COUNTS = ("a list of whole numbers of at least 0", lambda value: isinstance(value, list) and all(map(_count, value)))
+def _index(value: Any) -> bool:
+    return _count(value) and value < MAX_WORKERS
 
 
 def _or_nothing(rule: tuple) -> tuple:
@@ -64,9 +61,19 @@ def _or_nothing(rule: tuple) -> tuple:
     return f"{wanted}, or nothing", lambda value: value is None or fits(value)
 
 
+COUNT = ("a whole number of at least 0", _count)
+INDEX = (f"a whole number from 0 to {MAX_WORKERS - 1}", _index)
+INDICES = ("a list of workers", lambda value: isinstance(value, list) and all(map(_index, value)))
+NUMBER = ("a number", _number)
+SECONDS = ("a finite number of seconds", _seconds)
+SPEED = ("a time of at least 0 seconds", _speed)
+TEXT = ("text", _text)
+ENDING = ("'stopped' or 'failed'", lambda value: value is None or value in ("stopped", "failed"))
+
 WORDS = {
+    # of a worker
     "join": {
-        "worker": COUNT,
+        "worker": INDEX,
         "generation": _or_nothing(COUNT),
         "seconds_per_sample": _or_nothing(SPEED),
         "about": _or_nothing(TEXT),
@@ -77,12 +84,10 @@ WORDS = {
         **{"score": NUMBER, "loss": _or_nothing(NUMBER)},
         **dict.fromkeys(("compute_s", "score_s", "wait_s", "send_s"), SECONDS),
     },
+    "regroup": {"reason": _or_nothing(TEXT)},
     "fail": {"reason": TEXT},
-    "regroup": {"reason": TEXT},
-    "expect": {"workers": COUNTS},
-    "drop": {"workers": COUNTS},
-    "stop": {
-        "state": ("'stopped' or 'failed'", lambda value: value is None or value in ("stopped", "failed")),
-        "reason": _or_nothing(TEXT),
-    },
+    # of the kernel
+    "stop": {"state": ENDING, "reason": _or_nothing(TEXT)},
+    "expect": {"workers": INDICES},
+    "drop": {"workers": INDICES},
 }

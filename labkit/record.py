@@ -1,6 +1,7 @@
 """The run directory: what happened in a run, written while it happens and read afterwards.
 
     config.json  environment.json  layout.json  events.jsonl  status.json  checkpoints/<version>.npz  metrics.parquet
+    server.json  while the run goes (`labkit.presence`)
 
 `events.jsonl` is append-only and is the truth: one JSON object a line, one line an event; every table and figure comes from it.
 A run that was cut off goes on in the same file: seq and the clock continue, and an event "resume" says from which version, so

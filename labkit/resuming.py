@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,8 @@ from labkit.run import Run, load_run
 from labkit.settings import by_value
 from labkit.training import begin, choose, describe_lab, leased, server_spec
 from labkit.updates import make_update
+
+ENDING_S = 5.0  # a server that has ended the run has so long to go
 
 
 def resume(
@@ -67,6 +70,7 @@ def resume(
         raise RunError(f"version {version} holds {len(weights)} weights, and layout.json of {run.path} says {layout.size}.")
     update, partition = make_update(run.config["update"]), make_partition(run.config["partition"])
     lab = lab or current() or _lab_like(run)
+    newcomers = workers is None
     workers = choose(lab, workers, run.name)
     if len(workers) > run.config["n_train"]:
         raise PartitionError(f"{run.config['n_train']} samples cannot fill {len(workers)} shards. Use fewer workers.")
@@ -76,7 +80,7 @@ def resume(
         print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config['budget']:,} samples.")
         spec = server_spec(run.path, run.config, problem, lab, workers, update, partition, np.array(weights), layout, state)
         _clear(run, describe_lab(lab, workers), version, state["done"])
-        return begin(run.path, lab, problem, spec)
+        return begin(run.path, lab, problem, spec, newcomers)
 
 
 def _check_ended(run: Run) -> None:
@@ -84,7 +88,10 @@ def _check_ended(run: Run) -> None:
     if presence.alive(run.path) is None:
         file = run.path / presence.FILE
         raise RunError(f"run {run.name} may still go on another machine. Look there; delete {file} if it does not.")
-    if run.state == "running":
+    limit = time.monotonic() + ENDING_S
+    while run.state != "running" and presence.alive(run.path) and time.monotonic() < limit:
+        time.sleep(0.02)  # it has said how it ended, and is about to be gone
+    if run.state == "running" or presence.alive(run.path):
         raise RunError(f"run {run.name} still goes. Use labkit.load_run({str(run.path)!r}).attach() to follow or stop it.")
     if run.state == "done":
         raise RunError(f"run {run.name} is done: all of its {run.config['budget']:,} samples were trained on.")

@@ -105,13 +105,13 @@ class Server:
             state=spec.state,
             age=spec.age,
         )
+        presence.announce(Path(spec.path), self.address, spec.secret)  # before anybody is told of the run
 
     @property
     def address(self) -> tuple[str, int]:
         return self.listener.getsockname()[:2]
 
     def serve(self) -> dict:
-        presence.announce(Path(self.spec.path), self.address, self.spec.secret)
         try:
             return self._serve()
         finally:
@@ -254,7 +254,7 @@ class Server:
                         self._tell_the_others()
             elif header["op"] == "regroup":
                 with self.lock:
-                    self.course.regroup(member, header["reason"])
+                    self.course.regroup(member, header.get("reason") or "")
             elif header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
                 with self.lock:
                     self._stop("failed", header["reason"])
@@ -363,7 +363,7 @@ class Server:
             try:
                 self.recorder.checkpoint(*item)
                 checkpoints.prune(path, checkpoints.retained(self.recorder.kept, self.spec.budget, self.spec.checkpoints))
-            except OSError as error:
+            except Exception as error:  # whatever it is: without its versions a run is not whole
                 with self.lock:
                     self._cannot_write(error)
 

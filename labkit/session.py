@@ -36,7 +36,7 @@ RETRY_S = 10.0  # how long a server that has hung up may take to end before it i
 class Session:
     """A run that goes: its server process, its workers' tasks and the thread that follows them to the end."""
 
-    def __init__(self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, *, takes_newcomers: bool = True) -> None:
+    def __init__(self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, *, takes_newcomers: bool) -> None:
         self.path, self.lab, self.problem, self.spec, self.takes_newcomers = path, lab, problem, spec, takes_newcomers
         self.error: BaseException | None = None
         self._raised: dict[int, BaseException] = {}  # by worker
@@ -93,7 +93,7 @@ class Session:
         self._raised.pop(index, None)
 
     def _worker_spec(self, worker) -> WorkerSpec:
-        devices = [self.lab.workers[index].device for index in self.spec.workers]
+        places = [(self.lab.workers[index].host, self.lab.workers[index].device) for index in self.spec.workers]
         return WorkerSpec(
             generation=self.generations[worker.index],
             index=worker.index,
@@ -108,7 +108,7 @@ class Session:
             collective=str(self.path / self.meeting) if self.spec.update.collective else None,
             one_process=self.lab.one_process,
             one_host=self.lab.one_host,
-            own_gpu=len(set(devices)) == len(devices) and all(device != "cpu" for device in devices),
+            own_gpu=len(set(places)) == len(places) and all(device != "cpu" for _, device in places),
         )
 
     def _follow(self) -> None:
@@ -173,12 +173,13 @@ class Session:
 
     def _mind_workers(self) -> list[int]:
         """Start whoever has come back, or come anew and is free; returns who is here."""
-        self.lab.refresh()
+        came = self.lab.refresh(self.run.name)
         lost = set(self.lab.lost())
-        if self.takes_newcomers and (new := [i for i in self.lab.free() if i not in self.tasks]):
-            self.lab.lease(new, self.run.name)
-            for index in new:
-                self._try_worker(index)
+        if self.takes_newcomers and (new := [index for index in came if index not in self.tasks]):
+            with contextlib.suppress(ClusterError):  # another run was quicker
+                self.lab.lease(new, self.run.name)
+                for index in new:
+                    self._try_worker(index)
         for index, task in list(self.tasks.items()):
             if index in lost:
                 continue
@@ -261,7 +262,7 @@ def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[
 
     message = cloudpickle.dumps(spec)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with open(path / "server.log", "wb") as log:
+    with open(path / "server.log", "ab") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", "import labkit.server; labkit.server.main()"],
             stdin=subprocess.PIPE,

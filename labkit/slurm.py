@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -81,7 +83,7 @@ def start_cluster(
         SLURM or dask-jobqueue is missing, a job was refused, or workers did not come: then with the reason that SLURM gives and
         the end of the newest log.
     """
-    cluster_class = _slurm_cluster()
+    cluster_class, job_class = _slurm()
     logs = Path(log_directory or LOGS).absolute()
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -93,6 +95,7 @@ def start_cluster(
 
     with dask.config.set({"distributed.scheduler.worker-ttl": None}):  # a long step that holds the GIL is no dead worker
         cluster = cluster_class(
+            job_cls=job_class,
             job_name="labkit",
             queue=queue,
             account=account,
@@ -122,17 +125,36 @@ def start_cluster(
     return cluster
 
 
-def _slurm_cluster() -> type:
+def _slurm() -> tuple[type, type]:
+    """dask-jobqueue's cluster, and its job with one thing mended."""
     if shutil.which("sbatch") is None:
         raise ClusterError(
             "there is no sbatch on the PATH: kind='slurm' needs to run where jobs can be submitted (a login node; Debian: "
             "apt-get install slurm-wlm). Elsewhere try connect(kind='dask')."
         )
+    interrupted = signal.getsignal(signal.SIGINT)
     try:
         from dask_jobqueue import SLURMCluster
+        from dask_jobqueue.slurm import SLURMJob
     except ImportError as error:
         raise ClusterError(f"kind='slurm' needs dask-jobqueue ({error}). pip install 'labkit[slurm]'") from error
-    return SLURMCluster
+    finally:  # dask-jobqueue 0.9 makes Ctrl-C end the whole process when it is imported
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupted)
+    from distributed.core import Status
+
+    class Job(SLURMJob):
+        """Says what became of it: at the end Dask insists on that, and dask-jobqueue 0.9 leaves it out."""
+
+        async def start(self) -> None:
+            self.status = Status.failed  # unless it is submitted
+            await super().start()
+
+        async def close(self) -> None:
+            await super().close()
+            self.status = Status.closed
+
+    return SLURMCluster, Job
 
 
 def _keys(logs: Path) -> Any:
@@ -156,17 +178,12 @@ def _keys(logs: Path) -> Any:
 
 
 def _submit(cluster: Any, n_workers: int) -> None:
-    from distributed.core import Status
-
     # Not cluster.scale(): that submits in the background, and what sbatch says against it is lost.
     while len(cluster.worker_spec) < n_workers:
         cluster.worker_spec.update(cluster.new_worker_spec())
     try:
         cluster.sync(cluster._correct_state)
     except RuntimeError as error:
-        for job in cluster.workers.values():
-            if job.job_id is None:
-                job.status = Status.failed  # or else close() would wonder what became of it
         said = str(error).partition("stderr:")[2].strip() or str(error)
         raise ClusterError(f"sbatch refused the job: {said}. Its script is printed above; `sinfo` shows what there is.") from error
 

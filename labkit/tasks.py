@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from labkit.dask_workers import Again
 from labkit.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ class Task:
         if not self.future.done():
             return None
         try:
-            return self.future.exception(timeout=5)
+            error = self.future.exception(timeout=5)
         except Exception:  # cancelled, or gone with its worker
             return None
+        return None if isinstance(error, Again) else error
 
     def cancel(self) -> None:
         """Take the task back if it has not begun; forget its result otherwise."""

@@ -46,6 +46,8 @@ def train(
     runs: str | Path = "runs",
     checkpoints: int = 32,
     workers: Sequence[int] | None = None,
+    silence: float = 4.0,
+    patience: float = 60.0,
 ) -> Run:
     """Train a problem on a lab; returns at once with a `Run`.
 
@@ -69,7 +71,12 @@ def train(
     checkpoints
         How many versions to keep and to measure afterwards, spread evenly over the run.
     workers
-        Indices of the workers to train on; by default all that no other run holds.
+        Indices of the workers to train on; by default all that no other run holds, and whoever comes while the run goes.
+    silence
+        Seconds without a sign of life (workers give one twice a second) after which a worker is taken to be gone: the others go on,
+        and it may join again.
+    patience
+        Seconds that the run waits for a worker to come when every one is lost; then it fails, and `resume` goes on from there.
 
     Raises
     ------
@@ -78,10 +85,12 @@ def train(
     """
     update, partition = make_update(update), make_partition(partition)
     _check_lengths(passes, local_steps, seed, checkpoints)
+    _check_waits(silence, patience)
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
     problem.check(seed)
     name = name or "-".join([update.name, partition.name, f"seed{seed}"])
+    newcomers = workers is None
     workers = choose(lab, workers, name)
     _check_shards(problem, workers, partition)
     with leased(lab, workers, name):
@@ -90,8 +99,10 @@ def train(
         budget = max(1, round(passes * n_train))
         path = _claim(Path(runs), name)
         config = _config(problem, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train)
+        config |= {"silence": float(silence), "patience": float(patience)}
         _write_beginning(path, config | describe_lab(lab, workers), layout)
-        return begin(path, lab, problem, server_spec(path, config, problem, lab, workers, update, partition, flat.numpy(), layout))
+        spec = server_spec(path, config, problem, lab, workers, update, partition, flat.numpy(), layout)
+        return begin(path, lab, problem, spec, newcomers)
 
 
 def server_spec(
@@ -124,13 +135,15 @@ def server_spec(
         seed=config["seed"],
         checkpoints=config["checkpoints"],
         host=_host(lab),
+        silence=config["silence"],
+        alone=config["patience"],
         state=state,
     )
 
 
-def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec) -> Run:
+def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec, takes_newcomers: bool) -> Run:
     """Start the server and the workers of a run whose directory is ready."""
-    session = Session(path, lab, problem, spec)
+    session = Session(path, lab, problem, spec, takes_newcomers=takes_newcomers)
     run = Run(path, problem=problem, session=session)
     lab.runs.append(run)
     session.start(run)
@@ -153,6 +166,13 @@ def _check_lengths(passes: float, local_steps: int | None, seed: int, checkpoint
         raise ValueError(f"seed={seed} must be a whole number of at least 0.")
     if int(checkpoints) != checkpoints or checkpoints < 1:
         raise ValueError(f"checkpoints={checkpoints}: at least one version must be kept.")
+
+
+def _check_waits(silence: float, patience: float) -> None:
+    if not silence >= 1:
+        raise ValueError(f"silence={silence}: workers give a sign of life every 0.5 s, so give them 1 s at least.")
+    if not patience >= 0:
+        raise ValueError(f"patience={patience} must be a number of seconds, 0 for none.")
 
 
 def _check_shards(problem: Problem, workers: list[int], partition: UDPA) -> None:

@@ -329,14 +329,15 @@ def test_a_bad_push_fails_the_run():
 
 
 def test_versions_are_kept_evenly_over_the_run():
+    """Twice as often as asked for, so that a kill while one is being written costs one interval at most."""
     course = Course(AGWU(), budget=20 * SAMPLES, checkpoints=5).join(*WORKERS)
     course.finish()
     course.it.keep()
     versions = [version for version, _ in course.saved]
-    assert versions[0] == 0 and versions[-1] == course.it.update.version and 5 <= len(versions) <= 7
+    assert versions[0] == 0 and versions[-1] == course.it.update.version and 10 <= len(versions) <= 12
     at = {row["version"]: row["total"] for row in course.of("merge")}
-    for due, version in zip(range(1, 6), versions[1:], strict=False):
-        assert 0 <= at[version] - due * 4 * SAMPLES < 2 * SAMPLES
+    for due, version in zip(range(1, 11), versions[1:], strict=False):
+        assert 0 <= at[version] - due * 2 * SAMPLES < 2 * SAMPLES
     course.it.keep()
     assert [version for version, _ in course.saved] == versions  # not twice
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 
 import psutil
 import pytest
@@ -20,8 +21,10 @@ from test_backends import PLACES, skip_without
 
 import labkit
 from labkit import connecting
+from labkit import lab as lab_module
 from labkit.dask_workers import DaskWorkers, quiet
 from labkit.errors import ClusterError
+from labkit.lab import Lab
 from labkit.local_engines import mpiexec
 
 
@@ -209,6 +212,119 @@ def test_libraries_stay_out_until_they_are_needed():
     assert done.stdout == "[]\n"
 
 
+class FakeWorkers:
+    """A back end whose workers come, freeze and go as a test says: id -> (name, what it says of itself; None: nothing, yet)."""
+
+    client, dashboard = None, ""
+
+    def __init__(self, keeps_names=False, **workers):
+        self.keeps_names, self.workers, self.held, self.asked = keeps_names, workers, {}, []
+
+    def alive(self):
+        return {id: name for id, (name, _) in self.workers.items()}
+
+    def describe(self, id):
+        self.asked.append(id)
+        future = Future()
+        if isinstance(about := self.workers[id][1], Exception):
+            future.set_exception(about)
+        elif about is not None:
+            future.set_result(about)
+        return future
+
+    def lease(self, ids, holder):
+        return {id: self.held[id] for id in ids if id in self.held}
+
+    def release(self, holder):
+        pass
+
+    def trouble(self):
+        return ""
+
+    def close(self):
+        pass
+
+
+def about(pid, gpus=0, visible="", host="here"):
+    return host, pid, gpus, visible, 0
+
+
+def a_lab(backend, slowdown=None, limit=None):
+    lab = Lab("fake", backend, limit=limit)
+    lab.admit(len(backend.workers), slowdown, timeout=1)
+    return lab
+
+
+def test_who_comes_takes_the_place_of_its_name_or_of_the_first_that_was_lost():
+    for keeps_names, place in ((True, 2), (False, 0)):
+        backend = FakeWorkers(keeps_names, a=("0", about(1)), b=("1", about(2)))
+        lab = a_lab(backend, slowdown=[3, 4])
+        backend.workers = {"b": ("1", about(2))}
+        assert lab.lost() == [0] and lab.refresh() == []
+        backend.workers["new"] = ("9", about(5))
+        assert lab.refresh() == [place] and lab.refresh() == [] and lab.workers[place].pid == 5
+        assert lab.workers[place].slowdown == (1 if keeps_names else 3) and lab.lost() == ([0] if keeps_names else [])
+        backend.workers["again"] = ("1", about(7))
+        del backend.workers["b"]
+        assert lab.refresh() == [1] and (lab.workers[1].pid, lab.workers[1].slowdown) == (7, 4)
+
+
+def test_newcomers_that_are_frozen_or_die_hold_nobody_up(monkeypatch):
+    monkeypatch.setattr(lab_module, "DESCRIBE_S", 0.1)
+    backend = FakeWorkers(a=("0", about(1)))
+    lab = a_lab(backend)
+    backend.workers |= {"frozen": ("1", None), "dies": ("2", OSError("gone")), "well": ("3", about(4))}
+    begun = time.monotonic()
+    assert lab.refresh() == [1] and lab.workers[1].pid == 4 and time.monotonic() - begun < 1
+    begun = time.monotonic()
+    for _ in range(5):
+        assert lab.refresh() == []
+    assert time.monotonic() - begun < 0.3  # who did not answer is not waited for again
+    assert backend.asked.count("frozen") == 1 and backend.asked.count("dies") > 1
+    backend.workers["frozen"] = ("1", about(8))
+    lab._asked["frozen"].set_result(about(8))  # it thaws
+    del backend.workers["dies"]
+    assert lab.refresh() == [2] and lab.workers[2].pid == 8
+
+
+def test_on_a_cluster_of_others_a_lab_stays_as_large_as_it_was_asked_for():
+    backend = FakeWorkers(a=("0", about(1)), b=("1", about(2)), spare=("2", about(3)))
+    lab = Lab("fake", backend, limit=2)
+    lab.admit(2, None, timeout=1)
+    assert len(lab) == 2 and lab.refresh() == []
+    del backend.workers["b"]
+    assert lab.refresh() == [1] and lab.workers[1].pid == 3 and len(lab) == 2
+
+
+def test_each_holder_hears_of_those_who_come_that_are_free_or_its_own():
+    backend = FakeWorkers(a=("0", about(1)), b=("1", about(2)))
+    lab = a_lab(backend)
+    lab.lease([0], "one")
+    lab.lease([1], "two")
+    backend.workers = {"c": ("0", about(3)), "b": ("1", about(2)), "d": ("5", about(4))}
+    assert lab.refresh("two") == [2] and lab.refresh("one") == [0, 2] and lab.refresh() == [2]
+    lab.lease([2], "one")
+    del backend.workers["d"]
+    backend.workers["e"] = ("6", about(5))
+    backend.held["e"] = "somebody"  # another notebook was quicker
+    assert lab.refresh("one") == lab.refresh("two") == [] and lab.lost() == [2]
+    backend.held.clear()
+    assert lab.refresh("two") == [] and lab.refresh("one") == [2] and lab.free() == []
+
+
+def test_workers_of_a_host_share_its_gpus():
+    backend = FakeWorkers(
+        a=("0", about(1, 2)), b=("1", about(2, 2)), c=("2", about(3, 2)), d=("3", about(4, 2, host="there")), e=("4", about(5, 0))
+    )
+    lab = a_lab(backend)
+    assert [worker.device for worker in lab.workers] == ["cuda:0", "cuda:1", "cuda:0", "cuda:0", "cpu"]
+    del backend.workers["b"]
+    backend.workers["again"] = ("1", about(9, 2))
+    assert lab.refresh() == [1] and lab.workers[1].device == "cuda:1"
+    lab = a_lab(FakeWorkers(a=("0", about(1, 2, "0,1")), b=("1", about(2, 2, "1,0"))))  # each was given its own first one
+    assert [worker.device for worker in lab.workers] == ["cuda:0", "cuda:0"]
+
+
 SCRIPT = """
 import os, signal, sys, time
 import labkit
@@ -312,8 +428,8 @@ lab = labkit.connect("ipyparallel", 2)
 task = lab.start(0, time.sleep, 60)
 shell.run_cell_magic("px", "", "import os; print('engine', os.getpid())")
 assert not task.done
-print(*(worker.pid for worker in lab.workers), *(process.pid for process in lab._backend._local.processes), flush=True)
 try:
+    print(*(worker.pid for worker in lab.workers), *(process.pid for process in lab._backend._local.processes), flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print("interrupted", lab.map(abs, [-1], workers=[1], timeout=20), lab.lost(), flush=True)
@@ -422,6 +538,30 @@ def test_a_dask_cluster_elsewhere(tmp_path):
                 assert lab.free() == [0]  # nobody here holds it
                 stranger.release("theirs")
                 lab.lease([0], "mine")
+
+
+@pytest.mark.cluster
+def test_a_worker_that_comes_back_at_its_old_address_is_another_one(tmp_path):
+    """Dask gives it the task again; a long task with effects must not run twice."""
+    from distributed import LocalCluster
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        quiet(),
+        LocalCluster(n_workers=1, threads_per_worker=1, worker_port=port, dashboard_address=None) as cluster,
+        labkit.connect(address=cluster.scheduler_address) as lab,
+    ):
+        task, pid = lab.start(0, work, tmp_path / "begun", 60), lab.workers[0].pid
+        until((tmp_path / "begun").exists)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: lab.refresh() == [0])
+        assert lab.workers[0].pid != pid and [*cluster.scheduler_info["workers"]] == [f"tcp://127.0.0.1:{port}"]
+        assert lab.start(0, abs, -1).result(20) == 1  # in turn: by now Dask has tried
+        assert task.lost and task.done and task.error() is None and (tmp_path / "begun").read_text() == f"{pid}\n"
+        with pytest.raises(ClusterError, match="was lost while its task ran"):
+            task.result(5)
 
 
 @pytest.mark.cluster

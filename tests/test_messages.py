@@ -13,6 +13,8 @@ GOOD = [
     {"op": "join", "worker": 0, "seconds_per_sample": 1e-5, "about": "pid 7, ä"},
     {"op": "join", "worker": 2},
     {"op": "beat", "samples": 3, "loss": float("nan")},
+    {"op": "beat"},
+    {"op": "drop", "workers": [0, 5]},
     PUSH,
     PUSH | {"loss": None, "score": float("nan")},  # what NaN means is for the update to say
     {"op": "fail", "reason": ""},
@@ -40,7 +42,9 @@ def test_a_word_alone_is_refused_where_it_needs_fields(op):
 
 
 BAD = {
-    "worker": (GOOD[0], ["x", -1, 1.0, None, True, [0], {}, 2**53, float("nan")]),
+    "worker": (GOOD[0], ["x", -1, 1.0, None, True, [0], {}, 2**16, float("nan")]),
+    "generation": (GOOD[0], ["x", -1, [1]]),
+    "workers": ({"op": "drop"}, [None, 1, ["x"], [-1], {}]),
     "seconds_per_sample": (GOOD[0], ["x", float("nan"), float("inf"), -1.0, [], 10**400]),
     "about": (GOOD[0], [1, ["x"], "\ud800"]),
     "samples": (PUSH, [None, "17", -1, 1.5, False]),

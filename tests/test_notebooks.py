@@ -16,6 +16,10 @@ TINY = {
     "07-kill-a-worker": SMALL | {"train_samples": 400, "test_samples": 100, "passes": 12.0, "local_steps": 4, "every": 0.3},
     "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
     "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "rounds": 1, "samples": 600, "local_steps": 5},
+    "benchmarks/05-back-ends": {
+        **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
+        "passes": 2.0,
+    },
     "benchmarks/03-gpu": SMALL
     | {"models": ["lenet"], "batch_size": 16, "steps": 8, "rounds": 1, "crowd": [1, 2], "megabytes": [0.1, 1]}
     | {"layouts": [True]},
@@ -31,6 +35,7 @@ FIGURES = {
     "03-update-the-weights": ["accuracy.png", "timeline.png", "staleness.png"],
     "07-kill-a-worker": ["membership.png"],
     "benchmarks/02-time-to-accuracy": ["curves.png"],
+    "benchmarks/05-back-ends": ["back-ends.png"],
     "benchmarks/04-chaos": ["storms.png"],
 }
 LONG = {"benchmarks/04-chaos": 400}  # seconds; six storms, and real processes

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +67,7 @@ def begun(monkeypatch):
     """What would be started: the spec that the server would get."""
     specs = []
 
-    def begin(path, lab, problem, spec):
+    def begin(path, lab, problem, spec, takes_newcomers):
         specs.append((spec, problem))
         return labkit.load_run(path, problem=problem)
 
@@ -182,6 +185,10 @@ def test_a_run_that_goes_or_may_go_or_is_done_is_not_begun_again(cut, refused, m
     run = cut()
     presence.announce(run.path, ("127.0.0.1", 1), b"x")
     refused(run, r"run cut still goes\. Use labkit\.load_run\(.*\)\.attach\(\)")
+    monkeypatch.setattr(resuming, "ENDING_S", 0.1)
+    record.write_json(run.path / "status.json", {"state": "failed", "reason": "its kernel gave it up"})
+    refused(run, "run cut still goes")  # its server does not know
+    (run.path / "status.json").unlink()
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     refused(run, r"run cut may still go on another machine\. Look there; delete .*server\.json")
     monkeypatch.undo()
@@ -326,3 +333,33 @@ def test_killed_at_random_moments_never_more_than_one_interval_is_lost(lab, tmp_
     run.wait(100)
     assert run.state == "done" and torn >= 5, f"{torn} writes were cut off"
     assert_whole(run)
+
+
+NOTEBOOK = """
+import sys, test_resume, labkit
+with labkit.connect("threads", 2) as lab:
+    run = labkit.train(test_resume.problem(), lab, update="agwu", passes=4000, runs=sys.argv[1], name="r", checkpoints=2000)
+    print(run.path, flush=True)
+    run.wait(100)
+"""
+
+
+@pytest.mark.cluster
+def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(lab, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", NOTEBOOK, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+    ) as notebook:
+        try:
+            path = Path(notebook.stdout.readline().strip())
+            run = labkit.load_run(path).attach()
+            until_version(run, 20)
+            with pytest.raises(RunError, match="run r still goes"):
+                labkit.resume(path, lab)
+        finally:
+            notebook.kill()
+    assert run.stop(20).state == "stopped"
+    done = run.summary()["samples"]
+    record.write_json(path / "config.json", {**run.config, "budget": done + 1000})  # not all of it here
+    again = labkit.resume(path, lab).wait(60)
+    assert again.state == "done"
+    assert_whole(again)

@@ -21,6 +21,7 @@ from test_server import SECRET, SIZE, ask, events, join, serving, spec, until
 import labkit
 from labkit import wire
 from labkit.errors import WireError
+from labkit.messages import checked
 from labkit.updates import SGWU
 
 # -- messages that nobody meant ----------------------------------------------------------------------------------------
@@ -35,6 +36,8 @@ MEANT = [
     {"op": "stop", "state": "stopped", "reason": "enough"},
     {"op": "beat", "samples": 3, "loss": 0.7},
     PUSH,
+    {"op": "regroup", "reason": "no luck"},
+    {"op": "drop", "workers": [0, 1]},
     {"op": "fail", "reason": "no luck"},
     {"op": "leave"},
 ]
@@ -104,9 +107,10 @@ def obeyed(data):
     try:
         n, _ = wire.PREFIX.unpack_from(data)
         header = json.loads(data[wire.PREFIX.size : wire.PREFIX.size + n])
-        return header["op"] == "stop" or (header["op"] == "join" and header["worker"] not in (0, 1))
+        checked(header)
     except Exception:  # no message at all
         return False
+    return header["op"] in ("join", "stop", "expect", "drop")
 
 
 def throw(address, secret, chance):
@@ -215,6 +219,7 @@ MISTAKES = {
     "half a number": PUSH | {"version": 0.5},
     "infinite seconds": PUSH | {"score_s": float("inf")},
     "a huge number": PUSH | {"send_s": 10**400},
+    "text for a reason": {"op": "regroup", "reason": [1]},
     "a beat of NaN": {"op": "beat", "samples": float("nan"), "loss": 0.1},
     "a failure without a reason": {"op": "fail"},
     "an unknown word": {"op": "pull"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -22,6 +23,21 @@ SCRIPT = ROOT / "tests" / "slurm" / "slurm.sh"
 JOBS = {"memory": "500MB", "walltime": "00:10:00", "interface": "lo"}
 
 
+def _needs_jobqueue():  # not importorskip: its import makes Ctrl-C end the process, which labkit.slurm mends
+    if importlib.util.find_spec("dask_jobqueue") is None:
+        pytest.skip("needs dask-jobqueue: pip install 'labkit[slurm]'")
+
+
+def test_an_interrupt_stays_what_it_was(monkeypatch):
+    _needs_jobqueue()
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    for name in [name for name in sys.modules if name.startswith("dask_jobqueue")]:
+        monkeypatch.delitem(sys.modules, name)
+    before = signal.getsignal(signal.SIGINT)
+    slurm._slurm()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def real(test):
     return pytest.mark.cluster(pytest.mark.slow(test))
 
@@ -36,7 +52,7 @@ def cluster_of_jobs(tmp_path_factory):
         pytest.skip(f"needs SLURM, and there is no {' and no '.join(missing)} here (Debian: slurm-wlm munge)")
     if os.getuid() != 0:
         pytest.skip("SLURM's daemons have to be started by root")
-    pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue: pip install 'labkit[slurm]'")
+    _needs_jobqueue()
     folder = tmp_path_factory.mktemp("slurm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
@@ -97,11 +113,11 @@ def test_one_worker_a_job_from_the_first_task_to_the_end_of_the_job(cluster_of_j
 
 @real
 def test_a_lab_trains_on_them(cluster_of_jobs, tmp_path, cache):
-    with slurm.start_cluster(2, log_directory=tmp_path, timeout=90, **JOBS) as cluster:
-        problem = labkit.Classifier("lenet", "digits", train_samples=200, test_samples=50, batch_size=20)
-        with labkit.connect(client=cluster, n_workers=2, timeout=60) as lab:
-            run = labkit.train(problem, lab, passes=1, runs=tmp_path / "runs").wait(timeout=100)
-        assert run.state == "done" and set(run.events[run.events.kind == "push"].worker) == {0, 1}
+    problem = labkit.Classifier("lenet", "digits", train_samples=200, test_samples=50, batch_size=20)
+    with labkit.connect(kind="slurm", n_workers=2, log_directory=tmp_path, timeout=90, **JOBS) as lab:
+        assert len(queue()) == 2
+        run = labkit.train(problem, lab, passes=1, runs=tmp_path / "runs").wait(timeout=100)
+    assert run.state == "done" and set(run.events[run.events.kind == "push"].worker) == {0, 1}
     until(lambda: not queue())
 
 
@@ -216,7 +232,7 @@ def test_without_dask_jobqueue_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_without_cryptography_nothing_listens_beyond_loopback(tmp_path, monkeypatch):
-    pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue: pip install 'labkit[slurm]'")
+    _needs_jobqueue()
     stand_in(tmp_path, monkeypatch, sbatch="exit 1")
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(ClusterError, match=r"need TLS.*pip install 'labkit\[slurm\]', or give interface='lo'"):
