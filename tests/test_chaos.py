@@ -59,7 +59,7 @@ def processes():
 
 
 def test_a_dropped_link_costs_one_incarnation_and_nothing_else(threads, tmp_path):
-    run = train(threads, tmp_path, passes=60)
+    run = train(threads, tmp_path, passes=25)
     chaos.drop_link(run, 1)
     with pytest.raises(ClusterError, match=r"worker 7 has no link to run r; workers \[.*\] have one"):
         chaos.drop_link(run, 7)
