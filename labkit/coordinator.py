@@ -19,42 +19,16 @@ Used by `labkit.server`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
 from labkit.errors import ClusterError, PartitionError, UpdateError
-from labkit.partition import UDPA, largest_remainder
+from labkit.members import Answer, Member, grants
+from labkit.partition import UDPA
 from labkit.updates import Push, Reply, Update
 
 AGE_S = 30.0  # at least so often a version is kept, if there is a new one
 FRUITLESS = 10  # how often the group of an all-reduce may break in a row before the run is given up
-
-
-@dataclass
-class Member:
-    """What is known about one worker that is here."""
-
-    index: int
-    incarnation: int
-    passes: int = 0
-    granted: int = 0  # samples of the local pass that is under way
-    seen: int = 0  # of these, trained on so far
-    unmerged: int = 0  # samples of a push that waits for the others
-    held_since: float | None = None
-    waited: float = 0.0  # seconds, before it was told to stop
-    held: int = 0  # samples of its shard, as it knows them
-    loss: float | None = None
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a worker is told: "go" with weights and new indices, or "stop"."""
-
-    header: dict
-    weights: np.ndarray | None = None
-    indices: np.ndarray | None = None
 
 
 class Coordinator:
@@ -81,7 +55,8 @@ class Coordinator:
         age: float = AGE_S,
     ) -> None:
         self.update, self.partition, self.workers = update, partition, workers
-        self.budget, self.batch_size, self.local_steps, self.checkpoints = budget, batch_size, local_steps, checkpoints
+        self.budget, self.checkpoints = budget, checkpoints
+        self.joint = None if local_steps is None else local_steps * batch_size  # samples of a local pass, on average
         self.deliver, self.record, self.save, self.clock, self.age = deliver, record, save, clock, age
         self.members: dict[int, Member] = {}
         self.incarnations: dict[int, int] = {}
@@ -350,9 +325,9 @@ class Coordinator:
         members = [member for member, _ in at_work]
         if self.update.collective and not self._form(members):
             return
-        grants = self._grants(members, remaining)
-        for (member, reply), grant in zip(at_work, grants, strict=True):
-            self._go(member, reply, grant, grants, len(added[member.index]))
+        parts = grants([member.index for member in members], remaining, self.partition.held, self.joint)
+        for (member, reply), grant in zip(at_work, parts, strict=True):
+            self._go(member, reply, grant, parts, len(added[member.index]))
         self._feed()
 
     def _feed(self) -> None:
@@ -373,7 +348,7 @@ class Coordinator:
                 return False
         return True
 
-    def _go(self, member: Member, reply: Reply, grant: int, grants: list[int], added: int) -> None:
+    def _go(self, member: Member, reply: Reply, grant: int, parts: list[int], added: int) -> None:
         index, who = member.index, {"worker": member.index, "incarnation": member.incarnation}
         held, keep = int(self.partition.held[index]), member.held
         if added:
@@ -394,7 +369,7 @@ class Coordinator:
             "keep": keep,
             "indices": len(indices),
             "samples": grant,
-            "grants": grants,
+            "grants": parts,
             "ranks": [index for index, _ in self.group],
             "group": self.groups,
             "done": self.done,
@@ -402,17 +377,6 @@ class Coordinator:
             "pace": sum(self.partition.held.values()) / max(1, held),
         }
         self.deliver(index, Answer(header, reply.weights, indices))
-
-    def _grants(self, members: list[Member], remaining: int) -> list[int]:
-        """Samples of the next local pass of each member; together at most what is left of the budget."""
-        held = {worker: int(n) for worker, n in self.partition.held.items() if n}
-        if self.local_steps is None:
-            wanted = [held[member.index] for member in members]
-        else:  # in proportion to the shards, so that a balanced partition stays balanced
-            parts = dict(zip(held, _share(self.local_steps * self.batch_size * len(held), list(held.values())), strict=True))
-            wanted = [max(1, parts[member.index]) for member in members]
-        last = remaining - sum(wanted) < 2 * len(members)  # then also the few that would be left over
-        return _share(remaining, wanted) if last else wanted
 
     def _dismiss_idle(self) -> None:
         self.finished = True
@@ -431,9 +395,3 @@ class Coordinator:
     def _waited(self, member: Member) -> float:
         since, member.held_since = member.held_since, None
         return 0.0 if since is None else round(self.clock() - since, 6)
-
-
-def _share(total: int, shares: list[int]) -> list[int]:
-    """`total` in proportion to `shares`, with two for everybody if there are so many: BatchNorm cannot train on one sample."""
-    least = min(2, total // len(shares))
-    return [least + int(n) for n in largest_remainder(total - least * len(shares), [max(0, n - least) for n in shares])]

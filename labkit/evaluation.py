@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from labkit import checkpoints, record
-from labkit.worker import flatten, keep_memory
+from labkit.layout import flatten
+from labkit.worker import keep_memory
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -117,7 +117,7 @@ def _problem(run: Run, given: Problem | None) -> Problem:
     n_train = len(given.train_indices())
     if n_train != run.config["n_train"]:
         raise RunError(f"the data have {n_train} training samples, and run {run.name} was begun with {run.config['n_train']}.")
-    from labkit.worker import flatten
+    from labkit.layout import flatten
 
     if flatten(given.build(int(run.config["seed"])))[1] != run.layout:
         raise RunError(f"the model of this problem has other tensors than run {run.name} was begun with (layout.json).")

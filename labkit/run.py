@@ -253,8 +253,8 @@ class Run:
 
     @property
     def layout(self) -> Any:
-        """Which entries of the flat vector belong to which tensor (`labkit.worker.Layout`)."""
-        from labkit.worker import Layout
+        """Which entries of the flat vector belong to which tensor (`labkit.layout.Layout`)."""
+        from labkit.layout import Layout
 
         stored = record.read_json(self.path / "layout.json")
         return Layout(tuple(stored["names"]), tuple(tuple(s) for s in stored["shapes"]), stored["n_params"], stored["n_buffers"])
@@ -284,7 +284,7 @@ class Run:
         """The torch module that holds the global weights, on the CPU, in evaluation mode."""
         import torch
 
-        from labkit.worker import flatten
+        from labkit.layout import flatten
 
         module = self.problem().build(int(self.config["seed"]))
         flat, _ = flatten(module)

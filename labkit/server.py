@@ -33,8 +33,9 @@ from pathlib import Path
 import numpy as np
 
 from labkit import checkpoints, presence, wire
-from labkit.coordinator import AGE_S, Answer, Coordinator, Member
+from labkit.coordinator import AGE_S, Coordinator
 from labkit.errors import WireError
+from labkit.members import Answer, Member
 from labkit.messages import checked
 from labkit.partition import UDPA
 from labkit.record import Recorder, write_json

@@ -24,13 +24,13 @@ import numpy as np
 from labkit import record
 from labkit.errors import ClusterError, RunError
 from labkit.lab import Lab
+from labkit.layout import Layout, flatten
 from labkit.partition import UDPA, make_partition
 from labkit.problems import Problem
 from labkit.run import Run, moved
 from labkit.server import ServerSpec
 from labkit.session import Session
 from labkit.updates import Update, make_update
-from labkit.worker import Layout, flatten
 
 
 def train(

@@ -22,10 +22,8 @@ import contextlib
 import ctypes
 import os
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +32,11 @@ import torch
 from labkit import wire
 from labkit.collective import Broken, Group, steps
 from labkit.errors import WireError, WorkerError
+from labkit.layout import flatten
 from labkit.problems import Clock, Problem
+from labkit.pulse import Pulse
 from labkit.server import BEAT_S, SILENCE_S
+from labkit.shard import Shard, batches
 
 PROBE_STEPS = 4
 RETRY_S = 10.0  # how long a worker whose link is down tries to reach its server again
@@ -59,97 +60,6 @@ class WorkerSpec:
     one_host: bool = True
     own_gpu: bool = False  # every worker has a GPU to itself, so that NCCL can be used
     generation: int = 0  # how often this worker has been started in this run before
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which entries of the flat vector belong to which tensor: parameters first, then floating-point buffers."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    n_params: int
-    n_buffers: int
-
-    @property
-    def size(self) -> int:
-        return self.n_params + self.n_buffers
-
-    def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        """Name -> array of its shape, as views into `flat`."""
-        parts, start = {}, 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            n = int(np.prod(shape))
-            parts[name], start = flat[start : start + n].reshape(shape), start + n
-        return parts
-
-
-def flatten(module: torch.nn.Module, device: str = "cpu") -> tuple[torch.Tensor, Layout]:
-    """Move the module to `device` and make all its tensors views into one flat float32 vector, which is returned."""
-    module.to(device)
-    params = list(module.named_parameters())
-    buffers = [(name, b) for name, b in module.named_buffers() if b.is_floating_point()]
-    odd = [name for name, tensor in params + buffers if tensor.dtype != torch.float32]
-    if odd:
-        raise WorkerError(f"tensors {odd[:3]} are not float32. Keep float32 weights; use precision='bfloat16' for speed.")
-    layout = Layout(
-        tuple(name for name, _ in params + buffers),
-        tuple(tuple(tensor.shape) for _, tensor in params + buffers),
-        sum(tensor.numel() for _, tensor in params),
-        sum(tensor.numel() for _, tensor in buffers),
-    )
-    flat, start = torch.empty(layout.size, device=device), 0
-    for _, tensor in params + buffers:
-        part = flat[start : start + tensor.numel()].view(tensor.shape)
-        part.copy_(tensor.detach())
-        tensor.data, start = part, start + tensor.numel()
-    return flat, layout
-
-
-def pass_order(shard: np.ndarray, seed: int, worker: int, epoch: int, incarnation: int = 0) -> np.ndarray:
-    """The order in which this incarnation of `worker` goes through its shard for the `epoch`-th time (0, 1, ...)."""
-    generator = np.random.default_rng(np.random.SeedSequence([seed, worker, epoch, incarnation]))
-    return shard[generator.permutation(len(shard))]
-
-
-def batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Cut into batches of `batch_size`; the rest is a smaller last one, except a single sample, which joins its neighbour
-    (BatchNorm cannot train on one sample). Nothing makes no batch."""
-    if not len(indices):
-        return []
-    cuts = list(range(batch_size, len(indices), batch_size))
-    if cuts and batch_size > 1 and len(indices) - cuts[-1] == 1:
-        cuts.pop()
-    return np.split(indices, cuts)
-
-
-class Shard:
-    """The samples that a worker holds, served pass after pass; without `local_steps` a pass is the shard once, in a new order."""
-
-    def __init__(self, seed: int, worker: int, incarnation: int = 0) -> None:
-        self.seed, self.worker, self.incarnation, self.epoch = seed, worker, incarnation, 0
-        self.indices = self.rest = np.empty(0, np.int64)
-
-    def add(self, indices: np.ndarray) -> None:
-        self.indices = np.concatenate([self.indices, indices])
-
-    def keep(self, n: int) -> None:
-        """Give back all but the first n samples."""
-        if n < len(self.indices):
-            self.indices, gone = self.indices[:n], self.indices[n:]
-            self.rest = self.rest[~np.isin(self.rest, gone)]
-
-    def take(self, n: int) -> np.ndarray:
-        """The next n samples; a new order is drawn whenever the shard has been gone through."""
-        if n > 0 and not len(self.indices):
-            raise WorkerError(f"worker {self.worker} was asked to train on {n} samples and holds none.", self.worker)
-        taken = []
-        while n > 0:
-            if not len(self.rest):
-                self.rest = pass_order(self.indices, self.seed, self.worker, self.epoch, self.incarnation)
-                self.epoch += 1
-            taken.append(self.rest[:n])
-            self.rest, n = self.rest[n:], n - len(taken[-1])
-        return np.concatenate(taken) if taken else self.indices[:0]
 
 
 class Slowness:
@@ -215,7 +125,7 @@ def run_worker(problem: Problem, spec: WorkerSpec) -> dict:
 class _Worker:
     def __init__(self, problem: Problem, spec: WorkerSpec) -> None:
         self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
-        self.pulse = _Pulse()
+        self.pulse = Pulse()
 
     def run(self) -> dict:
         self._prepare()
@@ -425,57 +335,3 @@ class _Worker:
 
     def _load(self, indices: np.ndarray) -> tuple:
         return self.problem.load(indices, "train", self.spec.device)
-
-
-class _Pulse:
-    """Says twice a second that this worker lives; during a local pass it also hears what cannot wait: stop, regroup, rejoin."""
-
-    def __init__(self) -> None:
-        self.lock, self.thread, self.ended = threading.Lock(), None, threading.Event()
-        self.told: dict | None = None  # what the server said; "lost" when it can no longer be heard
-        self.alarm = lambda: None  # called when something was heard: breaks off an exchange that waits for the others
-        self.progress: dict = {}
-        self.open = False
-
-    def start(self, connection: wire.Connection) -> None:
-        if self.thread is None or self.connection is not connection:
-            self.stop()
-            self.connection, self.ended = connection, threading.Event()
-            self.thread = threading.Thread(target=self._beat, args=(connection, self.ended), name="labkit-pulse", daemon=True)
-            self.thread.start()
-
-    def stop(self) -> None:
-        self.ended.set()
-        if self.thread:
-            self.thread.join(SILENCE_S)
-            self.thread = None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """A local pass: until its end nobody else receives from the connection."""
-        self.told, self.progress = None, {}
-        with self.lock:
-            self.open = True
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.open, self.progress = False, {}
-
-    def heard(self) -> dict | None:
-        told, self.told = self.told, None
-        return told
-
-    def _beat(self, connection: wire.Connection, ended: threading.Event) -> None:
-        while not ended.wait(BEAT_S):
-            try:
-                connection.send({"op": "beat", **self.progress})
-                with self.lock:
-                    if self.open and self.told is None and connection.waiting():
-                        self.told, _ = connection.receive()
-            except WireError as error:
-                self.told = {"op": "lost", "reason": str(error)}
-            if self.told is not None:
-                self.alarm()
-                if self.told is not None and self.told["op"] == "lost":
-                    return

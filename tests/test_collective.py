@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from labkit.collective import Broken, Group, steps
-from labkit.worker import batches
+from labkit.shard import batches
 
 GRANTS = [[17], [16, 16], [17, 16], [5, 50], [2, 40], [1, 30], [3, 3, 3], [100, 7, 31], [64, 64, 65], [1, 1], [187]]
 

@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from labkit.coordinator import Coordinator, _share
+from labkit.coordinator import Coordinator
 from labkit.errors import ClusterError
+from labkit.members import share
 from labkit.partition import IDPA, UDPA
 from labkit.updates import AGWU, SGWU, AllReduce
 
@@ -363,7 +364,7 @@ def test_the_status_counts_what_is_under_way():
 def test_shares_are_exact_and_leave_nobody_with_one():
     for total in range(30):
         for shares in ([1, 1, 1], [100, 1, 0], [0, 0, 0], [5, 3, 9]):
-            parts = _share(total, shares)
+            parts = share(total, shares)
             assert sum(parts) == total and min(parts) >= min(2, total // 3)
 
 
@@ -385,7 +386,7 @@ def test_a_time_is_measured_once_and_declared_speeds_stand_until_the_first_pass(
 
 @pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=1)])
 @pytest.mark.parametrize("rule", RULES)
-def test_who_comes_when_all_samples_are_handed_out_gets_its_share(rule, partition):
+def test_who_comes_when_all_samples_are_handed_out_gets_itsshare(rule, partition):
     """The others give back what exceeds theirs at their next release; nothing is lost, nothing is held twice."""
     course = Course(rule(), partition(), budget=400, workers=[0, 1]).join(0, 1)
     course.join(7)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import labkit
 from labkit import worker as worker_module
 from labkit.partition import UDPA
-from labkit.worker import batches, pass_order
+from labkit.shard import batches, pass_order
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache")]
 SEED = 5

@@ -25,7 +25,7 @@ from labkit.collective import steps
 from labkit.errors import ClusterError, LabError, PartitionError, RunError, WireError, WorkerError
 from labkit.partition import UDPA
 from labkit.problems import Clock
-from labkit.worker import batches, pass_order
+from labkit.shard import batches, pass_order
 
 pytestmark = pytest.mark.usefixtures("cache")
 SEED, LR, MOMENTUM, DECAY = 5, 0.05, 0.9, 0.01

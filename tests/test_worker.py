@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from labkit.errors import WorkerError
-from labkit.worker import Layout, Shard, Slowness, batches, flatten, pass_order
+from labkit.layout import Layout, flatten
+from labkit.shard import Shard, batches, pass_order
+from labkit.worker import Slowness
 
 # -- which samples, in which order -------------------------------------------------------------------------------------
 

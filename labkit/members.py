@@ -1,0 +1,61 @@
+"""The members of a run: what is known about each worker that is here, what it is told, and how much it may train on next.
+
+Used by `labkit.coordinator` (and the words by `labkit.server`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from labkit.partition import largest_remainder
+
+
+@dataclass
+class Member:
+    """What is known about one worker that is here."""
+
+    index: int
+    incarnation: int
+    passes: int = 0
+    granted: int = 0  # samples of the local pass that is under way
+    seen: int = 0  # of these, trained on so far
+    unmerged: int = 0  # samples of a push that waits for the others
+    held_since: float | None = None
+    waited: float = 0.0  # seconds, before it was told to stop
+    held: int = 0  # samples of its shard, as it knows them
+    loss: float | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker is told: "go" with weights and new indices, or "stop"."""
+
+    header: dict
+    weights: np.ndarray | None = None
+    indices: np.ndarray | None = None
+
+
+def grants(workers: list[int], remaining: int, held: Mapping[int, int], joint: int | None) -> list[int]:
+    """Samples of the next local pass of each of `workers`; together at most what `remaining` is left of the budget.
+
+    `held` is the size of every worker's shard. A local pass is one pass over the shard; or, with `joint` samples for a worker on
+    average, in proportion to the shards, so that a balanced partition stays balanced.
+    """
+    shards = {worker: int(n) for worker, n in held.items() if n}
+    if joint is None:
+        wanted = [shards[worker] for worker in workers]
+    else:
+        parts = dict(zip(shards, share(joint * len(shards), list(shards.values())), strict=True))
+        wanted = [max(1, parts[worker]) for worker in workers]
+    last = remaining - sum(wanted) < 2 * len(workers)  # then also the few that would be left over
+    return share(remaining, wanted) if last else wanted
+
+
+def share(total: int, shares: list[int]) -> list[int]:
+    """`total` in proportion to `shares`, with two for everybody if there are so many: BatchNorm cannot train on one sample."""
+    least = min(2, total // len(shares))
+    return [least + int(n) for n in largest_remainder(total - least * len(shares), [max(0, n - least) for n in shares])]
