@@ -169,8 +169,8 @@ class _Worker:
     def _connect_again(self, error: WireError) -> None:
         """The link is down; the server may be there all the same. Nobody listening any more means that the run is over."""
         self._close_group()
-        self.pulse.stop()
         self.connection.close()
+        self.pulse.stop()
         limit, pause = time.monotonic() + RETRY_S, 0.05
         while True:
             try:
@@ -230,10 +230,10 @@ class _Worker:
             pass  # then the server sees the connection close
 
     def close(self) -> None:
-        self.pulse.stop()
         self._close_group()
         if self.connection:
             self.connection.close()
+        self.pulse.stop()
 
     def _close_group(self) -> None:
         group, self.group, self.wrapped = self.group, None, None
