@@ -70,6 +70,8 @@ class Group:
                 if spec.one_host and loopback:
                     os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
                 backend = "nccl" if spec.own_gpu else "gloo"
+                # torch counts groups by process, also those that were never formed, and finds the other ranks under that number.
+                dist.distributed_c10d._world.group_count = 0
                 dist.init_process_group(
                     backend, init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
                 )

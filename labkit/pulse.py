@@ -24,6 +24,7 @@ class Pulse:
         self.told: dict | None = None  # what the server said; "lost" when it can no longer be heard
         self.alarm = lambda: None  # called when something was heard: breaks off an exchange that waits for the others
         self.progress: dict = {}
+        self.group: int | None = None  # the all-reduce of the pass; that an earlier one has broken concerns nobody any more
         self.open = False
 
     def start(self, connection: wire.Connection) -> None:
@@ -40,10 +41,10 @@ class Pulse:
             self.thread = None
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """A local pass: until its end nobody else receives from the connection."""
+    def listening(self, group: int | None = None) -> Iterator[None]:
+        """A local pass, in this group: until its end nobody else receives from the connection."""
         with self.lock:
-            self.open, self.progress = True, {}
+            self.open, self.progress, self.group = True, {}, group
         try:
             yield
         finally:
@@ -60,7 +61,8 @@ class Pulse:
                 connection.send({"op": "beat", **self.progress})
                 with self.lock:
                     if self.open and self.told is None and connection.waiting():
-                        self.told, _ = connection.receive()
+                        word, _ = connection.receive()
+                        self.told = None if word["op"] == "regroup" and word["group"] != self.group else word
             except WireError as error:
                 self.told = {"op": "lost", "reason": str(error)}
             if self.told is not None:

@@ -316,6 +316,8 @@ class Server:
         return None
 
     def _leave(self, member: Member, why: str) -> None:
+        broken = {"op": "regroup", "group": self.course.groups}
+        others = [other for other in self.course.members.values() if other.granted and other is not member]
         try:
             self.course.leave(member, why)
         except OSError as error:
@@ -324,7 +326,7 @@ class Server:
         if self.course.state != "running":
             self._tell_the_others()
         elif self.course.update.collective and member.granted:  # the others wait for it in the middle of a step
-            self._interrupt({"op": "regroup"})
+            self._interrupt(broken, others)  # not those who were released just now, to form the next group
         if self.course.over:
             self.over.set()
 
@@ -349,12 +351,13 @@ class Server:
         return f"the run directory {self.spec.path} cannot be written: {error}."
 
     def _tell_the_others(self) -> None:
-        self._interrupt({"op": "stop", "reason": self.course.reason, "wait_s": 0.0})
+        at_work = [member for member in self.course.members.values() if member.granted]
+        self._interrupt({"op": "stop", "reason": self.course.reason, "wait_s": 0.0}, at_work)
 
-    def _interrupt(self, word: dict) -> None:
+    def _interrupt(self, word: dict, members: list[Member]) -> None:
         """Tell those who are in the middle of a local pass."""
-        for member in list(self.course.members.values()):
-            if member.granted:
+        for member in members:
+            if self.course.members.get(member.index) is member:
                 threading.Thread(target=_tell, args=(self.connections[member.index], word), daemon=True).start()
 
     def _keep_saving(self) -> None:

@@ -186,7 +186,7 @@ class _Worker:
         while (go := self._pull())["op"] == "go":
             done, broken = None, ""
             try:
-                with self.pulse.listening():
+                with self.pulse.listening(go["group"]):
                     done = self._local_pass(self._trained(go), go)
             except Broken as error:
                 broken = str(error)

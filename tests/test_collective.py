@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -10,9 +13,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from labkit import collective
 from labkit.collective import Broken, Group, steps
 from labkit.shard import batches
 
@@ -178,3 +183,26 @@ def test_who_is_told_that_a_frozen_rank_is_gone_leaves_at_once(told, tmp_path):
 
     _, errors = ranks(2, work, tmp_path)
     assert errors == ["the server says that a worker is gone", None] and took[0] < 5
+
+
+RANK = """
+import sys, types
+from labkit.collective import Group
+spec = types.SimpleNamespace(index=1, collective=sys.argv[1], one_process=False, one_host=True, own_gpu=False)
+group = Group(spec, [0, 1], 2, types.SimpleNamespace(told=None))
+group.close()
+"""
+
+
+def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tmp_path, monkeypatch):
+    folder = str(tmp_path / "ranks")
+    spec = SimpleNamespace(index=0, collective=folder, one_process=False, one_host=True, own_gpu=False)
+    with monkeypatch.context() as short:
+        short.setattr(collective, "TIMEOUT", datetime.timedelta(seconds=1))
+        dist.FileStore(f"{folder}-1-here", 2).set("1", "here")  # and then it is gone
+        with pytest.raises(Broken, match="could not be formed"):
+            Group(spec, [0, 1], 1, SimpleNamespace(told=None))
+    other = subprocess.Popen([sys.executable, "-c", RANK, folder])
+    begun = time.monotonic()
+    Group(spec, [0, 1], 2, SimpleNamespace(told=None)).close()
+    assert other.wait(30) == 0 and time.monotonic() - begun < 30
