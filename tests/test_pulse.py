@@ -78,3 +78,15 @@ def test_a_connection_that_breaks_is_heard_also_when_it_broke_before_the_pass(en
     with beats.listening():
         assert beats.told["op"] == "lost"
     assert beats.heard()["op"] == "lost"
+
+
+def test_that_an_earlier_group_has_broken_breaks_nothing_off(ends):
+    server, client, beats = ends
+    with beats.listening(group=7):
+        server.send({"op": "regroup", "group": 6})
+        for _ in range(3):
+            server.receive()
+        assert beats.heard() is None and not client.waiting()
+        server.send({"op": "regroup", "group": 7})
+        until(lambda: beats.told is not None)
+    assert beats.heard() == {"op": "regroup", "group": 7}
