@@ -4,7 +4,10 @@ DDP averages gradients over ranks; here they are averaged over samples, g = sum_
 j at this step, so that unequal shards (IDPA's too) give the gradient of the joint batch. Every rank takes the same number of
 steps with batches in proportion to its shard: nobody waits for a missing batch.
 
-The ranks find each other through a file in the run directory, without a listening store; gloo itself then
+A group lives as long as its ranks. When one is lost the others hear it at once from gloo, or from the server if it is frozen; the
+step under way fails with `Broken`, and the worker asks for a new group.
+
+The ranks find each other through files in the run directory, without a listening store; gloo itself then
 connects them over TCP, without authentication, on loopback where all are on one host. Used by `labkit.worker`.
 """
 

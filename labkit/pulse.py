@@ -29,7 +29,7 @@ class Pulse:
     def start(self, connection: wire.Connection) -> None:
         if self.thread is None or self.connection is not connection:
             self.stop()
-            self.connection, self.ended = connection, threading.Event()
+            self.connection, self.ended, self.told = connection, threading.Event(), None
             self.thread = threading.Thread(target=self._beat, args=(connection, self.ended), name="labkit-pulse", daemon=True)
             self.thread.start()
 
@@ -42,9 +42,8 @@ class Pulse:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """A local pass: until its end nobody else receives from the connection."""
-        self.told, self.progress = None, {}
         with self.lock:
-            self.open = True
+            self.open, self.progress = True, {}
         try:
             yield
         finally:

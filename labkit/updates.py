@@ -293,6 +293,9 @@ class AllReduce(_Barrier):
     new samples and to stop together. Gradients count by samples, and each worker's batches are in proportion to its shard,
     so unequal shards need the same number of steps everywhere and nobody waits for a missing batch.
 
+    When a worker is lost or one comes, those who are there form a new group from the latest version, with fresh optimisers (their
+    momenta would differ); the local pass that was under way is made again.
+
     Raises `UpdateError` when the replicas no longer agree.
     """
 

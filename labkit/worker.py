@@ -130,8 +130,6 @@ class _Worker:
     def run(self) -> dict:
         self._prepare()
         speed = self._probe()
-        if not self.spec.one_process:  # dropout and the like: a stream for each worker
-            torch.manual_seed(int(np.random.SeedSequence([self.spec.seed, self.spec.index]).generate_state(1)[0]))
         self.optimisers = self.problem.optimisers(self.module)  # fresh: the probe has left its momentum in the old ones
         self.done = {"samples": 0, "passes": 0}
         about = f"pid {os.getpid()}, {self.spec.device}, {self.spec.threads} thread(s)"
@@ -169,8 +167,8 @@ class _Worker:
     def _connect_again(self, error: WireError) -> None:
         """The link is down; the server may be there all the same. Nobody listening any more means that the run is over."""
         self._close_group()
-        self.pulse.stop()
         self.connection.close()
+        self.pulse.stop()
         limit, pause = time.monotonic() + RETRY_S, 0.05
         while True:
             try:
@@ -230,10 +228,10 @@ class _Worker:
             pass  # then the server sees the connection close
 
     def close(self) -> None:
-        self.pulse.stop()
         self._close_group()
         if self.connection:
             self.connection.close()
+        self.pulse.stop()
 
     def _close_group(self) -> None:
         group, self.group, self.wrapped = self.group, None, None
@@ -278,10 +276,17 @@ class _Worker:
                 self.flat.copy_(self.vector)
             self.version = header["version"]
             if self.shard is None:
-                self.shard = Shard(self.spec.seed, self.spec.index, header["incarnation"])
+                self._begin(header["incarnation"])
             self.shard.keep(header["keep"])
             self.shard.add(self.new_indices)
             return header
+
+    def _begin(self, incarnation: int) -> None:
+        """The first pull of an incarnation: an empty shard, and for dropout and the like a stream of random numbers of its own."""
+        seeds = [self.spec.seed, self.spec.index, incarnation]
+        self.shard = Shard(*seeds)
+        if not self.spec.one_process:
+            torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
     def _place(self, header: dict, n: int) -> list[memoryview]:
         self.new_indices = np.empty(header["indices"], np.int64)
