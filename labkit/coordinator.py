@@ -358,9 +358,8 @@ class Coordinator:
             self.record("pull", version=reply.version, **who)
         new = self.partition.shard(index)[keep:] if held > keep else []  # the first time, the whole shard
         indices = np.ascontiguousarray(new, np.int64)
-        member.granted = grant
+        member.granted, member.group, member.held = grant, self.groups, held
         self.granted += grant
-        member.held = held
         header = {
             "op": "go",
             "incarnation": member.incarnation,
