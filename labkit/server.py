@@ -12,7 +12,7 @@ the lock: versions are immutable arrays, so one worker can still be receiving ve
       go, or stop                <-------     release; while it is held: hold, hold, ...
       (late beat or push)        ------->     refused and recorded
       join again                 <-------     rejoin
-                                 <-------     regroup: one of the all-reduce is gone
+                                 <-------     regroup: one of this group of the all-reduce is gone
       regroup                    ------->     begins anew with those who are left
 
 Started by `labkit.session` in a process of its own; spoken to by `labkit.worker` and `labkit.session`.
@@ -324,7 +324,7 @@ class Server:
         if self.course.state != "running":
             self._tell_the_others()
         elif self.course.update.collective and member.granted:  # the others wait for it in the middle of a step
-            self._interrupt({"op": "regroup"})
+            self._interrupt({"op": "regroup", "group": member.group})
         if self.course.over:
             self.over.set()
 
