@@ -24,8 +24,7 @@ class Pulse:
         self.told: dict | None = None  # what the server said; "lost" when it can no longer be heard
         self.alarm = lambda: None  # called when something was heard: breaks off an exchange that waits for the others
         self.progress: dict = {}
-        self.group: int | None = None  # the all-reduce of the pass; that an earlier one has broken concerns nobody any more
-        self.open = False
+        self.open, self.group = False, 0
 
     def start(self, connection: wire.Connection) -> None:
         if self.thread is None or self.connection is not connection:
@@ -41,8 +40,8 @@ class Pulse:
             self.thread = None
 
     @contextlib.contextmanager
-    def listening(self, group: int | None = None) -> Iterator[None]:
-        """A local pass, in this group: until its end nobody else receives from the connection."""
+    def listening(self, group: int = 0) -> Iterator[None]:
+        """A local pass, in this group of an all-reduce: until its end nobody else receives from the connection."""
         with self.lock:
             self.open, self.progress, self.group = True, {}, group
         try:
@@ -62,7 +61,8 @@ class Pulse:
                 with self.lock:
                     if self.open and self.told is None and connection.waiting():
                         word, _ = connection.receive()
-                        self.told = None if word["op"] == "regroup" and word["group"] != self.group else word
+                        if word["op"] != "regroup" or word["group"] >= self.group:  # of the group before: that is over
+                            self.told = word
             except WireError as error:
                 self.told = {"op": "lost", "reason": str(error)}
             if self.told is not None:

@@ -12,7 +12,7 @@ the lock: versions are immutable arrays, so one worker can still be receiving ve
       go, or stop                <-------     release; while it is held: hold, hold, ...
       (late beat or push)        ------->     refused and recorded
       join again                 <-------     rejoin
-                                 <-------     regroup: one of the all-reduce is gone
+                                 <-------     regroup: one of this group of the all-reduce is gone
       regroup                    ------->     begins anew with those who are left
 
 Started by `labkit.session` in a process of its own; spoken to by `labkit.worker` and `labkit.session`.
@@ -316,8 +316,6 @@ class Server:
         return None
 
     def _leave(self, member: Member, why: str) -> None:
-        broken = {"op": "regroup", "group": self.course.groups}
-        others = [other for other in self.course.members.values() if other.granted and other is not member]
         try:
             self.course.leave(member, why)
         except OSError as error:
@@ -326,7 +324,7 @@ class Server:
         if self.course.state != "running":
             self._tell_the_others()
         elif self.course.update.collective and member.granted:  # the others wait for it in the middle of a step
-            self._interrupt(broken, others)  # not those who were released just now, to form the next group
+            self._interrupt({"op": "regroup", "group": member.group})
         if self.course.over:
             self.over.set()
 
@@ -351,13 +349,12 @@ class Server:
         return f"the run directory {self.spec.path} cannot be written: {error}."
 
     def _tell_the_others(self) -> None:
-        at_work = [member for member in self.course.members.values() if member.granted]
-        self._interrupt({"op": "stop", "reason": self.course.reason, "wait_s": 0.0}, at_work)
+        self._interrupt({"op": "stop", "reason": self.course.reason, "wait_s": 0.0})
 
-    def _interrupt(self, word: dict, members: list[Member]) -> None:
+    def _interrupt(self, word: dict) -> None:
         """Tell those who are in the middle of a local pass."""
-        for member in members:
-            if self.course.members.get(member.index) is member:
+        for member in list(self.course.members.values()):
+            if member.granted:
                 threading.Thread(target=_tell, args=(self.connections[member.index], word), daemon=True).start()
 
     def _keep_saving(self) -> None:

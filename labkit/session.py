@@ -31,6 +31,7 @@ from labkit.worker import WorkerSpec, run_worker
 POLL_S = 0.2
 ATTEMPTS = 3  # how often a worker is started again that is alive and could not talk to the server
 RETRY_S = 10.0  # how long a server that has hung up may take to end before it is asked again
+ENDING_S = 10.0  # how long the workers' tasks may take to end after the server; one that is frozen does not
 
 
 class Session:
@@ -124,10 +125,14 @@ class Session:
         self._finish(state, reason)
 
     def _measure(self) -> str:
-        """The curve, on the lab's workers. A run is done also when that fails; `Run.curve` then tries again and says why."""
+        """The curve, on the workers that were heard to the end, or else here: a frozen one would keep it waiting.
+
+        A run is done also when that fails; `Run.curve` then tries again and says why.
+        """
         self._measuring.set()
+        ended = sorted(index for index, task in self.tasks.items() if task.done and not task.lost)
         try:
-            measure(self.run, self.problem, self.lab, self.spec.workers)
+            measure(self.run, self.problem, self.lab if ended else None, ended)
         except Exception as error:
             return f"its curve is not measured yet: {error}"
         return ""
@@ -146,7 +151,7 @@ class Session:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.server.wait(timeout=RETRY_S)
         self._last_words = _end(self.server)
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + ENDING_S
         for task in self.tasks.values():
             while not task.done and time.monotonic() < limit:
                 time.sleep(0.02)

@@ -126,6 +126,7 @@ class _Worker:
     def __init__(self, problem: Problem, spec: WorkerSpec) -> None:
         self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
         self.pulse = Pulse()
+        self.broken = -1  # the latest group of an all-reduce that the server has called broken between two passes
 
     def run(self) -> dict:
         self._prepare()
@@ -187,6 +188,8 @@ class _Worker:
             done, broken = None, ""
             try:
                 with self.pulse.listening(go["group"]):
+                    if go["group"] <= self.broken:  # the word has overtaken the weights
+                        raise Broken("the server says that a worker is gone")
                     done = self._local_pass(self._trained(go), go)
             except Broken as error:
                 broken = str(error)
@@ -266,6 +269,8 @@ class _Worker:
         """Wait for the next version, whose weights are received into the model; or for another word: stop, rejoin."""
         while True:
             header, _ = self.connection.receive(self._place)
+            if header["op"] == "regroup":
+                self.broken = header["group"]
             if header["op"] in ("hold", "regroup"):
                 continue
             if self.pushed_at is not None:  # what the round trip took, less the time that the server held us

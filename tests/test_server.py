@@ -325,6 +325,22 @@ def test_the_last_pass_of_a_lost_worker_is_made_by_those_who_had_nothing_left_to
     assert (result["state"], result["samples"]) == ("done", 17)
 
 
+def test_who_is_lost_breaks_its_own_group_and_none_after_it(tmp_path):
+    """It dies while it scores: the others have pushed, and are in a new group when they hear of it."""
+    with serving(spec(tmp_path, AllReduce(), workers=(0, 1, 2), budget=170)) as (server, *_):
+        clients = [Client(server.address, index) for index in range(3)]
+        server.clients += clients
+        assert {client.pull()["group"] for client in clients} == {1}
+        for client in clients[:2]:
+            client.push()
+        until(lambda: len(events(server, "push")) == 2)
+        clients[2].connection.close()
+        for client in clients[:2]:
+            words = sorted([client.pull(), client.pull()], key=lambda word: word["op"])  # the second may overtake the weights
+            assert [word["op"] for word in words] == ["go", "regroup"] and words[0]["ranks"] == [0, 1]
+            assert words[1]["group"] < words[0]["group"]
+
+
 def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
     """The others go on; when it is heard again, what it brings is refused and written down, and it may join anew."""
     with serving(spec(tmp_path, SGWU(), silence=1.0)) as (server, result, thread):

@@ -658,6 +658,23 @@ def test_real_processes(tmp_path):
         assert {*run.events.query("kind == 'join'").worker} == {0, 1}
 
 
+@pytest.mark.cluster
+def test_a_worker_that_stays_frozen_does_not_keep_the_run_from_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "ENDING_S", 0.5)
+    with labkit.connect("dask", 2) as lab:
+        run = labkit.train(
+            problem(kind=Slow), lab, update="agwu", partition="udpa", passes=20, silence=3.0, runs=tmp_path, seed=SEED
+        )
+        until(lambda: run.status()["version"] >= 4, 60)
+        os.kill(lab.workers[1].pid, signal.SIGSTOP)
+        try:
+            ended(run, timeout=60)
+            assert len(run.curve()) > 1 and not run.status()["reason"]  # measured, and not by the frozen one
+            assert run.events.query("kind == 'leave' and worker == 1").message.iloc[0].startswith("no sign of life")
+        finally:
+            os.kill(lab.workers[1].pid, signal.SIGCONT)
+
+
 class Pausing(labkit.Classifier):
     """A step that takes longer than the silence after which a worker is taken to be gone."""
 
