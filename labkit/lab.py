@@ -133,9 +133,10 @@ class Lab:
         if int(n) != n or n < 1:
             raise ClusterError(f"add({n}): one worker at least.")
         before, limit = len(self._arrivals), time.monotonic() + timeout
+        known = len(self) if self._backend.keeps_names else 0  # who comes back to an old place meanwhile is not new
         with quiet():
             self._backend.add(int(n))
-            while len(came := self._arrivals[before:]) < n:
+            while len(came := [index for index in self._arrivals[before:] if index >= known]) < n:
                 if time.monotonic() > limit:
                     raise ClusterError(f"{len(came)} of {n} new workers came in {timeout:g} s. {self._backend.trouble()}".strip())
                 time.sleep(0.05)
