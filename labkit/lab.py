@@ -82,10 +82,6 @@ class Lab:
         """Are all workers threads of one process?"""
         return len({(worker.host, worker.pid) for worker in self.workers}) == 1 and len(self.workers) > 1
 
-    @property
-    def one_host(self) -> bool:
-        return len({worker.host for worker in self.workers}) == 1
-
     # -- work ----------------------------------------------------------------------------------------------------
 
     def start(self, worker: int, fn: Callable, *args: Any) -> Task:

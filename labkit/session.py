@@ -95,7 +95,6 @@ class Session:
         self._raised.pop(index, None)
 
     def _worker_spec(self, worker) -> WorkerSpec:
-        places = [(self.lab.workers[index].host, self.lab.workers[index].device) for index in self.spec.workers]
         return WorkerSpec(
             generation=self.generations[worker.index],
             index=worker.index,
@@ -109,8 +108,6 @@ class Session:
             jitter=self.lab.jitter,
             collective=str(self.path / self.meeting) if self.spec.update.collective else None,
             one_process=self.lab.one_process,
-            one_host=self.lab.one_host,
-            own_gpu=len(set(places)) == len(places) and all(device != "cpu" for _, device in places),
         )
 
     def _follow(self) -> None:
