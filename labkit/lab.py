@@ -6,7 +6,7 @@ them, tell which are lost and which have come, and lease workers to a run. Whate
 
 A worker that comes takes the place of one that was lost, index, slowdown and lease included, or else gets a new index.
 
-Made by `labkit.connecting`; used by `labkit.training`, `labkit.sweeps` and every notebook.
+Made by `labkit.connecting`; used by `labkit.training`, `labkit.session`, `labkit.sweeps` and every notebook.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ the lock: versions are immutable arrays, so one worker can still be receiving ve
                                  <-------     regroup: one of this group of the all-reduce is gone
       regroup                    ------->     begins anew with those who are left
 
-Started by `labkit.session` in a process of its own; spoken to by `labkit.worker` and `labkit.session`.
+Started by `labkit.session` in a process of its own; spoken to by `labkit.worker`, `labkit.session` and `labkit.attached`.
 """
 
 from __future__ import annotations
