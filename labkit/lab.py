@@ -6,7 +6,7 @@ them, tell which are lost and which have come, and lease workers to a run. Whate
 
 A worker that comes takes the place of one that was lost, index, slowdown and lease included, or else gets a new index.
 
-Made by `labkit.connecting`; used by `labkit.training`, `labkit.sweeps` and every notebook.
+Made by `labkit.connecting`; used by `labkit.training`, `labkit.session`, `labkit.sweeps` and every notebook.
 """
 
 from __future__ import annotations
@@ -81,10 +81,6 @@ class Lab:
     def one_process(self) -> bool:
         """Are all workers threads of one process?"""
         return len({(worker.host, worker.pid) for worker in self.workers}) == 1 and len(self.workers) > 1
-
-    @property
-    def one_host(self) -> bool:
-        return len({worker.host for worker in self.workers}) == 1
 
     # -- work ----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ the lock: versions are immutable arrays, so one worker can still be receiving ve
                                  <-------     regroup: one of this group of the all-reduce is gone
       regroup                    ------->     begins anew with those who are left
 
-Started by `labkit.session` in a process of its own; spoken to by `labkit.worker` and `labkit.session`.
+Started by `labkit.session` in a process of its own; spoken to by `labkit.worker`, `labkit.session` and `labkit.attached`.
 """
 
 from __future__ import annotations
@@ -243,26 +243,23 @@ class Server:
             if not connection.waiting(self.spec.silence):
                 raise _Silent(f"no sign of life for {self.spec.silence:g} s")
             header, n = connection.receive(lambda _, n: [buffer] if n == buffer.nbytes else [bytearray(n)])
-            if self.course.members.get(member.index) is not member:
-                raise _Silent("it came again")
             if header["op"] == "beat":
                 self._note(member, header)
                 continue
-            if header["op"] == "push":
-                with self.lock:
+            with self.lock:
+                if self.course.members.get(member.index) is not member:
+                    raise _Silent("it came again")
+                if header["op"] == "push":
                     self.course.push(member, header, buffer if n == buffer.nbytes else None, n)
                     if self.course.state != "running":
                         self._tell_the_others()
-            elif header["op"] == "regroup":
-                with self.lock:
+                    return True
+                if header["op"] == "regroup":
                     self.course.regroup(member, header.get("reason") or "")
-            elif header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
-                with self.lock:
+                    return True
+                if header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
                     self._stop("failed", header["reason"])
                 return False
-            else:
-                return False
-            return True
 
     def _note(self, member: Member, header: dict) -> None:
         member.seen = min(header.get("samples") or 0, member.granted)

@@ -11,7 +11,7 @@ silent for longer is a `WireError`.
 Why not `distributed.comm`: its deserialisers (pickle among them) run before a handler can check who is speaking, it takes
 memory by the lengths that a peer claims, and importing it costs the server 40 MB.
 
-Used by `labkit.server` (accept), `labkit.worker` and `labkit.session` (connect).
+Used by `labkit.server` (accept), and by `labkit.worker`, `labkit.session`, `labkit.attached` and `labkit.chaos` (connect).
 """
 
 from __future__ import annotations

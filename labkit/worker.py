@@ -57,8 +57,6 @@ class WorkerSpec:
     jitter: float = 0.0
     collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     one_process: bool = False  # all workers are threads of one process
-    one_host: bool = True
-    own_gpu: bool = False  # every worker has a GPU to itself, so that NCCL can be used
     generation: int = 0  # how often this worker has been started in this run before
 
 

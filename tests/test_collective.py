@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from labkit import collective
-from labkit.collective import Broken, Group, steps
+from labkit.collective import Broken, Group, backend, steps
 from labkit.shard import batches
 
 GRANTS = [[17], [16, 16], [17, 16], [5, 50], [2, 40], [1, 30], [3, 3, 3], [100, 7, 31], [64, 64, 65], [1, 1], [187]]
@@ -57,7 +57,7 @@ def ranks(n, work, folder, limit=30):
     results, errors = [None] * n, [None] * n
 
     def run(rank):
-        spec = SimpleNamespace(index=rank, collective=str(folder), one_process=True, one_host=True, own_gpu=False)
+        spec = SimpleNamespace(index=rank, collective=str(folder), one_process=True, device="cpu")
         group = Group(spec, list(range(n)), 1, SimpleNamespace(told=None))
         try:
             results[rank] = work(group, rank)
@@ -132,6 +132,12 @@ def test_waiting_for_a_slow_rank_is_measured(slow, tmp_path):
 
     _, errors = ranks(2, work, tmp_path)
     assert not any(errors) and waits[1 - slow] > 0.15 and waits[slow] < 0.1
+
+
+def test_nccl_needs_a_card_for_each_rank():
+    assert backend([("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0")]) == "nccl"
+    assert backend([("a", "cuda:0"), ("a", "cuda:1"), ("a", "cuda:0")]) == "gloo"  # a newcomer shares a card
+    assert backend([("a", "cuda:0"), ("b", "cpu")]) == backend([("a", "cpu"), ("b", "cpu")]) == "gloo"
 
 
 def test_when_a_rank_is_gone_the_others_hear_of_it_and_nothing_is_left(tmp_path):

@@ -127,9 +127,11 @@ def test_what_said_that_the_run_had_ended_is_gone_and_the_settings_say_where_it_
     run = cut()
     record.write_json(run.path / "status.json", {"state": "stopped", "reason": ""})
     (run.path / "metrics.parquet").write_bytes(b"of then")
+    (run.path / ".ranks-12ab-1").write_bytes(b"of a kernel that was killed")
     with labkit.connect("threads", 3) as other:
         again = labkit.resume(run.path, other)
-    assert not any((run.path / name).exists() for name in ("status.json", "metrics.parquet", presence.FILE))
+    gone = ("status.json", "metrics.parquet", ".ranks-12ab-1", presence.FILE)
+    assert not any((run.path / name).exists() for name in gone)
     assert (again.config["n_workers"], len(again.config["workers"]), begun[0][0].workers) == (3, 3, [0, 1, 2])
     [note] = again.config["resumed"]
     assert (note["version"], note["samples"], note["before"]["n_workers"]) == (9, 90, 2)

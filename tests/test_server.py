@@ -219,6 +219,24 @@ def test_who_comes_again_replaces_its_earlier_self(tmp_path):
     assert events(server, "merge").incarnation.isna().all() and (events(server, "push").incarnation == 1).all()
 
 
+@pytest.mark.parametrize("update", [SGWU, AGWU])
+def test_a_push_that_is_overtaken_by_a_new_self_changes_nothing(update, tmp_path):
+    with serving(spec(tmp_path, update(), workers=(0,))) as (server, result, thread):
+        (first,) = join(server, 0)
+        link = server.connections[0]
+        before = link.received
+        with server.lock:  # its push has come and waits for its turn, when it comes again
+            first.push()
+            until(lambda: link.received > before + first.weights.nbytes)
+            time.sleep(0.05)  # and its thread stands at the lock
+            server.course.join(0)
+        (second,) = join(server, 0)
+        assert second.train()["op"] == "stop"
+        thread.join(10)
+    assert (result["state"], result["samples"], events(server, "merge").samples.sum()) == ("done", 34, 34)
+    assert set(events(server, "push").incarnation) == {2}
+
+
 def test_a_task_that_was_started_before_another_one_is_sent_away(tmp_path):
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         (second,) = join(server, 0, generation=1)
