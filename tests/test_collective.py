@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import socket
 import subprocess
 import sys
 import threading
@@ -194,7 +195,7 @@ def test_who_is_told_that_a_frozen_rank_is_gone_leaves_at_once(told, tmp_path):
 RANK = """
 import sys, types
 from labkit.collective import Group
-spec = types.SimpleNamespace(index=1, collective=sys.argv[1], one_process=False, one_host=True, own_gpu=False)
+spec = types.SimpleNamespace(index=1, collective=sys.argv[1], one_process=False, device="cpu")
 group = Group(spec, [0, 1], 2, types.SimpleNamespace(told=None))
 group.close()
 """
@@ -202,10 +203,10 @@ group.close()
 
 def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tmp_path, monkeypatch):
     folder = str(tmp_path / "ranks")
-    spec = SimpleNamespace(index=0, collective=folder, one_process=False, one_host=True, own_gpu=False)
+    spec = SimpleNamespace(index=0, collective=folder, one_process=False, device="cpu")
     with monkeypatch.context() as short:
         short.setattr(collective, "TIMEOUT", datetime.timedelta(seconds=1))
-        dist.FileStore(f"{folder}-1-here", 2).set("1", "here")  # and then it is gone
+        dist.FileStore(f"{folder}-1-here", 2).set("1", f"{socket.gethostname()} cpu")  # and then it is gone
         with pytest.raises(Broken, match="could not be formed"):
             Group(spec, [0, 1], 1, SimpleNamespace(told=None))
     other = subprocess.Popen([sys.executable, "-c", RANK, folder])
