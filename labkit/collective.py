@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import socket
 import threading
 import time
@@ -111,7 +112,7 @@ class Group:
             yield
         except RuntimeError as error:
             if self.exchange.waiting.broken or isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise Broken(self.exchange.waiting.broken or str(error).splitlines()[0]) from error
+                raise Broken(self.exchange.waiting.broken or _short(error)) from error
             raise
 
     def begin(self, weight: float) -> None:
@@ -137,6 +138,11 @@ class Group:
         if not self.one_process and dist.is_initialized():
             dist.destroy_process_group()
         self.exchange.group = None
+
+
+def _short(error: Exception) -> str:
+    """What gloo says, without the place in its source."""
+    return re.sub(r"^.*?\.cc:\d+\] ", "", str(error).splitlines()[0]).split(". This is")[0]
 
 
 class _Waiting:
@@ -167,7 +173,7 @@ class _Waiting:
             try:
                 future.set_result(result.value()[0])
             except RuntimeError as error:
-                self.broken = self.broken or str(error).splitlines()[0]
+                self.broken = self.broken or _short(error)
                 future.set_exception(error)
 
     def fail(self, why: str) -> None:

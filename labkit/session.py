@@ -207,7 +207,7 @@ class Session:
             lost = self.lab.lost()
             alone = all(index in lost for index in self.tasks)
             self._lonely_since = (self._lonely_since or time.monotonic()) if alone else None
-            if self._lonely_since and time.monotonic() - self._lonely_since > self.spec.alone:
+            if self._lonely_since and time.monotonic() - self._lonely_since > self.spec.patience:
                 return f"workers {sorted(self.tasks)} were lost before the run began. connect() again for a full lab."
         return ""
 

@@ -44,7 +44,6 @@ def spec(path, update=None, workers=(0, 1), **options):
             "seed": 0,
             "checkpoints": 4,
             "patience": 10.0,
-            "alone": 0.3,
             **options,
         }
     )
@@ -442,7 +441,7 @@ def test_a_beat_is_a_sign_of_life_and_of_progress(tmp_path):
 
 
 def test_all_workers_lost_is_an_end(tmp_path):
-    with serving(spec(tmp_path)) as (server, result, thread):
+    with serving(spec(tmp_path, patience=0.3)) as (server, result, thread):
         for client in join(server, 0, 1):
             client.connection.close()
         thread.join(10)
@@ -450,14 +449,26 @@ def test_all_workers_lost_is_an_end(tmp_path):
     assert result["state"] == "failed" and result["reason"] == reason
 
 
-def test_a_worker_that_does_not_come(tmp_path):
-    with serving(spec(tmp_path, patience=0.3)) as (server, result, thread):
-        (there,) = [Client(server.address, 0)]
-        server.clients.append(there)
-        assert there.pull()["op"] == "stop" and "workers [1] did not join within 0.3 s" in there.go["reason"]
-        there.leave()
+def test_the_run_begins_without_a_worker_that_does_not_come_and_takes_it_when_it_does(tmp_path):
+    with serving(spec(tmp_path, SGWU(), budget=170, patience=0.3)) as (server, result, thread):
+        (there,) = join(server, 0)
+        assert there.go["op"] == "go" and there.n_indices == 17
+        late = Client(server.address, 1)
+        server.clients.append(late)
+        until(lambda: len(events(server, "join")) == 2)
+        there.push()
+        assert there.pull()["op"] == late.pull()["op"] == "go" and there.go["keep"] < 17
+        threads = [threading.Thread(target=c.train) for c in (there, late)]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
         thread.join(10)
-    assert result["state"] == "failed"
+    assert (result["state"], result["samples"]) == ("done", 170)
+
+
+def test_no_worker_comes(tmp_path):
+    with serving(spec(tmp_path, patience=0.3)) as (_, result, thread):
+        thread.join(10)
+    assert (result["state"], result["reason"]) == ("failed", "no worker joined within 0.3 s.")
 
 
 def test_a_worker_may_come_back(tmp_path):
@@ -533,7 +544,7 @@ def test_importing_the_server_stays_light():
 def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
     """10 MB of weights, two workers, asynchronous: the rule keeps a base for each."""
     n = 2_500_000
-    big = spec(tmp_path, weights=np.zeros(n, np.float32), n_buffers=0, budget=17 * 4)
+    big = spec(tmp_path, weights=np.zeros(n, np.float32), n_buffers=0, budget=17 * 4, patience=2.0)
     process, address = session._start_server(big, tmp_path)
     try:
         clients = [Client(address, index, size=n) for index in (0, 1)]

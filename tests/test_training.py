@@ -689,7 +689,7 @@ def test_a_worker_that_is_slow_to_answer_is_not_taken_to_be_gone(train):
     assert set(run.events.query("kind == 'leave'").message) == {""} and run.events.query("kind == 'join'").incarnation.max() == 0
 
 
-@pytest.mark.parametrize(("wait", "words"), [({"silence": 0.3}, "give them 1 s at least"), ({"patience": -1}, "patience=-1")])
+@pytest.mark.parametrize(("wait", "words"), [({"silence": 0.3}, "give them 1 s at least"), ({"patience": 0}, "patience=0")])
 def test_waits_that_make_no_sense(train, wait, words):
     with pytest.raises(ValueError, match=words):
         train(problem(), **wait)
