@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import socket
 import threading
 import time
@@ -61,17 +62,16 @@ class Group:
         self.one_process, self.number, self.rank, self.pulse = spec.one_process, number, ranks.index(spec.index), pulse
         self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), _Waiting()), None
         file = f"{spec.collective}-{number}"
-        self._meet(file, len(ranks))
+        places = self._meet(file, len(ranks), (socket.gethostname(), spec.device))
         try:
             if spec.one_process:
                 self.exchange.group = _gloo_between_threads(file, self.rank, len(ranks))
             else:
-                loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-                if spec.one_host and loopback:
-                    os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
-                backend = "nccl" if spec.own_gpu else "gloo"
+                # torch counts groups by process, also those that were never formed, and finds the other ranks under that number.
+                dist.distributed_c10d._world.group_count = 0
+                _choose_interface(one_host=len({host for host, _ in places}) == 1)
                 dist.init_process_group(
-                    backend, init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
+                    backend(places), init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
                 )
                 self.exchange.group = dist.group.WORLD
         except RuntimeError as error:
@@ -79,15 +79,19 @@ class Group:
             raise Broken(f"the group could not be formed: {error}") from error
         pulse.alarm = self._abort
 
-    def _meet(self, file: str, n_ranks: int) -> None:
-        """Wait until every rank is here. torch would wait for the whole of its time limit for one that is gone."""
-        store = dist.FileStore(f"{file}-here", n_ranks)
-        store.set(str(self.rank), "here")
+    def _meet(self, file: str, n_ranks: int, place: tuple[str, str]) -> list[tuple[str, str]]:
+        """Wait until every rank is here; where each of them is: host and device.
+
+        torch would wait for the whole of its time limit for one that is gone.
+        """
+        store, ranks = dist.FileStore(f"{file}-here", n_ranks), [str(rank) for rank in range(n_ranks)]
+        store.set(str(self.rank), " ".join(place))
         limit = time.monotonic() + FORMING_S
-        while not store.check([str(rank) for rank in range(n_ranks)]):
+        while not store.check(ranks):
             if self.pulse.told or time.monotonic() > limit:
                 raise Broken(f"not all of {n_ranks} ranks came within {FORMING_S:g} s")
             time.sleep(0.01)
+        return [tuple(store.get(rank).decode().split(" ")) for rank in ranks]
 
     def _abort(self) -> None:
         """From another thread: whoever waits in an exchange gets an error."""
@@ -108,7 +112,7 @@ class Group:
             yield
         except RuntimeError as error:
             if self.exchange.waiting.broken or isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise Broken(self.exchange.waiting.broken or str(error).splitlines()[0]) from error
+                raise Broken(self.exchange.waiting.broken or _short(error)) from error
             raise
 
     def begin(self, weight: float) -> None:
@@ -134,6 +138,11 @@ class Group:
         if not self.one_process and dist.is_initialized():
             dist.destroy_process_group()
         self.exchange.group = None
+
+
+def _short(error: Exception) -> str:
+    """What gloo says, without the place in its source."""
+    return re.sub(r"^.*?\.cc:\d+\] ", "", str(error).splitlines()[0]).split(". This is")[0]
 
 
 class _Waiting:
@@ -164,7 +173,7 @@ class _Waiting:
             try:
                 future.set_result(result.value()[0])
             except RuntimeError as error:
-                self.broken = self.broken or str(error).splitlines()[0]
+                self.broken = self.broken or _short(error)
                 future.set_exception(error)
 
     def fail(self, why: str) -> None:
@@ -180,6 +189,20 @@ class _Exchange:
     group: dist.ProcessGroup | None
     weight: float  # this rank's share of the samples of the coming step
     waiting: _Waiting
+
+
+def backend(places: list[tuple[str, str]]) -> str:
+    """NCCL if each rank (host, device) has a card to itself; asked for each group, as a newcomer may share a card."""
+    return "nccl" if len(set(places)) == len(places) and all(device != "cpu" for _, device in places) else "gloo"
+
+
+def _choose_interface(one_host: bool) -> None:
+    """gloo connects ranks of one host over loopback alone; of several, over what it finds, or the user has set."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if one_host and loopback:
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback
+    elif loopback and os.environ.get("GLOO_SOCKET_IFNAME") == loopback:  # from a group before
+        del os.environ["GLOO_SOCKET_IFNAME"]
 
 
 def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:

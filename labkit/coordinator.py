@@ -60,7 +60,7 @@ class Coordinator:
         self.deliver, self.record, self.save, self.clock, self.age = deliver, record, save, clock, age
         self.members: dict[int, Member] = {}
         self.incarnations: dict[int, int] = {}
-        self.round = 0  # local passes that the quickest worker had done when the run was cut off
+        self.round = 0  # local passes of the quickest worker; who comes counts on from there, so that no number comes twice
         self.seconds: dict[int, float] = {}  # per sample, measured (probed at first) and not yet known to the partition
         self.granted = self.done = 0  # samples; what is granted contains what is done
         self.idle: set[int] = set()  # workers for whom the budget leaves nothing, unless another one is lost
@@ -103,11 +103,10 @@ class Coordinator:
         self.record("join", worker=index, incarnation=incarnation, message=about)
         if self.started:
             member.held_since = self.clock()
-            member.passes = max((other.passes for other in self.members.values()), default=0)  # its round, not its experience
             self.partition.join(index, seconds)
             self._release(self.update.join(index))
         else:
-            if seconds and not self.partition.count.get(index):
+            if seconds and index not in self.partition.seconds:
                 self.seconds[index] = float(seconds)
             self._begin()
         return member
@@ -149,6 +148,7 @@ class Coordinator:
         """A worker has finished a local pass. `weights` is only read until the worker is answered; None: of the wrong size."""
         index, samples, version = member.index, int(header["samples"]), int(header["version"])
         member.passes += 1
+        self.round = max(self.round, member.passes)
         member.loss, member.score, member.seen = header["loss"], header["score"], 0
         self.record(
             "push",
@@ -247,7 +247,7 @@ class Coordinator:
             "update": self.update.lasting(),
             "partition": self.partition.state_dict(),
             "incarnations": dict(self.incarnations),
-            "round": max((member.passes for member in self.members.values()), default=self.round),
+            "round": self.round,
         }
 
     def _go_on(self, state: dict) -> None:
@@ -309,7 +309,7 @@ class Coordinator:
             for member in members:
                 if n := self.partition.reclaim(member.index):
                     self.record("reclaim", worker=member.index, incarnation=member.incarnation, samples=n)
-                    member.held -= n
+                    member.held = min(member.held, self.partition.held[member.index])  # after a resume it holds nothing yet
             added = self.partition.allocate([member.index for member in members], measured)
         except PartitionError as error:
             self.stop("failed", str(error))
@@ -358,9 +358,8 @@ class Coordinator:
             self.record("pull", version=reply.version, **who)
         new = self.partition.shard(index)[keep:] if held > keep else []  # the first time, the whole shard
         indices = np.ascontiguousarray(new, np.int64)
-        member.granted = grant
+        member.granted, member.group, member.held = grant, self.groups, held
         self.granted += grant
-        member.held = held
         header = {
             "op": "go",
             "incarnation": member.incarnation,

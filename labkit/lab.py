@@ -6,7 +6,7 @@ them, tell which are lost and which have come, and lease workers to a run. Whate
 
 A worker that comes takes the place of one that was lost, index, slowdown and lease included, or else gets a new index.
 
-Made by `labkit.connecting`; used by `labkit.training`, `labkit.sweeps` and every notebook.
+Made by `labkit.connecting`; used by `labkit.training`, `labkit.session`, `labkit.sweeps` and every notebook.
 """
 
 from __future__ import annotations
@@ -82,10 +82,6 @@ class Lab:
         """Are all workers threads of one process?"""
         return len({(worker.host, worker.pid) for worker in self.workers}) == 1 and len(self.workers) > 1
 
-    @property
-    def one_host(self) -> bool:
-        return len({worker.host for worker in self.workers}) == 1
-
     # -- work ----------------------------------------------------------------------------------------------------
 
     def start(self, worker: int, fn: Callable, *args: Any) -> Task:
@@ -143,9 +139,10 @@ class Lab:
         if int(n) != n or n < 1:
             raise ClusterError(f"add({n}): one worker at least.")
         before, limit = len(self._arrivals), time.monotonic() + timeout
+        known = len(self) if self._backend.keeps_names else 0  # who comes back to an old place meanwhile is not new
         with quiet():
             self._backend.add(int(n))
-            while len(came := self._arrivals[before:]) < n:
+            while len(came := [index for index in self._arrivals[before:] if index >= known]) < n:
                 if time.monotonic() > limit:
                     raise ClusterError(f"{len(came)} of {n} new workers came in {timeout:g} s. {self._backend.trouble()}".strip())
                 time.sleep(0.05)

@@ -21,6 +21,7 @@ class Member:
     incarnation: int
     passes: int = 0
     granted: int = 0  # samples of the local pass that is under way
+    group: int = 0  # number of the group of an all-reduce in which that is
     seen: int = 0  # of these, trained on so far
     unmerged: int = 0  # samples of a push that waits for the others
     held_since: float | None = None

@@ -80,6 +80,7 @@ class UDPA:
         self.shards: dict[int, list[np.ndarray]] = {worker: [] for worker in self.workers}
         self.seconds: dict[int, float] = {}  # smoothed seconds per sample
         self.late: set[int] = set()  # who came after the start and does not hold its share yet
+        self.reached = 0  # the largest count so far, also of those who are gone
 
     def allocate(self, workers: Iterable[int], seconds: Mapping[int, float] | None = None) -> dict[int, np.ndarray]:
         """The indices to add to the shards of `workers`, which are about to begin their next local pass.
@@ -101,7 +102,13 @@ class UDPA:
             for i in np.flatnonzero((add == 0) & [self.held[worker] == 0 for worker in workers]):
                 if add.max() > 1:  # nobody begins with nothing
                     add[i], add[np.argmax(add)] = 1, add.max() - 1
-        return {worker: self._hand_out(worker, int(n)) for worker, n in zip(workers, add, strict=True)}
+        given = {worker: self._hand_out(worker, int(n)) for worker, n in zip(workers, add, strict=True)}
+        for worker in workers:
+            if self.held[worker]:
+                self.reached = max(self.reached, self.count[worker])
+            else:  # nothing was there to be had
+                self.count[worker] -= 1
+        return given
 
     def reclaim(self, worker: int) -> int:
         """How many samples `worker`, about to begin its next local pass, gives back for those who came late: the last of its shard.
@@ -122,9 +129,8 @@ class UDPA:
     def join(self, worker: int, seconds: float | None = None) -> None:
         """A worker more, after the start; `seconds` per sample as probed. It gets what the others give back (`reclaim`)."""
         if worker not in self.workers:
-            count = max(self.count.values(), default=0)
             self.workers = sorted([*self.workers, worker])
-            self.held[worker], self.count[worker], self.shards[worker] = 0, count, []
+            self.held[worker], self.count[worker], self.shards[worker] = 0, self.reached, []
             self.late.add(worker)
             if seconds:
                 self.seconds[worker] = float(seconds)
@@ -144,6 +150,7 @@ class UDPA:
     def state_dict(self) -> dict:
         """Everything that the future of the partition depends on: numbers, dicts and arrays; no objects."""
         state = {"n_samples": self.n_samples, "workers": list(self.workers), "late": sorted(self.late), "pool": self.pool.copy()}
+        state |= {"reached": self.reached}
         state |= {"shards": {worker: self.shard(worker) for worker in self.workers}}
         return state | {"count": dict(self.count), "seconds": dict(self.seconds)}
 
@@ -157,7 +164,7 @@ class UDPA:
         self.n_samples, self.workers, self.late, self.pool = n, list(state["workers"]), set(state["late"]), pool
         self.shards = {worker: [shard] for worker, shard in shards.items()}
         self.held = {worker: len(shard) for worker, shard in shards.items()}
-        self.count, self.seconds = dict(state["count"]), dict(state["seconds"])
+        self.count, self.seconds, self.reached = dict(state["count"]), dict(state["seconds"]), int(state["reached"])
 
     def config(self) -> dict:
         """Name and settings, as JSON; `make_partition` reads it back."""

@@ -4,7 +4,7 @@
     machine      the name of its machine; pid and started tell its process there from a later one with the same number
     secret       of the run, in hex: who can read this file can steer the run, so nobody but its owner can
 
-Written and removed by `labkit.server`; read by `labkit.run`, `labkit.attached` and `labkit.resuming`.
+Written and removed by `labkit.server`; read by `labkit.run`, `labkit.attached`, `labkit.resuming` and `labkit.chaos`.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ class Pulse:
         self.told: dict | None = None  # what the server said; "lost" when it can no longer be heard
         self.alarm = lambda: None  # called when something was heard: breaks off an exchange that waits for the others
         self.progress: dict = {}
-        self.open = False
+        self.open, self.group = False, 0
 
     def start(self, connection: wire.Connection) -> None:
         if self.thread is None or self.connection is not connection:
             self.stop()
-            self.connection, self.ended = connection, threading.Event()
+            self.connection, self.ended, self.told = connection, threading.Event(), None
             self.thread = threading.Thread(target=self._beat, args=(connection, self.ended), name="labkit-pulse", daemon=True)
             self.thread.start()
 
@@ -40,11 +40,10 @@ class Pulse:
             self.thread = None
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """A local pass: until its end nobody else receives from the connection."""
-        self.told, self.progress = None, {}
+    def listening(self, group: int = 0) -> Iterator[None]:
+        """A local pass, in this group of an all-reduce: until its end nobody else receives from the connection."""
         with self.lock:
-            self.open = True
+            self.open, self.progress, self.group = True, {}, group
         try:
             yield
         finally:
@@ -61,7 +60,9 @@ class Pulse:
                 connection.send({"op": "beat", **self.progress})
                 with self.lock:
                     if self.open and self.told is None and connection.waiting():
-                        self.told, _ = connection.receive()
+                        word, _ = connection.receive()
+                        if word["op"] != "regroup" or word["group"] >= self.group:  # of the group before: that is over
+                            self.told = word
             except WireError as error:
                 self.told = {"op": "lost", "reason": str(error)}
             if self.told is not None:

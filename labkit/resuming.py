@@ -26,6 +26,7 @@ from labkit.lab import Lab
 from labkit.partition import make_partition
 from labkit.problems import Problem
 from labkit.run import Run, load_run
+from labkit.session import MEETING
 from labkit.settings import by_value
 from labkit.training import begin, choose, describe_lab, leased, server_spec
 from labkit.updates import make_update
@@ -150,5 +151,7 @@ def _clear(run: Run, place: dict, version: int, done: int) -> None:
         record.write_json(run.path / "config.json", config)
         for name in ("metrics.parquet", "status.json"):
             (run.path / name).unlink(missing_ok=True)
+        for file in run.path.glob(f"{MEETING}*"):
+            file.unlink(missing_ok=True)  # of a kernel that was killed
     except OSError as error:
         raise RunError(f"run {run.name} cannot go on in {run.path}: {error}.") from error

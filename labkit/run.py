@@ -173,20 +173,24 @@ class Run:
         return table.astype(int).reset_index(drop=True)
 
     def balance(self) -> pd.DataFrame:
-        """How even the work was: for each local pass that all workers reached, mean_s, max_s and ratio = mean T / max T.
+        """How even the work was: mean_s, max_s and ratio = mean T / max T of each local pass that all who were here have reached.
 
         T is the time of the local pass: optimiser steps and score, emulated sleep included. A last pass that the end of the run
         has cut short does not count.
         """
         import pandas as pd
 
-        pushes = record.effective(self.events).query("kind == 'push'")
+        events = record.effective(self.events)
+        pushes = events[events.kind == "push"]
         by_worker = pushes.groupby("worker").samples
         pushes = pushes[(pushes.samples >= by_worker.shift(1, fill_value=0)) | by_worker.shift(-1).notna()]
         if pushes.empty:
             return pd.DataFrame(columns=["pass", "mean_s", "max_s", "ratio"])
         times = (pushes.compute_s + pushes.score_s).groupby([pushes["pass"], pushes.worker]).sum().unstack()
-        times = times.dropna()
+        away = times.isna() & times.bfill().notna()  # who comes counts on from the quickest: it was not here before
+        lost = times.columns.intersection(record.lost(events))
+        away[lost] = times[lost].isna()
+        times = times[(times.notna() | away).all(axis=1) & (times.count(axis=1) >= min(2, times.shape[1]))]
         table = pd.DataFrame({"mean_s": times.mean(axis=1), "max_s": times.max(axis=1)})
         table["ratio"] = table.mean_s / table.max_s
         return table.reset_index().astype({"pass": int})

@@ -12,10 +12,10 @@ the lock: versions are immutable arrays, so one worker can still be receiving ve
       go, or stop                <-------     release; while it is held: hold, hold, ...
       (late beat or push)        ------->     refused and recorded
       join again                 <-------     rejoin
-                                 <-------     regroup: one of the all-reduce is gone
+                                 <-------     regroup: one of this group of the all-reduce is gone
       regroup                    ------->     begins anew with those who are left
 
-Started by `labkit.session` in a process of its own; spoken to by `labkit.worker` and `labkit.session`.
+Started by `labkit.session` in a process of its own; spoken to by `labkit.worker`, `labkit.session` and `labkit.attached`.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ class ServerSpec:
     seed: int
     checkpoints: int  # how many versions to keep, spread evenly over the run
     host: str = "127.0.0.1"
-    patience: float = 300.0  # seconds to wait until every worker has joined
-    alone: float = 60.0  # seconds to wait for somebody to come when every worker is lost
+    patience: float = 60.0  # seconds to wait for every worker at the start, and for anybody when all are lost
     silence: float = 4.0  # seconds without a word after which a worker is taken to be gone
     age: float = AGE_S  # seconds after which the newest version is kept, also between the checkpoints
     state: dict | None = None  # of the checkpoint that a run goes on from (`labkit.checkpoints.read_state`)
@@ -122,10 +121,7 @@ class Server:
         saver = threading.Thread(target=self._keep_saving)
         saver.start()
         threading.Thread(target=self._accept, daemon=True).start()
-        if not self._wait_for_start():
-            missing = sorted(set(self.spec.workers) - set(self.course.members))
-            with self.lock:
-                self._stop("failed", f"workers {missing} did not join within {self.spec.patience:g} s.")
+        self._wait_for_start()
         while not self.over.wait(0.5):  # ended by the last worker that leaves; the silence of each of them has a limit
             with self.lock:
                 self._mind_loneliness()
@@ -144,18 +140,22 @@ class Server:
                 status.update(state="failed", reason=self.unwritten)
         return status
 
-    def _wait_for_start(self) -> bool:
+    def _wait_for_start(self) -> None:
+        """Until everybody is here; at the end of patience it begins with those who are, and the others may come later."""
         limit = time.monotonic() + self.spec.patience
-        while not self.course.started and not self.over.wait(0.02):
-            if time.monotonic() > limit or self.course.state != "running":
-                return self.course.state != "running"
-        return True
+        while not self.course.started and self.course.state == "running" and not self.over.wait(0.02):
+            if time.monotonic() > limit:
+                with self.lock:
+                    if self.course.members:
+                        self.course.expect(self.course.members)
+                    else:
+                        self._stop("failed", f"no worker joined within {self.spec.patience:g} s.")
 
     def _mind_loneliness(self) -> None:
         since = self.course.alone_since
-        if since is not None and time.monotonic() - since > self.spec.alone:
+        if since is not None and time.monotonic() - since > self.spec.patience:
             done = f"{self.course.done} of {self.course.budget} samples"
-            self._stop("failed", f"every worker was lost after {done}, and none came back within {self.spec.alone:g} s.")
+            self._stop("failed", f"every worker was lost after {done}, and none came back within {self.spec.patience:g} s.")
 
     # -- connections -----------------------------------------------------------------------------------------------
 
@@ -243,26 +243,23 @@ class Server:
             if not connection.waiting(self.spec.silence):
                 raise _Silent(f"no sign of life for {self.spec.silence:g} s")
             header, n = connection.receive(lambda _, n: [buffer] if n == buffer.nbytes else [bytearray(n)])
-            if self.course.members.get(member.index) is not member:
-                raise _Silent("it came again")
             if header["op"] == "beat":
                 self._note(member, header)
                 continue
-            if header["op"] == "push":
-                with self.lock:
+            with self.lock:
+                if self.course.members.get(member.index) is not member:
+                    raise _Silent("it came again")
+                if header["op"] == "push":
                     self.course.push(member, header, buffer if n == buffer.nbytes else None, n)
                     if self.course.state != "running":
                         self._tell_the_others()
-            elif header["op"] == "regroup":
-                with self.lock:
+                    return True
+                if header["op"] == "regroup":
                     self.course.regroup(member, header.get("reason") or "")
-            elif header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
-                with self.lock:
+                    return True
+                if header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
                     self._stop("failed", header["reason"])
                 return False
-            else:
-                return False
-            return True
 
     def _note(self, member: Member, header: dict) -> None:
         member.seen = min(header.get("samples") or 0, member.granted)
@@ -324,7 +321,7 @@ class Server:
         if self.course.state != "running":
             self._tell_the_others()
         elif self.course.update.collective and member.granted:  # the others wait for it in the middle of a step
-            self._interrupt({"op": "regroup"})
+            self._interrupt({"op": "regroup", "group": member.group})
         if self.course.over:
             self.over.set()
 

@@ -29,8 +29,10 @@ from labkit.server import ServerSpec
 from labkit.worker import WorkerSpec, run_worker
 
 POLL_S = 0.2
+MEETING = ".ranks-"  # how the names of these files begin
 ATTEMPTS = 3  # how often a worker is started again that is alive and could not talk to the server
 RETRY_S = 10.0  # how long a server that has hung up may take to end before it is asked again
+ENDING_S = 10.0  # how long the workers' tasks may take to end after the server; one that is frozen does not
 
 
 class Session:
@@ -44,7 +46,7 @@ class Session:
         self.tasks: dict[int, Task] = {}  # by worker: the latest
         self.started_on: dict[int, Worker] = {}  # the worker as it was then: who comes back is another process
         self.generations: dict[int, int] = {}  # how often it was started
-        self.meeting = f".ranks-{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
+        self.meeting = f"{MEETING}{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
         self._lonely_since: float | None = None  # before the start: since when all are lost
         self._status: dict = {"state": "running", "samples": 0, "budget": spec.budget, "version": 0}
         self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
@@ -93,7 +95,6 @@ class Session:
         self._raised.pop(index, None)
 
     def _worker_spec(self, worker) -> WorkerSpec:
-        places = [(self.lab.workers[index].host, self.lab.workers[index].device) for index in self.spec.workers]
         return WorkerSpec(
             generation=self.generations[worker.index],
             index=worker.index,
@@ -107,8 +108,6 @@ class Session:
             jitter=self.lab.jitter,
             collective=str(self.path / self.meeting) if self.spec.update.collective else None,
             one_process=self.lab.one_process,
-            one_host=self.lab.one_host,
-            own_gpu=len(set(places)) == len(places) and all(device != "cpu" for _, device in places),
         )
 
     def _follow(self) -> None:
@@ -124,10 +123,14 @@ class Session:
         self._finish(state, reason)
 
     def _measure(self) -> str:
-        """The curve, on the lab's workers. A run is done also when that fails; `Run.curve` then tries again and says why."""
+        """The curve, on the workers that were heard to the end, or else here: a frozen one would keep it waiting.
+
+        A run is done also when that fails; `Run.curve` then tries again and says why.
+        """
         self._measuring.set()
+        ended = sorted(index for index, task in self.tasks.items() if task.done and not task.lost)
         try:
-            measure(self.run, self.problem, self.lab, self.spec.workers)
+            measure(self.run, self.problem, self.lab if ended else None, ended)
         except Exception as error:
             return f"its curve is not measured yet: {error}"
         return ""
@@ -146,7 +149,7 @@ class Session:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.server.wait(timeout=RETRY_S)
         self._last_words = _end(self.server)
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + ENDING_S
         for task in self.tasks.values():
             while not task.done and time.monotonic() < limit:
                 time.sleep(0.02)
@@ -204,7 +207,7 @@ class Session:
             lost = self.lab.lost()
             alone = all(index in lost for index in self.tasks)
             self._lonely_since = (self._lonely_since or time.monotonic()) if alone else None
-            if self._lonely_since and time.monotonic() - self._lonely_since > self.spec.alone:
+            if self._lonely_since and time.monotonic() - self._lonely_since > self.spec.patience:
                 return f"workers {sorted(self.tasks)} were lost before the run began. connect() again for a full lab."
         return ""
 

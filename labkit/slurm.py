@@ -4,7 +4,7 @@ dask-jobqueue writes and submits the job scripts; here it is given what labkit's
 no sampling profiler, an end that a lab can wait for. Dask's own traffic is TLS with a key made for this cluster, unless it
 stays on loopback, because the ports are reached by whoever shares the machines. When workers do not come, SLURM is asked why.
 
-Used by `labkit.lab` for kind="slurm".
+Used by `labkit.connecting` for kind="slurm".
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ def train(
         Seconds without a sign of life (workers give one twice a second) after which a worker is taken to be gone: the others go on,
         and it may join again.
     patience
-        Seconds that the run waits for a worker to come when every one is lost; then it fails, and `resume` goes on from there.
+        Seconds that the run waits for all workers at the start, before it begins without the missing ones (they may come later);
+        and for anybody when every worker is lost, before it fails (`resume` goes on from there).
 
     Raises
     ------
@@ -136,7 +137,7 @@ def server_spec(
         checkpoints=config["checkpoints"],
         host=_host(lab),
         silence=config["silence"],
-        alone=config["patience"],
+        patience=config["patience"],
         state=state,
     )
 
@@ -171,8 +172,8 @@ def _check_lengths(passes: float, local_steps: int | None, seed: int, checkpoint
 def _check_waits(silence: float, patience: float) -> None:
     if not silence >= 1:
         raise ValueError(f"silence={silence}: workers give a sign of life every 0.5 s, so give them 1 s at least.")
-    if not patience >= 0:
-        raise ValueError(f"patience={patience} must be a number of seconds, 0 for none.")
+    if not patience >= 1:
+        raise ValueError(f"patience={patience}: workers need some time to come, so give them 1 s at least.")
 
 
 def _check_shards(problem: Problem, workers: list[int], partition: UDPA) -> None:

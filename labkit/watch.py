@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
     series: Series
     here: list[tuple[float, int]]  # (seconds, how many workers are here from then on)
-    workers: frozenset[int]  # who is here
+    workers: frozenset[int]  # who is here, or was to the end
 
 
 def live(run: Run, timeout: float = 86400) -> hv.Layout:
@@ -91,9 +91,12 @@ class Tail:
 
     def _take(self, event: dict[str, Any]) -> None:
         kind, worker, now = event["kind"], event.get("worker"), event.get("seconds")
-        if kind in ("join", "leave", "resume"):
-            self.workers = {*self.workers, worker} if kind == "join" else self.workers - {worker} if kind == "leave" else set()
-        if kind in ("start", "join", "leave") and now is not None:  # before the start the clock stands
+        lost = kind == "leave" and event.get("message")  # who leaves without a word has reached the end
+        if kind == "join":
+            self.workers = {*self.workers, worker}
+        elif lost or kind == "resume":
+            self.workers = self.workers - {worker} if lost else set()
+        if (lost or kind in ("start", "join")) and now is not None:  # before the start the clock stands
             self.here.append((now, len(self.workers)))
         if worker is None or now is None:
             return
@@ -129,7 +132,7 @@ def _feed(run: Run, tail: Tail, pipe: Any, free: threading.Event, timeout: float
 
 
 def _scores(run: Run, seen: Seen) -> Any:
-    values = [points[-1][1] for points in seen.series.values()]
+    values = [points[-1][1] for worker, points in seen.series.items() if worker in seen.workers]
     title = f"{run.label}: waiting for the first push"
     if values:
         now = max(points[-1][0] for points in seen.series.values())
@@ -145,7 +148,8 @@ def _rates(run: Run, seen: Seen) -> Any:
 
 def _membership(run: Run, seen: Seen) -> Any:
     """How many workers are here, as steps."""
-    at, counts = np.array(seen.here, float).reshape(-1, 2).T
+    now = [(points[-1][0], len(seen.workers)) for points in seen.series.values()]
+    at, counts = np.array([*seen.here, *sorted(now)[-1:]], float).reshape(-1, 2).T
     steps = canvas.line(np.repeat(at, 2)[1:], np.repeat(counts, 2)[:-1], 0, "workers here", ("seconds", "workers"))
     top = max((count for _, count in seen.here), default=1)
     n = len(seen.workers)

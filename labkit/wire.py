@@ -11,7 +11,7 @@ silent for longer is a `WireError`.
 Why not `distributed.comm`: its deserialisers (pickle among them) run before a handler can check who is speaking, it takes
 memory by the lengths that a peer claims, and importing it costs the server 40 MB.
 
-Used by `labkit.server` (accept), `labkit.worker` and `labkit.session` (connect).
+Used by `labkit.server` (accept), and by `labkit.worker`, `labkit.session`, `labkit.attached` and `labkit.chaos` (connect).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Connection:
                     while view.nbytes:  # not sendall, whose time limit is for the whole: a slow link may take its time
                         view = view[self.sock.send(view) :]
         except OSError as error:
-            raise WireError(f"the connection broke while {body} bytes were sent: {error}.") from error
+            raise self._broken(f"the connection broke while {body} bytes were sent: {error}.") from error
         self.sent += PREFIX.size + len(text) + body
         return PREFIX.size + len(text) + body
 
@@ -111,6 +111,9 @@ class Connection:
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
+    def _broken(self, why: str) -> WireError:
+        return WireError("the connection was closed here." if self.sock.fileno() < 0 else why)
+
     def __enter__(self) -> Connection:
         return self
 
@@ -135,7 +138,7 @@ class Connection:
         except TimeoutError as error:
             raise WireError(f"no word from the other side for {self.sock.gettimeout():g} s.") from error
         except OSError as error:
-            raise WireError(f"the connection broke: {error}.") from error
+            raise self._broken(f"the connection broke: {error}.") from error
 
 
 def listen(host: str = "127.0.0.1") -> socket.socket:

@@ -57,8 +57,6 @@ class WorkerSpec:
     jitter: float = 0.0
     collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     one_process: bool = False  # all workers are threads of one process
-    one_host: bool = True
-    own_gpu: bool = False  # every worker has a GPU to itself, so that NCCL can be used
     generation: int = 0  # how often this worker has been started in this run before
 
 
@@ -126,12 +124,11 @@ class _Worker:
     def __init__(self, problem: Problem, spec: WorkerSpec) -> None:
         self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
         self.pulse = Pulse()
+        self.broken = -1  # the latest group of an all-reduce that the server has called broken between two passes
 
     def run(self) -> dict:
         self._prepare()
         speed = self._probe()
-        if not self.spec.one_process:  # dropout and the like: a stream for each worker
-            torch.manual_seed(int(np.random.SeedSequence([self.spec.seed, self.spec.index]).generate_state(1)[0]))
         self.optimisers = self.problem.optimisers(self.module)  # fresh: the probe has left its momentum in the old ones
         self.done = {"samples": 0, "passes": 0}
         about = f"pid {os.getpid()}, {self.spec.device}, {self.spec.threads} thread(s)"
@@ -169,8 +166,8 @@ class _Worker:
     def _connect_again(self, error: WireError) -> None:
         """The link is down; the server may be there all the same. Nobody listening any more means that the run is over."""
         self._close_group()
-        self.pulse.stop()
         self.connection.close()
+        self.pulse.stop()
         limit, pause = time.monotonic() + RETRY_S, 0.05
         while True:
             try:
@@ -188,7 +185,9 @@ class _Worker:
         while (go := self._pull())["op"] == "go":
             done, broken = None, ""
             try:
-                with self.pulse.listening():
+                with self.pulse.listening(go["group"]):
+                    if go["group"] <= self.broken:  # the word has overtaken the weights
+                        raise Broken("the server says that a worker is gone")
                     done = self._local_pass(self._trained(go), go)
             except Broken as error:
                 broken = str(error)
@@ -230,10 +229,10 @@ class _Worker:
             pass  # then the server sees the connection close
 
     def close(self) -> None:
-        self.pulse.stop()
         self._close_group()
         if self.connection:
             self.connection.close()
+        self.pulse.stop()
 
     def _close_group(self) -> None:
         group, self.group, self.wrapped = self.group, None, None
@@ -268,6 +267,8 @@ class _Worker:
         """Wait for the next version, whose weights are received into the model; or for another word: stop, rejoin."""
         while True:
             header, _ = self.connection.receive(self._place)
+            if header["op"] == "regroup":
+                self.broken = header["group"]
             if header["op"] in ("hold", "regroup"):
                 continue
             if self.pushed_at is not None:  # what the round trip took, less the time that the server held us
@@ -278,10 +279,17 @@ class _Worker:
                 self.flat.copy_(self.vector)
             self.version = header["version"]
             if self.shard is None:
-                self.shard = Shard(self.spec.seed, self.spec.index, header["incarnation"])
+                self._begin(header["incarnation"])
             self.shard.keep(header["keep"])
             self.shard.add(self.new_indices)
             return header
+
+    def _begin(self, incarnation: int) -> None:
+        """The first pull of an incarnation: an empty shard, and for dropout and the like a stream of random numbers of its own."""
+        seeds = [self.spec.seed, self.spec.index, incarnation]
+        self.shard = Shard(*seeds)
+        if not self.spec.one_process:
+            torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
     def _place(self, header: dict, n: int) -> list[memoryview]:
         self.new_indices = np.empty(header["indices"], np.int64)

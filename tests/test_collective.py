@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -10,10 +14,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from labkit.collective import Broken, Group, steps
+from labkit import collective
+from labkit.collective import Broken, Group, backend, steps
 from labkit.shard import batches
 
 GRANTS = [[17], [16, 16], [17, 16], [5, 50], [2, 40], [1, 30], [3, 3, 3], [100, 7, 31], [64, 64, 65], [1, 1], [187]]
@@ -52,7 +58,7 @@ def ranks(n, work, folder, limit=30):
     results, errors = [None] * n, [None] * n
 
     def run(rank):
-        spec = SimpleNamespace(index=rank, collective=str(folder), one_process=True, one_host=True, own_gpu=False)
+        spec = SimpleNamespace(index=rank, collective=str(folder), one_process=True, device="cpu")
         group = Group(spec, list(range(n)), 1, SimpleNamespace(told=None))
         try:
             results[rank] = work(group, rank)
@@ -129,6 +135,12 @@ def test_waiting_for_a_slow_rank_is_measured(slow, tmp_path):
     assert not any(errors) and waits[1 - slow] > 0.15 and waits[slow] < 0.1
 
 
+def test_nccl_needs_a_card_for_each_rank():
+    assert backend([("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0")]) == "nccl"
+    assert backend([("a", "cuda:0"), ("a", "cuda:1"), ("a", "cuda:0")]) == "gloo"  # a newcomer shares a card
+    assert backend([("a", "cuda:0"), ("b", "cpu")]) == backend([("a", "cpu"), ("b", "cpu")]) == "gloo"
+
+
 def test_when_a_rank_is_gone_the_others_hear_of_it_and_nothing_is_left(tmp_path):
     """Many times: the end of a group must neither hang nor bring the process down, whichever thread is the last to know it."""
     x, y, counts = torch.randn(8, 5), torch.arange(8) % 3, []
@@ -178,3 +190,26 @@ def test_who_is_told_that_a_frozen_rank_is_gone_leaves_at_once(told, tmp_path):
 
     _, errors = ranks(2, work, tmp_path)
     assert errors == ["the server says that a worker is gone", None] and took[0] < 5
+
+
+RANK = """
+import sys, types
+from labkit.collective import Group
+spec = types.SimpleNamespace(index=1, collective=sys.argv[1], one_process=False, device="cpu")
+group = Group(spec, [0, 1], 2, types.SimpleNamespace(told=None))
+group.close()
+"""
+
+
+def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tmp_path, monkeypatch):
+    folder = str(tmp_path / "ranks")
+    spec = SimpleNamespace(index=0, collective=folder, one_process=False, device="cpu")
+    with monkeypatch.context() as short:
+        short.setattr(collective, "TIMEOUT", datetime.timedelta(seconds=1))
+        dist.FileStore(f"{folder}-1-here", 2).set("1", f"{socket.gethostname()} cpu")  # and then it is gone
+        with pytest.raises(Broken, match="could not be formed"):
+            Group(spec, [0, 1], 1, SimpleNamespace(told=None))
+    other = subprocess.Popen([sys.executable, "-c", RANK, folder])
+    begun = time.monotonic()
+    Group(spec, [0, 1], 2, SimpleNamespace(told=None)).close()
+    assert other.wait(30) == 0 and time.monotonic() - begun < 30

@@ -20,12 +20,25 @@ class Course:
     """A coordinator, what it sent, wrote and saved, and a time that only we move."""
 
     def __init__(
-        self, update, partition=None, *, budget=2 * SAMPLES, workers=WORKERS, local_steps=None, batch_size=2, checkpoints=4
+        self,
+        update,
+        partition=None,
+        *,
+        budget=2 * SAMPLES,
+        workers=WORKERS,
+        local_steps=None,
+        batch_size=2,
+        checkpoints=4,
+        state=None,
     ):
         self.now, self.answers, self.rows, self.saved = 0.0, {w: [] for w in workers}, [], []
-        update.start(np.zeros(SIZE, np.float32), workers, 1)
         partition = partition or UDPA()
-        partition.start(SAMPLES, workers, seed=3)
+        if state:
+            update.go_on(np.zeros(SIZE, np.float32), workers, 1, state["update"])
+            partition.load_state_dict(state["partition"])
+        else:
+            update.start(np.zeros(SIZE, np.float32), workers, 1)
+            partition.start(SAMPLES, workers, seed=3)
         self.it = Coordinator(
             update=update,
             partition=partition,
@@ -38,6 +51,7 @@ class Course:
             record=lambda kind, **fields: self.rows.append({"kind": kind, **fields}),
             save=lambda version, weights, state: self.saved.append((version, weights)),
             clock=lambda: self.now,
+            state=state,
         )
         self.members, self.indices = {}, {w: [] for w in workers}
 
@@ -449,6 +463,54 @@ def test_a_group_that_breaks_for_ever_ends_the_run():
         for worker in WORKERS:
             course.it.regroup(course.members[worker], "no luck")
     assert course.it.state == "failed" and "broke 10 times in a row at version 0" in course.it.reason
+
+
+@pytest.mark.parametrize("workers", [[0], [0, 1, 2], [1, 2, 3], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=2)])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_run_that_goes_on_with_other_workers_gives_each_of_them_its_whole_shard(rule, partition, workers):
+    first = Course(rule(), partition(), budget=200).join(*WORKERS)
+    for _ in range(3):
+        work = {w: answer for w in WORKERS if (answer := first.answer(w))}
+        for worker, answer in work.items():
+            first.push(worker, answer, answer.header["samples"] * (1.0 + worker))
+    state = first.it.state_dict()
+    course = Course(rule(), partition(), budget=200, workers=workers, state=state).join(*workers, seconds=2.0)
+    course.finish(speeds=dict.fromkeys(workers, 1.0))  # at every answer: what the worker holds is what the partition says
+    assert sorted(itertools.chain(*course.indices.values())) == list(range(SAMPLES))
+    assert course.it.state == "done" and course.it.done > 200 - len(workers)
+    numbers = [(row["worker"], row["pass"]) for row in [*first.of("push"), *course.of("push")]]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_a_newcomer_s_probe_counts_also_when_a_run_goes_on():
+    first = Course(AGWU(), IDPA(batches=1), budget=200, workers=[0, 1]).join(0, 1)
+    for worker in (0, 1):
+        first.push(worker, work := first.answer(worker), 1.0 * work.header["samples"])
+        first.answer(worker)
+    course = Course(AGWU(), IDPA(batches=1), budget=200, workers=[0, 1, 2], state=first.it.state_dict()).join(0, 1, 2, seconds=4.0)
+    assert course.it.partition.seconds[2] == 4.0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_who_comes_back_never_counts_a_pass_twice(rule):
+    """Worker 0 is far ahead when it is lost; its passes go on from there, so that each number is one pass in the record."""
+    course = Course(rule(), budget=300, workers=[0, 1]).join(0, 1)
+    work = {w: course.answer(w) for w in (0, 1)}
+    for _ in range(3):
+        course.push(0, work[0])
+        if rule is not AGWU:
+            course.push(1, work[1])
+            work[1] = course.answer(1)
+        work[0] = course.answer(0)
+    course.it.leave(course.members[0], "lost")
+    if rule is AllReduce:
+        course.it.regroup(course.members[1], "a rank is gone")
+        work[1] = course.answer(1)
+    course.join(0)
+    course.finish({1: work[1]})
+    numbers = [(row["worker"], row["pass"]) for row in course.of("push")]
+    assert len(set(numbers)) == len(numbers) and course.it.state == "done"
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -68,7 +68,7 @@ def test_four_things(capfd):
     with labkit.connect("threads", 3, slowdown=[1, 2, 4]) as lab:
         assert [w.index for w in lab.workers] == [0, 1, 2] and len(lab) == 3
         assert [w.slowdown for w in lab.workers] == [1, 2, 4] and lab.emulated
-        assert {w.pid for w in lab.workers} == {os.getpid()} and lab.one_process and lab.one_host
+        assert {w.pid for w in lab.workers} == {os.getpid()} and lab.one_process
         tasks = [lab.start(index, time.sleep, 0.3) for index in (0, 1, 2)]
         begun = time.monotonic()
         assert [task.result(10) for task in tasks] == [None] * 3
@@ -277,6 +277,19 @@ def test_who_comes_takes_the_place_of_its_name_or_of_the_first_that_was_lost():
         backend.workers["again"] = ("1", about(7))
         del backend.workers["b"]
         assert lab.refresh() == [1] and (lab.workers[1].pid, lab.workers[1].slowdown) == (7, 4)
+
+
+def test_who_comes_back_while_another_one_is_added_is_not_the_new_one():
+    backend = FakeWorkers(True, a=("0", about(1)), b=("1", about(2)))
+    lab = a_lab(backend)
+    del backend.workers["a"]
+
+    def add(n):
+        backend.workers["again"] = ("0", about(5))
+        threading.Timer(0.3, backend.workers.update, [{"new": ("2", about(6))}]).start()
+
+    backend.add = add
+    assert lab.add(1, timeout=10) == [2] and lab.workers[0].pid == 5 and lab.lost() == []
 
 
 def test_newcomers_that_are_frozen_or_die_hold_nobody_up(monkeypatch):

@@ -41,7 +41,7 @@ FIGURES = {
     "benchmarks/05-back-ends": ["back-ends.png"],
     "benchmarks/04-chaos": ["storms.png"],
 }
-LONG = {"benchmarks/04-chaos": 400}  # seconds; six storms, and real processes
+LONG = {"benchmarks/04-chaos": 600}  # seconds; six storms, and real processes
 
 
 def path_of(name):

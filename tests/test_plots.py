@@ -363,7 +363,10 @@ def test_the_tail_reads_each_line_once_and_whole(run):
         seconds, score, rate = np.array(series[worker]).T
         assert np.array_equal(seconds, own["seconds"]) and np.array_equal(score, own["score"])
         assert np.allclose(rate, own["samples"].astype(float) / np.diff(seconds, prepend=0.0))
-    assert workers == set() and [n for _, n in here] == [1, 2, 1, 0]  # two join and leave
+    assert workers == {0, 1} and [n for _, n in here] == [1, 2]
+    with open(file, "a") as more:
+        more.write('{"kind": "leave", "worker": 1, "seconds": 90.0, "message": "it broke."}\n')
+    assert tail.read()[1:] == ([(0.0, 1), (0.0, 2), (90.0, 1)], {0})
 
 
 def test_live_static_waits_for_the_end(run):
@@ -393,7 +396,7 @@ def test_live_follows_a_run_and_stops_with_it(run):
             assert not thread.is_alive()
     assert {label: len(line) for label, line in pieces(panel[()], "Curve").items()} == {"worker 0": 7, "worker 1": 7}
     assert title(panel[()]).startswith("AGWU + IDPA: mean score")
-    last = run.events["seconds"].max()
+    last = run.events.loc[run.events["kind"] == "push", "seconds"].max()
     assert [plot.x_range.end for plot in shown] == [last] * 3  # the axes follow
 
 

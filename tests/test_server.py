@@ -44,7 +44,6 @@ def spec(path, update=None, workers=(0, 1), **options):
             "seed": 0,
             "checkpoints": 4,
             "patience": 10.0,
-            "alone": 0.3,
             **options,
         }
     )
@@ -219,6 +218,24 @@ def test_who_comes_again_replaces_its_earlier_self(tmp_path):
     assert events(server, "merge").incarnation.isna().all() and (events(server, "push").incarnation == 1).all()
 
 
+@pytest.mark.parametrize("update", [SGWU, AGWU])
+def test_a_push_that_is_overtaken_by_a_new_self_changes_nothing(update, tmp_path):
+    with serving(spec(tmp_path, update(), workers=(0,))) as (server, result, thread):
+        (first,) = join(server, 0)
+        link = server.connections[0]
+        before = link.received
+        with server.lock:  # its push has come and waits for its turn, when it comes again
+            first.push()
+            until(lambda: link.received > before + first.weights.nbytes)
+            time.sleep(0.05)  # and its thread stands at the lock
+            server.course.join(0)
+        (second,) = join(server, 0)
+        assert second.train()["op"] == "stop"
+        thread.join(10)
+    assert (result["state"], result["samples"], events(server, "merge").samples.sum()) == ("done", 34, 34)
+    assert set(events(server, "push").incarnation) == {2}
+
+
 def test_a_task_that_was_started_before_another_one_is_sent_away(tmp_path):
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         (second,) = join(server, 0, generation=1)
@@ -325,6 +342,22 @@ def test_the_last_pass_of_a_lost_worker_is_made_by_those_who_had_nothing_left_to
     assert (result["state"], result["samples"]) == ("done", 17)
 
 
+def test_who_is_lost_breaks_its_own_group_and_none_after_it(tmp_path):
+    """It dies while it scores: the others have pushed, and are in a new group when they hear of it."""
+    with serving(spec(tmp_path, AllReduce(), workers=(0, 1, 2), budget=170)) as (server, *_):
+        clients = [Client(server.address, index) for index in range(3)]
+        server.clients += clients
+        assert {client.pull()["group"] for client in clients} == {1}
+        for client in clients[:2]:
+            client.push()
+        until(lambda: len(events(server, "push")) == 2)
+        clients[2].connection.close()
+        for client in clients[:2]:
+            words = sorted([client.pull(), client.pull()], key=lambda word: word["op"])  # the second may overtake the weights
+            assert [word["op"] for word in words] == ["go", "regroup"] and words[0]["ranks"] == [0, 1]
+            assert words[1]["group"] < words[0]["group"]
+
+
 def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
     """The others go on; when it is heard again, what it brings is refused and written down, and it may join anew."""
     with serving(spec(tmp_path, SGWU(), silence=1.0)) as (server, result, thread):
@@ -408,7 +441,7 @@ def test_a_beat_is_a_sign_of_life_and_of_progress(tmp_path):
 
 
 def test_all_workers_lost_is_an_end(tmp_path):
-    with serving(spec(tmp_path)) as (server, result, thread):
+    with serving(spec(tmp_path, patience=0.3)) as (server, result, thread):
         for client in join(server, 0, 1):
             client.connection.close()
         thread.join(10)
@@ -416,14 +449,26 @@ def test_all_workers_lost_is_an_end(tmp_path):
     assert result["state"] == "failed" and result["reason"] == reason
 
 
-def test_a_worker_that_does_not_come(tmp_path):
-    with serving(spec(tmp_path, patience=0.3)) as (server, result, thread):
-        (there,) = [Client(server.address, 0)]
-        server.clients.append(there)
-        assert there.pull()["op"] == "stop" and "workers [1] did not join within 0.3 s" in there.go["reason"]
-        there.leave()
+def test_the_run_begins_without_a_worker_that_does_not_come_and_takes_it_when_it_does(tmp_path):
+    with serving(spec(tmp_path, SGWU(), budget=170, patience=0.3)) as (server, result, thread):
+        (there,) = join(server, 0)
+        assert there.go["op"] == "go" and there.n_indices == 17
+        late = Client(server.address, 1)
+        server.clients.append(late)
+        until(lambda: len(events(server, "join")) == 2)
+        there.push()
+        assert there.pull()["op"] == late.pull()["op"] == "go" and there.go["keep"] < 17
+        threads = [threading.Thread(target=c.train) for c in (there, late)]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
         thread.join(10)
-    assert result["state"] == "failed"
+    assert (result["state"], result["samples"]) == ("done", 170)
+
+
+def test_no_worker_comes(tmp_path):
+    with serving(spec(tmp_path, patience=0.3)) as (_, result, thread):
+        thread.join(10)
+    assert (result["state"], result["reason"]) == ("failed", "no worker joined within 0.3 s.")
 
 
 def test_a_worker_may_come_back(tmp_path):
@@ -499,7 +544,7 @@ def test_importing_the_server_stays_light():
 def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
     """10 MB of weights, two workers, asynchronous: the rule keeps a base for each."""
     n = 2_500_000
-    big = spec(tmp_path, weights=np.zeros(n, np.float32), n_buffers=0, budget=17 * 4)
+    big = spec(tmp_path, weights=np.zeros(n, np.float32), n_buffers=0, budget=17 * 4, patience=2.0)
     process, address = session._start_server(big, tmp_path)
     try:
         clients = [Client(address, index, size=n) for index in (0, 1)]

@@ -194,6 +194,7 @@ def test_a_worker_that_cannot_start_shows_the_end_of_its_log(cluster_of_jobs, tm
 
 
 @real
+@pytest.mark.timeout(400)
 def test_a_job_runs_the_demo_notebook_from_sbatch_to_the_table(cluster_of_jobs, tmp_path, cache):
     """What one writes for tonight: the sweep of notebook 03 as one batch job on 2 CPUs."""
     grid = {"strategy": "sgwu+udpa,agwu+idpa", "data": "digits", "kind": "dask", "train_samples": 300, "test_samples": 60}
@@ -207,7 +208,7 @@ def test_a_job_runs_the_demo_notebook_from_sbatch_to_the_table(cluster_of_jobs, 
     submitted = run("sbatch", "--parsable", script, cwd=tmp_path)
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.strip()
-    until(lambda: not queue(), limit=110)
+    until(lambda: not queue(), limit=360)
     log = (tmp_path / f"tonight-{job}.log").read_text()
     assert "JobState=COMPLETED" in run("scontrol", "show", "job", job).stdout, log
     for strategy in ("sgwu+udpa", "agwu+idpa"):

@@ -656,3 +656,40 @@ def test_real_processes(tmp_path):
         until(lambda: not lab.refresh() and not lab.lost())  # Dask has started it again, at its old place
         run = ended(labkit.train(problem(), passes=1, **options), timeout=90)
         assert {*run.events.query("kind == 'join'").worker} == {0, 1}
+
+
+@pytest.mark.cluster
+def test_a_worker_that_stays_frozen_does_not_keep_the_run_from_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "ENDING_S", 0.5)
+    with labkit.connect("dask", 2) as lab:
+        run = labkit.train(
+            problem(kind=Slow), lab, update="agwu", partition="udpa", passes=20, silence=3.0, runs=tmp_path, seed=SEED
+        )
+        until(lambda: run.status()["version"] >= 4, 60)
+        os.kill(lab.workers[1].pid, signal.SIGSTOP)
+        try:
+            ended(run, timeout=60)
+            assert len(run.curve()) > 1 and not run.status()["reason"]  # measured, and not by the frozen one
+            assert run.events.query("kind == 'leave' and worker == 1").message.iloc[0].startswith("no sign of life")
+        finally:
+            os.kill(lab.workers[1].pid, signal.SIGCONT)
+
+
+class Pausing(labkit.Classifier):
+    """A step that takes longer than the silence after which a worker is taken to be gone."""
+
+    def step(self, module, batch, optimisers, clock):
+        time.sleep(2.0 if 60 <= clock.samples < 80 else 0.0)
+        return super().step(module, batch, optimisers, clock)
+
+
+def test_a_worker_that_is_slow_to_answer_is_not_taken_to_be_gone(train):
+    run = train(problem(kind=Pausing), update="sgwu", partition="udpa", passes=2, silence=1.0).wait(60)
+    assert run.state == "done" and run.events.query("kind == 'push'").compute_s.max() > 2
+    assert set(run.events.query("kind == 'leave'").message) == {""} and run.events.query("kind == 'join'").incarnation.max() == 0
+
+
+@pytest.mark.parametrize(("wait", "words"), [({"silence": 0.3}, "give them 1 s at least"), ({"patience": 0}, "patience=0")])
+def test_waits_that_make_no_sense(train, wait, words):
+    with pytest.raises(ValueError, match=words):
+        train(problem(), **wait)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -19,27 +20,23 @@ FAULTS = ["kill", "freeze", "drop", "join"]
 
 def trials(problem, kinds: list, updates: list, seeds: list, n_workers: int, storm: dict, **train) -> Iterator[dict]:
     """A row for each storm: kind, update, seed; what was injected; how it ended; the score, also of the undisturbed run."""
-    for seed in seeds:
-        undisturbed = {}
+    slowdown = [2.0] * (n_workers - 1) + [3.0]
+    for seed, update in product(seeds, updates):
+        undisturbed, settings = None, {**train, "update": update, "seed": seed}
         for kind in kinds:
             before = children()
-            with labkit.connect(kind, n_workers, slowdown=[2.0] * (n_workers - 1) + [3.0]) as lab:
-                for update in updates:
-                    settings = {**train, "update": update, "seed": seed}
-                    if update not in undisturbed:
-                        calm = labkit.train(problem, lab, workers=lab.free(), name=f"calm-{update}-{seed}", **settings).wait(300)
-                        undisturbed[update] = calm.summary()["score"]
-                    name = f"{kind}-{update}-{seed}"
-                    row = trial(problem, lab, name, {**storm, "seed": seed}, settings)
-                    yield {"kind": kind, "update": update, "seed": seed, **row, "undisturbed": undisturbed[update]}
-                    refill(lab, n_workers)
-            left = children() - before
-            if left:
-                yield {"kind": kind, "seed": seed, "wrong": f"left behind: {left}"}
+            with labkit.connect(kind, n_workers, slowdown=slowdown) as lab:  # a fresh one each time: a storm may make it grow
+                if undisturbed is None:
+                    calm = labkit.train(problem, lab, name=f"calm-{update}-{seed}", **settings).wait(300)
+                    undisturbed = calm.summary()["score"]
+                row = trial(problem, lab, f"{kind}-{update}-{seed}", {**storm, "seed": seed}, settings)
+            if left := children() - before:
+                row["wrong"] += f" left behind: {left}"
+            yield {"kind": kind, "update": update, "seed": seed, **row, "undisturbed": undisturbed}
 
 
 def trial(problem, lab, name: str, storm: dict, settings: dict) -> dict:
-    run = labkit.train(problem, lab, workers=lab.free(), name=name, **settings)
+    run = labkit.train(problem, lab, name=name, **settings)
     wrong, begun = [], time.monotonic()
     with chaos.Storm(run, lab, **storm) as raged:
         try:
@@ -61,15 +58,6 @@ def trial(problem, lab, name: str, storm: dict, settings: dict) -> dict:
         "wrong": "; ".join(wrong),
         "run": str(Path(run.path)),
     }
-
-
-def refill(lab, n_workers: int) -> None:
-    """Wait for those who come back by themselves (Dask's), and start others for those who do not (engines)."""
-    limit = time.monotonic() + (20 if lab.kind == "dask" else 0)
-    while (lab.refresh() or True) and len(lab.free()) < n_workers and time.monotonic() < limit:
-        time.sleep(0.1)
-    if (missing := n_workers - len(lab.free())) > 0:
-        lab.add(missing)
 
 
 def children() -> set:
