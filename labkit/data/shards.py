@@ -5,8 +5,7 @@ when it is whole, so that two processes may make the same one at the same time. 
 bytes); a batch is (x / scale - mean) / std, with mean and std of each channel of the training split, and costs a
 gather and two multiply-adds.
 
-Used by `labkit.data.images` and `labkit.data.arrays`, which say where the samples come from; `Dataset` is used by
-everyone.
+Used by the other files of `labkit.data`, which say where the samples come from; `Dataset` is used by everyone.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class Dataset:
     n_train, n_test : int
         Samples in each split.
     synthetic : bool
-        True for generated data only.
+        True for generated data, also where only a part of each sample was generated; the note says which.
     note : str
         What was decided on the user's behalf, such as another set taken in its place; `""` if nothing was.
     """
@@ -161,22 +160,35 @@ def say(message: str) -> None:
 
 
 def shard(
-    name: str, key: str, load: Callable[[], tuple[Source, Source | None]], *, synthetic: bool = False, note: str = ""
+    name: str,
+    key: str,
+    load: Callable[[], tuple[Source, Source | None]],
+    *,
+    synthetic: bool = False,
+    about: str = "",
+    note: str = "",
 ) -> Dataset:
     """The data set under `name` and `key`: opened where its shards are ready, else made from what `load()` gives.
 
     `load` returns the training and the test split; where the latter is None, every 10th sample of a permutation with a
-    fixed seed is held out. `note` is added to the data set's own. Raises DataError for all that a data set must not be.
+    fixed seed is held out. `about` is what is to be said of the set and is kept with it; `note` is said before it, this
+    time. Raises DataError for all that a data set must not be.
     """
     path = cache_dir() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:20]}"
     meta = _ready(path)
     if meta is None:
         with replacing(path, lambda: _ready(path) is not None) as folder:
-            meta = _write(folder, name, load, synthetic)
+            meta = _write(folder, name, load, synthetic, about)
     dataset = Dataset(path, meta, note)
     if dataset.note:
         say(dataset.note)
     return dataset
+
+
+def opened(path: Path) -> Dataset | None:
+    """The data set whose shards are in the folder `path` of this cache, as the record of a run names it; else None."""
+    meta = _ready(path) if path.parent == (cache_dir() / "shards").resolve() else None
+    return None if meta is None else Dataset(path, meta)
 
 
 def _ready(path: Path) -> dict[str, Any] | None:
@@ -238,15 +250,16 @@ def hold_out(n: int) -> np.ndarray:
     return mask
 
 
-def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | None]], synthetic: bool) -> dict[str, Any]:
+def _write(
+    folder: Path, name: str, load: Callable[[], tuple[Source, Source | None]], synthetic: bool, about: str
+) -> dict[str, Any]:
     """Check the splits, write them into `folder`, and return the `meta.json` that was written beside them."""
     train, test = load()
     given = {"train": train} if test is None else {"train": train, "test": test}
     check_shapes(name, {split: source.shape for split, source in given.items()})
     labels, n_classes, notes = check_labels(name, {split: (s.y, s.shape[0]) for split, s in given.items()})
     layout = plan_layout(name, given)
-    if layout.note:
-        notes.append(layout.note)
+    notes = [part for part in (about, *notes, layout.note) if part]
 
     if test is None:
         held_out = hold_out(train.shape[0])
