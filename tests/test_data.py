@@ -21,7 +21,6 @@ import pytest
 from labkit.data import Dataset, fetch, images, names, open_dataset, shards
 from labkit.errors import DataError
 
-
 really_fetch = fetch.fetch
 
 

@@ -77,7 +77,7 @@ def python2(value):
 
 def batch(i=0, n=4, **changed):
     data = np.random.default_rng(i).integers(0, 256, (n, 3072), dtype=np.uint8)
-    labels = [(i + j) % 10 for j in range(n)]
+    labels = [(2 * i + j) % 10 for j in range(n)]
     names = [f"car_{j}.png" for j in range(n)]
     held = {"batch_label": f"training batch {i} of 5", "labels": labels, "data": data, "filenames": names}
     return held | changed
@@ -109,8 +109,6 @@ def test_cifar_10_is_read_as_python_2_wrote_it(cifar10):
 def test_batches_that_python_3_wrote_are_read_too(protocol, cifar10):
     held = batch(3)
     (cifar10 / "data_batch_4").write_bytes(pickle.dumps({key.encode(): of for key, of in held.items()}, protocol))
-    if protocol < 2:  # arrays are pickled through copyreg there, which makes any object
-        return refused(cifar10, "data_batch_4", "copyreg")
     x, y = cifar.read_batch(cifar10 / "data_batch_4")
     np.testing.assert_array_equal(x.reshape(4, -1), held["data"])
     assert y.tolist() == held["labels"]
@@ -128,9 +126,9 @@ class Calls:
     ("function", "arguments", "name"),
     [
         (os.system, ("touch {mark}",), "system"),
-        (eval, ("open({mark!r}, 'w')",), "builtins.eval"),
+        (eval, ("open({mark!r}, 'w')",), "eval, which"),
         (open, ("{mark}", "w"), "open"),
-        (getattr, ("", "join"), "builtins.getattr"),
+        (getattr, ("", "join"), "getattr, which"),
         (np.fromfile, ("{mark}",), "fromfile"),
         (np.load, ("{mark}",), "load"),
         (np.zeros, (1 << 40,), "zeros"),
@@ -289,7 +287,8 @@ def test_damaged_pictures_are_refused(flowers, monkeypatch):
         (b"GIF89a" + good, "no whole picture"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no whole picture"),  # Pillow would start a program
         (b"P5\n9 9\n255\nabc", "no whole picture"),
-        (b"P5\n99999 99999\n255\nabc", "99999"),
+        (b"P5\n9999 9999\n255\nabc", "9999x9999 pixels"),
+        (b"P5\n99999 99999\n255\nabc", "decompression bomb"),
     ]:
         path.write_bytes(damaged)
         refused(flowers, path, words)
@@ -309,11 +308,11 @@ def test_options_go_where_they_belong(flowers, tmp_path):
     np.save(tmp_path / "x_train.npy", np.zeros((2, 3)))
     with pytest.raises(ValueError, match="for images and volumes"):
         open_dataset(tmp_path, size=(16, 16))
-    with pytest.raises(ValueError, match="no option n. It has size"):
+    with pytest.raises(ValueError, match=r"no option n\. It has size"):
         open_dataset(flowers, n=3)
-    with pytest.raises(ValueError, match="no option size, pad. It has none"):
+    with pytest.raises(ValueError, match=r"no option size, pad\. It has none"):
         open_dataset("fashion-mnist-32", size=3, pad=3)
-    with pytest.raises(ValueError, match="no option seed. It has none"):
+    with pytest.raises(ValueError, match=r"no option seed\. It has none"):
         open_dataset((np.zeros((2, 3)), [0, 1]), seed=3)
     (tmp_path / "both" / "a").mkdir(parents=True)
     (tmp_path / "both" / "a" / "1.nii.gz").touch()
@@ -354,7 +353,7 @@ def test_volumes_by_class_are_clipped_scaled_and_resized(mosmed):
     assert (data.shape, data.n_classes, data.synthetic) == ((1, 5, 12, 10), 3, False)
     assert "0 CT-0, 1 CT-1, 2 CT-2" in data.note and "[-1000, 400] HU" not in data.note and "HU clipped" in data.note
     x, y = every(data)
-    assert y.tolist() == [0, 0, 1, 1, 2, 2] and x.dtype == np.float16 and x.min() == 0 and x.max() <= 1
+    assert y.tolist() == [0, 0, 1, 1, 2, 2] and x.dtype == np.float16 and x.min() >= 0 and x.max() <= 1
     # twice as coarse: neighbours averaged, from head to foot the last axis, front to back, right to left
     expected = np.clip((body() + 1000) / 1400, 0, 1)[::-1, ::-1].transpose(2, 1, 0)
     expected = expected.reshape(5, 2, 12, 2, 10, 2).mean(axis=(1, 3, 5))
@@ -419,8 +418,11 @@ def test_damaged_volumes_are_refused(mosmed):
     hu[3, 4, 5] = np.nan
     nifti(path, hu, dtype=np.float32)
     refused(mosmed, path, "slice 5")
-    nifti(path, body(), np.diag([1.0, 0, 1, 1]))
-    refused(mosmed, path, "no whole NIfTI")
+    nibabel = pytest.importorskip("nibabel")
+    flat = nibabel.Nifti1Image(body().astype(np.int16), None)
+    flat.header.set_sform(np.diag([1.0, 0, 1, 1]), 1)
+    nibabel.save(flat, path)
+    refused(mosmed, path, "no whole NIfTI", "affine")
 
 
 def test_without_nibabel_a_volume_says_what_is_missing(tmp_path, monkeypatch):
@@ -538,7 +540,7 @@ def test_faces_are_the_hundred_of_scikit_image():
     data = open_dataset("lfw-faces")
     assert (data.shape, data.n_classes, data.n_train, data.n_test) == ((1, 25, 25), 2, 180, 20)
     x, y = every(data)
-    assert y.tolist() == [1] * 100 + [0] * 100 and 0 <= x.min() and x.max() <= 1
+    assert y.tolist() == [1] * 100 + [0] * 100 and x.min() >= 0 and x.max() <= 1
 
 
 def test_without_scikit_image_the_faces_say_what_is_missing(monkeypatch):

@@ -1,7 +1,7 @@
 """CIFAR-10 as it is published for Python: six pickled batches, read without running anything that is in them.
 
 Pickle can name any function and have it called, so these files are read by an unpickler of our own: of all names it
-knows the four with which numpy writes an array of bytes, and for each it has a stand-in that makes nothing else. Every
+knows the five with which numpy writes an array of bytes, and for each it has a stand-in that makes nothing else. Every
 other name is refused, and said. A batch is a dict of 10,000 rows of 3,072 bytes (red, green, blue; 32x32 each) and as
 many labels.
 
@@ -105,7 +105,7 @@ class _Bytes:
 
 
 class _Batch(pickle.Unpickler):
-    """Knows four names, and for each a stand-in. They are functions made for one file, so that nothing in a pickle can
+    """Knows five names, and for each a stand-in. They are functions made for one file, so that nothing in a pickle can
     change what is used for the next."""
 
     def find_class(self, module: str, name: str) -> Callable[..., Any] | str:
@@ -122,9 +122,17 @@ class _Batch(pickle.Unpickler):
         def encode(text: Any, *codec: Any) -> bytes:  # how Python 3 writes bytes for Python 2
             return text.encode("latin1")
 
-        known = {"ndarray": "an array", "_reconstruct": reconstruct, "dtype": dtype, "encode": encode}
+        def from_buffer(content: Any, code: Any, shape: Any, order: Any) -> _Array:  # protocol 5
+            if not isinstance(content, bytes | bytearray):  # bytes(n) would be n of them
+                raise _Refused(f"it makes an array of a {type(content).__name__}.")
+            array = _Array()
+            array.__setstate__((1, shape, code, order != "C", bytes(content)))
+            return array
+
+        known = {"ndarray": "an array", "dtype": dtype, "encode": encode, "_reconstruct": reconstruct, "_frombuffer": from_buffer}
         homes = {"numpy": ("ndarray", "dtype"), "_codecs": ("encode",)}
-        homes |= dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), ("_reconstruct",))
+        for core in ("numpy.core", "numpy._core"):
+            homes |= {f"{core}.multiarray": ("_reconstruct",), f"{core}.numeric": ("_frombuffer",)}
         if name not in homes.get(module, ()):
             raise _Refused(f"it names {module}.{name}, which could run code.")
         return known[name]

@@ -10,6 +10,7 @@ Used by `labkit.data.paths`.
 
 from __future__ import annotations
 
+import gzip
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,16 @@ def read_volume(path: Path, size: tuple[int, int, int]) -> np.ndarray:
     if not path.stat().st_size:
         raise DataError(f"{path} is empty. {advice}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
             warnings.simplefilter("ignore")  # values that are no numbers: they are an error below
-            image = nibabel.load(path, mmap=False, keep_file_open=True)  # one pass through the file for all slices
+            image = nibabel.Nifti1Image.from_stream(stream)  # one pass through the file for all slices
             shape = image.shape[:3] if image.shape[3:] in ((), (1,)) else image.shape
             if len(shape) != 3 or not all(2 <= side <= MAX_SIDE for side in shape):
                 raise DataError(f"{path} has shape {image.shape}, where a volume of three axes is expected. {advice}")
             axes, flips = _to_dicom(nibabel, image.affine)
             small = _resized(path, image.dataobj, shape, tuple(size[2 - axis] for axis in axes))
+            while stream.read(1 << 20):  # gzip tells damage at the end only
+                pass
     except DataError:
         raise
     except Exception as error:  # nibabel passes on what gzip, zlib, struct and numpy raise

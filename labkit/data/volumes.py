@@ -40,7 +40,7 @@ def chest_phantom(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed:
 
     def make(i: int, label: int) -> np.ndarray:
         rng = np.random.default_rng([seed, i])
-        return _finished(rng, phantom.chest(rng, size), label, radius=(0.1, 0.2), contrast=(250, 550), noise=(25, 60))
+        return _finished(rng, phantom.chest(rng, size), label, radius=(0.16, 0.28), contrast=(300, 650), noise=(25, 60))
 
     return shard("chest-phantom", _key(n, size, seed, ""), lambda: _splits(n, size, make), synthetic=True, about=about, note=note)
 
@@ -71,7 +71,7 @@ def head_lesions(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: 
 
         def make(i: int, label: int) -> np.ndarray:
             rng = np.random.default_rng([seed, i])
-            return _finished(rng, head.deformed(rng, skull, size), label, radius=(0.12, 0.22), contrast=(25, 55), noise=(4, 10))
+            return _finished(rng, head.deformed(rng, skull, size), label, radius=(0.16, 0.28), contrast=(30, 60), noise=(4, 10))
 
         return _splits(n, size, make)
 
@@ -121,8 +121,10 @@ def _finished(
 ) -> np.ndarray:
     """The patient with lesions (label 1) or with as much spread along vessels (label 0), with noise, scaled to [0, 1]."""
     hu, organ, window = patient
+    size = hu.shape
     lesions = sum((lesion(rng, organ, radius, contrast) for _ in range(rng.integers(1, 4))), np.zeros_like(hu))
-    vessels = tubes(rng, organ, count=int(rng.integers(8, 16)))
+    sick = np.count_nonzero(lesions > contrast[0] / 2)  # about 1.5 voxels of vessel for each step of a tube
+    vessels = tubes(rng, organ, count=1 + round(sick / max(size)))
     vessels *= lesions.sum() / vessels.sum()
     share = rng.uniform(0, 0.4) if label else 1.0  # everybody has vessels: that they are there tells nothing
     added = (1 - share) * lesions + share * vessels
