@@ -226,6 +226,14 @@ def test_pictures_of_varying_size_are_resized_and_said(flowers, capsys):
     assert open_dataset(data.path).note == data.note  # a run's record names the folder of the shards
 
 
+def test_what_is_ready_is_not_read_again(flowers, mosmed, monkeypatch):
+    """A worker opens it from its shards, without Pillow and nibabel and without touching the files."""
+    paths = [open_dataset(folder).path for folder in (flowers, mosmed)]
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert [open_dataset(folder).path for folder in (flowers, mosmed)] == paths
+
+
 def test_pictures_of_one_size_stay_as_they_are(tmp_path):
     expected = [picture(tmp_path / "set" / f"c{i}" / "a.png", 12, 17, seed=i) for i in range(3)]
     data = open_dataset(tmp_path / "set")

@@ -12,14 +12,23 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from labkit.data.shards import CHUNK_BYTES, Dataset, Source, file_key, shard
+from labkit.data.shards import Dataset, Source, file_key, rows_per_chunk, shard
 from labkit.errors import DataError
 
 NAMED = 12  # so many classes are named one by one in the note
+
+
+class Plan(NamedTuple):
+    """How the files of a data set become samples, and what is to be said of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Path], np.ndarray]
+    about: str
 
 
 def suffix_of(path: Path) -> str:
@@ -56,31 +65,26 @@ def by_class(path: Path, suffixes: set[str], skip: str = "") -> list[tuple[Path,
     return found
 
 
-def shard_files(
-    path: Path,
-    samples: list[tuple[Path, int]],
-    shape: tuple[int, ...],
-    dtype: Any,
-    read: Callable[[Path], np.ndarray],
-    about: str,
-) -> Dataset:
-    """The data set of `samples`, each read by `read(file)` as an array of `shape`; one at a time is in memory, or as
-    many as make a block.
+def shard_files(path: Path, samples: list[tuple[Path, int]], size: Any, plan: Callable[[], Plan]) -> Dataset:
+    """The data set of `samples` in the folder `path`, read as `plan()` says: one file is in memory at a time, or as many as
+    make a block. `size` is what was asked for, which makes another data set of the same files.
     """
     files, labels = [file for file, _ in samples], np.array([label for _, label in samples])
-    rows = max(1, CHUNK_BYTES // (int(np.prod(shape)) * np.dtype(dtype).itemsize))
-
-    def chunks() -> Iterator[np.ndarray]:
-        for at in range(0, len(files), rows):
-            yield np.stack([read(file) for file in files[at : at + rows]])
 
     def load() -> tuple[Source, None]:
-        return Source((len(files), *shape), np.dtype(dtype), chunks, labels), None
+        shape, dtype, read, about = plan()
+        rows = rows_per_chunk((len(files), *shape), dtype)
 
-    names = [folder.name for folder in _folders(path)]
-    said = ", ".join(f"{label} {name}" for label, name in enumerate(names[:NAMED])) + (", ..." if len(names) > NAMED else "")
-    key = hashlib.sha256(f"{file_key(files)} {shape}".encode()).hexdigest()
-    return shard(path.name, key, load, about=f"{path.name}: {len(names)} classes: {said}. {about}".strip())
+        def chunks() -> Iterator[np.ndarray]:
+            for at in range(0, len(files), rows):
+                yield np.stack([read(file) for file in files[at : at + rows]])
+
+        names = [folder.name for folder in _folders(path)]
+        said = ", ".join(f"{label} {name}" for label, name in enumerate(names[:NAMED])) + ", ..." * (len(names) > NAMED)
+        about = f"{path.name}: {len(names)} classes: {said}. {about}".strip()
+        return Source((len(files), *shape), dtype, chunks, labels, about), None
+
+    return shard(path.name, hashlib.sha256(f"{file_key(files)} {size}".encode()).hexdigest(), load)
 
 
 def checked_size(size: Any, axes: str, default: tuple[int, ...]) -> tuple[int, ...]:

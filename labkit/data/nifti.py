@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data.classes import by_class, checked_size, shard_files
+from labkit.data.classes import Plan, by_class, checked_size, shard_files
 from labkit.data.fields import resize_weights
 from labkit.data.shards import Dataset
 from labkit.errors import DataError
@@ -32,10 +32,12 @@ def from_folder(path: Path, size: tuple[int, int, int] | None = None) -> Dataset
     """(1, D, H, W), float16 in [0, 1], one class a folder; `size` is (D, H, W)."""
     samples = by_class(path, SUFFIXES)
     shape = checked_size(size, "(depth, height, width)", SIZE)
-    if samples:
-        _nibabel(samples[0][0])
-    note = f"HU clipped to [{WINDOW[0]:g}, {WINDOW[1]:g}] and scaled to [0, 1], volumes resized to {'x'.join(map(str, shape))}."
-    return shard_files(path, samples, (1, *shape), np.float16, lambda file: read_volume(file, shape)[None], note)
+    about = f"HU clipped to [{WINDOW[0]:g}, {WINDOW[1]:g}] and scaled to [0, 1], volumes resized to {'x'.join(map(str, shape))}."
+
+    def plan() -> Plan:
+        return Plan((1, *shape), np.dtype(np.float16), lambda file: read_volume(file, shape)[None], about)
+
+    return shard_files(path, samples, shape, plan)
 
 
 def _nibabel(path: Path) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data.classes import by_class, checked_size, shard_files
+from labkit.data.classes import Plan, by_class, checked_size, shard_files
 from labkit.data.shards import Dataset
 from labkit.errors import DataError
 
@@ -32,11 +32,16 @@ MAX_PIXELS = 1 << 26
 def from_folder(path: Path, size: tuple[int, int] | None = None) -> Dataset:
     """(1, H, W) or (3, H, W) of bytes, one class a folder. `size` is (H, W) for all of them."""
     samples = by_class(path, SUFFIXES, skip=AMBIENT)
-    seen = {_header(file) for file, _ in samples}
+    size = checked_size(size, "(height, width)", SIZE) if size is not None else None
+    return shard_files(path, samples, size, lambda: _plan([file for file, _ in samples], size))
+
+
+def _plan(files: list[Path], size: tuple[int, int] | None) -> Plan:
+    seen = {_header(file) for file in files}
     sizes, modes = {(height, width) for height, width, _ in seen}, {mode for *_, mode in seen}
-    height, width = checked_size(size, "(height, width)", sizes.copy().pop() if len(sizes) == 1 else SIZE)
+    height, width = size or (min(sizes) if len(sizes) == 1 else SIZE)
     grey = modes <= set(GREY)
-    note = "" if sizes == {(height, width)} else f"Pictures of {len(sizes)} sizes are resized to {height}x{width}."
+    about = "" if sizes == {(height, width)} else f"Pictures of {len(sizes)} sizes are resized to {height}x{width}."
 
     def read(file: Path) -> np.ndarray:
         from PIL import Image
@@ -53,7 +58,7 @@ def from_folder(path: Path, size: tuple[int, int] | None = None) -> Dataset:
             pixels = np.asarray(picture)
         return pixels[None] if grey else np.moveaxis(pixels, -1, 0)
 
-    return shard_files(path, samples, (1 if grey else 3, height, width), np.uint8, read, note)
+    return Plan((1 if grey else 3, height, width), np.dtype(np.uint8), read, about)
 
 
 def _header(file: Path) -> tuple[int, int, str]:

@@ -41,12 +41,16 @@ _SAID: set[str] = set()
 
 @dataclass(frozen=True)
 class Source:
-    """One split on its way into a shard: `chunks()` gives its samples in order, as often as asked; `y` the labels."""
+    """One split on its way into a shard: `chunks()` gives its samples in order, as often as asked; `y` the labels.
+
+    `about` of the training split is what is to be said of the data set, and is kept with it.
+    """
 
     shape: tuple[int, ...]  # (N, ...)
     dtype: np.dtype
     chunks: Callable[[], Iterable[np.ndarray]]
     y: np.ndarray
+    about: str = ""
 
 
 class Dataset:
@@ -160,25 +164,18 @@ def say(message: str) -> None:
 
 
 def shard(
-    name: str,
-    key: str,
-    load: Callable[[], tuple[Source, Source | None]],
-    *,
-    synthetic: bool = False,
-    about: str = "",
-    note: str = "",
+    name: str, key: str, load: Callable[[], tuple[Source, Source | None]], *, synthetic: bool = False, note: str = ""
 ) -> Dataset:
     """The data set under `name` and `key`: opened where its shards are ready, else made from what `load()` gives.
 
     `load` returns the training and the test split; where the latter is None, every 10th sample of a permutation with a
-    fixed seed is held out. `about` is what is to be said of the set and is kept with it; `note` is said before it, this
-    time. Raises DataError for all that a data set must not be.
+    fixed seed is held out. `note` is added to the data set's own. Raises DataError for all that a data set must not be.
     """
     path = cache_dir() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:20]}"
     meta = _ready(path)
     if meta is None:
         with replacing(path, lambda: _ready(path) is not None) as folder:
-            meta = _write(folder, name, load, synthetic, about)
+            meta = _write(folder, name, load, synthetic)
     dataset = Dataset(path, meta, note)
     if dataset.note:
         say(dataset.note)
@@ -250,16 +247,14 @@ def hold_out(n: int) -> np.ndarray:
     return mask
 
 
-def _write(
-    folder: Path, name: str, load: Callable[[], tuple[Source, Source | None]], synthetic: bool, about: str
-) -> dict[str, Any]:
+def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | None]], synthetic: bool) -> dict[str, Any]:
     """Check the splits, write them into `folder`, and return the `meta.json` that was written beside them."""
     train, test = load()
     given = {"train": train} if test is None else {"train": train, "test": test}
     check_shapes(name, {split: source.shape for split, source in given.items()})
     labels, n_classes, notes = check_labels(name, {split: (s.y, s.shape[0]) for split, s in given.items()})
     layout = plan_layout(name, given)
-    notes = [part for part in (about, *notes, layout.note) if part]
+    notes = [part for part in (train.about, *notes, layout.note) if part]
 
     if test is None:
         held_out = hold_out(train.shape[0])

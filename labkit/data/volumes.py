@@ -40,9 +40,9 @@ def chest_phantom(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed:
 
     def make(i: int, label: int) -> np.ndarray:
         rng = np.random.default_rng([seed, i])
-        return _finished(rng, phantom.chest(rng, size), label, radius=(0.16, 0.28), contrast=(300, 650), noise=(25, 60))
+        return _finished(rng, phantom.chest(rng, size), label, radius=(0.18, 0.3), contrast=(300, 600), noise=(15, 40))
 
-    return shard("chest-phantom", _key(n, size, seed, ""), lambda: _splits(n, size, make), synthetic=True, about=about, note=note)
+    return shard("chest-phantom", _key(n, size, seed, ""), lambda: _splits(n, size, make, about), synthetic=True, note=note)
 
 
 def head_lesions(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: int = 0) -> Dataset:
@@ -73,9 +73,9 @@ def head_lesions(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: 
             rng = np.random.default_rng([seed, i])
             return _finished(rng, head.deformed(rng, skull, size), label, radius=(0.16, 0.28), contrast=(30, 60), noise=(4, 10))
 
-        return _splits(n, size, make)
+        return _splits(n, size, make, about)
 
-    return shard("head-lesions", _key(n, size, seed, file_key([path])), load, synthetic=True, about=about)
+    return shard("head-lesions", _key(n, size, seed, file_key([path])), load, synthetic=True)
 
 
 def _checked(n: int, size: tuple[int, int, int], seed: int) -> tuple[int, tuple[int, int, int], int]:
@@ -93,7 +93,7 @@ def _key(n: int, size: tuple[int, ...], seed: int, of: str) -> str:
     return hashlib.sha256(f"1 {n} {size} {seed} {of}".encode()).hexdigest()  # 1: count up when what is made changes
 
 
-def _splits(n: int, size: tuple[int, int, int], make: Callable[[int, int], np.ndarray]) -> tuple[Source, Source]:
+def _splits(n: int, size: tuple[int, int, int], make: Callable[[int, int], np.ndarray], about: str) -> tuple[Source, Source]:
     """Patients 0..n-1 in the two splits, the classes balanced to one patient in each."""
     rows = max(1, CHUNK_BYTES // (2 * math.prod(size)))
 
@@ -106,7 +106,7 @@ def _splits(n: int, size: tuple[int, int, int], make: Callable[[int, int], np.nd
                 pairs = zip(patients[at : at + rows], labels[at : at + rows], strict=True)
                 yield np.stack([make(i, int(label)) for i, label in pairs])[:, None]
 
-        return Source((len(patients), 1, *size), np.dtype(np.float16), chunks, labels)
+        return Source((len(patients), 1, *size), np.dtype(np.float16), chunks, labels, about)
 
     return source(False), source(True)
 
@@ -126,7 +126,7 @@ def _finished(
     sick = np.count_nonzero(lesions > contrast[0] / 2)  # about 1.5 voxels of vessel for each step of a tube
     vessels = tubes(rng, organ, count=1 + round(sick / max(size)))
     vessels *= lesions.sum() / vessels.sum()
-    share = rng.uniform(0, 0.4) if label else 1.0  # everybody has vessels: that they are there tells nothing
+    share = rng.uniform(0, 0.3) if label else 1.0  # everybody has vessels: that they are there tells nothing
     added = (1 - share) * lesions + share * vessels
     grain = blur(rng.standard_normal(hu.shape, dtype=np.float32), rng.uniform(0.4, 0.8))
     hu = blur(hu + added, rng.uniform(0.3, 0.6)) + grain * (rng.uniform(*noise) / grain.std())
