@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NEEDED = "torch dask distributed ipyparallel papermill nbclient ipykernel jupyterlab ipywidgets hvplot holoviews matplotlib pandas"
-NEEDED += " numpy scikit-learn pyarrow h5py psutil cloudpickle platformdirs"
-OPTIONAL = "dask-labextension jupyter-server-proxy dask-jobqueue mpi4py optuna"
+NEEDED += " numpy scipy scikit-learn pillow pyarrow h5py psutil cloudpickle platformdirs"
+OPTIONAL = "dask-labextension jupyter-server-proxy dask-jobqueue mpi4py optuna scikit-image nibabel"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

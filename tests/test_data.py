@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,16 @@ import pytest
 from labkit.data import Dataset, fetch, images, names, open_dataset, shards
 from labkit.errors import DataError
 
+really_fetch = fetch.fetch
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Each test has a cache of its own, no data folder, no package, no network, and nothing was said before."""
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LABKIT_DATA", raising=False)
-    monkeypatch.setattr(images, "DEBIAN", tmp_path / "no-debian")
-    monkeypatch.setattr(images, "fetch", lambda *args, **kwargs: ["no network in this test"])
+    monkeypatch.setattr(fetch, "ROOT", tmp_path / "no-debian")
+    monkeypatch.setattr(fetch, "fetch", lambda *args, **kwargs: ["no network in this test"])
     monkeypatch.setattr(shards, "_SAID", set())
     monkeypatch.setattr(fetch, "_FAILED", {})
     return tmp_path / "cache"
@@ -70,7 +73,7 @@ def test_digits_are_real_whole_and_normalised():
 
 
 def test_names_are_the_ones_that_open():
-    assert names() == ["fashion-mnist", "digits"]
+    assert names() == ["fashion-mnist", "fashion-mnist-32", "mnist", "digits", "lfw-faces", "head-lesions", "chest-phantom"]
     with pytest.raises(DataError, match="Did you mean 'digits'"):
         open_dataset("digit")
     with pytest.raises(DataError, match="data is a int"):
@@ -553,14 +556,14 @@ def test_fashion_mnist_is_looked_for_in_order(little_fashion, tmp_path, monkeypa
     shutil.copytree(little_fashion, own_cache / "fashion-mnist")
     cached = open_dataset("fashion-mnist")
     assert (cached.name, cached.shape, cached.n_train, cached.n_test) == ("fashion-mnist", (1, 5, 5), 30, 10)
-    monkeypatch.setattr(images, "DEBIAN", little_fashion)
+    installed = shutil.copytree(little_fashion, fetch.ROOT / images.FASHION.unpacked)
     debian = open_dataset("fashion-mnist")
     (tmp_path / "mine").mkdir()
     monkeypatch.setenv("LABKIT_DATA", str(tmp_path / "mine"))
     assert open_dataset("fashion-mnist").path == debian.path  # nothing of it there: the next place
     shutil.copytree(little_fashion, tmp_path / "mine" / "fashion-mnist")
     mine = open_dataset("fashion-mnist")
-    monkeypatch.setenv("LABKIT_DATA", str(little_fashion))  # the files themselves; the same files as DEBIAN here
+    monkeypatch.setenv("LABKIT_DATA", str(installed))  # the files themselves; the same files as Debian's here
     assert open_dataset("fashion-mnist").path == debian.path
     assert len({data.path for data in (cached, debian, mine)}) == 3
     for data in (debian, mine):
@@ -604,10 +607,11 @@ def test_falling_back_to_digits_is_said(capsys):
 
 
 def test_published_files_are_fetched_checked_and_kept(little_fashion, monkeypatch, own_cache, capsys):
-    monkeypatch.setattr(images, "fetch", fetch.fetch)
+    monkeypatch.setattr(fetch, "fetch", really_fetch)
     monkeypatch.setattr(fetch, "_has_apt", lambda: False)
     published = little_fashion.parent / "published" / "a" / "b"
-    monkeypatch.setattr(fetch, "PUBLISHED", (published.parent.as_uri() + "/first", published.as_uri()))
+    urls = (published.parent.as_uri() + "/first", published.as_uri())
+    monkeypatch.setattr(images, "FASHION", replace(images.FASHION, urls=urls))
     shutil.copytree(little_fashion, published)
     first = shutil.copytree(little_fashion, published.parent / "first")
     path = first / "t10k-images-idx3-ubyte.gz"  # the first place gives something else, the second is right
@@ -622,12 +626,12 @@ def test_published_files_are_fetched_checked_and_kept(little_fashion, monkeypatc
 
 
 def test_a_fetch_that_fails_gives_the_reasons_once(little_fashion, monkeypatch, own_cache):
-    monkeypatch.setattr(images, "fetch", fetch.fetch)
+    monkeypatch.setattr(fetch, "fetch", really_fetch)
     monkeypatch.setattr(fetch, "_has_apt", lambda: True)
-    monkeypatch.setattr(fetch, "PUBLISHED", ((little_fashion / "not-here").as_uri(),))
+    monkeypatch.setattr(images, "FASHION", replace(images.FASHION, urls=((little_fashion / "not-here").as_uri(),)))
     tried = []
 
-    def no_apt(folder, names, end):
+    def no_apt(origin, folder, names, end):
         tried.append(folder)
         raise OSError("Unable to locate package")
 
@@ -658,8 +662,8 @@ def test_the_real_set_is_fetched_by_apt_without_root(lists, tmp_path, monkeypatc
     if lists == "none":
         (tmp_path / "apt.conf").write_text(f'Dir::State::lists "{tmp_path}/empty";')
         monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
-    monkeypatch.setattr(images, "fetch", fetch.fetch)
-    monkeypatch.setattr(fetch, "PUBLISHED", ())
+    monkeypatch.setattr(fetch, "fetch", really_fetch)
+    monkeypatch.setattr(images, "FASHION", replace(images.FASHION, urls=()))
     data = open_dataset("fashion-mnist")
     if data.name == "digits":
         pytest.skip(data.note)

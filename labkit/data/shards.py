@@ -5,8 +5,7 @@ when it is whole, so that two processes may make the same one at the same time. 
 bytes); a batch is (x / scale - mean) / std, with mean and std of each channel of the training split, and costs a
 gather and two multiply-adds.
 
-Used by `labkit.data.images` and `labkit.data.arrays`, which say where the samples come from; `Dataset` is used by
-everyone.
+Used by the other files of `labkit.data`, which say where the samples come from; `Dataset` is used by everyone.
 """
 
 from __future__ import annotations
@@ -42,12 +41,16 @@ _SAID: set[str] = set()
 
 @dataclass(frozen=True)
 class Source:
-    """One split on its way into a shard: `chunks()` gives its samples in order, as often as asked; `y` the labels."""
+    """One split on its way into a shard: `chunks()` gives its samples in order, as often as asked; `y` the labels.
+
+    `about` of the training split is what is to be said of the data set, and is kept with it.
+    """
 
     shape: tuple[int, ...]  # (N, ...)
     dtype: np.dtype
     chunks: Callable[[], Iterable[np.ndarray]]
     y: np.ndarray
+    about: str = ""
 
 
 class Dataset:
@@ -66,7 +69,7 @@ class Dataset:
     n_train, n_test : int
         Samples in each split.
     synthetic : bool
-        True for generated data only.
+        True for generated data, also where only a part of each sample was generated; the note says which.
     note : str
         What was decided on the user's behalf, such as another set taken in its place; `""` if nothing was.
     """
@@ -184,6 +187,12 @@ def shard(
     return dataset
 
 
+def opened(path: Path) -> Dataset | None:
+    """The data set whose shards are in the folder `path` of this cache, as the record of a run names it; else None."""
+    meta = _ready(path) if path.parent == (cache_dir() / "shards").resolve() else None
+    return None if meta is None else Dataset(path, meta)
+
+
 def _ready(path: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -250,8 +259,7 @@ def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | No
     check_shapes(name, {split: source.shape for split, source in given.items()})
     labels, n_classes, notes = check_labels(name, {split: (s.y, s.shape[0]) for split, s in given.items()})
     layout = plan_layout(name, given)
-    if layout.note:
-        notes.append(layout.note)
+    notes = [part for part in (train.about, *notes, layout.note) if part]
 
     if test is None:
         held_out = hold_out(train.shape[0])

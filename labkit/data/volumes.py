@@ -1,0 +1,134 @@
+"""The 3D problem "lesion or none": volumes with and without lesions in them, made here, the same for the same seed.
+
+No public set of chest CTs is small and free enough to come with a package, so the volumes are made: `head-lesions` puts
+lesions into randomly deformed copies of one real head CT (semi-synthetic), `chest-phantom` into chests drawn from
+formulas (synthetic). Place, size, shape and contrast of lesions are random. What they add in HU is added to a patient
+without lesions too, spread along thin vessels, so that no count of bright voxels tells one from the other, only their
+shape. Neither says anything about medicine.
+
+Used by `labkit.data.open_dataset`; the anatomy is in `head` and `phantom`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from labkit.data import head, phantom
+from labkit.data.classes import checked_size
+from labkit.data.fields import Patient, blur, lesion, tubes
+from labkit.data.shards import CHUNK_BYTES, Dataset, Source, file_key, shard
+
+LEAST_SIDE = 16  # below it a lesion is a voxel
+EVERY = 5  # one patient in so many is in the test split
+
+
+def chest_phantom(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: int = 0, note: str = "") -> Dataset:
+    """n drawn chests, a fifth of them to test, half of them with 1 to 3 lesions in the lungs (class 1): (1, D, H, W),
+    float16, HU clipped to [-1000, 400] and scaled to [0, 1]. Synthetic, as its note says.
+
+    Patient i is the same for every n. Raises ValueError for fewer than 20 or for sides under 16.
+    """
+    n, size, seed = _checked(n, size, seed)
+    about = (
+        "chest-phantom is synthetic: chests drawn from formulas, each of another shape, with vessels and noise; lesions of "
+        "random place, size and contrast in half of them."
+    )
+
+    def make(i: int, label: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, i])
+        return _finished(rng, phantom.chest(rng, size), label, radius=(0.18, 0.3), contrast=(300, 600), noise=(15, 40))
+
+    return shard("chest-phantom", _key(n, size, seed, ""), lambda: _splits(n, size, make, about), synthetic=True, note=note)
+
+
+def head_lesions(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: int = 0) -> Dataset:
+    """n deformed copies of a real head CT, a fifth of them to test, half of them with 1 to 3 lesions in the brain (class
+    1): (1, D, H, W), float16, HU clipped to [-50, 150] and scaled to [0, 1]. Semi-synthetic, as its note says; where the
+    CT cannot be had, the chest phantom, with a note saying why.
+
+    The CT is an example of InVesalius in Debian's package `invesalius-examples`, found and fetched as Fashion-MNIST is.
+    Patient i is the same for every n. Raises ValueError for fewer than 20 or for sides under 16.
+    """
+    n, size, seed = _checked(n, size, seed)
+    path, reasons = head.find_ct()
+    if path is None:
+        note = (
+            f"The head CT could not be had ({'; '.join(reasons)}); the synthetic chest phantom takes its place. Set "
+            f"LABKIT_DATA to a folder with {head.FILE} to use it."
+        )
+        return chest_phantom(n, size, seed, note=note)
+    about = (
+        "head-lesions is semi-synthetic: randomly deformed copies of one real head CT; generated lesions of random place, "
+        "size and contrast in half of them. Train and test split show the same head."
+    )
+
+    def load() -> tuple[Source, Source]:
+        skull = head.read_ct(path, size)
+
+        def make(i: int, label: int) -> np.ndarray:
+            rng = np.random.default_rng([seed, i])
+            return _finished(rng, head.deformed(rng, skull, size), label, radius=(0.16, 0.28), contrast=(30, 60), noise=(4, 10))
+
+        return _splits(n, size, make, about)
+
+    return shard("head-lesions", _key(n, size, seed, file_key([path])), load, synthetic=True)
+
+
+def _checked(n: int, size: tuple[int, int, int], seed: int) -> tuple[int, tuple[int, int, int], int]:
+    if type(n) is not int or n < 20:
+        raise ValueError(f"n={n!r} volumes are too few. Give a whole number, 20 at least.")
+    size = checked_size(size, "(depth, height, width)", (32, 64, 64))
+    if min(size) < LEAST_SIDE:
+        raise ValueError(f"size={size} is too small for lesions to have a shape. Give {LEAST_SIDE} at least on each side.")
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0.")
+    return n, size, seed
+
+
+def _key(n: int, size: tuple[int, ...], seed: int, of: str) -> str:
+    return hashlib.sha256(f"1 {n} {size} {seed} {of}".encode()).hexdigest()  # 1: count up when what is made changes
+
+
+def _splits(n: int, size: tuple[int, int, int], make: Callable[[int, int], np.ndarray], about: str) -> tuple[Source, Source]:
+    """Patients 0..n-1 in the two splits, the classes balanced to one patient in each."""
+    rows = max(1, CHUNK_BYTES // (2 * math.prod(size)))
+
+    def source(of_test: bool) -> Source:
+        patients = [i for i in range(n) if (i % EVERY == EVERY - 1) == of_test]
+        labels = np.array([(i % EVERY + i // EVERY) % 2 for i in patients])
+
+        def chunks() -> Iterator[np.ndarray]:
+            for at in range(0, len(patients), rows):
+                pairs = zip(patients[at : at + rows], labels[at : at + rows], strict=True)
+                yield np.stack([make(i, int(label)) for i, label in pairs])[:, None]
+
+        return Source((len(patients), 1, *size), np.dtype(np.float16), chunks, labels, about)
+
+    return source(False), source(True)
+
+
+def _finished(
+    rng: np.random.Generator,
+    patient: Patient,
+    label: int,
+    radius: tuple[float, float],
+    contrast: tuple[float, float],
+    noise: tuple[float, float],
+) -> np.ndarray:
+    """The patient with lesions (label 1) or with as much spread along vessels (label 0), with noise, scaled to [0, 1]."""
+    hu, organ, window = patient
+    size = hu.shape
+    lesions = sum((lesion(rng, organ, radius, contrast) for _ in range(rng.integers(1, 4))), np.zeros_like(hu))
+    sick = np.count_nonzero(lesions > contrast[0] / 2)  # about 1.5 voxels of vessel for each step of a tube
+    vessels = tubes(rng, organ, count=1 + round(sick / max(size)))
+    vessels *= lesions.sum() / vessels.sum()
+    share = rng.uniform(0, 0.3) if label else 1.0  # everybody has vessels: that they are there tells nothing
+    added = (1 - share) * lesions + share * vessels
+    grain = blur(rng.standard_normal(hu.shape, dtype=np.float32), rng.uniform(0.4, 0.8))
+    hu = blur(hu + added, rng.uniform(0.3, 0.6)) + grain * (rng.uniform(*noise) / grain.std())
+    low, high = window
+    return np.clip((hu - low) / (high - low), 0, 1).astype(np.float16)
