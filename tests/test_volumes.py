@@ -151,6 +151,19 @@ def test_a_lesion_is_a_blob_in_the_organ_and_tubes_are_thin():
         assert worn < 0.6 * fields.blur(blob, 2.0).max() / blob.max()
 
 
+def test_values_along_vessels_are_those_of_the_lesion_in_the_organ():
+    z, y, x = fields.axes((32, 48, 40))
+    organ = ((z**2 + y**2 + x**2) < 0.5).astype(np.float32)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        blob = fields.lesion(rng, organ, (0.2, 0.25), (300, 600))
+        moved = fields.along_vessels(rng, organ, blob)
+        kept = blob[blob > 0.1 * blob.max()]
+        np.testing.assert_array_equal(np.sort(moved[moved > 0]), np.sort(kept))
+        assert not moved[fields.blur(organ, 1.0) < 0.01].any()
+        assert fields.blur(moved, 2.0).max() < 0.75 * fields.blur(blob, 2.0).max()
+
+
 @pytest.mark.parametrize(("old", "new"), [(7, 7), (5, 13), (40, 8), (9, 4), (1, 3)])
 def test_resizing_keeps_constants_and_centres(old, new):
     weights = fields.resize_weights(old, new)

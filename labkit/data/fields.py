@@ -100,3 +100,19 @@ def tubes(rng: np.random.Generator, organ: np.ndarray, count: int) -> np.ndarray
         voxel = voxel[((voxel >= 0) & (voxel < shape)).all(axis=1)]
         drawn[tuple(voxel.T)] += 1
     return (1 - np.exp(-6 * blur(drawn * organ, 0.7))).astype(np.float32)
+
+
+def along_vessels(rng: np.random.Generator, organ: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """The values of `added`, each once, but along thin tubes in the organ: the largest in the middle of the tubes.
+
+    Tubes are drawn until they have room for all values above a tenth of the largest; the others are left out.
+    """
+    values = np.sort(added[added > 0.1 * added.max()])
+    field = np.zeros_like(organ)
+    for _ in range(20):  # a round makes room for about a quarter of the values
+        field = np.maximum(field, tubes(rng, organ, count=1 + round(values.size / (4 * max(organ.shape)))))
+        if np.count_nonzero(field > 0.3) >= values.size:
+            break
+    moved = np.zeros_like(added)
+    moved.flat[np.argsort(field, axis=None)[-values.size :]] = values
+    return moved

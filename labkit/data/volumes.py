@@ -2,9 +2,9 @@
 
 No public set of chest CTs is small and free enough to come with a package, so the volumes are made: `head-lesions` puts
 lesions into randomly deformed copies of one real head CT (semi-synthetic), `chest-phantom` into chests drawn from
-formulas (synthetic). Place, size, shape and contrast of lesions are random. What they add in HU is added to a patient
-without lesions too, spread along thin vessels, so that no count of bright voxels tells one from the other, only their
-shape. Neither says anything about medicine.
+formulas (synthetic). Place, size, shape and contrast of lesions are random. The very values that they add
+in HU are added to a patient without lesions too, along thin vessels, so that no count of bright voxels tells one from the
+other, only their shape. Neither says anything about medicine.
 
 Used by `labkit.data.open_dataset`; the anatomy is in `head` and `phantom`.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from labkit.data import head, phantom
 from labkit.data.classes import checked_size
-from labkit.data.fields import Patient, blur, lesion, tubes
+from labkit.data.fields import Patient, along_vessels, blur, lesion
 from labkit.data.shards import CHUNK_BYTES, Dataset, Source, file_key, shard
 
 LEAST_SIDE = 16  # below it a lesion is a voxel
@@ -119,16 +119,12 @@ def _finished(
     contrast: tuple[float, float],
     noise: tuple[float, float],
 ) -> np.ndarray:
-    """The patient with lesions (label 1) or with as much spread along vessels (label 0), with noise, scaled to [0, 1]."""
+    """The patient with lesions (label 1) or with the same values along vessels (label 0), with noise, scaled to [0, 1]."""
     hu, organ, window = patient
-    size = hu.shape
     lesions = sum((lesion(rng, organ, radius, contrast) for _ in range(rng.integers(1, 4))), np.zeros_like(hu))
-    sick = np.count_nonzero(lesions > contrast[0] / 2)  # about 1.5 voxels of vessel for each step of a tube
-    vessels = tubes(rng, organ, count=1 + round(sick / max(size)))
-    vessels *= lesions.sum() / vessels.sum()
-    share = rng.uniform(0, 0.3) if label else 1.0  # everybody has vessels: that they are there tells nothing
-    added = (1 - share) * lesions + share * vessels
+    more = lesion(rng, organ, radius, contrast)  # vessels in everybody: that they are there tells nothing
+    added = lesions + along_vessels(rng, organ, more) if label else along_vessels(rng, organ, lesions + more)
     grain = blur(rng.standard_normal(hu.shape, dtype=np.float32), rng.uniform(0.4, 0.8))
-    hu = blur(hu + added, rng.uniform(0.3, 0.6)) + grain * (rng.uniform(*noise) / grain.std())
+    hu = blur(hu, rng.uniform(0.3, 0.6)) + added + grain * (rng.uniform(*noise) / grain.std())
     low, high = window
     return np.clip((hu - low) / (high - low), 0, 1).astype(np.float16)
