@@ -159,7 +159,8 @@ def _attempt(job: dict, folder: Path, go: Path) -> tuple[bool, str, str]:
     if not caught and not thread.is_alive():
         return True, "", ""
     error, details = _explain(caught[0] if caught else RuntimeError("the kernel could not be stopped"), folder)
-    if kernel is not None and (kernel.poll() or 0) < 0 and not ended:  # ended by a signal, and not by ours
+    died = bool(caught) and type(caught[0]).__name__ == "DeadKernelError"  # after another error a slow kernel is ended by us
+    if died and kernel is not None and (kernel.poll() or 0) < 0 and not ended:  # ended by a signal, and not by ours
         name = signal.Signals(-kernel.returncode).name
         error += f" of {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
         details = f"{error}\n\n{details}"
