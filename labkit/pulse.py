@@ -12,8 +12,8 @@ import threading
 from collections.abc import Iterator
 
 from labkit import wire
+from labkit.conversation import BEAT_S, SILENCE_S
 from labkit.errors import WireError
-from labkit.server import BEAT_S, SILENCE_S
 
 
 class Pulse:

@@ -4,23 +4,13 @@ A process of its own that imports numpy but neither torch nor Dask. Each connect
 (`labkit.coordinator`) is changed under one lock, which also gives the order in which pushes are merged. Transfers happen outside
 the lock: versions are immutable arrays, so one worker can still be receiving version 7 while another makes version 8.
 
-    worker                                  server
-      join (probed speed)        ------->     everyone here?
-      go: weights, indices, grant <------     release
-      beat (samples, loss)       ------->     progress; who is silent too long is taken to be gone
-      push (weights, Q, times)   ------->     merge
-      go, or stop                <-------     release; while it is held: hold, hold, ...
-      (late beat or push)        ------->     refused and recorded
-      join again                 <-------     rejoin
-                                 <-------     regroup: one of this group of the all-reduce is gone
-      regroup                    ------->     begins anew with those who are left
+What is said to a worker, and by it, is `labkit.conversation`.
 
-Started by `labkit.session` in a process of its own; spoken to by `labkit.worker`, `labkit.session` and `labkit.attached`.
+Started by `labkit.session` in a process of its own; watched by it and by `labkit.attached`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import queue
@@ -33,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from labkit import checkpoints, presence, wire
+from labkit.conversation import SILENCE_S, Conversation, tell
 from labkit.coordinator import AGE_S, Coordinator
 from labkit.errors import WireError
 from labkit.members import Answer, Member
@@ -40,9 +31,6 @@ from labkit.messages import checked
 from labkit.partition import UDPA
 from labkit.record import Recorder, write_json
 from labkit.updates import Update
-
-BEAT_S = 0.5  # how often a worker says that it lives, and a waiting worker is told that the server does
-SILENCE_S = 60.0  # a server that says nothing for longer to a waiting worker, or to the kernel, is taken to be gone
 
 
 @dataclass
@@ -149,13 +137,13 @@ class Server:
                     if self.course.members:
                         self.course.expect(self.course.members)
                     else:
-                        self._stop("failed", f"no worker joined within {self.spec.patience:g} s.")
+                        self.stop("failed", f"no worker joined within {self.spec.patience:g} s.")
 
     def _mind_loneliness(self) -> None:
         since = self.course.alone_since
         if since is not None and time.monotonic() - since > self.spec.patience:
             done = f"{self.course.done} of {self.course.budget} samples"
-            self._stop("failed", f"every worker was lost after {done}, and none came back within {self.spec.patience:g} s.")
+            self.stop("failed", f"every worker was lost after {done}, and none came back within {self.spec.patience:g} s.")
 
     # -- connections -----------------------------------------------------------------------------------------------
 
@@ -171,7 +159,7 @@ class Server:
                 if hello["op"] == "watch":
                     self._serve_watcher(connection)
                 while hello and hello["op"] == "join":
-                    hello = self._serve_worker(connection, hello)
+                    hello = Conversation(self, connection, hello).serve()
         except WireError:
             pass  # whoever it was is gone; a worker has been taken out where it was served
 
@@ -181,7 +169,7 @@ class Server:
             request, _ = connection.receive()
             with self.lock:
                 if request["op"] == "stop":
-                    self._stop(request.get("state") or "stopped", request.get("reason") or "")
+                    self.stop(request.get("state") or "stopped", request.get("reason") or "")
                 elif request["op"] == "expect":
                     self.course.expect(request["workers"])
                 elif request["op"] == "drop":
@@ -191,135 +179,14 @@ class Server:
             started = self.recorder.started
             connection.send({"op": "status", "seconds": time.time() - started if started else 0.0, **status})
 
-    def _serve_worker(self, connection: wire.Connection, hello: dict) -> dict | None:
-        """One incarnation of a worker, from its join until it is gone. Who comes back on the same connection: its new hello."""
-        member, outbox, refused = self._admit(connection, hello)
-        if member is None:
-            connection.send({"op": "stop", "reason": refused, "wait_s": 0.0})
-            return None
-        why, buffer = "", np.empty(len(self.spec.weights), np.float32)
-        connection.patience(self.spec.silence)
-        try:
-            self._answer(member, connection, outbox)
-            while self._hear(member, connection, buffer):
-                self._answer(member, connection, outbox)
-        except _Silent as silence:
-            why = str(silence)
-        except WireError as error:
-            why = str(error)
-            raise
-        except OSError as error:  # the record cannot be written: nothing that happens from now on would be known
-            with self.lock:
-                why = self._cannot_write(error)
-            _tell(connection, {"op": "stop", "reason": why, "wait_s": 0.0})
-        finally:
-            with self.lock:
-                self._leave(member, why)
-        return self._late(member, connection, buffer) if why and self.course.state == "running" else None
-
-    def _admit(self, connection: wire.Connection, hello: dict) -> tuple[Member | None, queue.SimpleQueue[Answer], str]:
-        """A worker joins, for the first time or again; or the reason why it cannot."""
-        index, generation, outbox = hello["worker"], hello.get("generation") or 0, queue.SimpleQueue()
-        with self.lock:
-            if self.course.state != "running" or self.course.finished:
-                return None, outbox, "the run has ended."
-            if generation < self.generations.get(index, 0):
-                return None, outbox, f"worker {index} has been started again elsewhere."
-            before = self.connections.get(index)
-            self.generations[index], self.outboxes[index], self.connections[index] = generation, outbox, connection
-            try:
-                member = self.course.join(index, hello.get("about") or "", hello.get("seconds_per_sample"))
-            except OSError as error:
-                refused = self._cannot_write(error)
-                self._leave(self.course.members[index], refused)
-                return None, outbox, refused
-        if before is not None and before is not connection:
-            before.close()
-        return member, outbox, ""
-
-    def _hear(self, member: Member, connection: wire.Connection, buffer: np.ndarray) -> bool:
-        """Take in what a worker says during its local pass, until it needs an answer (True) or leaves (False)."""
-        while True:
-            if not connection.waiting(self.spec.silence):
-                raise _Silent(f"no sign of life for {self.spec.silence:g} s")
-            header, n = connection.receive(lambda _, n: [buffer] if n == buffer.nbytes else [bytearray(n)])
-            if header["op"] == "beat":
-                self._note(member, header)
-                continue
-            with self.lock:
-                if self.course.members.get(member.index) is not member:
-                    raise _Silent("it came again")
-                if header["op"] == "push":
-                    self.course.push(member, header, buffer if n == buffer.nbytes else None, n)
-                    if self.course.state != "running":
-                        self._tell_the_others()
-                    return True
-                if header["op"] == "regroup":
-                    self.course.regroup(member, header.get("reason") or "")
-                    return True
-                if header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
-                    self._stop("failed", header["reason"])
-                return False
-
-    def _note(self, member: Member, header: dict) -> None:
-        member.seen = min(header.get("samples") or 0, member.granted)
-        if header.get("loss") is not None:
-            member.loss = header["loss"]
-
-    def _answer(self, member: Member, connection: wire.Connection, outbox: queue.SimpleQueue[Answer]) -> None:
-        """Send this worker its answer when there is one; until then tell it that it is held, which shows a dead peer too."""
-        heard = time.monotonic()
-        while True:
-            try:
-                answer = outbox.get(timeout=BEAT_S)
-                break
-            except queue.Empty:
-                connection.send({"op": "hold"})
-            while connection.waiting():
-                header, _ = connection.receive()
-                if header["op"] != "beat":
-                    raise WireError(f"a {header['op']!r} message came from a worker that is held.")
-                heard = time.monotonic()
-            if time.monotonic() - heard > self.spec.silence:
-                raise _Silent(f"no sign of life for {self.spec.silence:g} s")
-        n = connection.send(answer.header, *(part for part in (answer.weights, answer.indices) if part is not None))
-        if answer.header["op"] == "go":
-            self.recorder.event(
-                "release",
-                worker=member.index,
-                incarnation=member.incarnation,
-                version=answer.header["version"],
-                wait_s=answer.header["wait_s"],
-                bytes=n,
-            )
-
-    def _late(self, member: Member, connection: wire.Connection, buffer: np.ndarray) -> dict | None:
-        """Who was taken to be gone is heard again: nothing that it has done counts; it is asked to join anew."""
-        connection.patience(SILENCE_S)
-        asked = False
-        while not self.over.is_set():
-            if not connection.waiting(BEAT_S):
-                continue
-            header, _ = connection.receive(lambda _, n: [buffer] if n == buffer.nbytes else [bytearray(n)])
-            if header["op"] in ("join", "leave", "fail"):
-                return header
-            if not asked or header["op"] == "push":
-                with self.lock:
-                    self.course.refuse(member, header)
-            if not asked:
-                connection.send({"op": "rejoin"})
-                asked = True
-        connection.send({"op": "stop", "reason": "the run has ended.", "wait_s": 0.0})
-        return None
-
-    def _leave(self, member: Member, why: str) -> None:
+    def leave(self, member: Member, why: str) -> None:
         try:
             self.course.leave(member, why)
         except OSError as error:
-            self._cannot_write(error)
+            self.cannot_write(error)
             self.course.over = not self.course.members
         if self.course.state != "running":
-            self._tell_the_others()
+            self.tell_the_others()
         elif self.course.update.collective and member.granted:  # the others wait for it in the middle of a step
             self._interrupt({"op": "regroup", "group": member.group})
         if self.course.over:
@@ -327,32 +194,32 @@ class Server:
 
     # -- the end, checkpoints --------------------------------------------------------------------------------------
 
-    def _stop(self, state: str, reason: str) -> None:
+    def stop(self, state: str, reason: str) -> None:
         try:
             self.course.stop(state, reason)
         except OSError:
             self.unwritten = self.unwritten or reason
-        self._tell_the_others()
+        self.tell_the_others()
         if self.course.over:
             self.over.set()
 
-    def _cannot_write(self, error: OSError) -> str:
+    def cannot_write(self, error: OSError) -> str:
         """A run whose record has a hole is no run: it fails, and everybody hears why."""
         self.unwritten = self.unwritten or self._unwritable(error)
-        self._stop("failed", self.unwritten)
+        self.stop("failed", self.unwritten)
         return self.unwritten
 
     def _unwritable(self, error: OSError) -> str:
         return f"the run directory {self.spec.path} cannot be written: {error}."
 
-    def _tell_the_others(self) -> None:
+    def tell_the_others(self) -> None:
         self._interrupt({"op": "stop", "reason": self.course.reason, "wait_s": 0.0})
 
     def _interrupt(self, word: dict) -> None:
         """Tell those who are in the middle of a local pass."""
         for member in list(self.course.members.values()):
             if member.granted:
-                threading.Thread(target=_tell, args=(self.connections[member.index], word), daemon=True).start()
+                threading.Thread(target=tell, args=(self.connections[member.index], word), daemon=True).start()
 
     def _keep_saving(self) -> None:
         """Writes versions to the disk away from the lock, so that a slow disk delays nobody."""
@@ -363,16 +230,7 @@ class Server:
                 checkpoints.prune(path, checkpoints.retained(self.recorder.kept, self.spec.budget, self.spec.checkpoints))
             except Exception as error:  # whatever it is: without its versions a run is not whole
                 with self.lock:
-                    self._cannot_write(error)
-
-
-class _Silent(Exception):
-    """A worker has said nothing for too long, or another one speaks for it now."""
-
-
-def _tell(connection: wire.Connection, word: dict) -> None:
-    with contextlib.suppress(WireError):  # it may be gone already
-        connection.send(word)
+                    self.cannot_write(error)
 
 
 def main() -> None:

@@ -31,11 +31,11 @@ import torch
 
 from labkit import wire
 from labkit.collective import Broken, Group, steps
+from labkit.conversation import BEAT_S, SILENCE_S
 from labkit.errors import WireError, WorkerError
 from labkit.layout import flatten
 from labkit.problems import Clock, Problem
 from labkit.pulse import Pulse
-from labkit.server import BEAT_S, SILENCE_S
 from labkit.shard import Shard, batches
 
 PROBE_STEPS = 4

@@ -60,7 +60,7 @@ def going(path):
         yield server
     finally:
         with server.lock:
-            server._stop("stopped", "the test is over")
+            server.stop("stopped", "the test is over")
         thread.join(15)
         assert not thread.is_alive(), "the server does not end"
 

@@ -107,7 +107,7 @@ def serving(a_spec, change=lambda server: None):
         for client in server.clients:
             client.connection.close()
         with server.lock:
-            server._stop("stopped", "the test is over")
+            server.stop("stopped", "the test is over")
         thread.join(15)
         assert not thread.is_alive(), "the server does not end"
         assert record.read_json(server.recorder.path / "status.json") == result
