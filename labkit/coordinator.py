@@ -19,16 +19,16 @@ Used by `labkit.server`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from labkit.errors import ClusterError, PartitionError, UpdateError
-from labkit.members import Answer, Member, grants
+from labkit.members import FRUITLESS, Answer, Group, Member, grants
 from labkit.partition import UDPA
 from labkit.updates import Push, Reply, Update
 
 AGE_S = 30.0  # at least so often a version is kept, if there is a new one
-FRUITLESS = 10  # how often the group of an all-reduce may break in a row before the run is given up
 
 
 class Coordinator:
@@ -65,8 +65,7 @@ class Coordinator:
         self.granted = self.done = 0  # samples; what is granted contains what is done
         self.idle: set[int] = set()  # workers for whom the budget leaves nothing, unless another one is lost
         self.hungry: set[int] = set()  # workers for whom no samples are in the pool yet; the update does not know them
-        self.group: list[tuple[int, int]] = []  # who makes the all-reduce: (index, incarnation)
-        self.groups = self.fruitless = 0  # how often it was formed; and in a row without a new version
+        self.group = Group()  # of an all-reduce
         self.alone_since: float | None = None  # when the last worker of a run that goes was lost
         self.started = self.finished = self.over = False  # finished: the budget is met, and all have been told
         self.state, self.reason = "running", ""
@@ -100,7 +99,7 @@ class Coordinator:
         incarnation = self.incarnations[index] = self.incarnations.get(index, -1) + 1
         member = self.members[index] = Member(index, incarnation, passes=self.round)
         self.alone_since = None
-        self.record("join", worker=index, incarnation=incarnation, message=about)
+        self._row("join", member, message=about)
         if self.started:
             member.held_since = self.clock()
             self.partition.join(index, seconds)
@@ -124,10 +123,10 @@ class Coordinator:
 
     def regroup(self, member: Member, why: str) -> None:
         """The group of an all-reduce has broken under `member`: it drops its local pass, and goes on when the others do."""
-        self.record("regroup", worker=member.index, incarnation=member.incarnation, version=self.update.version, message=why)
+        self._row("regroup", member, version=self.update.version, message=why)
         self.granted, member.granted, member.seen = self.granted - member.granted, 0, 0
         member.held_since = self.clock()
-        self.group = []
+        self.group.disband()
         if self.state != "running":
             return self._dismiss(member)
         self._release(self.update.join(member.index))
@@ -135,14 +134,8 @@ class Coordinator:
     def refuse(self, member: Member, header: dict) -> None:
         """Something came from a worker that was taken to be gone: it changes nothing, and it is written down."""
         samples = int(header.get("samples") or 0)
-        self.record(
-            "refuse",
-            worker=member.index,
-            incarnation=member.incarnation,
-            version=self.update.version,
-            samples=samples,
-            message=f"a late {header['op']} of {samples} samples, from a worker that was taken to be gone",
-        )
+        late = f"a late {header['op']} of {samples} samples, from a worker that was taken to be gone"
+        self._row("refuse", member, version=self.update.version, samples=samples, message=late)
 
     def push(self, member: Member, header: dict, weights: np.ndarray | None, n_bytes: int) -> None:
         """A worker has finished a local pass. `weights` is only read until the worker is answered; None: of the wrong size."""
@@ -150,10 +143,9 @@ class Coordinator:
         member.passes += 1
         self.round = max(self.round, member.passes)
         member.loss, member.score, member.seen = header["loss"], header["score"], 0
-        self.record(
+        self._row(
             "push",
-            worker=index,
-            incarnation=member.incarnation,
+            member,
             base_version=version,
             staleness=self.update.version - version,
             bytes=n_bytes,
@@ -187,14 +179,14 @@ class Coordinator:
             return
         del self.members[member.index]
         self.seconds.pop(member.index, None)
-        self.record("leave", worker=member.index, incarnation=member.incarnation, wait_s=member.waited, message=why)
+        self._row("leave", member, wait_s=member.waited, message=why)
         self.granted -= member.granted + member.unmerged
         self.done -= member.unmerged  # a push that waited for others, and waited in vain
         if self.state == "running" and self.started and not self.finished:
             self.idle.discard(member.index)
             self.hungry.discard(member.index)
             self.partition.leave(member.index)
-            self.group = []
+            self.group.disband()
             try:
                 replies = self.update.leave(member.index)
             except UpdateError as error:  # the others' round closes, and cannot be merged
@@ -214,10 +206,10 @@ class Coordinator:
                     self.alone_since = self.clock()
             self.over = self.state != "running"
 
-    def stop(self, state: str, reason: str) -> list[Member]:
-        """Nobody gets another local pass. Returns the members who are in the middle of one and must be told to drop it."""
+    def stop(self, state: str, reason: str) -> None:
+        """Nobody gets another local pass; who is in the middle of one is to be told by the driver."""
         if self.state != "running":
-            return []
+            return
         self.state, self.reason = state, reason
         if not self.members:
             self.over = True
@@ -226,7 +218,6 @@ class Coordinator:
                 self._dismiss(member)
         if state == "failed":
             self.record("error", message=reason)  # last: also when it cannot be written, everybody is told
-        return [member for member in self.members.values() if member.granted]
 
     def keep(self) -> None:
         """Keep the newest version, with all that is needed to go on from it."""
@@ -289,7 +280,7 @@ class Coordinator:
             )
             self.members[merge.worker].unmerged = 0
         if self.update.merges:
-            self.fruitless = 0
+            self.group.fruitless = 0
             if self._due() > self.saves_due or self.clock() - self.saved_at > self.age:
                 self.keep()
         members = [self.members[reply.worker] for reply in replies]
@@ -308,7 +299,7 @@ class Coordinator:
         try:
             for member in members:
                 if n := self.partition.reclaim(member.index):
-                    self.record("reclaim", worker=member.index, incarnation=member.incarnation, samples=n)
+                    self._row("reclaim", member, samples=n)
                     member.held = min(member.held, self.partition.held[member.index])  # after a resume it holds nothing yet
             added = self.partition.allocate([member.index for member in members], measured)
         except PartitionError as error:
@@ -323,7 +314,8 @@ class Coordinator:
         if not at_work:
             return
         members = [member for member, _ in at_work]
-        if self.update.collective and not self._form(members):
+        if self.update.collective and not self.group.form(members):
+            self.stop("failed", f"the group of the all-reduce broke {FRUITLESS} times in a row at version {self.update.version}.")
             return
         parts = grants([member.index for member in members], remaining, self.partition.held, self.joint)
         for (member, reply), grant in zip(at_work, parts, strict=True):
@@ -337,28 +329,16 @@ class Coordinator:
             self.hungry.remove(index)
             self._release(self.update.join(index))
 
-    def _form(self, members: list[Member]) -> bool:
-        """The group of the coming local pass. One that breaks again and again without a new version ends the run."""
-        group = [(member.index, member.incarnation) for member in members]
-        if group != self.group:
-            self.group, self.groups, self.fruitless = group, self.groups + 1, self.fruitless + 1
-            if self.fruitless > FRUITLESS:
-                where = f"at version {self.update.version}"
-                self.stop("failed", f"the group of the all-reduce broke {FRUITLESS} times in a row {where}.")
-                return False
-        return True
-
     def _go(self, member: Member, reply: Reply, grant: int, parts: list[int], added: int) -> None:
-        index, who = member.index, {"worker": member.index, "incarnation": member.incarnation}
+        index = member.index
         held, keep = int(self.partition.held[index]), member.held
         if added:
-            count = int(self.partition.count[index])
-            self.record("allocate", samples=added, total=held, **{"pass": count}, **who)
+            self._row("allocate", member, samples=added, total=held, **{"pass": int(self.partition.count[index])})
         if not keep:
-            self.record("pull", version=reply.version, **who)
+            self._row("pull", member, version=reply.version)
         new = self.partition.shard(index)[keep:] if held > keep else []  # the first time, the whole shard
         indices = np.ascontiguousarray(new, np.int64)
-        member.granted, member.group, member.held = grant, self.groups, held
+        member.granted, member.group, member.held = grant, self.group.number, held
         self.granted += grant
         header = {
             "op": "go",
@@ -369,8 +349,8 @@ class Coordinator:
             "indices": len(indices),
             "samples": grant,
             "grants": parts,
-            "ranks": [index for index, _ in self.group],
-            "group": self.groups,
+            "ranks": [index for index, _ in self.group.ranks],
+            "group": self.group.number,
             "done": self.done,
             # How many samples all workers train on while this one trains on one: the clock of learning-rate schedules.
             "pace": sum(self.partition.held.values()) / max(1, held),
@@ -389,7 +369,10 @@ class Coordinator:
         self.deliver(member.index, Answer({"op": "stop", "reason": self.reason, "wait_s": member.waited}))
 
     def _hold(self, member: Member) -> None:
-        self.record("hold", worker=member.index, incarnation=member.incarnation, version=self.update.version)
+        self._row("hold", member, version=self.update.version)
+
+    def _row(self, kind: str, member: Member, **fields: Any) -> None:
+        self.record(kind, worker=member.index, incarnation=member.incarnation, **fields)
 
     def _waited(self, member: Member) -> float:
         since, member.held_since = member.held_since, None

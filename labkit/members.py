@@ -12,6 +12,8 @@ import numpy as np
 
 from labkit.partition import largest_remainder
 
+FRUITLESS = 10  # how often the group of an all-reduce may break in a row before the run is given up
+
 
 @dataclass
 class Member:
@@ -29,6 +31,25 @@ class Member:
     held: int = 0  # samples of its shard, as it knows them
     loss: float | None = None
     score: float | None = None
+
+
+class Group:
+    """Who makes an all-reduce: `ranks` as (index, incarnation), and `number`, which grows whenever they change."""
+
+    def __init__(self) -> None:
+        self.ranks: list[tuple[int, int]] = []
+        self.number = self.fruitless = 0  # fruitless: how often it was formed without a new version
+
+    def form(self, members: list[Member]) -> bool:
+        """These make the coming local pass; False when groups have broken too often in a row."""
+        ranks = [(member.index, member.incarnation) for member in members]
+        if ranks != self.ranks:
+            self.ranks, self.number, self.fruitless = ranks, self.number + 1, self.fruitless + 1
+        return self.fruitless <= FRUITLESS
+
+    def disband(self) -> None:
+        """It has broken, or one of it is gone: the next one is another, even if the same workers make it."""
+        self.ranks = []
 
 
 @dataclass(frozen=True)
