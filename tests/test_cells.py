@@ -26,10 +26,10 @@ extra = None
 run_dir: str = "runs"  # where results go"""
 
 
-def write(path: Path, *cells: str, first: str | None = PARAMETERS) -> Path:
+def write(path: Path, *cells: str, first: str | None = PARAMETERS, **metadata: object) -> Path:
     """A notebook of a parameters cell and more."""
     tagged = [] if first is None else [new_code_cell(first, metadata={"tags": ["parameters"]})]
-    nbformat.write(new_notebook(cells=tagged + [new_code_cell(cell) for cell in cells]), path)
+    nbformat.write(new_notebook(cells=tagged + [new_code_cell(cell) for cell in cells], metadata=metadata), path)
     return path
 
 

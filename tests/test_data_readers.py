@@ -27,16 +27,7 @@ from labkit.errors import DataError
 really_fetch = fetch.fetch
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Each test has a cache of its own, no data folder, no package, no network, and nothing was said before."""
-    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("LABKIT_DATA", raising=False)
-    monkeypatch.setattr(fetch, "ROOT", tmp_path / "no-debian")
-    monkeypatch.setattr(fetch, "fetch", lambda *args, **kwargs: ["no network in this test"])
-    monkeypatch.setattr(shards, "_SAID", set())
-    monkeypatch.setattr(fetch, "_FAILED", {})
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def refused(data, *words):

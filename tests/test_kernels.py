@@ -16,24 +16,9 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from test_cells import write
 
 from labkit.sweeps import summary, sweep
-
-PARAMETERS = """seed: int = 0  # of everything
-lr: float = 0.1  # learning rate
-sizes: list[int] = [1, 2]
-strategy = "agwu"
-extra = None
-run_dir: str = "runs"  # where results go"""
-
-
-def write(path: Path, *cells: str, first: str | None = PARAMETERS) -> Path:
-    """A notebook of a parameters cell and more."""
-    tagged = [] if first is None else [new_code_cell(first, metadata={"tags": ["parameters"]})]
-    nbformat.write(new_notebook(cells=tagged + [new_code_cell(cell) for cell in cells]), path)
-    return path
-
 
 REPORT = "import os\nfrom labkit.sweeps import report\n"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_training import data, net
 from torch import nn
 
 import labkit
@@ -21,19 +22,6 @@ from labkit.record import Recorder
 
 pytestmark = pytest.mark.usefixtures("cache")
 DONE = 60
-
-
-def data(n=231):
-    generator = np.random.default_rng(0)
-    y = np.arange(n) % 3
-    x = generator.normal(size=(n, 1, 6, 6)).astype(np.float32)
-    x[np.arange(n), 0, y] += 2
-    return x, y
-
-
-def net(shape, n_classes, width=7):
-    n = int(np.prod(shape))
-    return nn.Sequential(nn.Flatten(), nn.Linear(n, width), nn.ReLU(), nn.Linear(width, n_classes))
 
 
 def wide_net(shape, n_classes):

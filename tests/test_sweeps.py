@@ -13,29 +13,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from test_cells import write
 
 from labkit import kernels, sweeps
 from labkit.errors import SweepError
 from labkit.sweeps import report, summary, sweep
-
-PARAMETERS = """seed: int = 0  # of everything
-lr: float = 0.1  # learning rate
-sizes: list[int] = [1, 2]
-strategy = "agwu"
-extra = None
-run_dir: str = "runs"  # where results go"""
-
-
-def write(path: Path, *cells: str, first: str | None = PARAMETERS, **metadata: object) -> Path:
-    """A notebook of a parameters cell and more."""
-    tagged = [] if first is None else [new_code_cell(first, metadata={"tags": ["parameters"]})]
-    nbformat.write(new_notebook(cells=tagged + [new_code_cell(cell) for cell in cells], metadata=metadata), path)
-    return path
 
 
 @pytest.fixture
