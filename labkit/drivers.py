@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labkit import record, scenarios
+from labkit.arrivals import Arrivals
 from labkit.errors import RunError
+from labkit.exchange import n_bytes
 from labkit.offline import Ledger
 from labkit.partition import UDPA, make_partition
 from labkit.problems import Problem
 from labkit.progress import meter
-from labkit.replaying import Arrivals, Course, Lives
+from labkit.replaying import Course, Lives
 from labkit.resuming import problem_of
 from labkit.run import Run
 from labkit.settings import whole
@@ -183,7 +185,9 @@ def simulate(
         with meter(f"simulation of {config['n_workers']} workers", config["budget"]) as told:
             rules = {"update": rule, "partition": parts, "batch_size": batch_size, "changes": changes, "problem": problem}
             links = timing.with_links(bandwidth, latency)
-            made = Simulation(config, links, 4 * size, **rules, ledger=ledger, told=told).run()
+            made = Simulation(
+                config, links, n_bytes(config.get("exchange", "float32"), size), **rules, ledger=ledger, told=told
+            ).run()
         it = made.it
         status = {"state": it.state, "reason": it.reason, "version": it.update.version, "samples": it.samples.done}
         status |= {"server_busy": made.busy / made.merged_at if made.merged_at else 0.0}

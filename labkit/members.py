@@ -20,7 +20,8 @@ class Member:
     incarnation: int
     passes: int = 0
     busy: bool = False  # a local pass is under way
-    granted: int = 0  # samples of it
+    granted: int = 0  # samples that it has been given and not pushed
+    ahead: int = 0  # of these, those that it trains on while its push is under way: they belong to its next one
     group: int = 0  # number of the group of an all-reduce in which that is
     seen: int = 0  # of these, trained on so far
     unmerged: int = 0  # samples of a push that waits for the others

@@ -54,6 +54,7 @@ COLUMNS = [
     "score_s",
     "wait_s",
     "send_s",
+    "hidden_s",  # of an exchange: the part during which the worker computed
     "bytes",
     "probe_s",  # of a join: seconds per sample, as probed
     "threads",  # of a join: of torch

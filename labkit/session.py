@@ -108,6 +108,9 @@ class Session:
             jitter=self.lab.jitter,
             collective=str(self.path / self.meeting) if self.spec.update.collective else None,
             one_process=self.lab.one_process,
+            exchange=self.spec.exchange,
+            overlap=self.spec.overlap,
+            scored=self.spec.update.scored,
         )
 
     def _follow(self) -> None:

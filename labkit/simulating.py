@@ -65,9 +65,12 @@ class Simulation:
         self.now, self.busy, self.merged_at = 0.0, 0.0, 0.0
         self.queue: list[tuple[float, int, Callable, tuple]] = []
         self.numbers, self.chance = itertools.count(), {}
+        # When a worker is done with what it computes while its push is under way, and how long it computes there.
+        self.free: dict[int, tuple[float, float]] = {}
+        self.late_score = bool(config.get("overlap")) and not update.scored
         self.replicas, weights, n_buffers, blocks = None, np.zeros(1, np.float32), 0, ()
         if problem is not None:
-            self.replicas = Replicas(problem, config["seed"], config["budget"])
+            self.replicas = Replicas(problem, config)
             flat, layout = flatten(problem.build(config["seed"]))
             weights, n_buffers, blocks = flat.numpy(), layout.n_buffers, layout.blocks
         workers = sorted(self.slowdowns)
@@ -117,6 +120,7 @@ class Simulation:
         if self.it.state != "running" or self.it.finished:
             return
         self.slowdowns.setdefault(worker, 1.0)
+        self.free.pop(worker, None)
         self.chance.setdefault(worker, np.random.default_rng(np.random.SeedSequence([self.config["seed"], worker, 1 << 21])))
         if self.replicas:
             self.replicas.join(worker)
@@ -132,12 +136,17 @@ class Simulation:
         member = self.it.members.get(worker)
         if member is None or member.incarnation != incarnation:
             return  # lost on the way
-        done = {"samples": go.header["samples"], "loss": None, "score": self.timing.score}
+        done, score = {"samples": member.granted - member.ahead, "loss": None}, self.timing.score
         weights = go.weights + STEP
         if self.replicas:
-            made, score = self.replicas.work(worker, go)
-            done, weights = {"samples": made["samples"], "loss": made["loss"], "score": score}, self.replicas.vector(worker)
+            made, score, weights = self.replicas.work(worker, go)
+            done |= {"samples": made["samples"], "loss": made["loss"]}
+        done["score"] = None if self.late_score else score
+        late = {"score": score, "score_s": times["score_s"]}
+        times |= {"score_s": 0.0} if self.late_score else {}
         self.it.push(member, {"op": "push", "version": go.header["version"], **done, **times}, weights, self.n_bytes)
+        if self.late_score:
+            self._write("score", worker=worker, incarnation=incarnation, **{"pass": member.passes}, **late)
         self.told(self.it.samples.done)
 
     def _deliver(self, worker: int, answer: Answer) -> None:
@@ -153,13 +162,24 @@ class Simulation:
             wait_s=header["wait_s"],
             bytes=self.n_bytes,
         )
-        pace, chance = self._pace(worker), self.chance[worker]
-        steps = max(1, round(header["samples"] / self.batch_size))
-        compute = pace.seconds * header["samples"] * pace.spread[chance.integers(len(pace.spread))] * self._stretched(worker, steps)
-        score, exchange = pace.score_s * self._stretched(worker, 1), self.timing.exchange(self.n_bytes)
-        times = {"compute_s": compute, "score_s": score, "wait_s": 0.0, "send_s": exchange}
+        trip, compute, ahead, score = self.timing.exchange(self.n_bytes), *self._work(worker, header)
+        here = self.now + trip / 2
+        free, carried = self.free.get(worker, (here - trip, 0.0))  # of its latest push, if it has made one
+        stood = min(trip, max(0.0, here - free))
+        sent = max(here, free) + compute + (0.0 if self.late_score else score)
+        self.free[worker] = sent + ahead + (score if self.late_score else 0.0), ahead
+        times = {"compute_s": carried + compute, "score_s": score, "wait_s": 0.0, "send_s": stood}
+        times |= {"hidden_s": trip - stood} if self.config.get("overlap") else {}
         times = {key: round(seconds, 6) for key, seconds in times.items()}
-        self._at(self.now + compute + score + exchange, self._push, worker, header["incarnation"], answer, times)
+        self._at(sent + trip / 2, self._push, worker, header["incarnation"], answer, times)
+
+    def _work(self, worker: int, header: dict) -> tuple[float, float, float]:
+        """Seconds of a local pass, up to its push and while that is under way, and of a score."""
+        pace, chance, samples = self._pace(worker), self.chance[worker], header["samples"]
+        steps = max(1, round(samples / self.batch_size))
+        compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))] * self._stretched(worker, steps)
+        ahead = compute * header["ahead"] / max(1, samples)
+        return compute - ahead, ahead, pace.score_s * self._stretched(worker, 1)
 
     def _leave(self, worker: int, incarnation: int) -> None:
         member = self.it.members.get(worker)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit import record
+from labkit import exchange, record
 from labkit.errors import RunError
 
 if TYPE_CHECKING:
@@ -83,13 +83,14 @@ def fit(runs: Sequence[Run]) -> Timing:
     exchanges, merges, scores = [], [], []
     for run in runs:
         events = record.effective(run.events)
-        n_bytes = 4 * run.layout.size
+        n_bytes = exchange.n_bytes(run.config.get("exchange", "float32"), run.layout.size)
         probes = run.events.query("kind == 'join'").groupby("worker").probe_s
         for worker, own in _passes(events).groupby("worker"):
-            measured.setdefault(int(worker), []).append(_pace(run, int(worker), own, probes.get_group(worker)))
+            score_s = float(own.score_s.sum() + events.score_s[(events.kind == "score") & (events.worker == worker)].sum())
+            measured.setdefault(int(worker), []).append(_pace(run, int(worker), own, score_s, probes.get_group(worker)))
             exchanges += [(n_bytes, seconds) for seconds in own.exchange_s.dropna()]
         merges += [(n_bytes, seconds) for seconds in _merge_times(events)]
-        scores += events.score[events.kind == "push"].dropna().tolist()
+        scores += events.score.dropna().tolist()
     if not measured or not exchanges:
         names = ", ".join(run.name for run in runs)
         raise RunError(f"nothing can be fitted from {names}: no worker has made two local passes. Give a longer run.")
@@ -113,7 +114,10 @@ def _passes(events):
         elif event["kind"] == "push":
             free, sent = freed.pop(worker, (math.nan, 0.0))
             between = event["seconds"] - free - event["compute_s"] - event["score_s"] - event["wait_s"]
-            rows.append({**event, "exchange_s": max(0.0, between) + sent})
+            exchange_s = np.maximum(0.0, between) + sent
+            if not math.isnan(event["hidden_s"]):  # partly at the same time as computing: the worker says how long
+                exchange_s = (event["send_s"] + event["hidden_s"]) or math.nan
+            rows.append({**event, "exchange_s": exchange_s})
             pushed[worker] = event["seconds"]
         else:
             freed.pop(worker, None), pushed.pop(worker, None)
@@ -122,7 +126,7 @@ def _passes(events):
     return pd.DataFrame(rows, columns=[*events.columns, "exchange_s"])
 
 
-def _pace(run: Run, worker: int, passes, probes) -> tuple:
+def _pace(run: Run, worker: int, passes, score_s: float, probes) -> tuple:
     """Seconds of computing without emulation, samples, seconds of scoring, and the relative times of passes and of probes."""
     slow = {w["index"]: float(w["slowdown"]) for w in run.config["workers"]}.get(worker, 1.0)
     factor, variance = slowness(slow, float(run.config["jitter"]))
@@ -133,7 +137,7 @@ def _pace(run: Run, worker: int, passes, probes) -> tuple:
     seen, asked = float(np.var(np.log(ratios))), variance / factor**2 / steps
     own = np.exp(math.sqrt(max(0.0, 1 - asked / seen)) * np.log(ratios)) if seen > 0 else np.ones(1)
     spread, probed = np.resize(own / own.mean(), len(passes)), probes.dropna().to_numpy() * samples / max(compute, 1e-9)
-    return compute / factor, samples, float(passes.score_s.sum()) / factor, spread, probed
+    return compute / factor, samples, score_s / factor, spread, probed
 
 
 def _merge_times(events) -> list[float]:

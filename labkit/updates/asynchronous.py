@@ -37,6 +37,7 @@ class AGWU(Changes):
     """
 
     name = "agwu"
+    scored = ahead = True
     fleeting = (*Changes.fleeting, "scores")
 
     def __init__(self, quality: str = "normalised") -> None:
@@ -90,6 +91,7 @@ class Downpour(Changes):
     """
 
     name = "downpour"
+    ahead = True
     written = ("first", "second")
 
     def __init__(
@@ -166,6 +168,7 @@ class FedAsync(Update):
     """
 
     name = "fedasync"
+    ahead = True
 
     def __init__(
         self, alpha: float = 0.6, fading: str = "polynomial", *, power: float = 0.5, slope: float = 10.0, free: float = 4.0
@@ -211,6 +214,7 @@ class FedBuff(Changes):
     """
 
     name = "fedbuff"
+    ahead = True
     fleeting = (*Changes.fleeting, "total", "kept")
     written = ("total",)
 

@@ -119,6 +119,7 @@ class SGWU(Barrier):
     """
 
     name = "sgwu"
+    scored = True
     fleeting = (*Barrier.fleeting, "expired")
 
     def __init__(self, quorum: float = 1.0, grace: float = 0.0) -> None:
