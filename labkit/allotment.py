@@ -144,6 +144,7 @@ class Allotment:
         given, left = {}, self.remaining - sum(parts)
         for member, samples in zip(members, parts, strict=True):
             more = min(max(0, self.ahead - member.granted), left)
+            more += left - more == 1  # nobody gets a single sample (BatchNorm)
             given[member.index], left = Part(samples, parts, len(added[member.index]), more), left - more
         return given
 

@@ -120,7 +120,8 @@ class Arrivals:
         """What the worker would have pushed now; its pace is that of the recorded pass."""
         worker, self.paces[row["worker"]] = row["worker"], row
         go = self.work.pop(worker)
-        done, score, weights = self.replicas.work(worker, go)
+        done, weights = self.replicas.work(worker, go)
+        score = self.replicas.score(worker) if self.it.update.scored else None
         pace = done["samples"] / max(1, row["samples"])
         header = {"op": "push", "version": go.header["version"], "score": score, **done, "wait_s": 0.0}
         header |= {key: row.get(key, 0.0) for key in ("score_s", "send_s", "hidden_s")}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from labkit.server import Server
 
 BEAT_S = 0.5  # how often a worker says that it lives, and a waiting worker is told that the server does
+SCORE_S = 1.0  # how often a worker measures its score where the rule does not ask for it
 SILENCE_S = 60.0  # a server that says nothing for longer to a waiting worker, or to the kernel, is taken to be gone
 
 

@@ -252,17 +252,6 @@ class Coordinator:
         self.keeper.begin()
         self.record("resume", version=self.update.version, total=self.samples.done)
 
-    def status(self) -> dict:
-        return {
-            "state": self.state,
-            "reason": self.reason,
-            "started": self.started,
-            "version": self.update.version,
-            "samples": self.samples.done + sum(member.seen for member in self.members.values()),
-            "budget": self.samples.budget,
-            "workers": {m.index: {"loss": m.loss, "score": m.score, "passes": m.passes} for m in self.members.values()},
-        }
-
     # -- how they are answered -------------------------------------------------------------------------------------
 
     def _release(self, replies: list[Reply]) -> None:
@@ -290,17 +279,7 @@ class Coordinator:
     def _grant(self, replies: list[Reply]) -> None:
         members = [self.members[reply.worker] for reply in replies]
         if self.samples.remaining < (len(members) if self.update.collective else 1):
-            for member, reply in zip(members, replies, strict=True):
-                if member.granted:  # it pushes what it has trained on ahead
-                    self.deliver(member.index, self.samples.go(member, reply, Part(0, []), self._waited(member)))
-            members = [member for member in members if not member.busy]
-            self.idle.update(member.index for member in members)
-            if not any(member.busy for member in self.members.values()):
-                self._finish()
-            else:
-                for member in members:
-                    self._hold(member)
-            return
+            return self._rest(replies)
         if not members:
             return
         try:
@@ -316,6 +295,20 @@ class Coordinator:
             self._hold(member)
             self._release(self.update.leave(member.index))
         self._feed()
+
+    def _rest(self, replies: list[Reply]) -> None:
+        """Nothing is left of the budget for these. When nobody is at work any more, the run ends."""
+        for reply in replies:
+            member = self.members[reply.worker]
+            if member.granted:  # it pushes what it has trained on ahead
+                self.deliver(member.index, self.samples.go(member, reply, Part(0, []), self._waited(member)))
+            else:
+                self.idle.add(member.index)
+        if not any(member.busy for member in self.members.values()):
+            return self._finish()
+        for reply in replies:
+            if reply.worker in self.idle:
+                self._hold(self.members[reply.worker])
 
     def _wake(self) -> None:
         """What has come back of the budget is for those for whom nothing was left."""

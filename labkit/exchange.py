@@ -66,8 +66,9 @@ def unpack(wire: np.ndarray, kind: str, weights: np.ndarray) -> None:
 
 def pack_change(weights: np.ndarray, given: np.ndarray, kind: str, wire: np.ndarray) -> None:
     """What a worker pushes, into `wire`: its weights less those that it was `given` (on the wire)."""
-    for part in chunks(len(weights)):
-        wire[part] = _halves(weights[part] - _floats(given[part], kind), kind)
+    with np.errstate(invalid="ignore"):  # what is no number stays so, for the server to refuse
+        for part in chunks(len(weights)):
+            wire[part] = _halves(weights[part] - _floats(given[part], kind), kind)
 
 
 def add_change(base: np.ndarray, wire: np.ndarray, kind: str, weights: np.ndarray) -> None:

@@ -59,8 +59,8 @@ class Replicas:
             replica = Replica(self.problem, self.seed, worker, self.budget)
         self.places[worker] = _Place(replica, threads, shared)
 
-    def work(self, worker: int, go: Answer) -> tuple[dict, float, np.ndarray]:
-        """The local pass that `go` asks for: what `Replica.local_pass` returns, score, and the weights as the server gets them."""
+    def work(self, worker: int, go: Answer) -> tuple[dict, np.ndarray]:
+        """The local pass that `go` asks for: what `Replica.local_pass` returns, and the weights as the server gets them."""
         place = self.places[worker]
         replica = place.replica
         with self._as(place):
@@ -75,13 +75,19 @@ class Replicas:
                 exchange.unpack(given, self.exchange, taken)
             replica.take_in(torch.from_numpy(taken), go.header["carry"])
             replica.hold(go.header["keep"], go.indices)
-            done, score, place.went = replica.local_pass(go.header), replica.score(), go.header
+            done, place.went = replica.local_pass(go.header), go.header
             if began is not None and not torch.equal(began, torch.get_rng_state()):
                 raise RunError(
                     "the model or the problem draws random numbers (dropout, say), and the workers of this run were threads that "
                     "shared one generator: who drew when is not in the record. Train it on processes: connect(kind='dask')."
                 )
-        return done, score, self._pushed(replica, go.weights, given)
+        return done, self._pushed(replica, go.weights, given)
+
+    def score(self, worker: int) -> float:
+        """Q of what this worker has pushed last."""
+        place = self.places[worker]
+        with self._as(place):
+            return place.replica.score()
 
     def _pushed(self, replica: Replica, base: np.ndarray, given: np.ndarray) -> np.ndarray:
         """As the server gets it, float32 (n,), good until the worker is at work again."""

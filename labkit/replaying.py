@@ -75,7 +75,7 @@ class Course:
         self.kept = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lives.made_for_good(part)}
         self.newest = max((row["version"] for row in self.rows if row["kind"] == "merge"), default=version or 0)
         self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
-        self.replicas, self.answers, self.scores = Replicas(problem, run.config), {}, {}
+        self.replicas, self.answers = Replicas(problem, run.config), {}
         flat, layout = flatten(problem.build(run.config["seed"]))
         weights, state = flat.numpy(), None
         if version is not None:
@@ -156,11 +156,11 @@ class Course:
         worker, go = row["worker"], self.answers.pop(row["worker"], None)
         if go is None or go.header["op"] != "go":
             raise self._differs(row, f"worker {worker} has nothing to push")
-        done, self.scores[worker], weights = self.replicas.work(worker, go)
+        done, weights = self.replicas.work(worker, go)
         self._agrees(row, "samples", done["samples"])
         self._agrees(row, "loss", done["loss"])
-        if row["score"] is not None:  # else it follows
-            self._agrees(row, "score", self.scores[worker])
+        if row["score"] is not None:
+            self._agrees(row, "score", self.replicas.score(worker))
         self.passes += 1
         header = {**row, "op": "push", "version": row["base_version"]}
         fits = row["bytes"] == exchange.n_bytes(self.replicas.exchange, len(weights))
@@ -178,7 +178,7 @@ class Course:
     def _copy(self) -> None:
         row = self.rows[self.at]
         if row["kind"] == "score":
-            self._agrees(row, "score", self.scores.get(row["worker"]))
+            self._agrees(row, "score", self.replicas.score(row["worker"]))
         self.ledger.write(row)
         self.at += 1
 

@@ -27,7 +27,7 @@ from labkit.conversation import SILENCE_S, Conversation, tell
 from labkit.coordinator import Coordinator
 from labkit.errors import WireError
 from labkit.keeping import AGE_S
-from labkit.members import Answer, Member
+from labkit.members import Answer, Member, standing
 from labkit.messages import checked
 from labkit.partition import UDPA
 from labkit.record import Recorder, write_json
@@ -128,7 +128,7 @@ class Server:
             self.course.keep()
         self.versions.put(None)
         saver.join()
-        status = {key: self.course.status()[key] for key in ("state", "reason", "version", "samples")}
+        status = {key: standing(self.course)[key] for key in ("state", "reason", "version", "samples")}
         for last in (self.recorder.close, lambda: write_json(Path(self.spec.path) / "status.json", status)):
             try:
                 last()
@@ -205,7 +205,7 @@ class Server:
                 elif request["op"] == "drop":
                     for index in set(request["workers"]) & set(self.connections):
                         self.connections[index].close()
-                status = self.course.status()
+                status = standing(self.course)
             started = self.recorder.started
             connection.send({"op": "status", "seconds": time.time() - started if started else 0.0, **status})
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.conversation import SCORE_S
 from labkit.layout import flatten
 from labkit.members import Answer
 from labkit.offline import Ledger, Replicas, begin_course
@@ -67,6 +68,7 @@ class Simulation:
         self.numbers, self.chance = itertools.count(), {}
         # When a worker is done with what it computes while its push is under way, and how long it computes there.
         self.free: dict[int, tuple[float, float]] = {}
+        self.scored: dict[int, float] = {}  # when a worker has measured its score last
         self.late_score = bool(config.get("overlap")) and not update.scored
         self.replicas, weights, n_buffers, blocks = None, np.zeros(1, np.float32), 0, ()
         if problem is not None:
@@ -120,7 +122,7 @@ class Simulation:
         if self.it.state != "running" or self.it.finished:
             return
         self.slowdowns.setdefault(worker, 1.0)
-        self.free.pop(worker, None)
+        self.free.pop(worker, None), self.scored.pop(worker, None)
         self.chance.setdefault(worker, np.random.default_rng(np.random.SeedSequence([self.config["seed"], worker, 1 << 21])))
         if self.replicas:
             self.replicas.join(worker)
@@ -136,16 +138,17 @@ class Simulation:
         member = self.it.members.get(worker)
         if member is None or member.incarnation != incarnation:
             return  # lost on the way
-        done, score = {"samples": member.granted - member.ahead, "loss": None}, self.timing.score
-        weights = go.weights + STEP
+        done, weights, score = {"samples": member.granted - member.ahead, "loss": None}, go.weights + STEP, None
         if self.replicas:
-            made, score, weights = self.replicas.work(worker, go)
+            made, weights = self.replicas.work(worker, go)
             done |= {"samples": made["samples"], "loss": made["loss"]}
-        done["score"] = None if self.late_score else score
+        if times["score_s"] or self.it.update.scored:
+            score = self.replicas.score(worker) if self.replicas else self.timing.score
         late = {"score": score, "score_s": times["score_s"]}
+        done["score"] = None if self.late_score else score
         times |= {"score_s": 0.0} if self.late_score else {}
         self.it.push(member, {"op": "push", "version": go.header["version"], **done, **times}, weights, self.n_bytes)
-        if self.late_score:
+        if self.late_score and score is not None:
             self._write("score", worker=worker, incarnation=incarnation, **{"pass": member.passes}, **late)
         self.told(self.it.samples.done)
 
@@ -179,7 +182,10 @@ class Simulation:
         steps = max(1, round(samples / self.batch_size))
         compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))] * self._stretched(worker, steps)
         ahead = compute * header["ahead"] / max(1, samples)
-        return compute - ahead, ahead, pace.score_s * self._stretched(worker, 1)
+        score = 0.0
+        if self.it.update.scored or self.now - self.scored.get(worker, -math.inf) >= SCORE_S:
+            score, self.scored[worker] = pace.score_s * self._stretched(worker, 1), self.now
+        return compute - ahead, ahead, score
 
     def _leave(self, worker: int, incarnation: int) -> None:
         member = self.it.members.get(worker)

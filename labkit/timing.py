@@ -86,7 +86,8 @@ def fit(runs: Sequence[Run]) -> Timing:
         n_bytes = exchange.n_bytes(run.config.get("exchange", "float32"), run.layout.size)
         probes = run.events.query("kind == 'join'").groupby("worker").probe_s
         for worker, own in _passes(events).groupby("worker"):
-            score_s = float(own.score_s.sum() + events.score_s[(events.kind == "score") & (events.worker == worker)].sum())
+            scored = events[(events.worker == worker) & events.score.notna()]
+            score_s = float(scored.score_s.mean()) if len(scored) else 0.0
             measured.setdefault(int(worker), []).append(_pace(run, int(worker), own, score_s, probes.get_group(worker)))
             exchanges += [(n_bytes, seconds) for seconds in own.exchange_s.dropna()]
         merges += [(n_bytes, seconds) for seconds in _merge_times(events)]
@@ -98,7 +99,7 @@ def fit(runs: Sequence[Run]) -> Timing:
     for _, own in sorted(measured.items()):
         compute, samples, score_s = (sum(part[i] for part in own) for i in range(3))
         spread, probe = (tuple(np.concatenate([part[i] for part in own]).tolist()) for i in (3, 4))
-        paces.append(Pace(compute / samples, score_s / len(spread), spread, probe or (1.0,)))
+        paces.append(Pace(compute / samples, score_s / len(own), spread, probe or (1.0,)))
     score = float(np.mean(scores)) if scores else 1.0
     return Timing(tuple(paces), _line(exchanges, "exchange"), _line(merges, "server"), min(1.0, max(score, 1e-3)))
 

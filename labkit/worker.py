@@ -20,6 +20,7 @@ Runs on the workers of a `Lab`, sent there by `labkit.session`.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ import torch
 
 from labkit import wire
 from labkit.collective import Broken, Group
-from labkit.conversation import BEAT_S, SILENCE_S
+from labkit.conversation import BEAT_S, SCORE_S, SILENCE_S
 from labkit.errors import WireError, WorkerError
 from labkit.parcel import Parcel
 from labkit.problems import Clock, Problem
@@ -195,6 +196,7 @@ class _Worker:
     def _serve(self) -> bool:
         """Local passes of one incarnation: until the server says stop (False), or wants this worker to join anew (True)."""
         self.send_s = self.hidden_s = 0.0
+        self.scored_at = -math.inf  # perf_counter
         go = self._pull()
         while go["op"] == "go":
             self._begin(go)
@@ -314,8 +316,8 @@ class _Worker:
             free = started
         else:
             answer = self.courier.submit(self._talk, header, body)
-            if late:
-                score, score_s = self._score()
+            score, score_s = self._score() if late else (None, 0.0)
+            if score is not None:
                 self.connection.send({"op": "score", "score": score, "score_s": score_s})
             self.replica.ahead(go)
             free = time.perf_counter()
@@ -331,6 +333,10 @@ class _Worker:
         self.connection.send(header, body)
         return self._pull(), time.perf_counter()
 
-    def _score(self) -> tuple[float, float]:
+    def _score(self) -> tuple[float | None, float]:
+        """Q and the seconds that it took; nothing where the rule does not ask for it and the latest is not old."""
         started = time.perf_counter()
-        return self.replica.score(), round(time.perf_counter() - started, 6)
+        if not self.spec.scored and started - self.scored_at < SCORE_S:
+            return None, 0.0
+        score, self.scored_at = self.replica.score(), started
+        return score, round(time.perf_counter() - started, 6)
