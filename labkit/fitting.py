@@ -23,7 +23,8 @@ from labkit.layout import flatten
 from labkit.partition import UDPA
 from labkit.problems import Clock, Problem, evaluating
 from labkit.shard import Shard, batches
-from labkit.worker import Slowness, keep_memory
+from labkit.slowness import Slowness
+from labkit.worker import keep_memory
 
 BATCH = 256  # samples measured at once
 

@@ -9,8 +9,6 @@ A thread says twice a second that the worker lives, however long a step takes, a
 pass. A worker whose connection breaks, or that was taken to be gone (it was frozen, say), joins again: a new incarnation
 with an empty shard and fresh optimisers, whose unfinished local pass does not count.
 
-Emulated slowness is honest: after each piece of work the worker sleeps in proportion to the time that piece took.
-
 Runs on the workers of a `Lab`, sent there by `labkit.session`.
 """
 
@@ -33,6 +31,7 @@ from labkit.errors import WireError, WorkerError
 from labkit.problems import Clock, Problem
 from labkit.pulse import Pulse
 from labkit.replica import Replica
+from labkit.slowness import Slowness
 
 PROBE_STEPS = 4
 RETRY_S = 10.0  # how long a worker whose link is down tries to reach its server again
@@ -54,29 +53,6 @@ class WorkerSpec:
     collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     one_process: bool = False  # all workers are threads of one process
     generation: int = 0  # how often this worker has been started in this run before
-
-
-class Slowness:
-    """Emulated speed: after work that took t seconds, sleep (factor - 1) t; factor = max(1, slowdown * exp(jitter z)), z normal."""
-
-    def __init__(self, slowdown: float, jitter: float, seed: int, worker: int, device: str) -> None:
-        self.slowdown, self.jitter, self.device = slowdown, jitter, device
-        self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 20]))
-
-    @property
-    def on(self) -> bool:
-        return self.slowdown != 1.0 or self.jitter > 0
-
-    def after(self, started: float, waited: float = 0.0) -> None:
-        """Sleep for work that began at `started` (perf_counter), of which `waited` seconds were spent on others."""
-        if not self.on:
-            return
-        if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
-        factor = self.slowdown
-        if self.jitter:
-            factor *= float(np.exp(self.jitter * self.generator.standard_normal()))
-        time.sleep(max(0.0, factor - 1.0) * max(0.0, time.perf_counter() - started - waited))
 
 
 def keep_memory() -> None:
