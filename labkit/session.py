@@ -104,8 +104,7 @@ class Session:
             budget=self.spec.budget,
             device=worker.device,
             threads=worker.threads,
-            slowdown=worker.slowdown,
-            jitter=self.lab.jitter,
+            uneven=self.lab.unevenness(worker.index),
             collective=str(self.path / self.meeting) if self.spec.update.collective else None,
             one_process=self.lab.one_process,
         )

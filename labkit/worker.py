@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from labkit.errors import WireError, WorkerError
 from labkit.problems import Clock, Problem
 from labkit.pulse import Pulse
 from labkit.replica import Replica
-from labkit.slowness import Slowness
+from labkit.slowness import Slowness, Unevenness
 
 PROBE_STEPS = 4
 RETRY_S = 10.0  # how long a worker whose link is down tries to reach its server again
@@ -48,8 +48,7 @@ class WorkerSpec:
     budget: int
     device: str = "cpu"
     threads: int = 1
-    slowdown: float = 1.0
-    jitter: float = 0.0
+    uneven: Unevenness = field(default_factory=Unevenness)
     collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     one_process: bool = False  # all workers are threads of one process
     generation: int = 0  # how often this worker has been started in this run before
@@ -133,7 +132,7 @@ class _Worker:
             torch.set_num_threads(spec.threads)
         if spec.device != "cpu":
             torch.cuda.set_device(spec.device)  # pinned memory and NCCL go by it, and cuda:0 is somebody else's
-        self.slowness = Slowness(spec.slowdown, spec.jitter, spec.seed, spec.index, spec.device)
+        self.slowness = Slowness(spec.uneven, spec.seed, spec.index, spec.device, woken=lambda: self.pulse.told)
 
     def _replica(self) -> Replica:
         spec = self.spec
