@@ -9,7 +9,7 @@
 It is honest: after work that took t seconds the worker sleeps (factor - 1) t with factor = max(1, s exp(jitter z)), so that its
 results are those of a slow machine, and only its speed is made up. The same seed gives the same factors after the same number of
 steps and the same stalls after the same time of work, whatever update is used. Drift goes by the clock, from a worker's first
-piece of work.
+step.
 
 Used by `labkit.worker` and `labkit.fitting` (with sleep), and by `labkit.simulating` and `labkit.timing` (without).
 """

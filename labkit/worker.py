@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -132,7 +132,10 @@ class _Worker:
             torch.set_num_threads(spec.threads)
         if spec.device != "cpu":
             torch.cuda.set_device(spec.device)  # pinned memory and NCCL go by it, and cuda:0 is somebody else's
-        self.slowness = Slowness(spec.uneven, spec.seed, spec.index, spec.device, woken=lambda: self.pulse.told)
+
+    def _slow(self, uneven: Unevenness) -> None:
+        spec = self.spec
+        self.slowness = Slowness(uneven, spec.seed, spec.index, spec.device, woken=lambda: self.pulse.told)
 
     def _replica(self) -> Replica:
         spec = self.spec
@@ -221,7 +224,8 @@ class _Worker:
             group.close()
 
     def _probe(self) -> float:
-        """Seconds per sample, from a few steps of a replica that is then thrown away."""
+        """Seconds per sample, from a few steps of a replica that is then thrown away; slowness begins anew after them."""
+        self._slow(replace(self.spec.uneven, stalls=None))
         replica, times = self._replica(), []
         indices = np.arange(min(self.problem.batch_size, len(replica.train_indices)))
         for _ in range(PROBE_STEPS):
@@ -230,6 +234,7 @@ class _Worker:
             if self.spec.device != "cpu":  # there a step is only queued
                 torch.cuda.synchronize(self.spec.device)
             times.append((time.perf_counter() - started) / len(indices))
+        self._slow(self.spec.uneven)
         return float(np.median(times[1:]))
 
     def _pull(self) -> dict:
