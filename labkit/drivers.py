@@ -103,6 +103,8 @@ def simulate(
     n_workers: int | None = None,
     slowdown: Sequence[float] | None = None,
     jitter: float | None = None,
+    drift: float | None = None,
+    stalls: Sequence[float] | None = None,
     bandwidth: float | None = None,
     latency: float | None = None,
     failures: Sequence[tuple] | None = None,
@@ -129,9 +131,9 @@ def simulate(
     source
         A run that has ended, several (the first is changed, all are fitted; two sizes of model tell latency from bandwidth), or
         speeds: samples/s of each worker, for a cluster of which nothing is recorded.
-    n_workers, slowdown, jitter
+    n_workers, slowdown, jitter, drift, stalls
         Other workers: each is as quick as one of the measured ones without its slowdown, in turn, and slower by `slowdown` (by
-        default as recorded, in turn). `jitter` as in `connect`.
+        default as recorded, in turn). `jitter`, `drift` and `stalls` as in `connect`; 0, 0 and () for none.
     bandwidth, latency
         Of each worker's link, in bytes/s and seconds, each way.
     failures
@@ -163,7 +165,7 @@ def simulate(
     timing, recorded = scenarios.of_runs(measured) if base else scenarios.of_speeds(measured)
     rule = copy.deepcopy(make_update(update if update is not None else recorded["update"]))
     parts = copy.deepcopy(make_partition(partition if partition is not None else recorded["partition"]))
-    workers = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter}
+    workers = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls}
     lengths = {"passes": passes, "local_steps": local_steps, "samples": samples, "seed": seed}
     config = scenarios.changed(recorded, update=rule, partition=parts, **workers, **lengths)
     if numerics and (base is None or samples is not None or n_weights is not None):

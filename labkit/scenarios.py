@@ -19,6 +19,7 @@ from labkit.partition import UDPA, make_partition
 from labkit.run import Run
 from labkit.settings import real, whole
 from labkit.simulating import Change, Simulation
+from labkit.slowness import make_stalls, opposite
 from labkit.timing import Line, Pace, Timing, fit
 from labkit.updates import Update, make_update
 
@@ -41,8 +42,10 @@ def of_speeds(speeds: Sequence[float]) -> tuple[Timing, dict]:
         "synthetic": False,
         "data_note": "",
         "problem": {"kind": "none: times alone", "batch_size": UNKNOWN["batch_size"]},
-        "workers": [{"slowdown": 1.0}] * len(paces),
+        "workers": [{"slowdown": 1.0, "drifts_to": 1.0}] * len(paces),
         "jitter": 0.0,
+        "drift": 0.0,
+        "stalls": None,
     }
     return Timing(paces, UNKNOWN["exchange"], UNKNOWN["server"]), config
 
@@ -69,6 +72,8 @@ def changed(
     n_workers: int | None,
     slowdown: Sequence[float] | None,
     jitter: float | None,
+    drift: float | None,
+    stalls: Sequence[float] | None,
     passes: float | None,
     local_steps: int | str | None,
     samples: int | None,
@@ -78,13 +83,19 @@ def changed(
     if update.collective:
         raise ValueError("an all-reduce cannot be simulated: it exchanges within every step. Known to work: every other update.")
     config = {key: value for key, value in recorded.items() if key != "resumed"}
-    before = [worker["slowdown"] for worker in recorded["workers"]]
+    before = recorded["workers"]
     n = len(before) if n_workers is None and slowdown is None else whole("n_workers", n_workers or len(slowdown))
-    slow = [before[i % len(before)] for i in range(n)] if slowdown is None else [real("slowdown", s, least=1) for s in slowdown]
+    again = [before[i % len(before)] for i in range(n)]
+    slow = [worker["slowdown"] for worker in again] if slowdown is None else [real("slowdown", s, least=1) for s in slowdown]
     if len(slow) != n:
         raise ValueError(f"slowdown has {len(slow)} entries for {n} workers. Give one factor for each worker.")
     about = {"name": "simulated", "host": "simulated", "device": "cpu", "threads": 1, "pid": 0}
-    config["workers"] = [{"index": i, **about, "slowdown": s} for i, s in enumerate(slow)]
+    config["drift"] = recorded.get("drift", 0.0) if drift is None else real("drift", drift, least=0)
+    config["stalls"] = make_stalls(recorded.get("stalls") if stalls is None else stalls)
+    there = [worker.get("drifts_to", worker["slowdown"]) for worker in again]
+    there = there if slowdown is None and drift is None else opposite(slow, config["drift"])
+    pairs = enumerate(zip(slow, there, strict=True))
+    config["workers"] = [{"index": i, **about, "slowdown": here, "drifts_to": later} for i, (here, later) in pairs]
     config |= {"n_workers": n, "kind": "simulated", "emulated": False}
     config |= {"update": update.config(), "partition": partition.config()}
     if jitter is not None:

@@ -28,7 +28,8 @@ from labkit.members import Answer
 from labkit.offline import Ledger, Replicas, begin_course
 from labkit.partition import UDPA
 from labkit.problems import Problem
-from labkit.timing import Pace, Timing, slowness
+from labkit.slowness import Slowness, recorded
+from labkit.timing import Pace, Timing, stretch
 from labkit.updates import Update
 
 STEP = np.float32(1e-3)  # what a local pass changes where nothing is trained: no rule has to divide by nothing
@@ -61,8 +62,8 @@ class Simulation:
         told: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.config, self.timing, self.n_bytes, self.ledger, self.told = config, timing, n_bytes, ledger, told
-        self.batch_size, self.jitter = batch_size, float(config["jitter"])
-        self.slowdowns = {worker["index"]: float(worker["slowdown"]) for worker in config["workers"]}
+        self.batch_size = batch_size
+        self.slowness: dict[int, tuple[Slowness, float]] = {}  # of each incarnation, and when it came
         self.now, self.busy, self.merged_at = 0.0, 0.0, 0.0
         self.queue: list[tuple[float, int, Callable, tuple]] = []
         self.numbers, self.chance = itertools.count(), {}
@@ -75,7 +76,7 @@ class Simulation:
             self.replicas = Replicas(problem, config)
             flat, layout = flatten(problem.build(config["seed"]))
             weights, n_buffers, blocks = flat.numpy(), layout.n_buffers, layout.blocks
-        workers = sorted(self.slowdowns)
+        workers = sorted(worker["index"] for worker in config["workers"])
         self.it = begin_course(
             config,
             workers,
@@ -121,13 +122,14 @@ class Simulation:
     def _join(self, worker: int) -> None:
         if self.it.state != "running" or self.it.finished:
             return
-        self.slowdowns.setdefault(worker, 1.0)
+        self.slowness[worker] = Slowness(recorded(self.config, worker), self.config["seed"], worker), self.now
         self.free.pop(worker, None), self.scored.pop(worker, None)
         self.chance.setdefault(worker, np.random.default_rng(np.random.SeedSequence([self.config["seed"], worker, 1 << 21])))
         if self.replicas:
             self.replicas.join(worker)
         pace, chance = self._pace(worker), self.chance[worker]
-        probed = pace.seconds * slowness(self.slowdowns[worker], self.jitter)[0] * pace.probe[chance.integers(len(pace.probe))]
+        slow = stretch(self.slowness[worker][0].uneven, np.zeros(1))[0][0]
+        probed = pace.seconds * slow * pace.probe[chance.integers(len(pace.probe))]
         self.it.join(worker, "simulated", probed, threads=1, device="cpu", generator="own")
 
     def _lose(self, worker: int) -> None:
@@ -179,12 +181,12 @@ class Simulation:
     def _work(self, worker: int, header: dict) -> tuple[float, float, float]:
         """Seconds of a local pass, up to its push and while that is under way, and of a score."""
         pace, chance, samples = self._pace(worker), self.chance[worker], header["samples"]
-        steps = max(1, round(samples / self.batch_size))
-        compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))] * self._stretched(worker, steps)
-        ahead = compute * header["ahead"] / max(1, samples)
-        score = 0.0
+        steps, (slowness, came) = max(1, round(samples / self.batch_size)), self.slowness[worker]
+        compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))]
+        compute = slowness.stretched(compute, self.now - came, steps)
+        ahead, score = compute * header["ahead"] / max(1, samples), 0.0
         if self.it.update.scored or self.now - self.scored.get(worker, -math.inf) >= SCORE_S:
-            score, self.scored[worker] = pace.score_s * self._stretched(worker, 1), self.now
+            score, self.scored[worker] = slowness.stretched(pace.score_s, self.now - came + compute), self.now
         return compute - ahead, ahead, score
 
     def _leave(self, worker: int, incarnation: int) -> None:
@@ -198,13 +200,6 @@ class Simulation:
 
     def _pace(self, worker: int) -> Pace:
         return self.timing.paces[worker % len(self.timing.paces)]
-
-    def _stretched(self, worker: int, steps: int) -> float:
-        """By how much slowness stretches so many steps."""
-        slowdown = self.slowdowns[worker]
-        if not self.jitter:
-            return max(1.0, slowdown)
-        return float(np.maximum(1.0, slowdown * np.exp(self.jitter * self.chance[worker].standard_normal(steps))).mean())
 
     # -- what is written down --------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@
 With runs of two sizes of model both parts are fitted by least squares. With one size only their sum is known: then the fixed part
 is taken to be what was measured for small messages (`FIXED_S`), and the rest to grow with the bytes.
 
-Emulated slowness is taken out, f = E[max(1, slowdown exp(jitter z))], so that a pace is a worker's own, and its spread is
-what the machine adds to the jitter that was asked for.
+Emulated slowness is taken out, f = E[max(1, s exp(jitter z))] with s the slowdown at that time, and stalls by their mean, so that
+a pace is a worker's own, and its spread is what the machine adds to the jitter and the stalls that were asked for.
 
 Used by `labkit.simulating`. Knows pandas; neither torch nor sockets.
 """
@@ -26,12 +26,14 @@ import numpy as np
 
 from labkit import exchange, record
 from labkit.errors import RunError
+from labkit.slowness import Unevenness, recorded
 
 if TYPE_CHECKING:
     from labkit.run import Run
 
 FIXED_S = {"exchange": 1e-3, "server": 2e-4}  # seconds of a small message there and back; of a merge of few weights
 QUANTILES = np.array([statistics.NormalDist().inv_cdf((i + 0.5) / 2000) for i in range(2000)])
+POINTS = np.linspace(0.05, 0.95, 10)  # of a local pass, where drift is looked at
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,12 @@ class Timing:
         return replace(self, exchange=Line(fixed, per_byte))
 
 
-def slowness(slowdown: float, jitter: float) -> tuple[float, float]:
-    """Mean and variance of the factor by which emulation stretches one step."""
-    factors = np.maximum(1.0, slowdown * np.exp(jitter * QUANTILES))
-    return float(factors.mean()), float(factors.var())
+def stretch(uneven: Unevenness, ages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the factor by which emulation stretches one step, at these ages of the worker; stalls come on top."""
+    slow = uneven.at(np.asarray(ages))
+    grid = np.geomspace(slow.min(), slow.max(), 1 if slow.min() == slow.max() else 65)
+    factors = np.maximum(1.0, grid[:, None] * np.exp(uneven.jitter * QUANTILES))
+    return np.interp(slow, grid, factors.mean(axis=1)), np.interp(slow, grid, factors.var(axis=1))
 
 
 def fit(runs: Sequence[Run]) -> Timing:
@@ -84,11 +88,9 @@ def fit(runs: Sequence[Run]) -> Timing:
     for run in runs:
         events = record.effective(run.events)
         n_bytes = exchange.n_bytes(run.config.get("exchange", "float32"), run.layout.size)
-        probes = run.events.query("kind == 'join'").groupby("worker").probe_s
+        joins = run.events.query("kind == 'join'").groupby("worker")
         for worker, own in _passes(events).groupby("worker"):
-            scored = events[(events.worker == worker) & events.score.notna()]
-            score_s = float(scored.score_s.mean()) if len(scored) else 0.0
-            measured.setdefault(int(worker), []).append(_pace(run, int(worker), own, score_s, probes.get_group(worker)))
+            measured.setdefault(int(worker), []).append(_pace(run, int(worker), own, joins.get_group(worker)))
             exchanges += [(n_bytes, seconds) for seconds in own.exchange_s.dropna()]
         merges += [(n_bytes, seconds) for seconds in _merge_times(events)]
         scores += events.score.dropna().tolist()
@@ -107,7 +109,7 @@ def fit(runs: Sequence[Run]) -> Timing:
 def _passes(events):
     """The pushes, with what lies between them and the release before that is neither computing nor waiting."""
     rows, freed, pushed = [], {}, {}
-    for event in events[events.kind.isin(["push", "release", "join"])].to_dict("records"):
+    for event in events[events.kind.isin(["push", "score", "release", "join"])].to_dict("records"):
         worker = event["worker"]
         if event["kind"] == "release":
             sent = event["seconds"] - pushed[worker] - event["wait_s"] if worker in pushed else 0.0
@@ -120,6 +122,8 @@ def _passes(events):
                 exchange_s = (event["send_s"] + event["hidden_s"]) or math.nan
             rows.append({**event, "exchange_s": exchange_s})
             pushed[worker] = event["seconds"]
+        elif event["kind"] == "score":  # of its latest push
+            next(row for row in reversed(rows) if row["worker"] == worker).update(score=event["score"], score_s=event["score_s"])
         else:
             freed.pop(worker, None), pushed.pop(worker, None)
     import pandas as pd
@@ -127,18 +131,26 @@ def _passes(events):
     return pd.DataFrame(rows, columns=[*events.columns, "exchange_s"])
 
 
-def _pace(run: Run, worker: int, passes, score_s: float, probes) -> tuple:
+def _pace(run: Run, worker: int, passes, joins) -> tuple:
     """Seconds of computing without emulation, samples, seconds of scoring, and the relative times of passes and of probes."""
-    slow = {w["index"]: float(w["slowdown"]) for w in run.config["workers"]}.get(worker, 1.0)
-    factor, variance = slowness(slow, float(run.config["jitter"]))
-    compute, samples = float(passes.compute_s.sum()), float(passes.samples.sum())
+    uneven = recorded(run.config, worker)
+    every, stall = uneven.stalls or (math.inf, 0.0)
+    still = 1 + stall / every
+    begun = joins.time.to_numpy()[np.searchsorted(joins.time, passes.time) - 1]
+    ends = (passes.time - passes.score_s - begun).to_numpy()
+    factor, variance = stretch(uneven, ends[:, None] - POINTS * passes.compute_s.to_numpy()[:, None])
+    passes = passes.assign(own_s=passes.compute_s * (1 / factor).mean(axis=1) / still)
+    compute, samples = float(passes.own_s.sum()), float(passes.samples.sum())
+    score_s = float((passes.score_s / stretch(uneven, ends)[0]).sum()) / still
     whole = passes[passes.samples >= passes.samples.median() / 2]
-    ratios = np.maximum(1e-3, (whole.compute_s / whole.samples).to_numpy() * samples / max(compute, 1e-9))
+    ratios = np.maximum(1e-3, (whole.own_s / whole.samples).to_numpy() * samples / max(compute, 1e-9))
     steps = max(1.0, float(whole.samples.median()) / run.config["problem"].get("batch_size", 1))
-    seen, asked = float(np.var(np.log(ratios))), variance / factor**2 / steps
+    seen, asked = float(np.var(np.log(ratios))), float((variance / factor**2).mean()) / steps
+    asked += stall**2 / every / still / max(1e-9, float(whole.compute_s.mean()))
     own = np.exp(math.sqrt(max(0.0, 1 - asked / seen)) * np.log(ratios)) if seen > 0 else np.ones(1)
-    spread, probed = np.resize(own / own.mean(), len(passes)), probes.dropna().to_numpy() * samples / max(compute, 1e-9)
-    return compute / factor, samples, score_s / factor, spread, probed
+    first = float(stretch(uneven, np.zeros(1))[0][0])
+    probed = joins.probe_s.dropna().to_numpy() / first * samples / max(compute, 1e-9)
+    return compute, samples, score_s / max(1, passes.score.notna().sum()), np.resize(own / own.mean(), len(passes)), probed
 
 
 def _merge_times(events) -> list[float]:

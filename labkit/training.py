@@ -311,6 +311,8 @@ def describe_lab(lab: Lab, workers: list[int]) -> dict:
         "n_workers": len(workers),
         "workers": [asdict(lab.workers[index]) for index in workers],
         "jitter": lab.jitter,
+        "drift": lab.drift,
+        "stalls": lab.stalls,
         "emulated": lab.emulated,
     }
 

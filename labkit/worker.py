@@ -12,8 +12,6 @@ A thread says twice a second that the worker lives, however long a step takes, a
 pass. A worker whose connection breaks, or that was taken to be gone (it was frozen, say), joins again: a new incarnation
 with an empty shard and fresh optimisers, whose unfinished local pass does not count.
 
-Emulated slowness is honest: after each piece of work the worker sleeps in proportion to the time that piece took.
-
 Runs on the workers of a `Lab`, sent there by `labkit.session`.
 """
 
@@ -26,7 +24,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -39,6 +37,7 @@ from labkit.parcel import Parcel
 from labkit.problems import Clock, Problem
 from labkit.pulse import Pulse
 from labkit.replica import Replica
+from labkit.slowness import Slowness, Unevenness
 
 PROBE_STEPS = 4
 RETRY_S = 10.0  # how long a worker whose link is down tries to reach its server again
@@ -55,37 +54,13 @@ class WorkerSpec:
     budget: int
     device: str = "cpu"
     threads: int = 1
-    slowdown: float = 1.0
-    jitter: float = 0.0
+    uneven: Unevenness = field(default_factory=Unevenness)
     collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     one_process: bool = False  # all workers are threads of one process
     generation: int = 0  # how often this worker has been started in this run before
     exchange: str = "float32"  # how weights travel: `labkit.exchange`
     overlap: int = 0  # batches that are computed while a push is under way
     scored: bool = True  # does the rule ask for Q?
-
-
-class Slowness:
-    """Emulated speed: after work that took t seconds, sleep (factor - 1) t; factor = max(1, slowdown * exp(jitter z)), z normal."""
-
-    def __init__(self, slowdown: float, jitter: float, seed: int, worker: int, device: str) -> None:
-        self.slowdown, self.jitter, self.device = slowdown, jitter, device
-        self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 20]))
-
-    @property
-    def on(self) -> bool:
-        return self.slowdown != 1.0 or self.jitter > 0
-
-    def after(self, started: float, waited: float = 0.0) -> None:
-        """Sleep for work that began at `started` (perf_counter), of which `waited` seconds were spent on others."""
-        if not self.on:
-            return
-        if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
-        factor = self.slowdown
-        if self.jitter:
-            factor *= float(np.exp(self.jitter * self.generator.standard_normal()))
-        time.sleep(max(0.0, factor - 1.0) * max(0.0, time.perf_counter() - started - waited))
 
 
 def keep_memory() -> None:
@@ -167,7 +142,10 @@ class _Worker:
             torch.set_num_threads(spec.threads)
         if spec.device != "cpu":
             torch.cuda.set_device(spec.device)  # pinned memory and NCCL go by it, and cuda:0 is somebody else's
-        self.slowness = Slowness(spec.slowdown, spec.jitter, spec.seed, spec.index, spec.device)
+
+    def _slow(self, uneven: Unevenness) -> None:
+        spec = self.spec
+        self.slowness = Slowness(uneven, spec.seed, spec.index, spec.device, woken=lambda: self.pulse.told)
 
     def _replica(self) -> Replica:
         spec = self.spec
@@ -260,7 +238,8 @@ class _Worker:
             group.close()
 
     def _probe(self) -> float:
-        """Seconds per sample, from a few steps of a replica that is then thrown away."""
+        """Seconds per sample, from a few steps of a replica that is then thrown away; slowness begins anew after them."""
+        self._slow(replace(self.spec.uneven, stalls=None))
         replica, times = self._replica(), []
         indices = np.arange(min(self.problem.batch_size, len(replica.train_indices)))
         for _ in range(PROBE_STEPS):
@@ -269,6 +248,7 @@ class _Worker:
             if self.spec.device != "cpu":  # there a step is only queued
                 torch.cuda.synchronize(self.spec.device)
             times.append((time.perf_counter() - started) / len(indices))
+        self._slow(self.spec.uneven)
         return float(np.median(times[1:]))
 
     def _pull(self) -> dict:
