@@ -10,6 +10,7 @@ Used by `labkit.coordinator`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class Part(NamedTuple):
     samples: int
     parts: list[int]  # of all who were granted something at that time
     added: int  # samples that its shard has grown by
+    pace: float  # how many samples all workers train on while this one trains on one: the clock of learning-rate schedules
 
 
 class Allotment:
@@ -128,9 +130,10 @@ class Allotment:
             return {}
         if self.update.collective and not self.group.form(members):
             raise ClusterError(f"the group of the all-reduce broke {FRUITLESS} times in a row at version {self.update.version}.")
-        parts = grants([member.index for member in members], self.remaining, self._shares(), self.joint)
-        made = zip(members, parts, strict=True)
-        return {member.index: Part(samples, parts, len(added[member.index])) for member, samples in made}
+        shares = self._shares()
+        parts, total = grants([member.index for member in members], self.remaining, shares, self.joint), sum(shares.values())
+        made = zip([member.index for member in members], parts, strict=True)
+        return {index: Part(samples, parts, len(added[index]), total / max(1, shares[index])) for index, samples in made}
 
     def go(self, member: Member, reply: Reply, part: Part, wait_s: float) -> Answer:
         """The word that sends a worker into its next local pass, with the indices that it does not have yet."""
@@ -143,7 +146,6 @@ class Allotment:
         new = self.partition.shard(index)[keep:] if held > keep else []  # the first time, the whole shard
         indices = np.ascontiguousarray(new, np.int64)
         member.granted, member.group, member.held, member.busy = part.samples, self.group.number, held, True
-        shares = self._shares()
         self.granted += part.samples
         header = {
             "op": "go",
@@ -157,8 +159,7 @@ class Allotment:
             "ranks": [index for index, _ in self.group.ranks],
             "group": self.group.number,
             "done": self.done,
-            # How many samples all workers train on while this one trains on one: the clock of learning-rate schedules.
-            "pace": sum(shares.values()) / max(1, shares[index]),
+            "pace": part.pace,
         }
         return Answer(header, reply.weights, indices)
 
@@ -176,23 +177,31 @@ def grants(workers: list[int], remaining: int, held: Mapping[int, int], joint: i
     if joint is None:
         wanted = [int(held[worker]) for worker in workers]
     else:
-        shards = {worker: int(n) for worker, n in held.items() if n}
-        parts = dict(zip(shards, share(joint * len(shards), list(shards.values())), strict=True))
-        wanted = [max(1, parts[worker]) for worker in workers]
+        parts = _in_proportion(joint, tuple(held), tuple(held.values()))
+        wanted = [parts[worker] for worker in workers]
     last = remaining - sum(wanted) < 2 * len(workers)  # then also the few that would be left over
     return share(remaining, wanted) if last else wanted
 
 
+@functools.lru_cache(maxsize=1)  # shards grow at first and then they stay; of a thousand workers it takes longer than a merge
+def _in_proportion(joint: int, workers: tuple[int, ...], held: tuple[int, ...]) -> Mapping[int, int]:
+    """`joint` samples for each worker that holds any, on average, in proportion to the shards."""
+    shards = {worker: int(n) for worker, n in zip(workers, held, strict=True) if n}
+    parts = share(joint * len(shards), list(shards.values()))
+    return {worker: max(1, n) for worker, n in zip(shards, parts, strict=True)}
+
+
 def by_speed(held: Mapping[int, int], members: Mapping[int, Member]) -> dict[int, int]:
     """The shards as they would be if they went by measured speed; where it is not known yet, by the mean of the others."""
-    times = {worker: members[worker].seconds for worker, n in held.items() if n and worker in members}
-    known = [1 / seconds for seconds in times.values() if seconds]
+    workers = [worker for worker, n in held.items() if n and worker in members]
+    times = [members[worker].seconds for worker in workers]
+    known = [1 / seconds for seconds in times if seconds]
     middle = sum(known) / len(known) if known else 1.0
-    parts = largest_remainder(sum(held.values()), [1 / seconds if seconds else middle for seconds in times.values()])
-    return {worker: max(1, int(n)) for worker, n in zip(times, parts, strict=True)}
+    parts = np.maximum(1, largest_remainder(sum(held.values()), [1 / seconds if seconds else middle for seconds in times]))
+    return dict(zip(workers, parts.tolist(), strict=True))
 
 
 def share(total: int, shares: list[int]) -> list[int]:
     """`total` in proportion to `shares`, with two for everybody if there are so many: BatchNorm cannot train on one sample."""
     least = min(2, total // len(shares))
-    return [least + int(n) for n in largest_remainder(total - least * len(shares), [max(0, n - least) for n in shares])]
+    return (least + largest_remainder(total - least * len(shares), [max(0, n - least) for n in shares])).tolist()
