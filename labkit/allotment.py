@@ -13,6 +13,7 @@ Used by `labkit.coordinator`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Part(NamedTuple):
     samples: int
     parts: list[int]  # of all who were granted something at that time
     added: int = 0  # samples that its shard has grown by
+    pace: float = 0.0  # how many samples all workers train on while this one trains on one: the clock of learning-rate schedules
     more: int = 0  # samples beside these, to train on ahead from now on
 
 
@@ -140,12 +142,13 @@ class Allotment:
             return {}
         if self.update.collective and not self.group.form(members):
             raise ClusterError(f"the group of the all-reduce broke {FRUITLESS} times in a row at version {self.update.version}.")
-        parts = grants([member.index for member in members], self.remaining, self._shares(), self.joint)
+        shares = self._shares()
+        parts, total = grants([member.index for member in members], self.remaining, shares, self.joint), sum(shares.values())
         given, left = {}, self.remaining - sum(parts)
         for member, samples in zip(members, parts, strict=True):
-            more = min(max(0, self.ahead - member.granted), left)
+            more, index = min(max(0, self.ahead - member.granted), left), member.index
             more += left - more == 1  # nobody gets a single sample (BatchNorm)
-            given[member.index], left = Part(samples, parts, len(added[member.index]), more), left - more
+            given[index], left = Part(samples, parts, len(added[index]), total / max(1, shares[index]), more), left - more
         return given
 
     def go(self, member: Member, reply: Reply, part: Part, wait_s: float) -> Answer:
@@ -166,7 +169,6 @@ class Allotment:
         ahead = ahead_of(samples, carry + part.more) if self.remaining else 0
         member.granted, member.ahead = carry + samples, ahead
         member.group, member.held, member.busy = self.group.number, held, True
-        shares = self._shares()
         header = {
             "op": "go",
             "incarnation": member.incarnation,
@@ -181,8 +183,7 @@ class Allotment:
             "ranks": [index for index, _ in self.group.ranks],
             "group": self.group.number,
             "done": self.done,
-            # How many samples all workers train on while this one trains on one: the clock of learning-rate schedules.
-            "pace": sum(shares.values()) / max(1, shares[index]),
+            "pace": part.pace,
         }
         return Answer(header, reply.weights, indices)
 
@@ -208,23 +209,31 @@ def grants(workers: list[int], remaining: int, held: Mapping[int, int], joint: i
     if joint is None:
         wanted = [int(held[worker]) for worker in workers]
     else:
-        shards = {worker: int(n) for worker, n in held.items() if n}
-        parts = dict(zip(shards, share(joint * len(shards), list(shards.values())), strict=True))
-        wanted = [max(1, parts[worker]) for worker in workers]
+        parts = _in_proportion(joint, tuple(held), tuple(held.values()))
+        wanted = [parts[worker] for worker in workers]
     last = remaining - sum(wanted) < 2 * len(workers)  # then also the few that would be left over
     return share(remaining, wanted) if last else wanted
 
 
+@functools.lru_cache(maxsize=1)  # shards grow at first and then they stay; of a thousand workers it takes longer than a merge
+def _in_proportion(joint: int, workers: tuple[int, ...], held: tuple[int, ...]) -> Mapping[int, int]:
+    """`joint` samples for each worker that holds any, on average, in proportion to the shards."""
+    shards = {worker: int(n) for worker, n in zip(workers, held, strict=True) if n}
+    parts = share(joint * len(shards), list(shards.values()))
+    return {worker: max(1, n) for worker, n in zip(shards, parts, strict=True)}
+
+
 def by_speed(held: Mapping[int, int], members: Mapping[int, Member]) -> dict[int, int]:
     """The shards as they would be if they went by measured speed; where it is not known yet, by the mean of the others."""
-    times = {worker: members[worker].seconds for worker, n in held.items() if n and worker in members}
-    known = [1 / seconds for seconds in times.values() if seconds]
+    workers = [worker for worker, n in held.items() if n and worker in members]
+    times = [members[worker].seconds for worker in workers]
+    known = [1 / seconds for seconds in times if seconds]
     middle = sum(known) / len(known) if known else 1.0
-    parts = largest_remainder(sum(held.values()), [1 / seconds if seconds else middle for seconds in times.values()])
-    return {worker: max(1, int(n)) for worker, n in zip(times, parts, strict=True)}
+    parts = np.maximum(1, largest_remainder(sum(held.values()), [1 / seconds if seconds else middle for seconds in times]))
+    return dict(zip(workers, parts.tolist(), strict=True))
 
 
 def share(total: int, shares: list[int]) -> list[int]:
     """`total` in proportion to `shares`, with two for everybody if there are so many: BatchNorm cannot train on one sample."""
     least = min(2, total // len(shares))
-    return [least + int(n) for n in largest_remainder(total - least * len(shares), [max(0, n - least) for n in shares])]
+    return (least + largest_remainder(total - least * len(shares), [max(0, n - least) for n in shares])).tolist()

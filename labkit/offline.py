@@ -32,6 +32,8 @@ from labkit.replica import Replica
 from labkit.training import claim
 from labkit.updates import Update
 
+_as_line = json.JSONEncoder(separators=(",", ":")).encode
+
 
 @dataclass
 class _Place:
@@ -131,7 +133,7 @@ class Ledger:
 
     def write(self, row: dict) -> None:
         """A row as it is, numbered anew."""
-        self._file.write(json.dumps({**row, "seq": self.seq}, separators=(",", ":")) + "\n")
+        self._file.write(_as_line({**row, "seq": self.seq}) + "\n")
         self.seq += 1
 
     def keep(self, version: int, weights: np.ndarray) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ class Simulation:
             weights, n_buffers, blocks = flat.numpy(), layout.n_buffers, layout.blocks
         workers = sorted(worker["index"] for worker in config["workers"])
         self.it = begin_course(
-            config,
+            config if problem else {**config, "checkpoints": 0},  # without weights there are no versions to keep
             workers,
             update,
             partition,
@@ -210,7 +209,7 @@ class Simulation:
             self.merged_at = self.now
         if self.ledger:
             row = {"seq": 0, "time": round(self.now, 6), "seconds": round(self.now, 6), "kind": kind, **fields}
-            self.ledger.write(json.loads(json.dumps(row)))
+            self.ledger.write(row)
 
     def _keep(self, version: int, weights: np.ndarray, state: dict) -> None:
         if self.ledger and self.replicas:
