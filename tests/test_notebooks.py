@@ -20,6 +20,7 @@ TINY = {
     "07-kill-a-worker": SMALL | {"train_samples": 400, "test_samples": 100, "passes": 12.0, "local_steps": 4, "every": 0.3},
     "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
     "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "rounds": 1, "samples": 600, "local_steps": 5},
+    "benchmarks/11-every-batch": SMALL | {"samples": 400, "score_samples": 16, "test_samples": 60, "rounds": 2},
     "benchmarks/05-back-ends": {
         **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
         "passes": 2.0,
@@ -51,6 +52,7 @@ FIGURES = {
     "benchmarks/02-time-to-accuracy": ["curves.png"],
     "benchmarks/05-back-ends": ["back-ends.png"],
     "benchmarks/06-parts": ["parts.png"],
+    "benchmarks/11-every-batch": ["every-batch.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
 }
