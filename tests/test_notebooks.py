@@ -33,6 +33,10 @@ TINY = {
         **{"kind": "threads", "n": 40, "size": [16, 16, 32], "grid": [1, 1, 2], "overlap": 1},
         **{"model_args": {"width": 0.1}, "epochs": 1, "rivals": ["global"], "seeds": [0, 1]},
     },
+    "benchmarks/10-server": {
+        **{"sizes": [0.1, 1], "crowd": [1, 3], "updates": ["agwu", "sgwu"]},
+        **{"nap": 0.02, "seconds": 0.2, "turns": 2},
+    },
     "benchmarks/03-gpu": SMALL
     | {"models": ["lenet"], "batch_size": 16, "steps": 8, "rounds": 1, "crowd": [1, 2], "megabytes": [0.1, 1]}
     | {"layouts": [True]},
@@ -55,6 +59,7 @@ FIGURES = {
     "benchmarks/11-every-batch": ["every-batch.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
+    "benchmarks/10-server": ["server.png"],
 }
 LONG = {"benchmarks/04-chaos": 600}  # seconds; six storms, and real processes
 

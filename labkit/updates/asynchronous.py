@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from labkit.updates.base import Changes, Merge, Push, Reply, Update, chunks, number, one_of, whole
+from labkit.updates.base import Changes, Merge, Push, Reply, Update, chunks, number, one_of, weighted_sum, whole
 
 
 class AGWU(Changes):
@@ -187,9 +187,7 @@ class FedAsync(Update):
 
     def _merge(self, push: Push) -> list[Reply]:
         share = self.share(self.version - push.base_version)
-        merged, old, new = np.empty_like(self.weights), np.float32(1 - share), np.float32(share)
-        for part in chunks(len(merged)):
-            merged[part] = old * self.weights[part] + new * push.weights[part]
+        merged = weighted_sum([self.weights, push.weights], [1 - share, share])
         self._publish(merged, [(push, share)])
         return self._release([push.worker])
 

@@ -224,9 +224,11 @@ class Changes(Update):
 
     def _move(self, push: Push, coefficient: float) -> None:
         """A new version: W + coefficient (W_j - W(k)); buffers between old and pushed value."""
-        merged = self._change(push)
-        merged *= np.float32(coefficient)
-        merged += self.weights
+        merged, base, factor = np.empty_like(self.weights), self.base_weights[push.worker], np.float32(coefficient)
+        for part in chunks(len(merged)):
+            change = np.subtract(push.weights[part], base[part], out=merged[part])
+            change *= factor
+            change += self.weights[part]
         self._mix_buffers(merged, push, coefficient)
         self._publish(merged, [(push, coefficient)])
 
@@ -239,6 +241,16 @@ class Changes(Update):
 def chunks(n: int) -> Iterator[slice]:
     """`n` weights in pieces that fit into the cache of a processor: a formula of many steps then goes through memory once."""
     return (slice(start, min(n, start + CHUNK)) for start in range(0, n, CHUNK))
+
+
+def weighted_sum(vectors: list[np.ndarray], factors: list[float]) -> np.ndarray:
+    """sum_j factors_j vectors_j of float32 vectors of one length, a new array; each goes through memory once."""
+    total, product = np.empty_like(vectors[0]), np.empty(CHUNK, np.float32)
+    for part in chunks(len(total)):
+        into = np.multiply(vectors[0][part], np.float32(factors[0]), out=total[part])
+        for vector, factor in zip(vectors[1:], factors[1:], strict=True):
+            into += np.multiply(vector[part], np.float32(factor), out=product[: len(into)])
+    return total
 
 
 def settings(rule: type[Update]) -> list[str]:
