@@ -114,6 +114,8 @@ def simulate(
     local_steps: int | str | None = scenarios.RECORDED,
     samples: int | None = None,
     n_weights: int | None = None,
+    exchange: str | None = None,
+    overlap: int | None = None,
     seed: int | None = None,
     numerics: bool = False,
     problem: Problem | None = None,
@@ -139,8 +141,8 @@ def simulate(
     failures
         (seconds, worker) for a worker that is lost, (seconds, worker, away) for one that comes back after `away` seconds. By
         default as recorded, as long as the workers are those of the run; [] for none.
-    update, partition, passes, local_steps, seed
-        As in `train`.
+    update, partition, passes, local_steps, exchange, overlap, seed
+        As in `train`. (Packing weights into 16 bits is taken to cost no time.)
     samples, n_weights
         Training samples and float32 weights, where they are to be others than those of the run (not with `numerics`).
     numerics
@@ -167,7 +169,8 @@ def simulate(
     parts = copy.deepcopy(make_partition(partition if partition is not None else recorded["partition"]))
     workers = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls}
     lengths = {"passes": passes, "local_steps": local_steps, "samples": samples, "seed": seed}
-    config = scenarios.changed(recorded, update=rule, partition=parts, **workers, **lengths)
+    traffic = {"exchange": exchange, "overlap": overlap}
+    config = scenarios.changed(recorded, update=rule, partition=parts, **workers, **lengths, **traffic)
     if numerics and (base is None or samples is not None or n_weights is not None):
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
     problem = problem_of(base, problem or base._problem, "simulate(run, problem=problem)") if numerics else None

@@ -21,6 +21,7 @@ from labkit.settings import real, whole
 from labkit.simulating import Change, Simulation
 from labkit.slowness import make_stalls, opposite
 from labkit.timing import Line, Pace, Timing, fit
+from labkit.training import check_traffic
 from labkit.updates import Update, make_update
 
 RECORDED = "as recorded"
@@ -77,6 +78,8 @@ def changed(
     passes: float | None,
     local_steps: int | str | None,
     samples: int | None,
+    exchange: str | None,
+    overlap: int | None,
     seed: int | None,
 ) -> dict:
     """The settings of the scenario."""
@@ -100,6 +103,11 @@ def changed(
     config |= {"update": update.config(), "partition": partition.config()}
     if jitter is not None:
         config["jitter"] = real("jitter", jitter, least=0)
+    if exchange is not None:
+        config["exchange"] = exchange
+    if overlap is not None:
+        config["overlap"] = overlap
+    check_traffic(update, config.get("exchange", "float32"), overlap or 0)
     if seed is not None:
         config["seed"] = int(seed)
     if samples is not None:
