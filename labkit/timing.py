@@ -70,6 +70,10 @@ class Timing:
         per_byte = self.exchange.per_byte if bandwidth is None else 2 / bandwidth
         return replace(self, exchange=Line(fixed, per_byte))
 
+    def on_servers(self, n: int) -> Timing:
+        """The weights cut into n parts, each on a server of its own: merged side by side, each in its time for one part."""
+        return replace(self, server=Line(self.server.fixed, self.server.per_byte / n))
+
 
 def slowness(slowdown: float, jitter: float) -> tuple[float, float]:
     """Mean and variance of the factor by which emulation stretches one step."""

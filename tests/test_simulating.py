@@ -72,6 +72,13 @@ def test_more_workers_are_quicker_until_the_server_is_busy_all_the_time(simulate
     assert 3.5 < rate[4] / rate[1] <= 4.01 and 0.95 * limit < rate[64] <= limit and busy[1] < 0.1 and 0.95 < busy[64] <= 1
 
 
+def test_several_servers_merge_their_parts_side_by_side(simulate):
+    seconds = {k: simulate(update="sgwu", n_weights=250_000, servers=k).summary()["seconds"] for k in (1, 4)}
+    exchange, merge = UNKNOWN["exchange"](1e6), UNKNOWN["server"]
+    assert seconds[1] == pytest.approx(2 * (4 + exchange + 3 * merge(1e6)), rel=1e-6)
+    assert seconds[4] == pytest.approx(2 * (4 + exchange + 3 * merge(1e6 / 4)), rel=1e-6)
+
+
 def test_jitter_follows_the_seed(simulate):
     table = {seed: simulate(jitter=0.5, seed=seed, name=f"{seed}", update="sgwu").summary() for seed in (1, 2)}
     again = simulate(jitter=0.5, seed=1, update="sgwu").summary()
@@ -160,6 +167,7 @@ def test_figures_tables_and_words_say_that_it_is_simulated(simulate):
         ({"numerics": True}, ValueError, "not with speeds"),
         ({"samples": 2}, PartitionError, "2 samples cannot fill 3 shards"),
         ({"passes": -1}, ValueError, "passes=-1 must be above 0"),
+        ({"servers": 0}, ValueError, "servers=0 must be at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, error, words, simulate):
@@ -209,8 +217,8 @@ def test_where_times_do_not_matter_the_weights_are_those_of_the_live_run(recorde
     assert run.curve().seconds.is_monotonic_increasing and run.curve().seconds.iloc[-1] == run.summary()["seconds"]
 
 
-def test_its_own_error_is_printed_and_kept(recorded, tmp_path, capsys):
-    live = recorded["agwu"]
+def test_its_own_error_is_printed_once_and_kept(recorded, tmp_path, capsys):
+    live = labkit.load_run(recorded["agwu"].path, problem=recorded["agwu"].problem())
     run = labkit.simulate(live, runs=tmp_path)
     error = run.config["origin"]["error"]
     took, simulated = live.summary()["seconds"], run.summary()["seconds"]
@@ -219,6 +227,7 @@ def test_its_own_error_is_printed_and_kept(recorded, tmp_path, capsys):
     assert run.name == "agwu-simulated" and "(simulated of agwu)" in repr(run)
     wider = labkit.simulate(live, n_workers=4, update="sgwu", runs=tmp_path, name="wider")
     assert [w["slowdown"] for w in wider.config["workers"]] == [1, 3, 1, 3] and wider.config["origin"]["error"] == error
+    assert "took" not in capsys.readouterr().out
     wider = labkit.simulate(live, slowdown=[1, 1, 1, 1], numerics=True, problem=live.problem(), runs=tmp_path, name="wider")
     assert len(wider.curve()) > 2 and wider.summary()["seconds"] < simulated
 
