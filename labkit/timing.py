@@ -9,7 +9,8 @@ With runs of two sizes of model both parts are fitted by least squares. With one
 is taken to be what was measured for small messages (`FIXED_S`), and the rest to grow with the bytes.
 
 Emulated slowness is taken out, f = E[max(1, slowdown exp(jitter z))], so that a pace is a worker's own, and its spread is
-what the machine adds to the jitter that was asked for.
+what the machine adds to the jitter that was asked for. What all workers go through at the same time (on a machine that they share,
+say) is no spread: it makes nobody wait for another.
 
 Used by `labkit.simulating`. Knows pandas; neither torch nor sockets.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from labkit.run import Run
 
 FIXED_S = {"exchange": 1e-3, "server": 2e-4}  # seconds of a small message there and back; of a merge of few weights
+FEW = 8  # passes of a worker that do not tell whether it follows the others
 QUANTILES = np.array([statistics.NormalDist().inv_cdf((i + 0.5) / 2000) for i in range(2000)])
 
 
@@ -89,8 +91,11 @@ def fit(runs: Sequence[Run]) -> Timing:
         events = record.effective(run.events)
         n_bytes = 4 * run.layout.size
         probes = run.events.query("kind == 'join'").groupby("worker").probe_s
-        for worker, own in _passes(events).groupby("worker"):
-            measured.setdefault(int(worker), []).append(_pace(run, int(worker), own, probes.get_group(worker)))
+        passes = {int(worker): own for worker, own in _passes(events).groupby("worker")}
+        ratios = {worker: _ratios(own) for worker, own in passes.items()}
+        for worker, own in passes.items():
+            unshared = _unshared(ratios, worker)
+            measured.setdefault(worker, []).append(_pace(run, worker, own, unshared, probes.get_group(worker)))
             exchanges += [(n_bytes, seconds) for seconds in own.exchange_s.dropna()]
         merges += [(n_bytes, seconds) for seconds in _merge_times(events)]
         scores += events.score[events.kind == "push"].dropna().tolist()
@@ -126,16 +131,34 @@ def _passes(events):
     return pd.DataFrame(rows, columns=[*events.columns, "exchange_s"])
 
 
-def _pace(run: Run, worker: int, passes, probes) -> tuple:
+def _ratios(passes) -> tuple[np.ndarray, np.ndarray]:
+    """When the passes of a worker were half-way, and the log of their seconds per sample against its mean; of whole ones alone."""
+    whole = passes[passes.samples >= passes.samples.median() / 2]
+    mean = max(float(passes.compute_s.sum()), 1e-9) / passes.samples.sum()
+    ratios = np.maximum(1e-3, (whole.compute_s / whole.samples).to_numpy(float) / mean)
+    return (whole.seconds - (whole.compute_s + whole.score_s) / 2).to_numpy(float), np.log(ratios)
+
+
+def _unshared(ratios: dict[int, tuple[np.ndarray, np.ndarray]], worker: int) -> np.ndarray:
+    """The log ratios of a worker without what the others went through at the same time, as far as they follow it (regression)."""
+    at, own = ratios[worker]
+    others = [np.interp(at, *other) for index, other in ratios.items() if index != worker]
+    if not others or len(own) < FEW:
+        return own
+    common = np.mean(others, axis=0)
+    common -= common.mean()
+    slope = float((own - own.mean()) @ common) / max(float(common @ common), 1e-12)
+    return own - min(1.0, max(0.0, slope)) * common
+
+
+def _pace(run: Run, worker: int, passes, ratios: np.ndarray, probes) -> tuple:
     """Seconds of computing without emulation, samples, seconds of scoring, and the relative times of passes and of probes."""
     slow = {w["index"]: float(w["slowdown"]) for w in run.config["workers"]}.get(worker, 1.0)
     factor, variance = slowness(slow, float(run.config["jitter"]))
     compute, samples = float(passes.compute_s.sum()), float(passes.samples.sum())
-    whole = passes[passes.samples >= passes.samples.median() / 2]
-    ratios = np.maximum(1e-3, (whole.compute_s / whole.samples).to_numpy() * samples / max(compute, 1e-9))
-    steps = max(1.0, float(whole.samples.median()) / run.config["problem"].get("batch_size", 1))
-    seen, asked = float(np.var(np.log(ratios))), variance / factor**2 / steps
-    own = np.exp(math.sqrt(max(0.0, 1 - asked / seen)) * np.log(ratios)) if seen > 0 else np.ones(1)
+    steps = max(1.0, float(passes.samples.median()) / run.config["problem"].get("batch_size", 1))
+    seen, asked = float(np.var(ratios)), variance / factor**2 / steps
+    own = np.exp(math.sqrt(max(0.0, 1 - asked / seen)) * ratios) if seen > 0 else np.ones(1)
     spread, probed = np.resize(own / own.mean(), len(passes)), probes.dropna().to_numpy() * samples / max(compute, 1e-9)
     return compute / factor, samples, float(passes.score_s.sum()) / factor, spread, probed
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 
 import numpy as np
@@ -10,7 +12,7 @@ from test_drivers import Slow
 from test_training import data, ended, net_with_statistics, problem
 
 import labkit
-from labkit import checkpoints, plots, session, timing
+from labkit import checkpoints, plots, record, session, timing
 from labkit.errors import PartitionError, RunError
 from labkit.scenarios import UNKNOWN
 
@@ -192,6 +194,17 @@ def test_a_fit_finds_what_a_simulation_was_made_with(simulate):
     assert all(np.std(pace.spread) < 0.04 for pace in found.paces), "the jitter that was asked for is none of the machine's"
     with pytest.raises(RunError, match="itself; nothing was measured in it"):
         simulate(runs[0], samples=None, partition=None, update=None)
+
+
+@pytest.mark.parametrize(("apart", "low", "high"), [(0.0, 0.0, 0.1), (2.1, 0.2, 0.4)])
+def test_what_all_go_through_at_the_same_time_is_no_spread(apart, low, high, simulate):
+    """Speeds that rise and fall by up to half: all at once, or each at another time."""
+    run = simulate([100, 100, 50], passes=60, local_steps=1)
+    rows = record.read_rows(run.path)
+    for row in (row for row in rows if row["kind"] == "push"):
+        row["compute_s"] *= math.exp(0.4 * math.sin(row["seconds"] / 15 + apart * row["worker"]))
+    (run.path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert all(low <= np.std(pace.spread) < high for pace in timing.fit([run]).paces)
 
 
 @pytest.fixture(scope="module")
