@@ -107,6 +107,7 @@ def simulate(
     stalls: Sequence[float] | None = None,
     bandwidth: float | None = None,
     latency: float | None = None,
+    servers: int = 1,
     failures: Sequence[tuple] | None = None,
     update: str | dict | Update | None = None,
     partition: str | dict | UDPA | None = None,
@@ -126,7 +127,8 @@ def simulate(
 
     Update and partition are driven as in a live run, on a clock that jumps from event to event. Computing (with its spread),
     scoring, exchange and the server's time for a merge are fitted from recorded runs. What is not given stays as it was there. How
-    well the fit gives back the first of these runs is always printed, and kept in `config["origin"]["error"]` (of the wall time).
+    well the fit gives back the first of these runs is printed, once for each fit, and kept in `config["origin"]["error"]` (of the
+    wall time).
 
     Parameters
     ----------
@@ -138,6 +140,9 @@ def simulate(
         default as recorded, in turn). `jitter`, `drift` and `stalls` as in `connect`; 0, 0 and () for none.
     bandwidth, latency
         Of each worker's link, in bytes/s and seconds, each way.
+    servers
+        Among how many servers the weights are cut up. An assumption, since labkit has one: each merges its part, all side by side,
+        so that what grows with the weights in the time of a merge is divided by their number; a worker's link still carries all.
     failures
         (seconds, worker) for a worker that is lost, (seconds, worker, away) for one that comes back after `away` seconds. By
         default as recorded, as long as the workers are those of the run; [] for none.
@@ -175,6 +180,7 @@ def simulate(
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
     problem = problem_of(base, problem or base._problem, "simulate(run, problem=problem)") if numerics else None
     batch_size = config["problem"].get("batch_size") or base.problem().batch_size
+    servers = whole("servers", servers)
     size = whole("n_weights", n_weights or (base.layout.size if base else scenarios.UNKNOWN["n_weights"]))
     layout = record.read_json(base.path / "layout.json") if base else {"names": [], "shapes": [], "n_params": size, "n_buffers": 0}
     if failures is None and base and n_workers is None and slowdown is None:
@@ -183,16 +189,18 @@ def simulate(
         changes = scenarios.changes(failures or (), len(config["workers"]))
     error = scenarios.compared(base, timing, rule, batch_size) if base else None
     origin = {"kind": "simulated", "run": base.name if base else None, "numerics": bool(numerics), "error": error}
+    origin |= {"servers": servers}
     folder = Path(runs) if runs is not None else base.path.parent if base else Path("runs")
     ledger = Ledger(folder, name or (f"{base.name}-simulated" if base else "simulated"), config, layout, origin)
     status = {"state": "failed", "reason": "the simulation was cut off."}
     try:
         with meter(f"simulation of {config['n_workers']} workers", config["budget"]) as told:
             rules = {"update": rule, "partition": parts, "batch_size": batch_size, "changes": changes, "problem": problem}
-            links = timing.with_links(bandwidth, latency)
-            made = Simulation(
-                config, links, n_bytes(config.get("exchange", "float32"), size), **rules, ledger=ledger, told=told
-            ).run()
+            there, sent = (
+                timing.with_links(bandwidth, latency).on_servers(servers),
+                n_bytes(config.get("exchange", "float32"), size),
+            )
+            made = Simulation(config, there, sent, **rules, ledger=ledger, told=told).run()
         it = made.it
         status = {"state": it.state, "reason": it.reason, "version": it.update.version, "samples": it.samples.done}
         status |= {"server_busy": made.busy / made.merged_at if made.merged_at else 0.0}

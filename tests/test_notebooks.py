@@ -17,6 +17,9 @@ TINY = {
     | {"train_samples": 400, "test_samples": 100, "epochs": 1, "grid": [1, 2], "overlap": 1, "rivals": ["global", "coherent"]},
     "05-compare-the-updates": SMALL
     | {"updates": ["sgwu", "fedbuff"], "train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
+    "06-scale-the-cluster": SMALL
+    | {"train_samples": 300, "passes": 2.0, "local_steps": 4, "data_sizes": [500, 1000], "node_counts": [1, 4], "crowds": [4, 30]}
+    | {"long": 2.0, "larger": [1, 100], "per_worker": 2},
     "07-kill-a-worker": SMALL | {"train_samples": 400, "test_samples": 100, "passes": 12.0, "local_steps": 4, "every": 0.3},
     "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
     "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "rounds": 1, "samples": 600, "local_steps": 5},
@@ -52,6 +55,7 @@ FIGURES = {
     "03-update-the-weights": ["accuracy.png", "timeline.png", "staleness.png"],
     "04-train-in-parts": ["parts.png", "part-accuracy.png", "part-times.png"],
     "05-compare-the-updates": ["accuracy.png", "staleness.png"],
+    "06-scale-the-cluster": ["data.png", "nodes.png", "crowd.png"],
     "07-kill-a-worker": ["membership.png"],
     "benchmarks/02-time-to-accuracy": ["curves.png"],
     "benchmarks/05-back-ends": ["back-ends.png"],
