@@ -222,6 +222,16 @@ def test_a_run_counts_every_sample_learns_and_can_be_replayed(update, kind, over
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("update", ["agwu", "fedasync", "localsgd"])
+def test_a_simulation_with_real_numerics_exchanges_as_the_run_did(update, train):
+    """One worker's arrivals leave nothing to chance: the same weights, in 16 bits and with steps ahead."""
+    run = train(workers=[0], update=update, exchange="bfloat16", overlap=1, local_steps=3)
+    again = labkit.simulate(run, numerics=True)
+    np.testing.assert_array_equal(again.flat(), run.flat())
+    assert again.events.query("kind == 'push'").bytes.tolist() == run.events.query("kind == 'push'").bytes.tolist()
+
+
+@pytest.mark.usefixtures("cache")
 def test_half_the_bytes_cost_no_accuracy(train):
     scores = {
         kind: train(update="sgwu", exchange=kind, passes=8, local_steps=3, name=kind, seed=5).summary()["score"]

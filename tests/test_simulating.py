@@ -21,7 +21,8 @@ from labkit.updates import AGWU
 pytestmark = pytest.mark.usefixtures("cache")
 EXCHANGE, MERGE = (UNKNOWN[what](4 * UNKNOWN["n_weights"]) for what in ("exchange", "server"))
 
-UNCHANGED = dict.fromkeys(("slowdown", "jitter", "drift", "stalls", "passes", "samples", "seed")) | {"local_steps": RECORDED}
+NOTHING_NEW = ("exchange", "overlap", "slowdown", "jitter", "drift", "stalls", "passes", "samples", "seed")
+UNCHANGED = dict.fromkeys(NOTHING_NEW) | {"local_steps": RECORDED}
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,25 @@ def test_without_a_barrier_the_quick_one_makes_the_passes_of_the_slow_ones(simul
     pushes = run.events.query("kind == 'push'").groupby("worker").samples.sum()
     assert pushes.to_numpy() == pytest.approx([3000, 1500, 1500], abs=200) and run.summary()["wait_share"] < 0.05
     assert run.summary()["seconds"] == pytest.approx(6000 / 200, abs=4.01)
+
+
+def test_what_is_done_while_a_push_is_under_way_hides_the_exchange(simulate):
+    """10 MB/s: 8 ms each way, beside local passes of 600 ms and batches of 200; the weights of one batch never wait."""
+    slow = {"bandwidth": 1e7, "latency": 0.0, "local_steps": 3, "passes": 12}
+    plain, ahead, halves = (
+        simulate((320,), **slow, name=name, **options)
+        for name, options in {"plain": {}, "ahead": {"overlap": 1}, "halves": {"exchange": "bfloat16"}}.items()
+    )
+    pushes = [len(run.events.query("kind == 'push'")) for run in (plain, ahead, halves)]
+    trip, merge = 2 * 4 * UNKNOWN["n_weights"] / 1e7, MERGE
+    computing = 7200 / 320
+    assert plain.summary()["seconds"] == pytest.approx(computing + pushes[0] * (trip + merge), rel=1e-3)
+    assert halves.summary()["seconds"] == pytest.approx(computing + pushes[2] * (trip / 2 + merge), rel=2e-3)
+    assert ahead.summary()["seconds"] == pytest.approx(computing + trip, rel=2e-3), "only the first pull and the last push"
+    hidden = ahead.events.query("kind == 'push'").hidden_s
+    assert hidden.iloc[1:].to_numpy() == pytest.approx(trip, rel=1e-3) and hidden.max() < 0.2
+    assert ahead.status()["samples"] == plain.status()["samples"] == 7200
+    assert (ahead.summary()["bytes"], halves.summary()["bytes"]) == pytest.approx((plain.summary()["bytes"],) * 2, rel=0.51)
 
 
 def test_shares_by_speed_end_together(simulate):
