@@ -35,6 +35,8 @@ TINY = {
         **{"kind": "threads", "n": 40, "size": [16, 16, 32], "grid": [1, 1, 2], "overlap": 1},
         **{"model_args": {"width": 0.1}, "epochs": 1, "rivals": ["global"], "seeds": [0, 1]},
     },
+    "benchmarks/09-simulator": SMALL
+    | {"labs": [[[1, 2], 0.0], [[1], 0.3]], "rounds": 1, "train_samples": 300, "passes": 2.0, "fitted": ["agwu", "udpa", 2]},
     "benchmarks/03-gpu": SMALL
     | {"models": ["lenet"], "batch_size": 16, "steps": 8, "rounds": 1, "crowd": [1, 2], "megabytes": [0.1, 1]}
     | {"layouts": [True]},
@@ -57,6 +59,7 @@ FIGURES = {
     "benchmarks/06-parts": ["parts.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
+    "benchmarks/09-simulator": ["errors.png"],
 }
 LONG = {"benchmarks/04-chaos": 600}  # seconds; six storms, and real processes
 
