@@ -20,7 +20,7 @@ from labkit.canvas import extension, interactive, save
 from labkit.mosaic import decomposition, part_accuracy, part_scores, part_times
 from labkit.record import effective
 from labkit.roster import membership, roster
-from labkit.scaling import saturation, scaling
+from labkit.scaling import errors, saturation, scaling
 from labkit.watch import live
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from labkit.run import Run
 
-__all__ = ["balance", "curves", "decomposition", "extension", "interactive", "live", "membership", "part_accuracy"]
+__all__ = ["balance", "curves", "decomposition", "errors", "extension", "interactive", "live", "membership", "part_accuracy"]
 __all__ += ["part_scores", "part_times", "roster", "saturation", "save", "scaling", "segments", "speed", "staleness", "timeline"]
 __all__ += ["weights"]
 

@@ -1,4 +1,4 @@
-"""How runs scale: time against data or workers, one line a strategy, and what a server can take before more workers are of no use.
+"""How runs scale: time against data or workers, what a server can take before more workers are of no use, and how sure that is.
 
 Read from tables, a row a run, as notebooks make them from simulations. A server needs t seconds for a merge, and workers come again
 every T seconds: T/t of them keep it busy all the time.
@@ -75,6 +75,30 @@ def saturation(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
         title = f"{soonest}: from {full[soonest]:,} workers on the server is busy all the time"
     ends = {"xlabel": "workers", "ylabel": "throughput (samples/s)"}
     return _logarithmic(pieces, title, note, legend, frame["n_workers"], **ends)
+
+
+def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
+    """How far simulated times are off, a mark a run and a row a configuration, with strokes at 0 and at `bar` above and below.
+
+    `frame`: configuration, and error = simulated over measured time, less 1.
+    """
+    canvas.extension()
+    _check(frame, ["configuration", "error"])
+    if frame.empty:
+        return canvas.message("How far the simulator is off", "there is no run to compare with.")
+    medians = frame.groupby("configuration", sort=False)["error"].median()
+    rows = {name: -i for i, name in enumerate(medians.index)}
+    axes = ("error (%)", "row")
+    each = canvas.marks(100 * frame["error"].to_numpy(float), frame["configuration"].map(rows).to_numpy(float), 0, "a run", axes)
+    middle = canvas.marks(100 * medians.to_numpy(float), np.array([*rows.values()], float), 1, "median", axes)
+    strokes = canvas.ticks(100 * np.array([-bar, 0, bar]), np.full(3, 0.5 - len(rows)), np.full(3, 0.5))
+    within = int((medians.abs() <= bar).sum())
+    title = f"{within} of {len(medians)} configurations within {100 * bar:g} %: median {100 * medians.abs().median():.1f} %"
+    return canvas.finish(
+        canvas.overlay([strokes, each, middle]), title, note, [("a run", 0, "mark"), ("median of a configuration", 1, "mark")],
+        xlabel="simulated time is longer than measured by (%)", ylabel="", ylim=(0.5 - len(rows), 0.5), grid="x",
+        yticks=[(y, name) for name, y in rows.items()], height=1.6 + 0.4 * len(rows),
+    )  # fmt: skip
 
 
 def _logarithmic(pieces: list, title: str, note: str, legend: list, at: Sequence[float], **options) -> hv.Overlay:

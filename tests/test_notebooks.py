@@ -36,6 +36,8 @@ TINY = {
         **{"kind": "threads", "n": 40, "size": [16, 16, 32], "grid": [1, 1, 2], "overlap": 1},
         **{"model_args": {"width": 0.1}, "epochs": 1, "rivals": ["global"], "seeds": [0, 1]},
     },
+    "benchmarks/09-simulator": SMALL
+    | {"labs": [[[1, 2], 0.0], [[1], 0.3]], "rounds": 1, "train_samples": 300, "passes": 2.0, "fitted": ["agwu", "udpa", 2]},
     "benchmarks/10-server": {
         **{"sizes": [0.1, 1], "crowd": [1, 3], "updates": ["agwu", "sgwu"]},
         **{"nap": 0.02, "seconds": 0.2, "turns": 2},
@@ -63,6 +65,7 @@ FIGURES = {
     "benchmarks/11-every-batch": ["every-batch.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
+    "benchmarks/09-simulator": ["errors.png"],
     "benchmarks/10-server": ["server.png"],
 }
 LONG = {"benchmarks/04-chaos": 600}  # seconds; six storms, and real processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_plots import pieces, title
@@ -24,11 +25,20 @@ def crowds(*limits):
     )
 
 
-@pytest.mark.parametrize(
-    "figure",
-    [lambda: plots.scaling(times()), lambda: plots.saturation(crowds(10, 5000), "simulated")],
-    ids=["scaling", "saturation"],
-)
+def off():
+    """Two configurations, three runs each; the first is 20 % off."""
+    errors = {"AGWU + IDPA, 1:4": [-0.4, 0.2, 0.24], "SGWU + UDPA, 1:1": [0.06, -0.08, 0.3]}
+    return pd.DataFrame([{"configuration": name, "error": error} for name, own in errors.items() for error in own])
+
+
+FIGURES = {
+    "scaling": lambda: plots.scaling(times()),
+    "saturation": lambda: plots.saturation(crowds(10, 5000), "simulated"),
+    "errors": lambda: plots.errors(off(), note="simulated"),
+}
+
+
+@pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)
 def test_each_is_a_picture_and_a_page(figure, tmp_path):
     assert plots.save(figure(), tmp_path / "figure.png").stat().st_size > 5_000
     assert "Bokeh" in plots.save(figure(), tmp_path / "figure.html").read_text()
@@ -50,6 +60,14 @@ def test_saturation_says_from_where_on_the_server_is_busy():
     assert title(plots.saturation(crowds(5000))) == "The server can take all 1,000 workers"
 
 
+def test_errors_are_counted_by_configuration():
+    figure = plots.errors(off())
+    assert title(figure) == "1 of 2 configurations within 10 %: median 13.0 %"
+    marks = pieces(figure, "Scatter")
+    assert np.allclose(marks["a run"].data.T, [[-40, 20, 24, 6, -8, 30], [0, 0, 0, -1, -1, -1]])
+    assert np.allclose(marks["median"].data.T, [[20, 6], [0, -1]])
+
+
 def test_what_cannot_be_drawn_is_refused_or_told():
     with pytest.raises(ValueError, match="against 'samples' or 'n_workers', not 'epochs'"):
         plots.scaling(times(), "epochs")
@@ -57,5 +75,5 @@ def test_what_cannot_be_drawn_is_refused_or_told():
         plots.scaling(times(), "samples")
     with pytest.raises(ValueError, match="must hold numbers alone"):
         plots.saturation(crowds(10).assign(server_busy=None))
-    for figure in (plots.scaling(times().iloc[:0]), plots.saturation(crowds(10).iloc[:0])):
+    for figure in (plots.scaling(times().iloc[:0]), plots.saturation(crowds(10).iloc[:0]), plots.errors(off().iloc[:0])):
         assert "no run" in next(iter(figure.traverse(lambda text: text.data[2], ["Text"])))
