@@ -24,6 +24,16 @@ TINY = {
     "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
     "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "rounds": 1, "samples": 600, "local_steps": 5},
     "benchmarks/11-every-batch": SMALL | {"samples": 400, "score_samples": 16, "test_samples": 60, "rounds": 2},
+    "benchmarks/12-exchange": SMALL
+    | {
+        "exchanges": ["float32", "bfloat16"],
+        "megabytes": 0.1,
+        "batch_size": 16,
+        "samples": 400,
+        "rounds": 1,
+        "links": [100],
+        "test_samples": 60,
+    },
     "benchmarks/05-back-ends": {
         **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
         "passes": 2.0,
@@ -63,6 +73,7 @@ FIGURES = {
     "benchmarks/05-back-ends": ["back-ends.png"],
     "benchmarks/06-parts": ["parts.png"],
     "benchmarks/11-every-batch": ["every-batch.png"],
+    "benchmarks/12-exchange": ["exchange.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
     "benchmarks/09-simulator": ["errors.png"],
