@@ -19,7 +19,8 @@ TINY = {
     | {"updates": ["sgwu", "fedbuff"], "train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
     "07-kill-a-worker": SMALL | {"train_samples": 400, "test_samples": 100, "passes": 12.0, "local_steps": 4, "every": 0.3},
     "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
-    "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "rounds": 1, "samples": 600, "local_steps": 5},
+    "benchmarks/01-overhead": SMALL
+    | {"batch_sizes": [16], "updates": ["sgwu", "gem"], "rounds": 1, "samples": 600, "local_steps": 5},
     "benchmarks/05-back-ends": {
         **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
         "passes": 2.0,
@@ -32,6 +33,9 @@ TINY = {
         **{"kind": "threads", "n": 40, "size": [16, 16, 32], "grid": [1, 1, 2], "overlap": 1},
         **{"model_args": {"width": 0.1}, "epochs": 1, "rivals": ["global"], "seeds": [0, 1]},
     },
+    "benchmarks/08-updates": SMALL
+    | {"updates": ["sgwu", "agwu"], "kinds": ["none", "jitter", "stalls"], "seeds": [0], "stalls": [0.3, 0.3], "target": 0.2}
+    | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4},
     "benchmarks/03-gpu": SMALL
     | {"models": ["lenet"], "batch_size": 16, "steps": 8, "rounds": 1, "crowd": [1, 2], "megabytes": [0.1, 1]}
     | {"layouts": [True]},
@@ -53,6 +57,7 @@ FIGURES = {
     "benchmarks/06-parts": ["parts.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
+    "benchmarks/08-updates": ["updates.png"],
 }
 LONG = {"benchmarks/04-chaos": 600}  # seconds; six storms, and real processes
 
