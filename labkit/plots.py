@@ -144,7 +144,8 @@ def segments(run: Run) -> pd.DataFrame:
 
     A push ends compute_s + score_s of computing and the wait_s that its pass stood still (all-reduce; drawn at the end
     of the pass); what else lies between the release before it and the push is exchange. Then the worker waits for the
-    wait_s of its next release, the time that the server held it; the rest until that release is exchange again.
+    wait_s of its next release, the time that the server held it; the rest until that release is exchange again, but for the hidden_s
+    during which it went on computing.
     """
     import pandas as pd
 
@@ -152,7 +153,9 @@ def segments(run: Run) -> pd.DataFrame:
     events = events[events["worker"].notna() & events["seconds"].notna()]
     for worker, own in events.groupby("worker"):
         free = pushed = held = None  # seconds: went on, pushed, was told to wait
-        for event in own.fillna({"compute_s": 0, "score_s": 0, "wait_s": 0}).to_dict("records"):
+        hidden = own.hidden_s[own.kind == "push"].shift(-1).reindex(own.index)  # each push tells it of the exchange before
+        times = dict.fromkeys(("compute_s", "score_s", "wait_s", "hidden_s"), 0)
+        for event in own.assign(hidden_s=hidden.ffill()).fillna(times).to_dict("records"):
             now, spans = event["seconds"], []
             if event["kind"] in ("join", "pull"):
                 free, pushed, held = now, None, None
@@ -166,8 +169,9 @@ def segments(run: Run) -> pd.DataFrame:
                 held = now
             elif event["kind"] == "release":
                 if pushed is not None:
-                    go = min(now, pushed + event["wait_s"])
-                    spans = [("wait", pushed, go), ("exchange", go, now)]
+                    free = min(now, pushed + event["hidden_s"])
+                    go = min(now, free + event["wait_s"])
+                    spans = [("compute", pushed, free), ("wait", free, go), ("exchange", go, now)]
                 free, pushed, held = now, None, None
             elif event["kind"] == "leave":
                 spans = [("wait", held, now)] if held is not None else []  # to the end

@@ -260,6 +260,20 @@ def test_a_worker_held_to_the_end_waits_until_it_leaves(run):
     assert list(plots.segments(run)[["activity", "start", "end"]].itertuples(index=False, name=None)) == expected
 
 
+def test_what_is_computed_while_a_push_is_under_way_is_drawn_as_computing(run):
+    rows = [
+        {"kind": "release", "worker": 0, "seconds": 0.0, "wait_s": 0.0},
+        {"kind": "push", "worker": 0, "seconds": 2.0, "compute_s": 2.0, "score_s": 0.0, "wait_s": 0.0, "hidden_s": 0.0},
+        {"kind": "release", "worker": 0, "seconds": 3.0, "wait_s": 0.25},
+        {"kind": "push", "worker": 0, "seconds": 5.0, "compute_s": 2.5, "score_s": 0.0, "wait_s": 0.0, "hidden_s": 0.5},
+        {"kind": "release", "worker": 0, "seconds": 5.5, "wait_s": 0.0},
+    ]
+    run.events = pd.DataFrame(rows, columns=COLUMNS)
+    expected = [("compute", 0.0, 2.0), ("compute", 2.0, 2.5), ("wait", 2.5, 2.75), ("exchange", 2.75, 3.0), ("compute", 3.0, 5.0)]
+    expected += [("exchange", 5.0, 5.5)]
+    assert list(plots.segments(run)[["activity", "start", "end"]].itertuples(index=False, name=None)) == expected
+
+
 def test_the_roster_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
     def event(kind, seconds, worker=None, incarnation=0, **fields):
         return {"kind": kind, "seconds": seconds, "worker": worker, "incarnation": incarnation, **fields}
@@ -367,6 +381,17 @@ def test_the_tail_reads_each_line_once_and_whole(run):
     with open(file, "a") as more:
         more.write('{"kind": "leave", "worker": 1, "seconds": 90.0, "message": "it broke."}\n')
     assert tail.read()[1:] == ([(0.0, 1), (0.0, 2), (90.0, 1)], {0})
+
+
+def test_a_push_without_a_score_keeps_the_latest_and_a_late_score_is_that_of_its_push(run):
+    rows = [("push", 1.0, 0.3), ("push", 2.0, None), ("push", 3.0, None), ("score", 3.1, 0.6), ("push", 4.0, None)]
+    (run.path / "events.jsonl").write_text(
+        "".join(
+            json.dumps({"kind": kind, "worker": 0, "seconds": now, "score": score, "samples": 10}) + "\n"
+            for kind, now, score in rows
+        )
+    )
+    assert [score for _, score, _ in Tail(run).read().series[0]] == [0.3, 0.3, 0.6, 0.6]
 
 
 def test_live_static_waits_for_the_end(run):
