@@ -144,8 +144,8 @@ def segments(run: Run) -> pd.DataFrame:
 
     A push ends compute_s + score_s of computing and the wait_s that its pass stood still (all-reduce; drawn at the end
     of the pass); what else lies between the release before it and the push is exchange. Then the worker waits for the
-    wait_s of its next release, the time that the server held it; the rest until that release is exchange again, but for the hidden_s
-    during which it went on computing.
+    wait_s of its next release, the time that the server held it; the rest until that release is exchange again, but for
+    the hidden_s during which it went on computing.
     """
     import pandas as pd
 
