@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labkit import record, scenarios
+from labkit.arrivals import Arrivals
 from labkit.errors import RunError
+from labkit.exchange import n_bytes
 from labkit.offline import Ledger
 from labkit.partition import UDPA, make_partition
 from labkit.problems import Problem
 from labkit.progress import meter
-from labkit.replaying import Arrivals, Course, Lives
+from labkit.replaying import Course, Lives
 from labkit.resuming import problem_of
 from labkit.run import Run
 from labkit.settings import whole
@@ -105,6 +107,7 @@ def simulate(
     stalls: Sequence[float] | None = None,
     bandwidth: float | None = None,
     latency: float | None = None,
+    servers: int = 1,
     failures: Sequence[tuple] | None = None,
     update: str | dict | Update | None = None,
     partition: str | dict | UDPA | None = None,
@@ -112,6 +115,8 @@ def simulate(
     local_steps: int | str | None = scenarios.RECORDED,
     samples: int | None = None,
     n_weights: int | None = None,
+    exchange: str | None = None,
+    overlap: int | None = None,
     seed: int | None = None,
     numerics: bool = False,
     problem: Problem | None = None,
@@ -122,7 +127,8 @@ def simulate(
 
     Update and partition are driven as in a live run, on a clock that jumps from event to event. Computing (with its spread),
     scoring, exchange and the server's time for a merge are fitted from recorded runs. What is not given stays as it was there. How
-    well the fit gives back the first of these runs is always printed, and kept in `config["origin"]["error"]` (of the wall time).
+    well the fit gives back the first of these runs is printed, once for each fit, and kept in `config["origin"]["error"]` (of the
+    wall time).
 
     Parameters
     ----------
@@ -134,11 +140,14 @@ def simulate(
         default as recorded, in turn). `jitter`, `drift` and `stalls` as in `connect`; 0, 0 and () for none.
     bandwidth, latency
         Of each worker's link, in bytes/s and seconds, each way.
+    servers
+        Among how many servers the weights are cut up. An assumption, since labkit has one: each merges its part, all side by side,
+        so that what grows with the weights in the time of a merge is divided by their number; a worker's link still carries all.
     failures
         (seconds, worker) for a worker that is lost, (seconds, worker, away) for one that comes back after `away` seconds. By
         default as recorded, as long as the workers are those of the run; [] for none.
-    update, partition, passes, local_steps, seed
-        As in `train`.
+    update, partition, passes, local_steps, exchange, overlap, seed
+        As in `train`. (Packing weights into 16 bits is taken to cost no time.)
     samples, n_weights
         Training samples and float32 weights, where they are to be others than those of the run (not with `numerics`).
     numerics
@@ -165,11 +174,13 @@ def simulate(
     parts = copy.deepcopy(make_partition(partition if partition is not None else recorded["partition"]))
     workers = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls}
     lengths = {"passes": passes, "local_steps": local_steps, "samples": samples, "seed": seed}
-    config = scenarios.changed(recorded, update=rule, partition=parts, **workers, **lengths)
+    traffic = {"exchange": exchange, "overlap": overlap}
+    config = scenarios.changed(recorded, update=rule, partition=parts, **workers, **lengths, **traffic)
     if numerics and (base is None or samples is not None or n_weights is not None):
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
     problem = problem_of(base, problem or base._problem, "simulate(run, problem=problem)") if numerics else None
     batch_size = config["problem"].get("batch_size") or base.problem().batch_size
+    servers = whole("servers", servers)
     size = whole("n_weights", n_weights or (base.layout.size if base else scenarios.UNKNOWN["n_weights"]))
     layout = record.read_json(base.path / "layout.json") if base else {"names": [], "shapes": [], "n_params": size, "n_buffers": 0}
     if failures is None and base and n_workers is None and slowdown is None:
@@ -178,14 +189,18 @@ def simulate(
         changes = scenarios.changes(failures or (), len(config["workers"]))
     error = scenarios.compared(base, timing, rule, batch_size) if base else None
     origin = {"kind": "simulated", "run": base.name if base else None, "numerics": bool(numerics), "error": error}
+    origin |= {"servers": servers}
     folder = Path(runs) if runs is not None else base.path.parent if base else Path("runs")
     ledger = Ledger(folder, name or (f"{base.name}-simulated" if base else "simulated"), config, layout, origin)
     status = {"state": "failed", "reason": "the simulation was cut off."}
     try:
         with meter(f"simulation of {config['n_workers']} workers", config["budget"]) as told:
             rules = {"update": rule, "partition": parts, "batch_size": batch_size, "changes": changes, "problem": problem}
-            links = timing.with_links(bandwidth, latency)
-            made = Simulation(config, links, 4 * size, **rules, ledger=ledger, told=told).run()
+            there, sent = (
+                timing.with_links(bandwidth, latency).on_servers(servers),
+                n_bytes(config.get("exchange", "float32"), size),
+            )
+            made = Simulation(config, there, sent, **rules, ledger=ledger, told=told).run()
         it = made.it
         status = {"state": it.state, "reason": it.reason, "version": it.update.version, "samples": it.samples.done}
         status |= {"server_busy": made.busy / made.merged_at if made.merged_at else 0.0}

@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from labkit.errors import PartitionError
 
 
-def largest_remainder(total: int, shares: Iterable[float]) -> np.ndarray:
+def largest_remainder(total: int, shares: Sequence[float] | np.ndarray) -> np.ndarray:
     """Split `total` into whole numbers in proportion to `shares` (int64, sums to `total` exactly)."""
-    shares = np.asarray(list(shares), dtype=np.float64)
+    shares = np.asarray(shares, dtype=np.float64)
     if shares.sum() <= 0:
         shares = np.ones_like(shares)
     exact = total * shares / shares.sum()
@@ -82,6 +83,7 @@ class UDPA:
         self.seconds: dict[int, float] = {}  # smoothed seconds per sample
         self.late: set[int] = set()  # who came after the start and does not hold its share yet
         self.reached = 0  # the largest count so far, also of those who are gone
+        self._members_changed()
 
     def allocate(self, workers: Iterable[int], seconds: Mapping[int, float] | None = None) -> dict[int, np.ndarray]:
         """The indices to add to the shards of `workers`, which are about to begin their next local pass.
@@ -92,17 +94,12 @@ class UDPA:
         says which batch it is at.
         """
         workers = sorted(workers)
-        self._learn(seconds or {})
+        if seconds:
+            self._learn(seconds)
+            self._targets.clear()
         for worker in workers:
             self.count[worker] += 1
-        together = workers == self.workers and len({min(self.count[w], self.batches) for w in workers}) == 1
-        add = np.array([self._wanted(worker) for worker in workers], dtype=np.int64)
-        if together:
-            room = self._due(self.count[workers[0]]) - (self.n_samples - len(self.pool))
-            add = largest_remainder(max(0, room), add if add.sum() else self._speeds(workers))
-            for i in np.flatnonzero((add == 0) & [self.held[worker] == 0 for worker in workers]):
-                if add.max() > 1:  # nobody begins with nothing
-                    add[i], add[np.argmax(add)] = 1, add.max() - 1
+        add = self._batch(workers) if len(self.pool) else [0] * len(workers)
         given = {worker: self._hand_out(worker, int(n)) for worker, n in zip(workers, add, strict=True)}
         for worker in workers:
             if self.held[worker]:
@@ -135,6 +132,7 @@ class UDPA:
             self.late.add(worker)
             if seconds:
                 self.seconds[worker] = float(seconds)
+            self._members_changed()
 
     def leave(self, worker: int) -> None:
         """A worker is gone: its shard goes back and is handed to the others with their next allocations."""
@@ -143,6 +141,7 @@ class UDPA:
             self.pool = np.concatenate([self.pool, *self.shards.pop(worker)]).astype(np.int64)
             self.held.pop(worker), self.count.pop(worker), self.seconds.pop(worker, None)
             self.late.discard(worker)
+            self._members_changed()
 
     def shard(self, worker: int) -> np.ndarray:
         """All indices that `worker` holds, in the order in which they came (int64)."""
@@ -166,6 +165,7 @@ class UDPA:
         self.shards = {worker: [shard] for worker, shard in shards.items()}
         self.held = {worker: len(shard) for worker, shard in shards.items()}
         self.count, self.seconds, self.reached = dict(state["count"]), dict(state["seconds"]), int(state["reached"])
+        self._members_changed()
 
     def config(self) -> dict:
         """Name and settings, as JSON; `make_partition` reads it back."""
@@ -174,8 +174,8 @@ class UDPA:
     def _learn(self, seconds: Mapping[int, float]) -> None:
         pass  # equal shares whatever the speed
 
-    def _speeds(self, workers: list[int]) -> list[float]:
-        return [1.0] * len(workers)
+    def _speeds(self) -> np.ndarray:
+        return np.ones(len(self.workers))
 
     def _due(self, count: int) -> int:
         """Samples that all workers together should hold after `count` allocations."""
@@ -183,26 +183,43 @@ class UDPA:
 
     def _target(self, worker: int) -> int:
         """What `worker` should hold after as many allocations as it has had."""
-        return int(largest_remainder(self._due(self.count[worker]), self._speeds(self.workers))[self.workers.index(worker)])
+        count = min(self.count[worker], self.batches)
+        if count not in self._targets:
+            self._targets[count] = largest_remainder(self._due(count), self._speeds())
+        return int(self._targets[count][self.workers.index(worker)])
+
+    def _members_changed(self) -> None:
+        self._targets: dict[int, np.ndarray] = {}  # of all workers, by the number of allocations; until speeds change
 
     def _owed(self, but: int | None = None) -> int:
         """Samples that those who came late still miss, `but` left out."""
         return sum(max(0, self._target(worker) - self.held[worker]) for worker in self.late if worker != but)
 
+    def _batch(self, workers: list[int]) -> np.ndarray:
+        """How many samples of the pool each of `workers` is to get."""
+        together = workers == self.workers and len({min(self.count[w], self.batches) for w in workers}) == 1
+        add = np.array([self._wanted(worker) for worker in workers], dtype=np.int64)
+        if together:
+            room = self._due(self.count[workers[0]]) - (self.n_samples - len(self.pool))
+            add = largest_remainder(max(0, room), add if add.sum() else self._speeds())
+            for i in np.flatnonzero((add == 0) & [self.held[worker] == 0 for worker in workers]):
+                if add.max() > 1:  # nobody begins with nothing
+                    add[i], add[np.argmax(add)] = 1, add.max() - 1
+        return add
+
     def _wanted(self, worker: int) -> int:
-        if not len(self.pool):
-            return 0
         add = max(0 if self.held[worker] else 1, self._target(worker) - self.held[worker])  # nobody begins with nothing
-        if self.count[worker] > self.batches <= min(self.count[w] for w in self.workers):  # all batches are out: what is left
-            shares = self._speeds(self.workers)
+        if self.count[worker] > self.batches <= min(self.count.values()):  # all batches are out: what is left
+            shares = self._speeds()
             left = max(0, len(self.pool) - self._owed(but=worker))
-            add = max(add, int(np.ceil(left * shares[self.workers.index(worker)] / sum(shares))))
+            add = max(add, int(np.ceil(left * shares[self.workers.index(worker)] / sum(shares.tolist()))))
         return min(add, len(self.pool))
 
     def _hand_out(self, worker: int, n: int) -> np.ndarray:
         given, self.pool = self.pool[:n], self.pool[n:]
-        self.shards[worker].append(given)
-        self.held[worker] += len(given)
+        if len(given):
+            self.shards[worker].append(given)
+            self.held[worker] += len(given)
         if worker in self.late and self.held[worker] >= self._target(worker):
             self.late.remove(worker)
         return given
@@ -276,21 +293,28 @@ class IDPA(UDPA):
 
     def _learn(self, seconds: Mapping[int, float]) -> None:
         for worker, value in seconds.items():
-            if not (np.isfinite(value) and value > 0):
+            if not (math.isfinite(value) and value > 0):
                 raise PartitionError(f"worker {worker} reports {value} seconds per sample; a positive time is needed.")
             if self.count.get(worker, 0) == 0:  # a probe: declared speeds stand, and the first true pass replaces it
                 self.seconds.setdefault(worker, float(value))
-                continue
-            latest = [*self._measured.get(worker, []), float(value)][-self.smoothing :]
-            self._measured[worker], self.seconds[worker] = latest, float(np.median(latest))
+            else:
+                latest = [*self._measured.get(worker, []), float(value)][-self.smoothing :]
+                self._measured[worker], self.seconds[worker] = latest, statistics.median(latest)
+            if self._known is not None and worker in self.count:
+                self._known[self.workers.index(worker)] = 1 / self.seconds[worker]
 
-    def _speeds(self, workers: list[int]) -> list[float]:
-        speeds = [1 / self.seconds[worker] if worker in self.seconds else math.nan for worker in workers]
-        known = [speed for speed in speeds if speed == speed]
-        if len(known) < len(speeds):  # who is not known yet is taken to be as quick as the others on average
-            middle = float(np.mean(known)) if known else 1.0
-            speeds = [speed if speed == speed else middle for speed in speeds]
-        return speeds
+    def _speeds(self) -> np.ndarray:
+        if self._known is None:
+            self._known = 1 / np.array([self.seconds.get(worker, math.nan) for worker in self.workers])
+        missing = np.isnan(self._known)
+        if not missing.any():
+            return self._known
+        # Who is not known yet is taken to be as quick as the others on average.
+        return np.where(missing, 1.0 if missing.all() else self._known[~missing].mean(), self._known)
+
+    def _members_changed(self) -> None:
+        super()._members_changed()
+        self._known: np.ndarray | None = None  # the speed of each worker, nan where it is not known
 
 
 PARTITIONS = {rule.name: rule for rule in (UDPA, IDPA)}

@@ -3,7 +3,8 @@
 A figure reads nothing but the record of a run. Its title says what was found, the line under the title what must be
 known to believe it: emulated slowness, synthetic data, a single seed. Where there is nothing yet, words say so.
 
-Used in notebooks, as `labkit.plots`, and by `Run.live`; the drawing itself is in canvas.py, pictures of parts in mosaic.py.
+Used in notebooks, as `labkit.plots`, and by `Run.live`; the drawing itself is in canvas.py, pictures of parts in mosaic.py, curves
+of many runs in scaling.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from labkit.canvas import extension, interactive, save
 from labkit.mosaic import decomposition, part_accuracy, part_scores, part_times
 from labkit.record import effective
 from labkit.roster import membership, roster
+from labkit.scaling import errors, saturation, scaling
 from labkit.watch import live
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
 
     from labkit.run import Run
 
-__all__ = ["balance", "curves", "decomposition", "extension", "interactive", "live", "membership", "part_accuracy"]
-__all__ += ["part_scores", "part_times", "roster", "save", "segments", "speed", "staleness", "timeline", "weights"]
+__all__ = ["balance", "curves", "decomposition", "errors", "extension", "interactive", "live", "membership", "part_accuracy"]
+__all__ += ["part_scores", "part_times", "roster", "saturation", "save", "scaling", "segments", "speed", "staleness", "timeline"]
+__all__ += ["weights"]
 
 AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
 BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness

@@ -10,19 +10,26 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Sequence
 
 from labkit.coordinator import AGAIN
 from labkit.errors import RunError
+from labkit.exchange import n_bytes
 from labkit.partition import UDPA, make_partition
 from labkit.run import Run
 from labkit.settings import real, whole
 from labkit.simulating import Change, Simulation
 from labkit.slowness import make_stalls, opposite
 from labkit.timing import Line, Pace, Timing, fit
+from labkit.training import check_traffic
 from labkit.updates import Update, make_update
 
 RECORDED = "as recorded"
+# Of the first of the runs that were fitted, since curves ask for it again and again: (all of them, their sizes) and the timing;
+# the timing and its error.
+_fits: weakref.WeakKeyDictionary[Run, tuple[list, Timing]] = weakref.WeakKeyDictionary()
+_errors: weakref.WeakKeyDictionary[Run, tuple[Timing, float | None]] = weakref.WeakKeyDictionary()
 # Where nothing is recorded: a small network, a gigabyte per second, and what small messages were measured to take.
 UNKNOWN = {"n_weights": 20_000, "n_train": 60_000, "batch_size": 64, "exchange": Line(1e-3, 2e-9), "server": Line(2e-4, 5e-10)}
 
@@ -60,7 +67,10 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, dict]:
             raise RunError(f"run {run.name} is a {run.origin} itself; nothing was measured in it. Give a run of a lab.")
         if run.config["update"]["name"] == "allreduce":
             raise RunError(f"run {run.name} is an all-reduce, which exchanges within every step. Give a run of another update.")
-    return fit(runs), runs[0].config
+    state = [(run.path, (run.path / "events.jsonl").stat().st_size) for run in runs]
+    if _fits.get(runs[0], ([], None))[0] != state:
+        _fits[runs[0]] = state, fit(runs)
+    return _fits[runs[0]][1], runs[0].config
 
 
 def changed(
@@ -76,6 +86,8 @@ def changed(
     passes: float | None,
     local_steps: int | str | None,
     samples: int | None,
+    exchange: str | None,
+    overlap: int | None,
     seed: int | None,
 ) -> dict:
     """The settings of the scenario."""
@@ -99,6 +111,11 @@ def changed(
     config |= {"update": update.config(), "partition": partition.config()}
     if jitter is not None:
         config["jitter"] = real("jitter", jitter, least=0)
+    if exchange is not None:
+        config["exchange"] = exchange
+    if overlap is not None:
+        config["overlap"] = overlap
+    check_traffic(update, config.get("exchange", "float32"), overlap or 0)
     if seed is not None:
         config["seed"] = int(seed)
     if samples is not None:
@@ -139,10 +156,16 @@ def recorded_changes(run: Run) -> list[Change]:
 
 
 def compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float | None:
-    """Simulated against measured wall time of the run as it was: the relative error, which is printed; None where it has no end.
+    """Simulated against measured wall time of the run as it was: the relative error; None where it has no end. It is printed once.
 
     `rule` is used where it is the run's own, which may be one that only its user knows.
     """
+    if _errors.get(run, (None, None))[0] != timing:
+        _errors[run] = timing, _compared(run, timing, rule, batch_size)
+    return _errors[run][1]
+
+
+def _compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float | None:
     if run.state != "done" or run.config.get("resumed"):
         print(f"Run {run.name} was not made from start to end, so there is no wall time to compare the simulation with.")
         return None
@@ -150,7 +173,7 @@ def compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float |
     again = Simulation(
         run.config,
         timing,
-        4 * run.layout.size,
+        n_bytes(run.config.get("exchange", "float32"), run.layout.size),
         update=copy.deepcopy(rule) if rule.config() == run.config["update"] else make_update(run.config["update"]),
         partition=make_partition(run.config["partition"]),
         batch_size=batch_size,

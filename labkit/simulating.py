@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.conversation import SCORE_S
 from labkit.layout import flatten
 from labkit.members import Answer
 from labkit.offline import Ledger, Replicas, begin_course
@@ -66,14 +66,18 @@ class Simulation:
         self.now, self.busy, self.merged_at = 0.0, 0.0, 0.0
         self.queue: list[tuple[float, int, Callable, tuple]] = []
         self.numbers, self.chance = itertools.count(), {}
+        # When a worker is done with what it computes while its push is under way, and how long it computes there.
+        self.free: dict[int, tuple[float, float]] = {}
+        self.scored: dict[int, float] = {}  # when a worker has measured its score last
+        self.late_score = bool(config.get("overlap")) and not update.scored
         self.replicas, weights, n_buffers, blocks = None, np.zeros(1, np.float32), 0, ()
         if problem is not None:
-            self.replicas = Replicas(problem, config["seed"], config["budget"])
+            self.replicas = Replicas(problem, config)
             flat, layout = flatten(problem.build(config["seed"]))
             weights, n_buffers, blocks = flat.numpy(), layout.n_buffers, layout.blocks
         workers = sorted(worker["index"] for worker in config["workers"])
         self.it = begin_course(
-            config,
+            config if problem else {**config, "checkpoints": 0},  # without weights there are no versions to keep
             workers,
             update,
             partition,
@@ -118,6 +122,7 @@ class Simulation:
         if self.it.state != "running" or self.it.finished:
             return
         self.slowness[worker] = Slowness(recorded(self.config, worker), self.config["seed"], worker), self.now
+        self.free.pop(worker, None), self.scored.pop(worker, None)
         self.chance.setdefault(worker, np.random.default_rng(np.random.SeedSequence([self.config["seed"], worker, 1 << 21])))
         if self.replicas:
             self.replicas.join(worker)
@@ -134,12 +139,18 @@ class Simulation:
         member = self.it.members.get(worker)
         if member is None or member.incarnation != incarnation:
             return  # lost on the way
-        done = {"samples": go.header["samples"], "loss": None, "score": self.timing.score}
-        weights = go.weights + STEP
+        done, weights, score = {"samples": member.granted - member.ahead, "loss": None}, go.weights + STEP, None
         if self.replicas:
-            made, score = self.replicas.work(worker, go)
-            done, weights = {"samples": made["samples"], "loss": made["loss"], "score": score}, self.replicas.vector(worker)
+            made, weights = self.replicas.work(worker, go)
+            done |= {"samples": made["samples"], "loss": made["loss"]}
+        if times["score_s"] or self.it.update.scored:
+            score = self.replicas.score(worker) if self.replicas else self.timing.score
+        late = {"score": score, "score_s": times["score_s"]}
+        done["score"] = None if self.late_score else score
+        times |= {"score_s": 0.0} if self.late_score else {}
         self.it.push(member, {"op": "push", "version": go.header["version"], **done, **times}, weights, self.n_bytes)
+        if self.late_score and score is not None:
+            self._write("score", worker=worker, incarnation=incarnation, **{"pass": member.passes}, **late)
         self.told(self.it.samples.done)
 
     def _deliver(self, worker: int, answer: Answer) -> None:
@@ -155,15 +166,27 @@ class Simulation:
             wait_s=header["wait_s"],
             bytes=self.n_bytes,
         )
-        pace, chance = self._pace(worker), self.chance[worker]
-        steps = max(1, round(header["samples"] / self.batch_size))
-        slowness, came = self.slowness[worker]
-        compute = pace.seconds * header["samples"] * pace.spread[chance.integers(len(pace.spread))]
-        compute = slowness.stretched(compute, self.now - came, steps)
-        score, exchange = slowness.stretched(pace.score_s, self.now - came + compute), self.timing.exchange(self.n_bytes)
-        times = {"compute_s": compute, "score_s": score, "wait_s": 0.0, "send_s": exchange}
+        trip, compute, ahead, score = self.timing.exchange(self.n_bytes), *self._work(worker, header)
+        here = self.now + trip / 2
+        free, carried = self.free.get(worker, (here - trip, 0.0))  # of its latest push, if it has made one
+        stood = min(trip, max(0.0, here - free))
+        sent = max(here, free) + compute + (0.0 if self.late_score else score)
+        self.free[worker] = sent + ahead + (score if self.late_score else 0.0), ahead
+        times = {"compute_s": carried + compute, "score_s": score, "wait_s": 0.0, "send_s": stood}
+        times |= {"hidden_s": trip - stood} if self.config.get("overlap") else {}
         times = {key: round(seconds, 6) for key, seconds in times.items()}
-        self._at(self.now + compute + score + exchange, self._push, worker, header["incarnation"], answer, times)
+        self._at(sent + trip / 2, self._push, worker, header["incarnation"], answer, times)
+
+    def _work(self, worker: int, header: dict) -> tuple[float, float, float]:
+        """Seconds of a local pass, up to its push and while that is under way, and of a score."""
+        pace, chance, samples = self._pace(worker), self.chance[worker], header["samples"]
+        steps, (slowness, came) = max(1, round(samples / self.batch_size)), self.slowness[worker]
+        compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))]
+        compute = slowness.stretched(compute, self.now - came, steps)
+        ahead, score = compute * header["ahead"] / max(1, samples), 0.0
+        if self.it.update.scored or self.now - self.scored.get(worker, -math.inf) >= SCORE_S:
+            score, self.scored[worker] = slowness.stretched(pace.score_s, self.now - came + compute), self.now
+        return compute - ahead, ahead, score
 
     def _leave(self, worker: int, incarnation: int) -> None:
         member = self.it.members.get(worker)
@@ -186,7 +209,7 @@ class Simulation:
             self.merged_at = self.now
         if self.ledger:
             row = {"seq": 0, "time": round(self.now, 6), "seconds": round(self.now, 6), "kind": kind, **fields}
-            self.ledger.write(json.loads(json.dumps(row)))
+            self.ledger.write(row)
 
     def _keep(self, version: int, weights: np.ndarray, state: dict) -> None:
         if self.ledger and self.replicas:

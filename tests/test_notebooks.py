@@ -17,10 +17,17 @@ TINY = {
     | {"train_samples": 400, "test_samples": 100, "epochs": 1, "grid": [1, 2], "overlap": 1, "rivals": ["global", "coherent"]},
     "05-compare-the-updates": SMALL
     | {"updates": ["sgwu", "fedbuff"], "train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
+    "06-scale-the-cluster": SMALL
+    | {"train_samples": 300, "passes": 2.0, "local_steps": 4, "data_sizes": [500, 1000], "node_counts": [1, 4], "crowds": [4, 30]}
+    | {"long": 2.0, "larger": [1, 100], "per_worker": 2},
     "07-kill-a-worker": SMALL | {"train_samples": 400, "test_samples": 100, "passes": 12.0, "local_steps": 4, "every": 0.3},
     "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
     "benchmarks/01-overhead": SMALL
     | {"batch_sizes": [16], "updates": ["sgwu", "gem"], "rounds": 1, "samples": 600, "local_steps": 5},
+    "benchmarks/11-every-batch": SMALL | {"samples": 400, "score_samples": 16, "test_samples": 60, "rounds": 2},
+    "benchmarks/12-exchange": SMALL
+    | {"exchanges": ["float32", "bfloat16"], "megabytes": 0.1, "batch_size": 16, "samples": 400, "rounds": 1}
+    | {"links": [100], "test_samples": 60},
     "benchmarks/05-back-ends": {
         **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
         "passes": 2.0,
@@ -36,6 +43,12 @@ TINY = {
     "benchmarks/08-updates": SMALL
     | {"updates": ["sgwu", "agwu"], "kinds": ["none", "jitter", "stalls"], "seeds": [0], "stalls": [0.3, 0.3], "target": 0.2}
     | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4},
+    "benchmarks/09-simulator": SMALL
+    | {"labs": [[[1, 2], 0.0], [[1], 0.3]], "rounds": 1, "train_samples": 300, "passes": 2.0, "fitted": ["agwu", "udpa", 2]},
+    "benchmarks/10-server": {
+        **{"sizes": [0.1, 1], "crowd": [1, 3], "updates": ["agwu", "sgwu"]},
+        **{"nap": 0.02, "seconds": 0.2, "turns": 2},
+    },
     "benchmarks/03-gpu": SMALL
     | {"models": ["lenet"], "batch_size": 16, "steps": 8, "rounds": 1, "crowd": [1, 2], "megabytes": [0.1, 1]}
     | {"layouts": [True]},
@@ -51,13 +64,18 @@ FIGURES = {
     "03-update-the-weights": ["accuracy.png", "timeline.png", "staleness.png"],
     "04-train-in-parts": ["parts.png", "part-accuracy.png", "part-times.png"],
     "05-compare-the-updates": ["accuracy.png", "staleness.png"],
+    "06-scale-the-cluster": ["data.png", "nodes.png", "crowd.png"],
     "07-kill-a-worker": ["membership.png"],
     "benchmarks/02-time-to-accuracy": ["curves.png"],
     "benchmarks/05-back-ends": ["back-ends.png"],
     "benchmarks/06-parts": ["parts.png"],
+    "benchmarks/11-every-batch": ["every-batch.png"],
+    "benchmarks/12-exchange": ["exchange.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
     "benchmarks/08-updates": ["updates.png"],
+    "benchmarks/09-simulator": ["errors.png"],
+    "benchmarks/10-server": ["server.png"],
 }
 LONG = {"benchmarks/04-chaos": 600}  # seconds; six storms, and real processes
 

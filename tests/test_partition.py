@@ -116,6 +116,21 @@ def test_without_a_barrier_whatever_the_order_everything_is_handed_out_in_the_en
     assert_exact_cover(rule, 997)
 
 
+@pytest.mark.parametrize("make", [UDPA, lambda: IDPA(2)])
+def test_when_all_is_handed_out_a_thousand_exchanges_change_and_keep_nothing(make):
+    rule = make()
+    rule.start(17, [0, 1, 2])
+    for _ in range(2):
+        rule.allocate([0, 1, 2], {0: 1.0, 1: 2.0, 2: 3.0})
+    shards = {worker: rule.shard(worker).tolist() for worker in rule.workers}
+    for number in range(1000):
+        some = [0, 1, 2] if number % 3 else [number % 2]
+        assert not any(len(part) for part in rule.allocate(some, dict.fromkeys(some, 0.5)).values())
+    assert {worker: rule.shard(worker).tolist() for worker in rule.workers} == shards
+    assert all(len(pieces) <= 2 for pieces in rule.shards.values())
+    assert min(rule.count.values()) > 600
+
+
 def test_a_lost_worker_s_samples_go_to_the_others():
     rule = IDPA(2)
     rule.start(100, [0, 1, 2])
@@ -156,17 +171,22 @@ def test_stratified_batches_hold_the_classes_in_their_shares():
 @pytest.mark.parametrize("make", [UDPA, lambda: IDPA(3), lambda: IDPA(5, speeds=[1, 2, 9]), lambda: IDPA(4, stratified=True)])
 @pytest.mark.parametrize("seed", range(6))
 def test_saved_half_way_and_loaded_it_has_the_same_future(make, seed):
-    """Random allocations, joins and leaves; at a random moment a copy is made from the state as JSON would keep it."""
+    """Random allocations, joins and leaves; at a random moment a copy is made from the state as JSON would keep it.
+
+    One that is made from the state at each moment knows nothing else: what a partition remembers for speed changes nothing.
+    """
     rng, rule, other, n = np.random.default_rng(seed), make(), make(), 211
     rule.start(n, [0, 1, 2], seed=seed, labels=np.arange(n) % 3)
     for moment in range(30):
         if moment == 4 + 3 * seed:
             other.load_state_dict(copy.deepcopy(rule.state_dict()))
-        now = [rule] if moment < 4 + 3 * seed else [rule, other]
+        fresh = make()
+        fresh.load_state_dict(copy.deepcopy(rule.state_dict()))
+        now = [rule, fresh] if moment < 4 + 3 * seed else [rule, fresh, other]
         some = sorted(int(w) for w in rng.choice(rule.workers, int(rng.integers(1, len(rule.workers) + 1)), replace=False))
         seconds = {worker: float(rng.uniform(0.2, 5)) for worker in some}
         given = [each.allocate(some, seconds) for each in now]
-        assert all(given[0][w].tolist() == given[-1][w].tolist() for w in some)
+        assert all(given[0][w].tolist() == part[w].tolist() for w in some for part in given)
         if moment % 7 == 5:
             [each.leave(some[0]) for each in now]
             [each.join(some[0] if moment % 2 else 3 + moment) for each in now]

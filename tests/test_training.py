@@ -488,14 +488,14 @@ def test_a_worker_that_loses_the_server_does_not_end_the_run(update, train, monk
     """As one that was frozen for too long and comes back: the others have gone on without it."""
     from labkit.worker import _Worker
 
-    push = _Worker._push
+    exchange = _Worker._exchange
 
-    def lossy(self, done):
+    def lossy(self, done, go):
         if self.spec.index == 1 and self.version > 0:
             self.connection.close()
-        push(self, done)
+        return exchange(self, done, go)
 
-    monkeypatch.setattr(_Worker, "_push", lossy)
+    monkeypatch.setattr(_Worker, "_exchange", lossy)
     a_problem = problem(kind=Slow)  # so that both have their turns
     run = ended(train(a_problem, update=update, passes=6))
     events = run.events
