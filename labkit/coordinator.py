@@ -151,7 +151,7 @@ class Coordinator:
         index, samples, version = member.index, int(header["samples"]), int(header["version"])
         member.passes += 1
         self.round = max(self.round, member.passes)
-        member.loss, member.score = header["loss"], header["score"]
+        member.loss, member.score = header["loss"], member.score if header["score"] is None else header["score"]
         self._row(
             "push",
             member,

@@ -15,6 +15,7 @@ import labkit
 from labkit import chaos, exchange, session
 from labkit.allotment import ahead_of
 from labkit.errors import LabError, UpdateError
+from labkit.members import standing
 from labkit.parcel import Parcel
 from labkit.partition import UDPA
 from labkit.replica import Replica
@@ -126,6 +127,14 @@ def test_after_the_first_each_grant_is_a_local_pass_and_so_is_each_push():
     one_pass = then.header["samples"]
     assert (first.header["samples"], first.header["ahead"], first.header["carry"]) == (one_pass + 2, 2, 0)
     assert (then.header["ahead"], then.header["carry"]) == (2, 2) and one_pass == course.pushed[0][1] == 7  # of 18, with 6 of 17
+
+
+def test_who_has_not_measured_its_score_again_stands_with_the_latest():
+    course = ahead("fedasync", budget=100).join(*WORKERS)
+    course.push(0, course.answer(0), score=0.25)
+    course.push(0, course.answer(0), score=None)
+    assert standing(course.it)["workers"][0]["score"] == 0.25
+    assert [row["score"] for row in course.of("push")] == [0.25, None]
 
 
 def test_who_is_lost_loses_what_it_has_trained_on_ahead():
