@@ -5,6 +5,9 @@
 A *grant* is the number of samples of a worker's next local pass: one pass over its shard, or so many that the mean of all is what
 was asked for. Shards, given back and newly allocated, are the affair of the partition.
 
+A worker may be wanted to train on some samples *ahead*, while its push is under way. Its first grant is longer by so many; from
+then on it carries as many into each local pass as it leaves for the next.
+
 Used by `labkit.coordinator`.
 """
 
@@ -27,14 +30,16 @@ class Part(NamedTuple):
 
     samples: int
     parts: list[int]  # of all who were granted something at that time
-    added: int  # samples that its shard has grown by
-    pace: float  # how many samples all workers train on while this one trains on one: the clock of learning-rate schedules
+    added: int = 0  # samples that its shard has grown by
+    pace: float = 0.0  # how many samples all workers train on while this one trains on one: the clock of learning-rate schedules
+    more: int = 0  # samples beside these, to train on ahead from now on
 
 
 class Allotment:
     """The counts, and the partition as the members know it. `joint`: samples of a local pass, on average; None: the whole shard.
 
-    `members` are those of the coordinator, `record` writes a row.
+    `members` are those of the coordinator, `record` writes a row; `ahead` is how many samples a worker trains on while its push
+    is under way.
     """
 
     def __init__(
@@ -45,9 +50,10 @@ class Allotment:
         update: Update,
         members: Mapping[int, Member],
         record: Callable[..., None],
+        ahead: int = 0,
     ) -> None:
         self.partition, self.budget, self.joint, self.update = partition, budget, joint, update
-        self.members, self.record = members, record
+        self.members, self.record, self.ahead = members, record, ahead
         self.granted = self.done = self.merged = 0
         self.seconds: dict[int, float] = {}  # per sample, measured (probed at first) and not yet known to the partition
         self.group = Group()  # of an all-reduce
@@ -68,10 +74,16 @@ class Allotment:
     # -- what comes back -------------------------------------------------------------------------------------------
 
     def take_back(self, member: Member) -> int:
-        """Its local pass is over, one way or another; returns what was granted for it."""
-        granted, member.granted, member.seen, member.busy = member.granted, 0, 0, False
+        """Its local pass is over, one way or another; returns what was granted for it, without what it trains on ahead."""
+        granted, member.granted, member.ahead = member.granted - member.ahead, member.ahead, 0
+        member.seen, member.busy = 0, False
         self.granted -= granted
         return granted
+
+    def forget(self, member: Member) -> None:
+        """What it has trained on ahead does not count."""
+        self.granted -= member.granted
+        member.granted = 0
 
     def pushed(self, member: Member, samples: int, seconds: float) -> None:
         """A push counts, though it may yet be dropped or lost; `seconds` is what the local pass took."""
@@ -132,11 +144,18 @@ class Allotment:
             raise ClusterError(f"the group of the all-reduce broke {FRUITLESS} times in a row at version {self.update.version}.")
         shares = self._shares()
         parts, total = grants([member.index for member in members], self.remaining, shares, self.joint), sum(shares.values())
-        made = zip([member.index for member in members], parts, strict=True)
-        return {index: Part(samples, parts, len(added[index]), total / max(1, shares[index])) for index, samples in made}
+        given, left = {}, self.remaining - sum(parts)
+        for member, samples in zip(members, parts, strict=True):
+            more, index = min(max(0, self.ahead - member.granted), left), member.index
+            more += left - more == 1  # nobody gets a single sample (BatchNorm)
+            given[index], left = Part(samples, parts, len(added[index]), total / max(1, shares[index]), more), left - more
+        return given
 
     def go(self, member: Member, reply: Reply, part: Part, wait_s: float) -> Answer:
-        """The word that sends a worker into its next local pass, with the indices that it does not have yet."""
+        """The word that sends a worker into its next local pass, with the indices that it does not have yet.
+
+        A part of no samples asks for what it has trained on ahead.
+        """
         index, who = member.index, {"worker": member.index, "incarnation": member.incarnation}
         held, keep = int(self.partition.held[index]), member.held
         if part.added:
@@ -145,8 +164,11 @@ class Allotment:
             self.record("pull", **who, version=reply.version)
         new = self.partition.shard(index)[keep:] if held > keep else []  # the first time, the whole shard
         indices = np.ascontiguousarray(new, np.int64)
-        member.granted, member.group, member.held, member.busy = part.samples, self.group.number, held, True
-        self.granted += part.samples
+        carry, samples = member.granted, part.samples + part.more
+        self.granted += samples
+        ahead = ahead_of(samples, carry + part.more) if self.remaining else 0
+        member.granted, member.ahead = carry + samples, ahead
+        member.group, member.held, member.busy = self.group.number, held, True
         header = {
             "op": "go",
             "incarnation": member.incarnation,
@@ -154,7 +176,9 @@ class Allotment:
             "wait_s": wait_s,
             "keep": keep,
             "indices": len(indices),
-            "samples": part.samples,
+            "samples": samples,
+            "ahead": ahead,
+            "carry": carry,
             "grants": part.parts,
             "ranks": [index for index, _ in self.group.ranks],
             "group": self.group.number,
@@ -166,6 +190,14 @@ class Allotment:
     def _shares(self) -> Mapping[int, int]:
         """In what proportion the workers train: as their shards, or for a paced rule as their speeds."""
         return by_speed(self.partition.held, self.members) if self.update.paced else self.partition.held
+
+
+def ahead_of(samples: int, most: int) -> int:
+    """How many of a grant are trained on ahead: `most`, but no single sample is left over on either side (BatchNorm)."""
+    ahead = min(samples, most)
+    if most > 1 and samples - ahead == 1:
+        ahead -= 1
+    return 0 if ahead == 1 < most else ahead
 
 
 def grants(workers: list[int], remaining: int, held: Mapping[int, int], joint: int | None) -> list[int]:

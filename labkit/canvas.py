@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from labkit.slowness import unsteadiness
+
 # Okabe and Ito's colours, told apart by colour-blind readers; marker, dash or hatch says the same without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "d", "v", ">", "<")
@@ -262,9 +264,9 @@ def caption(runs: Sequence[Any], *more: str) -> str:
     slow = " or ".join(filter(None, slow)).replace(" or slowness emulated:", " or")
     made = ["synthetic data"] if any(run.config.get("synthetic") for run in runs) else []
     made += sorted({NEVER_WAS[kind] for run in runs if (kind := run.config.get("origin", {}).get("kind")) in NEVER_WAS})
-    jitter = sorted({float(run.config["jitter"]) for run in runs if run.config.get("jitter")})
-    drift = [f"emulated jitter {' or '.join(f'{j:g}' for j in jitter)}"] if jitter else []
-    return "; ".join(filter(None, [slow, *drift, *made, *more]))
+    unsteady = dict.fromkeys(unsteadiness(*(run.config.get(key) for key in ("jitter", "drift", "stalls"))) for run in runs)
+    words = " or ".join(filter(None, unsteady))
+    return "; ".join(filter(None, [slow, words and f"emulated {words}", *made, *more]))
 
 
 def emulated(factors: Sequence[float]) -> str:

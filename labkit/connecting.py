@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import difflib
 import inspect
+import math
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any
 from labkit.dask_workers import join_cluster, own_cluster, quiet, start_local
 from labkit.errors import ClusterError
 from labkit.lab import Lab
+from labkit.slowness import make_stalls, opposite
 
 KINDS = ("threads", "dask", "ipyparallel", "slurm")
 ENGINES = ("local", "mpi")
@@ -39,6 +41,8 @@ def connect(
     threads_per_worker: int = 1,
     slowdown: Sequence[float] | None = None,
     jitter: float = 0.0,
+    drift: float = 0.0,
+    stalls: Sequence[float] | None = None,
     address: str | None = None,
     client: Any = None,
     security: Any = None,
@@ -65,6 +69,12 @@ def connect(
         Emulated slowness, one factor of at least 1 for each worker: `[1, 4]` makes worker 1 four times slower.
     jitter
         Standard deviation of the logarithm of a random factor on every step's emulated duration; 0 is none.
+    drift
+        Seconds of a period in which the slowdown of each worker moves smoothly (its logarithm as a cosine) to that of the worker at
+        the other end of the list, and back: who is slow changes while a run goes. 0 is none.
+    stalls
+        `(every, seconds)`: a worker stands still for `seconds`, at most 30, after times of work that are exponentially distributed
+        with a mean of `every` seconds, so that all it does takes 1 + seconds / every times as long. It is alive all the while.
     address, security
         A running Dask scheduler ("tcp://host:8786", or "tls://..." with a `distributed.Security`), or the file
         "scheduler.json" that it has written. Left running at `close`, as are `client` and `profile`.
@@ -90,7 +100,8 @@ def connect(
     if kind is None:
         kind = _kind(address, client, profile)
     joins = address is not None or client is not None or profile is not None
-    _check_numbers(n_workers, threads_per_worker, slowdown, jitter, joins)
+    _check_numbers(n_workers, threads_per_worker, slowdown, joins)
+    stalls = _check_unsteadiness(jitter, drift, stalls, slowdown)
     _check_place(kind, address, client, security, resources, engines, profile, job)
     if n_workers is None and not joins:
         n_workers = 2
@@ -100,6 +111,8 @@ def connect(
         threads_per_worker,
         tuple(slowdown or ()),
         jitter,
+        drift,
+        stalls,
         address,
         id(client),
         id(security),
@@ -144,6 +157,8 @@ def connect(
                     backend,
                     threads=threads_per_worker,
                     jitter=jitter,
+                    drift=drift,
+                    stalls=stalls,
                     limit=n_workers if joins else None,
                     scratch=scratch,
                 )
@@ -178,19 +193,28 @@ def _is_ipyparallel(client: Any) -> bool:
     return any(cls.__module__.startswith("ipyparallel.") for cls in type(client).__mro__)
 
 
-def _check_numbers(n_workers, threads_per_worker, slowdown, jitter, joins) -> None:
+def _check_numbers(n_workers, threads_per_worker, slowdown, joins) -> None:
     if n_workers is not None and (int(n_workers) != n_workers or n_workers < 1):
         raise ClusterError(f"n_workers={n_workers}: a lab needs at least one worker.")
     if int(threads_per_worker) != threads_per_worker or threads_per_worker < 1:
         raise ClusterError(f"threads_per_worker={threads_per_worker}: at least one thread is needed.")
-    if jitter < 0:
-        raise ClusterError(f"jitter={jitter} must not be negative.")
     if slowdown is not None:
         n = n_workers or (None if joins else 2)
         if n is not None and len(slowdown) != n:
             raise ClusterError(f"slowdown has {len(slowdown)} entries for {n} workers. Give one factor for each worker.")
         if not all(factor >= 1 for factor in slowdown):
             raise ClusterError(f"slowdown={list(slowdown)}: a factor below 1 would be a speed-up; 1 is the true speed.")
+
+
+def _check_unsteadiness(jitter, drift, stalls, slowdown) -> tuple[float, float] | None:
+    for name, value in {"jitter": jitter, "drift": drift}.items():
+        if not 0 <= value < math.inf:
+            raise ClusterError(f"{name}={value} must not be negative." if value < 0 else f"{name}={value} must be finite.")
+    try:
+        opposite(slowdown or [1.0], drift)
+        return make_stalls(stalls)
+    except ValueError as error:
+        raise ClusterError(str(error)) from None
 
 
 def _check_place(kind, address, client, security, resources, engines, profile, job) -> None:

@@ -5,6 +5,7 @@
       go: weights, indices, grant <------     release
       beat (samples, loss)       ------->     progress; who is silent too long is taken to be gone
       push (weights, Q, times)   ------->     merge
+      (score)                    ------->     recorded: where it is measured while the push is under way
       go, or stop                <-------     release; while it is held: hold, hold, ...
       (late beat or push)        ------->     refused and recorded
       join again                 <-------     rejoin
@@ -23,14 +24,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit import wire
-from labkit.errors import WireError
+from labkit import exchange, wire
+from labkit.errors import UpdateError, WireError
 from labkit.members import Answer, Member
 
 if TYPE_CHECKING:
     from labkit.server import Server
 
 BEAT_S = 0.5  # how often a worker says that it lives, and a waiting worker is told that the server does
+SCORE_S = 1.0  # how often a worker measures its score where the rule does not ask for it
 SILENCE_S = 60.0  # a server that says nothing for longer to a waiting worker, or to the kernel, is taken to be gone
 
 
@@ -41,7 +43,10 @@ class Conversation:
         self.server, self.connection, self.hello = server, connection, hello
         self.course, self.silence = server.course, server.spec.silence
         self.outbox: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self.buffer = np.empty(len(server.spec.weights), np.float32)  # of its pushes
+        self.exchange, n = server.spec.exchange, len(server.spec.weights)
+        self.buffer = exchange.place(self.exchange, n)  # of its pushes, as they come
+        self.weights = self.buffer if self.exchange == "float32" else np.empty(n, np.float32)
+        self.given = server.spec.weights  # with which it was released last
 
     def serve(self) -> dict | None:
         """Until the worker is gone; its new hello, if it comes back on the same connection."""
@@ -102,11 +107,15 @@ class Conversation:
                 if header.get("loss") is not None:
                     member.loss = header["loss"]
                 continue
+            if header["op"] == "score":
+                self._score(member, header)
+                continue
+            weights = self._pushed(n) if header["op"] == "push" else None
             with self.server.lock:
                 if self.course.members.get(member.index) is not member:
                     raise _Silent("it came again")
                 if header["op"] == "push":
-                    self.course.push(member, header, self.buffer if n == self.buffer.nbytes else None, n)
+                    self.course.push(member, header, weights, n)
                     if self.course.state != "running":
                         self.server.tell_the_others()
                     return True
@@ -128,16 +137,44 @@ class Conversation:
                 self.connection.send({"op": "hold"})
             while self.connection.waiting():
                 header, _ = self.connection.receive()
-                if header["op"] != "beat":
+                if header["op"] == "score":
+                    self._score(member, header)
+                elif header["op"] != "beat":
                     raise WireError(f"a {header['op']!r} message came from a worker that is held.")
                 heard = time.monotonic()
             if time.monotonic() - heard > self.silence:
                 raise self._no_sign_of_life()
-        n = self.connection.send(answer.header, *(part for part in (answer.weights, answer.indices) if part is not None))
+        n = self.connection.send(answer.header, *self._packed(answer))
         if answer.header["op"] == "go":
             who = {"worker": member.index, "incarnation": member.incarnation}
             told = {"version": answer.header["version"], "wait_s": answer.header["wait_s"]}
             self.server.recorder.event("release", bytes=n, **who, **told)
+
+    def _packed(self, answer: Answer) -> list[np.ndarray]:
+        """What goes over the wire with this answer."""
+        if answer.weights is None:
+            return []
+        self.given = answer.weights
+        try:
+            return [self.server.packed(answer.weights), answer.indices]
+        except UpdateError as error:
+            with self.server.lock:
+                self.server.stop("failed", f"version {answer.header['version']}: {error}")
+            raise WireError(str(error)) from error
+
+    def _pushed(self, n: int) -> np.ndarray | None:
+        """The weights of a push of n bytes; None if it is not of the right size."""
+        if n != self.buffer.nbytes:
+            return None
+        if self.exchange != "float32":
+            exchange.add_change(self.given, self.buffer, self.exchange, self.weights)
+        return self.weights
+
+    def _score(self, member: Member, header: dict) -> None:
+        """Measured while the push was under way, for a rule that does not ask for it."""
+        member.score = header["score"]
+        who = {"worker": member.index, "incarnation": member.incarnation, "pass": member.passes}
+        self.server.recorder.event("score", **who, score=header["score"], score_s=header["score_s"])
 
     def _late(self, member: Member) -> dict | None:
         """Who was taken to be gone is heard again: nothing that it has done counts; it is asked to join anew."""

@@ -25,13 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from labkit.allotment import Allotment
+from labkit.allotment import Allotment, Part
 from labkit.errors import ClusterError, PartitionError, UpdateError
 from labkit.keeping import AGE_S, Keeper
 from labkit.members import Answer, Member
 from labkit.partition import UDPA
 from labkit.updates import Push, Reply, Update
 
+TOLD = ("samples", "loss", "score", "compute_s", "score_s", "wait_s", "send_s", "hidden_s")  # by a worker, of its local pass
 AGAIN = "it came again."  # why a worker leaves whose next incarnation joins
 
 
@@ -58,12 +59,14 @@ class Coordinator:
         alarm: Callable[[float], None] = lambda at: None,
         state: dict | None = None,
         age: float = AGE_S,
+        overlap: int = 0,
     ) -> None:
         self.update, self.partition, self.workers = update, partition, workers
         self.deliver, self.record, self.clock, self.alarm = deliver, record, clock, alarm
         self.members: dict[int, Member] = {}
         joint = local_steps and local_steps * batch_size
-        self.samples = Allotment(partition, budget, joint, update, self.members, record)
+        ahead = overlap * batch_size if update.ahead else 0
+        self.samples = Allotment(partition, budget, joint, update, self.members, record, ahead)
         self.keeper = Keeper(update, self.samples, checkpoints, save, clock, age)
         self.incarnations: dict[int, int] = {}
         self.round = 0  # local passes of the quickest worker; who comes counts on from there, so that no number comes twice
@@ -156,7 +159,7 @@ class Coordinator:
             staleness=self.update.version - version,
             bytes=n_bytes,
             **{"pass": member.passes},
-            **{key: header[key] for key in ("samples", "loss", "score", "compute_s", "score_s", "wait_s", "send_s")},
+            **{key: header[key] for key in TOLD if key in header},
         )
         member.held_since = self.clock()
         granted = self.samples.take_back(member)
@@ -166,8 +169,8 @@ class Coordinator:
             if samples != granted:
                 raise UpdateError(f"a push of {samples} samples, but {granted} were granted.")
             if weights is None:
-                raise UpdateError(f"a push of {n_bytes} bytes, but this model has {self.update.weights.nbytes}.")
-            replies = self.update.push(Push(index, version, weights, float(header["score"]), samples))
+                raise UpdateError(f"a push of {n_bytes} bytes, which are not the {len(self.update.weights)} weights of this model.")
+            replies = self.update.push(Push(index, version, weights, header["score"], samples))
         except UpdateError as error:
             return self.stop("failed", f"worker {index} at version {version}: {error}")
         self.samples.pushed(member, samples, header["compute_s"] + header["score_s"])
@@ -249,17 +252,6 @@ class Coordinator:
         self.keeper.begin()
         self.record("resume", version=self.update.version, total=self.samples.done)
 
-    def status(self) -> dict:
-        return {
-            "state": self.state,
-            "reason": self.reason,
-            "started": self.started,
-            "version": self.update.version,
-            "samples": self.samples.done + sum(member.seen for member in self.members.values()),
-            "budget": self.samples.budget,
-            "workers": {m.index: {"loss": m.loss, "score": m.score, "passes": m.passes} for m in self.members.values()},
-        }
-
     # -- how they are answered -------------------------------------------------------------------------------------
 
     def _release(self, replies: list[Reply]) -> None:
@@ -287,13 +279,7 @@ class Coordinator:
     def _grant(self, replies: list[Reply]) -> None:
         members = [self.members[reply.worker] for reply in replies]
         if self.samples.remaining < (len(members) if self.update.collective else 1):
-            self.idle.update(member.index for member in members)
-            if not any(member.busy for member in self.members.values()):
-                self._finish()
-            else:
-                for member in members:
-                    self._hold(member)
-            return
+            return self._rest(replies)
         if not members:
             return
         try:
@@ -305,9 +291,24 @@ class Coordinator:
                 self.deliver(member.index, self.samples.go(member, reply, part, self._waited(member)))
         for member in (member for member in members if member.index not in at_work):  # until another one gives something back
             self.hungry.add(member.index)
+            self.samples.forget(member)
             self._hold(member)
             self._release(self.update.leave(member.index))
         self._feed()
+
+    def _rest(self, replies: list[Reply]) -> None:
+        """Nothing is left of the budget for these. When nobody is at work any more, the run ends."""
+        for reply in replies:
+            member = self.members[reply.worker]
+            if member.granted:  # it pushes what it has trained on ahead
+                self.deliver(member.index, self.samples.go(member, reply, Part(0, []), self._waited(member)))
+            else:
+                self.idle.add(member.index)
+        if not any(member.busy for member in self.members.values()):
+            return self._finish()
+        for reply in replies:
+            if reply.worker in self.idle:
+                self._hold(self.members[reply.worker])
 
     def _wake(self) -> None:
         """What has come back of the budget is for those for whom nothing was left."""

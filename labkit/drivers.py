@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labkit import record, scenarios
+from labkit.arrivals import Arrivals
 from labkit.errors import RunError
+from labkit.exchange import n_bytes
 from labkit.offline import Ledger
 from labkit.partition import UDPA, make_partition
 from labkit.problems import Problem
 from labkit.progress import meter
-from labkit.replaying import Arrivals, Course, Lives
+from labkit.replaying import Course, Lives
 from labkit.resuming import problem_of
 from labkit.run import Run
 from labkit.settings import whole
@@ -101,6 +103,8 @@ def simulate(
     n_workers: int | None = None,
     slowdown: Sequence[float] | None = None,
     jitter: float | None = None,
+    drift: float | None = None,
+    stalls: Sequence[float] | None = None,
     bandwidth: float | None = None,
     latency: float | None = None,
     servers: int = 1,
@@ -111,6 +115,8 @@ def simulate(
     local_steps: int | str | None = scenarios.RECORDED,
     samples: int | None = None,
     n_weights: int | None = None,
+    exchange: str | None = None,
+    overlap: int | None = None,
     seed: int | None = None,
     numerics: bool = False,
     problem: Problem | None = None,
@@ -129,9 +135,9 @@ def simulate(
     source
         A run that has ended, several (the first is changed, all are fitted; two sizes of model tell latency from bandwidth), or
         speeds: samples/s of each worker, for a cluster of which nothing is recorded.
-    n_workers, slowdown, jitter
+    n_workers, slowdown, jitter, drift, stalls
         Other workers: each is as quick as one of the measured ones without its slowdown, in turn, and slower by `slowdown` (by
-        default as recorded, in turn). `jitter` as in `connect`.
+        default as recorded, in turn). `jitter`, `drift` and `stalls` as in `connect`; 0, 0 and () for none.
     bandwidth, latency
         Of each worker's link, in bytes/s and seconds, each way.
     servers
@@ -140,8 +146,8 @@ def simulate(
     failures
         (seconds, worker) for a worker that is lost, (seconds, worker, away) for one that comes back after `away` seconds. By
         default as recorded, as long as the workers are those of the run; [] for none.
-    update, partition, passes, local_steps, seed
-        As in `train`.
+    update, partition, passes, local_steps, exchange, overlap, seed
+        As in `train`. (Packing weights into 16 bits is taken to cost no time.)
     samples, n_weights
         Training samples and float32 weights, where they are to be others than those of the run (not with `numerics`).
     numerics
@@ -166,9 +172,10 @@ def simulate(
     timing, recorded = scenarios.of_runs(measured) if base else scenarios.of_speeds(measured)
     rule = copy.deepcopy(make_update(update if update is not None else recorded["update"]))
     parts = copy.deepcopy(make_partition(partition if partition is not None else recorded["partition"]))
-    workers = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter}
+    workers = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls}
     lengths = {"passes": passes, "local_steps": local_steps, "samples": samples, "seed": seed}
-    config = scenarios.changed(recorded, update=rule, partition=parts, **workers, **lengths)
+    traffic = {"exchange": exchange, "overlap": overlap}
+    config = scenarios.changed(recorded, update=rule, partition=parts, **workers, **lengths, **traffic)
     if numerics and (base is None or samples is not None or n_weights is not None):
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
     problem = problem_of(base, problem or base._problem, "simulate(run, problem=problem)") if numerics else None
@@ -189,8 +196,11 @@ def simulate(
     try:
         with meter(f"simulation of {config['n_workers']} workers", config["budget"]) as told:
             rules = {"update": rule, "partition": parts, "batch_size": batch_size, "changes": changes, "problem": problem}
-            there = timing.with_links(bandwidth, latency).on_servers(servers)
-            made = Simulation(config, there, 4 * size, **rules, ledger=ledger, told=told).run()
+            there, sent = (
+                timing.with_links(bandwidth, latency).on_servers(servers),
+                n_bytes(config.get("exchange", "float32"), size),
+            )
+            made = Simulation(config, there, sent, **rules, ledger=ledger, told=told).run()
         it = made.it
         status = {"state": it.state, "reason": it.reason, "version": it.update.version, "samples": it.samples.done}
         status |= {"server_busy": made.busy / made.merged_at if made.merged_at else 0.0}

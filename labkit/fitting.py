@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,8 @@ from labkit.layout import flatten
 from labkit.partition import UDPA
 from labkit.problems import Clock, Problem, evaluating
 from labkit.shard import Shard, batches
-from labkit.worker import Slowness, keep_memory
+from labkit.slowness import Slowness, recorded
+from labkit.worker import keep_memory
 
 BATCH = 256  # samples measured at once
 
@@ -148,13 +149,13 @@ def outputs(
     return torch.cat(found).numpy()
 
 
-def ready(worker: Worker, jitter: float, seed: int, kind: str) -> Slowness:
-    """Set this process up to train as a worker of a lab of this kind; returns the emulated slowness."""
+def ready(worker: Worker, config: Mapping, seed: int) -> Slowness:
+    """Set this process up to train as a worker of the lab that `config` describes; returns the emulated slowness."""
     keep_memory()
     if torch.get_num_threads() != worker.threads:
         torch.set_num_threads(worker.threads)
     if worker.device != "cpu":
         torch.cuda.set_device(worker.device)
-    if kind != "threads":  # dropout and the like; threads share one generator
+    if config["kind"] != "threads":  # dropout and the like; threads share one generator
         torch.manual_seed(seed)
-    return Slowness(worker.slowdown, jitter, seed, worker.index, worker.device)
+    return Slowness(recorded(config, worker.index), seed, worker.index, worker.device)

@@ -4,7 +4,7 @@ A lab can do a few things and no more: list its workers, start a long task pinne
 them, tell which are lost and which have come, and lease workers to a run. Whatever else a back end can do stays behind this
 (`labkit.dask_workers` says what a back end is).
 
-A worker that comes takes the place of one that was lost, index, slowdown and lease included, or else gets a new index.
+A worker that comes takes the place of one that was lost, index, slowness and lease included, or else gets a new index.
 
 Made by `labkit.connecting`; used by `labkit.training`, `labkit.session`, `labkit.sweeps` and every notebook.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 from labkit.dask_workers import quiet
 from labkit.errors import ClusterError
+from labkit.slowness import Unevenness, opposite, unsteadiness
 from labkit.tasks import Task, spread
 
 DESCRIBE_S = 1.0  # how long `refresh` waits for a newcomer to say who it is; it is asked again the next time
@@ -27,7 +28,7 @@ DESCRIBE_S = 1.0  # how long `refresh` waits for a newcomer to say who it is; it
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker of a lab. `slowdown` is its emulated factor (1 is its true speed)."""
+    """One worker of a lab. `slowdown` is its emulated factor (1 is its true speed), `drifts_to` that of half a period later."""
 
     index: int
     name: str
@@ -36,6 +37,7 @@ class Worker:
     threads: int
     pid: int
     slowdown: float
+    drifts_to: float
 
 
 class Lab:
@@ -48,10 +50,13 @@ class Lab:
         *,
         threads: int = 1,
         jitter: float = 0.0,
+        drift: float = 0.0,
+        stalls: tuple[float, float] | None = None,
         limit: int | None = None,
         scratch: str | None = None,
     ) -> None:
-        self.kind, self.jitter, self.workers, self.closed = kind, jitter, [], False
+        self.kind, self.workers, self.closed = kind, [], False
+        self.jitter, self.drift, self.stalls = jitter, drift, stalls
         self.runs: list[Any] = []  # the runs that train here now, set by labkit.training
         self._backend, self._threads, self._limit, self._scratch = backend, threads, limit, scratch
         self._ids: list[Any] = []  # of the back end, by index
@@ -70,7 +75,12 @@ class Lab:
     @property
     def emulated(self) -> bool:
         """Are some workers slower than they are?"""
-        return self.jitter > 0 or any(worker.slowdown != 1 for worker in self.workers)
+        return any(self.unevenness(worker.index).on for worker in self.workers)
+
+    def unevenness(self, worker: int) -> Unevenness:
+        """How one worker is made slower than it is."""
+        slow = self.workers[worker]
+        return Unevenness(slow.slowdown, self.jitter, self.drift, slow.drifts_to, self.stalls)
 
     @property
     def dashboard(self) -> str:
@@ -168,13 +178,15 @@ class Lab:
         order = order[: self._limit or len(order)]
         if slowdown is not None and len(slowdown) != len(order):
             raise ClusterError(f"slowdown has {len(slowdown)} entries for {len(order)} workers. Give one factor for each worker.")
+        factors = [float(factor) for factor in slowdown or [1] * len(order)]
+        slow = list(zip(factors, opposite(factors, self.drift), strict=True))
         asked = {id: self._backend.describe(id) for id in order}
         try:
             about = {id: asked[id].result(timeout=max(1.0, limit - time.monotonic())) for id in order}
         except TimeoutError as error:
             raise ClusterError(f"a worker is there but did not say who it is within {timeout:g} s. Is it frozen?") from error
         for number, id in enumerate(sorted(order, key=lambda id: about[id][4])):  # stable: without MPI all ranks are 0
-            self._place(number, id, alive[id], about[id], float(slowdown[number]) if slowdown is not None else 1.0)
+            self._place(number, id, alive[id], about[id], slow[number])
         self._arrivals.clear()
 
     def _admit(self, patience: float) -> None:
@@ -211,11 +223,12 @@ class Lab:
             holder = self._leases.get(index)
             if holder and self._backend.lease([id], holder):
                 continue  # another notebook was quicker
-            self._place(index, id, name, about, self.workers[index].slowdown if index < len(self) else 1.0)
+            before = self.workers[index] if index < len(self) else None
+            self._place(index, id, name, about, (before.slowdown, before.drifts_to) if before else (1.0, 1.0))
             lost = [place for place in lost if place != index]
             by_name.pop(name, None)
 
-    def _place(self, index: int, id: Any, name: Any, about: tuple, slowdown: float) -> None:
+    def _place(self, index: int, id: Any, name: Any, about: tuple, slow: tuple[float, float]) -> None:
         host, pid, gpus, visible, _ = about
         old = self._visible[index] if index < len(self) else None
         if old == (host, visible):
@@ -223,7 +236,7 @@ class Lab:
         else:
             rank = sum(sees == (host, visible) for place, sees in enumerate(self._visible) if place != index)
             device = f"cuda:{rank % gpus}" if gpus else "cpu"
-        worker = Worker(index, str(name), host, device, self._threads, pid, slowdown)
+        worker = Worker(index, str(name), host, device, self._threads, pid, *slow)
         if index == len(self):
             self._ids.append(id)
             self._visible.append((host, visible))
@@ -290,8 +303,10 @@ class Lab:
         if self.closed:
             return f"<Lab {self.kind}, closed>"
         lines = [f"Lab: {len(self.workers)} workers ({self.kind})" + (f", dashboard {self.dashboard}" if self.dashboard else "")]
+        lines += [f"  emulated: {words}" for words in [unsteadiness(self.jitter, self.drift, self.stalls)] if words]
         for worker in self.workers:
-            slow = f", emulated {worker.slowdown:g}x slower" if worker.slowdown != 1 else ""
+            drifts = f", drifting to {worker.drifts_to:g}x" if worker.drifts_to != worker.slowdown else ""
+            slow = f", emulated {worker.slowdown:g}x slower{drifts}" if worker.slowdown != 1 or drifts else ""
             lines.append(
                 f"  worker {worker.index}: {worker.host}, pid {worker.pid}, {worker.device}, {worker.threads} torch thread(s){slow}"
             )

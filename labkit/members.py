@@ -1,13 +1,17 @@
 """The members of a run: what is known about each worker that is here, who makes an all-reduce, and what a worker is told.
 
-Used by `labkit.coordinator` and `labkit.allotment` (and the words by whoever drives a course).
+Used by `labkit.coordinator` and `labkit.allotment`; answers and standing by whoever drives a course.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from labkit.coordinator import Coordinator
 
 FRUITLESS = 10  # how often the group of an all-reduce may break in a row before the run is given up
 
@@ -20,7 +24,8 @@ class Member:
     incarnation: int
     passes: int = 0
     busy: bool = False  # a local pass is under way
-    granted: int = 0  # samples of it
+    granted: int = 0  # samples that it has been given and not pushed
+    ahead: int = 0  # of these, those that it trains on while its push is under way: they belong to its next one
     group: int = 0  # number of the group of an all-reduce in which that is
     seen: int = 0  # of these, trained on so far
     unmerged: int = 0  # samples of a push that waits for the others
@@ -49,6 +54,19 @@ class Group:
     def disband(self) -> None:
         """It has broken, or one of it is gone: the next one is another, even if the same workers make it."""
         self.ranks = []
+
+
+def standing(course: Coordinator) -> dict:
+    """Where a run stands, as its kernel is told."""
+    return {
+        "state": course.state,
+        "reason": course.reason,
+        "started": course.started,
+        "version": course.update.version,
+        "samples": course.samples.done + sum(member.seen for member in course.members.values()),
+        "budget": course.samples.budget,
+        "workers": {m.index: {"loss": m.loss, "score": m.score, "passes": m.passes} for m in course.members.values()},
+    }
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,11 @@ WORDS = {
     "beat": {"samples": _or_nothing(COUNT), "loss": _or_nothing(NUMBER)},
     "push": {
         **dict.fromkeys(("version", "samples"), COUNT),
-        **{"score": NUMBER, "loss": _or_nothing(NUMBER)},
+        **{"score": _or_nothing(NUMBER), "loss": _or_nothing(NUMBER)},
         **dict.fromkeys(("compute_s", "score_s", "wait_s", "send_s"), SECONDS),
+        "hidden_s": _or_nothing(SECONDS),
     },
+    "score": {"score": NUMBER, "score_s": SECONDS},
     "regroup": {"reason": _or_nothing(TEXT)},
     "fail": {"reason": TEXT},
     # of the kernel

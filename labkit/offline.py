@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from labkit import checkpoints, record
+from labkit import checkpoints, exchange, record
 from labkit.coordinator import Coordinator
 from labkit.errors import RunError
 from labkit.members import Answer
@@ -42,15 +42,16 @@ class _Place:
     replica: Replica
     threads: int
     shared: bool
-    incarnation: int | None = None
     random: torch.Tensor | None = None
+    went: dict | None = None  # the header of its latest answer
 
 
 class Replicas:
-    """The workers of a run, computing one after the other in this process; torch is left as it was found (`close`)."""
+    """The workers of a run of this `config`, computing one after the other in this process; torch is left as it was (`close`)."""
 
-    def __init__(self, problem: Problem, seed: int, budget: int) -> None:
-        self.problem, self.seed, self.budget = problem, seed, budget
+    def __init__(self, problem: Problem, config: dict) -> None:
+        self.problem, self.seed, self.budget = problem, config["seed"], config["budget"]
+        self.exchange = config.get("exchange", "float32")
         self.places: dict[int, _Place] = {}
         self._threads = torch.get_num_threads()
 
@@ -60,27 +61,45 @@ class Replicas:
             replica = Replica(self.problem, self.seed, worker, self.budget)
         self.places[worker] = _Place(replica, threads, shared)
 
-    def work(self, worker: int, go: Answer) -> tuple[dict, float]:
-        """The local pass that `go` asks for: what `Replica.local_pass` returns, and the score."""
+    def work(self, worker: int, go: Answer) -> tuple[dict, np.ndarray]:
+        """The local pass that `go` asks for: what `Replica.local_pass` returns, and the weights as the server gets them."""
         place = self.places[worker]
         replica = place.replica
         with self._as(place):
-            replica.flat.copy_(torch.from_numpy(np.array(go.weights)))
             if replica.shard is None:
                 replica.begin(go.header["incarnation"])
             began = torch.get_rng_state() if place.shared else None
+            if place.went:  # what it did while its push was under way
+                replica.ahead(place.went)
+            given = np.array(exchange.pack(go.weights, self.exchange))
+            taken = np.array(go.weights) if self.exchange == "float32" else np.empty_like(go.weights)
+            if self.exchange != "float32":
+                exchange.unpack(given, self.exchange, taken)
+            replica.take_in(torch.from_numpy(taken), go.header["carry"])
             replica.hold(go.header["keep"], go.indices)
-            done, score = replica.local_pass(go.header), replica.score()
+            done, place.went = replica.local_pass(go.header), go.header
             if began is not None and not torch.equal(began, torch.get_rng_state()):
                 raise RunError(
                     "the model or the problem draws random numbers (dropout, say), and the workers of this run were threads that "
                     "shared one generator: who drew when is not in the record. Train it on processes: connect(kind='dask')."
                 )
-        return done, score
+        return done, self._pushed(replica, go.weights, given)
 
-    def vector(self, worker: int) -> np.ndarray:
-        """The weights of a worker as they are now, float32 (n,); not a copy."""
-        return self.places[worker].replica.flat.numpy()
+    def score(self, worker: int) -> float:
+        """Q of what this worker has pushed last."""
+        place = self.places[worker]
+        with self._as(place):
+            return place.replica.score()
+
+    def _pushed(self, replica: Replica, base: np.ndarray, given: np.ndarray) -> np.ndarray:
+        """As the server gets it, float32 (n,), good until the worker is at work again."""
+        weights = replica.flat.numpy()
+        if self.exchange == "float32":
+            return weights
+        change, made = exchange.place(self.exchange, len(weights)), np.empty_like(weights)
+        exchange.pack_change(weights, given, self.exchange, change)
+        exchange.add_change(base, change, self.exchange, made)
+        return made
 
     def close(self) -> None:
         torch.set_num_threads(self._threads)
@@ -154,5 +173,5 @@ def begin_course(
     else:
         update.start(weights, workers, n_buffers, blocks)
         partition.start(config["n_train"], workers, seed=config["seed"], labels=labels)
-    settings = {key: config[key] for key in ("budget", "local_steps", "checkpoints")}
+    settings = {key: config[key] for key in ("budget", "local_steps", "checkpoints")} | {"overlap": config.get("overlap", 0)}
     return Coordinator(update=update, partition=partition, workers=list(workers), state=state, **settings, **options)

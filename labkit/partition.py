@@ -99,14 +99,7 @@ class UDPA:
             self._targets.clear()
         for worker in workers:
             self.count[worker] += 1
-        together = workers == self.workers and len({min(self.count[w], self.batches) for w in workers}) == 1
-        add = np.array([self._wanted(worker) for worker in workers], dtype=np.int64)
-        if together:
-            room = self._due(self.count[workers[0]]) - (self.n_samples - len(self.pool))
-            add = largest_remainder(max(0, room), add if add.sum() else self._speeds())
-            for i in np.flatnonzero((add == 0) & [self.held[worker] == 0 for worker in workers]):
-                if add.max() > 1:  # nobody begins with nothing
-                    add[i], add[np.argmax(add)] = 1, add.max() - 1
+        add = self._batch(workers) if len(self.pool) else [0] * len(workers)
         given = {worker: self._hand_out(worker, int(n)) for worker, n in zip(workers, add, strict=True)}
         for worker in workers:
             if self.held[worker]:
@@ -202,9 +195,19 @@ class UDPA:
         """Samples that those who came late still miss, `but` left out."""
         return sum(max(0, self._target(worker) - self.held[worker]) for worker in self.late if worker != but)
 
+    def _batch(self, workers: list[int]) -> np.ndarray:
+        """How many samples of the pool each of `workers` is to get."""
+        together = workers == self.workers and len({min(self.count[w], self.batches) for w in workers}) == 1
+        add = np.array([self._wanted(worker) for worker in workers], dtype=np.int64)
+        if together:
+            room = self._due(self.count[workers[0]]) - (self.n_samples - len(self.pool))
+            add = largest_remainder(max(0, room), add if add.sum() else self._speeds())
+            for i in np.flatnonzero((add == 0) & [self.held[worker] == 0 for worker in workers]):
+                if add.max() > 1:  # nobody begins with nothing
+                    add[i], add[np.argmax(add)] = 1, add.max() - 1
+        return add
+
     def _wanted(self, worker: int) -> int:
-        if not len(self.pool):
-            return 0
         add = max(0 if self.held[worker] else 1, self._target(worker) - self.held[worker])  # nobody begins with nothing
         if self.count[worker] > self.batches <= min(self.count.values()):  # all batches are out: what is left
             shares = self._speeds()
@@ -214,8 +217,9 @@ class UDPA:
 
     def _hand_out(self, worker: int, n: int) -> np.ndarray:
         given, self.pool = self.pool[:n], self.pool[n:]
-        self.shards[worker].append(given)
-        self.held[worker] += len(given)
+        if len(given):
+            self.shards[worker].append(given)
+            self.held[worker] += len(given)
         if worker in self.late and self.held[worker] >= self._target(worker):
             self.late.remove(worker)
         return given

@@ -54,6 +54,7 @@ COLUMNS = [
     "score_s",
     "wait_s",
     "send_s",
+    "hidden_s",  # of an exchange: the part during which the worker computed
     "bytes",
     "probe_s",  # of a join: seconds per sample, as probed
     "threads",  # of a join: of torch
@@ -62,6 +63,8 @@ COLUMNS = [
     "message",
 ]
 TEXT_COLUMNS = ("kind", "device", "generator", "message")
+KNOWN = frozenset(COLUMNS)
+in_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one for each row
 
 
 class Recorder:
@@ -92,15 +95,14 @@ class Recorder:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one row; `fields` are columns of `COLUMNS`. The clock of the run begins, or goes on, with the event "start"."""
-        unknown = set(fields) - set(COLUMNS)
-        assert not unknown, f"events have no column {unknown}"
+        assert KNOWN.issuperset(fields), f"events have no column {set(fields) - KNOWN}"
         with self._lock:
             now = time.time()
             if kind == "start":
                 self.started = now - (self._before or 0.0)
             seconds = self._before if self.started is None else round(now - self.started, 6)
             row = {"seq": self._seq, "time": round(now, 6), "seconds": seconds, "kind": kind, **fields}
-            self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            self._file.write(in_json(row) + "\n")
             self._seq += 1
             self._count(row)
 

@@ -1,6 +1,6 @@
 """The replica of one worker: its copy of the model, its optimisers and its shard, and the local pass over it.
 
-    take in (weights, samples) -> optimiser steps on my shard -> Q on the shared score set
+    take in (weights, samples) -> optimiser steps on my shard -> Q on the shared score set -> steps ahead, while it is pushed
 
 No connection, no server and no sleep: a worker does this live, and a replay or a simulation does it again in its place with the
 same code, so the same weights, samples and clock give the same bits.
@@ -10,7 +10,10 @@ pulls: momentum goes on from where it was. BatchNorm's running statistics travel
 at home. A replica is made for one incarnation of a worker: who comes back begins with fresh optimisers, whatever it had
 not finished, so that nothing which the record does not hold lives on.
 
-Used by `labkit.worker` (live) and `labkit.replaying`.
+With steps ahead, W is what was pushed and W' what it has become when the next version V comes: the replica goes on from
+V + (W' - W), and its next push, from version V, holds those steps too.
+
+Used by `labkit.worker` (live) and `labkit.offline`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from labkit.problems import Clock, Problem
 from labkit.shard import Shard, batches
 
 SCORED = 256  # samples of the score set that are measured at once
+NOTHING = (0, 0.0, 0.0, 0.0)  # samples, summed loss, compute_s, wait_s
 
 
 class Replica:
@@ -50,6 +54,9 @@ class Replica:
         self.optimisers = problem.optimisers(self.module)
         self.train_indices, self.scored = problem.train_indices(), batches(problem.score_indices(), SCORED)
         self.shard: Shard | None = None
+        self.later = np.empty(0, np.int64)  # samples of this grant that are trained on ahead
+        self.pushed: torch.Tensor | None = None  # the weights as they were before that
+        self.carried = NOTHING  # what was trained on ahead, and belongs to the next push
 
     def begin(self, incarnation: int, own_generator: bool = True) -> None:
         """An empty shard; and for dropout and the like a stream of random numbers, unless workers share torch's generator."""
@@ -75,6 +82,19 @@ class Replica:
         self.after(started, group.waited if group else 0.0)
         return metrics["loss"]
 
+    def take_in(self, weights: torch.Tensor, carry: int) -> None:
+        """Go on from `weights` (n,), on any device; with what was trained on ahead on top if the `carry` samples of it count.
+
+        Buffers are those of `weights`: a variance with a difference added might fall below zero.
+        """
+        n = self.layout.n_params
+        if carry:
+            self.flat[:n].sub_(self.pushed[:n]).add_(weights[:n].to(self.device))
+            self.flat[n:].copy_(weights[n:])
+        else:
+            self.flat.copy_(weights)
+            self.carried = NOTHING
+
     def local_pass(
         self,
         go: dict,
@@ -84,16 +104,44 @@ class Replica:
         halted: Callable[[], object] = lambda: False,
         progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
     ) -> dict | None:
-        """Train on the samples that `go` grants; None when it was `halted` in between.
+        """Train on the samples that `go` grants, but for those that it wants done `ahead`; None when it was `halted` in between.
 
-        Returns samples, loss (their mean), compute_s and wait_s. After each step `progress` gets samples and summed loss so far.
+        Returns samples, loss (their mean), compute_s and wait_s, with those that were trained on ahead before. After each step
+        `progress` gets samples and summed loss so far.
         """
-        indices, batch_size = self.shard.take(go["samples"]), self.problem.batch_size
+        taken, batch_size = self.shard.take(go["samples"]), self.problem.batch_size
+        now, self.later = np.split(taken, [len(taken) - go.get("ahead", 0)])
         if group:
             sizes, weights = steps(go["grants"], group.rank, batch_size)
-            parts = np.split(indices, np.cumsum(sizes)[:-1])
+            parts = np.split(now, np.cumsum(sizes)[:-1])
         else:
-            parts = batches(indices, batch_size)
+            parts, weights = batches(now, batch_size), None
+        done = self._train(parts, go, 0, weights, module, group, halted, progress)
+        if done is None:
+            return None
+        (samples, loss, compute_s, wait_s), self.carried = _sums(self.carried, done), NOTHING
+        mean_loss = loss / max(1, samples)
+        return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(wait_s, 6)}
+
+    def ahead(self, go: dict) -> None:
+        """Train on what `go` wants done while the weights as they are now, which are being pushed, are under way."""
+        if len(self.later):
+            self.pushed = self.flat.clone() if self.pushed is None else self.pushed.copy_(self.flat)
+            parts, self.later = batches(self.later, self.problem.batch_size), self.later[:0]
+            self.carried = self._train(parts, go, go["samples"] - go["ahead"])
+
+    def _train(
+        self,
+        parts: list[np.ndarray],
+        go: dict,
+        before: int,
+        weights: list | None = None,
+        module: torch.nn.Module | None = None,
+        group: Group | None = None,
+        halted: Callable[[], object] = lambda: False,
+        progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
+    ) -> tuple | None:
+        """Steps on these batches, `before` samples after the beginning of the grant: samples, summed loss, compute_s, wait_s."""
         started = time.perf_counter()
         samples, waited, loss = 0, 0.0, torch.zeros((), device=self.device)
         for number, part in enumerate(parts):
@@ -101,15 +149,14 @@ class Replica:
                 return None
             if group:
                 group.begin(weights[number])
-            seen = min(self.budget, go["done"] + int(samples * go["pace"]))
+            seen = min(self.budget, go["done"] + int((before + samples) * go["pace"]))
             clock = Clock(seen, self.budget, seen / len(self.train_indices))
             loss += torch.as_tensor(self.step(part, clock, module, group), device=self.device).detach() * len(part)
             samples += len(part)
             waited += group.waited if group else 0.0
             progress(samples, loss)
-        mean_loss = float(loss) / max(1, samples)  # reads the device, so the time below is true on a GPU
-        compute_s = time.perf_counter() - started - waited
-        return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(waited, 6)}
+        loss = float(loss)  # reads the device, so the time below is true on a GPU
+        return samples, loss, time.perf_counter() - started - waited, waited
 
     def score(self) -> float:
         """Q in [0, 1] of the replica's weights on the score set that all workers share."""
@@ -119,3 +166,7 @@ class Replica:
         ]
         self.after(started)
         return sum(q * n for q, n in found) / max(1, sum(n for _, n in found))
+
+
+def _sums(before: tuple, now: tuple) -> tuple:
+    return tuple(a + b for a, b in zip(before, now, strict=True))

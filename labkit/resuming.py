@@ -137,6 +137,8 @@ def _lab_like(run: Run) -> Lab:
         threads_per_worker=workers[0]["threads"],
         slowdown=slowdown if any(factor != 1 for factor in slowdown) else None,
         jitter=run.config["jitter"],
+        drift=run.config.get("drift", 0.0) if slowdown != slowdown[::-1] else 0.0,
+        stalls=run.config.get("stalls"),
     )
 
 

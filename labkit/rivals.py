@@ -102,7 +102,7 @@ def _train_pieces(problem: Classifier, joined: Subnets, path: Path, run: Callabl
 def train_rival(job: Job, worker: Worker) -> dict[str, Any]:
     """Runs on a worker: train a rival, leave its weights in the folder of the run, and give its row, without its name."""
     problem, config, seed = job.problem, job.config, job.config["seed"]
-    slowness, module = ready(worker, config["jitter"], seed, config["kind"]), job.build()
+    slowness, module = ready(worker, config, seed), job.build()
     settings = {"epochs": config["epochs"], "patience": config["patience"], "seed": seed}
     train, held = problem.train_indices(), problem.score_indices()
     awaited = job.path / "parts", config["id"]

@@ -216,7 +216,7 @@ class Run:
         n_workers = max(1, int(self.config["n_workers"]))
         seconds = float(merges.seconds.max()) if len(merges) else 0.0
         samples = float(merges.samples.sum())
-        worked = float((pushes.compute_s + pushes.score_s).sum())
+        worked = float(pushes.compute_s.sum() + events.score_s.sum())
         leaves = events[events.kind == "leave"]
         sent, waited = float(pushes.send_s.sum()), float(sum(table.wait_s.sum() for table in (releases, pushes, leaves)))
         busy = worked + sent + waited

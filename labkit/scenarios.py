@@ -15,11 +15,14 @@ from collections.abc import Sequence
 
 from labkit.coordinator import AGAIN
 from labkit.errors import RunError
+from labkit.exchange import n_bytes
 from labkit.partition import UDPA, make_partition
 from labkit.run import Run
 from labkit.settings import real, whole
 from labkit.simulating import Change, Simulation
+from labkit.slowness import make_stalls, opposite
 from labkit.timing import Line, Pace, Timing, fit
+from labkit.training import check_traffic
 from labkit.updates import Update, make_update
 
 RECORDED = "as recorded"
@@ -45,8 +48,10 @@ def of_speeds(speeds: Sequence[float]) -> tuple[Timing, dict]:
         "synthetic": False,
         "data_note": "",
         "problem": {"kind": "none: times alone", "batch_size": UNKNOWN["batch_size"]},
-        "workers": [{"slowdown": 1.0}] * len(paces),
+        "workers": [{"slowdown": 1.0, "drifts_to": 1.0}] * len(paces),
         "jitter": 0.0,
+        "drift": 0.0,
+        "stalls": None,
     }
     return Timing(paces, UNKNOWN["exchange"], UNKNOWN["server"]), config
 
@@ -76,26 +81,41 @@ def changed(
     n_workers: int | None,
     slowdown: Sequence[float] | None,
     jitter: float | None,
+    drift: float | None,
+    stalls: Sequence[float] | None,
     passes: float | None,
     local_steps: int | str | None,
     samples: int | None,
+    exchange: str | None,
+    overlap: int | None,
     seed: int | None,
 ) -> dict:
     """The settings of the scenario."""
     if update.collective:
         raise ValueError("an all-reduce cannot be simulated: it exchanges within every step. Known to work: every other update.")
     config = {key: value for key, value in recorded.items() if key != "resumed"}
-    before = [worker["slowdown"] for worker in recorded["workers"]]
+    before = recorded["workers"]
     n = len(before) if n_workers is None and slowdown is None else whole("n_workers", n_workers or len(slowdown))
-    slow = [before[i % len(before)] for i in range(n)] if slowdown is None else [real("slowdown", s, least=1) for s in slowdown]
+    again = [before[i % len(before)] for i in range(n)]
+    slow = [worker["slowdown"] for worker in again] if slowdown is None else [real("slowdown", s, least=1) for s in slowdown]
     if len(slow) != n:
         raise ValueError(f"slowdown has {len(slow)} entries for {n} workers. Give one factor for each worker.")
     about = {"name": "simulated", "host": "simulated", "device": "cpu", "threads": 1, "pid": 0}
-    config["workers"] = [{"index": i, **about, "slowdown": s} for i, s in enumerate(slow)]
+    config["drift"] = recorded.get("drift", 0.0) if drift is None else real("drift", drift, least=0)
+    config["stalls"] = make_stalls(recorded.get("stalls") if stalls is None else stalls)
+    there = [worker.get("drifts_to", worker["slowdown"]) for worker in again]
+    there = there if slowdown is None and drift is None else opposite(slow, config["drift"])
+    pairs = enumerate(zip(slow, there, strict=True))
+    config["workers"] = [{"index": i, **about, "slowdown": here, "drifts_to": later} for i, (here, later) in pairs]
     config |= {"n_workers": n, "kind": "simulated", "emulated": False}
     config |= {"update": update.config(), "partition": partition.config()}
     if jitter is not None:
         config["jitter"] = real("jitter", jitter, least=0)
+    if exchange is not None:
+        config["exchange"] = exchange
+    if overlap is not None:
+        config["overlap"] = overlap
+    check_traffic(update, config.get("exchange", "float32"), overlap or 0)
     if seed is not None:
         config["seed"] = int(seed)
     if samples is not None:
@@ -153,7 +173,7 @@ def _compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float 
     again = Simulation(
         run.config,
         timing,
-        4 * run.layout.size,
+        n_bytes(run.config.get("exchange", "float32"), run.layout.size),
         update=copy.deepcopy(rule) if rule.config() == run.config["update"] else make_update(run.config["update"]),
         partition=make_partition(run.config["partition"]),
         batch_size=batch_size,

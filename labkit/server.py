@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from labkit import checkpoints, presence, wire
+from labkit import checkpoints, exchange, presence, wire
 from labkit.conversation import SILENCE_S, Conversation, tell
 from labkit.coordinator import Coordinator
 from labkit.errors import WireError
 from labkit.keeping import AGE_S
-from labkit.members import Answer, Member
+from labkit.members import Answer, Member, standing
 from labkit.messages import checked
 from labkit.partition import UDPA
 from labkit.record import Recorder, write_json
@@ -55,6 +55,8 @@ class ServerSpec:
     host: str = "127.0.0.1"
     patience: float = 60.0  # seconds to wait for every worker at the start, and for anybody when all are lost
     silence: float = 4.0  # seconds without a word after which a worker is taken to be gone
+    exchange: str = "float32"  # how weights travel: `labkit.exchange`
+    overlap: int = 0  # batches that a worker computes while its push is under way
     age: float = AGE_S  # seconds after which the newest version is kept, also between the checkpoints
     blocks: tuple[int, ...] = ()  # sizes of the tensors that make the parameters
     state: dict | None = None  # of the checkpoint that a run goes on from (`labkit.checkpoints.read_state`)
@@ -74,6 +76,7 @@ class Server:
         self.versions: queue.SimpleQueue[tuple[int, np.ndarray, dict] | None] = queue.SimpleQueue()
         self.over, self.bell = threading.Event(), threading.Event()  # the bell: look at the time, or at `over`
         self.unwritten = ""  # why the record is not complete
+        self._packed: tuple[np.ndarray, np.ndarray] | None = None  # the version that was packed last, and as what
         if spec.state:
             spec.update.go_on(spec.weights, spec.workers, spec.n_buffers, spec.state["update"])
             spec.partition.load_state_dict(spec.state["partition"])
@@ -95,6 +98,7 @@ class Server:
             alarm=lambda _: self.bell.set(),
             state=spec.state,
             age=spec.age,
+            overlap=spec.overlap,
         )
         presence.announce(Path(spec.path), self.address, spec.secret)  # before anybody is told of the run
 
@@ -124,7 +128,7 @@ class Server:
             self.course.keep()
         self.versions.put(None)
         saver.join()
-        status = {key: self.course.status()[key] for key in ("state", "reason", "version", "samples")}
+        status = {key: standing(self.course)[key] for key in ("state", "reason", "version", "samples")}
         for last in (self.recorder.close, lambda: write_json(Path(self.spec.path) / "status.json", status)):
             try:
                 last()
@@ -164,6 +168,13 @@ class Server:
         if self.course.state != "running":
             self.tell_the_others()
 
+    def packed(self, weights: np.ndarray) -> np.ndarray:
+        """A version as it goes over the wire; that of several workers at a time is made once."""
+        latest = self._packed
+        if latest is None or latest[0] is not weights:
+            latest = self._packed = weights, exchange.pack(weights, self.spec.exchange)
+        return latest[1]
+
     # -- connections -----------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
@@ -194,7 +205,7 @@ class Server:
                 elif request["op"] == "drop":
                     for index in set(request["workers"]) & set(self.connections):
                         self.connections[index].close()
-                status = self.course.status()
+                status = standing(self.course)
             started = self.recorder.started
             connection.send({"op": "status", "seconds": time.time() - started if started else 0.0, **status})
 

@@ -32,6 +32,9 @@ POLL_S = 0.2
 MEETING = ".ranks-"  # how the names of these files begin
 ATTEMPTS = 3  # how often a worker is started again that is alive and could not talk to the server
 RETRY_S = 10.0  # how long a server that has hung up may take to end before it is asked again
+# A version is a new array, and the one before it is free again soon. Without this glibc hands 100 MB back to the system and fetches
+# them again at every merge, page by page, which takes longer than the merge. One arena: others cannot hold so large a piece.
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1"} | dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 30))
 ENDING_S = 10.0  # how long the workers' tasks may take to end after the server; one that is frozen does not
 
 
@@ -104,10 +107,12 @@ class Session:
             budget=self.spec.budget,
             device=worker.device,
             threads=worker.threads,
-            slowdown=worker.slowdown,
-            jitter=self.lab.jitter,
+            uneven=self.lab.unevenness(worker.index),
             collective=str(self.path / self.meeting) if self.spec.update.collective else None,
             one_process=self.lab.one_process,
+            exchange=self.spec.exchange,
+            overlap=self.spec.overlap,
+            scored=self.spec.update.scored,
         )
 
     def _follow(self) -> None:
@@ -264,7 +269,7 @@ def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[
     import cloudpickle
 
     message = cloudpickle.dumps(spec)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(path / "server.log", "ab") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", "import labkit.server; labkit.server.main()"],

@@ -37,7 +37,8 @@ class Shard:
         self.indices = self.rest = np.empty(0, np.int64)
 
     def add(self, indices: np.ndarray) -> None:
-        self.indices = np.concatenate([self.indices, indices])
+        if len(indices):  # at an exchange every batch it nearly always is nothing
+            self.indices = np.concatenate([self.indices, indices])
 
     def keep(self, n: int) -> None:
         """Give back all but the first n samples."""

@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from labkit.conversation import SCORE_S
 from labkit.layout import flatten
 from labkit.members import Answer
 from labkit.offline import Ledger, Replicas, begin_course
 from labkit.partition import UDPA
 from labkit.problems import Problem
-from labkit.timing import Pace, Timing, slowness
+from labkit.slowness import Slowness, recorded
+from labkit.timing import Pace, Timing, stretch
 from labkit.updates import Update
 
 STEP = np.float32(1e-3)  # what a local pass changes where nothing is trained: no rule has to divide by nothing
@@ -59,17 +61,21 @@ class Simulation:
         told: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.config, self.timing, self.n_bytes, self.ledger, self.told = config, timing, n_bytes, ledger, told
-        self.batch_size, self.jitter = batch_size, float(config["jitter"])
-        self.slowdowns = {worker["index"]: float(worker["slowdown"]) for worker in config["workers"]}
+        self.batch_size = batch_size
+        self.slowness: dict[int, tuple[Slowness, float]] = {}  # of each incarnation, and when it came
         self.now, self.busy, self.merged_at = 0.0, 0.0, 0.0
         self.queue: list[tuple[float, int, Callable, tuple]] = []
         self.numbers, self.chance = itertools.count(), {}
+        # When a worker is done with what it computes while its push is under way, and how long it computes there.
+        self.free: dict[int, tuple[float, float]] = {}
+        self.scored: dict[int, float] = {}  # when a worker has measured its score last
+        self.late_score = bool(config.get("overlap")) and not update.scored
         self.replicas, weights, n_buffers, blocks = None, np.zeros(1, np.float32), 0, ()
         if problem is not None:
-            self.replicas = Replicas(problem, config["seed"], config["budget"])
+            self.replicas = Replicas(problem, config)
             flat, layout = flatten(problem.build(config["seed"]))
             weights, n_buffers, blocks = flat.numpy(), layout.n_buffers, layout.blocks
-        workers = sorted(self.slowdowns)
+        workers = sorted(worker["index"] for worker in config["workers"])
         self.it = begin_course(
             config if problem else {**config, "checkpoints": 0},  # without weights there are no versions to keep
             workers,
@@ -115,12 +121,14 @@ class Simulation:
     def _join(self, worker: int) -> None:
         if self.it.state != "running" or self.it.finished:
             return
-        self.slowdowns.setdefault(worker, 1.0)
+        self.slowness[worker] = Slowness(recorded(self.config, worker), self.config["seed"], worker), self.now
+        self.free.pop(worker, None), self.scored.pop(worker, None)
         self.chance.setdefault(worker, np.random.default_rng(np.random.SeedSequence([self.config["seed"], worker, 1 << 21])))
         if self.replicas:
             self.replicas.join(worker)
         pace, chance = self._pace(worker), self.chance[worker]
-        probed = pace.seconds * slowness(self.slowdowns[worker], self.jitter)[0] * pace.probe[chance.integers(len(pace.probe))]
+        slow = stretch(self.slowness[worker][0].uneven, np.zeros(1))[0][0]
+        probed = pace.seconds * slow * pace.probe[chance.integers(len(pace.probe))]
         self.it.join(worker, "simulated", probed, threads=1, device="cpu", generator="own")
 
     def _lose(self, worker: int) -> None:
@@ -131,12 +139,18 @@ class Simulation:
         member = self.it.members.get(worker)
         if member is None or member.incarnation != incarnation:
             return  # lost on the way
-        done = {"samples": go.header["samples"], "loss": None, "score": self.timing.score}
-        weights = go.weights + STEP
+        done, weights, score = {"samples": member.granted - member.ahead, "loss": None}, go.weights + STEP, None
         if self.replicas:
-            made, score = self.replicas.work(worker, go)
-            done, weights = {"samples": made["samples"], "loss": made["loss"], "score": score}, self.replicas.vector(worker)
+            made, weights = self.replicas.work(worker, go)
+            done |= {"samples": made["samples"], "loss": made["loss"]}
+        if times["score_s"] or self.it.update.scored:
+            score = self.replicas.score(worker) if self.replicas else self.timing.score
+        late = {"score": score, "score_s": times["score_s"]}
+        done["score"] = None if self.late_score else score
+        times |= {"score_s": 0.0} if self.late_score else {}
         self.it.push(member, {"op": "push", "version": go.header["version"], **done, **times}, weights, self.n_bytes)
+        if self.late_score and score is not None:
+            self._write("score", worker=worker, incarnation=incarnation, **{"pass": member.passes}, **late)
         self.told(self.it.samples.done)
 
     def _deliver(self, worker: int, answer: Answer) -> None:
@@ -152,13 +166,27 @@ class Simulation:
             wait_s=header["wait_s"],
             bytes=self.n_bytes,
         )
-        pace, chance = self._pace(worker), self.chance[worker]
-        steps = max(1, round(header["samples"] / self.batch_size))
-        compute = pace.seconds * header["samples"] * pace.spread[chance.integers(len(pace.spread))] * self._stretched(worker, steps)
-        score, exchange = pace.score_s * self._stretched(worker, 1), self.timing.exchange(self.n_bytes)
-        times = {"compute_s": compute, "score_s": score, "wait_s": 0.0, "send_s": exchange}
+        trip, compute, ahead, score = self.timing.exchange(self.n_bytes), *self._work(worker, header)
+        here = self.now + trip / 2
+        free, carried = self.free.get(worker, (here - trip, 0.0))  # of its latest push, if it has made one
+        stood = min(trip, max(0.0, here - free))
+        sent = max(here, free) + compute + (0.0 if self.late_score else score)
+        self.free[worker] = sent + ahead + (score if self.late_score else 0.0), ahead
+        times = {"compute_s": carried + compute, "score_s": score, "wait_s": 0.0, "send_s": stood}
+        times |= {"hidden_s": trip - stood} if self.config.get("overlap") else {}
         times = {key: round(seconds, 6) for key, seconds in times.items()}
-        self._at(self.now + compute + score + exchange, self._push, worker, header["incarnation"], answer, times)
+        self._at(sent + trip / 2, self._push, worker, header["incarnation"], answer, times)
+
+    def _work(self, worker: int, header: dict) -> tuple[float, float, float]:
+        """Seconds of a local pass, up to its push and while that is under way, and of a score."""
+        pace, chance, samples = self._pace(worker), self.chance[worker], header["samples"]
+        steps, (slowness, came) = max(1, round(samples / self.batch_size)), self.slowness[worker]
+        compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))]
+        compute = slowness.stretched(compute, self.now - came, steps)
+        ahead, score = compute * header["ahead"] / max(1, samples), 0.0
+        if self.it.update.scored or self.now - self.scored.get(worker, -math.inf) >= SCORE_S:
+            score, self.scored[worker] = slowness.stretched(pace.score_s, self.now - came + compute), self.now
+        return compute - ahead, ahead, score
 
     def _leave(self, worker: int, incarnation: int) -> None:
         member = self.it.members.get(worker)
@@ -171,13 +199,6 @@ class Simulation:
 
     def _pace(self, worker: int) -> Pace:
         return self.timing.paces[worker % len(self.timing.paces)]
-
-    def _stretched(self, worker: int, steps: int) -> float:
-        """By how much slowness stretches so many steps."""
-        slowdown = self.slowdowns[worker]
-        if not self.jitter:
-            return max(1.0, slowdown)
-        return float(np.maximum(1.0, slowdown * np.exp(self.jitter * self.chance[worker].standard_normal(steps))).mean())
 
     # -- what is written down --------------------------------------------------------------------------------------
 

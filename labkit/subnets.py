@@ -232,7 +232,7 @@ def train_parts(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
     A part that is trained twice, since its first worker was lost, takes the place of the first: same seed, same weights.
     """
     config, seeds, problems = jobs[0].config, [job.seed for job in jobs], [job.problem for job in jobs]
-    slowness = ready(worker, config["jitter"], seeds[0], config["kind"])
+    slowness = ready(worker, config, seeds[0])
     modules = [problem.build(seed) for problem, seed in zip(problems, seeds, strict=True)]
     numbers = [problem.number for problem in problems]
     settings = {"epochs": config["epochs"], "patience": config["patience"], "device": worker.device, "after": slowness.after}
@@ -250,7 +250,7 @@ def train_parts(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
 
 def keep_part(job: Job, worker: Worker) -> list[dict[str, Any]]:
     """Runs on a worker: what a team has trained is kept in `path` as if this worker had done it alone."""
-    ready(worker, 0.0, job.seed, job.config["kind"])
+    ready(worker, job.config, job.seed)
     problem, run, epochs = job.problem, Run(job.run), job.config["epochs"]
     module = problem.build(job.seed)
     flatten(module, worker.device)[0].copy_(torch.from_numpy(run.flat().copy()))

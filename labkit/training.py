@@ -23,6 +23,7 @@ import numpy as np
 
 from labkit import record
 from labkit.errors import ClusterError, RunError
+from labkit.exchange import check_exchange
 from labkit.lab import Lab
 from labkit.layout import Layout, flatten
 from labkit.partition import UDPA, make_partition
@@ -46,6 +47,8 @@ def train(
     runs: str | Path = "runs",
     checkpoints: int = 32,
     workers: Sequence[int] | None = None,
+    exchange: str = "float32",
+    overlap: int = 0,
     silence: float = 4.0,
     patience: float = 60.0,
 ) -> Run:
@@ -73,6 +76,13 @@ def train(
         How many versions to keep and to measure afterwards, spread evenly over the run.
     workers
         Indices of the workers to train on; by default all that no other run holds, and whoever comes while the run goes.
+    exchange
+        How weights travel: "float32", or with half the bytes "bfloat16" or "float16" (`labkit.exchange`): versions are rounded on
+        their way to a worker, and of its push the change. The server's weights stay float32.
+    overlap
+        Batches that a worker goes on computing while its push and the next version are on their way; they belong to its next
+        push. Where the rule does not ask for Q, the score is measured in that time too. 0: it waits. Rules that wait for everybody
+        allow only the second, and SGWU and AllReduce nothing.
     silence
         Seconds without a sign of life (workers give one twice a second) after which a worker is taken to be gone: the others go on,
         and it may join again.
@@ -88,6 +98,7 @@ def train(
     update, partition = make_update(update), make_partition(partition)
     _check_lengths(passes, local_steps, seed, checkpoints)
     _check_waits(silence, patience)
+    check_traffic(update, exchange, overlap)
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
     problem.check(seed)
@@ -97,7 +108,7 @@ def train(
     check_shards(problem, workers, partition)
     with leased(lab, workers, name):
         length = {"passes": passes, "local_steps": local_steps, "seed": seed, "checkpoints": checkpoints}
-        waits = {"silence": silence, "patience": patience}
+        waits = {"silence": silence, "patience": patience, "exchange": exchange, "overlap": overlap}
         place = {"name": name, "runs": runs, "newcomers": newcomers}
         return launch(problem, lab, workers, partition=partition, update=update, **place, **length, **waits)
 
@@ -115,6 +126,8 @@ def launch(
     local_steps: int | None,
     seed: int,
     checkpoints: int,
+    exchange: str = "float32",
+    overlap: int = 0,
     silence: float = 4.0,
     patience: float = 60.0,
     newcomers: bool = False,
@@ -126,7 +139,7 @@ def launch(
     budget = max(1, round(passes * n_train))
     path = claim(Path(runs), name)
     config = _config(problem, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train)
-    config |= {"silence": float(silence), "patience": float(patience)}
+    config |= {"exchange": exchange, "overlap": int(overlap), "silence": float(silence), "patience": float(patience)}
     _write_beginning(path, config | describe_lab(lab, workers), layout)
     spec = server_spec(path, config, problem, lab, workers, update, partition, flat.numpy(), layout)
     return begin(path, lab, problem, spec, newcomers)
@@ -163,6 +176,8 @@ def server_spec(
         seed=config["seed"],
         checkpoints=config["checkpoints"],
         host=_host(lab),
+        exchange=config.get("exchange", "float32"),  # earlier runs had no other
+        overlap=config.get("overlap", 0),
         silence=config["silence"],
         patience=config["patience"],
         state=state,
@@ -201,6 +216,20 @@ def _check_waits(silence: float, patience: float) -> None:
         raise ValueError(f"silence={silence}: workers give a sign of life every 0.5 s, so give them 1 s at least.")
     if not patience >= 1:
         raise ValueError(f"patience={patience}: workers need some time to come, so give them 1 s at least.")
+
+
+def check_traffic(update: Update, exchange: str, overlap: int) -> None:
+    """Can weights travel like this under this rule?"""
+    check_exchange(exchange)
+    if isinstance(overlap, bool) or int(overlap) != overlap or overlap < 0:
+        raise ValueError(f"overlap={overlap!r} must be a whole number of batches, 0 for none.")
+    if update.collective and (exchange != "float32" or overlap):
+        raise ValueError(f"{update.name} exchanges gradients within every step, by torch: leave exchange and overlap as they are.")
+    if overlap and update.scored and not update.ahead:
+        raise ValueError(
+            f"with {update.name} nothing can be done while a push is under way: it needs the score first, and everybody waits for "
+            "the others. Use overlap=0, or an update that answers at once, such as 'agwu' or 'fedasync'."
+        )
 
 
 def check_shards(problem: Problem, workers: list[int], partition: UDPA) -> None:
@@ -282,6 +311,8 @@ def describe_lab(lab: Lab, workers: list[int]) -> dict:
         "n_workers": len(workers),
         "workers": [asdict(lab.workers[index]) for index in workers],
         "jitter": lab.jitter,
+        "drift": lab.drift,
+        "stalls": lab.stalls,
         "emulated": lab.emulated,
     }
 

@@ -104,10 +104,14 @@ class Tail:
             self.last[worker] = now
         elif kind == "push":
             elapsed = now - self.last.get(worker, 0.0)
-            score = event.get("score")
-            rate = event["samples"] / elapsed if elapsed > 0 else np.nan
-            self.series.setdefault(worker, []).append((now, np.nan if score is None else score, rate))
+            score, rate = event.get("score"), event["samples"] / elapsed if elapsed > 0 else np.nan
+            points = self.series.setdefault(worker, [])
+            latest = points[-1][1] if points else np.nan  # not every push is scored
+            points.append((now, latest if score is None else score, rate))
             self.last[worker] = now
+        elif kind == "score" and self.series.get(worker):  # of the latest push
+            pushed, _, rate = self.series[worker][-1]
+            self.series[worker][-1] = (pushed, event["score"], rate)
 
 
 def _feed(run: Run, tail: Tail, pipe: Any, free: threading.Event, timeout: float) -> None:
@@ -132,7 +136,7 @@ def _feed(run: Run, tail: Tail, pipe: Any, free: threading.Event, timeout: float
 
 
 def _scores(run: Run, seen: Seen) -> Any:
-    values = [points[-1][1] for worker, points in seen.series.items() if worker in seen.workers]
+    values = [points[-1][1] for worker, points in seen.series.items() if worker in seen.workers and not np.isnan(points[-1][1])]
     title = f"{run.label}: waiting for the first push"
     if values:
         now = max(points[-1][0] for points in seen.series.values())

@@ -35,6 +35,7 @@ MAX_HEADER = 1 << 20
 HANDSHAKE_S = 5.0  # a stranger gets this long to prove that it belongs here
 STRANGERS = 256  # how many may be about to prove it at the same time
 NONCE = 32
+LUMP = 1 << 20  # bytes of a large body that have to be there before its receiver wakes up
 
 
 class Connection:
@@ -46,7 +47,7 @@ class Connection:
         self.sock, self.max_body, self.check = sock, max_body, check
         self.sent = self.received = 0  # bytes
         self.deadline: float | None = None  # monotonic; until then everything must have come, whatever the pace
-        self._sending = threading.Lock()
+        self._sending, self._wakes_at = threading.Lock(), 1
 
     def send(self, header: dict, *buffers: memoryview | bytes) -> int:
         """Send one message; `buffers` are contiguous and follow each other in the body. Returns its size in bytes."""
@@ -126,19 +127,36 @@ class Connection:
         return bytes(buffer)
 
     def _fill(self, view: memoryview) -> None:
-        done = 0
+        done, lump = 0, LUMP
         try:
             while done < len(view):
                 if self.deadline is not None:
                     self.sock.settimeout(max(1e-3, self.deadline - time.monotonic()))
-                got = self.sock.recv_into(view[done:])
+                self._wake_at(lump if len(view) - done >= lump else 1)
+                try:
+                    got = self.sock.recv_into(view[done:])
+                except TimeoutError:
+                    if self._wakes_at == 1:
+                        raise
+                    lump = self._wake_at(1)  # a slow link: what little has come is no silence
+                    if not self.waiting():
+                        raise
+                    continue
                 if not got:
                     raise WireError("the other side closed the connection.")
                 done += got
+            self._wake_at(1)
         except TimeoutError as error:
             raise WireError(f"no word from the other side for {self.sock.gettimeout():g} s.") from error
         except OSError as error:
             raise self._broken(f"the connection broke: {error}.") from error
+
+    def _wake_at(self, n: int) -> int:
+        """A receiver sleeps until `n` bytes are there, or the end: waking up for every packet costs more than copying it."""
+        if n != self._wakes_at:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
+            self._wakes_at = n
+        return n
 
 
 def listen(host: str = "127.0.0.1") -> socket.socket:

@@ -2,14 +2,15 @@
 
     join -> [ weights, new samples, grant -> optimiser steps on my shard -> Q on the shared score set -> push ] ... -> leave
 
-What is trained between a pull and a push is the worker's `labkit.replica`: a pull is received straight into its model, a push is
-sent straight out of it.
+What is trained between a pull and a push is the worker's `labkit.replica`; on their way the weights are a `labkit.parcel`, which in
+the plain case is the replica's own memory.
+
+With `overlap` a second thread pushes and pulls while this one goes on: it measures Q, if the rule does not ask for it, and computes
+the next batches, if the rule allows that.
 
 A thread says twice a second that the worker lives, however long a step takes, and hears what cannot wait for the end of a local
 pass. A worker whose connection breaks, or that was taken to be gone (it was frozen, say), joins again: a new incarnation
 with an empty shard and fresh optimisers, whose unfinished local pass does not count.
-
-Emulated slowness is honest: after each piece of work the worker sleeps in proportion to the time that piece took.
 
 Runs on the workers of a `Lab`, sent there by `labkit.session`.
 """
@@ -17,22 +18,26 @@ Runs on the workers of a `Lab`, sent there by `labkit.session`.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from labkit import wire
 from labkit.collective import Broken, Group
-from labkit.conversation import BEAT_S, SILENCE_S
+from labkit.conversation import BEAT_S, SCORE_S, SILENCE_S
 from labkit.errors import WireError, WorkerError
+from labkit.parcel import Parcel
 from labkit.problems import Clock, Problem
 from labkit.pulse import Pulse
 from labkit.replica import Replica
+from labkit.slowness import Slowness, Unevenness
 
 PROBE_STEPS = 4
 RETRY_S = 10.0  # how long a worker whose link is down tries to reach its server again
@@ -49,34 +54,13 @@ class WorkerSpec:
     budget: int
     device: str = "cpu"
     threads: int = 1
-    slowdown: float = 1.0
-    jitter: float = 0.0
+    uneven: Unevenness = field(default_factory=Unevenness)
     collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     one_process: bool = False  # all workers are threads of one process
     generation: int = 0  # how often this worker has been started in this run before
-
-
-class Slowness:
-    """Emulated speed: after work that took t seconds, sleep (factor - 1) t; factor = max(1, slowdown * exp(jitter z)), z normal."""
-
-    def __init__(self, slowdown: float, jitter: float, seed: int, worker: int, device: str) -> None:
-        self.slowdown, self.jitter, self.device = slowdown, jitter, device
-        self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 20]))
-
-    @property
-    def on(self) -> bool:
-        return self.slowdown != 1.0 or self.jitter > 0
-
-    def after(self, started: float, waited: float = 0.0) -> None:
-        """Sleep for work that began at `started` (perf_counter), of which `waited` seconds were spent on others."""
-        if not self.on:
-            return
-        if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
-        factor = self.slowdown
-        if self.jitter:
-            factor *= float(np.exp(self.jitter * self.generator.standard_normal()))
-        time.sleep(max(0.0, factor - 1.0) * max(0.0, time.perf_counter() - started - waited))
+    exchange: str = "float32"  # how weights travel: `labkit.exchange`
+    overlap: int = 0  # batches that are computed while a push is under way
+    scored: bool = True  # does the rule ask for Q?
 
 
 def keep_memory() -> None:
@@ -120,6 +104,7 @@ class _Worker:
     def __init__(self, problem: Problem, spec: WorkerSpec) -> None:
         self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
         self.pulse = Pulse()
+        self.courier = ThreadPoolExecutor(1, "labkit-courier") if spec.overlap else None
         self.broken = -1  # the latest group of an all-reduce that the server has called broken between two passes
 
     def run(self) -> dict:
@@ -157,7 +142,10 @@ class _Worker:
             torch.set_num_threads(spec.threads)
         if spec.device != "cpu":
             torch.cuda.set_device(spec.device)  # pinned memory and NCCL go by it, and cuda:0 is somebody else's
-        self.slowness = Slowness(spec.slowdown, spec.jitter, spec.seed, spec.index, spec.device)
+
+    def _slow(self, uneven: Unevenness) -> None:
+        spec = self.spec
+        self.slowness = Slowness(uneven, spec.seed, spec.index, spec.device, woken=lambda: self.pulse.told)
 
     def _replica(self) -> Replica:
         spec = self.spec
@@ -165,9 +153,7 @@ class _Worker:
 
     def _build(self) -> None:
         self.replica = self._replica()
-        self.flat = self.replica.flat
-        self.vector = self.flat if self.spec.device == "cpu" else self.flat.to("cpu").pin_memory()
-        self.bytes = memoryview(self.vector.numpy()).cast("B")
+        self.parcel = Parcel(self.replica, self.spec.exchange, apart=self.spec.overlap > 0)
 
     def _connect_again(self, error: WireError) -> None:
         """The link is down; the server may be there all the same. Nobody listening any more means that the run is over."""
@@ -187,8 +173,11 @@ class _Worker:
 
     def _serve(self) -> bool:
         """Local passes of one incarnation: until the server says stop (False), or wants this worker to join anew (True)."""
-        self.send_s, self.pushed_at = 0.0, None
-        while (go := self._pull())["op"] == "go":
+        self.send_s = self.hidden_s = 0.0
+        self.scored_at = -math.inf  # perf_counter
+        go = self._pull()
+        while go["op"] == "go":
+            self._begin(go)
             done, broken = None, ""
             try:
                 with self.pulse.listening(go["group"]):
@@ -204,8 +193,9 @@ class _Worker:
             if done is None:  # one of the all-reduce is gone
                 self._close_group()
                 self.connection.send({"op": "regroup", "reason": broken})
+                go = self._pull()
                 continue
-            self._push(done)  # also when a regroup came too late: this pass is complete
+            go = self._exchange(done, go)  # also when a regroup came too late: this pass is complete
             self.done = {"samples": self.done["samples"] + done["samples"], "passes": self.done["passes"] + 1}
         if go["op"] == "lost":
             raise WireError(go["reason"])
@@ -219,9 +209,9 @@ class _Worker:
         if self.group is None or self.group.number != go["group"]:
             if self.group is not None or go["group"] > 1:  # others have another momentum, or none
                 self._close_group()
-                weights, shard = self.flat, self.replica.shard
+                weights, shard = self.replica.flat, self.replica.shard
                 self._build()
-                self.flat.copy_(weights)
+                self.replica.flat.copy_(weights)
                 self.replica.shard = shard
             self.group = Group(self.spec, go["ranks"], go["group"], self.pulse)
             self.wrapped = self.group.wrap(self.replica.module)
@@ -238,6 +228,8 @@ class _Worker:
         self._close_group()
         if self.connection:
             self.connection.close()
+        if self.courier:
+            self.courier.shutdown()  # what it was at has ended with the connection
         self.pulse.stop()
 
     def _close_group(self) -> None:
@@ -246,7 +238,8 @@ class _Worker:
             group.close()
 
     def _probe(self) -> float:
-        """Seconds per sample, from a few steps of a replica that is then thrown away."""
+        """Seconds per sample, from a few steps of a replica that is then thrown away; slowness begins anew after them."""
+        self._slow(replace(self.spec.uneven, stalls=None))
         replica, times = self._replica(), []
         indices = np.arange(min(self.problem.batch_size, len(replica.train_indices)))
         for _ in range(PROBE_STEPS):
@@ -255,31 +248,29 @@ class _Worker:
             if self.spec.device != "cpu":  # there a step is only queued
                 torch.cuda.synchronize(self.spec.device)
             times.append((time.perf_counter() - started) / len(indices))
+        self._slow(self.spec.uneven)
         return float(np.median(times[1:]))
 
     def _pull(self) -> dict:
-        """Wait for the next version, whose weights are received into the model; or for another word: stop, rejoin."""
+        """Wait for the next version, whose weights are received into the parcel; or for another word: stop, rejoin."""
         while True:
             header, _ = self.connection.receive(self._place)
             if header["op"] == "regroup":
                 self.broken = header["group"]
-            if header["op"] in ("hold", "regroup"):
-                continue
-            if self.pushed_at is not None:  # what the round trip took, less the time that the server held us
-                self.send_s = round(max(0.0, time.perf_counter() - self.pushed_at - header.get("wait_s", 0.0)), 6)
-            if header["op"] != "go":
+            if header["op"] not in ("hold", "regroup"):
                 return header
-            if self.vector is not self.flat:
-                self.flat.copy_(self.vector)
-            self.version = header["version"]
-            if self.replica.shard is None:
-                self.replica.begin(header["incarnation"], own_generator=not self.spec.one_process)
-            self.replica.hold(header["keep"], self.new_indices)
-            return header
 
     def _place(self, header: dict, n: int) -> list[memoryview]:
         self.new_indices = np.empty(header["indices"], np.int64)
-        return [self.bytes, memoryview(self.new_indices)]
+        return [self.parcel.place(), memoryview(self.new_indices)]
+
+    def _begin(self, go: dict) -> None:
+        """The replica takes in what was pulled."""
+        self.version = go["version"]
+        if self.replica.shard is None:
+            self.replica.begin(go["incarnation"], own_generator=not self.spec.one_process)
+        self.parcel.arrived(go["carry"])
+        self.replica.hold(go["keep"], self.new_indices)
 
     def _local_pass(self, module: torch.nn.Module, go: dict) -> dict | None:
         """Train on the granted samples; None when the run was stopped in between."""
@@ -293,18 +284,39 @@ class _Worker:
 
         return self.replica.local_pass(go, module=module, group=self.group, halted=lambda: self.pulse.told, progress=progress)
 
-    def _push(self, done: dict) -> None:
+    def _exchange(self, done: dict, go: dict) -> dict:
+        """Score, push and pull; returns the next word. With `overlap` as much of it as may be is done at the same time."""
+        late = self.courier is not None and not self.spec.scored
+        score, score_s = (None, 0.0) if late else self._score()
+        times = {"score_s": score_s, "send_s": self.send_s} | ({"hidden_s": self.hidden_s} if self.courier else {})
+        header = {"op": "push", "version": self.version, "score": score, **times, **done}
+        body, started = self.parcel.leaves(), time.perf_counter()
+        if self.courier is None:
+            word, ended = self._talk(header, body)
+            free = started
+        else:
+            answer = self.courier.submit(self._talk, header, body)
+            score, score_s = self._score() if late else (None, 0.0)
+            if score is not None:
+                self.connection.send({"op": "score", "score": score, "score_s": score_s})
+            self.replica.ahead(go)
+            free = time.perf_counter()
+            word, ended = answer.result()
+        # What the round trip took, less the time that the server held us; and how much of it nobody stood still for.
+        trip = max(0.0, ended - started - word.get("wait_s", 0.0))
+        self.send_s = round(min(trip, max(0.0, ended - max(started, free))), 6)
+        self.hidden_s = round(trip - self.send_s, 6)
+        return word
+
+    def _talk(self, header: dict, body: memoryview) -> tuple[dict, float]:
+        """Push and pull; returns the next word and when it came (perf_counter)."""
+        self.connection.send(header, body)
+        return self._pull(), time.perf_counter()
+
+    def _score(self) -> tuple[float | None, float]:
+        """Q and the seconds that it took; nothing where the rule does not ask for it and the latest is not old."""
         started = time.perf_counter()
-        score = self.replica.score()
-        if self.vector is not self.flat:
-            self.vector.copy_(self.flat)
-        header = {
-            "op": "push",
-            "version": self.version,
-            "score": score,
-            "score_s": round(time.perf_counter() - started, 6),
-            "send_s": self.send_s,
-            **done,
-        }
-        self.pushed_at = time.perf_counter()
-        self.connection.send(header, self.bytes)
+        if not self.spec.scored and started - self.scored_at < SCORE_S:
+            return None, 0.0
+        score, self.scored_at = self.replica.score(), started
+        return score, round(time.perf_counter() - started, 6)

@@ -10,6 +10,7 @@ import pytest
 from labkit.allotment import share
 from labkit.coordinator import Coordinator
 from labkit.errors import ClusterError
+from labkit.members import standing
 from labkit.partition import IDPA, UDPA
 from labkit.updates import AGWU, SGWU, AllReduce, make_update, names
 
@@ -30,6 +31,7 @@ class Course:
         batch_size=2,
         checkpoints=4,
         state=None,
+        overlap=0,
     ):
         self.now, self.answers, self.rows, self.saved = 0.0, {w: [] for w in workers}, [], []
         partition = partition or UDPA()
@@ -52,6 +54,7 @@ class Course:
             save=lambda version, weights, state: self.saved.append((version, weights)),
             clock=lambda: self.now,
             state=state,
+            overlap=overlap,
         )
         self.members, self.indices = {}, {w: [] for w in workers}
 
@@ -376,11 +379,11 @@ def test_the_status_counts_what_is_under_way():
     course = Course(AGWU(), budget=100).join(*WORKERS)
     answer = course.answer(0)
     course.members[0].seen, course.members[0].loss = 3, 0.25
-    status = course.it.status()
+    status = standing(course.it)
     assert (status["samples"], status["version"], status["state"], status["started"]) == (3, 0, "running", True)
     assert status["workers"][0] == {"loss": 0.25, "score": None, "passes": 0}
     course.push(0, answer)
-    assert course.it.status()["samples"] == answer.header["samples"] and course.it.status()["workers"][0]["passes"] == 1
+    assert standing(course.it)["samples"] == answer.header["samples"] and standing(course.it)["workers"][0]["passes"] == 1
 
 
 def test_shares_are_exact_and_leave_nobody_with_one():
@@ -569,7 +572,7 @@ def test_whoever_comes_and_goes_the_budget_is_met_and_no_sample_is_lost_or_doubl
         partition_now = course.it.partition
         together = np.concatenate([partition_now.pool, *(partition_now.shard(w) for w in partition_now.workers)])
         assert sorted(together.tolist()) == list(range(SAMPLES))
-    assert course.it.over and course.it.state == "done", course.it.status()
+    assert course.it.over and course.it.state == "done", standing(course.it)
     left = 300 - course.it.samples.done
     assert left == 0 if not rule.collective else left < 6
     assert course.it.samples.done == sum(r["samples"] for r in course.of("merge"))

@@ -7,7 +7,7 @@ import pytest
 from test_coordinator import SAMPLES, WORKERS, Course
 
 from labkit.allotment import by_speed
-from labkit.members import Member
+from labkit.members import Member, standing
 from labkit.partition import IDPA, UDPA
 from labkit.updates import EASGD, SGWU, SSP, DelayedNesterov, FedBuff, Ringmaster
 
@@ -65,7 +65,7 @@ def test_what_is_kept_back_counts_when_it_is_merged_and_at_the_end_at_the_latest
     course, work = begun(FedBuff(4), budget=3 * SAMPLES)
     course.push(0, work[0])
     assert not course.of("merge") and course.answers[0] and not course.of("hold")  # its worker goes on
-    assert course.it.state_dict()["done"] == 0 and course.it.status()["samples"] == work[0].header["samples"]
+    assert course.it.state_dict()["done"] == 0 and standing(course.it)["samples"] == work[0].header["samples"]
     course.answers[0].clear()
     course.it.leave(course.members[0])  # what it has pushed is in the buffer
     assert course.it.samples.done == work[0].header["samples"]

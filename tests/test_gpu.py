@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import labkit
-from labkit import worker as worker_module
+from labkit.parcel import Parcel
 from labkit.partition import UDPA
 from labkit.shard import batches, pass_order
 
@@ -114,20 +114,21 @@ def test_bfloat16_trains_float32_weights(channels_last, tmp_path):
 
 
 def test_weights_go_through_pinned_memory_both_ways(tmp_path, monkeypatch):
-    seen, push, pull = [], worker_module._Worker._push, worker_module._Worker._pull
+    seen, leaves, arrived = [], Parcel.leaves, Parcel.arrived
 
     def watched(method):
         def call(self, *args):
             result = method(self, *args)
-            same = torch.equal(self.vector, self.flat.cpu())  # what is sent or was received is what is on the card
-            seen.append((method is push, self.vector.is_pinned(), self.flat.is_cuda, same))
-            assert self.flat.data_ptr() == next(self.module.parameters()).data_ptr()
+            flat = self.replica.flat
+            same = torch.equal(self.host, flat.cpu())  # what is sent or was received is what is on the card
+            seen.append((method is leaves, self.host.is_pinned(), flat.is_cuda, same))
+            assert flat.data_ptr() == next(self.replica.module.parameters()).data_ptr()
             return result
 
         return call
 
-    monkeypatch.setattr(worker_module._Worker, "_push", watched(push))
-    monkeypatch.setattr(worker_module._Worker, "_pull", watched(pull))
+    monkeypatch.setattr(Parcel, "leaves", watched(leaves))
+    monkeypatch.setattr(Parcel, "arrived", watched(arrived))
     with labkit.connect("threads", 1) as lab:
         trained(lab, problem(), tmp_path)
     pushes = [what for what in seen if what[0]]

@@ -26,6 +26,7 @@ from labkit.dask_workers import DaskWorkers, quiet
 from labkit.errors import ClusterError
 from labkit.lab import Lab
 from labkit.local_engines import mpiexec
+from labkit.slowness import Unevenness
 
 
 @pytest.fixture(autouse=True)
@@ -75,12 +76,28 @@ def test_four_things(capfd):
         assert time.monotonic() - begun < 0.8, "the tasks did not run side by side"
         assert lab.map(abs, range(-7, 0)) == [7, 6, 5, 4, 3, 2, 1] and lab.map(abs, []) == []
         assert lab.lost() == []
-        assert list(lab.table().columns) == ["name", "host", "device", "threads", "pid", "slowdown"] and len(lab.table()) == 3
+        table = lab.table()
+        assert [*table.columns] == ["name", "host", "device", "threads", "pid", "slowdown", "drifts_to"] and len(table) == 3
         text = repr(lab)
         assert "3 workers (threads)" in text and "worker 2" in text and "emulated 4x slower" in text
         assert "127.0.0.1" in lab.dashboard or lab.dashboard == ""
     assert repr(lab) == "<Lab threads, closed>" and lab.lost() == [0, 1, 2] and lab.dashboard == ""
     assert capfd.readouterr() == ("", "")
+
+
+def test_uneven_in_every_way():
+    with labkit.connect("threads", 3, slowdown=[1, 2, 4], jitter=0.2, drift=30, stalls=[20, 1]) as lab:
+        ways = {"jitter": 0.2, "drift": 30, "stalls": (20.0, 1.0)}
+        assert lab.emulated and lab.unevenness(0) == Unevenness(1, drifts_to=4, **ways)
+        assert [worker.drifts_to for worker in lab.workers] == [4, 2, 1] and lab.unevenness(1).drifting is False
+        text = repr(lab)
+        assert "  emulated: jitter 0.2, drift with a period of 30 s, stalls of 1 s every 20 s\n" in text
+        assert "emulated 1x slower, drifting to 4x" in text and "emulated 2x slower\n" in text
+    for ways in ({"jitter": 0.1}, {"stalls": (9, 1)}):
+        with labkit.connect("threads", 2, **ways) as lab:
+            assert lab.emulated and lab.workers[1].slowdown == lab.workers[1].drifts_to == 1
+    with labkit.connect("threads", 2) as lab:
+        assert not lab.emulated and "emulated" not in repr(lab)
 
 
 def test_a_task_runs_on_its_worker_and_errors_come_back():
@@ -113,7 +130,12 @@ def test_the_same_request_gives_the_same_lab_and_a_changed_one_closes_it():
     second.close()
     third = labkit.connect("threads", 2, slowdown=[1, 3])
     assert third is not second and second.closed
-    third.close()
+    unsteady = {"slowdown": [1, 3], "jitter": 0.1, "drift": 20, "stalls": (20, 1)}
+    for change in ({"jitter": 0.2}, {"drift": 30}, {"stalls": (20, 2)}, {"stalls": None}):
+        fourth = labkit.connect("threads", 2, **unsteady)
+        assert labkit.connect("threads", 2, **{**unsteady, "stalls": [20, 1]}) is fourth and not fourth.closed
+        assert labkit.connect("threads", 2, **{**unsteady, **change}) is not fourth and fourth.closed
+    connecting.current().close()
     for use in (lambda: third.start(0, where), lambda: third.map(abs, [1])):
         with pytest.raises(ClusterError, match=r"this lab is closed\. Run the cell with connect\(\) again"):
             use()
@@ -128,6 +150,11 @@ REQUESTS = {
     "jitter=-1 must not be negative": {"jitter": -1},
     "slowdown has 3 entries for 2 workers. Give one factor for each worker.": {"slowdown": [1, 2, 3]},
     "slowdown=[1, 0.5]: a factor below 1 would be a speed-up": {"slowdown": [1, 0.5]},
+    "jitter=nan must be finite": {"jitter": float("nan")},
+    "drift=-5 must not be negative": {"slowdown": [1, 4], "drift": -5},
+    "drift=9 moves each worker to the slowdown of the one at the other end of the list, and [1.0] is the same": {"drift": 9},
+    "and [4, 4] is the same from both ends. Give uneven ones": {"slowdown": [4, 4], "drift": 9},
+    "stalls=(5, 0): give (every, seconds), such as (20, 1)": {"stalls": (5, 0)},
     "slowdown=[1, nan]": {"slowdown": [1, float("nan")]},
     "give address or client, not both.": {"kind": "dask", "address": "tcp://x:1", "client": object()},
     "unknown engines 'mip'. Known: local, mpi. Did you mean 'mpi'?": {"kind": "ipyparallel", "engines": "mip"},
@@ -259,8 +286,8 @@ def about(pid, gpus=0, visible="", host="here"):
     return host, pid, gpus, visible, 0
 
 
-def a_lab(backend, slowdown=None, limit=None):
-    lab = Lab("fake", backend, limit=limit)
+def a_lab(backend, slowdown=None, limit=None, drift=0.0):
+    lab = Lab("fake", backend, limit=limit, drift=drift)
     lab.admit(len(backend.workers), slowdown, timeout=1)
     return lab
 
@@ -268,7 +295,7 @@ def a_lab(backend, slowdown=None, limit=None):
 def test_who_comes_takes_the_place_of_its_name_or_of_the_first_that_was_lost():
     for keeps_names, place in ((True, 2), (False, 0)):
         backend = FakeWorkers(keeps_names, a=("0", about(1)), b=("1", about(2)))
-        lab = a_lab(backend, slowdown=[3, 4])
+        lab = a_lab(backend, slowdown=[3, 4], drift=9.0)
         backend.workers = {"b": ("1", about(2))}
         assert lab.lost() == [0] and lab.refresh() == []
         backend.workers["new"] = ("9", about(5))
@@ -277,6 +304,7 @@ def test_who_comes_takes_the_place_of_its_name_or_of_the_first_that_was_lost():
         backend.workers["again"] = ("1", about(7))
         del backend.workers["b"]
         assert lab.refresh() == [1] and (lab.workers[1].pid, lab.workers[1].slowdown) == (7, 4)
+        assert lab.workers[1].drifts_to == 3 and lab.workers[2 * keeps_names].drifts_to == (1 if keeps_names else 4)
 
 
 def test_who_comes_back_while_another_one_is_added_is_not_the_new_one():

@@ -18,6 +18,8 @@ GOOD = [
     {"op": "drop", "workers": [0, 5]},
     PUSH,
     PUSH | {"loss": None, "score": float("nan")},  # what NaN means is for the update to say
+    PUSH | {"score": None, "hidden_s": 0.2},
+    {"op": "score", "score": 0.5, "score_s": 0.01},
     {"op": "fail", "reason": ""},
     {"op": "stop"},
     {"op": "stop", "state": "failed", "reason": "no luck"},
@@ -53,7 +55,8 @@ BAD = {
     "about": (GOOD[0], [1, ["x"], "\ud800"]),
     "samples": (PUSH, [None, "17", -1, 1.5, False]),
     "version": (PUSH, [None, [3], -1, 1e3]),
-    "score": (PUSH, [None, "1", True, {}]),
+    "score": (PUSH, ["1", True, {}]),
+    "hidden_s": (PUSH, ["x", float("nan")]),
     "loss": (PUSH, ["1", [], True]),
     "compute_s": (PUSH, [None, "x", float("inf"), float("nan"), 10**400]),
     "state": ({"op": "stop"}, ["running", 1, {"x": 1}, ["failed"]]),

@@ -22,7 +22,12 @@ TINY = {
     | {"long": 2.0, "larger": [1, 100], "per_worker": 2},
     "07-kill-a-worker": SMALL | {"train_samples": 400, "test_samples": 100, "passes": 12.0, "local_steps": 4, "every": 0.3},
     "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
-    "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "rounds": 1, "samples": 600, "local_steps": 5},
+    "benchmarks/01-overhead": SMALL
+    | {"batch_sizes": [16], "updates": ["sgwu", "gem"], "rounds": 1, "samples": 600, "local_steps": 5},
+    "benchmarks/11-every-batch": SMALL | {"samples": 400, "score_samples": 16, "test_samples": 60, "rounds": 2},
+    "benchmarks/12-exchange": SMALL
+    | {"exchanges": ["float32", "bfloat16"], "megabytes": 0.1, "batch_size": 16, "samples": 400, "rounds": 1}
+    | {"links": [100], "test_samples": 60},
     "benchmarks/05-back-ends": {
         **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
         "passes": 2.0,
@@ -35,8 +40,15 @@ TINY = {
         **{"kind": "threads", "n": 40, "size": [16, 16, 32], "grid": [1, 1, 2], "overlap": 1},
         **{"model_args": {"width": 0.1}, "epochs": 1, "rivals": ["global"], "seeds": [0, 1]},
     },
+    "benchmarks/08-updates": SMALL
+    | {"updates": ["sgwu", "agwu"], "kinds": ["none", "jitter", "stalls"], "seeds": [0], "stalls": [0.3, 0.3], "target": 0.2}
+    | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4},
     "benchmarks/09-simulator": SMALL
     | {"labs": [[[1, 2], 0.0], [[1], 0.3]], "rounds": 1, "train_samples": 300, "passes": 2.0, "fitted": ["agwu", "udpa", 2]},
+    "benchmarks/10-server": {
+        **{"sizes": [0.1, 1], "crowd": [1, 3], "updates": ["agwu", "sgwu"]},
+        **{"nap": 0.02, "seconds": 0.2, "turns": 2},
+    },
     "benchmarks/03-gpu": SMALL
     | {"models": ["lenet"], "batch_size": 16, "steps": 8, "rounds": 1, "crowd": [1, 2], "megabytes": [0.1, 1]}
     | {"layouts": [True]},
@@ -57,9 +69,13 @@ FIGURES = {
     "benchmarks/02-time-to-accuracy": ["curves.png"],
     "benchmarks/05-back-ends": ["back-ends.png"],
     "benchmarks/06-parts": ["parts.png"],
+    "benchmarks/11-every-batch": ["every-batch.png"],
+    "benchmarks/12-exchange": ["exchange.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
+    "benchmarks/08-updates": ["updates.png"],
     "benchmarks/09-simulator": ["errors.png"],
+    "benchmarks/10-server": ["server.png"],
 }
 LONG = {"benchmarks/04-chaos": 600}  # seconds; six storms, and real processes
 

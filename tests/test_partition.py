@@ -116,6 +116,21 @@ def test_without_a_barrier_whatever_the_order_everything_is_handed_out_in_the_en
     assert_exact_cover(rule, 997)
 
 
+@pytest.mark.parametrize("make", [UDPA, lambda: IDPA(2)])
+def test_when_all_is_handed_out_a_thousand_exchanges_change_and_keep_nothing(make):
+    rule = make()
+    rule.start(17, [0, 1, 2])
+    for _ in range(2):
+        rule.allocate([0, 1, 2], {0: 1.0, 1: 2.0, 2: 3.0})
+    shards = {worker: rule.shard(worker).tolist() for worker in rule.workers}
+    for number in range(1000):
+        some = [0, 1, 2] if number % 3 else [number % 2]
+        assert not any(len(part) for part in rule.allocate(some, dict.fromkeys(some, 0.5)).values())
+    assert {worker: rule.shard(worker).tolist() for worker in rule.workers} == shards
+    assert all(len(pieces) <= 2 for pieces in rule.shards.values())
+    assert min(rule.count.values()) > 600
+
+
 def test_a_lost_worker_s_samples_go_to_the_others():
     rule = IDPA(2)
     rule.start(100, [0, 1, 2])

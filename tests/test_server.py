@@ -260,7 +260,7 @@ def test_a_worker_that_comes_late_is_told_that_the_run_has_ended(tmp_path):
 BAD_PUSHES = {
     "NaN": ({"weights": np.array([0, 1, np.nan, 0, 0], np.float32)}, "hold NaN or infinity. Lower the learning rate"),
     "infinite": ({"weights": np.array([0, 1, np.inf, 0, 0], np.float32)}, "hold NaN or infinity"),
-    "short": ({"weights": np.zeros(3, np.float32)}, "a push of 12 bytes, but this model has 20"),
+    "short": ({"weights": np.zeros(3, np.float32)}, "a push of 12 bytes, which are not the 5 weights of this model"),
     "score": ({"score": 1.5}, r"its score is 1.5, but Q lies in \[0, 1\]"),
     "score NaN": ({"score": float("nan")}, "its score is nan"),
     "version": ({"version": 3}, "it was last given version 0"),

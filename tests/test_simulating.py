@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -12,12 +13,16 @@ from test_drivers import Slow
 from test_training import data, ended, net_with_statistics, problem
 
 import labkit
-from labkit import checkpoints, plots, record, session, timing
+from labkit import checkpoints, plots, record, scenarios, session, timing
 from labkit.errors import PartitionError, RunError
-from labkit.scenarios import UNKNOWN
+from labkit.scenarios import RECORDED, UNKNOWN
+from labkit.updates import AGWU
 
 pytestmark = pytest.mark.usefixtures("cache")
 EXCHANGE, MERGE = (UNKNOWN[what](4 * UNKNOWN["n_weights"]) for what in ("exchange", "server"))
+
+NOTHING_NEW = ("exchange", "overlap", "slowdown", "jitter", "drift", "stalls", "passes", "samples", "seed")
+UNCHANGED = dict.fromkeys(NOTHING_NEW) | {"local_steps": RECORDED}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +59,25 @@ def test_without_a_barrier_the_quick_one_makes_the_passes_of_the_slow_ones(simul
     assert run.summary()["seconds"] == pytest.approx(6000 / 200, abs=4.01)
 
 
+def test_what_is_done_while_a_push_is_under_way_hides_the_exchange(simulate):
+    """10 MB/s: 8 ms each way, beside local passes of 600 ms and batches of 200; the weights of one batch never wait."""
+    slow = {"bandwidth": 1e7, "latency": 0.0, "local_steps": 3, "passes": 12}
+    plain, ahead, halves = (
+        simulate((320,), **slow, name=name, **options)
+        for name, options in {"plain": {}, "ahead": {"overlap": 1}, "halves": {"exchange": "bfloat16"}}.items()
+    )
+    pushes = [len(run.events.query("kind == 'push'")) for run in (plain, ahead, halves)]
+    trip, merge = 2 * 4 * UNKNOWN["n_weights"] / 1e7, MERGE
+    computing = 7200 / 320
+    assert plain.summary()["seconds"] == pytest.approx(computing + pushes[0] * (trip + merge), rel=1e-3)
+    assert halves.summary()["seconds"] == pytest.approx(computing + pushes[2] * (trip / 2 + merge), rel=2e-3)
+    assert ahead.summary()["seconds"] == pytest.approx(computing + trip, rel=2e-3), "only the first pull and the last push"
+    hidden = ahead.events.query("kind == 'push'").hidden_s
+    assert hidden.iloc[1:].to_numpy() == pytest.approx(trip, rel=1e-3) and hidden.max() < 0.2
+    assert ahead.status()["samples"] == plain.status()["samples"] == 7200
+    assert (ahead.summary()["bytes"], halves.summary()["bytes"]) == pytest.approx((plain.summary()["bytes"],) * 2, rel=0.51)
+
+
 def test_shares_by_speed_end_together(simulate):
     run = simulate(update="sgwu", partition=labkit.IDPA(batches=2))
     assert run.allocations().groupby("worker").samples.sum().tolist() == [300, 150, 150]
@@ -86,6 +110,42 @@ def test_jitter_follows_the_seed(simulate):
     again = simulate(jitter=0.5, seed=1, update="sgwu").summary()
     assert again == {**table[1], "name": again["name"]} and table[1]["seconds"] != table[2]["seconds"]
     assert table[1]["seconds"] > simulate(update="sgwu").summary()["seconds"]
+
+
+def test_stalls_cost_what_was_asked_for_and_a_barrier_makes_all_wait_for_each(simulate):
+    alone = {n: simulate([100.0], stalls=stalls, passes=300).summary()["seconds"] for n, stalls in enumerate((None, (20.0, 5.0)))}
+    assert alone[1] / alone[0] == pytest.approx(1 + 5 / 20, rel=0.05), "1,800 seconds of work"
+    free, barred = (simulate([100.0] * 4, stalls=(20.0, 5.0), passes=100, update=name).summary() for name in ("agwu", "sgwu"))
+    assert free["wait_share"] < 0.05 and barred["wait_share"] > 0.2 and barred["seconds"] > 1.2 * free["seconds"]
+    buffered = simulate([100.0] * 4, stalls=(20.0, 5.0), passes=100, update="fedbuff", name="buffered")
+    compute = buffered.events.query("kind == 'push'").compute_s
+    assert compute.median() == 1.5 and compute.max() >= 6.5 and buffered.config["stalls"] == [20, 5]
+
+
+def test_drift_takes_the_time_that_its_speeds_take(simulate):
+    """Two workers of 100 samples/s, times 1 and 1/4 and back; in log, so that together they do 1/s(t) + s(t)/4."""
+    run = simulate([100, 100], slowdown=[1, 4], drift=60.0, passes=50, local_steps=1)
+    ages = np.linspace(0, 60, 1000, endpoint=False)
+    slow = np.exp(np.log(4) * (1 - np.cos(2 * np.pi * ages / 60)) / 2)
+    rate = 100 * float((1 / slow + slow / 4).mean())
+    assert run.summary()["seconds"] == pytest.approx(30_000 / rate, rel=0.03)
+    pushes = run.events.query("kind == 'push' and worker == 1")
+    at = {age: (pushes.compute_s / pushes.samples)[(pushes.seconds % 60 - age).abs() < 4].median() for age in (15, 30, 45)}
+    assert [at[15], at[30], at[45]] == pytest.approx([0.02, 0.01, 0.02], rel=0.15)
+    assert [w["drifts_to"] for w in run.config["workers"]] == [4, 1]
+
+
+def test_how_uneven_it_is_stays_as_recorded_or_is_changed(recorded, tmp_path):
+    live = recorded["agwu"]
+    uneven = labkit.simulate(live, drift=5.0, stalls=(3, 1), runs=tmp_path, name="uneven")
+    assert uneven.config["drift"] == 5 and uneven.config["stalls"] == [3, 1] and live.config["drift"] == 0
+    assert [w["drifts_to"] for w in uneven.config["workers"]] == [3, 1]
+    assert "emulated drift with a period of 5 s, stalls of 1 s every 3 s" in plots.canvas.caption([uneven])
+    again = scenarios.changed(uneven.config, update=AGWU(), partition=labkit.UDPA(), n_workers=4, **UNCHANGED)
+    assert [w["drifts_to"] for w in again["workers"]] == [3, 1, 3, 1] and again["stalls"] == (3, 1) and again["drift"] == 5
+    without = {**UNCHANGED, "drift": 0, "stalls": ()}
+    again = scenarios.changed(uneven.config, update=AGWU(), partition=labkit.UDPA(), n_workers=None, **without)
+    assert [w["drifts_to"] for w in again["workers"]] == [1, 3] and again["stalls"] is None and again["drift"] == 0
 
 
 RULES = [name for name in labkit.updates.names() if name != "allreduce"]
@@ -168,6 +228,9 @@ def test_figures_tables_and_words_say_that_it_is_simulated(simulate):
         ({"failures": [(-1.0, 1)]}, ValueError, "failure"),
         ({"numerics": True}, ValueError, "not with speeds"),
         ({"samples": 2}, PartitionError, "2 samples cannot fill 3 shards"),
+        ({"jitter": -1}, ValueError, "jitter=-1 must be at least 0"),
+        ({"drift": 5.0}, ValueError, r"drift=5 .* \[1.0, 1.0, 1.0\] is the same from both ends"),
+        ({"stalls": (1, 0)}, ValueError, r"stalls=\(1, 0\): give \(every, seconds\)"),
         ({"passes": -1}, ValueError, "passes=-1 must be above 0"),
         ({"servers": 0}, ValueError, "servers=0 must be at least 1"),
     ],
@@ -192,6 +255,9 @@ def test_a_fit_finds_what_a_simulation_was_made_with(simulate):
     assert found.exchange.fixed == pytest.approx(0.04, rel=0.15) and found.exchange.per_byte == pytest.approx(2e-7, rel=0.05)
     assert found.server(8e5) == pytest.approx(UNKNOWN["server"](8e5), rel=0.1)
     assert all(np.std(pace.spread) < 0.04 for pace in found.paces), "the jitter that was asked for is none of the machine's"
+    unsteady = {**sizes, "drift": 40.0, "stalls": (10.0, 1.0)}
+    found = timing.fit([simulate(n_weights=n, name=f"u{n}", **unsteady) for n in (10_000, 200_000)])
+    assert [1 / pace.seconds for pace in found.paces] == pytest.approx([100, 50, 50], rel=0.08), "drift and stalls are taken out"
     with pytest.raises(RunError, match="itself; nothing was measured in it"):
         simulate(runs[0], samples=None, partition=None, update=None)
 
@@ -253,30 +319,32 @@ def test_only_what_was_measured_is_fitted(recorded, tmp_path):
 
 
 HELD_OUT = [
-    ([1, 2], 0.0, {"update": "sgwu", "partition": "udpa"}),
-    ([1, 2], 0.0, {"update": "sgwu", "partition": "idpa"}),
-    ([1, 2], 0.0, {"update": "agwu", "partition": "idpa"}),
-    ([1, 2], 0.0, {"update": "agwu", "partition": "udpa", "local_steps": 4}),
-    ([1, 3], 0.3, {"update": "sgwu", "partition": "udpa"}),
-    ([1, 3], 0.3, {"update": "agwu", "partition": "idpa"}),
-    ([1, 1], 0.0, {"update": "agwu", "partition": "udpa"}),
+    ({"slowdown": [1, 2]}, {"update": "sgwu", "partition": "udpa"}),
+    ({"slowdown": [1, 2]}, {"update": "sgwu", "partition": "idpa"}),
+    ({"slowdown": [1, 2]}, {"update": "agwu", "partition": "idpa"}),
+    ({"slowdown": [1, 2]}, {"update": "agwu", "partition": "udpa", "local_steps": 4}),
+    ({"slowdown": [1, 3], "jitter": 0.3}, {"update": "sgwu", "partition": "udpa"}),
+    ({"slowdown": [1, 3], "jitter": 0.3}, {"update": "agwu", "partition": "idpa"}),
+    ({"slowdown": [1, 1]}, {"update": "agwu", "partition": "udpa"}),
+    ({"slowdown": [1, 3], "drift": 2.0}, {"update": "sgwu", "partition": "udpa", "local_steps": 4}),
+    ({"slowdown": [1, 1], "stalls": (0.5, 0.3)}, {"update": "agwu", "partition": "udpa", "local_steps": 4}),
 ]
 
 
 @pytest.mark.slow
 def test_simulated_times_of_runs_that_were_not_fitted_are_near_the_measured_ones(tmp_path, monkeypatch):
-    """Steps that sleep, so that other work on this machine weighs little; one run is fitted, seven are foretold."""
+    """Steps that sleep, so that other work on this machine weighs little; one run is fitted, nine are foretold."""
     monkeypatch.setattr(Slow, "pause", 0.03)
     a_problem, fitted, errors = problem(net_with_statistics, kind=Slow, xy=data(1000)), None, []
-    for slowdown, jitter in dict.fromkeys((tuple(slowdown), jitter) for slowdown, jitter, _ in HELD_OUT):
-        with labkit.connect("threads", 2, slowdown=slowdown, jitter=jitter) as lab:
+    for ways, together in itertools.groupby(HELD_OUT, key=lambda row: row[0]):
+        with labkit.connect("threads", 2, **ways) as lab:
             common = {"passes": 2, "runs": tmp_path}
             if fitted is None:
                 fitted = ended(labkit.train(a_problem, lab, update="agwu", partition="udpa", name="fitted", **common))
-            for options in (options for *conditions, options in HELD_OUT if conditions == [list(slowdown), jitter]):
+            for _, options in together:
                 live = ended(labkit.train(a_problem, lab, name="live", **options, **common)).summary()["seconds"]
                 options = {"local_steps": None, **options}
-                foretold = labkit.simulate(fitted, slowdown=slowdown, jitter=jitter, runs=tmp_path, **options).summary()["seconds"]
-                errors.append(abs(foretold / live - 1))
+                foretold = labkit.simulate(fitted, **ways, runs=tmp_path, **options).summary()["seconds"]
+                errors.append(round(foretold / live - 1, 3))
     # Within 10 % on a quiet machine, but that is for a benchmark to say: here a model that is wrong would be off by factors.
-    assert len(errors) == len(HELD_OUT) and np.median(errors) < 0.4, errors
+    assert len(errors) == len(HELD_OUT) and np.median(np.abs(errors)) < 0.4, errors

@@ -296,11 +296,40 @@ def test_emulated_slowness_is_in_the_record(tmp_path):
     with labkit.connect("threads", 2, slowdown=[1, 4], jitter=0.1) as uneven:
         run = ended(labkit.train(problem(), uneven, runs=tmp_path, passes=4, partition=labkit.IDPA(batches=2), seed=SEED))
     assert run.config["emulated"] and [w["slowdown"] for w in run.config["workers"]] == [1, 4] and run.config["jitter"] == 0.1
+    assert run.config["drift"] == 0 and run.config["stalls"] is None
     pushes = run.events.query("kind == 'push'")
     speed = pushes.groupby("worker").samples.sum() / pushes.groupby("worker").compute_s.sum()
     assert speed[0] > 1.5 * speed[1]
     held = run.allocations().groupby("worker").total.max()
     assert held[0] > held[1]
+
+
+def test_stalls_and_drift_are_in_the_record_and_in_the_times(tmp_path):
+    """Worker 1 begins slow and ends quick; and somebody stands still half of the time, without being taken to be lost."""
+    options = {"runs": tmp_path, "local_steps": 2, "partition": "udpa", "update": "agwu", "silence": 1.5, "seed": SEED}
+    with labkit.connect("threads", 2, slowdown=[1, 6], drift=2.0) as drifting:
+        run = ended(labkit.train(problem(kind=Slow), drifting, name="drift", passes=12, **options))
+    assert run.config["emulated"] and run.config["drift"] == 2 and [w["drifts_to"] for w in run.config["workers"]] == [6, 1]
+    pushes = run.events.query("kind == 'push' and worker == 1")
+    speed = pushes.compute_s / pushes.samples
+    begun, turned = (speed[(pushes.seconds % 2 - at).abs() < 0.3].median() for at in (0.2, 1.0))
+    assert begun > 2 * turned
+    with labkit.connect("threads", 2, stalls=(2, 2)) as stalling:
+        run = ended(labkit.train(problem(kind=Slow), stalling, name="stalls", passes=6, **options))
+    assert run.config["emulated"] and run.config["stalls"] == [2, 2] and run.config["drift"] == 0
+    pushes = run.events.query("kind == 'push'")
+    assert (pushes.compute_s + pushes.score_s).max() > 2 and set(run.events.query("kind == 'join'").incarnation) == {0}
+
+
+def test_a_stall_does_not_keep_a_stop_waiting(tmp_path):
+    with labkit.connect("threads", 1, stalls=(0.001, 30)) as stalling:  # after the first step
+        run = labkit.train(problem(kind=Slow), stalling, runs=tmp_path, passes=1000, local_steps=9, seed=SEED)
+        until(lambda: run.status().get("started"))
+        time.sleep(0.5)
+        assert run.status()["samples"] <= 16
+        begun = time.monotonic()
+        run.stop()
+        assert time.monotonic() - begun < 8 and run.state == "stopped"
 
 
 # -- endings -----------------------------------------------------------------------------------------------------------
@@ -459,14 +488,14 @@ def test_a_worker_that_loses_the_server_does_not_end_the_run(update, train, monk
     """As one that was frozen for too long and comes back: the others have gone on without it."""
     from labkit.worker import _Worker
 
-    push = _Worker._push
+    exchange = _Worker._exchange
 
-    def lossy(self, done):
+    def lossy(self, done, go):
         if self.spec.index == 1 and self.version > 0:
             self.connection.close()
-        push(self, done)
+        return exchange(self, done, go)
 
-    monkeypatch.setattr(_Worker, "_push", lossy)
+    monkeypatch.setattr(_Worker, "_exchange", lossy)
     a_problem = problem(kind=Slow)  # so that both have their turns
     run = ended(train(a_problem, update=update, passes=6))
     events = run.events

@@ -251,6 +251,25 @@ def test_a_bad_push_is_refused_and_changes_nothing(rule):
         assert bits(rule.state_dict()) == before
 
 
+@pytest.mark.parametrize("rule", ["sgwu", "agwu", "fedasync"])
+def test_a_merge_that_goes_through_memory_in_pieces_has_the_bits_of_the_formula(rule):
+    rng = np.random.default_rng(0)
+    old, new, other = rng.standard_normal((3, 2 * base.CHUNK + 3)).astype(np.float32)
+    rule = started(make_update(rule), old)
+    rule.push(Push(0, 0, new, 0.3, 10))
+    before, share = rule.weights, np.float32
+    rule.push(Push(1, 0, other, 0.6, 10))
+    if rule.name == "sgwu":
+        a, b = (merge.coefficient for merge in rule.merges)
+        wanted = new * share(a) + other * share(b)
+    elif rule.name == "agwu":
+        wanted = (other - old) * share(rule.merges[0].coefficient) + before
+    else:
+        a = rule.share(1)
+        wanted = before * share(1 - a) + other * share(a)
+    assert np.array_equal(rule.weights, wanted) and not np.array_equal(before, wanted)
+
+
 @every_rule
 def test_who_joins_gets_the_current_version_and_may_push(rule):
     rule = started(make_update(rule), workers=[0])

@@ -70,14 +70,14 @@ def test_a_worker_that_is_lost_and_comes_again_holds_up_no_rule(update, train, l
     """Worker 1 loses its link at every push; the others do its part."""
     from labkit.worker import _Worker
 
-    push = _Worker._push
+    exchange = _Worker._exchange
 
-    def lossy(self, done):
+    def lossy(self, done, go):
         if self.spec.index == 1 and self.version > 0:
             self.connection.close()
-        push(self, done)
+        return exchange(self, done, go)
 
-    monkeypatch.setattr(_Worker, "_push", lossy)
+    monkeypatch.setattr(_Worker, "_exchange", lossy)
     a_problem = problem(kind=Slow)
     run = ended(train(a_problem, lab, update=update, passes=5, local_steps=3))
     check(run, 5 * len(a_problem.train_indices()))

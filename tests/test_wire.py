@@ -320,6 +320,58 @@ def test_silence_has_a_limit(listener):
         server.receive()
 
 
+LARGE = 2 * wire.LUMP + 17
+
+
+def test_a_large_body_and_what_follows_it(listener):
+    """Its receiver wakes up for large lumps, and for a small message again afterwards."""
+    server, client = connected(listener, max_body=LARGE)
+    body, place = np.random.default_rng(0).bytes(LARGE), bytearray(LARGE)
+    with server, client:
+        for _ in range(2):
+            sender = threading.Thread(target=client.send, args=({"op": "x"}, body))
+            sender.start()
+            assert server.receive(lambda header, n: [memoryview(place)]) == ({"op": "x"}, LARGE) and place == body
+            sender.join()
+            assert not server.waiting()
+            client.send({"op": "small"})
+            assert server.waiting(5) and server.receive()[0] == {"op": "small"}
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_silence_in_the_middle_of_a_large_body_has_a_limit(listener, n):
+    server, client = connected(listener, max_body=LARGE, timeout=0.3)
+    with server, client:
+        client.sock.sendall(packed(b'{"op":"x"}', LARGE) + bytes(n * wire.LUMP // 2))
+        begun = time.monotonic()
+        with pytest.raises(WireError, match=r"no word from the other side for 0\.3 s"):
+            server.receive(lambda header, size: [memoryview(bytearray(size))])
+    assert time.monotonic() - begun < 3
+
+
+def test_a_link_may_be_slow(listener):
+    """It brings a little each time, and never so much at once that a receiver of a large body would wake up for it."""
+    server, client = connected(listener, max_body=LARGE, timeout=0.5)
+    received, failed = [], []
+
+    def receive():
+        try:
+            received.append(server.receive(lambda header, size: [memoryview(bytearray(size))]))
+        except WireError as error:
+            failed.append(error)
+
+    with server, client:
+        receiver = threading.Thread(target=receive)
+        receiver.start()
+        client.sock.sendall(packed(b'{"op":"x"}', LARGE))
+        for _ in range(20):
+            client.sock.sendall(bytes(100))
+            time.sleep(0.1)
+        client.sock.sendall(bytes(LARGE - 2000))
+        receiver.join(10)
+    assert received == [({"op": "x"}, LARGE)] and not failed
+
+
 def test_a_peer_that_reads_nothing_has_a_limit(listener):
     server, client = connected(listener, timeout=0.3)
     with server, client, pytest.raises(WireError, match="the connection broke while 60000000 bytes were sent"):

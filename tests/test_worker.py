@@ -1,8 +1,6 @@
-"""The loop of one worker, piece by piece: orders, batches, the flat vector, emulated slowness."""
+"""The loop of one worker, piece by piece: orders, batches, the flat vector."""
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from torch import nn
 from labkit.errors import WorkerError
 from labkit.layout import Layout, flatten
 from labkit.shard import Shard, batches, pass_order
-from labkit.worker import Slowness
 
 # -- which samples, in which order -------------------------------------------------------------------------------------
 
@@ -141,34 +138,3 @@ def test_a_layout_splits_scalars_and_empty_tensors():
     parts = layout.split(np.arange(5, dtype=np.float32))
     assert [part.shape for part in parts.values()] == [(), (0, 3), (2, 2)]
     assert parts["a"] == 0 and parts["c"].tolist() == [[1, 2], [3, 4]]
-
-
-# -- slowness ----------------------------------------------------------------------------------------------------------
-
-
-def slept(monkeypatch, slowness, n=1, waited=0.0):
-    """Seconds that `slowness` asks to sleep after work of 1 s."""
-    naps, now = [], [0.0]
-    monkeypatch.setattr(time, "sleep", naps.append)
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    for _ in range(n):
-        now[0] += 1.0
-        slowness.after(now[0] - 1.0, waited)
-    monkeypatch.undo()
-    return naps
-
-
-def test_slowness_sleeps_in_proportion_to_the_work(monkeypatch):
-    assert slept(monkeypatch, Slowness(4.0, 0.0, 0, 0, "cpu")) == [3.0]
-    assert slept(monkeypatch, Slowness(4.0, 0.0, 0, 0, "cpu"), waited=0.75) == [0.75]  # waiting for others is no work
-    assert slept(monkeypatch, Slowness(4.0, 0.0, 0, 0, "cpu"), waited=2.0) == [0.0]
-    assert slept(monkeypatch, Slowness(1.0, 0.0, 0, 0, "cpu")) == []
-
-
-def test_jitter_scatters_about_the_factor_and_repeats_with_the_seed(monkeypatch):
-    naps = slept(monkeypatch, Slowness(4.0, 0.3, 7, 1, "cpu"), n=400)
-    assert naps == slept(monkeypatch, Slowness(4.0, 0.3, 7, 1, "cpu"), n=400)
-    assert naps != slept(monkeypatch, Slowness(4.0, 0.3, 7, 2, "cpu"), n=400)
-    assert min(naps) >= 0 and np.std(np.log(np.array(naps) + 1)) == pytest.approx(0.3, rel=0.15)
-    assert np.median(naps) == pytest.approx(3.0, rel=0.15)
-    assert all(nap >= 0 for nap in slept(monkeypatch, Slowness(1.0, 0.5, 0, 0, "cpu"), n=50))

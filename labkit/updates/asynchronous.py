@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from labkit.updates.base import Changes, Merge, Push, Reply, Update, chunks, number, one_of, whole
+from labkit.updates.base import Changes, Merge, Push, Reply, Update, chunks, number, one_of, weighted_sum, whole
 
 
 class AGWU(Changes):
@@ -37,6 +37,7 @@ class AGWU(Changes):
     """
 
     name = "agwu"
+    scored = ahead = True
     fleeting = (*Changes.fleeting, "scores")
 
     def __init__(self, quality: str = "normalised") -> None:
@@ -90,6 +91,7 @@ class Downpour(Changes):
     """
 
     name = "downpour"
+    ahead = True
     written = ("first", "second")
 
     def __init__(
@@ -166,6 +168,7 @@ class FedAsync(Update):
     """
 
     name = "fedasync"
+    ahead = True
 
     def __init__(
         self, alpha: float = 0.6, fading: str = "polynomial", *, power: float = 0.5, slope: float = 10.0, free: float = 4.0
@@ -184,9 +187,7 @@ class FedAsync(Update):
 
     def _merge(self, push: Push) -> list[Reply]:
         share = self.share(self.version - push.base_version)
-        merged, old, new = np.empty_like(self.weights), np.float32(1 - share), np.float32(share)
-        for part in chunks(len(merged)):
-            merged[part] = old * self.weights[part] + new * push.weights[part]
+        merged = weighted_sum([self.weights, push.weights], [1 - share, share])
         self._publish(merged, [(push, share)])
         return self._release([push.worker])
 
@@ -211,6 +212,7 @@ class FedBuff(Changes):
     """
 
     name = "fedbuff"
+    ahead = True
     fleeting = (*Changes.fleeting, "total", "kept")
     written = ("total",)
 

@@ -28,7 +28,7 @@ class Push:
     worker: int
     base_version: int
     weights: np.ndarray  # float32, shape (n,): [parameters | buffers]; only read, and not after its worker has its reply
-    score: float  # Q in [0, 1] on the shared score set
+    score: float | None  # Q in [0, 1] on the shared score set; None: it is measured later, for a rule that does not ask for it
     samples: int  # samples trained on in this local pass
 
 
@@ -68,6 +68,8 @@ class Update:
 
     name = ""
     collective = False  # True: workers exchange gradients among themselves at every step
+    scored = False  # True: the rule asks for Q
+    ahead = False  # True: a worker may train on while its push is under way, and its next push holds that too
     paced = False  # True: local passes in proportion to measured speed, whatever the partition
     fleeting: tuple[str, ...] = ("weights", "bases")  # what `lasting` leaves out
     written: tuple[str, ...] = ()  # arrays that the rule writes in place: a saved state gets copies of them
@@ -169,7 +171,9 @@ class Update:
             raise UpdateError(f"{who} refused: {got.dtype} of shape {got.shape}, but float32 of {want} is needed.")
         if not np.isfinite(np.add.reduce(got)):  # one pass, no temporary: NaN and infinity survive a sum
             raise UpdateError(f"{who} refused: its weights hold NaN or infinity. Lower the learning rate.")
-        if not 0.0 <= push.score <= 1.0:
+        if push.score is None and not self.scored:
+            return
+        if push.score is None or not 0.0 <= push.score <= 1.0:
             raise UpdateError(f"{who} refused: its score is {push.score}, but Q lies in [0, 1].")
 
     def _publish(self, weights: np.ndarray, merges: Iterable[tuple[Push, float]]) -> None:
@@ -220,9 +224,11 @@ class Changes(Update):
 
     def _move(self, push: Push, coefficient: float) -> None:
         """A new version: W + coefficient (W_j - W(k)); buffers between old and pushed value."""
-        merged = self._change(push)
-        merged *= np.float32(coefficient)
-        merged += self.weights
+        merged, base, factor = np.empty_like(self.weights), self.base_weights[push.worker], np.float32(coefficient)
+        for part in chunks(len(merged)):
+            change = np.subtract(push.weights[part], base[part], out=merged[part])
+            change *= factor
+            change += self.weights[part]
         self._mix_buffers(merged, push, coefficient)
         self._publish(merged, [(push, coefficient)])
 
@@ -235,6 +241,16 @@ class Changes(Update):
 def chunks(n: int) -> Iterator[slice]:
     """`n` weights in pieces that fit into the cache of a processor: a formula of many steps then goes through memory once."""
     return (slice(start, min(n, start + CHUNK)) for start in range(0, n, CHUNK))
+
+
+def weighted_sum(vectors: list[np.ndarray], factors: list[float]) -> np.ndarray:
+    """sum_j factors_j vectors_j of float32 vectors of one length, a new array; each goes through memory once."""
+    total, product = np.empty_like(vectors[0]), np.empty(CHUNK, np.float32)
+    for part in chunks(len(total)):
+        into = np.multiply(vectors[0][part], np.float32(factors[0]), out=total[part])
+        for vector, factor in zip(vectors[1:], factors[1:], strict=True):
+            into += np.multiply(vector[part], np.float32(factor), out=product[: len(into)])
+    return total
 
 
 def settings(rule: type[Update]) -> list[str]:

@@ -31,6 +31,7 @@ class SSP(Changes):
     """
 
     name = "ssp"
+    ahead = True
     fleeting = (*Changes.fleeting, "clocks", "held")
 
     def __init__(self, bound: int = 3, rate: float = 1.0) -> None:
@@ -86,6 +87,7 @@ class Ringmaster(Changes):
     """
 
     name = "ringmaster"
+    ahead = True
 
     def __init__(self, limit: int | None = None, rate: float = 1.0) -> None:
         self.limit, self.rate = whole(self, "limit", limit), number(self, "rate", rate, above=0)
@@ -119,6 +121,7 @@ class Rescaled(Changes):
     """
 
     name = "rescaled"
+    ahead = True
 
     def __init__(self, rate: float = 1.0, most: float = 1.0) -> None:
         self.rate, self.most = number(self, "rate", rate, above=0), number(self, "most", most, above=0)

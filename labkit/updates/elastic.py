@@ -31,6 +31,7 @@ class EASGD(Update):
     """
 
     name = "easgd"
+    ahead = True
 
     def __init__(self, beta: float = 0.9) -> None:
         self.beta = number(self, "beta", beta, above=0, most=1)
@@ -67,6 +68,7 @@ class GEM(Changes):
     """
 
     name = "gem"
+    ahead = True
     fleeting = (*Changes.fleeting, "speeds", "seen")
     written = ("speeds",)
     most = 5.0  # pi at most

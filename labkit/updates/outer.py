@@ -89,6 +89,7 @@ class DelayedNesterov(Changes):
     """
 
     name = "delayed-nesterov"
+    ahead = True
     written = ("velocity", "total")
 
     def __init__(self, lr: float = 0.7, momentum: float = 0.9, *, period: int | None = None, dynamic: bool = True) -> None:
@@ -146,6 +147,7 @@ class HeLoCo(Changes):
     """
 
     name = "heloco"
+    ahead = True
     written = ("velocity",)
 
     def __init__(

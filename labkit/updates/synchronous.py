@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from labkit.errors import UpdateError
-from labkit.updates.base import Push, Reply, Update, chunks, number, one_of
+from labkit.updates.base import Push, Reply, Update, number, one_of, weighted_sum
 
 
 class Barrier(Update):
@@ -88,12 +88,7 @@ class Barrier(Update):
 
 def average(pushes: list[Push], factors: list[float]) -> np.ndarray:
     """sum_j factors_j W_j, a new array; with factors of at least 0 that sum to 1 a convex average, buffers included."""
-    merged = np.empty_like(pushes[0].weights)
-    for part in chunks(len(merged)):
-        merged[part] = pushes[0].weights[part] * np.float32(factors[0])
-        for push, factor in zip(pushes[1:], factors[1:], strict=True):
-            merged[part] += push.weights[part] * np.float32(factor)
-    return merged
+    return weighted_sum([push.weights for push in pushes], factors)
 
 
 def shares(pushes: list[Push], weighting: str) -> list[float]:
@@ -120,6 +115,7 @@ class SGWU(Barrier):
     """
 
     name = "sgwu"
+    scored = True
     fleeting = (*Barrier.fleeting, "expired")
 
     def __init__(self, quorum: float = 1.0, grace: float = 0.0) -> None:

@@ -22,11 +22,13 @@ from labkit.worker import keep_memory
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def plain_loops(problem, lab, samples: int) -> float:
-    """Samples/s of all workers together, each training on its share of `samples`, from the common start to the last end."""
-    share = samples // len(lab.workers)
+def plain_loops(problem, lab, samples: int, n_workers: int | None = None) -> float:
+    """Samples/s of the first `n_workers` (of all) together, each training on its share of `samples`, from the common start to the
+    last end."""
+    workers = lab.workers[:n_workers]
+    share = samples // len(workers)
     begin = time.time() + 1.0  # all begin together
-    tasks = [lab.start(worker.index, plain_loop, problem, share, worker.index, begin) for worker in lab.workers]
+    tasks = [lab.start(worker.index, plain_loop, problem, share, worker.index, begin) for worker in workers]
     ends = [task.result(timeout=600) for task in tasks]
     return share * len(ends) / (max(ends) - begin)
 

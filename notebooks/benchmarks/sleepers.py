@@ -1,0 +1,336 @@
+"""Workers that sleep instead of computing, and exchange real weights with the real server of a run.
+
+    pull (real weights, over a real socket) -> sleep -> push (real weights) -> ...
+
+The server is the process that every run has, with its update, its partition and its record. The workers are threads of this
+process which say what workers say (`labkit.conversation`) and no more: they share one vector that they push and one into which all
+receive, so that 64 workers with 100 MB each cost the server's memory and not theirs as well. `real` is the check on them: the same
+with labkit's own workers, each with a replica, on a lab of threads.
+
+What a server is busy with comes from two clocks: the CPU time of its process, and the record, which says when each push came in and
+when what had to be done for it under the server's lock was done.
+
+Used by the benchmark notebooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from echoes import KINDS, PATIENCE_S, echo
+from torch import nn
+
+import labkit
+from labkit import canvas, record, session, wire
+from labkit.server import ServerSpec
+
+RESERVE = 2e9  # bytes of memory that are left to others
+
+
+class Sleeper:
+    """A worker that sleeps; joins at once. `vector` is what it pushes, `place` where it receives: both may be shared."""
+
+    def __init__(self, address: tuple[str, int], secret: bytes, index: int, vector: np.ndarray, place: np.ndarray) -> None:
+        self.connection = wire.connect(address, secret, timeout=PATIENCE_S)
+        self.vector, self.place = vector, memoryview(place).cast("B")
+        self.exchanges = 0
+        self.connection.send({"op": "join", "worker": index, "seconds_per_sample": 1e-3})
+
+    def pull(self) -> bool:
+        """Wait for the next version; False when the run has ended."""
+        while (word := self.connection.receive(self._place)[0])["op"] == "hold":
+            self.connection.send({"op": "beat"})
+        self.go = word
+        return word["op"] == "go"
+
+    def push(self, slept: float = 0.0) -> None:
+        header = {"op": "push", "version": self.go["version"], "samples": self.go["samples"], "score": 0.5, "loss": 1.0}
+        self.connection.send({**header, "compute_s": slept, "score_s": 0.0, "wait_s": 0.0, "send_s": 0.0}, self.vector)
+
+    def work(self, nap: float, after: Callable[[], None] = lambda: None) -> None:
+        """Sleep and exchange until the run ends; `after` each exchange."""
+        while self.pull():
+            self.exchanges += 1
+            after()
+            time.sleep(nap)
+            if self.connection.waiting() and not self.pull():  # nothing but the end can have come
+                break
+            self.push(nap)
+        self.leave()
+
+    def leave(self) -> None:
+        self.connection.send({"op": "leave"})
+        self.connection.close()
+
+    def _place(self, header: dict, n: int) -> list[memoryview]:
+        return [self.place, memoryview(bytearray(8 * header["indices"]))]
+
+
+@contextlib.contextmanager
+def serving(update: str, n_workers: int, megabytes: float, path: Path) -> Iterator[tuple[int, tuple[str, int], bytes]]:
+    """The server of a run of `n_workers` with so many MB of weights, recorded in `path`: its process, its address, its secret.
+
+    Nothing but its first and its last version is kept on the disk, and these are deleted afterwards.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    spec = ServerSpec(
+        path=str(path),
+        secret=os.urandom(32),
+        update=labkit.updates.make_update(update),
+        partition=labkit.UDPA(),
+        weights=np.ones(size(megabytes), np.float32),
+        n_buffers=0,
+        n_samples=n_workers,
+        labels=None,
+        workers=list(range(n_workers)),
+        budget=1 << 52,  # far more than will be trained on
+        local_steps=None,
+        batch_size=1,
+        seed=0,
+        checkpoints=1,
+        silence=PATIENCE_S,
+        age=PATIENCE_S,
+    )
+    server, address = session._start_server(spec, path)
+    try:
+        yield server.pid, address, spec.secret
+        stop(address, spec.secret)
+        server.wait(PATIENCE_S)  # until the last worker has left
+    finally:
+        said = session._end(server)
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    assert json.loads(said)["state"] == "stopped", said
+
+
+def stop(address: tuple[str, int], secret: bytes) -> None:
+    with wire.connect(address, secret, timeout=PATIENCE_S) as connection:
+        connection.send({"op": "watch"})
+        connection.send({"op": "stop"})
+        connection.receive()
+
+
+def size(megabytes: float) -> int:
+    """Weights of float32 in so many MB."""
+    return round(megabytes * 250_000)
+
+
+def fits(n_workers: int, megabytes: float) -> bool:
+    """Is there memory for this? A push of each worker, a version that each works from, and a few more."""
+    return (2 * n_workers + 6) * megabytes * 1e6 < psutil.virtual_memory().available - RESERVE
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and all its threads, to the microsecond: the clock of its own that Linux keeps for each process.
+
+    `psutil` counts in steps of 10 ms, which is many exchanges of a small model.
+    """
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+def saturate(update: str, n_workers: int, megabytes: float, nap: float, seconds: float, path: Path) -> dict:
+    """One row: what a server does with `n_workers` that sleep `nap` seconds between a pull and a push.
+
+    Measured over at least `seconds`, and three cycles of worker 0, when everybody has pushed once.
+    """
+    vector, place = np.ones(size(megabytes), np.float32), np.empty(size(megabytes), np.float32)
+    turn = threading.Semaphore(0)  # released by worker 0 after each of its exchanges
+    with serving(update, n_workers, megabytes, path) as (pid, address, secret):
+        workers = [Sleeper(address, secret, index, vector, place) for index in range(n_workers)]
+        calls = [turn.release] + [lambda: None] * (n_workers - 1)
+        for worker, call in zip(workers, calls, strict=True):
+            threading.Thread(target=worker.work, args=(nap, call), daemon=True).start()
+        while turn.acquire(timeout=PATIENCE_S) and min(worker.exchanges for worker in workers) < 2:
+            pass
+        begun, cycles = _now(pid, workers), 0
+        while turn.acquire(timeout=PATIENCE_S):
+            cycles, ended = cycles + 1, _now(pid, workers)
+            if cycles >= 3 and ended["time"] - begun["time"] >= seconds:
+                break
+    took = {key: ended[key] - begun[key] for key in begun}
+    wall, n = took["time"], took["exchanges"]
+    locked = under_lock(record.read_events(path), begun["time"], ended["time"])
+    return {
+        "update": update,
+        "MB": megabytes,
+        "workers": n_workers,
+        "exchanges_per_s": n / wall,
+        "MB_per_s": 2 * megabytes * n / wall,  # there and back
+        "busy": took["server"] / wall,  # CPU time of the server over time: 1 is one core
+        "locked": locked / wall,  # share of the time in which something was done under the lock
+        "machine": (took["server"] + took["here"]) / wall / os.cpu_count(),  # server and workers: 1 is the whole machine
+        "cpu_ms": 1e3 * took["server"] / n,  # of the server, for one push and one pull
+        "lock_ms": 1e3 * locked / n,
+        "all_ms": 1e3 * (took["server"] + took["here"]) / n,  # the same and the workers' side of it
+        "waiting": max(0.0, 1 - nap * n / wall / n_workers),  # share of a worker's time in which it does not "compute"
+    }
+
+
+def _now(pid: int, workers: list[Sleeper]) -> dict[str, float]:
+    exchanges = sum(worker.exchanges for worker in workers)
+    return {"time": time.time(), "server": cpu_seconds(pid), "here": time.process_time(), "exchanges": exchanges}
+
+
+def under_lock(events: pd.DataFrame, begin: float, end: float) -> float:
+    """Seconds from each push until it was merged, or its worker told to wait for others: the server does nothing else meanwhile."""
+    pushed, seconds = {}, 0.0
+    for event in events[events.kind.isin(["push", "hold", "release"])].to_dict("records"):
+        at = pushed.get(event["worker"])
+        if event["kind"] == "push":
+            pushed[event["worker"]] = event["time"]
+        elif at is not None and event["kind"] == "hold":
+            seconds += event["time"] - at if begin <= at < end else 0.0
+            del pushed[event["worker"]]
+        elif at is not None:
+            seconds += event["wait_s"] if begin <= at < end else 0.0
+            del pushed[event["worker"]]
+    return seconds
+
+
+# -- one worker, and echoes --------------------------------------------------------------------------------------------
+
+
+def rounds(megabytes: float, updates: list[str], n: int, path: Path) -> list[dict]:
+    """`n` rows of seconds for so many MB there and back: a column for each of `KINDS` and each of `updates`, one worker each."""
+    vector, place = np.ones(size(megabytes), np.float32), np.empty(size(megabytes), np.float32)
+    several = max(1, min(50, round(20 / megabytes)))  # of which one time is the mean
+    with contextlib.ExitStack() as stack:
+        ways = {kind: stack.enter_context(echo(kind, vector, place)) for kind in KINDS}
+        ways |= {update: stack.enter_context(exchange(update, vector, place, path / update)) for update in updates}
+        rows = [{name: timed(way, several) for name, way in turned(ways, number).items()} for number in range(n + 3)]
+    return rows[3:]  # before those memory is fetched that is used again afterwards
+
+
+def turned(ways: dict[str, Callable], number: int) -> dict[str, Callable]:
+    """Each round begins with another one."""
+    names = list(ways)
+    first = number % len(names)
+    return {name: ways[name] for name in names[first:] + names[:first]}
+
+
+def timed(way: Callable[[], None], several: int) -> float:
+    started = time.perf_counter()
+    for _ in range(several):
+        way()
+    return (time.perf_counter() - started) / several
+
+
+@contextlib.contextmanager
+def exchange(update: str, vector: np.ndarray, place: np.ndarray, path: Path) -> Iterator[Callable[[], None]]:
+    """A function that pushes `vector` to the server of a run and pulls the next version into `place`."""
+    with serving(update, 1, vector.nbytes / 1e6, path) as (_, address, secret):
+        worker = Sleeper(address, secret, 0, vector, place)
+        worker.pull()
+        yield lambda: (worker.push(), worker.pull())
+        worker.leave()
+
+
+# -- tables and figure -------------------------------------------------------------------------------------------------
+
+
+def lines(table: pd.DataFrame) -> pd.DataFrame:
+    """Is cost linear? The server's CPU time against the number of exchanges, a straight line for each update and size.
+
+    `cpu_ms` is its slope, the cost of one exchange; `worst` the largest distance of a point from it, as a share of the point.
+    """
+    rows = []
+    for (update, megabytes), own in table.groupby(["update", "MB"], sort=False):
+        slope = float((own.busy * own.exchanges_per_s).sum() / (own.exchanges_per_s**2).sum())
+        apart = float((slope * own.exchanges_per_s / own.busy - 1).abs().max())
+        several = own[own.workers > 1]
+        rows.append({"update": update, "MB": megabytes, "cpu_ms": 1e3 * slope, "worst": apart, "lock_ms": several.lock_ms.median()})
+    return pd.DataFrame(rows).set_index(["update", "MB"])
+
+
+def saturation(table: pd.DataFrame, nap: float) -> pd.DataFrame:
+    """Where the throughput ends to grow, predicted from one worker and measured.
+
+    One worker has a cycle of nap + e seconds. If exchanges do not overlap, (nap + e) / e workers fill the time: `predicted`.
+    `measured` is the highest throughput over that of one worker, and `more` says that it has not ended to grow: it is over 0.9 of
+    what so many workers do that never wait for each other. `cycle_64_s` is what a cycle of 64 workers takes at the least.
+    """
+    rows = []
+    for (update, megabytes), own in table.groupby(["update", "MB"], sort=False):
+        one, best = own.sort_values("workers").iloc[0], own.loc[own.exchanges_per_s.idxmax()]
+        cycle = one.workers / one.exchanges_per_s
+        gain = best.exchanges_per_s * cycle
+        rows.append(
+            {
+                "update": update,
+                "MB": megabytes,
+                "predicted": cycle / max(1e-4, cycle - nap),
+                "measured": gain,
+                "more": bool(gain > 0.9 * own.workers.max()),
+                "exchanges_per_s": best.exchanges_per_s,
+                "busy": best.busy,
+                "machine": best.machine,
+                "cycle_64_s": 64 / best.exchanges_per_s,
+            }
+        )
+    return pd.DataFrame(rows).set_index(["update", "MB"])
+
+
+def figure(table: pd.DataFrame, found: pd.DataFrame, update: str, note: str):
+    """Throughput against workers, a line for each size of the weights; a mark where one is saturated."""
+    canvas.extension()
+    pieces, legend, words, dims = [], [], [], ("workers", "exchanges_per_s")
+    for number, (megabytes, own) in enumerate(table[table["update"] == update].groupby("MB")):
+        row, name = found.loc[(update, megabytes)], f"{megabytes:g} MB"
+        pieces.append(canvas.line(own.workers.to_numpy(), own.exchanges_per_s.to_numpy(), number, name, dims))
+        legend.append((name, number, "line"))
+        words.append(f"{'more than ' if row.more else ''}{own.workers.max() if row.more else round(row.measured)} with {name}")
+        if not row.more:
+            pieces.append(canvas.marks([row.measured], [row.exchanges_per_s], 6, "saturated", dims))
+    if not found.loc[update].more.all():
+        legend.append(("saturated", 6, "mark"))
+    ticks = [(n, str(n)) for n in sorted(table.workers.unique())]
+    labels = {"xlabel": "workers", "ylabel": "exchanges per second"}
+    title = f"One server serves {', '.join(words)}"
+    return canvas.finish(canvas.overlay(pieces), title, note, legend, **labels, xticks=ticks, logx=True, logy=True)
+
+
+# -- the same with real workers ----------------------------------------------------------------------------------------
+
+
+class Nap(labkit.Problem):
+    """A problem whose step sleeps, with so many MB of weights that nothing changes."""
+
+    def __init__(self, data, *, megabytes: float, nap: float, **common) -> None:
+        super().__init__(data, **common)
+        self.megabytes, self.nap = megabytes, nap
+
+    def build(self, seed):
+        module = nn.Module()
+        module.weights = nn.Parameter(torch.ones(size(self.megabytes)))
+        return module
+
+    def optimisers(self, module):
+        return ()
+
+    def step(self, module, batch, optimisers, clock):
+        time.sleep(self.nap)
+        return {"loss": 0.0}
+
+    def evaluate(self, module, batch):
+        return {"loss": 0.0, "score": 0.5}
+
+
+def real(update: str, n_workers: int, megabytes: float, nap: float, exchanges: int, run_dir: str | Path) -> float:
+    """Exchanges per second of labkit's own workers; each makes so many, of which the first does not count."""
+    x, y = np.zeros((10 * n_workers, 1), np.float32), np.zeros(10 * n_workers, np.int64)
+    problem = Nap((x, y), megabytes=megabytes, nap=nap, batch_size=1, score_samples=1)
+    settings = {"local_steps": 1, "passes": n_workers * exchanges / len(problem.train_indices()), "checkpoints": 1}
+    with labkit.connect("threads", n_workers) as lab:
+        run = labkit.train(problem, lab, update=update, partition="udpa", name=f"real-{update}", runs=run_dir, **settings)
+        pushes = run.wait(PATIENCE_S).events.query("kind == 'push'").seconds.sort_values().to_numpy()
+    return (len(pushes) - n_workers) / (pushes[-1] - pushes[n_workers - 1])
