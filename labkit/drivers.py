@@ -15,7 +15,6 @@ from pathlib import Path
 from labkit import record, scenarios
 from labkit.arrivals import Arrivals
 from labkit.errors import RunError
-from labkit.exchange import n_bytes
 from labkit.offline import Ledger
 from labkit.partition import UDPA, make_partition
 from labkit.problems import Problem
@@ -196,11 +195,8 @@ def simulate(
     try:
         with meter(f"simulation of {config['n_workers']} workers", config["budget"]) as told:
             rules = {"update": rule, "partition": parts, "batch_size": batch_size, "changes": changes, "problem": problem}
-            there, sent = (
-                timing.with_links(bandwidth, latency).on_servers(servers),
-                n_bytes(config.get("exchange", "float32"), size),
-            )
-            made = Simulation(config, there, sent, **rules, ledger=ledger, told=told).run()
+            there = timing.with_links(bandwidth, latency).on_servers(servers)
+            made = Simulation(config, there, size, **rules, ledger=ledger, told=told).run()
         it = made.it
         status = {"state": it.state, "reason": it.reason, "version": it.update.version, "samples": it.samples.done}
         status |= {"server_busy": made.busy / made.merged_at if made.merged_at else 0.0}

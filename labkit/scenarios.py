@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 from labkit.coordinator import AGAIN
 from labkit.errors import RunError
-from labkit.exchange import n_bytes
 from labkit.partition import UDPA, make_partition
 from labkit.run import Run
 from labkit.settings import real, whole
@@ -173,7 +172,7 @@ def _compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float 
     again = Simulation(
         run.config,
         timing,
-        n_bytes(run.config.get("exchange", "float32"), run.layout.size),
+        run.layout.size,
         update=copy.deepcopy(rule) if rule.config() == run.config["update"] else make_update(run.config["update"]),
         partition=make_partition(run.config["partition"]),
         batch_size=batch_size,

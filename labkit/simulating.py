@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from labkit.conversation import SCORE_S
+from labkit.exchange import n_bytes
 from labkit.layout import flatten
 from labkit.members import Answer
 from labkit.offline import Ledger, Replicas, begin_course
@@ -50,7 +51,7 @@ class Simulation:
         self,
         config: dict,
         timing: Timing,
-        n_bytes: int,
+        n_weights: int,
         *,
         update: Update,
         partition: UDPA,
@@ -60,8 +61,9 @@ class Simulation:
         ledger: Ledger | None = None,
         told: Callable[[int], None] = lambda done: None,
     ) -> None:
-        self.config, self.timing, self.n_bytes, self.ledger, self.told = config, timing, n_bytes, ledger, told
-        self.batch_size = batch_size
+        self.config, self.timing, self.ledger, self.told, self.batch_size = config, timing, ledger, told, batch_size
+        self.n_bytes = n_bytes(config.get("exchange", "float32"), n_weights)
+        self.merge_s = timing.server(4 * n_weights)  # float32 on the server, whatever travels
         self.slowness: dict[int, tuple[Slowness, float]] = {}  # of each incarnation, and when it came
         self.now, self.busy, self.merged_at = 0.0, 0.0, 0.0
         self.queue: list[tuple[float, int, Callable, tuple]] = []
@@ -204,8 +206,8 @@ class Simulation:
 
     def _write(self, kind: str, **fields: Any) -> None:
         if kind == "merge":
-            self.busy += self.timing.server(self.n_bytes)
-            self.now += self.timing.server(self.n_bytes)
+            self.busy += self.merge_s
+            self.now += self.merge_s
             self.merged_at = self.now
         if self.ledger:
             row = {"seq": 0, "time": round(self.now, 6), "seconds": round(self.now, 6), "kind": kind, **fields}

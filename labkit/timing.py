@@ -5,6 +5,7 @@
 
     exchange(bytes) = fixed + bytes / bandwidth        server(bytes) = fixed + bytes x seconds per byte
 
+The bytes of an exchange are those on the wire, those of a merge float32's: in 16 bits half as much travels, and as much is merged.
 With runs of two sizes of model both parts are fitted by least squares. With one size only their sum is known: then the fixed part
 is taken to be what was measured for small messages (`FIXED_S`), and the rest to grow with the bytes.
 
@@ -101,7 +102,7 @@ def fit(runs: Sequence[Run]) -> Timing:
             unshared = _unshared(ratios, worker)
             measured.setdefault(worker, []).append(_pace(run, worker, own, unshared, joins.get_group(worker)))
             exchanges += [(n_bytes, seconds) for seconds in own.exchange_s.dropna()]
-        merges += [(n_bytes, seconds) for seconds in _merge_times(events)]
+        merges += [(4 * run.layout.size, seconds) for seconds in _merge_times(events)]
         scores += events.score.dropna().tolist()
     if not measured or not exchanges:
         names = ", ".join(run.name for run in runs)

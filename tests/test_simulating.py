@@ -88,6 +88,8 @@ def test_slower_links_and_larger_models_cost_what_they_should(simulate):
     seconds = {n: simulate(update="sgwu", latency=0.1, bandwidth=1e6, n_weights=n).summary()["seconds"] for n in (1000, 250_000)}
     assert seconds[1000] == pytest.approx(2 * (4 + 2 * (0.1 + 4e-3) + 3 * UNKNOWN["server"](4e3)), rel=1e-6)
     assert seconds[250_000] == pytest.approx(2 * (4 + 2 * (0.1 + 1.0) + 3 * UNKNOWN["server"](1e6)), rel=1e-6)
+    halves = simulate(update="sgwu", n_weights=250_000, exchange="bfloat16").summary()["seconds"]
+    assert halves == pytest.approx(2 * (4 + UNKNOWN["exchange"](5e5) + 3 * UNKNOWN["server"](1e6)), rel=1e-6), "merged in float32"
 
 
 def test_more_workers_are_quicker_until_the_server_is_busy_all_the_time(simulate):
