@@ -110,7 +110,7 @@ class Conversation:
             if header["op"] == "score":
                 self._score(member, header)
                 continue
-            weights = self._pushed(n) if header["op"] == "push" else None
+            weights = self._pushed(n, header.get("shift") or 0) if header["op"] == "push" else None
             with self.server.lock:
                 if self.course.members.get(member.index) is not member:
                     raise _Silent("it came again")
@@ -162,12 +162,12 @@ class Conversation:
                 self.server.stop("failed", f"version {answer.header['version']}: {error}")
             raise WireError(str(error)) from error
 
-    def _pushed(self, n: int) -> np.ndarray | None:
+    def _pushed(self, n: int, shift: int) -> np.ndarray | None:
         """The weights of a push of n bytes; None if it is not of the right size."""
         if n != self.buffer.nbytes:
             return None
         if self.exchange != "float32":
-            exchange.add_change(self.given, self.buffer, self.exchange, self.weights)
+            exchange.add_change(self.given, self.buffer, self.exchange, shift, self.weights)
         return self.weights
 
     def _score(self, member: Member, header: dict) -> None:

@@ -3,9 +3,10 @@
     pull    the worker gets  R(W(k))                        each weight rounded to 16 bits
     push    the server gets  W(k) + R(W_j - R(W(k)))        the change rounded, not the weights
 
-R rounds to the nearest, ties to even. `bfloat16` has the range of float32 and 8 bits of precision, `float16` 11 bits and at most
-65,504. A change is small against its weight, so it keeps its precision where a rounded weight would lose it altogether; and since
-it is added to what the server has, what a pull has rounded away never piles up (mixed precision: Micikevicius et al., ICLR 2018).
+R rounds to the nearest, ties to even. `bfloat16` has the range of float32 and 8 bits of precision. `float16` has 11 bits, and
+holds 6e-5 to 65,504 with all of them: a change is multiplied by the power of two that makes the most of that. A change is small
+against its weight, so it keeps its precision where a rounded weight would lose it altogether; and since it is added to what the
+server has, what a pull has rounded away never piles up (mixed precision: Micikevicius et al., ICLR 2018).
 
 Both ends use these functions, and so do replays: the same bits everywhere.
 
@@ -13,6 +14,9 @@ Used by `labkit.conversation` (server), `labkit.parcel` (worker) and `labkit.off
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -22,6 +26,7 @@ from labkit.updates.base import chunks
 
 EXCHANGES = ("float32", "bfloat16", "float16")
 LARGEST = float(np.finfo(np.float16).max)
+ROOM, SHIFTS = 14, 64  # a scaled float16 change is below 2^15; and how far it is scaled at most
 
 
 def check_exchange(kind: str) -> str:
@@ -64,17 +69,35 @@ def unpack(wire: np.ndarray, kind: str, weights: np.ndarray) -> None:
         weights[part] = _floats(wire[part], kind)
 
 
-def pack_change(weights: np.ndarray, given: np.ndarray, kind: str, wire: np.ndarray) -> None:
-    """What a worker pushes, into `wire`: its weights less those that it was `given` (on the wire)."""
+def pack_change(weights: np.ndarray, given: np.ndarray, kind: str, wire: np.ndarray) -> int:
+    """What a worker pushes, into `wire`: its weights less those that it was `given` (on the wire), times 2^shift; returns shift."""
+    shift = 0
     with np.errstate(invalid="ignore"):  # what is no number stays so, for the server to refuse
-        for part in chunks(len(weights)):
-            wire[part] = _halves(weights[part] - _floats(given[part], kind), kind)
+        if kind == "float16":
+            most = max((float(np.abs(w - g).max()) for w, g in _apart(weights, given, kind)), default=0.0)
+            if 0 < most < math.inf:
+                shift = int(np.clip(ROOM - math.floor(math.log2(most)), -SHIFTS, SHIFTS))
+        factor = np.float32(2.0**shift)
+        for part, (w, g) in zip(chunks(len(weights)), _apart(weights, given, kind), strict=True):
+            change = w - g
+            if shift:
+                change *= factor
+            wire[part] = _halves(change, kind)
+    return shift
 
 
-def add_change(base: np.ndarray, wire: np.ndarray, kind: str, weights: np.ndarray) -> None:
+def add_change(base: np.ndarray, wire: np.ndarray, kind: str, shift: int, weights: np.ndarray) -> None:
     """What the server makes of a push, into float32 `weights`: the version that the worker was given, and its change."""
+    factor = np.float32(2.0**-shift)
     for part in chunks(len(wire)):
-        np.add(base[part], _floats(wire[part], kind), out=weights[part])
+        change = _floats(wire[part], kind)
+        if shift:
+            change *= factor
+        np.add(base[part], change, out=weights[part])
+
+
+def _apart(weights: np.ndarray, given: np.ndarray, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return ((weights[part], _floats(given[part], kind)) for part in chunks(len(weights)))
 
 
 def _halves(part: np.ndarray, kind: str) -> np.ndarray:

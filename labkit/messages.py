@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 from labkit.errors import WireError
+from labkit.exchange import SHIFTS
 
 MAX_WORKERS = 1 << 16
 LARGEST = 2**53  # whole numbers beyond it are not the same in every JSON reader
@@ -56,6 +57,10 @@ def _index(value: Any) -> bool:
     return _count(value) and value < MAX_WORKERS
 
 
+def _shift(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -SHIFTS <= value <= SHIFTS
+
+
 def _or_nothing(rule: tuple) -> tuple:
     wanted, fits = rule
     return f"{wanted}, or nothing", lambda value: value is None or fits(value)
@@ -67,6 +72,7 @@ INDICES = ("a list of workers", lambda value: isinstance(value, list) and all(ma
 NUMBER = ("a number", _number)
 SECONDS = ("a finite number of seconds", _seconds)
 SPEED = ("a time of at least 0 seconds", _speed)
+SHIFT = (f"a whole number from -{SHIFTS} to {SHIFTS}", _shift)
 TEXT = ("text", _text)
 ENDING = ("'stopped' or 'failed'", lambda value: value is None or value in ("stopped", "failed"))
 GENERATOR = ("'own' or 'shared'", lambda value: value in ("own", "shared"))
@@ -88,6 +94,7 @@ WORDS = {
         **{"score": _or_nothing(NUMBER), "loss": _or_nothing(NUMBER)},
         **dict.fromkeys(("compute_s", "score_s", "wait_s", "send_s"), SECONDS),
         "hidden_s": _or_nothing(SECONDS),
+        "shift": _or_nothing(SHIFT),
     },
     "score": {"score": NUMBER, "score_s": SECONDS},
     "regroup": {"reason": _or_nothing(TEXT)},

@@ -97,8 +97,8 @@ class Replicas:
         if self.exchange == "float32":
             return weights
         change, made = exchange.place(self.exchange, len(weights)), np.empty_like(weights)
-        exchange.pack_change(weights, given, self.exchange, change)
-        exchange.add_change(base, change, self.exchange, made)
+        shift = exchange.pack_change(weights, given, self.exchange, change)
+        exchange.add_change(base, change, self.exchange, shift, made)
         return made
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ Used by `labkit.worker`.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from labkit import exchange
@@ -26,6 +25,7 @@ class Parcel:
         halves = kind != "float32"
         self.given = exchange.place(kind, len(flat)) if halves else self.weights  # as received
         self.change = exchange.place(kind, len(flat)) if halves else self.weights  # as sent
+        self.shift = 0  # of the change: what it was multiplied by, as a power of two
 
     def place(self) -> memoryview:
         """Where a pull is received."""
@@ -43,5 +43,5 @@ class Parcel:
         if self.host is not self.replica.flat:
             self.host.copy_(self.replica.flat)
         if self.kind != "float32":
-            exchange.pack_change(self.weights, self.given, self.kind, self.change)
-        return memoryview(np.ascontiguousarray(self.change)).cast("B")
+            self.shift = exchange.pack_change(self.weights, self.given, self.kind, self.change)
+        return memoryview(self.change).cast("B")

@@ -289,8 +289,8 @@ class _Worker:
         late = self.courier is not None and not self.spec.scored
         score, score_s = (None, 0.0) if late else self._score()
         times = {"score_s": score_s, "send_s": self.send_s} | ({"hidden_s": self.hidden_s} if self.courier else {})
-        header = {"op": "push", "version": self.version, "score": score, **times, **done}
         body, started = self.parcel.leaves(), time.perf_counter()
+        header = {"op": "push", "version": self.version, "score": score, "shift": self.parcel.shift, **times, **done}
         if self.courier is None:
             word, ended = self._talk(header, body)
             free = started

@@ -57,12 +57,10 @@ def test_a_change_keeps_its_precision_however_small_it_is(kind):
     given, wire = exchange.pack(base, kind), exchange.place(kind, 5000)
     began, got = np.empty_like(base), np.empty_like(base)
     exchange.unpack(given, kind, began)
-    exchange.pack_change(began + change, given, kind, wire)
-    exchange.add_change(base, wire, kind, got)
+    exchange.add_change(base, wire, kind, exchange.pack_change(began + change, given, kind, wire), got)
     rounding = {"bfloat16": 2**-8, "float16": 2**-10}[kind]
     assert (np.abs(got - base - change) <= rounding * np.abs(change) + 2e-7 * base).all()
-    exchange.pack_change(began, given, kind, wire)
-    exchange.add_change(base, wire, kind, got)
+    exchange.add_change(base, wire, kind, exchange.pack_change(began, given, kind, wire), got)
     np.testing.assert_array_equal(got, base), "nothing was trained: nothing moves, whatever the pull has rounded away"
 
 
@@ -72,9 +70,23 @@ def test_what_is_no_number_stays_so(kind, bits):
     bad = np.array([1.0, 0.0, 2.0], np.float32)
     bad.view(np.uint32)[1] = bits
     given, wire, got = exchange.pack(np.ones(3, np.float32), kind), exchange.place(kind, 3), np.empty(3, np.float32)
-    exchange.pack_change(bad, given, kind, wire)
-    exchange.add_change(np.ones(3, np.float32), wire, kind, got)
+    exchange.add_change(np.ones(3, np.float32), wire, kind, exchange.pack_change(bad, given, kind, wire), got)
     assert not np.isfinite(got[1]) and np.isfinite(got[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1e-4, 1.0, 1e5, 1e30])
+def test_a_float16_change_is_scaled_whatever_its_size(size):
+    """Far below and far above what float16 can hold; those a million times smaller than the largest keep ten bits too."""
+    change = (size * np.random.default_rng(3).uniform(0.5, 1, 3000)).astype(np.float32)
+    change[::2] *= np.float32(1e-6)
+    zero, wire, got = np.zeros(3000, np.float32), exchange.place("float16", 3000), np.empty(3000, np.float32)
+    shift = exchange.pack_change(change, exchange.pack(zero, "float16"), "float16", wire)
+    exchange.add_change(zero, wire, "float16", shift, got)
+    if 1e-15 < size < 1e15:
+        np.testing.assert_allclose(got, change, rtol=2**-10)
+        assert 2.0**14 <= float(wire.view(np.float16).max()) < 2.0**15
+    else:  # beyond that nobody trains: it may be lost, and it may be refused, but it is nothing else
+        assert ((got == 0) | ~np.isfinite(got) | (np.abs(got / change - 1) < 2**-9)).all() and abs(shift) == exchange.SHIFTS
 
 
 def test_what_float16_cannot_hold_is_said_before_it_is_sent():

@@ -18,7 +18,7 @@ GOOD = [
     {"op": "drop", "workers": [0, 5]},
     PUSH,
     PUSH | {"loss": None, "score": float("nan")},  # what NaN means is for the update to say
-    PUSH | {"score": None, "hidden_s": 0.2},
+    PUSH | {"score": None, "hidden_s": 0.2, "shift": -3},
     {"op": "score", "score": 0.5, "score_s": 0.01},
     {"op": "fail", "reason": ""},
     {"op": "stop"},
@@ -57,6 +57,7 @@ BAD = {
     "version": (PUSH, [None, [3], -1, 1e3]),
     "score": (PUSH, ["1", True, {}]),
     "hidden_s": (PUSH, ["x", float("nan")]),
+    "shift": (PUSH, ["1", 1.0, True, 65, -65, 2**70]),
     "loss": (PUSH, ["1", [], True]),
     "compute_s": (PUSH, [None, "x", float("inf"), float("nan"), 10**400]),
     "state": ({"op": "stop"}, ["running", 1, {"x": 1}, ["failed"]]),
