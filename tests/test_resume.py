@@ -19,6 +19,7 @@ from labkit import checkpoints, connecting, presence, record, resuming, session
 from labkit.errors import ClusterError, LabError, PartitionError, RunError
 from labkit.partition import make_partition
 from labkit.record import Recorder
+from labkit.slowness import Unevenness
 
 pytestmark = pytest.mark.usefixtures("cache")
 DONE = 60
@@ -142,8 +143,14 @@ def test_without_a_lab_the_one_of_this_kernel_is_taken_or_one_as_before(cut, lab
     lab.close()
     labkit.resume(run.path)
     with connecting.current() as made:
-        assert (made.kind, len(made)) == ("threads", 2)
+        assert (made.kind, len(made), made.emulated) == ("threads", 2, False)
     assert connecting.current() is None
+    workers = [{**worker, "slowdown": slow} for worker, slow in zip(run.config["workers"], (1.0, 3.0), strict=True)]
+    config = {**run.config, "workers": workers, "jitter": 0.1, "drift": 9.0, "stalls": [20.0, 1.0]}
+    record.write_json(run.path / "config.json", config)
+    labkit.resume(run.path)
+    with connecting.current() as made:
+        assert made.unevenness(1) == Unevenness(3.0, 0.1, 9.0, 1.0, (20.0, 1.0))
 
 
 def test_a_lab_that_was_elsewhere_must_be_given(cut, lab, begun):
