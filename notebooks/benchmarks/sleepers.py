@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -131,11 +132,15 @@ def fits(n_workers: int, megabytes: float) -> bool:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and all its threads, to the microsecond: the clock of its own that Linux keeps for each process.
+    """CPU time of a process and all its threads.
 
-    `psutil` counts in steps of 10 ms, which is many exchanges of a small model.
+    On Linux from the clock that the kernel keeps for each process: `psutil` counts in steps of 10 ms, and a server may do ten
+    exchanges in one of them.
     """
-    return time.clock_gettime(~pid << 3 | 2)
+    if sys.platform == "linux":
+        return time.clock_gettime(~pid << 3 | 2)
+    used = psutil.Process(pid).cpu_times()
+    return used.user + used.system
 
 
 def saturate(update: str, n_workers: int, megabytes: float, nap: float, seconds: float, path: Path) -> dict:
@@ -182,18 +187,18 @@ def _now(pid: int, workers: list[Sleeper]) -> dict[str, float]:
 
 
 def under_lock(events: pd.DataFrame, begin: float, end: float) -> float:
-    """Seconds from each push until it was merged, or its worker told to wait for others: the server does nothing else meanwhile."""
+    """Seconds between two times that pushes took until they were merged, or until their workers were told to wait for others.
+
+    Meanwhile the server does nothing else with the run. The record gives both: of a worker that is held, when that was; of one that
+    is released, how long its push had to wait for its answer.
+    """
     pushed, seconds = {}, 0.0
     for event in events[events.kind.isin(["push", "hold", "release"])].to_dict("records"):
-        at = pushed.get(event["worker"])
         if event["kind"] == "push":
             pushed[event["worker"]] = event["time"]
-        elif at is not None and event["kind"] == "hold":
-            seconds += event["time"] - at if begin <= at < end else 0.0
-            del pushed[event["worker"]]
-        elif at is not None:
-            seconds += event["wait_s"] if begin <= at < end else 0.0
-            del pushed[event["worker"]]
+        elif (at := pushed.pop(event["worker"], None)) is not None:
+            done = event["time"] if event["kind"] == "hold" else at + event["wait_s"]
+            seconds += max(0.0, min(done, end) - max(at, begin))
     return seconds
 
 
@@ -253,11 +258,14 @@ def lines(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def saturation(table: pd.DataFrame, nap: float) -> pd.DataFrame:
-    """Where the throughput ends to grow, predicted from one worker and measured.
+    """Where the throughput ends to grow: by two predictions from what one worker alone was measured to need, and measured.
 
-    One worker has a cycle of nap + e seconds. If exchanges do not overlap, (nap + e) / e workers fill the time: `predicted`.
-    `measured` is the highest throughput over that of one worker, and `more` says that it has not ended to grow: it is over 0.9 of
-    what so many workers do that never wait for each other. `cycle_64_s` is what a cycle of 64 workers takes at the least.
+        serial       (nap + e) / e workers fill the time with their exchanges of e seconds, if no two overlap
+        predicted    (nap + e) / s, with s what an exchange takes of the scarcest thing: of all cores together, or of the lock
+        measured     the highest throughput over that of one worker
+
+    `more` says that it has not ended to grow: it is over 0.9 of what so many workers do that never wait for each other. With a
+    barrier all exchange at once, and then all sleep: no prediction holds. `cycle_64_s` is what a cycle of 64 workers takes.
     """
     rows = []
     for (update, megabytes), own in table.groupby(["update", "MB"], sort=False):
@@ -268,11 +276,13 @@ def saturation(table: pd.DataFrame, nap: float) -> pd.DataFrame:
             {
                 "update": update,
                 "MB": megabytes,
-                "predicted": cycle / max(1e-4, cycle - nap),
+                "serial": cycle / max(1e-4, cycle - nap),
+                "predicted": 1e3 * cycle / max(one.all_ms / os.cpu_count(), one.lock_ms),
                 "measured": gain,
                 "more": bool(gain > 0.9 * own.workers.max()),
                 "exchanges_per_s": best.exchanges_per_s,
                 "busy": best.busy,
+                "locked": best.locked,
                 "machine": best.machine,
                 "cycle_64_s": 64 / best.exchanges_per_s,
             }
@@ -281,21 +291,21 @@ def saturation(table: pd.DataFrame, nap: float) -> pd.DataFrame:
 
 
 def figure(table: pd.DataFrame, found: pd.DataFrame, update: str, note: str):
-    """Throughput against workers, a line for each size of the weights; a mark where one is saturated."""
+    """Throughput against workers, a line for each size of the weights; a mark where its rise would meet its highest level."""
     canvas.extension()
     pieces, legend, words, dims = [], [], [], ("workers", "exchanges_per_s")
     for number, (megabytes, own) in enumerate(table[table["update"] == update].groupby("MB")):
         row, name = found.loc[(update, megabytes)], f"{megabytes:g} MB"
         pieces.append(canvas.line(own.workers.to_numpy(), own.exchanges_per_s.to_numpy(), number, name, dims))
         legend.append((name, number, "line"))
-        words.append(f"{'more than ' if row.more else ''}{own.workers.max() if row.more else round(row.measured)} with {name}")
+        words.append(f"{'more than ' if row.more else ''}{own.workers.max() if row.more else round(row.measured)} of {name}")
         if not row.more:
             pieces.append(canvas.marks([row.measured], [row.exchanges_per_s], 6, "saturated", dims))
     if not found.loc[update].more.all():
         legend.append(("saturated", 6, "mark"))
     ticks = [(n, str(n)) for n in sorted(table.workers.unique())]
     labels = {"xlabel": "workers", "ylabel": "exchanges per second"}
-    title = f"One server serves {', '.join(words)}"
+    title = f"Workers that one server serves: {', '.join(words)}"
     return canvas.finish(canvas.overlay(pieces), title, note, legend, **labels, xticks=ticks, logx=True, logy=True)
 
 
@@ -326,11 +336,11 @@ class Nap(labkit.Problem):
 
 
 def real(update: str, n_workers: int, megabytes: float, nap: float, exchanges: int, run_dir: str | Path) -> float:
-    """Exchanges per second of labkit's own workers; each makes so many, of which the first does not count."""
+    """Exchanges per second of labkit's own workers, each of which makes so many, by the median of their cycles."""
     x, y = np.zeros((10 * n_workers, 1), np.float32), np.zeros(10 * n_workers, np.int64)
     problem = Nap((x, y), megabytes=megabytes, nap=nap, batch_size=1, score_samples=1)
     settings = {"local_steps": 1, "passes": n_workers * exchanges / len(problem.train_indices()), "checkpoints": 1}
     with labkit.connect("threads", n_workers) as lab:
         run = labkit.train(problem, lab, update=update, partition="udpa", name=f"real-{update}", runs=run_dir, **settings)
-        pushes = run.wait(PATIENCE_S).events.query("kind == 'push'").seconds.sort_values().to_numpy()
-    return (len(pushes) - n_workers) / (pushes[-1] - pushes[n_workers - 1])
+        pushes = run.wait(PATIENCE_S).events.query("kind == 'push'")
+    return n_workers / pushes.sort_values("seconds").groupby("worker").seconds.diff().median()
