@@ -124,7 +124,7 @@ class Arrivals:
         score = self.replicas.score(worker) if self.it.update.scored else None
         pace = done["samples"] / max(1, row["samples"])
         header = {"op": "push", "version": go.header["version"], "score": score, **done, "wait_s": 0.0}
-        header |= {key: row.get(key, 0.0) for key in ("score_s", "send_s", "hidden_s")}
+        header |= {key: row[key] for key in ("score_s", "send_s", "hidden_s") if key in row}
         header |= {"compute_s": round(row["compute_s"] * pace, 6)}
         self.it.push(self.it.members[worker], header, weights, self.n_bytes)
         self.told(self.it.samples.done)

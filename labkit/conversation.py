@@ -5,8 +5,8 @@
       go: weights, indices, grant <------     release
       beat (samples, loss)       ------->     progress; who is silent too long is taken to be gone
       push (weights, Q, times)   ------->     merge
-      (score)                    ------->     recorded: where it is measured while the push is under way
       go, or stop                <-------     release; while it is held: hold, hold, ...
+      (score)                    ------->     recorded: that of its push, where it was measured meanwhile
       (late beat or push)        ------->     refused and recorded
       join again                 <-------     rejoin
                                  <-------     regroup: one of this group of the all-reduce is gone
@@ -107,13 +107,13 @@ class Conversation:
                 if header.get("loss") is not None:
                     member.loss = header["loss"]
                 continue
-            if header["op"] == "score":
-                self._score(member, header)
-                continue
             weights = self._pushed(n, header.get("shift") or 0) if header["op"] == "push" else None
             with self.server.lock:
                 if self.course.members.get(member.index) is not member:
                     raise _Silent("it came again")
+                if header["op"] == "score":
+                    self._score(member, header)
+                    continue
                 if header["op"] == "push":
                     self.course.push(member, header, weights, n)
                     if self.course.state != "running":
@@ -137,8 +137,9 @@ class Conversation:
                 self.connection.send({"op": "hold"})
             while self.connection.waiting():
                 header, _ = self.connection.receive()
-                if header["op"] == "score":
-                    self._score(member, header)
+                if header["op"] == "fail":
+                    with self.server.lock:
+                        self.server.stop("failed", header["reason"])
                 elif header["op"] != "beat":
                     raise WireError(f"a {header['op']!r} message came from a worker that is held.")
                 heard = time.monotonic()
@@ -154,7 +155,8 @@ class Conversation:
         """What goes over the wire with this answer."""
         if answer.weights is None:
             return []
-        self.given = answer.weights
+        if self.exchange != "float32":
+            self.given = answer.weights
         try:
             return [self.server.packed(answer.weights), answer.indices]
         except UpdateError as error:
@@ -167,7 +169,7 @@ class Conversation:
         if n != self.buffer.nbytes:
             return None
         if self.exchange != "float32":
-            exchange.add_change(self.given, self.buffer, self.exchange, shift, self.weights)
+            exchange.add_change(self.given, self.buffer, self.exchange, shift, self.weights, self.course.update.n_params)
         return self.weights
 
     def _score(self, member: Member, header: dict) -> None:

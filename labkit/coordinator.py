@@ -152,15 +152,8 @@ class Coordinator:
         member.passes += 1
         self.round = max(self.round, member.passes)
         member.loss, member.score = header["loss"], member.score if header["score"] is None else header["score"]
-        self._row(
-            "push",
-            member,
-            base_version=version,
-            staleness=self.update.version - version,
-            bytes=n_bytes,
-            **{"pass": member.passes},
-            **{key: header[key] for key in TOLD if key in header},
-        )
+        told = {"pass": member.passes, **{key: header[key] for key in TOLD if key in header}}
+        self._row("push", member, base_version=version, staleness=self.update.version - version, bytes=n_bytes, **told)
         member.held_since = self.clock()
         granted = self.samples.take_back(member)
         if self.state != "running":
@@ -171,8 +164,9 @@ class Coordinator:
             if weights is None:
                 raise UpdateError(f"a push of {n_bytes} bytes, which are not the {len(self.update.weights)} weights of this model.")
             replies = self.update.push(Push(index, version, weights, header["score"], samples))
-        except UpdateError as error:
-            return self.stop("failed", f"worker {index} at version {version}: {error}")
+        except Exception as error:  # the rule may be a user's own
+            why = error if isinstance(error, UpdateError) else repr(error)
+            return self.stop("failed", f"worker {index} at version {version}: {why}")
         self.samples.pushed(member, samples, header["compute_s"] + header["score_s"])
         if all(reply.worker != index for reply in replies):
             member.unmerged = samples
@@ -224,7 +218,7 @@ class Coordinator:
         self.state, self.reason = state, reason
         self.over = not self.members
         for member in self.members.values():
-            if not member.granted:
+            if not member.busy:
                 self._dismiss(member)
         # Last: also when it cannot be written, everybody is told.
         self.record("error" if state == "failed" else "stop", message=reason)

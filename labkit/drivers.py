@@ -180,7 +180,8 @@ def simulate(
     problem = problem_of(base, problem or base._problem, "simulate(run, problem=problem)") if numerics else None
     batch_size = config["problem"].get("batch_size") or base.problem().batch_size
     servers = whole("servers", servers)
-    size = whole("n_weights", n_weights or (base.layout.size if base else scenarios.UNKNOWN["n_weights"]))
+    size = base.layout.size if base else scenarios.UNKNOWN["n_weights"]
+    size = size if n_weights is None else whole("n_weights", n_weights)
     layout = record.read_json(base.path / "layout.json") if base else {"names": [], "shapes": [], "n_params": size, "n_buffers": 0}
     if failures is None and base and n_workers is None and slowdown is None:
         changes = scenarios.recorded_changes(base)
@@ -188,7 +189,8 @@ def simulate(
         changes = scenarios.changes(failures or (), len(config["workers"]))
     error = scenarios.compared(base, timing, rule, batch_size) if base else None
     origin = {"kind": "simulated", "run": base.name if base else None, "numerics": bool(numerics), "error": error}
-    origin |= {"servers": servers}
+    config["scenario"] = {"bandwidth": bandwidth, "latency": latency, "servers": servers, "n_weights": n_weights}
+    config["scenario"] |= {"failures": [list(failure) for failure in failures] if failures is not None else None}
     folder = Path(runs) if runs is not None else base.path.parent if base else Path("runs")
     ledger = Ledger(folder, name or (f"{base.name}-simulated" if base else "simulated"), config, layout, origin)
     status = {"state": "failed", "reason": "the simulation was cut off."}

@@ -1,12 +1,13 @@
 """Weights on the wire: as they are, or in 16 bits, with the master weights in float32 on the server.
 
     pull    the worker gets  R(W(k))                        each weight rounded to 16 bits
-    push    the server gets  W(k) + R(W_j - R(W(k)))        the change rounded, not the weights
+    push    the server gets  W(k) + R(W_j - R(W(k)))        the change rounded, not the weights; of buffers, R(W_j)
 
 R rounds to the nearest, ties to even. `bfloat16` has the range of float32 and 8 bits of precision. `float16` has 11 bits, and
 holds 6e-5 to 65,504 with all of them: a change is multiplied by the power of two that makes the most of that. A change is small
 against its weight, so it keeps its precision where a rounded weight would lose it altogether; and since it is added to what the
-server has, what a pull has rounded away never piles up (mixed precision: Micikevicius et al., ICLR 2018).
+server has, what a pull has rounded away never piles up (mixed precision: Micikevicius et al., ICLR 2018). Buffers are averages
+already, and a variance must not fall below zero: they travel as they are, rounded.
 
 Both ends use these functions, and so do replays: the same bits everywhere.
 
@@ -69,35 +70,40 @@ def unpack(wire: np.ndarray, kind: str, weights: np.ndarray) -> None:
         weights[part] = _floats(wire[part], kind)
 
 
-def pack_change(weights: np.ndarray, given: np.ndarray, kind: str, wire: np.ndarray) -> int:
-    """What a worker pushes, into `wire`: its weights less those that it was `given` (on the wire), times 2^shift; returns shift."""
+def pack_change(weights: np.ndarray, given: np.ndarray, kind: str, wire: np.ndarray, n_params: int) -> int:
+    """What a worker pushes, into `wire`; returns shift.
+
+    Of the parameters their change since what was `given` (on the wire), times 2^shift; of the buffers behind them, their values.
+    """
     shift = 0
     with np.errstate(invalid="ignore"):  # what is no number stays so, for the server to refuse
         if kind == "float16":
-            most = max((float(np.abs(w - g).max()) for w, g in _apart(weights, given, kind)), default=0.0)
+            most = max((float(np.abs(w - g).max()) for w, g in _apart(weights, given, kind, n_params)), default=0.0)
             if 0 < most < math.inf:
                 shift = int(np.clip(ROOM - math.floor(math.log2(most)), -SHIFTS, SHIFTS))
         factor = np.float32(2.0**shift)
-        for part, (w, g) in zip(chunks(len(weights)), _apart(weights, given, kind), strict=True):
+        for part, (w, g) in zip(chunks(n_params), _apart(weights, given, kind, n_params), strict=True):
             change = w - g
             if shift:
                 change *= factor
             wire[part] = _halves(change, kind)
+        wire[n_params:] = _halves(weights[n_params:], kind)
     return shift
 
 
-def add_change(base: np.ndarray, wire: np.ndarray, kind: str, shift: int, weights: np.ndarray) -> None:
-    """What the server makes of a push, into float32 `weights`: the version that the worker was given, and its change."""
+def add_change(base: np.ndarray, wire: np.ndarray, kind: str, shift: int, weights: np.ndarray, n_params: int) -> None:
+    """What the server makes of a push, into float32 `weights`: the version `base` that the worker was given, and its change."""
     factor = np.float32(2.0**-shift)
-    for part in chunks(len(wire)):
+    for part in chunks(n_params):
         change = _floats(wire[part], kind)
         if shift:
             change *= factor
         np.add(base[part], change, out=weights[part])
+    weights[n_params:] = _floats(wire[n_params:], kind)
 
 
-def _apart(weights: np.ndarray, given: np.ndarray, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    return ((weights[part], _floats(given[part], kind)) for part in chunks(len(weights)))
+def _apart(weights: np.ndarray, given: np.ndarray, kind: str, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return ((weights[part], _floats(given[part], kind)) for part in chunks(n))
 
 
 def _halves(part: np.ndarray, kind: str) -> np.ndarray:

@@ -72,6 +72,7 @@ INDICES = ("a list of workers", lambda value: isinstance(value, list) and all(ma
 NUMBER = ("a number", _number)
 SECONDS = ("a finite number of seconds", _seconds)
 SPEED = ("a time of at least 0 seconds", _speed)
+SHARE = ("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
 SHIFT = (f"a whole number from -{SHIFTS} to {SHIFTS}", _shift)
 TEXT = ("text", _text)
 ENDING = ("'stopped' or 'failed'", lambda value: value is None or value in ("stopped", "failed"))
@@ -96,7 +97,7 @@ WORDS = {
         "hidden_s": _or_nothing(SECONDS),
         "shift": _or_nothing(SHIFT),
     },
-    "score": {"score": NUMBER, "score_s": SECONDS},
+    "score": {"score": SHARE, "score_s": SECONDS},
     "regroup": {"reason": _or_nothing(TEXT)},
     "fail": {"reason": TEXT},
     # of the kernel

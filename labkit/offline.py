@@ -71,8 +71,7 @@ class Replicas:
             began = torch.get_rng_state() if place.shared else None
             if place.went:  # what it did while its push was under way
                 replica.ahead(place.went)
-            given = np.array(exchange.pack(go.weights, self.exchange))
-            taken = np.array(go.weights) if self.exchange == "float32" else np.empty_like(go.weights)
+            given, taken = exchange.pack(go.weights, self.exchange), np.array(go.weights)
             if self.exchange != "float32":
                 exchange.unpack(given, self.exchange, taken)
             replica.take_in(torch.from_numpy(taken), go.header["carry"])
@@ -97,8 +96,8 @@ class Replicas:
         if self.exchange == "float32":
             return weights
         change, made = exchange.place(self.exchange, len(weights)), np.empty_like(weights)
-        shift = exchange.pack_change(weights, given, self.exchange, change)
-        exchange.add_change(base, change, self.exchange, shift, made)
+        n = replica.layout.n_params
+        exchange.add_change(base, change, self.exchange, exchange.pack_change(weights, given, self.exchange, change, n), made, n)
         return made
 
     def close(self) -> None:

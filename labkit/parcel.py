@@ -43,5 +43,5 @@ class Parcel:
         if self.host is not self.replica.flat:
             self.host.copy_(self.replica.flat)
         if self.kind != "float32":
-            self.shift = exchange.pack_change(self.weights, self.given, self.kind, self.change)
+            self.shift = exchange.pack_change(self.weights, self.given, self.kind, self.change, self.replica.layout.n_params)
         return memoryview(self.change).cast("B")

@@ -37,7 +37,7 @@ AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
 BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness
 # What the runs of one line share: all of the settings but the seed.
 SAME = ["update", "partition", "passes", "local_steps", "n_train", "n_workers", "kind", "emulated", "problem"]
-SAME += ["jitter", "drift", "stalls"]
+SAME += ["jitter", "drift", "stalls", "exchange", "overlap", "scenario"]
 
 
 # -- over time ---------------------------------------------------------------------------------------------------------

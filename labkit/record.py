@@ -253,7 +253,7 @@ def effective(events: pd.DataFrame) -> pd.DataFrame:
         earlier = counts & (place < resume)
         made = np.flatnonzero(earlier & (kind == "merge") & (version <= version[resume]))
         after = earlier & (place > (made[-1] if len(made) else -1))
-        counts &= ~(after & np.isin(kind, ("push", "merge", "drop")))
+        counts &= ~(after & np.isin(kind, ("push", "score", "merge", "drop")))
         counts &= ~(earlier & (kind == "checkpoint") & (version > version[resume]))
     return events if counts.all() else events[counts]
 

@@ -123,12 +123,15 @@ class Replica:
         mean_loss = loss / max(1, samples)
         return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(wait_s, 6)}
 
-    def ahead(self, go: dict) -> None:
-        """Train on what `go` wants done while the weights as they are now, which are being pushed, are under way."""
+    def ahead(self, go: dict, halted: Callable[[], object] = lambda: False) -> None:
+        """Train on what `go` wants done while the weights as they are now, which are being pushed, are under way.
+
+        Who is `halted` in between must not go on.
+        """
         if len(self.later):
             self.pushed = self.flat.clone() if self.pushed is None else self.pushed.copy_(self.flat)
             parts, self.later = batches(self.later, self.problem.batch_size), self.later[:0]
-            self.carried = self._train(parts, go, go["samples"] - go["ahead"])
+            self.carried = self._train(parts, go, go["samples"] - go["ahead"], halted=halted) or NOTHING
 
     def _train(
         self,

@@ -195,7 +195,8 @@ class Run:
         pushes = pushes[(pushes.samples >= by_worker.shift(1, fill_value=0)) | by_worker.shift(-1).notna()]
         if pushes.empty:
             return pd.DataFrame(columns=["pass", "mean_s", "max_s", "ratio"])
-        times = (pushes.compute_s + pushes.score_s).groupby([pushes["pass"], pushes.worker]).sum().unstack()
+        took = pushes.compute_s + (pushes.score_s if pushes.score.notna().all() else 0.0)  # now and then a score says nothing
+        times = took.groupby([pushes["pass"], pushes.worker]).sum().unstack()
         away = times.isna() & times.bfill().notna()  # who comes counts on from the quickest: it was not here before
         lost = times.columns.intersection(record.lost(events))
         away[lost] = times[lost].isna()
@@ -242,6 +243,8 @@ class Run:
             "staleness_p95": float(merges.staleness.quantile(0.95)) if len(merges) else 0.0,
             "balance": float(later.mean()) if len(later) else None,
             "weight_per_worker": {int(w): float(c) / total for w, c in coefficients.items()} if total else {},
+            "exchange": self.config.get("exchange", "float32"),
+            "overlap": self.config.get("overlap", 0),
             "bytes": int(pushes.bytes.sum() + releases.bytes.sum()),
             "checkpoints": int((record.effective(events).kind == "checkpoint").sum()),
             "n_workers": n_workers,

@@ -94,7 +94,7 @@ def changed(
         raise ValueError("an all-reduce cannot be simulated: it exchanges within every step. Known to work: every other update.")
     config = {key: value for key, value in recorded.items() if key != "resumed"}
     before = recorded["workers"]
-    n = len(before) if n_workers is None and slowdown is None else whole("n_workers", n_workers or len(slowdown))
+    n = len(before if slowdown is None else slowdown) if n_workers is None else whole("n_workers", n_workers)
     again = [before[i % len(before)] for i in range(n)]
     slow = [worker["slowdown"] for worker in again] if slowdown is None else [real("slowdown", s, least=1) for s in slowdown]
     if len(slow) != n:
@@ -112,11 +112,11 @@ def changed(
         config["jitter"] = real("jitter", jitter, least=0)
     if exchange is not None:
         config["exchange"] = exchange
-    if overlap is not None:
-        config["overlap"] = overlap
     check_traffic(update, config.get("exchange", "float32"), overlap or 0)
+    if overlap is not None or (update.scored and not update.ahead):  # a rule that allows none does not inherit it
+        config["overlap"] = overlap or 0
     if seed is not None:
-        config["seed"] = int(seed)
+        config["seed"] = whole("seed", seed + 1) - 1
     if samples is not None:
         config["n_train"] = whole("samples", samples)
     if passes is not None:

@@ -76,6 +76,7 @@ class Server:
         self.versions: queue.SimpleQueue[tuple[int, np.ndarray, dict] | None] = queue.SimpleQueue()
         self.over, self.bell = threading.Event(), threading.Event()  # the bell: look at the time, or at `over`
         self.unwritten = ""  # why the record is not complete
+        self._packing = threading.Lock()
         self._packed: tuple[np.ndarray, np.ndarray] | None = None  # the version that was packed last, and as what
         if spec.state:
             spec.update.go_on(spec.weights, spec.workers, spec.n_buffers, spec.state["update"])
@@ -170,10 +171,12 @@ class Server:
 
     def packed(self, weights: np.ndarray) -> np.ndarray:
         """A version as it goes over the wire; that of several workers at a time is made once."""
-        latest = self._packed
-        if latest is None or latest[0] is not weights:
-            latest = self._packed = weights, exchange.pack(weights, self.spec.exchange)
-        return latest[1]
+        if self.spec.exchange == "float32":
+            return weights
+        with self._packing:
+            if self._packed is None or self._packed[0] is not weights:
+                self._packed = weights, exchange.pack(weights, self.spec.exchange)
+            return self._packed[1]
 
     # -- connections -----------------------------------------------------------------------------------------------
 
@@ -217,7 +220,7 @@ class Server:
             self.course.over = not self.course.members
         if self.course.state != "running":
             self.tell_the_others()
-        elif self.course.update.collective and member.granted:  # the others wait for it in the middle of a step
+        elif self.course.update.collective and member.busy:  # the others wait for it in the middle of a step
             self._interrupt({"op": "regroup", "group": member.group})
         self._end_if_over()
 
@@ -251,7 +254,7 @@ class Server:
     def _interrupt(self, word: dict) -> None:
         """Tell those who are in the middle of a local pass."""
         for member in list(self.course.members.values()):
-            if member.granted:
+            if member.busy:
                 threading.Thread(target=tell, args=(self.connections[member.index], word), daemon=True).start()
 
     def _keep_saving(self) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 
 from labkit import exchange, record
 from labkit.errors import RunError
+from labkit.settings import real
 from labkit.slowness import Unevenness, recorded
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class Timing:
 
     def with_links(self, bandwidth: float | None, latency: float | None) -> Timing:
         """Other links: `bandwidth` in bytes/s and `latency` in seconds, each way; None leaves it as it was measured."""
-        fixed = self.exchange.fixed if latency is None else 2 * latency
-        per_byte = self.exchange.per_byte if bandwidth is None else 2 / bandwidth
+        fixed = self.exchange.fixed if latency is None else 2 * real("latency", latency, least=0)
+        per_byte = self.exchange.per_byte if bandwidth is None else 2 / real("bandwidth", bandwidth, above=0)
         return replace(self, exchange=Line(fixed, per_byte))
 
     def on_servers(self, n: int) -> Timing:

@@ -80,9 +80,10 @@ def train(
         How weights travel: "float32", or with half the bytes "bfloat16" or "float16" (`labkit.exchange`): versions are rounded on
         their way to a worker, and of its push the change. The server's weights stay float32.
     overlap
-        Batches that a worker goes on computing while its push and the next version are on their way; they belong to its next
-        push. Where the rule does not ask for Q, the score is measured in that time too. 0: it waits. Rules that wait for everybody
-        allow only the second, and SGWU and AllReduce nothing.
+        Batches that a worker goes on computing while its push and the next version are on their way; they count for its next
+        push, whose last batches are then from an older version. 0: it stands still meanwhile. Where the rule does not weigh pushes
+        by their score, that is measured in this time too. Rules that answer at once (AGWU, FedAsync, ...) allow both, those that
+        wait for everybody (LocalSGD, DiLoCo) the score alone; SGWU and AllReduce refuse.
     silence
         Seconds without a sign of life (workers give one twice a second) after which a worker is taken to be gone: the others go on,
         and it may join again.

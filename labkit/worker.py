@@ -297,21 +297,24 @@ class _Worker:
         else:
             answer = self.courier.submit(self._talk, header, body)
             score, score_s = self._score() if late else (None, 0.0)
-            if score is not None:
-                self.connection.send({"op": "score", "score": score, "score_s": score_s})
-            self.replica.ahead(go)
+            self.replica.ahead(go, halted=lambda: self.pulse.told)
             free = time.perf_counter()
             word, ended = answer.result()
+            if score is not None and word["op"] in ("go", "stop"):
+                self.connection.send({"op": "score", "score": score, "score_s": score_s})
         # What the round trip took, less the time that the server held us; and how much of it nobody stood still for.
         trip = max(0.0, ended - started - word.get("wait_s", 0.0))
         self.send_s = round(min(trip, max(0.0, ended - max(started, free))), 6)
-        self.hidden_s = round(trip - self.send_s, 6)
+        self.hidden_s, self.pulse.told = round(trip - self.send_s, 6), None
         return word
 
     def _talk(self, header: dict, body: memoryview) -> tuple[dict, float]:
         """Push and pull; returns the next word and when it came (perf_counter)."""
         self.connection.send(header, body)
-        return self._pull(), time.perf_counter()
+        word = self._pull()
+        if word["op"] != "go":
+            self.pulse.told = word  # whoever computes meanwhile need not go on
+        return word, time.perf_counter()
 
     def _score(self) -> tuple[float | None, float]:
         """Q and the seconds that it took; nothing where the rule does not ask for it and the latest is not old."""

@@ -57,11 +57,20 @@ def test_a_change_keeps_its_precision_however_small_it_is(kind):
     given, wire = exchange.pack(base, kind), exchange.place(kind, 5000)
     began, got = np.empty_like(base), np.empty_like(base)
     exchange.unpack(given, kind, began)
-    exchange.add_change(base, wire, kind, exchange.pack_change(began + change, given, kind, wire), got)
+    exchange.add_change(base, wire, kind, exchange.pack_change(began + change, given, kind, wire, 5000), got, 5000)
     rounding = {"bfloat16": 2**-8, "float16": 2**-10}[kind]
     assert (np.abs(got - base - change) <= rounding * np.abs(change) + 2e-7 * base).all()
-    exchange.add_change(base, wire, kind, exchange.pack_change(began, given, kind, wire), got)
+    exchange.add_change(base, wire, kind, exchange.pack_change(began, given, kind, wire, 5000), got, 5000)
     np.testing.assert_array_equal(got, base), "nothing was trained: nothing moves, whatever the pull has rounded away"
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_a_variance_that_all_but_vanishes_stays_above_zero(kind):
+    """Sent as a change from its rounded old value it would end below zero, and the network in eval mode in NaN."""
+    base, now = np.array([0.5, 1.0039, 3.0], np.float32), np.array([0.5, 1e-7, 2.9], np.float32)
+    given, wire, got = exchange.pack(base, kind), exchange.place(kind, 3), np.empty(3, np.float32)
+    exchange.add_change(base, wire, kind, exchange.pack_change(now, given, kind, wire, 1), got, 1)
+    assert (got[1:] >= 0).all() and got[2] == pytest.approx(2.9, rel=2**-8) and got[0] == 0.5
 
 
 @pytest.mark.parametrize("kind", HALVES)
@@ -70,7 +79,7 @@ def test_what_is_no_number_stays_so(kind, bits):
     bad = np.array([1.0, 0.0, 2.0], np.float32)
     bad.view(np.uint32)[1] = bits
     given, wire, got = exchange.pack(np.ones(3, np.float32), kind), exchange.place(kind, 3), np.empty(3, np.float32)
-    exchange.add_change(np.ones(3, np.float32), wire, kind, exchange.pack_change(bad, given, kind, wire), got)
+    exchange.add_change(np.ones(3, np.float32), wire, kind, exchange.pack_change(bad, given, kind, wire, 3), got, 3)
     assert not np.isfinite(got[1]) and np.isfinite(got[[0, 2]]).all()
 
 
@@ -80,8 +89,8 @@ def test_a_float16_change_is_scaled_whatever_its_size(size):
     change = (size * np.random.default_rng(3).uniform(0.5, 1, 3000)).astype(np.float32)
     change[::2] *= np.float32(1e-6)
     zero, wire, got = np.zeros(3000, np.float32), exchange.place("float16", 3000), np.empty(3000, np.float32)
-    shift = exchange.pack_change(change, exchange.pack(zero, "float16"), "float16", wire)
-    exchange.add_change(zero, wire, "float16", shift, got)
+    shift = exchange.pack_change(change, exchange.pack(zero, "float16"), "float16", wire, 3000)
+    exchange.add_change(zero, wire, "float16", shift, got, 3000)
     if 1e-15 < size < 1e15:
         np.testing.assert_allclose(got, change, rtol=2**-10)
         assert 2.0**14 <= float(wire.view(np.float16).max()) < 2.0**15

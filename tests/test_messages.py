@@ -65,6 +65,18 @@ BAD = {
 }
 
 
+def _late(value):
+    return {"op": "score", "score": value, "score_s": 0.1}
+
+
+def test_a_late_score_is_a_share():
+    for value in (0, 0.5, 1.0):
+        checked(_late(value))
+    for value in (None, 93.0, -0.1, float("nan"), True):
+        with pytest.raises(WireError, match=r"'score' is .*, but must be a number from 0 to 1"):
+            checked(_late(value))
+
+
 @pytest.mark.parametrize("field", BAD)
 def test_what_cannot_be_meant_is_refused_by_name(field):
     header, values = BAD[field]
