@@ -68,7 +68,8 @@ def connect(
     slowdown
         Emulated slowness, one factor of at least 1 for each worker: `[1, 4]` makes worker 1 four times slower.
     jitter
-        Standard deviation of the logarithm of a random factor on every step's emulated duration; 0 is none.
+        Standard deviation of the logarithm of a random factor on every step's emulated duration; 0 is none. No step is quicker than
+        the worker is without emulation, so jitter makes a worker without slowdown slower on average, too.
     drift
         Seconds of a period in which the slowdown of each worker moves smoothly (its logarithm as a cosine) to that of the worker at
         the other end of the list, and back: who is slow changes while a run goes. 0 is none.

@@ -11,7 +11,8 @@ already, and a variance must not fall below zero: they travel as they are, round
 
 Both ends use these functions, and so do replays: the same bits everywhere.
 
-Used by `labkit.conversation` (server), `labkit.parcel` (worker) and `labkit.offline`. Numpy alone.
+Used by `labkit.conversation` and `labkit.server`, `labkit.parcel` (worker), `labkit.offline`, and by whoever counts bytes or checks
+what was asked for. Numpy alone.
 """
 
 from __future__ import annotations

@@ -81,7 +81,8 @@ class DelayedNesterov(Changes):
     Parameters
     ----------
     lr, momentum
-        0.7 and 0.9, as published.
+        0.7 and 0.9, as published for workers whose own optimiser has no momentum (AdamW). On top of SGD with a momentum of its own
+        that overshoots: give less, 0.5 and 0.5 say.
     period
         n, pushes between two steps of the momentum. None: as many as there are workers.
     dynamic
