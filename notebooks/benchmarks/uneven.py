@@ -23,7 +23,7 @@ def grid(problem, updates: list, kinds: dict, seeds: list, target: float, kind: 
         raise ValueError(f"updates={updates} has no 'sgwu', by which the others are measured.")
     for uneven, ways in kinds.items():
         with labkit.connect(kind or None, 2, **ways) as lab:
-            labkit.train(problem, lab, name="warm-up", **{**settings, "passes": 0.2}).wait(600)
+            labkit.train(problem, lab, name=f"warm-up-{uneven}", **{**settings, "passes": 0.2}).wait(600)
             for number, seed in enumerate(seeds):
                 turn = number % len(updates)
                 for update in updates[turn:] + updates[:turn]:
@@ -71,17 +71,19 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
     both["sooner"] = both["first"] / both.seconds_to_target
     groups = both.groupby(keys, sort=False)
     found = groups.seconds_to_target.agg(["median", "min", "max"]).add_prefix("seconds_")
-    found["reached"] = groups.seconds_to_target.agg(lambda seconds: f"{np.isfinite(seconds).sum()} of {len(seconds)}")
+    found["reached"] = groups.seconds_to_target.agg(lambda seconds: int(np.isfinite(seconds).sum()))
+    found["seeds"] = groups.seconds_to_target.size()
     found = found.join(groups.sooner.agg(["median", "min", "max"]).add_prefix("sooner_"))
     columns = [name for name in ("score", "samples_per_s", "wait_share", "staleness_p95") if name in table]
     return found.join(table.groupby(keys)[columns].median())
 
 
 def best(found: pd.DataFrame, uneven: str) -> pd.Series | None:
-    """The row of the asynchronous update that is soonest at the target on this kind of unevenness; None if no one gets there."""
+    """The row of the asynchronous update that most seeds bring to the target, and soonest; None if SGWU or all others never are."""
     here = found.loc[[uneven]]
     here = here[[name.split()[0] not in BARRED for _, name in here.index]]
     here = here[np.isfinite(here.seconds_median) & here.sooner_median.notna()]
+    here = here[here.reached == here.reached.max()]
     return None if here.empty else here.loc[here.seconds_median.idxmin()]
 
 
@@ -98,9 +100,7 @@ def dots(found: pd.DataFrame, target: float, runs: list):
         pieces.append(plots.canvas.ticks(x, low, high))
         pieces.append(plots.canvas.marks(x, middle, number, update, ("kind", "seconds")))
         legend.append((update, number, "mark"))
-    note = plots.canvas.caption(
-        runs, "at the dashed line: not reached", "strokes: lowest to highest of the seeds", "quickest: chosen afterwards"
-    )
+    note = plots.canvas.caption(runs, "dashed: never", "strokes: seeds", "quickest: chosen afterwards")
     axes = {"ylabel": f"time to {100 * target:g} % (s)", "xticks": list(enumerate(kinds)), "ylim": (0, 1.05 * never)}
     return plots.canvas.finish(plots.canvas.overlay(pieces), title(found), note, legend, xlabel="", grid="y", **axes)
 
@@ -110,7 +110,7 @@ def title(found: pd.DataFrame) -> str:
     gains = {kind: best(found, kind) for kind in dict.fromkeys(found.index.get_level_values("uneven"))}
     gains = {kind: row for kind, row in gains.items() if row is not None and row.sooner_median > 1}
     most = sorted(gains, key=lambda kind: -gains[kind].sooner_median)[:2]
-    words = [f"{gains[kind].name[1]} {gains[kind].sooner_median:.2f}x under {kind}" for kind in most]
+    words = [f"{gains[kind].name[1].split()[0]} {gains[kind].sooner_median:.2f}x ({kind})" for kind in most]
     return f"Sooner than SGWU: {', '.join(words)}" if words else "No asynchronous update is sooner than SGWU"
 
 
