@@ -100,7 +100,7 @@ def dots(found: pd.DataFrame, target: float, runs: list):
         pieces.append(plots.canvas.ticks(x, low, high))
         pieces.append(plots.canvas.marks(x, middle, number, update, ("kind", "seconds")))
         legend.append((update, number, "mark"))
-    note = plots.canvas.caption(runs, "dashed: never", "strokes: seeds", "quickest: chosen afterwards")
+    note = plots.canvas.caption(runs, "dashed: never", "strokes: seeds")
     axes = {"ylabel": f"time to {100 * target:g} % (s)", "xticks": list(enumerate(kinds)), "ylim": (0, 1.05 * never)}
     return plots.canvas.finish(plots.canvas.overlay(pieces), title(found), note, legend, xlabel="", grid="y", **axes)
 
