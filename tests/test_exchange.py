@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from labkit.allotment import ahead_of
 from labkit.errors import LabError, UpdateError
 from labkit.members import standing
 from labkit.parcel import Parcel
-from labkit.partition import UDPA
+from labkit.partition import IDPA, UDPA
 from labkit.replica import Replica
 from labkit.updates import AGWU, UPDATES, make_update
 
@@ -166,6 +167,39 @@ def test_who_is_lost_loses_what_it_has_trained_on_ahead():
     course.it.leave(course.members.pop(1), "gone")
     course.finish(pending=answers)
     assert course.it.samples.done == 60 == sum(samples for _, samples, _ in course.pushed)
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize(
+    "rule", ["agwu", "fedbuff", "ringmaster", {"name": "ssp", "bound": 0}, {"name": "ssp", "bound": 1}], ids=str
+)
+def test_whoever_comes_and_goes_each_sample_of_the_budget_is_pushed_once(rule, seed):
+    chance = random.Random(seed)
+    partition = chance.choice([UDPA(), IDPA(batches=2)])
+    options = {"budget": chance.choice([17, 34, 50, 101]), "local_steps": chance.choice([None, 1, 2, 3])}
+    course, working, faults = ahead(rule, chance.choice([1, 3]), partition=partition, **options).join(*WORKERS), {}, 4
+    while not course.it.over:
+        for worker in list(course.it.members):
+            if worker not in working and (answer := course.answer(worker)):
+                working[worker] = answer
+        stopped = [worker for worker, answer in working.items() if answer.header["op"] == "stop"]
+        if faults and chance.random() < 0.1 and not course.it.finished:
+            faults, worker = faults - 1, chance.choice(WORKERS)
+            working.pop(worker, None)
+            if chance.random() < 0.5 and set(course.it.members) - {worker}:
+                if worker in course.it.members:
+                    course.it.leave(course.members[worker], "gone")
+            else:
+                course.join(worker)
+        elif stopped:
+            del working[stopped[0]]
+            course.it.leave(course.members[stopped[0]])
+        else:
+            worker = chance.choice(sorted(working))
+            course.push(worker, working.pop(worker))
+        owed = sum(member.granted for member in course.it.members.values())
+        assert course.it.samples.granted == course.it.samples.done + owed
+    assert course.it.state == "done" and course.it.samples.merged == course.it.samples.done == options["budget"]
 
 
 def test_no_single_sample_is_left_over():
