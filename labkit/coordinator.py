@@ -299,7 +299,7 @@ class Coordinator:
             else:
                 self.idle.add(member.index)
         if not any(member.busy for member in self.members.values()):
-            waits = next((member for member in self.members.values() if member.granted), None)  # with samples ahead, held by the rule
+            waits = next((member for member in self.members.values() if member.granted), None)  # held, with samples ahead
             return self._rest(self.update.join(waits.index)) if waits else self._finish()
         for reply in replies:
             if reply.worker in self.idle:
