@@ -20,7 +20,7 @@ from labkit.members import standing
 from labkit.parcel import Parcel
 from labkit.partition import IDPA, UDPA
 from labkit.replica import Replica
-from labkit.updates import AGWU, UPDATES, make_update
+from labkit.updates import AGWU, UPDATES, FedAsync, make_update
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 NUMBERS = np.concatenate(
@@ -353,3 +353,18 @@ def test_a_rule_that_asks_for_the_score_must_get_it():
     rule.start(np.zeros(3, np.float32), [0])
     with pytest.raises(UpdateError, match="its score is None"):
         rule.push(labkit.updates.Push(0, 0, np.ones(3, np.float32), None, 5))
+
+
+@pytest.mark.usefixtures("cache")
+def test_whatever_goes_wrong_in_a_rule_fails_the_run_by_name(train):
+    """A user's rule that weighs by the score, and does not say that it asks for it."""
+
+    class Curious(FedAsync):
+        name = "curious"
+
+        def _merge(self, push):
+            self._publish(push.weights.copy(), [(push, push.score)])
+            return self._release([push.worker])
+
+    with pytest.raises(LabError, match=r"worker \d at version \d+: TypeError\(.*NoneType"):
+        train(update=Curious(), passes=20, local_steps=1)

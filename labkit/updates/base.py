@@ -185,7 +185,7 @@ class Update:
 
     def _merged(self, push: Push, coefficient: float) -> Merge:
         """The share of a push in the next version."""
-        return Merge(push.worker, self.version + 1, coefficient, self.version - push.base_version, push.samples)
+        return Merge(push.worker, self.version + 1, float(coefficient), self.version - push.base_version, push.samples)
 
     def _drop(self, push: Push) -> list[Reply]:
         """Throw a push away; its worker begins anew from the current version."""
