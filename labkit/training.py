@@ -82,8 +82,8 @@ def train(
     overlap
         Batches that a worker goes on computing while its push and the next version are on their way; they count for its next
         push, whose last batches are then from an older version. 0: it stands still meanwhile. Where the rule does not weigh pushes
-        by their score, that is measured in this time too. `stop` waits for these batches. Rules that answer at once (AGWU, FedAsync,
-        ...) allow both, those that wait for everybody (LocalSGD, DiLoCo) the score alone; SGWU and AllReduce refuse.
+        by their score, that is measured in this time too. `stop` waits for these batches. Rules that answer at once (AGWU,
+        FedAsync, ...) allow both, those that wait for everybody (LocalSGD, DiLoCo) the score alone; SGWU and AllReduce refuse.
     silence
         Seconds without a sign of life (workers give one twice a second) after which a worker is taken to be gone: the others go on,
         and it may join again.
