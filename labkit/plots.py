@@ -153,7 +153,7 @@ def segments(run: Run) -> pd.DataFrame:
     events = events[events["worker"].notna() & events["seconds"].notna()]
     for worker, own in events.groupby("worker"):
         free = pushed = held = None  # seconds: went on, pushed, was told to wait
-        hidden = own.hidden_s[own.kind == "push"].shift(-1).reindex(own.index)  # each push tells it of the exchange before
+        hidden = own.hidden_s[own.kind == "push"].shift(-1, fill_value=0.0).reindex(own.index)  # of the exchange before
         times = dict.fromkeys(("compute_s", "score_s", "wait_s", "hidden_s"), 0)
         for event in own.assign(hidden_s=hidden.ffill()).fillna(times).to_dict("records"):
             now, spans = event["seconds"], []
