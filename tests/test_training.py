@@ -68,6 +68,20 @@ class Poisoned(labkit.Classifier):
         return super().step(module, batch, optimisers, clock)
 
 
+def cut_off(monkeypatch, after=0):
+    """Worker 1 loses its link at every push once it has come past this version."""
+    from labkit.worker import _Worker
+
+    talk = _Worker._talk
+
+    def lossy(self, *push):
+        if self.spec.index == 1 and self.version > after:
+            self.connection.close()
+        return talk(self, *push)
+
+    monkeypatch.setattr(_Worker, "_talk", lossy)
+
+
 class Slow(labkit.Classifier):
     def step(self, module, batch, optimisers, clock):
         time.sleep(0.01)
@@ -486,16 +500,7 @@ def test_a_model_that_fails_on_one_worker_before_the_start_frees_the_others(trai
 @pytest.mark.parametrize("update", ["sgwu", "agwu"])
 def test_a_worker_that_loses_the_server_does_not_end_the_run(update, train, monkeypatch):
     """As one that was frozen for too long and comes back: the others have gone on without it."""
-    from labkit.worker import _Worker
-
-    exchange = _Worker._exchange
-
-    def lossy(self, done, go):
-        if self.spec.index == 1 and self.version > 0:
-            self.connection.close()
-        return exchange(self, done, go)
-
-    monkeypatch.setattr(_Worker, "_exchange", lossy)
+    cut_off(monkeypatch)
     a_problem = problem(kind=Slow)  # so that both have their turns
     run = ended(train(a_problem, update=update, passes=6))
     events = run.events

@@ -7,7 +7,7 @@ import signal
 
 import numpy as np
 import pytest
-from test_training import Slow, ended, net_with_statistics, problem, stopped_at_last, until
+from test_training import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last, until
 
 import labkit
 from labkit import chaos, record, session
@@ -68,16 +68,7 @@ def test_a_run_with_this_rule_ends_with_its_budget_and_has_learnt_something(upda
 @pytest.mark.parametrize("update", RULES, ids=called)
 def test_a_worker_that_is_lost_and_comes_again_holds_up_no_rule(update, train, lab, monkeypatch):
     """Worker 1 loses its link at every push; the others do its part."""
-    from labkit.worker import _Worker
-
-    exchange = _Worker._exchange
-
-    def lossy(self, done, go):
-        if self.spec.index == 1 and self.version > 0:
-            self.connection.close()
-        return exchange(self, done, go)
-
-    monkeypatch.setattr(_Worker, "_exchange", lossy)
+    cut_off(monkeypatch)
     a_problem = problem(kind=Slow)
     run = ended(train(a_problem, lab, update=update, passes=5, local_steps=3))
     check(run, 5 * len(a_problem.train_indices()))
