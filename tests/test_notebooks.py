@@ -27,7 +27,7 @@ TINY = {
     "benchmarks/11-every-batch": SMALL | {"samples": 400, "score_samples": 16, "test_samples": 60, "rounds": 2},
     "benchmarks/12-exchange": SMALL
     | {"exchanges": ["float32", "bfloat16"], "megabytes": 0.1, "batch_size": 16, "samples": 400, "rounds": 1}
-    | {"links": [100], "test_samples": 60},
+    | {"test_samples": 60},
     "benchmarks/05-back-ends": {
         **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
         "passes": 2.0,
