@@ -305,7 +305,9 @@ class _Worker:
         # What the round trip took, less the time that the server held us; and how much of it nobody stood still for.
         trip = max(0.0, ended - started - word.get("wait_s", 0.0))
         self.send_s = round(min(trip, max(0.0, ended - max(started, free))), 6)
-        self.hidden_s, self.pulse.told = round(trip - self.send_s, 6), None
+        self.hidden_s = round(trip - self.send_s, 6)
+        if self.pulse.told is word:  # a link that the pulse has lost meanwhile is not forgotten
+            self.pulse.told = None
         return word
 
     def _talk(self, header: dict, body: memoryview) -> tuple[dict, float]:
