@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EVERY_S = 5.0  # between two lines of a batch
 BAR_S = 0.5  # between two moves of the bar
+SOON_S = 2.0  # what is done sooner needs no bar: a cell may do a hundred of them
 
 
 def line(status: dict) -> str:
@@ -194,13 +195,15 @@ def meter(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
     started = shown = time.monotonic()
     told, latest = False, 0
-    bar, text = _bar() if interactive() else (None, None)
+    bars, bar, text = interactive(), None, None
 
     def move(done: int, last: bool = False) -> None:
-        nonlocal shown, told, latest
+        nonlocal shown, told, latest, bar, text
         now, latest = time.monotonic(), done
-        if now - shown < (BAR_S if bar else EVERY_S) and not (last and (bar or told)):
+        if now - shown < (BAR_S if bar else SOON_S if bars else EVERY_S) and not (last and told):
             return
+        if bars and not bar:
+            bar, text = _bar()
         shown, told, share = now, True, min(1.0, done / max(1, total))
         left = f", {(now - started) * (1 - share) / share:.0f} s left" if 0.02 < share < 1 else ""
         words = f"{title}: {share:4.0%}, {done:,} of {total:,} samples{left}"

@@ -14,6 +14,7 @@ from torch import nn
 import labkit
 from labkit import chaos, checkpoints, record, session
 from labkit.errors import LabError, RunError
+from labkit.progress import meter
 
 pytestmark = pytest.mark.usefixtures("cache")
 # Beginning with declared speeds: on a busy machine a probe may leave a worker a single sample, which BatchNorm cannot train on.
@@ -304,6 +305,22 @@ def test_progress_is_told(train, capsys, monkeypatch):
     labkit.replay(run)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("replay of r: ")]
     assert len(lines) > 2 and "100%, 374 of 374 samples" in lines[-1]
+
+
+def test_a_bar_comes_only_for_what_takes_its_time(monkeypatch):
+    class Thing:
+        value = None
+
+    made = []
+    monkeypatch.setattr("labkit.canvas.interactive", lambda: True)
+    monkeypatch.setattr("labkit.progress._bar", lambda: made.append((Thing(), Thing())) or made[-1])
+    for soon, bars in ((60.0, 0), (0.0, 1)):
+        monkeypatch.setattr("labkit.progress.SOON_S", soon)
+        with meter("work", 10) as told:
+            told(4)
+            told(10)
+        assert len(made) == bars
+    assert made[0][0].value == 1.0 and made[0][1].value == "work: 100%, 10 of 10 samples"
 
 
 # -- another rule on the same arrivals ---------------------------------------------------------------------------------
