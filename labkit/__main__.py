@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labkit.demo import demo
 from labkit.errors import LabError, SweepError
+from labkit.experiments.demo import demo
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,14 +91,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from labkit.sweeps import parameters, sweep
+    from labkit.experiments.sweep import parameters, sweep
 
     grid = parse_grid(options.grid, {p.name: p.type for p in parameters(options.notebook)})
     settings = {name: getattr(options, name) for name in ("out", "parallel", "timeout", "retry_failed", "fresh")}
     if options.kind is None and options.n_workers is None:
         table = sweep(options.notebook, grid, **settings)
     else:
-        from labkit.connecting import connect
+        from labkit.cluster.connect import connect
 
         with connect(options.kind, options.n_workers) as lab:
             table = sweep(options.notebook, grid, lab=lab, **settings)
@@ -106,7 +106,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
-    from labkit.sweeps import summary
+    from labkit.experiments.sweep import summary
 
     return _print(summary(options.out))
 
@@ -206,7 +206,7 @@ def _fashion() -> str:
 
 
 def _lab() -> str:
-    from labkit.connecting import connect
+    from labkit.cluster.connect import connect
 
     with connect("threads", 1, timeout=30) as lab:
         return f"starts, and answers {lab.map(abs, [-1], timeout=30)[0]}"

@@ -27,15 +27,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
-from labkit import checkpoints, presence, wire
-from labkit.aftermath import audit, losses
 from labkit.errors import ClusterError, LabError, RunError
+from labkit.runs import checkpoints
+from labkit.runs import server_file as presence
+from labkit.runs.analysis import audit, losses
+from labkit.training.wire import transport as wire
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from labkit.lab import Lab
-    from labkit.run import Run
+    from labkit.cluster.lab import Lab
+    from labkit.training.run import Run
 
 __all__ = ["FAULTS", "Storm", "audit", "corrupt_checkpoint", "draw", "drop_link", "fill_disk", "free_disk", "freeze", "kill"]
 __all__ += ["kill_server", "losses", "thaw"]

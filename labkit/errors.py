@@ -1,12 +1,19 @@
-"""The errors of labkit: one family, so that `except labkit.LabError` catches every one of them.
+"""The errors of labkit: one family, so that `except labkit.LabError` catches every one of them; and the checks of arguments.
 
 A message says what happened, with the values, and then what to do. Errors travel between processes, so each of them
 survives pickling. Plain bad arguments stay `ValueError` and `TypeError`.
 
-Used by every module; imports nothing.
+Used by every module; imports nothing of labkit.
 """
 
 from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+from typing import Any
 
 
 class LabError(Exception):
@@ -56,3 +63,39 @@ class WorkerError(LabError):
     def __str__(self) -> str:
         message = str(self.args[0])
         return f"{message}\n\n{self.remote_traceback}" if self.remote_traceback else message
+
+
+def did_you_mean(word: Any, options: Iterable[Any]) -> str:
+    """ " Did you mean 'agwu'?" for the option nearest to `word`; empty where none is near."""
+    near = difflib.get_close_matches(str(word), [str(option) for option in options], n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def known(name: str, value: Any, options: Iterable[Any], advice: str = "", error: type[Exception] = ValueError) -> Any:
+    """`value`, if it is one of `options`; otherwise an `error` with all of them and the nearest."""
+    options = list(options)
+    if value in options:
+        return value
+    listed = ", ".join(str(option) for option in options) or "(none)"
+    raise error(f"{name}={value!r} is not known. Known: {listed}.{did_you_mean(value, options)}{advice}")
+
+
+def whole(name: str, value: Any) -> int:
+    """`value` as an int of at least 1; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
+    value = operator.index(value)
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1.")
+    return value
+
+
+def real(name: str, value: Any, above: float = -math.inf, least: float = -math.inf, below: float = math.inf) -> float:
+    """`value` as a float with above < value < below and value >= least; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
+    value = float(value)
+    if not (above < value < below and value >= least):
+        low = f"above {above:g}" if math.isfinite(above) else f"at least {least:g}"
+        raise ValueError(f"{name}={value:g} must be {low} and {f'below {below:g}' if below < math.inf else 'finite'}.")
+    return value

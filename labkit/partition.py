@@ -10,7 +10,7 @@ exception that the paper does not know: for a worker that comes late, the others
 The shard of a worker that leaves goes to the others. Rounding is by largest remainders; a target below what a worker already
 holds is clamped to nothing, and the others are rescaled so that the batch has its size.
 
-Used by `labkit.coordinator`, which calls `allocate` whenever it releases workers.
+Used by `labkit.training.server.coordinator`, which calls `allocate` whenever it releases workers.
 """
 
 from __future__ import annotations

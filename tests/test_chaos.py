@@ -16,9 +16,11 @@ import psutil
 import pytest
 
 import labkit
-from labkit import chaos, checkpoints, session
+from labkit import chaos
 from labkit.errors import ClusterError, LabError, RunError
-from labkit.record import COLUMNS
+from labkit.runs import checkpoints
+from labkit.runs.events import COLUMNS
+from labkit.training import supervisor as session
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F
 
 import labkit
-from labkit.parcel import Parcel
 from labkit.partition import UDPA
-from labkit.shard import batches, pass_order
+from labkit.training.worker.buffers import Parcel
+from labkit.training.worker.sampler import batches, pass_order
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache")]
 SEED = 5
@@ -88,7 +88,7 @@ def test_workers_train_on_cards(kind, update, tmp_path):
 def test_all_reduce_on_one_card_is_that_on_the_cpu(tmp_path, monkeypatch):
     with labkit.connect("threads", 2) as lab:
         card = trained(lab, problem(lr=0.01), tmp_path / "card", update="allreduce", passes=1).weights()
-    monkeypatch.setattr("labkit.dask_workers.glob.glob", lambda pattern: [])  # as if there were no driver
+    monkeypatch.setattr("labkit.cluster.dask_backend.glob.glob", lambda pattern: [])  # as if there were no driver
     with labkit.connect("threads", 2) as lab:
         assert {worker.device for worker in lab.workers} == {"cpu"}
         plain = trained(lab, problem(lr=0.01), tmp_path / "cpu", update="allreduce", passes=1).weights()

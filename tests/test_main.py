@@ -13,17 +13,17 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from labkit import __main__ as cli
-from labkit import sweeps
 from labkit.__main__ import main, parse_grid
-from labkit.demo import DEMO_COLUMNS, STRATEGIES, demo, label, verdict
 from labkit.errors import SweepError
+from labkit.experiments import sweep as sweeps
+from labkit.experiments.demo import DEMO_COLUMNS, STRATEGIES, demo, label, verdict
 
 
 @pytest.fixture
 def notebook(tmp_path) -> Path:
     """Reports the half of its seed, and fails at 13."""
     first = new_code_cell("seed: int = 0\nname: str = 'x'\nrun_dir: str = 'runs'", metadata={"tags": ["parameters"]})
-    cell = "from labkit.sweeps import report\nassert seed != 13, 'unlucky'\nreport(run_dir, {'score': seed / 2})"
+    cell = "from labkit.experiments.sweep import report\nassert seed != 13, 'unlucky'\nreport(run_dir, {'score': seed / 2})"
     nbformat.write(new_notebook(cells=[first, new_code_cell(cell)]), tmp_path / "n.ipynb")
     return tmp_path / "n.ipynb"
 

@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SCRIPTS = ["binder/postBuild", "binder/start", ".ci/run", "tests/slurm/slurm.sh"]
+SCRIPTS = ["binder/postBuild", "binder/start", ".ci/run", "tests/cluster/slurm/slurm.sh"]
 
 # How conda-forge calls what the Python index calls otherwise.
 CONDA_NAMES = {

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import psutil
 import pytest
-from test_server import SECRET, SIZE, ask, events, join, serving, spec, until
 
 import labkit
-from labkit import wire
 from labkit.errors import WireError
-from labkit.messages import checked
+from labkit.training.wire import transport as wire
+from labkit.training.wire.protocol import checked
 from labkit.updates import SGWU
+from tests.training.server.test_server import SECRET, SIZE, ask, events, join, serving, spec, until
 
 # -- messages that nobody meant ----------------------------------------------------------------------------------------
 

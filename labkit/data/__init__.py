@@ -4,7 +4,7 @@ Whatever the user has (a registered name, arrays, files of arrays, pictures or v
 once as plain `.npy` files in the cache; from then on a data set is a path, workers open it by that path, and only
 indices travel.
 
-Used by `labkit.problems`; the parts are `shards` (the format), `images` and `volumes` (named sets), `fetch`, `arrays` and
+Used by `labkit.problems.problem`; the parts are `shards` (the format), `images` and `volumes` (named sets), `fetch`, `arrays` and
 `paths` (users' data).
 """
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from labkit.errors import ProblemError
+from labkit.errors import ProblemError, known
+from labkit.imports import imported, short
 from labkit.models.cnn import lenet, resnet20, vgg3, vgg9
-from labkit.settings import imported, known, short
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"lenet": lenet, "vgg3": vgg3, "vgg9": vgg9, "resnet20": resnet20}
 _seeding = threading.RLock()  # workers in threads share torch's one CPU generator

@@ -6,7 +6,7 @@ every hidden layer: channels i, i + n, i + 2n, ... of them are its own, so that 
 Pooling stands before the ReLU where a network has both: max and ReLU commute, value and gradient, and the ReLU then touches 4
 times fewer numbers (8 times in volumes).
 
-Used through the table in models/__init__.py; `piece` by `labkit.widths`.
+Used through the table in models/__init__.py; `piece` by `labkit.subnets.channels`.
 """
 
 from __future__ import annotations

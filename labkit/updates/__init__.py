@@ -16,7 +16,7 @@ because a variance must not be extrapolated below zero; AllReduce takes those of
 
 `names()` lists the rules; `make_update` makes one from its name or from a dict of its settings.
 
-Used by `labkit.coordinator` (live) and by anybody who tests or invents a rule.
+Used by `labkit.training.server.coordinator` (live) and by anybody who tests or invents a rule.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 A rule is a subclass of `Update` that writes `_merge(push) -> replies`. It opens nothing, sleeps never and reads no clock. What a
 rule knows of time is what its driver tells it: `deadline` says for how many seconds it wants to wait, `expire` that they are over.
 
-Used by the other rooms of `labkit.updates`, and by `labkit.coordinator`, which drives a rule.
+Used by the other rooms of `labkit.updates`, and by `labkit.training.server.coordinator`, which drives a rule.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from labkit import wire
 from labkit.errors import WireError
+from labkit.training.wire import transport as wire
 
 SECRET = b"echo" * 8
 KINDS = ("raw", "timed", "wire")

@@ -3,7 +3,7 @@
     pull (real weights, over a real socket) -> sleep -> push (real weights) -> ...
 
 The server is the process that every run has, with its update, its partition and its record. The workers are threads of this
-process which say what workers say (`labkit.conversation`) and no more: they share one vector that they push and one into which all
+process which say what workers say (`labkit.training.server.connection`) and no more: they share one vector that they push and one into which all
 receive, so that 64 workers with 100 MB each cost the server's memory and not theirs as well. `real` is the check on them: the same
 with labkit's own workers, each with a replica, on a lab of threads.
 
@@ -33,8 +33,11 @@ from echoes import KINDS, PATIENCE_S, echo
 from torch import nn
 
 import labkit
-from labkit import canvas, record, session, wire
-from labkit.server import ServerSpec
+from labkit.plots import style as canvas
+from labkit.runs import events as record
+from labkit.training import supervisor as session
+from labkit.training.server.server import ServerSpec
+from labkit.training.wire import transport as wire
 
 RESERVE = 2e9  # bytes of memory that are left to others
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 import labkit
-from labkit import plots
+from labkit.plots import runs as plots
 
 KINDS = ("none", "steady", "jitter", "drift", "stalls")
 BARRED = ("sgwu", "localsgd", "diloco", "allreduce")  # all wait for all

@@ -1,0 +1,1 @@
+"""Where a run trains: `connect()`, the lab, its back ends (Dask, ipyparallel, SLURM), and emulated heterogeneity."""

@@ -1,0 +1,149 @@
+"""Emulated slowness: what makes equal workers uneven.
+
+    slowdown    all work takes so many times as long
+    jitter      times exp(jitter z) with a normal z, anew for each step
+    drift       within a period of so many seconds each worker moves to the slowdown of the worker at the other end of the list,
+                and back:  log s(t) = (1 - w) log s(0) + w log s',  w = (1 - cos(2 pi t / drift)) / 2
+    stalls      after times of work that are exponentially distributed, a worker stands still, while its pulse goes on
+
+It is honest: after work that took t seconds the worker sleeps (factor - 1) t with factor = max(1, s exp(jitter z)), so that its
+results are those of a slow machine, and only its speed is made up. The same seed gives the same factors after the same number of
+steps and the same stalls after the same time of work, whatever update is used. Drift goes by the clock, from a worker's first
+step.
+
+Used by `labkit.training.worker.worker` and `labkit.training.local` (with sleep), and by `labkit.simulation.simulator` and `labkit.simulation.cost_model` (without).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+PIECES = 16  # of a local pass, in which drift is taken to stand still, where only its length is asked for
+NAP_S = 0.2  # sleep is cut into such pieces
+LONGEST_S = 30.0  # of a stall: an exchange of an all-reduce waits for 60 s
+
+
+@dataclass(frozen=True)
+class Unevenness:
+    """How one worker is made slower than it is; by default not at all."""
+
+    slowdown: float = 1.0
+    jitter: float = 0.0
+    drift: float = 0.0  # seconds of a period; 0: none
+    drifts_to: float = 1.0  # slowdown half a period later
+    stalls: tuple[float, float] | None = None  # mean seconds of work between two, seconds of each
+
+    @property
+    def drifting(self) -> bool:
+        return self.drift > 0 and self.drifts_to != self.slowdown
+
+    @property
+    def on(self) -> bool:
+        return self.slowdown != 1 or self.drifting or self.jitter > 0 or self.stalls is not None
+
+    def at(self, age: Any) -> Any:
+        """The slowdown at this age of the worker, in seconds (a number or an array of them)."""
+        if not self.drifting:
+            return self.slowdown + 0.0 * age
+        weight = (1 - np.cos(2 * np.pi * age / self.drift)) / 2
+        return self.slowdown ** (1 - weight) * self.drifts_to**weight
+
+
+def recorded(config: dict, worker: int) -> Unevenness:
+    """The unevenness of a worker of a recorded run; newcomers have no slowdown, as on a live lab."""
+    slow = next((w for w in config["workers"] if w["index"] == worker), {"slowdown": 1.0})
+    drift, stalls = float(config.get("drift") or 0), config.get("stalls")
+    here, there = float(slow["slowdown"]), float(slow.get("drifts_to", slow["slowdown"]))
+    return Unevenness(here, float(config["jitter"]), drift, there, tuple(stalls) if stalls else None)
+
+
+def unsteadiness(jitter: float, drift: float, stalls: Sequence[float] | None) -> str:
+    """For readers: "jitter 0.3, drift with a period of 20 s, stalls of 1 s every 20 s"; empty where there is none."""
+    words = [f"jitter {jitter:g}"] if jitter else []
+    words += [f"drift with a period of {drift:g} s"] if drift else []
+    words += [f"stalls of {stalls[1]:g} s every {stalls[0]:g} s"] if stalls else []
+    return ", ".join(words)
+
+
+def opposite(slowdown: Sequence[float], drift: float) -> list[float]:
+    """Where each worker drifts to; without drift it stays where it is. ValueError where nothing would change."""
+    here, there = list(slowdown), list(slowdown)[::-1]
+    if drift and here == there:
+        raise ValueError(
+            f"drift={drift:g} moves each worker to the slowdown of the one at the other end of the list, and {here} is the same "
+            "from both ends. Give uneven ones, slowdown=[1, 4], or drift=0."
+        )
+    return there if drift else here
+
+
+def make_stalls(stalls: Sequence[float] | None) -> tuple[float, float] | None:
+    """(every, seconds), both above 0; None and an empty list are none. ValueError otherwise."""
+    if stalls is None or len(stalls) == 0:
+        return None
+    if len(stalls) != 2 or not (0 < stalls[0] < np.inf and 0 < stalls[1] <= LONGEST_S):
+        raise ValueError(
+            f"stalls={stalls}: give (every, seconds), such as (20, 1), and at most {LONGEST_S:g} s of standing still: an "
+            "all-reduce gives up a worker that is silent for a minute."
+        )
+    return float(stalls[0]), float(stalls[1])
+
+
+class Slowness:
+    """The emulated speed of one worker as it goes on: which factor comes next, and when the next stall."""
+
+    def __init__(
+        self,
+        uneven: Unevenness,
+        seed: int,
+        worker: int,
+        device: str = "cpu",
+        woken: Callable[[], object] = lambda: False,
+    ) -> None:
+        """`woken()` is asked again and again while the worker sleeps: is there something that cannot wait?"""
+        self.uneven, self.device, self.woken, self.born = uneven, device, woken, None
+        self.on = uneven.on
+        self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 20]))
+        if uneven.stalls:
+            self.moments = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 22]))
+            self.left = self.moments.exponential(uneven.stalls[0])  # seconds of work until the next stall
+
+    def stretched(self, work: float, age: float, steps: int = 1) -> float:
+        """Seconds, stalls included, that `work` seconds of work take, which begin at this age and are so many equal steps."""
+        seconds = work * self.uneven.slowdown
+        if self.uneven.drifting or self.uneven.jitter:
+            seconds = self._unsteady(work, age, steps)
+        if self.uneven.stalls:
+            every, stall = self.uneven.stalls
+            self.left -= seconds
+            while self.left <= 0:
+                seconds += stall
+                self.left += self.moments.exponential(every)
+        return seconds
+
+    def _unsteady(self, work: float, age: float, steps: int) -> float:
+        noise = np.exp(self.uneven.jitter * self.generator.standard_normal(steps)) if self.uneven.jitter else np.ones(steps)
+        pieces = np.array_split(noise, min(steps, PIECES)) if self.uneven.drifting else [noise]
+        seconds = 0.0
+        for piece in pieces:
+            seconds += work / steps * float(np.maximum(1.0, self.uneven.at(age + seconds) * piece).sum())
+        return seconds
+
+    def after(self, started: float, waited: float = 0.0) -> None:
+        """Sleep for work that began at `started` (perf_counter), of which `waited` seconds were spent on others."""
+        if not self.on:
+            return
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.synchronize(self.device)
+        self.born = started if self.born is None else self.born
+        work = max(0.0, time.perf_counter() - started - waited)
+        left = self.stretched(work, started - self.born) - work
+        while left > 0 and not self.woken():
+            time.sleep(min(left, NAP_S))
+            left -= NAP_S

@@ -1,0 +1,333 @@
+"""The lab: the connected cluster that runs train on.
+
+A lab can do a few things and no more: list its workers, start a long task pinned to one of them, map independent tasks over
+them, tell which are lost and which have come, and lease workers to a run. Whatever else a back end can do stays behind this
+(`labkit.cluster.dask_backend` says what a back end is).
+
+A worker that comes takes the place of one that was lost, index, slowness and lease included, or else gets a new index.
+
+Made by `labkit.cluster.connect`; used by `labkit.training.train`, `labkit.training.supervisor`, `labkit.experiments.sweep` and every notebook.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from labkit.cluster.dask_backend import quiet
+from labkit.cluster.emulation import Unevenness, opposite, unsteadiness
+from labkit.cluster.tasks import Task, spread
+from labkit.errors import ClusterError
+
+DESCRIBE_S = 1.0  # how long `refresh` waits for a newcomer to say who it is; it is asked again the next time
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker of a lab. `slowdown` is its emulated factor (1 is its true speed), `drifts_to` that of half a period later."""
+
+    index: int
+    name: str
+    host: str
+    device: str
+    threads: int
+    pid: int
+    slowdown: float
+    drifts_to: float
+
+
+class Lab:
+    """The connected cluster; made by `connect`, closed by `close` or at the end of a `with` block. Closing twice is fine."""
+
+    def __init__(
+        self,
+        kind: str,
+        backend: Any,
+        *,
+        threads: int = 1,
+        jitter: float = 0.0,
+        drift: float = 0.0,
+        stalls: tuple[float, float] | None = None,
+        limit: int | None = None,
+        scratch: str | None = None,
+    ) -> None:
+        self.kind, self.workers, self.closed = kind, [], False
+        self.jitter, self.drift, self.stalls = jitter, drift, stalls
+        self.runs: list[Any] = []  # the runs that train here now, set by labkit.training.train
+        self._backend, self._threads, self._limit, self._scratch = backend, threads, limit, scratch
+        self._ids: list[Any] = []  # of the back end, by index
+        self._visible: list[tuple[str, str]] = []  # host and visible GPUs, by index: who shares them counts devices together
+        self._leases: dict[int, str] = {}  # index -> holder
+        self._arrivals: list[int] = []
+        self._seen: dict[str, int] = {}  # holder -> how many arrivals it has heard of
+        self._asked: dict[Any, Any] = {}  # newcomers that were asked who they are
+        self._lock = threading.RLock()
+
+    @property
+    def client(self) -> Any:
+        """Dask's or ipyparallel's own client."""
+        return self._backend.client
+
+    @property
+    def emulated(self) -> bool:
+        """Are some workers slower than they are?"""
+        return any(self.unevenness(worker.index).on for worker in self.workers)
+
+    def unevenness(self, worker: int) -> Unevenness:
+        """How one worker is made slower than it is."""
+        slow = self.workers[worker]
+        return Unevenness(slow.slowdown, self.jitter, self.drift, slow.drifts_to, self.stalls)
+
+    @property
+    def dashboard(self) -> str:
+        """Address of Dask's dashboard, or "" where there is none."""
+        return "" if self.closed else self._backend.dashboard
+
+    @property
+    def one_process(self) -> bool:
+        """Are all workers threads of one process?"""
+        return len({(worker.host, worker.pid) for worker in self.workers}) == 1 and len(self.workers) > 1
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    def start(self, worker: int, fn: Callable, *args: Any) -> Task:
+        """Run `fn(*args)` on one worker, however long it takes; it is never moved to another one and never run twice."""
+        self._check_open()
+        self._check_known([worker])
+        if worker in self.lost():
+            raise ClusterError(f"worker {worker} was lost. connect() again for a full lab.")
+        with self._lock:
+            return Task(self._backend.submit(self._ids[worker], self.workers[worker].pid, fn, args), worker, self)
+
+    def map(
+        self,
+        fn: Callable,
+        items: Iterable[Any],
+        timeout: float = 3600.0,
+        workers: Sequence[int] | None = None,
+        *,
+        placed: bool = False,
+        each: Callable[[int, Any], None] | None = None,
+    ) -> list[Any]:
+        """`[fn(item) for item in items]`, spread over the workers, one item on each at a time; the first exception is raised here.
+
+        Without `workers`, those that no run holds do the work, or all where every one is held. An item whose worker is lost is
+        given to another one. With `placed` it is `fn(item, worker)`, the `Worker` telling device, threads and slowdown; `each` is
+        called here as `each(number, result)` when an item is done, once for each.
+        """
+        self._check_open()
+        return spread(self, fn, list(items), timeout, workers, placed, each)
+
+    # -- who is there --------------------------------------------------------------------------------------------
+
+    def lost(self) -> list[int]:
+        """Indices of workers that are gone."""
+        alive = {} if self.closed else self._backend.alive()
+        return [index for index, id in enumerate(self._ids) if id not in alive]
+
+    def refresh(self, holder: str = "") -> list[int]:
+        """Look for workers that have come; the indices of those that are new or back since `holder` looked last.
+
+        A run asks under the name that holds its lease, and hears of workers that are free or its own. It never waits for long.
+        """
+        if self.closed:
+            return []
+        with self._lock:
+            self._admit(DESCRIBE_S)
+            since = self._seen.get(holder, 0)
+            self._seen[holder] = len(self._arrivals)
+            here = set(range(len(self))) - set(self.lost())
+            return sorted(i for i in {*self._arrivals[since:]} & here if self._leases.get(i, holder) == holder)
+
+    def add(self, n: int = 1, timeout: float = 60.0) -> list[int]:
+        """Start n more workers, where this lab started the cluster itself; their indices, once they have come."""
+        self._check_open()
+        if int(n) != n or n < 1:
+            raise ClusterError(f"add({n}): one worker at least.")
+        before, limit = len(self._arrivals), time.monotonic() + timeout
+        known = len(self) if self._backend.keeps_names else 0  # who comes back to an old place meanwhile is not new
+        with quiet():
+            self._backend.add(int(n))
+            while len(came := [index for index in self._arrivals[before:] if index >= known]) < n:
+                if time.monotonic() > limit:
+                    raise ClusterError(f"{len(came)} of {n} new workers came in {timeout:g} s. {self._backend.trouble()}".strip())
+                time.sleep(0.05)
+                with self._lock:
+                    self._admit(DESCRIBE_S)
+        return came
+
+    def broken(self) -> bool:
+        """Is a worker lost, or the connection to all of them?"""
+        return bool(self.lost())
+
+    def admit(self, wanted: int, slowdown: Sequence[float] | None, timeout: float) -> None:
+        """Wait for the first workers and number them in the order of their names, or of their ranks under MPI."""
+        limit = time.monotonic() + timeout
+        while len(alive := self._backend.alive()) < wanted:
+            if time.monotonic() > limit:
+                raise ClusterError(
+                    f"{len(alive)} of {wanted} workers arrived in {timeout:g} s. Try connect(n_workers=1, kind='threads'), "
+                    f"or give a longer timeout. {self._backend.trouble()}".strip()
+                )
+            time.sleep(0.03)
+        order = sorted(alive, key=lambda id: (_natural(alive[id]), str(id)))
+        order = order[: self._limit or len(order)]
+        if slowdown is not None and len(slowdown) != len(order):
+            raise ClusterError(f"slowdown has {len(slowdown)} entries for {len(order)} workers. Give one factor for each worker.")
+        factors = [float(factor) for factor in slowdown or [1] * len(order)]
+        slow = list(zip(factors, opposite(factors, self.drift), strict=True))
+        asked = {id: self._backend.describe(id) for id in order}
+        try:
+            about = {id: asked[id].result(timeout=max(1.0, limit - time.monotonic())) for id in order}
+        except TimeoutError as error:
+            raise ClusterError(f"a worker is there but did not say who it is within {timeout:g} s. Is it frozen?") from error
+        for number, id in enumerate(sorted(order, key=lambda id: about[id][4])):  # stable: without MPI all ranks are 0
+            self._place(number, id, alive[id], about[id], slow[number])
+        self._arrivals.clear()
+
+    def _admit(self, patience: float) -> None:
+        """Give the workers that have come a place."""
+        alive = self._backend.alive()
+        unknown = [id for id in alive if id not in self._ids]
+        self._asked = {id: asked for id, asked in self._asked.items() if id in unknown}
+        lost = [index for index, id in enumerate(self._ids) if id not in alive]
+        by_name = {self.workers[index].name: index for index in lost}
+        limit = time.monotonic() + patience
+        for id in unknown:
+            name = str(alive[id])
+            if name in by_name:
+                index = by_name[name]
+            elif lost and not self._backend.keeps_names:
+                index = lost[0]
+            elif self._limit is None:
+                index = len(self)
+            else:
+                continue  # on a cluster of others a lab has as many workers as it asked for
+            asked, patient = self._asked.get(id), False
+            if asked is None:
+                asked, patient = self._backend.describe(id), True
+                self._asked[id] = asked
+            while patient and not asked.done() and time.monotonic() < limit:
+                time.sleep(0.01)
+            if not asked.done():
+                continue  # perhaps it is frozen; it is looked at again the next time
+            try:
+                about = asked.result(timeout=1.0)
+            except Exception:  # it has died meanwhile
+                self._asked[id] = None
+                continue
+            holder = self._leases.get(index)
+            if holder and self._backend.lease([id], holder):
+                continue  # another notebook was quicker
+            before = self.workers[index] if index < len(self) else None
+            self._place(index, id, name, about, (before.slowdown, before.drifts_to) if before else (1.0, 1.0))
+            lost = [place for place in lost if place != index]
+            by_name.pop(name, None)
+
+    def _place(self, index: int, id: Any, name: Any, about: tuple, slow: tuple[float, float]) -> None:
+        host, pid, gpus, visible, _ = about
+        old = self._visible[index] if index < len(self) else None
+        if old == (host, visible):
+            device = self.workers[index].device
+        else:
+            rank = sum(sees == (host, visible) for place, sees in enumerate(self._visible) if place != index)
+            device = f"cuda:{rank % gpus}" if gpus else "cpu"
+        worker = Worker(index, str(name), host, device, self._threads, pid, *slow)
+        if index == len(self):
+            self._ids.append(id)
+            self._visible.append((host, visible))
+            self.workers.append(worker)
+        else:
+            self._ids[index], self._visible[index], self.workers[index] = id, (host, visible), worker
+        self._arrivals.append(index)
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    def lease(self, workers: Iterable[int], holder: str) -> None:
+        """Take workers for one holder, all of them or, with a `ClusterError` that says who has them, none."""
+        self._check_open()
+        workers = sorted(set(workers))
+        self._check_known(workers)
+        with self._lock:
+            held = {index: other for index in workers if (other := self._leases.get(index, holder)) != holder}
+            if not held:
+                gone = set(self.lost())
+                others = self._backend.lease([self._ids[index] for index in workers if index not in gone], holder)
+                held = {index: others[id] for index in workers if (id := self._ids[index]) in others}
+            if held:
+                who = ", ".join(f"worker {index} by {other!r}" for index, other in held.items())
+                raise ClusterError(f"workers are held: {who}. Wait for that run, stop it, or train on others: workers=[...].")
+            self._seen.setdefault(holder, len(self._arrivals))
+            self._leases.update(dict.fromkeys(workers, holder))
+
+    def release(self, holder: str) -> None:
+        """Give back what the holder has; twice is fine."""
+        with self._lock:
+            self._leases = {index: other for index, other in self._leases.items() if other != holder}
+            self._seen.pop(holder, None)
+            if not self.closed:
+                self._backend.release(holder)
+
+    def free(self, holder: str = "") -> list[int]:
+        """Indices of workers that are there and that no run holds, or `holder` itself."""
+        gone = set(self.lost())
+        return [index for index in range(len(self)) if index not in gone and self._leases.get(index, holder) == holder]
+
+    # -- the end, and how it looks -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the workers that this lab started; a cluster that was handed in stays as it was."""
+        if self.closed:
+            return
+        for run in list(self.runs):
+            run.stop()
+        self.closed = True
+        self._backend.close()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<Lab {self.kind}, closed>"
+        lines = [f"Lab: {len(self.workers)} workers ({self.kind})" + (f", dashboard {self.dashboard}" if self.dashboard else "")]
+        lines += [f"  emulated: {words}" for words in [unsteadiness(self.jitter, self.drift, self.stalls)] if words]
+        for worker in self.workers:
+            drifts = f", drifting to {worker.drifts_to:g}x" if worker.drifts_to != worker.slowdown else ""
+            slow = f", emulated {worker.slowdown:g}x slower{drifts}" if worker.slowdown != 1 or drifts else ""
+            lines.append(
+                f"  worker {worker.index}: {worker.host}, pid {worker.pid}, {worker.device}, {worker.threads} torch thread(s){slow}"
+            )
+        return "\n".join(lines)
+
+    def table(self):
+        """The workers as a DataFrame, one row each."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(worker) for worker in self.workers]).set_index("index")
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClusterError("this lab is closed. Run the cell with connect() again.")
+
+    def _check_known(self, workers: Iterable[int]) -> None:
+        for worker in workers:
+            if not 0 <= worker < len(self):
+                raise ClusterError(f"there is no worker {worker}; this lab has workers 0 to {len(self) - 1}.")
+
+
+def _natural(name: Any) -> tuple:
+    """Sorts worker 10 behind worker 9."""
+    return (0, int(name), "") if str(name).isdigit() else (1, 0, str(name))

@@ -1,0 +1,1 @@
+"""Many runs: notebooks over a grid of parameters, and the demo."""

@@ -1,0 +1,119 @@
+"""The demo behind `make run`: five ways to train on two uneven workers, compared.
+
+It sweeps notebook 03 over the strategies, prints the table, draws the curves and says in one line who won. The runs come one
+after the other, since they are timed.
+
+Used by `python -m labkit demo`; the benchmark notebook repeats it with several seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from labkit.errors import SweepError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STRATEGIES = ["sgwu+udpa", "sgwu+idpa", "agwu+udpa", "agwu+idpa", "allreduce+udpa"]
+DEMO_COLUMNS = {
+    "strategy": "strategy",
+    "score": "score",
+    "seconds_to_target": "seconds to target",
+    "samples_per_s": "samples/s",
+    "wait_share": "wait %",
+    "staleness_p50": "staleness p50",
+    "status": "status",
+}
+# Of notebook 03: 8,000 of the 60,000 training images of Fashion-MNIST, so that the five runs take some four minutes on 2 cores.
+SETTINGS = {
+    "train_samples": 8000,
+    "test_samples": 4000,
+    "passes": 6.0,
+    "local_steps": 32,
+    "target": 0.85,
+}
+
+
+def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
+    """Sweep the third notebook over five strategies, one after another, and say which was fastest.
+
+    Writes `table.csv` and `curves.png` to `out`. Returns 0, or 1 when a run failed.
+    """
+    from labkit.experiments.sweep import sweep
+
+    notebook = Path(__file__).resolve().parent.parent / "notebooks" / "03-update-the-weights.ipynb"
+    if not notebook.is_file():
+        raise SweepError(f"the demo needs {notebook}, which comes with the repository: clone it, and `pip install -e .`")
+    print("Five ways to train on two uneven workers, one after another, because they are timed.", flush=True)
+    table = sweep(notebook, {**SETTINGS, "strategy": STRATEGIES}, out=out, retry_failed=True)
+    # The folder may hold runs of earlier settings, too; those of this call come first.
+    table = table[table["strategy"].isin(STRATEGIES)].drop_duplicates("strategy").reset_index(drop=True)
+    shown = table.reindex(columns=list(DEMO_COLUMNS)).rename(columns=DEMO_COLUMNS)
+    shown["wait %"] = 100 * shown["wait %"].astype(float)
+    shown["strategy"] = [label(name) for name in shown["strategy"]]
+    shown.to_csv(Path(out) / "table.csv", index=False)
+    print(shown.to_string(index=False, na_rep="-", float_format="{:.3g}".format))
+    print(verdict(table) + _open(_draw(table, Path(out)), table))
+    return int("failed" in set(table["status"]))
+
+
+def label(strategy: str) -> str:
+    """A strategy as people write it: "AGWU + IDPA" for "agwu+idpa"."""
+    return "AllReduce" if strategy == "allreduce+udpa" else " + ".join(part.upper() for part in strategy.split("+"))
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """Who reached the target accuracy first, and by how much, in one sentence. Copes with runs and values that miss."""
+    table = table.reindex(columns=list(dict.fromkeys([*table.columns, "seconds_to_target", "target", "score"])))
+    if (table["status"] != "done").all():
+        return f"None of the {len(table)} runs finished; the first error: {next(iter(table['error']), '')}."
+    targets = table["target"].astype(float).dropna()
+    goal = f"{100 * targets.iloc[0]:.3g} % accuracy" if len(targets) else "the target accuracy"
+    done = table[table["status"] == "done"].drop_duplicates("strategy").set_index("strategy")
+    times, scores = done["seconds_to_target"].astype(float), done["score"].astype(float).dropna()
+    times = times[times.map(math.isfinite)].sort_values()
+    if times.empty:
+        best = f"; best: {label(scores.idxmax())} with {100 * scores.max():.3g} %" if len(scores) else ""
+        return f"No strategy reached {goal}{best}."
+    winner, first = times.index[0], times.iloc[0]
+    said = f"{label(winner)} reached {goal} in {first:.3g} s"
+    baseline = STRATEGIES[0]
+    other = baseline if baseline in times.index[1:] else next(iter(times.index[1:]), None)
+    if winner != baseline and other != baseline:
+        return f"{said}; {label(baseline)} {'did not reach it' if baseline in done.index else 'failed'}."
+    if other is None:
+        return f"{said}, and no other did."
+    return f"{said}, {times[other] / first:.2g}x sooner than {label(other)} ({times[other]:.3g} s)."
+
+
+def _draw(table: pd.DataFrame, out: Path) -> Path | None:
+    """curves.png of the runs that the notebooks made; None, and a line that says why, where it cannot be drawn."""
+    try:
+        from labkit import load_run
+        from labkit.plots import runs as plots
+
+        plots.extension("static")
+        paths = [path for path in table.get("run", []) if isinstance(path, str)]
+        if not paths:
+            raise SweepError("no notebook reported a run")
+        targets = table["target"].dropna() if "target" in table else []
+        target = float(targets.iloc[0]) if len(targets) else None
+        figure = plots.curves([load_run(path) for path in paths], target=target)
+        return plots.save(figure, out / "curves.png")
+    except Exception as error:  # the table stands without its figure
+        print(f"No figure: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def _open(figure: Path | None, table: pd.DataFrame) -> str:
+    """The files worth opening: the figure, and the notebook of the winner."""
+    reached = table[table["status"] == "done"]
+    if "seconds_to_target" in reached:
+        reached = reached.sort_values("seconds_to_target", key=lambda column: column.astype(float))
+    files = [figure, *(reached if len(reached) else table)["notebook"].head(1)]
+    return " Open " + " and ".join(os.path.relpath(file) for file in files if file) + "."

@@ -1,0 +1,315 @@
+"""One run of a sweep: a notebook executed by a kernel of its own.
+
+papermill and nbclient execute; what is added here are the promises. Several kernels at once do not meet: each talks
+through IPC sockets in a short folder of its own, so that there are no ports to race for, and starts in the notebook's
+folder, as in JupyterLab, without this process changing directory. A run is watched while it lasts: it ends by its time
+limit or when the sweep is stopped, and its kernel, with everything that the kernel started, ends with it.
+
+Used by sweeps.py; `execute` runs in a thread of the sweep or on a worker of a lab.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from labkit.errors import SweepError
+from labkit.experiments.notebook import quiet
+from labkit.runs.events import replacing, write_json
+
+SCHEME = "labkit://"  # papermill's own file handler changes the directory of the whole process at each write
+GRACE = 5.0  # seconds that an interrupted kernel has for closing what it opened, before it is killed
+HEARTBEAT = 60.0  # seconds without a sign after which a run on another host is taken for dead
+LONG = 100_000  # characters of one output stream; longer ones go to a file beside the notebook
+ENVIRONMENT = {"IPP_NONINTERACTIVE": "1", "TQDM_MININTERVAL": "5", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+
+MARK = "LABKIT_KERNEL"  # in the environment of a kernel and of all that it starts: the folder of its sockets
+
+_kernels: dict[str, subprocess.Popen] = {}  # socket folder -> its kernel
+_starting = threading.Lock()  # kernels start one after another, a little apart
+
+
+# -- the state of a run ------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Any:
+    """A JSON file of a run, or None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def state(folder: Path) -> dict:
+    """status.json of a run; one that is said to run, but whose process is gone, was interrupted."""
+    import psutil
+
+    status = read(folder / "status.json")
+    if not isinstance(status, dict) or "state" not in status:
+        return {"state": "interrupted"}
+    if status["state"] == "running":
+        try:
+            alive = time.time() - (folder / "status.json").stat().st_mtime < HEARTBEAT
+            if status["host"] == socket.gethostname():
+                alive = alive and psutil.Process(status["pid"]).create_time() == status["born"]
+        except (OSError, KeyError, psutil.Error):
+            alive = False
+        if not alive:
+            status["state"] = "interrupted"
+    return status
+
+
+def check_kernel(name: str) -> None:
+    """Refuse a kernel name that Jupyter does not know, with those that it knows."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    try:
+        KernelSpecManager().get_kernel_spec(name)
+    except NoSuchKernel:
+        there = ", ".join(sorted(KernelSpecManager().find_kernel_specs())) or "none"
+        raise SweepError(f"Jupyter knows no kernel {name!r} here. It knows: {there}.") from None
+
+
+# -- execution ---------------------------------------------------------------------------------------------------------
+
+
+def execute(job: dict) -> str:
+    """Execute one run of a sweep in its folder; its end state, which is also in status.json there.
+
+    `job` holds folder, content (of the notebook), path, cwd, kernel_name, parameters (to be set), record (params.json),
+    go (a file; the run is ended when it is gone) and timeout. Never raises for what the notebook does.
+    """
+    import psutil
+
+    folder, go = Path(job["folder"]), Path(job["go"])
+    if not go.exists():
+        return "interrupted"
+    status = {"state": "running", "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    status["born"] = psutil.Process().create_time()
+    error = details = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in [folder / "results.json", folder / "error.txt", *folder.glob("cell-*.txt")]:
+            leftover.unlink(missing_ok=True)
+        write_json(folder / "params.json", job["record"])
+        write_json(folder / "status.json", status)
+        for attempt in range(2):
+            write_json(folder / "notebook.ipynb", job["content"])
+            came_up, error, details = _attempt(job, folder, go)
+            if came_up or attempt or not error or not go.exists():
+                break
+        _tidy(folder, job["path"])
+    except Exception as problem:  # a full disk, a folder that went away: this run fails, the others go on
+        error = details = f"{type(problem).__name__}: {problem}"
+    status["state"] = "done" if not error else "interrupted" if not go.exists() else "failed"
+    status.update(ended=time.time(), seconds=time.time() - status["started"], error=error)
+    with suppress(OSError):
+        if error:
+            (folder / "error.txt").write_text(details + "\n", encoding="utf-8")
+        write_json(folder / "status.json", status)
+    return status["state"]
+
+
+def _attempt(job: dict, folder: Path, go: Path) -> tuple[bool, str, str]:
+    """One kernel, from its start to its end: did it come up, the error in a line, the error in full ("" for none)."""
+    # macOS allows a socket's path about 100 characters, and its own temporary folder takes half of them.
+    sockets = tempfile.mkdtemp(prefix="lk", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    came_up, caught = threading.Event(), []
+    arguments = (job, folder, sockets, came_up, caught)
+    # A thread of its own, and an empty context: nbclient then finds no event loop of the caller's to run in.
+    thread = threading.Thread(target=contextvars.Context().run, args=(_papermill, *arguments), daemon=True)
+    deadline, ended, asked, beat = time.monotonic() + job["timeout"], "", 0.0, 0.0
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.25)
+            now = time.monotonic()
+            if now - beat > HEARTBEAT / 10:
+                beat = now
+                with suppress(OSError):
+                    os.utime(folder / "status.json")
+            if not ended and (now > deadline or not go.exists()):
+                ended, asked = f"took longer than {job['timeout']:g} s (timeout) and was stopped", now
+                if not go.exists():
+                    ended = "stopped together with the sweep"
+                _signal(sockets, signal.SIGINT)
+            elif ended and now - asked > GRACE:
+                _signal(sockets, signal.SIGKILL)
+                if now - asked > 6 * GRACE:
+                    break
+        log = _tail(Path(sockets) / "kernel.log")
+    finally:
+        _end(sockets)
+        kernel = _kernels.pop(sockets, None)
+        shutil.rmtree(sockets, ignore_errors=True)
+    if not caught and not thread.is_alive():
+        return True, "", ""
+    error, details = _explain(caught[0] if caught else RuntimeError("the kernel could not be stopped"), folder)
+    died = bool(caught) and type(caught[0]).__name__ == "DeadKernelError"  # after another error a slow kernel is ended by us
+    if died and kernel is not None and (kernel.poll() or 0) < 0 and not ended:  # ended by a signal, and not by ours
+        name = signal.Signals(-kernel.returncode).name
+        error += f" of {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
+        details = f"{error}\n\n{details}"
+    if log:
+        details += f"\n\nThe kernel's log, the last lines:\n{log}"
+    return came_up.is_set(), ended or error, f"{ended}\n\n{details}" if ended else details
+
+
+def _papermill(job: dict, folder: Path, sockets: str, came_up: threading.Event, caught: list) -> None:
+    """Let papermill execute the notebook in place; an exception goes into `caught`."""
+    import papermill
+    from jupyter_core.utils import ensure_event_loop
+    from papermill.iorw import papermill_io
+    from traitlets.config import Config
+
+    with _starting:
+        if all(scheme != SCHEME for scheme, _ in papermill_io._handlers):
+            papermill_io.register(SCHEME, _Files())
+        time.sleep(0.1)
+    connection = {"connection_file": f"{sockets}/c.json", "folder": sockets}
+    if os.name == "posix":
+        connection |= {"transport": "ipc", "ip": f"{sockets}/k"}
+    path = SCHEME + str(folder / "notebook.ipynb").replace("{", "{{").replace("}", "}}")
+    try:
+        with quiet():
+            papermill.execute_notebook(
+                path, path, parameters=job["parameters"], kernel_name=job["kernel_name"], language="python",
+                progress_bar=False, start_timeout=60, kernel_manager_class=_kernel_class(),
+                config=Config(SweepKernel=connection), resources={"metadata": {"path": job["cwd"]}},
+                iopub_timeout=120, coalesce_streams=True, on_notebook_start=lambda **_: came_up.set(),
+            )  # fmt: skip
+    except BaseException as error:
+        caught.append(error.with_traceback(None))
+    finally:
+        loop = ensure_event_loop()  # the one that nbclient made for this thread
+        for task in (tasks := asyncio.all_tasks(loop)):
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.close()
+
+
+class _Files:
+    """papermill's files without its changes of directory, each written whole or not at all."""
+
+    def read(self, path: str) -> str:
+        return Path(path.removeprefix(SCHEME)).read_text(encoding="utf-8")
+
+    def write(self, text: str, path: str) -> None:
+        with replacing(Path(path.removeprefix(SCHEME))) as file:
+            file.write(text.encode())
+
+    def pretty_path(self, path: str) -> str:
+        return path
+
+
+@functools.cache
+def _kernel_class() -> type:
+    """The kernel manager of a run; made on first use, so that importing labkit does not import Jupyter."""
+    import zmq
+    from jupyter_client import AsyncKernelManager
+    from traitlets import Unicode
+
+    class SweepKernel(AsyncKernelManager):
+        folder = Unicode(config=True)  # of its sockets, its connection file and its log
+
+        async def start_kernel(self, **options: Any) -> None:
+            # Called "session name" by a Jupyter server; with it the figures of a kernel would take it for a lab's.
+            inherited = {name: value for name, value in os.environ.items() if name != "JPY_SESSION_NAME"}
+            environment = ENVIRONMENT | inherited | {"LABKIT_PLOTS": "static", MARK: self.folder}
+            self.context.setsockopt(zmq.RCVHWM, 0)  # a chatty cell must not lose the message that says it has ended
+            with open(f"{self.folder}/kernel.log", "ab") as log:
+                await super().start_kernel(env=environment, stdout=log, stderr=log, **options)
+            _kernels[self.folder] = self.provisioner.process
+
+    return SweepKernel
+
+
+def _signal(sockets: str, number: int) -> None:
+    """Send a signal to the kernel of a socket folder and to all that it started (it leads its own process group)."""
+    if sockets in _kernels:
+        with suppress(OSError):
+            getattr(os, "killpg", os.kill)(_kernels[sockets].pid, number)
+
+
+def _end(sockets: str) -> None:
+    """Kill the kernel of a socket folder, and what it started and left, also where that leads a group of its own."""
+    import psutil
+
+    _signal(sockets, signal.SIGKILL)
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # another user's, or gone by now
+            if process.environ().get(MARK) == sockets:
+                process.kill()
+
+
+# -- what went wrong, in a line and in full ----------------------------------------------------------------------------
+
+
+def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
+    """(one line, everything) about an exception of papermill; errors of a cluster are told by their first engine."""
+    from papermill.exceptions import PapermillExecutionError, strip_color
+
+    cells = (read(folder / "notebook.ipynb") or {}).get("cells", [])
+    if not isinstance(error, PapermillExecutionError):
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        began = [n for n, cell in enumerate(code, 1) if cell["metadata"].get("papermill", {}).get("start_time")]
+        where = f"In [{began[-1]}]: " if began else "starting the kernel: "
+        text = f"{where}{type(error).__name__}: {_first_line(str(error))}"
+        return text, text
+    cell = next((c for c in cells if "".join(c["source"]) == error.source), {})
+    printed = "".join("".join(o["text"]) for o in cell.get("outputs", []) if o.get("name") == "stderr")
+    value, printed = strip_color(str(error.evalue)), strip_color(printed)
+    cause = f"{error.ename}: {_first_line(value)}"
+    if error.ename == "AlreadyDisplayedError":  # a failing %px says "2 errors" and prints the rest
+        raised = re.findall(r"^(?:\[\d+:\w+\]:? *)?\w+(?:Error|Exception)\b.*", printed, re.MULTILINE)
+        cause = f"{value}: {raised[-1].strip()}" if raised else cause
+    elif error.ename == "CompositeError":  # "one or more exceptions from ...", then a line for each engine
+        engines = [line.strip() for line in value.splitlines() if re.match(r"\s*\[\d+:\w+\]", line)]
+        cause = f"{error.ename}: {engines[0]}" if engines else cause
+    line = f"In [{error.exec_count}]: {cause}"
+    parts = [line, f"The cell:\n{error.source}", "Traceback:\n" + strip_color("\n".join(error.traceback))]
+    if "\n" in value.strip():  # WorkerError carries the traceback of its worker, CompositeError a line for each engine
+        parts.insert(1, value.strip())
+    if printed.strip():
+        parts.append("Printed to stderr, the last lines:\n" + "\n".join(printed.rstrip().splitlines()[-40:]))
+    return line, "\n\n".join(parts)
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    with suppress(OSError):
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return ""
+
+
+def _tidy(folder: Path, source: str) -> None:
+    """The notebook as it is kept: it says where it came from, and long streams are in files beside it."""
+    path = folder / "notebook.ipynb"
+    content = read(path)
+    content["metadata"].setdefault("papermill", {}).update(input_path=source, output_path=str(path))
+    for number, cell in enumerate(content["cells"], 1):
+        for output in cell.get("outputs", []):
+            text = "".join(output.get("text", "")) if output["output_type"] == "stream" else ""
+            if len(text) > LONG:
+                file = folder / f"cell-{number:02d}-{output['name']}.txt"
+                file.write_text(text, encoding="utf-8")
+                note = f"\n[... all {len(text):,} characters are in {file.name} ...]\n"
+                output["text"] = text[: LONG // 4] + note + text[-LONG // 4 :]
+    write_json(path, content)

@@ -1,0 +1,332 @@
+"""Sweeps: one notebook executed over a grid of parameters, by several kernels at once, and the table of what came out.
+
+A run is named by a hash of the notebook, its parameters and the version of labkit, so that a finished run is found
+again and not repeated; a failed one is kept with its notebook and its error until it is asked for again. What is wrong
+with the grid, the notebook or the folder is said before a kernel starts. What a run reports, it writes to its folder.
+
+    runs/<sweep>/<notebook>-<8 hex>/   notebook.ipynb  params.json  status.json  results.json  error.txt
+
+Used as `labkit.sweep`, `labkit.summary` and `labkit.report`, by `python -m labkit sweep`, and to test the notebooks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from labkit.errors import SweepError
+from labkit.experiments.executor import GRACE, check_kernel, execute, read, state
+from labkit.experiments.notebook import Parameter, conform, load, parameters, plain, read_parameters
+from labkit.runs.events import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Parameter", "parameters", "report", "summary", "sweep"]
+
+ROOM = 50e6  # bytes that must be free where the runs go
+
+
+def sweep(
+    notebook: str | os.PathLike[str],
+    grid: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    lab: Any = None,
+    out: str | os.PathLike[str] | None = None,
+    parallel: int = 1,
+    retry_failed: bool = False,
+    fresh: bool = False,
+    timeout: float = 3600.0,
+    kernel_name: str = "python3",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Execute a notebook for each point of a grid, and return the table of all runs in `out` (see `summary`).
+
+    A kernel starts in the notebook's own folder, as in JupyterLab; relative paths in the notebook are relative to that.
+    The notebook's parameter `run_dir`, where it has one, is set to the absolute path of the run's folder. Ctrl-C stops
+    the running kernels, and the same call goes on from there.
+
+    Parameters
+    ----------
+    notebook
+        Path of the notebook; it has a cell tagged `parameters`.
+    grid
+        Values for each parameter, of which all combinations are run (the last varies fastest), or a list of dicts, one
+        a run. A single value, a string too, counts as one.
+    lab
+        A `Lab`: each of its workers executes one notebook at a time, and has to see `out`. Without it the kernels are
+        started from here. A notebook connects to a lab of its own, not to this one, whose workers are busy.
+    out
+        Folder of the runs; default `runs/<notebook>`.
+    parallel
+        Kernels at once when there is no lab.
+    retry_failed, fresh
+        Run those again that failed; run all of them again.
+    timeout
+        Seconds that a run may take.
+    kernel_name
+        Jupyter's name of the kernel.
+    progress
+        Print a line when a run starts or ends, and a count at the end.
+
+    Raises
+    ------
+    SweepError
+        Before a kernel starts: unknown parameter, value of a wrong type, unreadable notebook, unwritable folder.
+        Later: the lab broke down. A run that fails is a row of the table and not an exception.
+    """
+    path = Path(notebook).absolute()
+    folder = Path(out if out is not None else Path("runs") / path.stem).absolute()
+    if not isinstance(parallel, int) or parallel < 1 or not timeout > 0:
+        raise SweepError(f"parallel={parallel!r}, timeout={timeout!r}: give at least one kernel and more than 0 s.")
+    jobs = _jobs(path, grid, folder, kernel_name, timeout)
+    check_kernel(kernel_name)
+    _check_folder(folder)
+    before = {job["id"]: _standing(job) for job in jobs}
+    again = {"", "interrupted"} | ({"failed"} if retry_failed else set()) | ({"failed", "done"} if fresh else set())
+    todo = [job for job in jobs if before[job["id"]] in again]
+    order = (read(folder / "sweep.json") or {}).get("runs", [])
+    ids = [job["id"] for job in jobs]
+    write_json(folder / "sweep.json", {"notebook": str(path), "runs": ids + [run for run in order if run not in ids]})
+    if todo:
+        _execute(todo, folder, lab.map if lab is not None else _threads(parallel), lab, progress)
+    if progress:
+        print(_count(jobs, before, todo), flush=True)
+    return summary(folder)
+
+
+def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
+    """The table of a sweep's folder: a row a run, or as many as the run reported.
+
+    Columns: the parameters that were set, the results (a name that is taken gets the ending `_result`), `status` (done,
+    failed, interrupted or running), `error` (cell and error in a line), `seconds`, `notebook` (the executed one), `id`.
+    """
+    import pandas as pd
+
+    out = Path(out).absolute()
+    if not out.is_dir():
+        raise SweepError(f"there is no folder {out}; sweep(..., out=...) makes it.")
+    order = {run: number for number, run in enumerate((read(out / "sweep.json") or {}).get("runs", []))}
+    runs = [(path.parent, read(path)) for path in sorted(out.glob("*/params.json"))]
+    runs = [(folder, record) for folder, record in runs if isinstance(record, dict) and "parameters" in record]
+    runs.sort(key=lambda run: order.get(run[1]["id"], len(order)))
+    given = list(dict.fromkeys(name for _, record in runs for name in record["given"]))
+    last = ["status", "error", "seconds", "notebook", "id"]
+    table, results = [], {}
+    for folder, record in runs:
+        status = state(folder)
+        row = {name: record["parameters"].get(name) for name in given}
+        tail = [status["state"], status.get("error", ""), status.get("seconds", math.nan), folder / "notebook.ipynb"]
+        ending = dict(zip(last, [*tail[:3], str(tail[3]), record["id"]], strict=True))
+        for reported in read(folder / "results.json") or [{}]:
+            named = {name + "_result" * (name in given or name in last): value for name, value in reported.items()}
+            results |= dict.fromkeys(named)
+            table.append(row | named | ending)
+    return pd.DataFrame(table, columns=[*given, *results, *last])
+
+
+def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping] | pd.DataFrame) -> None:
+    """Hand in the results of a run, as the last cell of its notebook does: `labkit.report(run_dir, {"score": 0.9})`.
+
+    A dict is one row of the sweep's table, a list of dicts or a DataFrame several. A second call replaces the first.
+    """
+    if hasattr(results, "columns"):
+        results = results.to_dict("records")
+    rows = [results] if isinstance(results, Mapping) else results
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
+        raise SweepError(f"report() takes a dict, a list of dicts or a DataFrame, not {type(results).__name__}.")
+    rows = [{str(name): plain(value, str(name), strict=False) for name, value in row.items()} for row in rows]
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(run_dir).absolute() / "results.json", rows)
+    except OSError as error:
+        raise SweepError(f"the results cannot be written to {run_dir}: {error.strerror}.") from error
+
+
+# -- before the first kernel -------------------------------------------------------------------------------------------
+
+
+def _jobs(path: Path, grid: Any, folder: Path, kernel_name: str, timeout: float) -> list[dict]:
+    """The runs of a grid, each once, checked; a job is what `execute` needs."""
+    content = load(path)
+    known = {parameter.name: parameter for parameter in read_parameters(content, path.name)}
+    settable = [name for name in known if name != "run_dir"]
+    defaults = {name: conform(plain(known[name].default, name), known[name], path.name) for name in settable}
+    source = [[cell["cell_type"], cell["source"], cell["metadata"].get("tags", [])] for cell in content["cells"]]
+    release = _version()
+    jobs = {}
+    for row in _rows(grid):
+        for name in row:
+            if name == "run_dir":
+                raise SweepError("'run_dir' is set by the sweep, to a folder for each run. Use out=... to say where.")
+            if name not in known:
+                close = difflib.get_close_matches(str(name), settable, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise SweepError(f"{path.name} has no parameter {name!r}. It has: {', '.join(settable)}.{hint}")
+        given = {name: conform(plain(value, name), known[name], path.name) for name, value in row.items()}
+        values = defaults | given
+        text = json.dumps([source, values, release, kernel_name], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        place = folder / f"{path.stem}-{digest[:8]}"
+        record = {"id": digest[:8], "hash": digest, "notebook": str(path), "version": release}
+        jobs[digest] = {
+            "id": digest[:8], "folder": str(place), "path": str(path), "cwd": str(path.parent), "content": content,
+            "parameters": given | ({"run_dir": str(place)} if "run_dir" in known else {}), "kernel_name": kernel_name,
+            "record": record | {"given": list(given), "parameters": values}, "timeout": float(timeout),
+        }  # fmt: skip
+    return list(jobs.values())
+
+
+def _rows(grid: Any) -> list[dict]:
+    """The points of a grid as dicts; a value that is not a collection of values counts as one."""
+    if isinstance(grid, Mapping):
+        values = {name: list(_several(value)) for name, value in grid.items()}
+        if empty := [name for name in values if not values[name]]:
+            raise SweepError(f"the grid has no value for {empty[0]!r}. Leave it out to use the notebook's own.")
+        return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    rows = list(grid) if isinstance(grid, Iterable) and not isinstance(grid, (str, bytes)) else [None]
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise SweepError(f"the grid is {str(grid)[:60]!r}; give a dict of lists, {{'seed': [0, 1]}}, or some dicts.")
+    return [dict(row) for row in rows]
+
+
+def _several(value: Any) -> Iterable:
+    single = isinstance(value, (str, bytes, PurePath, Mapping)) or not isinstance(value, Iterable)
+    return [value] if single or getattr(value, "ndim", 1) == 0 else value
+
+
+def _version() -> str:
+    try:
+        return version("labkit")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _check_folder(folder: Path) -> None:
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(1 << 16))
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise SweepError(f"runs cannot be written to {folder}: {error.strerror}. Choose another by out=...") from error
+    if free < ROOM:
+        raise SweepError(f"only {free / 1e6:.0f} MB are free at {folder}. Make room, or choose another by out=...")
+
+
+def _standing(job: dict) -> str:
+    """What is known of a run: its state, or "" where there is none yet."""
+    record = read(Path(job["folder"]) / "params.json")
+    if not isinstance(record, dict):
+        return ""
+    if record.get("hash") != job["record"]["hash"]:
+        raise SweepError(f"{job['folder']} is of another run, {record.get('hash')}. Choose another folder by out=...")
+    return state(Path(job["folder"]))["state"]
+
+
+# -- while it runs -----------------------------------------------------------------------------------------------------
+
+
+def _threads(parallel: int) -> Callable:
+    """`map` of a lab whose workers are threads of this process: each starts one kernel at a time."""
+
+    def run(fn: Callable, items: Iterable, timeout: float | None = None) -> list:
+        pool = ThreadPoolExecutor(parallel, thread_name_prefix="labkit-sweep")
+        try:
+            return list(pool.map(fn, items))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    return run
+
+
+def _execute(todo: list[dict], folder: Path, run: Callable, lab: Any, progress: bool) -> None:
+    """Run the jobs; whatever ends this early also ends them."""
+    go = folder / f".sweep-{uuid.uuid4().hex[:8]}"
+    go.touch()
+    for job in todo:
+        job["go"] = str(go)
+        (Path(job["folder"]) / "status.json").unlink(missing_ok=True)
+    ended = threading.Event()
+    teller = threading.Thread(target=_tell, args=(todo, ended), daemon=True)
+    rounds = math.ceil(len(todo) / len(lab.workers)) if lab is not None else 0
+    try:
+        if progress:
+            teller.start()
+        run(execute, todo, timeout=rounds * (todo[0]["timeout"] + 300))  # room for kernels that start and end slowly
+    except BaseException as error:
+        go.unlink(missing_ok=True)
+        deadline = time.monotonic() + 6 * GRACE
+        while time.monotonic() < deadline and any(_standing(job) == "running" for job in todo):
+            time.sleep(0.1)
+        if not isinstance(error, Exception):
+            raise
+        finished = sum(_standing(job) in ("done", "failed") for job in todo)
+        raise SweepError(
+            f"the lab broke down after {finished} of {len(todo)} runs ({type(error).__name__}: {error}). "
+            "The same call goes on from there."
+        ) from error
+    finally:
+        go.unlink(missing_ok=True)
+        ended.set()
+        if progress:
+            teller.join(timeout=10)
+
+
+def _tell(jobs: list[dict], ended: threading.Event) -> None:
+    """A line when a run starts and one when it ends, read from the runs' folders, wherever they are executed."""
+    values = {job["id"]: {name: job["parameters"][name] for name in job["record"]["given"]} for job in jobs}
+    varied = [name for name in values[jobs[0]["id"]] if len({json.dumps(v.get(name)) for v in values.values()}) > 1]
+    told = dict.fromkeys(values, "")
+    last = False
+    while not last:
+        last = ended.wait(0.3)
+        for number, job in enumerate(jobs, 1):
+            if told[job["id"]] not in ("", "running"):
+                continue
+            status = read(Path(job["folder"]) / "status.json") or {}
+            if (now := status.get("state", "")) == told[job["id"]]:
+                continue
+            told[job["id"]] = now
+            given = values[job["id"]]
+            label = " ".join(f"{name}={given[name]}" for name in (varied or given) if name in given) or job["id"]
+            print(f"[{number}/{len(jobs)}] {label}  {_ending(status, Path(job['folder']))}", flush=True)
+
+
+def _ending(status: dict, folder: Path) -> str:
+    if status["state"] == "running":
+        return "started"
+    after = f"{status['seconds']:.{0 if status['seconds'] >= 10 else 1}f} s"
+    if status["state"] != "done":
+        return f"{status['state']} after {after}: {status['error']}"
+    reported = (read(folder / "results.json") or [{}])[-1]
+    numbers = {name: value for name, value in reported.items() if isinstance(value, (int, float))}
+    name = "score" if "score" in numbers else next(iter(numbers), None)
+    return f"done in {after}" + (f"  {name} {numbers[name]:.4g}" if name else "")
+
+
+def _count(jobs: list[dict], before: dict[str, str], todo: list[dict]) -> str:
+    """The line "12 runs: 3 new, 9 reused, 0 failed", and what else there is to say."""
+    executed = {job["id"] for job in todo}
+    after = {job["id"]: _standing(job) for job in jobs}
+    new = sum(after[run] == "done" for run in executed)
+    reused = sum(state == "done" and run not in executed for run, state in before.items())
+    parts = [f"{new} new", f"{reused} reused", f"{sum(state == 'failed' for state in after.values())} failed"]
+    parts += [f"{n} {word}" for word in ("interrupted", "running") if (n := list(after.values()).count(word))]
+    kept = sum(state == "failed" and run not in executed for run, state in before.items())
+    note = f" ({kept} of the failed were kept from before; retry_failed=True, or --retry-failed, runs them again)" if kept else ""
+    return f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}: {', '.join(parts)}{note}"

@@ -1,0 +1,2 @@
+from labkit.plots.runs import *
+from labkit.plots.runs import __all__, crossing

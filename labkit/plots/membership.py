@@ -1,0 +1,95 @@
+"""The roster of a run: who was here from when to when, drawn under the accuracy, with the faults that were injected.
+
+One bar for each incarnation of a worker, from its join until the server took it to be gone. Both come from the events alone.
+
+Used through plots.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labkit.plots import style as canvas
+
+if TYPE_CHECKING:
+    import holoviews as hv
+    import pandas as pd
+
+    from labkit.training.run import Run
+
+MARKS = {"kill": 6, "freeze": 1, "thaw": 4, "drop": 3, "join": 0}  # a fault and the number of its marker
+HEIGHTS = (2.6, 1.4)  # of the accuracy; of the roster, and 0.45 for each worker (inches)
+
+
+def roster(run: Run) -> pd.DataFrame:
+    """Who was here when: columns worker, incarnation, start, end (s), message (why it was gone; "" for an ordinary end)."""
+    import pandas as pd
+
+    rows, here, now = [], {}, 0.0
+    for event in run.events[["kind", "worker", "incarnation", "seconds", "message"]].to_dict("records"):
+        now = event["seconds"] if np.isfinite(event["seconds"]) else now  # before the start the clock stands
+        if event["kind"] == "join":
+            here[int(event["worker"])] = int(event["incarnation"]), now
+        elif event["kind"] == "leave" and int(event["worker"]) in here:
+            worker = int(event["worker"])
+            rows.append((worker, *here.pop(worker), now, event["message"] if isinstance(event["message"], str) else ""))
+        elif event["kind"] == "resume":  # the server was killed, and everybody with it
+            rows += [(worker, *joined, now, "the server was gone.") for worker, joined in here.items()]
+            here = {}
+    rows += [(worker, *joined, now, "") for worker, joined in here.items()]
+    return pd.DataFrame(rows, columns=["worker", "incarnation", "start", "end", "message"])
+
+
+def membership(run: Run, faults: pd.DataFrame | None = None) -> hv.Layout:
+    """Test accuracy over time, and under it who was here when; `faults` is the table of a `labkit.chaos.Storm`, drawn as marks.
+
+    A tick begins each bar: a worker that was lost and came back is another incarnation. A run that still goes has no accuracy yet:
+    RunError.
+    """
+    canvas.extension()
+    table, curve = roster(run), run.curve().dropna(subset=["seconds", "score"])
+    if table.empty or curve.empty:
+        return canvas.message(f"{run.label}: who was here when", f"{run.name}: no worker has come, or no version was kept.")
+    end = 1.02 * max(float(table.end.max()), float(curve.seconds.max()))
+    lost = int((table.message != "").sum())
+    times = "once" if lost == 1 else f"{lost} times"
+    said = f"a worker was lost {times}, accuracy {100 * curve.score.iloc[-1]:.1f} % in the end"
+    upper = canvas.line(curve.seconds.to_numpy(), curve.score.to_numpy(), 0, "global weights", ("seconds", "score"))
+    upper = canvas.finish(
+        canvas.overlay([upper]), f"{run.label}: {said}", canvas.caption([run]), xlabel="", ylabel="test accuracy",
+        xlim=(0, end), **_size(HEIGHTS[0]),
+    )  # fmt: skip
+    return canvas.stack([upper, _bars(table, faults, end)], space=0.1)
+
+
+def _bars(table: pd.DataFrame, faults: pd.DataFrame | None, end: float) -> hv.Overlay:
+    rows = {worker: -place for place, worker in enumerate(sorted(table.worker.unique()))}  # worker 0 on top
+    y = table.worker.map(rows).to_numpy(float)
+    first = ((table.incarnation == 0) & (table.start == 0)).to_numpy()
+    pieces, legend = [], []
+    for name, number, which in (("from the start", 5, first), ("came later or came back", 2, ~first)):
+        if which.any():
+            own = table[which]
+            spans = (own.start.to_numpy(), y[which] - 0.3, own.end.to_numpy(), y[which] + 0.15)
+            pieces.append(canvas.boxes(spans, number, name, ("seconds", "bottom", "end (s)", "top")))
+            legend.append((name, number, "box"))
+    pieces.append(canvas.ticks(table.start.to_numpy(), y - 0.3, y + 0.15))
+    faults = faults[faults.worker.isin(list(rows)) & faults.seconds.le(end)] if faults is not None else table[:0].assign(fault="")
+    for name, own in faults.groupby("fault"):
+        at = own.seconds.clip(lower=0).to_numpy()
+        pieces.append(canvas.marks(at, own.worker.map(rows).to_numpy(float) + 0.3, MARKS[name], str(name), ("seconds", "bottom")))
+        legend.append((f"{name} ({len(own)})", MARKS[name], "mark"))
+    names = [(place, f"worker {worker}") for worker, place in rows.items()]
+    n = sum(len(own) for name, own in faults.groupby("fault") if name != "thaw")
+    title = f"Who was here, and the {n} faults injected" if n else "Who was here"
+    return canvas.finish(
+        canvas.overlay(pieces), title, "a tick begins each bar", legend, xlabel="time (s)", ylabel="",
+        yticks=names if len(names) <= 24 else names[::8], ylim=(-len(rows) + 0.5, 0.6), xlim=(0, end), grid="x",
+        **_size(min(8.0, HEIGHTS[1] + 0.45 * len(rows))),
+    )  # fmt: skip
+
+
+def _size(height: float) -> dict:
+    return {"height": height, "shape": {"aspect": 8 / height}}

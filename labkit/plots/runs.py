@@ -1,0 +1,342 @@
+"""Every figure: accuracy over time, who waited when, staleness, balance, effective weight, speed, who was here, and the live view.
+
+A figure reads nothing but the record of a run. Its title says what was found, the line under the title what must be
+known to believe it: emulated slowness, synthetic data, a single seed. Where there is nothing yet, words say so.
+
+Used in notebooks, as `labkit.plots.runs`, and by `Run.live`; the drawing itself is in canvas.py, pictures of parts in mosaic.py, curves
+of many runs in scaling.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labkit.plots import style as canvas
+from labkit.plots.live import live
+from labkit.plots.membership import membership, roster
+from labkit.plots.scaling import errors, saturation, scaling
+from labkit.plots.style import extension, interactive, save
+from labkit.plots.subnets import decomposition, part_accuracy, part_scores, part_times
+from labkit.runs.events import effective
+
+if TYPE_CHECKING:
+    import holoviews as hv
+    import pandas as pd
+
+    from labkit.training.run import Run
+
+__all__ = ["balance", "curves", "decomposition", "errors", "extension", "interactive", "live", "membership", "part_accuracy"]
+__all__ += ["part_scores", "part_times", "roster", "saturation", "save", "scaling", "segments", "speed", "staleness", "timeline"]
+__all__ += ["weights"]
+
+AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
+BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness
+# What the runs of one line share: all of the settings but the seed.
+SAME = ["update", "partition", "passes", "local_steps", "n_train", "n_workers", "kind", "emulated", "problem"]
+SAME += ["jitter", "drift", "stalls", "exchange", "overlap", "scenario"]
+
+
+# -- over time ---------------------------------------------------------------------------------------------------------
+
+
+def curves(runs: Run | Sequence[Run], x: str = "seconds", target: float | None = None) -> hv.Overlay:
+    """Test accuracy against `x`, "seconds" or "samples" (of all workers together); one line for each setting.
+
+    Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
+    `target` in (0, 1] is drawn as a level, and the legend says where each line crosses it, straight between points.
+    A run that still goes has no curve: RunError.
+    """
+    if x not in AXES:
+        raise ValueError(f"curves can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
+    if target is not None and not 0 < target <= 1:
+        raise ValueError(f"target is {target}; it is a share of right answers, in (0, 1], such as 0.9.")
+    extension()
+    runs = _as_runs(runs)
+    title = f"Test accuracy against {'time' if x == 'seconds' else 'samples'}"
+    lines = {}
+    for label, group in (settings := _settings(runs)).items():
+        tables = [run.curve().dropna(subset=[x, "score"]).sort_values(x) for run in group]
+        series = [(table[x].to_numpy(float), table["score"].to_numpy(float)) for table in tables if len(table)]
+        if series:
+            lines[label] = _median(series)
+    if not lines:
+        return canvas.message(title, f"{_names(runs)}: no version was kept, so there is nothing to evaluate.")
+    pieces, legend, reached = [], [], {}
+    if target is not None:
+        pieces.append(canvas.level(target))
+    for number, (label, (at, middle, low, high)) in enumerate(lines.items()):
+        text = label + _count(settings[label], len(runs) > len(settings))
+        if target is not None:
+            where = crossing(at, middle, target)
+            text += f": {_percent(target)} {f'at {_amount(where, x)}' if np.isfinite(where) else 'not reached'}"
+            reached[label] = where
+        band = (low, high) if np.any(high > low) else None
+        pieces.append(canvas.line(at, middle, number, text, (x, "score"), band))
+        legend.append((text, number, "line"))
+    first = min(reached, key=lambda label: reached[label] if np.isfinite(reached[label]) else np.inf, default=None)
+    if first is not None and np.isfinite(reached[first]):
+        order = "first, " if len(lines) > 1 else ""
+        title = f"{first} reaches {_percent(target)} {order}after {_amount(reached[first], x)}"
+    elif first is not None:
+        title = f"{'No run reaches' if len(lines) > 1 else first + ' does not reach'} {_percent(target)} test accuracy"
+    note = canvas.caption(runs, _seeds(runs))
+    # The untrained weights lie far below the rest and would press what matters against the top.
+    seen = np.concatenate([np.r_[low[1:], high[1:]] if len(low) > 1 else low for _, _, low, high in lines.values()])
+    bottom, top = np.floor(20 * seen.min()) / 20, max(seen.max(), target or 0.0)
+    ylim = (bottom, top + 0.05 * (top - bottom) + 0.005)
+    return canvas.finish(canvas.overlay(pieces), title, note, legend, xlabel=AXES[x], ylabel="test accuracy", ylim=ylim)
+
+
+def crossing(x: np.ndarray, y: np.ndarray, target: float) -> float:
+    """Where a polyline first reaches `target`; nan if it never does."""
+    above = np.flatnonzero(y >= target)
+    if not len(above):
+        return float("nan")
+    i = above[0]
+    if i == 0:
+        return float(x[0])
+    return float(x[i - 1] + (target - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
+
+
+def balance(runs: Run | Sequence[Run]) -> hv.Overlay:
+    """Mean T / max T of each local pass (T: seconds of one worker's pass) with the 0.95 that IDPA is held to.
+
+    1 means that all workers take equally long, 1/m that one of m workers makes all others wait for ever.
+    """
+    extension()
+    runs = _as_runs(runs)
+    lines, means = {}, {}
+    for label, group in (settings := _settings(runs)).items():
+        tables = [run.balance().dropna(subset=["ratio"]) for run in group]
+        series = [(table["pass"].to_numpy(float), table["ratio"].to_numpy(float)) for table in tables if len(table)]
+        if series:
+            lines[label] = _median(series)
+            later = np.concatenate([ratio[at >= 2] for at, ratio in series])
+            means[label] = float(later.mean()) if len(later) else float("nan")
+    if not lines:
+        return canvas.message("Balance of the local passes", f"{_names(runs)}: no pass that all workers have finished.")
+    pieces, legend = [canvas.level(0.95)], []
+    for number, (label, (at, middle, low, high)) in enumerate(lines.items()):
+        text = label + _count(settings[label], len(runs) > len(settings))
+        text += f": mean {means[label]:.2f} from pass 2 on" if np.isfinite(means[label]) else ""
+        band = (low, high) if np.any(high > low) else None
+        pieces.append(canvas.line(at, middle, number, text, ("pass", "ratio"), band))
+        legend.append((text, number, "line"))
+    best = max(means, key=lambda label: np.nan_to_num(means[label]))
+    title = f"{best}: local passes balanced {'best, ' if len(lines) > 1 else ''}to {means[best]:.2f} from pass 2 on"
+    title = title if np.isfinite(means[best]) else "Balance of the local passes"
+    last = max(at[-1] for at, *_ in lines.values())
+    return canvas.finish(
+        canvas.overlay(pieces), title, canvas.caption(runs, "dashed: 0.95", _seeds(runs)), legend, xlabel="local pass",
+        ylabel="mean T / max T (1 = equal)", ylim=(0, 1.05), xticks=_ticks(1, last), xlim=(0.5, last + 0.5),
+    )  # fmt: skip
+
+
+# -- one run, by worker ------------------------------------------------------------------------------------------------
+
+
+def segments(run: Run) -> pd.DataFrame:
+    """What each worker did when: columns worker, activity ("compute", "wait", "exchange"), start, end (s).
+
+    A push ends compute_s + score_s of computing and the wait_s that its pass stood still (all-reduce; drawn at the end
+    of the pass); what else lies between the release before it and the push is exchange. Then the worker waits for the
+    wait_s of its next release, the time that the server held it; the rest until that release is exchange again, but for
+    the hidden_s during which it went on computing.
+    """
+    import pandas as pd
+
+    rows, events = [], run.events
+    events = events[events["worker"].notna() & events["seconds"].notna()]
+    for worker, own in events.groupby("worker"):
+        free = pushed = held = None  # seconds: went on, pushed, was told to wait
+        hidden = own.hidden_s[own.kind == "push"].shift(-1, fill_value=0.0).reindex(own.index)  # of the exchange before
+        times = dict.fromkeys(("compute_s", "score_s", "wait_s", "hidden_s"), 0)
+        for event in own.assign(hidden_s=hidden.ffill()).fillna(times).to_dict("records"):
+            now, spans = event["seconds"], []
+            if event["kind"] in ("join", "pull"):
+                free, pushed, held = now, None, None
+            elif event["kind"] == "push":
+                free = now if free is None else free
+                stood = max(free, now - event["wait_s"])
+                start = max(free, stood - event["compute_s"] - event["score_s"])
+                spans = [("exchange", free, start), ("compute", start, stood), ("wait", stood, now)]
+                free, pushed, held = None, now, None
+            elif event["kind"] == "hold":
+                held = now
+            elif event["kind"] == "release":
+                if pushed is not None:
+                    free = min(now, pushed + event["hidden_s"])
+                    go = min(now, free + event["wait_s"])
+                    spans = [("compute", pushed, free), ("wait", free, go), ("exchange", go, now)]
+                free, pushed, held = now, None, None
+            elif event["kind"] == "leave":
+                spans = [("wait", held, now)] if held is not None else []  # to the end
+                free, pushed, held = None, None, None
+            rows += [(int(worker), *span) for span in spans if span[2] > span[1]]
+    return pd.DataFrame(rows, columns=["worker", "activity", "start", "end"])
+
+
+def timeline(run: Run) -> hv.Overlay:
+    """One row for each worker: when it computed, waited and exchanged weights; a tick above it: its push was merged."""
+    extension()
+    spans = segments(run)
+    if spans.empty:
+        return canvas.message(f"{run.label}: what the workers did when", f"{run.name}: no worker has pushed yet.")
+    spans["length"] = spans["end"] - spans["start"]
+    shares = spans.pivot_table(index="worker", columns="activity", values="length", aggfunc="sum", fill_value=0.0)
+    shares = shares.reindex(columns=list(BUSY), fill_value=0.0).pipe(lambda table: table.div(table.sum(axis=1), axis=0))
+    waits = shares["wait"]
+    title = f"{run.label}: worker {waits.idxmax()} waits {_percent(waits.max())} of the time"
+    if waits.max() < 0.005:
+        title = f"{run.label}: no worker waits more than 0.5 % of the time"
+    rows = {worker: -i for i, worker in enumerate(shares.index)}  # worker 0 on top
+    pieces, legend = [], []
+    for activity, number in BUSY.items():
+        part = spans[spans["activity"] == activity]
+        y = part["worker"].map(rows).to_numpy(float)
+        text = f"{activity} ({_percent(_share(spans, activity))})"
+        table = (part["start"].to_numpy(), y - 0.3, part["end"].to_numpy(), y + 0.3)
+        pieces.append(canvas.boxes(table, number, text, ("start (s)", "bottom", "end (s)", "top")))
+        legend.append((text, number, "box"))
+    merges = run.events.query("kind == 'merge'").dropna(subset=["worker", "seconds"])
+    merges = merges[merges["worker"].isin(shares.index)]
+    y = merges["worker"].map(rows).to_numpy(float)
+    ticks = canvas.ticks(merges["seconds"].to_numpy(), y + 0.34, y + 0.44)
+    slow = canvas.slowdowns(run)
+    names = [(y, f"worker {worker}" + (f" ({slow[worker]:g}x)" if slow.get(worker, 1) != 1 else "")) for worker, y in rows.items()]
+    note, end = canvas.caption([run], "ticks: merges"), float(spans["end"].max())
+    return canvas.finish(
+        canvas.overlay([*pieces, ticks]), title, note, legend, xlabel="time (s)", ylabel="",
+        yticks=names if len(names) <= 24 else names[::8], ylim=(-len(rows) + 0.5, 0.5), xlim=(0, end),
+        grid="x", height=float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8)),
+    )  # fmt: skip
+
+
+def staleness(runs: Run | Sequence[Run]) -> hv.Overlay:
+    """How stale the merges were, in versions: a histogram by worker for one run, by setting for several."""
+    extension()
+    runs = _as_runs(runs)
+    merges = [effective(run.events).query("kind == 'merge'").dropna(subset=["staleness"]) for run in runs]
+    values = np.concatenate([table["staleness"].to_numpy(float) for table in merges])
+    if not len(values):
+        return canvas.message("Staleness of the merges", f"{_names(runs)}: nothing merged yet.")
+    if len(runs) == 1 and merges[0]["worker"].nunique() <= len(canvas.COLOURS):
+        groups = {f"worker {int(worker)}": own["staleness"] for worker, own in merges[0].groupby("worker")}
+    else:
+        groups = {
+            label: np.concatenate([merges[runs.index(run)]["staleness"] for run in group])
+            for label, group in _settings(runs).items()
+        }
+    width = int(values.max()) // 25 + 1  # versions in a bar
+    edges = np.arange(0, values.max() + width + 1, width)
+    heights = {label: np.histogram(own, edges)[0] for label, own in groups.items()}
+    if len(runs) > 1:  # the title is about the stalest
+        most = max(groups, key=lambda label: np.mean(groups[label]) if len(groups[label]) else -1.0)
+        values, subject = groups[most], most + (" is stalest" if len(groups) > 1 else "")
+    else:
+        subject = runs[0].label
+    middle, high = np.percentile(values, [50, 95])
+    title = f"{subject}: median staleness {middle:.0f}, 95 % of the merges at most {high:.0f}"
+    names = [f"{int(edge)}" if width == 1 else f"{int(edge)}-{int(edge) + width - 1}" for edge in edges[:-1]]
+    return canvas.columns(heights, names, title, canvas.caption(runs), xlabel="staleness (versions)", ylabel="merges")
+
+
+def weights(run: Run) -> hv.Overlay:
+    """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples."""
+    extension()
+    events = effective(run.events)
+    merges = events.query("kind == 'merge'").dropna(subset=["worker", "coefficient"])
+    given = merges["coefficient"].abs().groupby(merges["worker"]).sum()
+    if merges.empty or not given.sum():
+        return canvas.message(f"{run.label}: effective weight", f"{run.name}: nothing merged yet.")
+    pushes = events.query("kind == 'push'")
+    trained = pushes.groupby("worker")["samples"].sum().reindex(given.index, fill_value=0)
+    given, trained = given / given.sum(), trained / max(trained.sum(), 1)
+    worker = (given - trained).abs().idxmax()
+    title = (
+        f"{run.label}: worker {int(worker)} trains on {_percent(trained[worker])} of the samples, weighs {_percent(given[worker])}"
+    )
+    heights = {"share of the samples": 100 * trained.to_numpy(), "effective weight": 100 * given.to_numpy()}
+    names = [f"worker {int(index)}" for index in given.index]
+    return canvas.columns(heights, names, title, canvas.caption([run]), ylabel="share (%)", text="{:.0f}")
+
+
+def speed(frame: pd.DataFrame) -> hv.Overlay:
+    """Measured samples/s of each worker; `frame` has the columns worker, samples_per_s and slowdown."""
+    extension()
+    missing = {"worker", "samples_per_s", "slowdown"} - set(frame.columns)
+    if missing:
+        has = ", ".join(map(str, frame.columns))
+        raise ValueError(f"the frame has no column {', '.join(sorted(missing))}. It has: {has}.")
+    if frame.empty:
+        return canvas.message("Speed of the workers", "no worker was measured.")
+    rates = frame["samples_per_s"].to_numpy(float)
+    fast, slow = frame["worker"].iloc[rates.argmax()], frame["worker"].iloc[rates.argmin()]
+    title = "One worker's speed"
+    if len(frame) > 1:
+        title = f"Worker {fast} is {rates.max() / max(rates.min(), 1e-12):.1f} times as fast as worker {slow}"
+    note = canvas.emulated(frame["slowdown"].to_list()) if (frame["slowdown"] != 1).any() else ""
+    names = [f"worker {worker}" for worker in frame["worker"]]
+    return canvas.columns({"measured": rates}, names, title, note, ylabel="speed (samples/s)", text="{:.0f}")
+
+
+# -- words and numbers -------------------------------------------------------------------------------------------------
+
+
+def _as_runs(runs: Run | Sequence[Run]) -> list[Run]:
+    runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
+    if not runs:
+        raise ValueError("there is no run to draw: pass a run, or a list of at least one.")
+    return runs
+
+
+def _settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by what was set: those of one list differ in seed alone. One label for two settings gets the run's name."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        same = [[run.config.get(key) for key in SAME], canvas.slowdowns(run)]
+        groups.setdefault((run.label, json.dumps(same, sort_keys=True, default=str)), []).append(run)
+    labels = [label for label, _ in groups]
+    return {label if labels.count(label) == 1 else f"{label} ({group[0].name})": group for (label, _), group in groups.items()}
+
+
+def _count(group: Sequence[Run], told: bool) -> str:
+    """ ", 3 seeds" for a line of three runs; nothing where every line is one run, which the caption then says."""
+    n, seeds = len(group), len({run.config.get("seed") for run in group})
+    return f", {n} {'seed' if seeds == n else 'run'}{'s' if n > 1 else ''}" if told else ""
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    return "1 seed" if len(runs) == len(_settings(runs)) else "line: median, band: lowest to highest"
+
+
+def _median(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """x, median, lowest and highest y of several polylines; after its last point a run keeps what it ended with."""
+    at = np.unique(np.concatenate([x for x, _ in series]))
+    every = np.stack([np.interp(at, x, y) for x, y in series])
+    return at, np.median(every, axis=0), every.min(axis=0), every.max(axis=0)
+
+
+def _names(runs: Sequence[Run]) -> str:
+    return ", ".join(run.name for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
+def _amount(value: float, x: str) -> str:
+    return f"{value:,.0f} samples" if x == "samples" else f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f} s"
+
+
+def _share(spans: pd.DataFrame, activity: str) -> float:
+    return float(spans.loc[spans["activity"] == activity, "length"].sum() / spans["length"].sum())
+
+
+def _ticks(first: int, last: float) -> list[tuple[int, str]]:
+    step = int(last - first) // 12 + 1
+    return [(n, str(n)) for n in range(first, int(last) + 1, step)]

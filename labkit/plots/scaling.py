@@ -1,0 +1,115 @@
+"""How runs scale: time against data or workers, what a server can take before more workers are of no use, and how sure that is.
+
+Read from tables, a row a run, as notebooks make them from simulations. A server needs t seconds for a merge, and workers come again
+every T seconds: T/t of them keep it busy all the time.
+
+    throughput of m workers = m/T up to m = T/t, and 1/t from there on
+
+Used through plots.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labkit.plots import style as canvas
+
+if TYPE_CHECKING:
+    import holoviews as hv
+    import pandas as pd
+
+AXES = {"samples": "training samples", "n_workers": "workers"}
+FULL = 0.9  # the server's busy share from which on it is taken to be busy all the time
+
+
+def scaling(frame: pd.DataFrame, x: str = "n_workers", note: str = "") -> hv.Overlay:
+    """Seconds against `x`, "samples" or "n_workers", both logarithmic, one line a strategy; columns: strategy, seconds and `x`.
+
+    `note` is the line under the title: where the times come from.
+    """
+    if x not in AXES:
+        raise ValueError(f"scaling can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
+    canvas.extension()
+    _check(frame, ["strategy", "seconds", x])
+    if frame.empty:
+        return canvas.message("How runs scale", "there is no run to draw.")
+    pieces, legend, last = [], [], {}
+    for number, (label, own) in enumerate(frame.groupby("strategy", sort=False)):
+        own = own.sort_values(x)
+        at, seconds = own[x].to_numpy(float), own["seconds"].to_numpy(float)
+        pieces.append(canvas.line(at, seconds, number, label, (x, "seconds")))
+        legend.append((label, number, "line"))
+        last[label] = at[-1], seconds[-1]
+    end = max(at for at, _ in last.values())
+    ends = {label: seconds for label, (at, seconds) in last.items() if at == end}
+    first, worst = min(ends, key=ends.get), max(ends, key=ends.get)
+    title = f"{first} takes {ends[first]:,.3g} s with {end:,.0f} {x.removeprefix('n_')}"
+    title += f", {worst} {ends[worst] / ends[first]:.1f} times as long" if len(ends) > 1 else ""
+    return _logarithmic(pieces, title, note, legend, frame[x], xlabel=AXES[x], ylabel="time (s)")
+
+
+def saturation(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
+    """Samples/s against workers, both logarithmic, one line a label; `frame`: label, n_workers, samples_per_s, server_busy.
+
+    A line's legend says from how many workers on its server is busy all the time (90 % of it).
+    """
+    canvas.extension()
+    _check(frame, ["label", "n_workers", "samples_per_s", "server_busy"])
+    if frame.empty:
+        return canvas.message("Where the server saturates", "there is no run to draw.")
+    pieces, legend, full = [], [], {}
+    for number, (label, own) in enumerate(frame.groupby("label", sort=False)):
+        own = own.sort_values("n_workers")
+        busy = own.loc[own["server_busy"] >= FULL, "n_workers"]
+        full[label] = int(busy.min()) if len(busy) else None
+        text = f"{label}: " + (f"busy from {full[label]:,} workers on" if len(busy) else "never busy all the time")
+        at, rate = own["n_workers"].to_numpy(float), own["samples_per_s"].to_numpy(float)
+        pieces.append(canvas.line(at, rate, number, text, ("n_workers", "samples_per_s")))
+        legend.append((text, number, "line"))
+    soonest = min((label for label in full if full[label]), key=full.get, default=None)
+    title = f"The server can take all {frame['n_workers'].max():,} workers"
+    if soonest is not None:
+        title = f"{soonest}: from {full[soonest]:,} workers on the server is busy all the time"
+    ends = {"xlabel": "workers", "ylabel": "throughput (samples/s)"}
+    return _logarithmic(pieces, title, note, legend, frame["n_workers"], **ends)
+
+
+def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
+    """How far simulated times are off, a mark a run and a row a configuration, with strokes at 0 and at `bar` above and below.
+
+    `frame`: configuration, and error = simulated over measured time, less 1.
+    """
+    canvas.extension()
+    _check(frame, ["configuration", "error"])
+    if frame.empty:
+        return canvas.message("How far the simulator is off", "there is no run to compare with.")
+    medians = frame.groupby("configuration", sort=False)["error"].median()
+    rows = {name: -i for i, name in enumerate(medians.index)}
+    axes = ("error (%)", "row")
+    each = canvas.marks(100 * frame["error"].to_numpy(float), frame["configuration"].map(rows).to_numpy(float), 0, "a run", axes)
+    middle = canvas.marks(100 * medians.to_numpy(float), np.array([*rows.values()], float), 1, "median", axes)
+    strokes = canvas.ticks(100 * np.array([-bar, 0, bar]), np.full(3, 0.5 - len(rows)), np.full(3, 0.5))
+    within = int((medians.abs() <= bar).sum())
+    title = f"{within} of {len(medians)} configurations within {100 * bar:g} %: median {100 * medians.abs().median():.1f} %"
+    return canvas.finish(
+        canvas.overlay([strokes, each, middle]), title, note, [("a run", 0, "mark"), ("median of a configuration", 1, "mark")],
+        xlabel="simulated time is longer than measured by (%)", ylabel="", ylim=(0.5 - len(rows), 0.5), grid="x",
+        yticks=[(y, name) for name, y in rows.items()], height=1.6 + 0.4 * len(rows),
+    )  # fmt: skip
+
+
+def _logarithmic(pieces: list, title: str, note: str, legend: list, at: Sequence[float], **options) -> hv.Overlay:
+    places = [(float(x), f"{x:,.0f}") for x in sorted(set(at))]
+    options |= {"logx": True, "logy": True, "xticks": places, "xlim": (0.9 * min(at), 1.1 * max(at))}
+    return canvas.finish(canvas.overlay(pieces), title, note, legend, **options)
+
+
+def _check(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    if missing := [column for column in columns if column not in frame.columns]:
+        has = ", ".join(map(str, frame.columns))
+        raise ValueError(f"the frame has no column {', '.join(missing)}. It has: {has}.")
+    if len(frame) and not np.isfinite(frame[columns[1:]].to_numpy(float)).all():
+        raise ValueError(f"the columns {', '.join(columns[1:])} must hold numbers alone; some are missing.")

@@ -1,0 +1,345 @@
+"""How a figure of labkit is drawn: the back end, the look, and the few pieces that figures are made of.
+
+Every figure is made of HoloViews elements that carry their options for both back ends: bokeh where somebody can move
+the picture, matplotlib where a picture is kept. Importing this module loads neither; the first figure does.
+
+Used by plots.py; `extension` and `save` are public through it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from labkit.cluster.emulation import unsteadiness
+
+# Okabe and Ito's colours, told apart by colour-blind readers; marker, dash or hatch says the same without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "d", "v", ">", "<")
+DASHES = (("solid", "-"), ("dashed", "--"), ("dotdash", "-."), ("dotted", ":"))  # bokeh's name, matplotlib's name
+HATCHES = (None, "//", "..", "xx", "\\\\", "oo", None)
+GREY = "#555555"
+# What is said of a run that no cluster has made.
+NEVER_WAS = {"counterfactual": "counterfactual: another update on recorded arrivals", "simulated": "simulated"}
+FONTS = {"title": 13, "labels": 12, "xticks": 11, "yticks": 11, "legend": 11}
+
+MODES = ("static", "interactive")
+
+_loaded: dict[str, str | None] = {}
+
+
+def extension(mode: str | None = None) -> str:
+    """Load the plotting back end, once; every figure calls it.
+
+    Parameters
+    ----------
+    mode : "static" (matplotlib, PNG) or "interactive" (bokeh). Default: the environment variable LABKIT_PLOTS, else
+        interactive in a kernel that a Jupyter server started for a notebook, and static everywhere else.
+
+    Returns
+    -------
+    The mode. `DataFrame.hvplot` works afterwards, with the same back end.
+    """
+    mode = mode or ("interactive" if interactive() else "static")
+    if mode not in MODES:
+        raise ValueError(f"there is no plotting mode {mode!r}; it can be 'static' (pictures) or 'interactive' (bokeh).")
+    cell, execution = _cell()
+    # The scripts of bokeh lie in the output of the cell that loaded them: who runs that cell again throws them away.
+    again = mode == "interactive" and cell is not None and cell == _loaded.get("cell") and execution != _loaded.get("execution")
+    if _loaded.get("mode") == mode and not again:
+        return mode
+    import holoviews as hv
+
+    if mode == "static":
+        with _quiet():  # a picture needs no script: without its loader, a notebook stays some 100 kB smaller
+            import hvplot.pandas  # it switches to bokeh, so the choice comes after it
+
+            hv.extension("matplotlib", "bokeh", display_formats=["png"])
+    else:
+        # Inline: the scripts travel in the notebook (6 MB), because the nodes of a cluster often cannot reach a CDN,
+        # and then every figure stays blank without a word. Notebooks are committed without outputs; batches are static.
+        hv.extension("bokeh", "matplotlib", inline=True, logo=False, display_formats=["html"])
+        with _quiet():  # its own loader would ask the CDN again
+            import hvplot.pandas  # noqa: F401
+        hv.Store.set_current_backend("bokeh")
+    hv.Store.renderers["matplotlib"].dpi = 120
+    _loaded.update(mode=mode, cell=cell, execution=execution)
+    return mode
+
+
+def interactive() -> bool:
+    """Whether figures and progress bars can move here: see `extension`; loads nothing."""
+    told = os.environ.get("LABKIT_PLOTS") or _loaded.get("mode")
+    if told:
+        if told not in MODES:
+            raise ValueError(f"LABKIT_PLOTS is {told!r}; it can be 'static' (pictures) or 'interactive' (bokeh).")
+        return told == "interactive"
+    ipython = sys.modules.get("IPython")  # in a kernel it is there
+    in_kernel = ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
+    # A Jupyter server tells its kernels the notebook's name; papermill, scripts and consoles have none.
+    return in_kernel and "JPY_SESSION_NAME" in os.environ
+
+
+def _cell() -> tuple[str | None, str | None]:
+    """The notebook cell that is being executed and this execution of it, each as its id; None where there is none."""
+    ipython = sys.modules.get("IPython")
+    kernel = getattr(ipython.get_ipython(), "kernel", None) if ipython is not None else None
+    if kernel is None:
+        return None, None
+    parent = kernel.get_parent("shell") or {}
+    return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
+
+
+def _quiet() -> Any:
+    """A context in which nothing is displayed in a notebook."""
+    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+        return nullcontext()
+    from IPython.utils.capture import capture_output
+
+    return capture_output()
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a figure to `path`: a PNG by matplotlib, without a browser, or, for `.html`, a page that needs no network.
+
+    Returns the path. Missing folders are made; an ending other than .png and .html is a ValueError.
+    """
+    extension()
+    import holoviews as hv
+    from bokeh.resources import INLINE
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        hv.save(figure, str(path), fmt="png", backend="matplotlib", dpi=120)
+    elif path.suffix == ".html":
+        hv.save(figure, str(path), fmt="html", backend="bokeh", resources=INLINE)
+    else:
+        raise ValueError(f"cannot save a figure as {path.name!r}: use a name that ends in .png or .html.")
+    return path
+
+
+def line(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], band: tuple[Any, Any] | None = None) -> Any:
+    """A line with markers, its colour, marker and dash by `number`; `band` = (low, high) is shaded around it."""
+    import holoviews as hv
+
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    dash = DASHES[number % len(DASHES)]
+    curve = hv.Curve((x, y), dims[0], dims[1], label=label)
+    curve = curve.opts(color=colour, line_dash=dash[0], line_width=2, framewise=True, backend="bokeh")
+    curve = curve.opts(color=colour, linestyle=dash[1], linewidth=2, backend="matplotlib")
+    every = slice(None, None, max(1, len(x) // 15))  # a marker on each of 500 points hides the line
+    dots = hv.Scatter((x[every], y[every]), dims[0], dims[1], label=label)
+    dots = dots.opts(color=colour, marker=marker, size=8, framewise=True, backend="bokeh")
+    dots = dots.opts(color=colour, marker=marker, s=36, backend="matplotlib")
+    if band is None:
+        return curve * dots
+    area = hv.Area((x, band[0], band[1]), dims[0], [dims[1], "high"])
+    area = area.opts(color=colour, alpha=0.2, line_alpha=0, backend="bokeh")
+    return area.opts(facecolor=colour, alpha=0.2, linewidth=0, backend="matplotlib") * curve * dots
+
+
+def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str]) -> Any:
+    """Single marks without a line, their colour and marker by `number`."""
+    import holoviews as hv
+
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    dots = hv.Scatter((x, y), dims[0], dims[1], label=label)
+    dots = dots.opts(color=colour, marker=marker, size=9, backend="bokeh")
+    return dots.opts(color=colour, marker=marker, s=46, backend="matplotlib")
+
+
+def ticks(x: Any, bottom: Any, top: Any) -> Any:
+    """Thin black strokes upwards."""
+    import holoviews as hv
+
+    strokes = hv.Segments((x, bottom, x, top)).opts(color="black", line_width=1, backend="bokeh")
+    return strokes.opts(color="black", linewidth=1, backend="matplotlib")
+
+
+def level(y: float) -> Any:
+    """A dashed horizontal line."""
+    import holoviews as hv
+
+    rule = hv.HLine(y).opts(color=GREY, line_dash="dashed", line_width=1.5, backend="bokeh")
+    return rule.opts(color=GREY, linestyle="--", linewidth=1.5, backend="matplotlib")
+
+
+def boxes(rows: Any, number: int, label: str, names: Sequence[str] = ("left", "bottom", "right", "top")) -> Any:
+    """Filled rectangles (left, bottom, right, top), their colour and hatch by `number`."""
+    import holoviews as hv
+
+    colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number % len(HATCHES)]
+    box = hv.Rectangles(rows, kdims=list(names), label=label)
+    box = box.opts(fill_color=colour, line_alpha=0, tools=["hover"], hooks=[_hatched(hatch)], backend="bokeh")
+    return box.opts(facecolor=colour, edgecolor="white", linewidth=0, hatch=hatch, backend="matplotlib")
+
+
+def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str, text: str = "", **options: Any) -> Any:
+    """A figure of bars side by side: `heights` maps a colour's label to its heights, one for each of `names`.
+
+    `text` formats the number written above each bar ("{:.0f}"); without it none is written.
+    """
+    import holoviews as hv
+
+    width, top = 0.8 / len(heights), max(float(np.max(tall)) for tall in heights.values()) or 1.0
+    pieces, numbers = [], []
+    for number, (name, tall) in enumerate(heights.items()):
+        left = np.arange(len(tall)) - 0.4 + number * width
+        pieces.append(boxes((left, np.zeros(len(tall)), left + width, tall), number, name))
+        spots = zip(left + width / 2, tall, strict=True) if text else ()
+        numbers += [(x, y + 0.01 * top, text.format(y)) for x, y in spots]
+    if numbers:
+        written = hv.Labels(numbers, kdims=["x", "y"])
+        written = written.opts(text_font_size="10pt", text_color="black", text_baseline="bottom", backend="bokeh")
+        pieces.append(written.opts(size=10, color="black", verticalalignment="bottom", backend="matplotlib"))
+    every = len(names) // 20 + 1
+    ticks = list(enumerate(names))[::every]
+    legend = [(name, number, "box") for number, name in enumerate(heights)] if len(heights) > 1 else []
+    options = {"xlabel": "", "xticks": ticks, "xlim": (-0.6, len(names) - 0.4), "ylim": (0, 1.1 * top), **options}
+    return finish(overlay(pieces), title, note, legend, grid="y", **options)
+
+
+def overlay(pieces: Sequence[Any]) -> Any:
+    """All pieces in one set of axes."""
+    import holoviews as hv
+
+    return hv.Overlay(list(pieces)).collate() if len(pieces) > 1 else hv.Overlay(list(pieces))
+
+
+def stack(views: Sequence[Any], space: float = 0.4) -> Any:
+    """Figures under each other; `space` is what matplotlib leaves between them, in heights of a figure."""
+    import holoviews as hv
+
+    layout = hv.Layout(list(views)).cols(1).opts(toolbar="right", backend="bokeh")  # shared_axes=False would freeze live axes
+    return layout.opts(fig_inches=(8, None), vspace=space, sublabel_format="", backend="matplotlib")
+
+
+def finish(figure: Any, title: str, note: str = "", legend: Sequence[tuple[str, int, str]] = (), **options: Any) -> Any:
+    """Give a figure its title, the note under it, axes, size and legend, for both back ends.
+
+    `legend` holds (label, number, "line", "mark" or "box") and is drawn below the axes, where no data is. `options` are those
+    that the two back ends share (xlabel, ylabel, xlim, ylim, xticks, yticks), height in inches (4.5), and grid: which
+    axes its lines start from ("xy", "x", "y" or "").
+    """
+    import holoviews as hv
+
+    height, grid = options.pop("height", 4.5), options.pop("grid", "xy")
+    shape = options.pop("shape", {"aspect": "auto", "fig_inches": (8, height), "fig_bounds": (0, 0, 1, 1)})
+    figure = figure if isinstance(figure, hv.Overlay) else hv.Overlay([figure])
+    common = {"title": title, "fontsize": FONTS, "show_grid": True, **options}
+    beside = {"orientation": "vertical", "ncols": _columns(legend), "location": "left"}
+    bokeh = {
+        "responsive": True,  # as wide as the cell, at most 8 inches
+        "max_width": 960,
+        "height": round(120 * height),
+        "show_legend": bool(legend),
+        "legend_position": "bottom",
+        "legend_opts": {**beside, "spacing": 24, "padding": 0, "border_line_alpha": 0},
+        "gridstyle": {f"{axis}grid_line_alpha": 0 for axis in "xy" if axis not in grid},
+        "hooks": [_bokeh_look(note)],
+    }
+    matplotlib = {**shape, "show_legend": False, "hooks": [_matplotlib_look(title, note, legend, grid)]}
+    figure = figure.opts(hv.opts.Overlay(**common, **bokeh, backend="bokeh"))
+    return figure.opts(hv.opts.Overlay(**common, **matplotlib, backend="matplotlib"))
+
+
+def message(title: str, text: str) -> Any:
+    """A figure that says why there is nothing to draw."""
+    import holoviews as hv
+
+    words = hv.Text(0.5, 0.5, text).opts(text_font_size="12pt", backend="bokeh").opts(fontsize=12, backend="matplotlib")
+    return finish(words, title, xlim=(0, 1), ylim=(0, 1), xaxis=None, yaxis=None, grid="")
+
+
+def caption(runs: Sequence[Any], *more: str) -> str:
+    """What a reader must know to believe a figure of `runs`: emulated slowness, synthetic data, and `more`."""
+    slow = dict.fromkeys(emulated(list(slowdowns(run).values())) for run in runs if run.config.get("emulated"))
+    slow = " or ".join(filter(None, slow)).replace(" or slowness emulated:", " or")
+    made = ["synthetic data"] if any(run.config.get("synthetic") for run in runs) else []
+    made += sorted({NEVER_WAS[kind] for run in runs if (kind := run.config.get("origin", {}).get("kind")) in NEVER_WAS})
+    unsteady = dict.fromkeys(unsteadiness(*(run.config.get(key) for key in ("jitter", "drift", "stalls"))) for run in runs)
+    words = " or ".join(filter(None, unsteady))
+    return "; ".join(filter(None, [slow, words and f"emulated {words}", *made, *more]))
+
+
+def emulated(factors: Sequence[float]) -> str:
+    """[1, 4, 4, 4, 4] as "slowness emulated: 1x, 4 at 4x"."""
+    if all(factor == 1 for factor in factors):
+        return ""
+    if len(factors) <= 4:
+        return f"slowness emulated: {', '.join(f'{factor:g}x' for factor in factors)}"
+    return f"slowness emulated: {', '.join(f'{list(factors).count(f)} at {f:g}x' for f in dict.fromkeys(factors))}"
+
+
+def slowdowns(run: Any) -> dict[int, float]:
+    """The emulated slowness of each worker, 1 for none."""
+    return {int(w["index"]): float(w.get("slowdown") or 1) for w in run.config.get("workers", [])}
+
+
+def _columns(legend: Sequence[tuple[str, int, str]]) -> int:
+    widest = max((len(label) for label, _, _ in legend), default=1)
+    return max(1, min(len(legend), 100 // (widest + 8)))
+
+
+def _hatched(pattern: str | None) -> Any:
+    """HoloViews passes no hatch on to bokeh, which calls matplotlib's "//" by its first letter."""
+
+    def look(plot: Any, element: Any) -> None:
+        plot.handles["glyph"].hatch_pattern = pattern[0] if pattern else None
+        plot.handles["glyph"].hatch_color = "white"
+
+    return look
+
+
+def _bokeh_look(note: str) -> Any:
+    def look(plot: Any, element: Any) -> None:
+        from bokeh.models import Title
+
+        figure = plot.state
+        figure.toolbar.logo = None
+        if note and not any(getattr(piece, "name", "") == "note" for piece in figure.above):
+            words = Title(text=note, name="note", text_font_size="11pt", text_font_style="normal", text_color=GREY)
+            figure.add_layout(words, "above")
+
+    return look
+
+
+def _matplotlib_look(title: str, note: str, legend: Sequence[tuple[str, int, str]], grid: str) -> Any:
+    def look(plot: Any, element: Any) -> None:
+        from matplotlib.transforms import ScaledTranslation
+
+        axis = plot.handles["axis"]
+        axis.set_title("")
+        axis.set_title(title, loc="left", fontsize=FONTS["title"], fontweight="bold", pad=24 if note else 8)
+        above = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        axis.annotate(note, (0, 1), (0, 7), color=GREY, fontsize=11, **above)
+        axis.spines[["top", "right"]].set_visible(False)
+        for name, lines in (("x", axis.xaxis), ("y", axis.yaxis)):
+            lines.grid(True, alpha=0.3 if name in grid else 0)
+            lines.set_zorder(-1)  # HoloViews puts its first element at 0, below a grid
+        if legend:
+            below = axis.transAxes + ScaledTranslation(0, -0.7, axis.figure.dpi_scale_trans)  # inches, clear of the x axis
+            where = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0}
+            style = {"frameon": False, "fontsize": FONTS["legend"], "handlelength": 3, "ncols": _columns(legend)}
+            axis.legend(handles=[_handle(*entry) for entry in legend], **where, **style)
+
+    return look
+
+
+def _handle(label: str, number: int, kind: str) -> Any:
+    """What matplotlib shows in the legend; HoloViews makes no entry for boxes."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    colour = COLOURS[number % len(COLOURS)]
+    if kind == "box":
+        return Patch(facecolor=colour, hatch=HATCHES[number % len(HATCHES)], edgecolor="white", label=label)
+    dash, marker = DASHES[number % len(DASHES)][1], MARKERS[number % len(MARKERS)]
+    return Line2D([], [], color=colour, marker=marker, linestyle=dash if kind == "line" else "none", linewidth=2, label=label)

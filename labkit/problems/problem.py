@@ -1,0 +1,351 @@
+"""What is trained: `Problem`, the interface a worker drives, and `Classifier`, the one most people want.
+
+A problem builds the module and its optimisers, makes one optimiser step, and measures loss and score. It travels to the
+workers with its data set by reference; a model function travels by import path, or by value when it was written in a
+notebook cell. Every seed is an argument, so the same seed gives the same weights in every process.
+
+Used by worker.py and training.py; a user's own problem is a subclass of `Problem`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from labkit.data import Dataset, open_dataset
+from labkit.data import names as data_names
+from labkit.errors import DataError, LabError, ProblemError, RunError, known, real, whole
+from labkit.imports import import_path, imported
+from labkit.models import check_model, describe, make_model, seeded
+from labkit.problems.settings import by_value, kept_arguments, plain
+from labkit.problems.splits import first, hold_out, shuffled
+
+Optimisers = tuple[torch.optim.Optimizer, ...]
+Metrics = dict[str, torch.Tensor | float]
+
+
+class Clock(NamedTuple):
+    """Where the run stands: samples seen by all workers, the budget of the run, and samples / n_train."""
+
+    samples: int
+    total: int
+    passes: float
+
+
+class Problem:
+    """What a worker trains. A subclass gives `build`, `optimisers`, `step` and `evaluate`; the rest has defaults.
+
+    Keep each constructor argument as an attribute of the same name, hand the common ones on with `**common`, and the
+    record of a run can name the settings and make the problem again. A GAN keeps both networks in one module
+    (`nn.ModuleDict`), returns two optimisers, and its `step` uses one after the other; a loss whose weight changes
+    during training reads `clock.passes` in `step`; data that are not (x, y) pairs need an own `load`.
+
+    Parameters
+    ----------
+    data : registered name, tuple of arrays, path, or Dataset. Names and paths are opened on first use.
+    batch_size : samples in one optimiser step on one worker.
+    train_samples, test_samples : use only so many, chosen once for all runs; None means all.
+    score_samples : size of the score set, which is held out of the training split, class by class in proportion; it
+        is never more than a fifth of that split.
+    precision : "float32", or "bfloat16" for autocast over float32 weights.
+    channels_last : give batches to the module with the channels as the innermost axis in memory.
+    """
+
+    window: tuple[slice, ...] = ()  # what `load` reads of each sample: slices of the axes behind the channels
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        batch_size: int = 64,
+        train_samples: int | None = None,
+        test_samples: int | None = None,
+        score_samples: int = 256,
+        precision: str = "float32",
+        channels_last: bool = False,
+    ) -> None:
+        self.data = _reference(data)
+        self.batch_size = whole("batch_size", batch_size)
+        self.train_samples = None if train_samples is None else whole("train_samples", train_samples)
+        self.test_samples = None if test_samples is None else whole("test_samples", test_samples)
+        self.score_samples = whole("score_samples", score_samples)
+        self.precision = known("precision", precision, ("float32", "bfloat16"))
+        self.channels_last = bool(known("channels_last", channels_last, (True, False)))
+
+    # What a subclass must give.
+
+    def build(self, seed: int) -> nn.Module:
+        """A new module on the CPU whose weights depend on `seed` alone; use `seeded(seed)` around its making."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(seed).")
+
+    def optimisers(self, module: nn.Module) -> Optimisers:
+        """The optimisers of `module`, in the order in which `step` expects them."""
+        raise NotImplementedError(f"{type(self).__name__} must define optimisers(module).")
+
+    def step(self, module: nn.Module, batch: Any, optimisers: Optimisers, clock: Clock) -> Metrics:
+        """One optimiser step; returns at least "loss", a tensor without gradient (no `.item()`: it waits for a GPU).
+
+        `module` may be wrapped by DistributedDataParallel, so call it rather than its parts. Its parameters are
+        views into one buffer: change them in place, never replace them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define step(module, batch, optimisers, clock).")
+
+    def evaluate(self, module: nn.Module, batch: Any) -> dict[str, float]:
+        """Means over the batch: "loss", and "score" in [0, 1]; use `evaluating(module)` around the forward pass."""
+        raise NotImplementedError(f"{type(self).__name__} must define evaluate(module, batch).")
+
+    # What a subclass may replace.
+
+    def load(self, indices: np.ndarray, split: str = "train", device: str | torch.device = "cpu") -> Any:
+        """The samples `indices` of `split` as (x float32 (n, *shape), y int64 (n,)) on `device`."""
+        x, y = (torch.from_numpy(array) for array in self.dataset.batch(indices, split, self.window))
+        if self.channels_last and x.dim() > 3:
+            # Not .contiguous(memory_format=...): that leaves one-channel images as they are, and convolutions slow.
+            x = x.movedim(1, -1).contiguous()
+            x = x.view(-1).view(x.shape).movedim(-1, 1)
+        return x.to(device), y.to(device)
+
+    def score(self, module: nn.Module, batch: Any) -> float:
+        """Q in [0, 1] on one batch."""
+        return self.evaluate(module, batch)["score"]
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """The precision asked for, around forward pass and loss."""
+        if self.precision == "bfloat16":
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def check(self, seed: int = 0) -> None:
+        """Build the module and try it on two samples on the CPU: one evaluation, one step.
+
+        Raises ProblemError (or DataError) that says what does not fit what.
+        """
+        train, _ = self.train_indices(), self.test_indices()
+        failed = "cannot be built for"
+        try:
+            with seeded(seed):
+                module = self.build(seed)
+                optimisers = self.optimisers(module)
+                failed = "does not fit"
+                batch = self.load(train[:2])
+                measured = self.evaluate(module, batch)
+                stepped = self.step(module, batch, optimisers, Clock(0, 1, 0.0))
+        except LabError:
+            raise
+        except Exception as error:
+            data = f"data {self.dataset.name!r} of shape {self.dataset.shape}"
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise ProblemError(f"{self._title()} {failed} {data}: {reason}") from error
+        if not {"loss", "score"} <= set(measured) or "loss" not in stepped or not 0 <= measured["score"] <= 1:
+            raise ProblemError(
+                f"{self._title()}: evaluate() gave {measured} and step() gave {stepped}. evaluate() must return "
+                '{"loss": float, "score": float in [0, 1]} and step() at least {"loss": tensor}.'
+            )
+
+    # The data: what is trained on, scored on, tested on.
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set, opened on first use in each process."""
+        dataset = open_dataset(self.data)
+        expected = self.__dict__.get("_expected")
+        if expected is not None and expected != _identity(dataset):
+            raise DataError(
+                f"data={self.data!r} has (name, shape, n_classes, n_train, n_test) = {_identity(dataset)} here, but "
+                f"{expected} where the problem comes from. Point LABKIT_DATA at the same data on every machine."
+            )
+        return dataset
+
+    def train_indices(self) -> np.ndarray:
+        """Indices to train on, in one fixed random order, without the score set; int64."""
+        train, score = self._split
+        return first("train_samples", self.train_samples, train, f" beside the {score.size} of the score set")
+
+    def score_indices(self) -> np.ndarray:
+        """Indices (split "train") of the score set, the same for all workers and runs; int64, ascending."""
+        return self._split[1].copy()
+
+    def test_indices(self) -> np.ndarray:
+        """Indices (split "test") that the learning curve is measured on; int64, in one fixed random order."""
+        return first("test_samples", self.test_samples, shuffled(self.dataset.n_test), " in the test split")
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """Classes of training samples, for stratified partitions; int64."""
+        return self.dataset.labels("train")[indices]
+
+    @cached_property
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        labels = None if self.dataset.n_classes is None else self.dataset.labels("train")
+        return hold_out(labels, self.dataset.n_train, self.score_samples)
+
+    # The settings: for the record, and on the way to a worker.
+
+    def config(self) -> dict[str, Any]:
+        """The settings as JSON would keep them; `problem_from_config` makes the problem again."""
+        settings = {name: v.path if isinstance(v, Dataset) else plain(v) for name, v in kept_arguments(self).items()}
+        return {"kind": import_path(type(self)), **settings}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("dataset", "_split")}
+        if "dataset" in self.__dict__:
+            state["_expected"] = _identity(self.dataset)
+        return state
+
+    def _title(self) -> str:
+        return f"problem {type(self).__name__}"
+
+
+class Classifier(Problem):
+    """A network trained with cross-entropy; its score is the share of samples that it classifies correctly.
+
+    Parameters beside those of `Problem`
+    ------------------------------------
+    model : "lenet", "vgg3", "vgg9", "resnet20", an import path "my_module:make_model", or a function. It is called as
+        `f()` or `f(shape, n_classes)`, by its number of required positional parameters, and with `model_args`.
+    lr : learning rate; 0.05 suits "sgd", about 0.001 the others.
+    momentum : of "sgd"; of "adam" and "adamw" it is the first beta.
+    optimiser : "sgd", "adam" or "adamw" (these two in torch's fused form where the device has one).
+    schedule : "constant", or "cosine": lr (1 + cos(pi samples / total)) / 2, with the samples of all workers.
+
+    A bad argument is a ValueError or TypeError at once; a model that does not fit the data a ProblemError in `check`.
+    """
+
+    def __init__(
+        self,
+        model: str | Callable[..., nn.Module] = "lenet",
+        data: Any = "fashion-mnist",
+        *,
+        batch_size: int = 64,
+        lr: float = 0.05,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        optimiser: str = "sgd",
+        schedule: str = "constant",
+        model_args: Mapping[str, Any] | None = None,
+        train_samples: int | None = None,
+        test_samples: int | None = None,
+        score_samples: int = 256,
+        precision: str = "float32",
+        channels_last: bool = False,
+    ) -> None:
+        check_model(model)
+        self.model, self.model_args = model, dict(model_args or {})
+        self.lr = real("lr", lr, above=0)
+        self.momentum = real("momentum", momentum, least=0, below=1)
+        self.weight_decay = real("weight_decay", weight_decay, least=0)
+        self.optimiser = known("optimiser", optimiser, ("sgd", "adam", "adamw"))
+        self.schedule = known("schedule", schedule, ("constant", "cosine"))
+        super().__init__(
+            data,
+            batch_size=batch_size,
+            train_samples=train_samples,
+            test_samples=test_samples,
+            score_samples=score_samples,
+            precision=precision,
+            channels_last=channels_last,
+        )
+
+    def build(self, seed: int) -> nn.Module:
+        if self.dataset.n_classes is None:
+            raise ProblemError(f"data {self.dataset.name!r} have no classes, and a Classifier needs them: give labels.")
+        return make_model(self.model, self.dataset.shape, self.dataset.n_classes, self.model_args, seed)
+
+    def optimisers(self, module: nn.Module) -> Optimisers:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        common = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.optimiser == "sgd":  # torch's default form: a loop written by hand gets the same bits
+            return (torch.optim.SGD(parameters, momentum=self.momentum, **common),)
+        kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+        return (kind(parameters, betas=(self.momentum, 0.999), fused=fused, **common),)
+
+    def step(self, module: nn.Module, batch: Any, optimisers: Optimisers, clock: Clock) -> Metrics:
+        x, y = batch
+        (optimiser,) = optimisers
+        if self.schedule == "cosine":
+            lr = self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, clock.samples / clock.total)))
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+        optimiser.zero_grad(set_to_none=True)
+        with self.autocast(x.device):
+            loss = F.cross_entropy(module(x).float(), y)
+        loss.backward()
+        optimiser.step()
+        return {"loss": loss.detach()}
+
+    def evaluate(self, module: nn.Module, batch: Any) -> dict[str, float]:
+        x, y = batch
+        with evaluating(module) as plain, self.autocast(x.device):
+            logits = plain(x)
+        expected = (len(y), self.dataset.n_classes)
+        if not isinstance(logits, torch.Tensor) or logits.shape != expected:
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+            raise ProblemError(
+                f"{self._title()} gave {got} for {len(y)} samples of shape {tuple(x.shape[1:])}; a Classifier needs "
+                f"logits of shape {expected}, one for each class. Change the last layer."
+            )
+        loss = F.cross_entropy(logits.float(), y)
+        return {"loss": loss.item(), "score": (logits.argmax(1) == y).float().mean().item()}
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "model": self.model if isinstance(self.model, str) else import_path(self.model)}
+
+    def _title(self) -> str:
+        return f"model {describe(self.model)}"
+
+
+def problem_from_config(config: Mapping[str, Any]) -> Problem:
+    """The problem whose `config()` this is; RunError where that cannot be, as for a model from a notebook cell."""
+    settings = dict(config)
+    kind = settings.pop("kind", None)
+    for name, value in config.items():
+        if (lost := by_value(value)) is not None:
+            raise RunError(
+                f"{name} {lost!r} of this run was written in a notebook, and the record holds only its name. Make the "
+                "problem again in the notebook and give it: labkit.load_run(..., problem=problem)."
+            )
+    try:
+        made = imported(str(kind))
+        if not (isinstance(made, type) and issubclass(made, Problem)):
+            raise RunError(f"{kind!r} in the record of this run is not a Problem.")
+        return made(**settings)
+    except (ProblemError, TypeError, ValueError) as error:
+        raise RunError(f"the record of this run does not describe a problem that can be made here: {error}") from error
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """The module itself (not its DistributedDataParallel), in evaluation mode and without gradients."""
+    if isinstance(module, DistributedDataParallel):
+        module = module.module  # a forward pass of the wrapper may wait for the other workers
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield module
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _reference(data: Any) -> str | Dataset:
+    """What of `data` travels: a registered name, an absolute path (workers may run elsewhere), or a Dataset."""
+    if not isinstance(data, str | os.PathLike):
+        return open_dataset(data)
+    name = os.fspath(data)
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if name not in data_names() and os.path.exists(path) else name
+
+
+def _identity(dataset: Dataset) -> tuple[Any, ...]:
+    return dataset.name, tuple(dataset.shape), dataset.n_classes, dataset.n_train, dataset.n_test

@@ -1,0 +1,1 @@
+"""The same course without a cluster: exact and counterfactual replay, and simulation on a virtual clock."""

@@ -1,0 +1,232 @@
+"""Replay: the recorded course of a run is driven again in one process, event by event.
+
+    recorded join, push, leave, expire, ... ->  the same Coordinator, update and partition  ->  what follows: allocate, merge, ...
+    recorded push                           ->  the worker's replica makes its local pass   ->  weights, loss, score
+
+A `Course` of a run gives bit-identical weights on a CPU and proves it as it goes: what follows must be what was recorded, each
+loss and score must have the same bits, and so must every version that the run has kept. What the clock decided (who came when,
+measured speeds) is taken from the record; weights, orders and random numbers are computed again. Nobody sleeps.
+
+Used by `labkit.simulation.drivers`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from labkit.errors import RunError
+from labkit.models.flat import flatten
+from labkit.partition import make_partition
+from labkit.problems.problem import Problem
+from labkit.runs import checkpoints
+from labkit.runs import events as record
+from labkit.simulation.offline import Ledger, Replicas, begin_course
+from labkit.training.run import Run
+from labkit.training.server.coordinator import AGAIN
+from labkit.training.wire import compression as exchange
+from labkit.updates import Update
+
+BESIDE = ("release", "checkpoint", "refuse", "score")  # rows that change nothing: the server's own, and what it did not take in
+STAMPS = ("seq", "time", "seconds")
+
+
+class Lives:
+    """The rows of a run, server by server: a run that was resumed has had several. Iterates over (place, state, rows).
+
+    `place` holds the workers that a server began with, `state` the version that it went on from (None for the first).
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.rows = record.read_rows(run.path)
+        for number, row in enumerate(self.rows):
+            if row.get("seq") != number:
+                raise RunError(
+                    f"events.jsonl of run {run.name} cannot be replayed: event {number} is missing or out of place; seq "
+                    f"{row.get('seq')} stands there."
+                )
+        if not any(row["kind"] == "start" for row in self.rows):
+            raise RunError(f"run {run.name} cannot be replayed: its record has no start.")
+        notes, self.parts = list(run.config.get("resumed", [])), []
+        cuts = [number for number, row in enumerate(self.rows) if row["kind"] == "resume"]
+        for first, end in zip([0, *cuts], [*cuts, len(self.rows)], strict=True):
+            version = self.rows[first]["version"] if first else None
+            while first and notes and notes.pop(0)["version"] != version:
+                pass  # it was begun from elsewhere in between, and has written nothing
+            place = notes[0]["before"] if notes else run.config
+            self.parts.append(([worker["index"] for worker in place["workers"]], version, self.rows[first:end]))
+
+    def made_for_good(self, part: int) -> float:
+        """The last version of this server that a later one has not made again."""
+        return min((version for _, version, _ in self.parts[part + 1 :]), default=math.inf)
+
+
+class Course:
+    """The course of one server, driven by its rows and compared with them."""
+
+    def __init__(
+        self, run: Run, problem: Problem, update: Update, ledger: Ledger, lives: Lives, part: int, told: Callable[[int], None]
+    ) -> None:
+        self.run, self.ledger, self.told = run, ledger, told
+        workers, version, self.rows = lives.parts[part]
+        self.last = part == len(lives.parts) - 1
+        self.kept = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lives.made_for_good(part)}
+        self.newest = max((row["version"] for row in self.rows if row["kind"] == "merge"), default=version or 0)
+        self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
+        self.replicas, self.answers = Replicas(problem, run.config), {}
+        flat, layout = flatten(problem.build(run.config["seed"]))
+        weights, state = flat.numpy(), None
+        if version is not None:
+            weights, state = checkpoints.read_state(run.path, version)
+            if not state:
+                raise RunError(f"version {version}, from which run {run.name} went on, holds no state: it cannot be replayed.")
+        self.it = begin_course(
+            run.config,
+            workers,
+            update,
+            partition := make_partition(run.config["partition"]),
+            weights,
+            layout.n_buffers,
+            blocks=layout.blocks,
+            labels=problem.labels(problem.train_indices()) if partition.stratified else None,
+            batch_size=problem.batch_size,
+            deliver=self.answers.__setitem__,
+            record=self._follows,
+            save=self._compare,
+            clock=lambda: self.now,
+            state=state,
+            age=-1.0,  # each version is seen
+        )
+
+    def drive(self) -> None:
+        """All rows; RunError at the first that differs."""
+        try:
+            while (row := self._next()) is not None:
+                at, self.now = self.at, row["time"]
+                self._happens(row)
+                if self.at == at:
+                    raise self._differs(row, f"{row['kind']!r} does not follow from what is recorded before it")
+        finally:
+            self.replicas.close()
+        missing = sorted(version for version in self.kept if version > self.it.update.version)
+        if missing and self.last:
+            raise RunError(
+                f"run {self.run.name} has kept version {missing[-1]}, but its events lead only to version "
+                f"{self.it.update.version}: the end of events.jsonl is missing."
+            )
+
+    # -- what happened ---------------------------------------------------------------------------------------------
+
+    def _happens(self, row: dict) -> None:
+        kind, worker = row["kind"], row.get("worker")
+        if kind == "leave" and row.get("message") == AGAIN:  # a part of its next join
+            later = (r for r in self.rows[self.at :] if r["kind"] == "join" and r["worker"] == worker)
+            if row := next(later, None):
+                kind = "join"
+        if kind == "join":
+            self._join(row)
+        elif kind == "missing":
+            self.it.expect(set(self.it.workers) - {worker})
+        elif kind in ("stop", "error"):
+            self.it.stop("failed" if kind == "error" else "stopped", row["message"])
+        elif kind == "expire":
+            self.now = max(self.now, self.it.expires or 0.0)  # what is recorded is rounded, and of another clock
+            self.it.tick()
+        elif kind in ("push", "leave"):
+            if (member := self.it.members.get(worker)) is None:
+                raise self._differs(row, f"worker {worker} is not there")
+            if kind == "leave":
+                self.it.leave(member, row["message"])
+            else:
+                self._push(row)
+
+    def _join(self, row: dict) -> None:
+        where = {key: row[key] for key in ("device", "threads", "generator") if key in row}
+        if where.get("device", "cpu") != "cpu":
+            raise RunError(
+                f"worker {row['worker']} of run {self.run.name} computed on {where['device']}, whose sums depend on the order in "
+                "which they happen to be made, so it cannot be replayed bit for bit. replay(run, update=...) can: it computes anew."
+            )
+        self.replicas.join(row["worker"], where.get("threads", 1), where.get("generator") == "shared")
+        self.it.join(row["worker"], row.get("message", ""), row.get("probe_s"), **where)
+
+    def _push(self, row: dict) -> None:
+        worker, go = row["worker"], self.answers.pop(row["worker"], None)
+        if go is None or go.header["op"] != "go":
+            raise self._differs(row, f"worker {worker} has nothing to push")
+        done, weights = self.replicas.work(worker, go)
+        self._agrees(row, "samples", done["samples"])
+        self._agrees(row, "loss", done["loss"])
+        if row["score"] is not None:
+            self._agrees(row, "score", self.replicas.score(worker))
+        self.passes += 1
+        header = {**row, "op": "push", "version": row["base_version"]}
+        fits = row["bytes"] == exchange.n_bytes(self.replicas.exchange, len(weights))
+        self.it.push(self.it.members[worker], header, weights if fits else None, row["bytes"])
+        self.told(self.it.samples.done)
+
+    # -- what follows ----------------------------------------------------------------------------------------------
+
+    def _next(self) -> dict | None:
+        """The next row that belongs to the course; those beside it are copied as they are."""
+        while self.at < len(self.rows) and self.rows[self.at]["kind"] in BESIDE:
+            self._copy()
+        return self.rows[self.at] if self.at < len(self.rows) else None
+
+    def _copy(self) -> None:
+        row = self.rows[self.at]
+        if row["kind"] == "score":
+            self._agrees(row, "score", self.replicas.score(row["worker"]))
+        self.ledger.write(row)
+        self.at += 1
+
+    def _agrees(self, row: dict, key: str, value: Any) -> None:
+        if not _same(row[key], value):
+            raise self._differs(row, f"its {key} is {row[key]!r} by the record, and {value!r} now")
+
+    def _follows(self, kind: str, **fields: Any) -> None:
+        """The coordinator's word, which must be the recorded one; what a server that was killed could not write is let go."""
+        row = self._next()
+        made = json.loads(json.dumps({"kind": kind, **fields}))
+        if row is None:
+            if not self.last or self.run.state == "failed":
+                return
+            raise self._differs(self.rows[-1], f"a {kind!r} should follow, and the record ends")
+        timed = {*STAMPS, *(("wait_s",) if kind == "leave" else ())}
+        wrong = [k for k in {**row, **made} if k not in timed and not _same(row.get(k), made.get(k))]
+        if wrong:
+            key = wrong[0]
+            raise self._differs(row, f"{key} is {row.get(key)!r} by the record, and {made.get(key)!r} now")
+        self._copy()
+
+    def _compare(self, version: int, weights: np.ndarray, state: dict) -> None:
+        if version in self.kept:
+            then = checkpoints.read_weights(self.run.path, version, len(weights))
+            if not np.array_equal(then.view(np.uint32), weights.view(np.uint32)):
+                n, apart = int((then != weights).sum()), float(np.abs(then - weights).max())
+                row = self.rows[min(self.at, len(self.rows)) - 1]
+                raise self._differs(row, f"{n} of {len(weights)} weights of version {version} differ, by {apart:.3g} at most")
+            self.compared += 1
+        if version in self.kept or (self.last and version == self.newest):
+            self.ledger.keep(version, weights)
+
+    def _differs(self, row: dict, what: str) -> RunError:
+        who = f" of worker {row['worker']}" if "worker" in row else ""
+        then, now = record.read_json(self.run.path / "environment.json"), record.environment()
+        other = [
+            f"{name} {then['versions'].get(name)}"
+            for name in ("torch", "numpy")
+            if then["versions"].get(name) != now["versions"][name]
+        ]
+        other += [then["platform"]] if then["platform"] != now["platform"] else []
+        made = f" It was made with {', '.join(other)}, which is not what is here." if other else ""
+        return RunError(f"the replay of run {self.run.name} differs at event {row.get('seq')} ({row['kind']}{who}): {what}.{made}")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal to the last bit; nothing and no entry are the same."""
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))

@@ -1,0 +1,182 @@
+"""What a simulation is asked: the settings of a run on a cluster that one does not have, from those of a recorded one.
+
+Workers of a scenario are as quick as the measured ones, in turn: the i-th has the pace of measured worker i mod m and its slowdown,
+unless other ones are given. Whatever is not changed is as recorded, losses and newcomers too.
+
+Used by `labkit.simulation.drivers`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Sequence
+
+from labkit.cluster.emulation import make_stalls, opposite
+from labkit.errors import RunError, real, whole
+from labkit.partition import UDPA, make_partition
+from labkit.simulation.cost_model import Line, Pace, Timing, fit
+from labkit.simulation.simulator import Change, Simulation
+from labkit.training.run import Run
+from labkit.training.server.coordinator import AGAIN
+from labkit.training.train import check_traffic
+from labkit.updates import Update, make_update
+
+RECORDED = "as recorded"
+# Of the first of the runs that were fitted, since curves ask for it again and again: (all of them, their sizes) and the timing;
+# the timing and its error.
+_fits: weakref.WeakKeyDictionary[Run, tuple[list, Timing]] = weakref.WeakKeyDictionary()
+_errors: weakref.WeakKeyDictionary[Run, tuple[Timing, float | None]] = weakref.WeakKeyDictionary()
+# Where nothing is recorded: a small network, a gigabyte per second, and what small messages were measured to take.
+UNKNOWN = {"n_weights": 20_000, "n_train": 60_000, "batch_size": 64, "exchange": Line(1e-3, 2e-9), "server": Line(2e-4, 5e-10)}
+
+
+def of_speeds(speeds: Sequence[float]) -> tuple[Timing, dict]:
+    """Timing and settings where only the samples/s of each worker are known."""
+    paces = tuple(Pace(1 / real("speed", speed, above=0)) for speed in speeds)
+    config = {
+        "update": make_update("agwu").config(),
+        "partition": make_partition("idpa").config(),
+        "passes": 5,
+        "local_steps": None,
+        "seed": 0,
+        "checkpoints": 32,
+        "n_train": UNKNOWN["n_train"],
+        "synthetic": False,
+        "data_note": "",
+        "problem": {"kind": "none: times alone", "batch_size": UNKNOWN["batch_size"]},
+        "workers": [{"slowdown": 1.0, "drifts_to": 1.0}] * len(paces),
+        "jitter": 0.0,
+        "drift": 0.0,
+        "stalls": None,
+    }
+    return Timing(paces, UNKNOWN["exchange"], UNKNOWN["server"]), config
+
+
+def of_runs(runs: Sequence[Run]) -> tuple[Timing, dict]:
+    """Timing of all, settings of the first."""
+    for run in runs:
+        if not isinstance(run, Run):
+            raise TypeError(f"simulate() got a {type(run).__name__} among runs; give runs alone, or speeds alone.")
+        if run.state == "running":
+            raise RunError(f"run {run.name} still goes: its record is not whole yet. Use run.wait() first.")
+        if run.origin != "live":
+            raise RunError(f"run {run.name} is a {run.origin} itself; nothing was measured in it. Give a run of a lab.")
+        if run.config["update"]["name"] == "allreduce":
+            raise RunError(f"run {run.name} is an all-reduce, which exchanges within every step. Give a run of another update.")
+    state = [(run.path, (run.path / "events.jsonl").stat().st_size) for run in runs]
+    if _fits.get(runs[0], ([], None))[0] != state:
+        _fits[runs[0]] = state, fit(runs)
+    return _fits[runs[0]][1], runs[0].config
+
+
+def changed(
+    recorded: dict,
+    *,
+    update: Update,
+    partition: UDPA,
+    n_workers: int | None,
+    slowdown: Sequence[float] | None,
+    jitter: float | None,
+    drift: float | None,
+    stalls: Sequence[float] | None,
+    passes: float | None,
+    local_steps: int | str | None,
+    samples: int | None,
+    exchange: str | None,
+    overlap: int | None,
+    seed: int | None,
+) -> dict:
+    """The settings of the scenario."""
+    if update.collective:
+        raise ValueError("an all-reduce cannot be simulated: it exchanges within every step. Known to work: every other update.")
+    config = {key: value for key, value in recorded.items() if key != "resumed"}
+    before = recorded["workers"]
+    n = len(before if slowdown is None else slowdown) if n_workers is None else whole("n_workers", n_workers)
+    again = [before[i % len(before)] for i in range(n)]
+    slow = [worker["slowdown"] for worker in again] if slowdown is None else [real("slowdown", s, least=1) for s in slowdown]
+    if len(slow) != n:
+        raise ValueError(f"slowdown has {len(slow)} entries for {n} workers. Give one factor for each worker.")
+    about = {"name": "simulated", "host": "simulated", "device": "cpu", "threads": 1, "pid": 0}
+    config["drift"] = recorded.get("drift", 0.0) if drift is None else real("drift", drift, least=0)
+    config["stalls"] = make_stalls(recorded.get("stalls") if stalls is None else stalls)
+    there = [worker.get("drifts_to", worker["slowdown"]) for worker in again]
+    there = there if slowdown is None and drift is None else opposite(slow, config["drift"])
+    pairs = enumerate(zip(slow, there, strict=True))
+    config["workers"] = [{"index": i, **about, "slowdown": here, "drifts_to": later} for i, (here, later) in pairs]
+    config |= {"n_workers": n, "kind": "simulated", "emulated": False}
+    config |= {"update": update.config(), "partition": partition.config()}
+    if jitter is not None:
+        config["jitter"] = real("jitter", jitter, least=0)
+    if exchange is not None:
+        config["exchange"] = exchange
+    check_traffic(update, config.get("exchange", "float32"), overlap or 0)
+    if overlap is not None or (update.scored and not update.ahead):  # a rule that allows none does not inherit it
+        config["overlap"] = overlap or 0
+    if seed is not None:
+        config["seed"] = whole("seed", seed + 1) - 1
+    if samples is not None:
+        config["n_train"] = whole("samples", samples)
+    if passes is not None:
+        config["passes"] = real("passes", passes, above=0)
+    if local_steps != RECORDED:
+        config["local_steps"] = None if local_steps is None else whole("local_steps", local_steps)
+    config["budget"] = max(1, round(config["passes"] * config["n_train"]))
+    return config
+
+
+def changes(failures: Sequence[tuple], n_workers: int) -> list[Change]:
+    """(seconds, worker) is lost for good; (seconds, worker, away) comes back."""
+    made = []
+    for failure in failures:
+        if len(failure) not in (2, 3) or not 0 <= failure[1] < n_workers or not all(0 <= part < math.inf for part in failure):
+            raise ValueError(
+                f"failure {failure!r}: give (seconds, worker) or (seconds, worker, away), workers 0 to {n_workers - 1}."
+            )
+        made.append(Change(float(failure[0]), int(failure[1]), False))
+        if len(failure) == 3:
+            made.append(Change(float(failure[0] + failure[2]), int(failure[1]), True))
+    return made
+
+
+def recorded_changes(run: Run) -> list[Change]:
+    """Who was lost and who came in mid-run, as recorded."""
+    events = run.events
+    begun = events.seq[events.kind == "start"].iloc[0]
+    rows = events[(events.seq > begun) & events.kind.isin(["join", "leave"])]
+    made = []
+    for row in rows.itertuples():
+        lost = row.kind == "leave" and isinstance(row.message, str) and row.message not in ("", AGAIN)
+        if lost or row.kind == "join":
+            made.append(Change(float(row.seconds), int(row.worker), row.kind == "join"))
+    return made
+
+
+def compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float | None:
+    """Simulated against measured wall time of the run as it was: the relative error; None where it has no end. It is printed once.
+
+    `rule` is used where it is the run's own, which may be one that only its user knows.
+    """
+    if _errors.get(run, (None, None))[0] != timing:
+        _errors[run] = timing, _compared(run, timing, rule, batch_size)
+    return _errors[run][1]
+
+
+def _compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float | None:
+    if run.state != "done" or run.config.get("resumed"):
+        print(f"Run {run.name} was not made from start to end, so there is no wall time to compare the simulation with.")
+        return None
+    measured = float(run.events.query("kind == 'merge'").seconds.max())
+    again = Simulation(
+        run.config,
+        timing,
+        run.layout.size,
+        update=copy.deepcopy(rule) if rule.config() == run.config["update"] else make_update(run.config["update"]),
+        partition=make_partition(run.config["partition"]),
+        batch_size=batch_size,
+        changes=recorded_changes(run),
+    ).run()
+    error = again.merged_at / measured - 1
+    print(f"Run {run.name} took {measured:.2f} s; simulated as it was, it takes {again.merged_at:.2f} s ({100 * error:+.1f} %).")
+    return error

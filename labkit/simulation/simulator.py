@@ -1,0 +1,219 @@
+"""Simulation: the course of a run on a clock that only jumps from event to event.
+
+    released --exchange + compute + score--> at the server's door --> push: the Coordinator's word, a while a merge --> released ...
+
+The server takes pushes one after the other, in the order in which they come; while it merges the clock goes on. Update, partition
+and coordinator are the objects of live runs; how long things take comes from a `Timing`. Weights are one number (times
+alone: a thousand workers in seconds), or real: then each local pass is made by the worker's replica, and accuracy stands against
+simulated time.
+
+Used by `labkit.simulation.drivers`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from labkit.cluster.emulation import Slowness, recorded
+from labkit.models.flat import flatten
+from labkit.partition import UDPA
+from labkit.problems.problem import Problem
+from labkit.simulation.cost_model import Pace, Timing, stretch
+from labkit.simulation.offline import Ledger, Replicas, begin_course
+from labkit.training.server.connection import SCORE_S
+from labkit.training.server.membership import Answer
+from labkit.training.wire.compression import n_bytes
+from labkit.updates import Update
+
+STEP = np.float32(1e-3)  # what a local pass changes where nothing is trained: no rule has to divide by nothing
+
+
+@dataclass(frozen=True)
+class Change:
+    """At `seconds` a worker is lost, or comes (for the first time, or again)."""
+
+    seconds: float
+    worker: int
+    comes: bool
+
+
+class Simulation:
+    """One run of this `config` (as `train` writes it), with these times; rows go to `ledger`, or nowhere."""
+
+    def __init__(
+        self,
+        config: dict,
+        timing: Timing,
+        n_weights: int,
+        *,
+        update: Update,
+        partition: UDPA,
+        batch_size: int,
+        changes: Sequence[Change] = (),
+        problem: Problem | None = None,
+        ledger: Ledger | None = None,
+        told: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self.config, self.timing, self.ledger, self.told, self.batch_size = config, timing, ledger, told, batch_size
+        self.n_bytes = n_bytes(config.get("exchange", "float32"), n_weights)
+        self.merge_s = timing.server(4 * n_weights)  # float32 on the server, whatever travels
+        self.slowness: dict[int, tuple[Slowness, float]] = {}  # of each incarnation, and when it came
+        self.now, self.busy, self.merged_at = 0.0, 0.0, 0.0
+        self.queue: list[tuple[float, int, Callable, tuple]] = []
+        self.numbers, self.chance = itertools.count(), {}
+        # When a worker is done with what it computes while its push is under way, and how long it computes there.
+        self.free: dict[int, tuple[float, float]] = {}
+        self.scored: dict[int, float] = {}  # when a worker has measured its score last
+        self.late_score = bool(config.get("overlap")) and not update.scored
+        self.replicas, weights, n_buffers, blocks = None, np.zeros(1, np.float32), 0, ()
+        if problem is not None:
+            self.replicas = Replicas(problem, config)
+            flat, layout = flatten(problem.build(config["seed"]))
+            weights, n_buffers, blocks = flat.numpy(), layout.n_buffers, layout.blocks
+        workers = sorted(worker["index"] for worker in config["workers"])
+        self.it = begin_course(
+            config if problem else {**config, "checkpoints": 0},  # without weights there are no versions to keep
+            workers,
+            update,
+            partition,
+            weights,
+            n_buffers,
+            blocks=blocks,
+            labels=self._labels(problem) if partition.stratified else None,
+            batch_size=batch_size,
+            deliver=self._deliver,
+            record=self._write,
+            save=self._keep,
+            clock=lambda: self.now,
+            alarm=lambda at: self._at(at, self.it.tick),
+            age=math.inf,
+        )
+        for worker in workers:
+            self._join(worker)
+        for change in changes:
+            self._at(change.seconds, self._join if change.comes else self._lose, change.worker)
+
+    def run(self) -> Simulation:
+        """To the end; the times are then in `merged_at` (the last merge) and `busy` (the server)."""
+        try:
+            while self.queue and not self.it.over:
+                seconds, _, what, arguments = heapq.heappop(self.queue)
+                self.now = max(self.now, seconds)
+                what(*arguments)
+            if self.it.state == "running":
+                self.it.stop("failed", f"every worker was lost after {self.it.samples.done} of {self.it.samples.budget} samples.")
+            self.it.keep()
+        finally:
+            if self.replicas:
+                self.replicas.close()
+        return self
+
+    # -- what happens ----------------------------------------------------------------------------------------------
+
+    def _at(self, seconds: float, what: Callable, *arguments: Any) -> None:
+        heapq.heappush(self.queue, (seconds, next(self.numbers), what, arguments))
+
+    def _join(self, worker: int) -> None:
+        if self.it.state != "running" or self.it.finished:
+            return
+        self.slowness[worker] = Slowness(recorded(self.config, worker), self.config["seed"], worker), self.now
+        self.free.pop(worker, None), self.scored.pop(worker, None)
+        self.chance.setdefault(worker, np.random.default_rng(np.random.SeedSequence([self.config["seed"], worker, 1 << 21])))
+        if self.replicas:
+            self.replicas.join(worker)
+        pace, chance = self._pace(worker), self.chance[worker]
+        slow = stretch(self.slowness[worker][0].uneven, np.zeros(1))[0][0]
+        probed = pace.seconds * slow * pace.probe[chance.integers(len(pace.probe))]
+        self.it.join(worker, "simulated", probed, threads=1, device="cpu", generator="own")
+
+    def _lose(self, worker: int) -> None:
+        if member := self.it.members.get(worker):
+            self.it.leave(member, "lost, as simulated")
+
+    def _push(self, worker: int, incarnation: int, go: Answer, times: dict) -> None:
+        member = self.it.members.get(worker)
+        if member is None or member.incarnation != incarnation:
+            return  # lost on the way
+        done, weights, score = {"samples": member.granted - member.ahead, "loss": None}, go.weights + STEP, None
+        if self.replicas:
+            made, weights = self.replicas.work(worker, go)
+            done |= {"samples": made["samples"], "loss": made["loss"]}
+        if times["score_s"] or self.it.update.scored:
+            score = self.replicas.score(worker) if self.replicas else self.timing.score
+        late = {"score": score, "score_s": times["score_s"]}
+        done["score"] = None if self.late_score else score
+        times |= {"score_s": 0.0} if self.late_score else {}
+        self.it.push(member, {"op": "push", "version": go.header["version"], **done, **times}, weights, self.n_bytes)
+        if self.late_score and score is not None:
+            self._write("score", worker=worker, incarnation=incarnation, **{"pass": member.passes}, **late)
+        self.told(self.it.samples.done)
+
+    def _deliver(self, worker: int, answer: Answer) -> None:
+        if answer.header["op"] != "go":
+            self._at(self.now, self._leave, worker, self.it.members[worker].incarnation)
+            return
+        header = answer.header
+        self._write(
+            "release",
+            worker=worker,
+            incarnation=header["incarnation"],
+            version=header["version"],
+            wait_s=header["wait_s"],
+            bytes=self.n_bytes,
+        )
+        trip, compute, ahead, score = self.timing.exchange(self.n_bytes), *self._work(worker, header)
+        here = self.now + trip / 2
+        free, carried = self.free.get(worker, (here - trip, 0.0))  # of its latest push, if it has made one
+        stood = min(trip, max(0.0, here - free))
+        sent = max(here, free) + compute + (0.0 if self.late_score else score)
+        self.free[worker] = sent + ahead + (score if self.late_score else 0.0), ahead
+        times = {"compute_s": carried + compute, "score_s": score, "wait_s": 0.0, "send_s": stood}
+        times |= {"hidden_s": trip - stood} if self.config.get("overlap") else {}
+        times = {key: round(seconds, 6) for key, seconds in times.items()}
+        self._at(sent + trip / 2, self._push, worker, header["incarnation"], answer, times)
+
+    def _work(self, worker: int, header: dict) -> tuple[float, float, float]:
+        """Seconds of a local pass, up to its push and while that is under way, and of a score."""
+        pace, chance, samples = self._pace(worker), self.chance[worker], header["samples"]
+        steps, (slowness, came) = max(1, round(samples / self.batch_size)), self.slowness[worker]
+        compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))]
+        compute = slowness.stretched(compute, self.now - came, steps)
+        ahead, score = compute * header["ahead"] / max(1, samples), 0.0
+        if self.it.update.scored or self.now - self.scored.get(worker, -math.inf) >= SCORE_S:
+            score, self.scored[worker] = slowness.stretched(pace.score_s, self.now - came + compute), self.now
+        return compute - ahead, ahead, score
+
+    def _leave(self, worker: int, incarnation: int) -> None:
+        member = self.it.members.get(worker)
+        if member and member.incarnation == incarnation:
+            self.it.leave(member)
+
+    def _labels(self, problem: Problem | None) -> np.ndarray:
+        """Classes for a stratified partition; any will do where nothing is trained."""
+        return np.arange(self.config["n_train"]) % 10 if problem is None else problem.labels(problem.train_indices())
+
+    def _pace(self, worker: int) -> Pace:
+        return self.timing.paces[worker % len(self.timing.paces)]
+
+    # -- what is written down --------------------------------------------------------------------------------------
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        if kind == "merge":
+            self.busy += self.merge_s
+            self.now += self.merge_s
+            self.merged_at = self.now
+        if self.ledger:
+            row = {"seq": 0, "time": round(self.now, 6), "seconds": round(self.now, 6), "kind": kind, **fields}
+            self.ledger.write(row)
+
+    def _keep(self, version: int, weights: np.ndarray, state: dict) -> None:
+        if self.ledger and self.replicas:
+            size = self.ledger.keep(version, weights)
+            self._write("checkpoint", version=version, total=state["done"], bytes=size)

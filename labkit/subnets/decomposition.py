@@ -1,0 +1,176 @@
+"""Decomposition: how an image or a volume is cut into parts, each seen by one subnet, and put together again.
+
+An axis of n pixels in p parts with overlap d becomes p windows; a part is the product of one window of each axis, and parts
+are numbered like a page is read, last axis fastest. Two rules say what happens at the border of the image:
+
+    "equal"   windows of one length, ceil((n + 2 d (p - 1)) / p), spread evenly from border to border, so that neighbours
+              share 2d pixels (more by rounding, where n does not divide) and all parts have one shape
+    "cut"     cells i n / p to (i + 1) n / p, grown by d into their neighbours and cut off at the border of the image (CNN-DNN,
+              Klawonn et al. 2024): parts at the border are smaller than inner ones
+
+Two parts of an even axis are the same by both rules. Windows are slices, so a part is a view: nothing is copied. Numpy only.
+
+Used by `labkit.subnets.train` and, for figures, `labkit.plots.subnets`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from labkit.errors import ProblemError, known, whole
+
+BORDERS = ("equal", "cut")
+Window = tuple[slice, ...]
+
+
+class Decomposition:
+    """Parts of an image (2 axes) or a volume (3 axes).
+
+    Parameters
+    ----------
+    grid
+        Parts along each axis, in the order of the data: (rows, columns), or (depth, rows, columns).
+    overlap
+        Pixels by which a part reaches across each cut into its neighbour: one number, or one for each axis. Never as far as
+        the neighbour after that.
+    border
+        "equal" or "cut": see above.
+
+    Shapes are those of one sample, with its channels: (C, H, W) or (C, D, H, W). A grid that does not fit a shape is a
+    ProblemError; a senseless argument a ValueError or TypeError.
+    """
+
+    def __init__(self, grid: Sequence[int], overlap: int | Sequence[int] = 0, *, border: str = "equal") -> None:
+        if isinstance(grid, str) or not hasattr(grid, "__len__") or len(grid) not in (2, 3):
+            raise TypeError(f"grid={grid!r} must have 2 entries (images) or 3 (volumes), such as (2, 2) or (2, 4, 4).")
+        self.grid = tuple(whole("grid", parts) for parts in grid)
+        each = list(overlap) if hasattr(overlap, "__len__") else [overlap] * len(self.grid)
+        if len(each) != len(self.grid):
+            raise ValueError(
+                f"overlap={overlap!r} has {len(each)} entries for {len(self.grid)} axes. Give one number, or one an axis."
+            )
+        self.overlap = tuple(_natural("overlap", pixels) for pixels in each)
+        self.border = known("border", border, BORDERS)
+
+    @property
+    def n_parts(self) -> int:
+        return math.prod(self.grid)
+
+    def place(self, part: int) -> tuple[int, ...]:
+        """Where in the grid a part lies: (row, column), or (depth, row, column)."""
+        return tuple(int(i) for i in np.unravel_index(part, self.grid))
+
+    def windows(self, shape: Sequence[int]) -> list[Window]:
+        """The window of each part: slices of the axes behind the channels."""
+        return list(itertools.product(*self._axes(shape)))
+
+    def shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """The shape of each part, with its channels."""
+        return [(shape[0], *(side.stop - side.start for side in window)) for window in self.windows(shape)]
+
+    def cut(self, samples: Any) -> list[Any]:
+        """The parts of samples (n, C, H, W), or of one, as views; an array of numpy or a tensor of torch."""
+        shape = samples.shape[-1 - len(self.grid) :]
+        return [samples[(..., *window)] for window in self.windows(shape)]
+
+    def weights(self, shape: Sequence[int]) -> list[np.ndarray]:
+        """For each part how much of each of its pixels counts: one over the number of parts that hold the pixel.
+
+        float64, without the channels; at every pixel of the image they sum to 1.
+        """
+        shares = []
+        for side, slices in zip(shape[1:], self._axes(shape), strict=True):
+            held = np.zeros(side)
+            for each in slices:
+                held[each] += 1
+            shares.append([1 / held[each] for each in slices])
+        return [math.prod(np.ix_(*parts)) for parts in itertools.product(*shares)]
+
+    def assemble(self, parts: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
+        """Put parts (..., C, h, w) together to (..., C, H, W), bit for bit what was cut; overlaps as weighted means."""
+        shape, windows = tuple(shape), self.windows(shape)
+        expected = self.shapes(shape)
+        axes = len(shape)
+        got = [tuple(part.shape[-axes:]) for part in parts]
+        if got != expected:
+            raise ProblemError(f"{self!r} of shape {shape} has {len(expected)} parts of shapes {expected}; these are {got}.")
+        image = np.empty((*parts[0].shape[:-axes], *shape), np.float64)
+        for part, window in zip(parts, windows, strict=True):
+            image[(..., *window)] = part
+        off = np.zeros_like(image)  # from what is there already: nothing, and exactly so, where the parts agree
+        for part, window, weight in zip(parts, windows, self.weights(shape), strict=True):
+            off[(..., *window)] += (part - image[(..., *window)]) * weight
+        return (image + off).astype(parts[0].dtype)
+
+    def config(self) -> dict[str, Any]:
+        """As JSON would keep it; `Decomposition.of` makes it again."""
+        return {"grid": list(self.grid), "overlap": list(self.overlap), "border": self.border}
+
+    @classmethod
+    def of(cls, what: Decomposition | Mapping[str, Any] | Sequence[int]) -> Decomposition:
+        """A decomposition as it is, from its `config()`, or from a bare grid, as a notebook's parameter gives it."""
+        if isinstance(what, cls):
+            return what
+        return cls(**what) if isinstance(what, Mapping) else cls(what)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Decomposition) and self.config() == other.config()
+
+    def __hash__(self) -> int:
+        return hash((self.grid, self.overlap, self.border))
+
+    def __repr__(self) -> str:
+        same = len(set(self.overlap)) == 1
+        border = "" if self.border == BORDERS[0] else f", border={self.border!r}"
+        return f"Decomposition({self.grid}, overlap={self.overlap[0] if same else self.overlap}{border})"
+
+    def _axes(self, shape: Sequence[int]) -> list[list[slice]]:
+        """The windows of each axis."""
+        shape = tuple(shape)
+        axes = len(self.grid)
+        if len(shape) != axes + 1:
+            kind = {2: "images (C, H, W)", 3: "volumes (C, D, H, W)"}
+            raise ProblemError(
+                f"{self!r} cuts {kind[axes]}, and the data have shape {shape}. Give a grid with one entry for each axis "
+                "behind the channels."
+            )
+        found = []
+        for axis, (side, parts, pixels) in enumerate(zip(shape[1:], self.grid, self.overlap, strict=True)):
+            if parts > side:
+                raise ProblemError(
+                    f"{self!r}: {parts} parts along axis {axis}, which has {side} pixels (data of shape {shape}). "
+                    f"Use at most {side}."
+                )
+            slices = _equal(side, parts, pixels) if self.border == "equal" else _cut(side, parts, pixels)
+            if parts > 1 and (pixels > side // parts or len({(each.start, each.stop) for each in slices}) < parts):
+                raise ProblemError(
+                    f"{self!r}: an overlap of {pixels} along axis {axis} is too much for {parts} parts of {side // parts} pixels "
+                    f"(data of shape {shape}): a part would reach past its neighbour, or see the same as it. Use less."
+                )
+            found.append(slices)
+        return found
+
+
+def _equal(side: int, parts: int, pixels: int) -> list[slice]:
+    length = -(-(side + 2 * pixels * (parts - 1)) // parts)
+    starts = [i * (side - length) // max(1, parts - 1) for i in range(parts)]
+    return [slice(start, start + length) for start in starts]
+
+
+def _cut(side: int, parts: int, pixels: int) -> list[slice]:
+    cuts = [i * side // parts for i in range(parts + 1)]
+    return [slice(max(0, a - pixels), min(side, b + pixels)) for a, b in itertools.pairwise(cuts)]
+
+
+def _natural(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} must be a whole number of pixels, not {type(value).__name__}.")
+    if operator.index(value) < 0:
+        raise ValueError(f"{name}={value} must be at least 0: parts that do not touch would leave pixels unseen.")
+    return operator.index(value)

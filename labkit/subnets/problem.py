@@ -1,0 +1,158 @@
+"""One part as something to train: its window of every sample, and the global architecture made narrower.
+
+The widths of all hidden layers are multiplied by the factor of a width rule and rounded to whole channels, at least one:
+
+    "sqrt"     1/sqrt(N)  the N subnets together have about as many parameters as the global network
+    "linear"   1/N        a subnet has about 1/N^2 of them
+    "same"     1          a subnet has about as many as the global network
+
+A `Subnet` is a `Problem`, so `labkit.train` can also train a single one on many workers. It knows which samples are its own, and
+which are left to the coarse network, so that no index travels.
+
+Used by `labkit.subnets.train`, `labkit.subnets.baselines` and `labkit.subnets.result`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from labkit.errors import ProblemError, known
+from labkit.models import describe, make_model
+from labkit.problems.problem import Classifier
+from labkit.problems.settings import kept_arguments
+from labkit.problems.splits import folds, hold_out
+from labkit.subnets.coarse import STACKING
+from labkit.subnets.decomposition import Decomposition
+
+FOLDS = 3  # copies of each subnet for "out-of-fold", each trained without one of them
+HELD_OUT = 5  # every fifth training sample is kept from the subnets, for the coarse network
+WIDTH_RULES: dict[str, Callable[[int], float]] = {
+    "sqrt": lambda n_parts: n_parts**-0.5,
+    "linear": lambda n_parts: 1 / n_parts,
+    "same": lambda n_parts: 1.0,
+}
+
+
+class Subnet(Classifier):
+    """The problem of one part: a `Classifier` whose samples are its window and whose model is narrower by the width rule.
+
+    Parameters beside those of `Classifier`: decomposition (also as `Decomposition.config()` gives it), part (0..N-1), width_rule,
+    stacking ("held-out": it is not trained on the samples kept for the coarse network; otherwise on all training samples),
+    fold (with "out-of-fold": that of a copy that is trained without these samples, so that it can judge them).
+    """
+
+    def __init__(
+        self,
+        model: str | Callable[..., nn.Module] = "lenet",
+        data: Any = "fashion-mnist",
+        *,
+        decomposition: Decomposition | Mapping[str, Any],
+        part: int,
+        width_rule: str = "sqrt",
+        stacking: str = "same-split",
+        fold: int | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(model, data, **common)
+        self.decomposition = Decomposition.of(decomposition)
+        self.part = known("part", part, range(self.decomposition.n_parts))
+        self.width_rule = known("width_rule", width_rule, WIDTH_RULES)
+        self.stacking = known("stacking", stacking, STACKING)
+        self.fold = known("fold", fold, [None, *range(FOLDS)] if stacking == "out-of-fold" else [None])
+
+    @classmethod
+    def of(
+        cls,
+        problem: Classifier,
+        decomposition: Decomposition,
+        part: int,
+        width_rule: str = "sqrt",
+        stacking: str = "same-split",
+    ) -> Subnet:
+        """The problem of one part of `problem`, whose settings it takes."""
+        own = {"decomposition": decomposition, "part": part, "width_rule": width_rule, "stacking": stacking}
+        return cls(**kept_arguments(problem), **own)
+
+    def without(self, fold: int | None) -> Subnet:
+        """The copy of this subnet that is trained without a fold."""
+        return type(self)(**kept_arguments(self) | {"fold": fold})
+
+    @property
+    def number(self) -> int:
+        """Of all subnets and their copies, what this one's file is called."""
+        return number_of(self.part, self.decomposition.n_parts, self.fold)
+
+    @property
+    def called(self) -> str:
+        return f"part {self.part}" + ("" if self.fold is None else f" without fold {self.fold}")
+
+    def train_indices(self) -> np.ndarray:
+        return self._stacked[0]
+
+    def stack_indices(self) -> np.ndarray:
+        """Indices (split "train") of the samples that it judges for the coarse network to learn from; int64."""
+        return self._stacked[1]
+
+    @property
+    def _stacked(self) -> tuple[np.ndarray, np.ndarray]:
+        train = super().train_indices()
+        if self.stacking == "same-split":
+            return train, train
+        if self.stacking == "held-out":
+            left, held = hold_out(self.labels(train), len(train), len(train) // HELD_OUT)
+            return train[left], train[held]
+        kept = folds(self.labels(train), FOLDS) == (-1 if self.fold is None else self.fold)
+        return train[~kept], train[kept]
+
+    @property
+    def window(self) -> tuple[slice, ...]:
+        return self.decomposition.windows(self.dataset.shape)[self.part]
+
+    def build(self, seed: int) -> nn.Module:
+        about = self.dataset.shape, self.dataset.n_classes
+        return make_part(self.model, self.model_args, self.decomposition, self.part, self.width_rule, *about, seed)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "decomposition": self.decomposition.config()}
+
+    def _title(self) -> str:
+        return f"part {self.part} of {self.decomposition!r}, model {describe(self.model)}"
+
+
+def make_part(
+    model: str | Callable[..., nn.Module],
+    model_args: Mapping[str, Any],
+    decomposition: Decomposition,
+    part: int,
+    width_rule: str,
+    shape: Sequence[int],
+    n_classes: int,
+    seed: int,
+) -> nn.Module:
+    """The subnet of a part, for whole samples of `shape`."""
+    arguments = narrowed(model_args, decomposition.n_parts, width_rule)
+    try:
+        return make_model(model, decomposition.shapes(shape)[part], n_classes, arguments, seed)
+    except ProblemError as error:
+        advice = " A model of your own needs a keyword `width`, or width_rule='same'." if "'width'" in str(error) else ""
+        raise ProblemError(f"part {part} of {decomposition!r}: {error}{advice}") from error
+
+
+def narrowed(model_args: Mapping[str, Any], n_parts: int, width_rule: str) -> dict[str, Any]:
+    """The arguments of a model with the `width` that a rule gives each of `n_parts` subnets."""
+    factor = WIDTH_RULES[width_rule](n_parts)
+    return dict(model_args) if factor == 1 else {**model_args, "width": model_args.get("width", 1.0) * factor}
+
+
+def number_of(part: int, n_parts: int, fold: int | None) -> int:
+    """A number for each subnet, and for each of its copies that is trained without a fold."""
+    return part if fold is None else n_parts * (fold + 1) + part
+
+
+def part_seed(seed: int, part: int) -> int:
+    """The seed of a subnet; part 0 keeps the seed itself, so that one part is plain training."""
+    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0]) if part else seed

@@ -1,0 +1,71 @@
+"""The learning curve of a run: every kept version of the global weights, measured on the test set after the run.
+
+Measuring afterwards keeps it out of the times that are compared. Used by `labkit.training.supervisor` at the end of a run, and by `Run.curve`
+where that was cut off.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from labkit.models.flat import flatten
+from labkit.runs import checkpoints
+from labkit.runs import events as record
+from labkit.training.worker.worker import keep_memory
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from labkit.cluster.lab import Lab
+    from labkit.problems.problem import Problem
+    from labkit.training.run import Run
+
+BATCH = 250
+
+
+def measure(run: Run, problem: Problem, lab: Lab | None = None, workers: Sequence[int] | None = None) -> pd.DataFrame:
+    """Loss and score of every kept version on the test set, as `metrics.parquet`; on `workers` of the lab (by default those
+    that no run holds), or here without a lab."""
+    import pandas as pd
+
+    versions = checkpoints.versions(run.path)
+    n = len(workers or lab.free()) or 1 if lab else 1
+    shares = [versions[i::n] for i in range(n) if versions[i::n]]
+    items = [(problem, str(run.path), share, int(run.config["seed"])) for share in shares]
+    results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
+    rows = sorted(itertools.chain.from_iterable(results))
+    events = record.effective(run.events)
+    merges = events[events.kind == "merge"].groupby("version")[["seconds", "total"]].max()
+    merges.loc[0] = 0.0
+    table = pd.DataFrame(rows, columns=["version", "loss", "score"])
+    table = table[table.version.isin(merges.index)]  # a full disk may have swallowed the merge of the last one
+    table["seconds"] = table.version.map(merges.seconds)
+    table["samples"] = table.version.map(merges.total).astype("int64")
+    table = table[["seconds", "samples", "version", "loss", "score"]]
+    with record.replacing(run.path / "metrics.parquet") as file:
+        table.to_parquet(file)
+    return table
+
+
+def _evaluate(item: tuple[Problem, str, list[int], int]) -> list[tuple[int, float, float]]:
+    """Runs on a worker: (version, loss, score) of some versions of a run."""
+    problem, path, versions, seed = item
+    keep_memory()
+    module = problem.build(seed)
+    flat, layout = flatten(module)
+    indices = problem.test_indices()
+    parts = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
+    rows = []
+    for version in versions:
+        flat.copy_(torch.from_numpy(np.array(checkpoints.read_weights(Path(path), version, layout.size))))
+        measured = [(problem.evaluate(module, problem.load(part, "test")), len(part)) for part in parts]
+        loss = sum(m["loss"] * n for m, n in measured) / len(indices)
+        score = sum(m["score"] * n for m, n in measured) / len(indices)
+        rows.append((version, float(loss), float(score)))
+    return rows

@@ -1,0 +1,161 @@
+"""Going on with a run that was cut off or stopped: in its own directory, from its newest whole checkpoint, on any lab.
+
+    not alive?  ->  newest whole checkpoint  ->  problem, update and partition as recorded  ->  server and workers, as in `train`
+
+Everything after that checkpoint is made again; `labkit.runs.events.effective` leaves what it led to before out of the curve and the
+counts. Another kind of lab or another number of workers is fine: the samples of those who are gone go to the others.
+
+Used from notebooks; `problem_of` also by `labkit.simulation.drivers`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from labkit.cluster.connect import connect, current
+from labkit.cluster.lab import Lab
+from labkit.errors import PartitionError, RunError
+from labkit.partition import make_partition
+from labkit.problems.problem import Problem
+from labkit.problems.settings import by_value
+from labkit.runs import checkpoints
+from labkit.runs import events as record
+from labkit.runs import server_file as presence
+from labkit.training.run import Run, load_run
+from labkit.training.supervisor import MEETING
+from labkit.training.train import begin, choose, describe_lab, leased, server_spec
+from labkit.updates import make_update
+
+ENDING_S = 5.0  # a server that has ended the run has so long to go
+
+
+def resume(
+    path: str | Path,
+    lab: Lab | None = None,
+    *,
+    problem: Problem | None = None,
+    workers: Sequence[int] | None = None,
+) -> Run:
+    """Go on with a run from its newest whole checkpoint; returns at once with its `Run`.
+
+    Parameters
+    ----------
+    path
+        The directory of a run that was cut off, failed or was stopped.
+    lab
+        Where: any kind, any number of workers. By default the lab of this kernel, or one such as the run had.
+    problem
+        The problem as it was given to `train`, where its model was written in a notebook cell.
+    workers
+        Indices of the workers to go on with; by default all that no other run holds.
+
+    Raises
+    ------
+    RunError
+        The run still goes, is done, or has no whole checkpoint; or the problem is not the one of the run.
+    """
+    run = load_run(path, problem=problem)
+    _check_ended(run)
+    version, refused = checkpoints.newest(run.path)
+    weights, state = checkpoints.read_state(run.path, version)
+    if not state:
+        raise RunError(f"{run.path} holds weights alone: version {version} has no state to go on from. Train it again.")
+    problem = problem_of(run, problem)
+    layout = run.layout
+    if len(weights) != layout.size:
+        raise RunError(f"version {version} holds {len(weights)} weights, and layout.json of {run.path} says {layout.size}.")
+    update, partition = make_update(run.config["update"]), make_partition(run.config["partition"])
+    lab = lab or current() or _lab_like(run)
+    newcomers = workers is None
+    workers = choose(lab, workers, run.name)
+    if len(workers) > run.config["n_train"]:
+        raise PartitionError(f"{run.config['n_train']} samples cannot fill {len(workers)} shards. Use fewer workers.")
+    with leased(lab, workers, run.name):
+        for reason in refused:
+            print(f"Not used: {reason}")
+        print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config['budget']:,} samples.")
+        spec = server_spec(run.path, run.config, problem, lab, workers, update, partition, np.array(weights), layout, state)
+        _clear(run, describe_lab(lab, workers), version, state["done"])
+        return begin(run.path, lab, problem, spec, newcomers)
+
+
+def _check_ended(run: Run) -> None:
+    """One server for a run. Where nobody can tell from here, nothing is begun."""
+    if presence.alive(run.path) is None:
+        file = run.path / presence.FILE
+        raise RunError(f"run {run.name} may still go on another machine. Look there; delete {file} if it does not.")
+    limit = time.monotonic() + ENDING_S
+    while run.state != "running" and presence.alive(run.path) and time.monotonic() < limit:
+        time.sleep(0.02)  # it has said how it ended, and is about to be gone
+    if run.state == "running" or presence.alive(run.path):
+        raise RunError(f"run {run.name} still goes. Use labkit.load_run({str(run.path)!r}).attach() to follow or stop it.")
+    if run.state == "done":
+        raise RunError(f"run {run.name} is done: all of its {run.config['budget']:,} samples were trained on.")
+
+
+def problem_of(run: Run, given: Problem | None, call: str = "resume({path!r}, problem=problem)") -> Problem:
+    """The problem of the run: what goes on, or is done again, must be what was begun. `call`: what to write where it is missing."""
+    recorded = run.config["problem"]
+    if given is None:
+        if (lost := by_value(recorded)) is not None:
+            raise RunError(
+                f"{lost!r} of run {run.name} was written in a notebook, and the record holds only its name. Make the problem "
+                f"again and give it: labkit.{call.format(path=str(run.path))}."
+            )
+        given = run.problem()
+    if not isinstance(given, Problem):
+        raise TypeError(f"problem is a {type(given).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
+    settings = json.loads(json.dumps(given.config()))
+    other = [name for name in {**recorded, **settings} if name != "data" and settings.get(name) != recorded.get(name)]
+    if other:
+        told = ", ".join(f"{name}={settings.get(name)!r} for {recorded.get(name)!r}" for name in other)
+        raise RunError(f"this problem is not the one of run {run.name}: {told}. A changed problem is a new run: labkit.train(...).")
+    n_train = len(given.train_indices())
+    if n_train != run.config["n_train"]:
+        raise RunError(f"the data have {n_train} training samples, and run {run.name} was begun with {run.config['n_train']}.")
+    from labkit.models.flat import flatten
+
+    if flatten(given.build(int(run.config["seed"])))[1] != run.layout:
+        raise RunError(f"the model of this problem has other tensors than run {run.name} was begun with (layout.json).")
+    return given
+
+
+def _lab_like(run: Run) -> Lab:
+    """A lab such as the run had, started here."""
+    kind, workers = run.config["kind"], run.config["workers"]
+    if kind == "slurm" or {worker["host"] for worker in workers} != {socket.gethostname()}:
+        raise RunError(f"run {run.name} had a lab of kind {kind!r} elsewhere. Connect one: labkit.resume(path, lab).")
+    slowdown = [worker["slowdown"] for worker in workers]
+    return connect(
+        kind,
+        len(workers),
+        threads_per_worker=workers[0]["threads"],
+        slowdown=slowdown if any(factor != 1 for factor in slowdown) else None,
+        jitter=run.config["jitter"],
+        drift=run.config.get("drift", 0.0) if slowdown != slowdown[::-1] else 0.0,
+        stalls=run.config.get("stalls"),
+    )
+
+
+def _clear(run: Run, place: dict, version: int, done: int) -> None:
+    """What says that the run has ended goes; the settings say where it goes on."""
+    earlier = {key: run.config.get(key) for key in place}
+    note = {"version": version, "samples": done, "resumed": datetime.now(UTC).isoformat(timespec="seconds"), "before": earlier}
+    config = {**run.config, **place, "resumed": [*run.config.get("resumed", []), note]}
+    try:
+        checkpoints.rewind(run.path, version)
+        presence.withdraw(run.path)  # of the server that was killed
+        record.write_json(run.path / "config.json", config)
+        for name in ("metrics.parquet", "status.json"):
+            (run.path / name).unlink(missing_ok=True)
+        for file in run.path.glob(f"{MEETING}*"):
+            file.unlink(missing_ok=True)  # of a kernel that was killed
+    except OSError as error:
+        raise RunError(f"run {run.name} cannot go on in {run.path}: {error}.") from error

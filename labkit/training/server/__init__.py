@@ -1,0 +1,1 @@
+"""The parameter server of one run: a process of its own, without torch and without Dask."""

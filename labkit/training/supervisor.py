@@ -1,0 +1,308 @@
+"""A run that goes: its server process, its workers' tasks, and the thread of the kernel that follows them to the end.
+
+Workers may be lost and come back, or come for the first time, while the run goes: each gets its task. Every wait in here has a
+limit, and whatever goes wrong ends the run with a reason: a worker's own error with its traceback, a server that did not start or
+died, a folder that cannot be written.
+
+Used by `labkit.training.train`; a `Run` asks it for its state while it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from labkit.cluster.lab import Lab, Task, Worker
+from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError
+from labkit.problems.problem import Problem
+from labkit.runs import events as record
+from labkit.training.evaluation import measure
+from labkit.training.run import Run
+from labkit.training.server.server import ServerSpec
+from labkit.training.wire import transport as wire
+from labkit.training.worker.worker import WorkerSpec, run_worker
+
+POLL_S = 0.2
+MEETING = ".ranks-"  # how the names of these files begin
+ATTEMPTS = 3  # how often a worker is started again that is alive and could not talk to the server
+RETRY_S = 10.0  # how long a server that has hung up may take to end before it is asked again
+# A version is a new array, and the one before it is free again soon. Without this glibc hands 100 MB back to the system and fetches
+# them again at every merge, page by page, which takes longer than the merge. One arena: others cannot hold so large a piece.
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1"} | dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 30))
+ENDING_S = 10.0  # how long the workers' tasks may take to end after the server; one that is frozen does not
+
+
+class Session:
+    """A run that goes: its server process, its workers' tasks and the thread that follows them to the end."""
+
+    def __init__(self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, *, takes_newcomers: bool) -> None:
+        self.path, self.lab, self.problem, self.spec, self.takes_newcomers = path, lab, problem, spec, takes_newcomers
+        self.error: BaseException | None = None
+        self._raised: dict[int, BaseException] = {}  # by worker
+        self.state = "running"
+        self.tasks: dict[int, Task] = {}  # by worker: the latest
+        self.started_on: dict[int, Worker] = {}  # the worker as it was then: who comes back is another process
+        self.generations: dict[int, int] = {}  # how often it was started
+        self.meeting = f"{MEETING}{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
+        self._lonely_since: float | None = None  # before the start: since when all are lost
+        self._status: dict = {"state": "running", "samples": 0, "budget": spec.budget, "version": 0}
+        self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
+
+    def start(self, run: Run) -> None:
+        self.run, self.server = run, None
+        try:
+            self.server, self.address = _start_server(self.spec, self.path)
+            for index in self.spec.workers:
+                self._start_worker(index)
+        except BaseException as error:
+            if self.server:
+                _end(self.server)
+            self._finish("failed", f"it could not be started: {error}")
+            raise
+        threading.Thread(target=self._follow, name=f"labkit-{run.name}", daemon=True).start()
+
+    def status(self) -> dict:
+        return {**self._status, "state": self.state}
+
+    def wait(self, timeout: float) -> bool:
+        limit = time.monotonic() + timeout
+        while not self._over.wait(0.1):  # short waits, so that an interrupt is heard
+            if time.monotonic() > limit:
+                return False
+        return True
+
+    def stop(self, timeout: float) -> None:
+        self._stop.set()
+        limit = time.monotonic() + timeout
+        while not self._measuring.is_set() and time.monotonic() < limit:  # what is measured now has ended already
+            if self._over.wait(0.05):
+                return
+        if not self._measuring.is_set():
+            self.server.kill()  # it does not answer; the workers see their connections close
+            self.wait(10)
+
+    def raise_error(self) -> None:
+        if self.error:
+            raise self.error.with_traceback(None)  # what matters is in its text; the frames are Dask's
+
+    def _start_worker(self, index: int) -> None:
+        self.generations[index] = self.generations.get(index, -1) + 1
+        self.started_on[index] = self.lab.workers[index]
+        self.tasks[index] = self.lab.start(index, run_worker, self.problem, self._worker_spec(self.lab.workers[index]))
+        self._raised.pop(index, None)
+
+    def _worker_spec(self, worker) -> WorkerSpec:
+        return WorkerSpec(
+            generation=self.generations[worker.index],
+            index=worker.index,
+            address=self.address,
+            secret=self.spec.secret,
+            seed=self.spec.seed,
+            budget=self.spec.budget,
+            device=worker.device,
+            threads=worker.threads,
+            uneven=self.lab.unevenness(worker.index),
+            collective=str(self.path / self.meeting) if self.spec.update.collective else None,
+            one_process=self.lab.one_process,
+            exchange=self.spec.exchange,
+            overlap=self.spec.overlap,
+            scored=self.spec.update.scored,
+        )
+
+    def _follow(self) -> None:
+        """Ask the server how things are until everyone is done; then say how the run ended and measure its curve."""
+        try:
+            self._watch()
+            state, reason = self._ending()
+            if state == "done":
+                reason = self._measure()
+        except BaseException as error:  # whatever it is, whoever waits must hear of it
+            _end(self.server)
+            state, reason, self.error = "failed", str(error), self.error or error
+        self._finish(state, reason)
+
+    def _measure(self) -> str:
+        """The curve, on the workers that were heard to the end, or else here: a frozen one would keep it waiting.
+
+        A run is done also when that fails; `Run.curve` then tries again and says why.
+        """
+        self._measuring.set()
+        ended = sorted(index for index, task in self.tasks.items() if task.done and not task.lost)
+        try:
+            measure(self.run, self.problem, self.lab if ended else None, ended)
+        except Exception as error:
+            return f"its curve is not measured yet: {error}"
+        return ""
+
+    def _watch(self) -> None:
+        failures = 0
+        while self.server.poll() is None and failures < 3:
+            try:
+                with wire.connect(self.address, self.spec.secret, timeout=30) as connection:
+                    connection.send({"op": "watch"})
+                    while self.server.poll() is None:
+                        self._ask(connection)
+                        failures = 0
+            except WireError:  # most likely it has ended
+                failures += 1
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.server.wait(timeout=RETRY_S)
+        self._last_words = _end(self.server)
+        limit = time.monotonic() + ENDING_S
+        for task in self.tasks.values():
+            while not task.done and time.monotonic() < limit:
+                time.sleep(0.02)
+
+    def _ask(self, connection: wire.Connection) -> None:
+        """One question to the server: its status, or that it should stop."""
+        running = self._status["state"] == "running"
+        trouble = self._trouble() if running else ""
+        if trouble:
+            connection.send({"op": "stop", "state": "failed", "reason": trouble})
+        elif running and self._stop.is_set():
+            connection.send({"op": "stop", "reason": ""})
+        elif running and not self._status.get("started") and (present := self._mind_workers()):
+            connection.send({"op": "expect", "workers": present})
+        else:
+            if running:
+                self._mind_workers()
+            connection.send({"op": "status"})
+        self._status = connection.receive()[0]
+        if self._status["state"] == "running":
+            self._stop.wait(POLL_S)
+        else:
+            time.sleep(0.05)
+
+    def _mind_workers(self) -> list[int]:
+        """Start whoever has come back, or come anew and is free; returns who is here."""
+        came = self.lab.refresh(self.run.name)
+        lost = set(self.lab.lost())
+        if self.takes_newcomers and (new := [index for index in came if index not in self.tasks]):
+            with contextlib.suppress(ClusterError):  # another run was quicker
+                self.lab.lease(new, self.run.name)
+                for index in new:
+                    self._try_worker(index)
+        for index, task in list(self.tasks.items()):
+            if index in lost:
+                continue
+            came_back = self.lab.workers[index] != self.started_on[index]
+            cut_off = self.generations[index] < ATTEMPTS and task.done and _lost_server(self._error(index))
+            if came_back or cut_off:
+                self._try_worker(index)
+        return [index for index in self.tasks if index not in lost]
+
+    def _try_worker(self, index: int) -> None:
+        with contextlib.suppress(ClusterError):  # lost again already: the next look will tell
+            self._start_worker(index)
+
+    def _trouble(self) -> str:
+        """Why the run cannot go on although the server would. Who merely lost the server is treated there as any lost worker."""
+        for index in self.tasks:
+            if (error := self._error(index)) and not _lost_server(error):
+                return _words(error)
+        if self.lab.closed:
+            return "the lab was closed."
+        if not self._status.get("started"):
+            lost = self.lab.lost()
+            alone = all(index in lost for index in self.tasks)
+            self._lonely_since = (self._lonely_since or time.monotonic()) if alone else None
+            if self._lonely_since and time.monotonic() - self._lonely_since > self.spec.patience:
+                return f"workers {sorted(self.tasks)} were lost before the run began. connect() again for a full lab."
+        return ""
+
+    def _error(self, index: int) -> BaseException | None:
+        if index not in self._raised and (error := self.tasks[index].error()):
+            self._raised[index] = error
+        return self._raised.get(index)
+
+    def _ending(self) -> tuple[str, str]:
+        """State and reason, from the last words of the server; and the error to raise in `wait`."""
+        try:
+            ended = json.loads(self._last_words)
+        except ValueError:
+            log = (self.path / "server.log").read_text(errors="replace").strip()
+            self.error = RunError(f"the server of run {self.run.name} ended with code {self.server.returncode}.\n{log[-2000:]}")
+            return "failed", "the server ended"
+        self._status = {**self._status, **ended}
+        if ended["state"] == "failed":
+            # The error of a worker tells more than the server's line; the worker that the line names failed first.
+            errors = [error for index in self.tasks if (error := self._error(index)) and not _lost_server(error)]
+            errors.sort(key=lambda error: _words(error) != ended["reason"])
+            self.error = LabError(f"run {self.run.name} failed: {ended['reason']}")
+            if errors and isinstance(errors[0], WorkerError):
+                self.error = errors[0]
+            elif errors:
+                self.error.__cause__ = errors[0]
+        return ended["state"], ended["reason"]
+
+    def _finish(self, state: str, reason: str) -> None:
+        self._status = {**self._status, "reason": reason}
+        if state == "failed":
+            with contextlib.suppress(OSError):  # an unwritable folder may be why it failed
+                record.write_json(self.path / "status.json", {**self._status, "state": "failed"})
+        for file in self.path.glob(f"{self.meeting}*"):
+            file.unlink(missing_ok=True)
+        self.lab.release(self.run.name)
+        if self.run in self.lab.runs:
+            self.lab.runs.remove(self.run)
+        self.state = state
+        self._over.set()
+
+
+def _lost_server(error: BaseException | None) -> bool:
+    """Was the connection all that this worker lost?"""
+    return isinstance(error, WorkerError) and not error.remote_traceback
+
+
+def _words(error: BaseException) -> str:
+    return str(error.args[0]) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+
+
+def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[subprocess.Popen, tuple[str, int]]:
+    """The server in a process of its own; it gets its spec, secret included, through a pipe that nobody else can read."""
+    import cloudpickle
+
+    message = cloudpickle.dumps(spec)
+    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with open(path / "server.log", "ab") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", "import labkit.training.server.server; labkit.training.server.server.main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # an interrupt of the kernel is for the kernel
+        )
+    watchdog = threading.Timer(timeout, server.kill)
+    watchdog.start()
+    try:
+        server.stdin.write(message)
+        server.stdin.close()
+        server.stdin = None  # nothing more to say
+        place = json.loads(server.stdout.readline())
+    except (OSError, ValueError) as error:
+        _end(server)
+        said = (path / "server.log").read_text(errors="replace").strip()
+        raise RunError(f"the server did not start: {said[-2000:] or error}") from error
+    finally:
+        watchdog.cancel()
+    return server, (place["host"], place["port"])
+
+
+def _end(server: subprocess.Popen) -> bytes:
+    """What the server said last; it is killed if it still goes. Twice is fine."""
+    server.kill()
+    server.wait()
+    said = b"" if server.stdout.closed else server.stdout.read()
+    for pipe in (server.stdin, server.stdout):
+        with contextlib.suppress(OSError):  # what it was not told any more
+            if pipe:
+                pipe.close()
+    return said

@@ -1,0 +1,339 @@
+"""Training on a lab: puts the partition, the update, the server, the workers and the record together.
+
+    problem fits?  ->  run directory  ->  server (a process)  ->  one worker loop on each worker of the lab
+                                             |  pull, local pass, score, push ... until passes x n samples are trained on
+    curve of the kept versions  <-  record  <-  everyone has left
+
+`train` returns at once; a thread of the kernel follows the run to its end. Used from notebooks, and by `labkit.training.resume`, which
+goes the second half of the way with a run that exists; `labkit.training.blocks` launches runs on workers that it holds already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import secrets
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from labkit.cluster.lab import Lab
+from labkit.errors import ClusterError, RunError
+from labkit.models.flat import Layout, flatten
+from labkit.partition import UDPA, make_partition
+from labkit.problems.problem import Problem
+from labkit.runs import events as record
+from labkit.training.run import Run, moved
+from labkit.training.server.server import ServerSpec
+from labkit.training.supervisor import Session
+from labkit.training.wire.compression import check_exchange
+from labkit.updates import Update, make_update
+
+
+def train(
+    problem: Problem,
+    lab: Lab,
+    *,
+    partition: str | dict | UDPA = "idpa",
+    update: str | dict | Update = "agwu",
+    passes: float = 5,
+    local_steps: int | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    runs: str | Path = "runs",
+    checkpoints: int = 32,
+    workers: Sequence[int] | None = None,
+    exchange: str = "float32",
+    overlap: int = 0,
+    silence: float = 4.0,
+    patience: float = 60.0,
+) -> Run:
+    """Train a problem on a lab; returns at once with a `Run`.
+
+    Parameters
+    ----------
+    problem, lab
+        What to train, and where.
+    partition, update
+        Objects or names: `IDPA(batches=4)` or "idpa"; `AGWU()` or "agwu" (`labkit.updates.names()` lists all). Or a dict of name
+        and settings: {"name": "fedbuff", "size": 4}.
+    passes
+        Length of the run: all workers together train on `passes` times the training samples. (BPT-CNN counts iterations K; with A
+        allocation batches the same number of sample visits takes K + (A-1)/2 local passes.)
+    local_steps
+        Optimiser steps of a local pass, on average over the workers: each does them in proportion to its shard, so that a balanced
+        partition stays balanced. By default a local pass is one pass of the worker over its shard.
+    seed
+        Initial weights, shuffles and orders all derive from it.
+    name, runs
+        The run is recorded in `runs/name`; an earlier run there is kept under `name.1`, `name.2`, ... Default name: strategy
+        and seed.
+    checkpoints
+        How many versions to keep and to measure afterwards, spread evenly over the run.
+    workers
+        Indices of the workers to train on; by default all that no other run holds, and whoever comes while the run goes.
+    exchange
+        How weights travel: "float32", or with half the bytes "bfloat16" or "float16" (`labkit.training.wire.compression`): versions are rounded on
+        their way to a worker, and of its push the change. The server's weights stay float32.
+    overlap
+        Batches that a worker goes on computing while its push and the next version are on their way; they count for its next
+        push, whose last batches are then from an older version. 0: it stands still meanwhile. Where the rule does not weigh pushes
+        by their score, that is measured in this time too. `stop` waits for these batches. Rules that answer at once (AGWU,
+        FedAsync, ...) allow both, those that wait for everybody (LocalSGD, DiLoCo) the score alone; SGWU and AllReduce refuse.
+    silence
+        Seconds without a sign of life (workers give one twice a second) after which a worker is taken to be gone: the others go on,
+        and it may join again.
+    patience
+        Seconds that the run waits for all workers at the start, before it begins without the missing ones (they may come later);
+        and for anybody when every worker is lost, before it fails (`resume` goes on from there).
+
+    Raises
+    ------
+    ProblemError, DataError, PartitionError, RunError, ClusterError, ValueError
+        The request makes no sense; nothing has been started.
+    """
+    update, partition = make_update(update), make_partition(partition)
+    _check_lengths(passes, local_steps, seed, checkpoints)
+    _check_waits(silence, patience)
+    check_traffic(update, exchange, overlap)
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
+    problem.check(seed)
+    name = name or "-".join([update.name, partition.name, f"seed{seed}"])
+    newcomers = workers is None
+    workers = choose(lab, workers, name)
+    check_shards(problem, workers, partition)
+    with leased(lab, workers, name):
+        length = {"passes": passes, "local_steps": local_steps, "seed": seed, "checkpoints": checkpoints}
+        waits = {"silence": silence, "patience": patience, "exchange": exchange, "overlap": overlap}
+        place = {"name": name, "runs": runs, "newcomers": newcomers}
+        return launch(problem, lab, workers, partition=partition, update=update, **place, **length, **waits)
+
+
+def launch(
+    problem: Problem,
+    lab: Lab,
+    workers: list[int],
+    *,
+    partition: str | dict | UDPA,
+    update: str | dict | Update,
+    name: str,
+    runs: str | Path,
+    passes: float,
+    local_steps: int | None,
+    seed: int,
+    checkpoints: int,
+    exchange: str = "float32",
+    overlap: int = 0,
+    silence: float = 4.0,
+    patience: float = 60.0,
+    newcomers: bool = False,
+) -> Run:
+    """The second half of `train`: a run of what was checked, on workers that are leased, to whomever."""
+    update, partition = make_update(update), make_partition(partition)
+    flat, layout = flatten(problem.build(seed))
+    n_train = len(problem.train_indices())
+    budget = max(1, round(passes * n_train))
+    path = claim(Path(runs), name)
+    config = _config(problem, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train)
+    config |= {"exchange": exchange, "overlap": int(overlap), "silence": float(silence), "patience": float(patience)}
+    _write_beginning(path, config | describe_lab(lab, workers), layout)
+    spec = server_spec(path, config, problem, lab, workers, update, partition, flat.numpy(), layout)
+    return begin(path, lab, problem, spec, newcomers)
+
+
+def server_spec(
+    path: Path,
+    config: dict,
+    problem: Problem,
+    lab: Lab,
+    workers: list[int],
+    update: Update,
+    partition: UDPA,
+    weights: np.ndarray,
+    layout: Layout,
+    state: dict | None = None,
+) -> ServerSpec:
+    """What the server of a run needs to know; with the `state` of a checkpoint it goes on from there."""
+    samples = problem.train_indices()
+    return ServerSpec(
+        path=str(path),
+        secret=secrets.token_bytes(32),
+        update=update,
+        partition=partition,
+        weights=weights,
+        n_buffers=layout.n_buffers,
+        blocks=layout.blocks,
+        n_samples=len(samples),
+        labels=problem.labels(samples) if partition.stratified else None,
+        workers=workers,
+        budget=config["budget"],
+        local_steps=config["local_steps"],
+        batch_size=problem.batch_size,
+        seed=config["seed"],
+        checkpoints=config["checkpoints"],
+        host=_host(lab),
+        exchange=config.get("exchange", "float32"),  # earlier runs had no other
+        overlap=config.get("overlap", 0),
+        silence=config["silence"],
+        patience=config["patience"],
+        state=state,
+    )
+
+
+def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec, takes_newcomers: bool) -> Run:
+    """Start the server and the workers of a run whose directory is ready."""
+    session = Session(path, lab, problem, spec, takes_newcomers=takes_newcomers)
+    run = Run(path, problem=problem, session=session)
+    lab.runs.append(run)
+    session.start(run)
+    return run
+
+
+def _host(lab: Lab) -> str:
+    """Where the server listens: on loopback alone if all workers are here, else where other machines reach this one."""
+    from distributed.utils import get_ip
+
+    return "127.0.0.1" if {worker.host for worker in lab.workers} == {socket.gethostname()} else get_ip()
+
+
+def _check_lengths(passes: float, local_steps: int | None, seed: int, checkpoints: int) -> None:
+    if not 0 < passes < float("inf"):
+        raise ValueError(f"passes={passes} must be a positive number.")
+    if local_steps is not None and (int(local_steps) != local_steps or local_steps < 1):
+        raise ValueError(f"local_steps={local_steps} must be a whole number of at least 1, or None for a pass over the shard.")
+    if int(seed) != seed or seed < 0:
+        raise ValueError(f"seed={seed} must be a whole number of at least 0.")
+    if int(checkpoints) != checkpoints or checkpoints < 1:
+        raise ValueError(f"checkpoints={checkpoints}: at least one version must be kept.")
+
+
+def _check_waits(silence: float, patience: float) -> None:
+    if not silence >= 1:
+        raise ValueError(f"silence={silence}: workers give a sign of life every 0.5 s, so give them 1 s at least.")
+    if not patience >= 1:
+        raise ValueError(f"patience={patience}: workers need some time to come, so give them 1 s at least.")
+
+
+def check_traffic(update: Update, exchange: str, overlap: int) -> None:
+    """Can weights travel like this under this rule?"""
+    check_exchange(exchange)
+    if isinstance(overlap, bool) or int(overlap) != overlap or overlap < 0:
+        raise ValueError(f"overlap={overlap!r} must be a whole number of batches, 0 for none.")
+    if update.collective and (exchange != "float32" or overlap):
+        raise ValueError(f"{update.name} exchanges gradients within every step, by torch: leave exchange and overlap as they are.")
+    if overlap and update.scored and not update.ahead:
+        raise ValueError(
+            f"with {update.name} nothing can be done while a push is under way: it needs the score first, and everybody waits for "
+            "the others. Use overlap=0, or an update that answers at once, such as 'agwu' or 'fedasync'."
+        )
+
+
+def check_shards(problem: Problem, workers: list[int], partition: UDPA) -> None:
+    """A partition of the true size, made and thrown away: what is wrong with it should be heard here, not in the server."""
+    import copy
+
+    samples = problem.train_indices()
+    labels = problem.labels(samples) if partition.stratified else None
+    copy.deepcopy(partition).start(len(samples), workers, labels=labels)
+
+
+def choose(lab: Lab, workers: Sequence[int] | None, name: str) -> list[int]:
+    """The workers of a run: those asked for, or all that no other run holds."""
+    if lab.closed:
+        raise ClusterError("this lab is closed. Run the cell with connect() again.")
+    lab.refresh()
+    gone = set(lab.lost()) & set(range(len(lab)) if workers is None else workers)
+    if gone:
+        raise ClusterError(f"workers {sorted(gone)} of this lab are lost. connect() again for a full lab, or train(workers=[...]).")
+    chosen = lab.free(name) if workers is None else sorted(set(workers))
+    if not chosen and workers is None:
+        names = " and ".join(repr(run.name) for run in lab.runs) or "another run"
+        raise ClusterError(f"this lab still trains {names}. Call run.wait() or run.stop() on it first.")
+    if not chosen:
+        raise ClusterError("workers=[]: a run needs at least one worker.")
+    return chosen
+
+
+@contextlib.contextmanager
+def leased(lab: Lab, workers: list[int], name: str) -> Iterator[None]:
+    """The workers belong to this run from here on; they are free again if it cannot begin."""
+    _stop_earlier(lab, name)
+    lab.lease(workers, name)
+    try:
+        yield
+    except BaseException:
+        lab.release(name)
+        raise
+
+
+def _stop_earlier(lab: Lab, name: str) -> None:
+    """Running a cell again means to begin again; another run is not cut off silently."""
+    for run in [run for run in lab.runs if run.name == name and run.state == "running"]:
+        print(f"Stopping {name!r}, which is begun again.")
+        if run.stop().state == "running":
+            raise ClusterError(f"{name!r} does not end. Call run.wait() on it, or connect() again for a fresh lab.")
+
+
+def claim(runs: Path, name: str) -> Path:
+    """A new, empty directory `runs/name`; what was there before is kept under the next free number."""
+    if not name or name != Path(name).name or name.startswith("."):
+        raise RunError(f"{name!r} cannot be the name of a run: it becomes a folder in {runs}.")
+    path = (runs / name).absolute()
+    try:
+        if path.exists():
+            number = next(n for n in itertools.count(1) if not path.with_name(f"{name}.{n}").exists())
+            moved(path, path.rename(path.with_name(f"{name}.{number}")))
+            print(f"The earlier run {name!r} is kept as {name}.{number}.")
+        (path / "checkpoints").mkdir(parents=True)
+        (path / "figures").mkdir()
+    except OSError as error:
+        raise RunError(f"the run cannot be recorded in {path}: {error}. Give train() another folder: runs=...") from error
+    return path
+
+
+def _write_beginning(path: Path, config: dict, layout: Layout) -> None:
+    try:
+        record.write_json(path / "config.json", config)
+        record.write_json(path / "environment.json", record.environment())
+        record.write_json(path / "layout.json", asdict(layout))
+    except OSError as error:
+        raise RunError(f"the run cannot be recorded in {path}: {error}. Give train() another folder: runs=...") from error
+
+
+def describe_lab(lab: Lab, workers: list[int]) -> dict:
+    """Where a run goes, for its settings."""
+    return {
+        "kind": lab.kind,
+        "n_workers": len(workers),
+        "workers": [asdict(lab.workers[index]) for index in workers],
+        "jitter": lab.jitter,
+        "drift": lab.drift,
+        "stalls": lab.stalls,
+        "emulated": lab.emulated,
+    }
+
+
+def _config(problem, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train) -> dict:
+    return {
+        "format": record.FORMAT,
+        "id": secrets.token_hex(8),  # checkpoints bear it, so that those of another run are told apart
+        "labkit": record.environment()["versions"]["labkit"],
+        "name": name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "update": update.config(),
+        "partition": partition.config(),
+        "passes": passes,
+        "local_steps": local_steps,
+        "seed": seed,
+        "budget": budget,
+        "checkpoints": checkpoints,
+        "n_train": n_train,
+        "synthetic": problem.dataset.synthetic,
+        "data_note": problem.dataset.note,
+        "problem": problem.config(),
+    }

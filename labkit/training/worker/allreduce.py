@@ -1,0 +1,255 @@
+"""The group of an all-reduce: torch DistributedDataParallel among the workers of a lab.
+
+DDP averages gradients over ranks; here they are averaged over samples, g = sum_j b_j g_j / sum_l b_l with b_j the batch of rank
+j at this step, so that unequal shards (IDPA's too) give the gradient of the joint batch. Every rank takes the same number of
+steps with batches in proportion to its shard: nobody waits for a missing batch.
+
+A group lives as long as its ranks. When one is lost the others hear it at once from gloo, or from the server if it is frozen; the
+step under way fails with `Broken`, and the worker asks for a new group.
+
+The ranks find each other through files in the run directory, without a listening store; gloo itself then
+connects them over TCP, without authentication, on loopback where all are on one host. Used by `labkit.training.worker.worker`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from labkit.errors import ClusterError
+
+if TYPE_CHECKING:
+    from labkit.training.worker.worker import WorkerSpec
+
+# One-channel images in channels_last give the first convolution a gradient of equal layout but other strides: nothing is wrong.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+TIMEOUT = datetime.timedelta(seconds=60)  # of an exchange; a rank that is gone is noticed at once, one that is frozen by the server
+FORMING_S = 30.0  # how long the ranks may take to find each other
+
+
+_abandoned: list[dist.ProcessGroup] = []  # groups that wait for a frozen rank until their time limit
+
+
+class Broken(Exception):
+    """The group can no longer be used: a rank is gone. Caught by the worker, which asks for a new group."""
+
+
+class Group:
+    """One rank's membership, from `__init__` to `close`; `close` is what the other ranks notice when this one is gone.
+
+    `ranks` are the workers that make the group, `number` says how often one was formed in this run; `pulse` hears from the server
+    when one of them is gone, and then breaks off an exchange that waits for it.
+    """
+
+    def __init__(self, spec: WorkerSpec, ranks: list[int], number: int, pulse: Any) -> None:
+        if not dist.is_available():
+            raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
+        self.one_process, self.number, self.rank, self.pulse = spec.one_process, number, ranks.index(spec.index), pulse
+        self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), _Waiting()), None
+        file = f"{spec.collective}-{number}"
+        places = self._meet(file, len(ranks), (socket.gethostname(), spec.device))
+        try:
+            if spec.one_process:
+                self.exchange.group = _gloo_between_threads(file, self.rank, len(ranks))
+            else:
+                # torch counts groups by process, also those that were never formed, and finds the other ranks under that number.
+                dist.distributed_c10d._world.group_count = 0
+                _choose_interface(one_host=len({host for host, _ in places}) == 1)
+                dist.init_process_group(
+                    backend(places), init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
+                )
+                self.exchange.group = dist.group.WORLD
+        except RuntimeError as error:
+            self.close()
+            raise Broken(f"the group could not be formed: {error}") from error
+        pulse.alarm = self._abort
+
+    def _meet(self, file: str, n_ranks: int, place: tuple[str, str]) -> list[tuple[str, str]]:
+        """Wait until every rank is here; where each of them is: host and device.
+
+        torch would wait for the whole of its time limit for one that is gone.
+        """
+        store, ranks = dist.FileStore(f"{file}-here", n_ranks), [str(rank) for rank in range(n_ranks)]
+        store.set(str(self.rank), " ".join(place))
+        limit = time.monotonic() + FORMING_S
+        while not store.check(ranks):
+            if self.pulse.told or time.monotonic() > limit:
+                raise Broken(f"not all of {n_ranks} ranks came within {FORMING_S:g} s")
+            time.sleep(0.01)
+        return [tuple(store.get(rank).decode().split(" ")) for rank in ranks]
+
+    def _abort(self) -> None:
+        """From another thread: whoever waits in an exchange gets an error."""
+        self.exchange.waiting.fail("the server says that a worker is gone")
+
+    def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
+        """The module whose backward pass averages gradients over the samples of all ranks."""
+        with self.exchanging():  # the ranks compare their parameters
+            self.ddp = DistributedDataParallel(module, process_group=self.exchange.group)
+        self.ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then nobody waits for them
+        self.ddp.register_comm_hook(self.exchange, _average)
+        return self.ddp
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """What goes wrong with the other ranks in here is `Broken`; what goes wrong with the model stays what it is."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.exchange.waiting.broken or isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise Broken(self.exchange.waiting.broken or _short(error)) from error
+            raise
+
+    def begin(self, weight: float) -> None:
+        """A step comes, of whose samples this rank has the share `weight`."""
+        self.exchange.weight = weight
+        self.exchange.waiting.seconds.clear()
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the latest step spent in the exchange, which is mostly waiting for the slowest rank."""
+        return sum(self.exchange.waiting.seconds)
+
+    def close(self) -> None:
+        # The sockets of a gloo group close when its last owner goes, not before. The wrapped module is emptied rather than
+        # dropped, because torch may keep it (DistributedDataParallel._active_ddp_module, when ranks are threads), and before the
+        # group, because its reducer would wait for gloo's threads with the lock of the interpreter, which they need.
+        self.pulse.alarm = lambda: None
+        if self.ddp is not None:
+            vars(self.ddp).clear()
+            self.ddp = None
+        if self.exchange.waiting.under_way:  # with a rank that is frozen: the end of the group would wait for it
+            _abandoned.append(self.exchange.group)
+        if not self.one_process and dist.is_initialized():
+            dist.destroy_process_group()
+        self.exchange.group = None
+
+
+def _short(error: Exception) -> str:
+    """What gloo says, without the place in its source."""
+    return re.sub(r"^.*?\.cc:\d+\] ", "", str(error).splitlines()[0]).split(". This is")[0]
+
+
+class _Waiting:
+    """What a step waits for. It can be ended from here, which gloo offers no way to do."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []  # of the latest step
+        self.broken = ""  # why the group cannot be used any more
+        self.under_way = 0  # exchanges that gloo has begun and not ended
+        self.lock, self.futures = threading.Lock(), []
+
+    def new(self) -> torch.futures.Future:
+        """For an exchange that comes now; failed already if none must begin any more."""
+        with self.lock:
+            self.futures = [future for future in self.futures if not future.done()]
+            self.futures.append(torch.futures.Future())
+            if self.broken:
+                self.futures[-1].set_exception(RuntimeError(self.broken))
+            else:
+                self.under_way += 1
+            return self.futures[-1]
+
+    def done(self, future: torch.futures.Future, result: torch.futures.Future) -> None:
+        with self.lock:
+            self.under_way -= 1
+            if future.done():
+                return
+            try:
+                future.set_result(result.value()[0])
+            except RuntimeError as error:
+                self.broken = self.broken or _short(error)
+                future.set_exception(error)
+
+    def fail(self, why: str) -> None:
+        with self.lock:
+            self.broken = self.broken or why
+            for future in self.futures:
+                if not future.done():
+                    future.set_exception(RuntimeError(self.broken))
+
+
+@dataclass
+class _Exchange:
+    group: dist.ProcessGroup | None
+    weight: float  # this rank's share of the samples of the coming step
+    waiting: _Waiting
+
+
+def backend(places: list[tuple[str, str]]) -> str:
+    """NCCL if each rank (host, device) has a card to itself; asked for each group, as a newcomer may share a card."""
+    return "nccl" if len(set(places)) == len(places) and all(device != "cpu" for _, device in places) else "gloo"
+
+
+def _choose_interface(one_host: bool) -> None:
+    """gloo connects ranks of one host over loopback alone; of several, over what it finds, or the user has set."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if one_host and loopback:
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback
+    elif loopback and os.environ.get("GLOO_SOCKET_IFNAME") == loopback:  # from a group before
+        del os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:
+    """Batch sizes of this rank, one for each optimiser step (as many on every rank), and its weight at each step.
+
+    A step takes `batch_size` samples a rank on average, in proportion to the grants; what is left over makes a smaller last one.
+    BatchNorm cannot train on one sample, so a rank whose share would be so small gets fewer, larger steps.
+    """
+    total, least = sum(grants), min(2, batch_size)
+    joint = max(batch_size * len(grants), -(-total // max(1, min(grants) // least)))
+    ends = [*range(joint, total, joint), total]
+    cuts = [[grant * end // total for grant in grants] for end in ends]
+    if len(cuts) > 1 and min(np.subtract(cuts[-1], cuts[-2])) < least:
+        del cuts[-2]
+    sizes = np.diff(cuts, axis=0, prepend=[[0] * len(grants)])
+    return sizes[:, rank].tolist(), (sizes[:, rank] / sizes.sum(axis=1)).tolist()
+
+
+def _average(exchange, bucket):  # no annotations: DDP compares them with types, and here they are strings
+    begun, last, waiting = time.perf_counter(), bucket.is_last(), exchange.waiting
+    average = waiting.new()
+    if average.done():
+        return average
+
+    # In a thread of the group; it must not own the group, whose end waits for its threads. NCCL calls it when the exchange is only
+    # queued on the card, so there waiting counts as computing.
+    def done(future):
+        if last:  # the earlier ones travel while the backward pass computes
+            waiting.seconds.append(time.perf_counter() - begun)
+        waiting.done(average, future)
+
+    buffer = bucket.buffer().mul_(exchange.weight)
+    exchange.group.allreduce([buffer]).get_future().add_done_callback(done)
+    return average
+
+
+def _gloo_between_threads(file: str, rank: int, n_ranks: int) -> dist.ProcessGroup:
+    # torch's default group is one for each process; ranks that are threads of one process need a group object each.
+    store = dist.PrefixStore("labkit", dist.FileStore(file, n_ranks))
+    store.set_timeout(TIMEOUT)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = TIMEOUT
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    backend = dist.ProcessGroupGloo(store, rank, n_ranks, options)
+    group = dist.ProcessGroup(store, rank, n_ranks)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    for device in ("cpu", "cuda"):  # gloo takes gradients from a card too, by way of the host
+        group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.GLOO, backend)
+    backend._set_sequence_number_for_group()
+    return group

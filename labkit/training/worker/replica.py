@@ -1,0 +1,175 @@
+"""The replica of one worker: its copy of the model, its optimisers and its shard, and the local pass over it.
+
+    take in (weights, samples) -> optimiser steps on my shard -> Q on the shared score set -> steps ahead, while it is pushed
+
+No connection, no server and no sleep: a worker does this live, and a replay or a simulation does it again in its place with the
+same code, so the same weights, samples and clock give the same bits.
+
+The parameters and buffers of the module are views into one flat float32 vector. The optimisers' state stays with the replica across
+pulls: momentum goes on from where it was. BatchNorm's running statistics travel as buffers; integer buffers (its step counter) stay
+at home. A replica is made for one incarnation of a worker: who comes back begins with fresh optimisers, whatever it had
+not finished, so that nothing which the record does not hold lives on.
+
+With steps ahead, W is what was pushed and W' what it has become when the next version V comes: the replica goes on from
+V + (W' - W), and its next push, from version V, holds those steps too.
+
+Used by `labkit.training.worker.worker` (live) and `labkit.simulation.offline`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from labkit.models.flat import flatten
+from labkit.problems.problem import Clock, Problem
+from labkit.training.worker.allreduce import Group, steps
+from labkit.training.worker.sampler import Shard, batches
+
+SCORED = 256  # samples of the score set that are measured at once
+NOTHING = (0, 0.0, 0.0, 0.0)  # samples, summed loss, compute_s, wait_s
+
+
+class Replica:
+    """What one incarnation of a worker holds; `flat` is its vector (n,), `shard` comes with `begin`."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        seed: int,
+        worker: int,
+        budget: int,
+        *,
+        device: str = "cpu",
+        after: Callable[..., None] = lambda started, waited=0.0: None,
+    ) -> None:
+        """`after(started, waited)` is called after each piece of work: emulated slowness."""
+        self.problem, self.seed, self.worker, self.budget, self.device, self.after = problem, seed, worker, budget, device, after
+        self.module = problem.build(seed)
+        self.flat, self.layout = flatten(self.module, device)
+        self.optimisers = problem.optimisers(self.module)
+        self.train_indices, self.scored = problem.train_indices(), batches(problem.score_indices(), SCORED)
+        self.shard: Shard | None = None
+        self.later = np.empty(0, np.int64)  # samples of this grant that are trained on ahead
+        self.pushed: torch.Tensor | None = None  # the weights as they were before that
+        self.carried = NOTHING  # what was trained on ahead, and belongs to the next push
+
+    def begin(self, incarnation: int, own_generator: bool = True) -> None:
+        """An empty shard; and for dropout and the like a stream of random numbers, unless workers share torch's generator."""
+        seeds = [self.seed, self.worker, incarnation]
+        self.shard = Shard(*seeds)
+        if own_generator:
+            seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+            (torch.default_generator.manual_seed if self.device == "cpu" else torch.manual_seed)(seed)
+
+    def hold(self, keep: int, indices: np.ndarray) -> None:
+        """Of the shard only the first `keep` samples stay, and `indices` are added."""
+        self.shard.keep(keep)
+        self.shard.add(indices)
+
+    def step(
+        self, indices: np.ndarray, clock: Clock, module: torch.nn.Module | None = None, group: Group | None = None
+    ) -> torch.Tensor | float:
+        """One optimiser step on training samples; returns the loss."""
+        started = time.perf_counter()
+        batch = self.problem.load(self.train_indices[indices], "train", self.device)
+        with group.exchanging() if group else contextlib.nullcontext():
+            metrics = self.problem.step(module or self.module, batch, self.optimisers, clock)
+        self.after(started, group.waited if group else 0.0)
+        return metrics["loss"]
+
+    def take_in(self, weights: torch.Tensor, carry: int) -> None:
+        """Go on from `weights` (n,), on any device; with what was trained on ahead on top if the `carry` samples of it count.
+
+        Buffers are those of `weights`: a variance with a difference added might fall below zero.
+        """
+        n = self.layout.n_params
+        if carry:
+            self.flat[:n].sub_(self.pushed[:n]).add_(weights[:n].to(self.device))
+            self.flat[n:].copy_(weights[n:])
+        else:
+            self.flat.copy_(weights)
+            self.carried = NOTHING
+
+    def local_pass(
+        self,
+        go: dict,
+        *,
+        module: torch.nn.Module | None = None,
+        group: Group | None = None,
+        halted: Callable[[], object] = lambda: False,
+        progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
+    ) -> dict | None:
+        """Train on the samples that `go` grants, but for those that it wants done `ahead`; None when it was `halted` in between.
+
+        Returns samples, loss (their mean), compute_s and wait_s, with those that were trained on ahead before. After each step
+        `progress` gets samples and summed loss so far.
+        """
+        taken, batch_size = self.shard.take(go["samples"]), self.problem.batch_size
+        now, self.later = np.split(taken, [len(taken) - go.get("ahead", 0)])
+        if group:
+            sizes, weights = steps(go["grants"], group.rank, batch_size)
+            parts = np.split(now, np.cumsum(sizes)[:-1])
+        else:
+            parts, weights = batches(now, batch_size), None
+        done = self._train(parts, go, 0, weights, module, group, halted, progress)
+        if done is None:
+            return None
+        (samples, loss, compute_s, wait_s), self.carried = _sums(self.carried, done), NOTHING
+        mean_loss = loss / max(1, samples)
+        return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(wait_s, 6)}
+
+    def ahead(self, go: dict, halted: Callable[[], object] = lambda: False) -> None:
+        """Train on what `go` wants done while the weights as they are now, which are being pushed, are under way.
+
+        Who is `halted` in between must not go on.
+        """
+        if len(self.later):
+            self.pushed = self.flat.clone() if self.pushed is None else self.pushed.copy_(self.flat)
+            parts, self.later = batches(self.later, self.problem.batch_size), self.later[:0]
+            self.carried = self._train(parts, go, go["samples"] - go["ahead"], halted=halted) or NOTHING
+
+    def _train(
+        self,
+        parts: list[np.ndarray],
+        go: dict,
+        before: int,
+        weights: list | None = None,
+        module: torch.nn.Module | None = None,
+        group: Group | None = None,
+        halted: Callable[[], object] = lambda: False,
+        progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
+    ) -> tuple | None:
+        """Steps on these batches, `before` samples after the beginning of the grant: samples, summed loss, compute_s, wait_s."""
+        started = time.perf_counter()
+        samples, waited, loss = 0, 0.0, torch.zeros((), device=self.device)
+        for number, part in enumerate(parts):
+            if halted():
+                return None
+            if group:
+                group.begin(weights[number])
+            seen = min(self.budget, go["done"] + int((before + samples) * go["pace"]))
+            clock = Clock(seen, self.budget, seen / len(self.train_indices))
+            loss += torch.as_tensor(self.step(part, clock, module, group), device=self.device).detach() * len(part)
+            samples += len(part)
+            waited += group.waited if group else 0.0
+            progress(samples, loss)
+        loss = float(loss)  # reads the device, so the time below is true on a GPU
+        return samples, loss, time.perf_counter() - started - waited, waited
+
+    def score(self) -> float:
+        """Q in [0, 1] of the replica's weights on the score set that all workers share."""
+        started = time.perf_counter()
+        found = [
+            (self.problem.score(self.module, self.problem.load(part, "train", self.device)), len(part)) for part in self.scored
+        ]
+        self.after(started)
+        return sum(q * n for q, n in found) / max(1, sum(n for _, n in found))
+
+
+def _sums(before: tuple, now: tuple) -> tuple:
+    return tuple(a + b for a, b in zip(before, now, strict=True))

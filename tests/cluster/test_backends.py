@@ -1,0 +1,266 @@
+"""The same promises of a lab, on every back end: threads, Dask, ipyparallel, ipyparallel under MPI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+import labkit
+from labkit import chaos
+from labkit.errors import ClusterError, WorkerError
+from labkit.runs import checkpoints
+
+PLACES = {
+    "threads": {"kind": "threads"},
+    "dask": {"kind": "dask"},
+    "ipyparallel": {"kind": "ipyparallel"},
+    "mpi": {"kind": "ipyparallel", "engines": "mpi"},
+}
+
+
+def skip_without(place):
+    if place == "mpi":
+        if not (shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")):
+            pytest.skip("needs mpiexec (pip install labkit[mpi]), and there is none")
+        if not find_spec("mpi4py"):
+            pytest.skip("needs mpi4py (pip install labkit[mpi]), which is not installed")
+
+
+@pytest.fixture(
+    scope="module", params=["threads", *(pytest.param(p, marks=pytest.mark.cluster) for p in ("dask", "ipyparallel", "mpi"))]
+)
+def lab(request):
+    skip_without(request.param)
+    with labkit.connect(n_workers=2, slowdown=[1, 4], **PLACES[request.param]) as lab:
+        yield lab
+
+
+def where():
+    return os.getpid() if threading.current_thread().name == "labkit-tasks" else (os.getpid(), threading.current_thread().name)
+
+
+def boom(x=0):
+    raise ZeroDivisionError(f"no {x}")
+
+
+class Odd(Exception):
+    """One that cannot be pickled."""
+
+    def __init__(self, a, b):
+        super().__init__(a)
+        self.lock = threading.Lock()
+
+
+def odd():
+    raise Odd(1, 2)
+
+
+def slow(x):
+    begun = time.time()
+    time.sleep(0.3)
+    return begun, time.time()
+
+
+def test_workers_are_listed(lab):
+    assert [w.index for w in lab.workers] == [0, 1] and [w.slowdown for w in lab.workers] == [1, 4] and lab.emulated
+    assert lab.lost() == lab.refresh() == [] and lab.free() == [0, 1] and lab.client is not None
+    assert lab.one_process == (lab.kind == "threads") and len({w.pid for w in lab.workers}) == (1 if lab.one_process else 2)
+    assert "2 workers" in repr(lab) and len(lab.table()) == 2
+
+
+def test_a_task_stays_on_its_worker(lab):
+    places = [{lab.start(index, where).result(20) for _ in range(3)} for index in (0, 1)]
+    assert len(places[0]) == len(places[1]) == 1 and places[0] != places[1]
+    if not lab.one_process:
+        assert [lab.start(index, os.getpid).result(20) for index in (1, 0)] == [lab.workers[1].pid, lab.workers[0].pid]
+        assert lab.map(os.getenv, ["OMP_NUM_THREADS"]) == ["1"]
+
+
+def test_tasks_of_several_workers_run_side_by_side_and_those_of_one_after_the_other(lab):
+    lab.map(abs, [1, 2])
+    tasks = [lab.start(index, slow, index) for index in (0, 1)]
+    assert not tasks[0].done and tasks[0].error() is None
+    (begun, ended), (other_begun, other_ended) = (task.result(10) for task in tasks)
+    assert begun < other_ended and other_begun < ended and all(task.done for task in tasks)
+    first, second = lab.start(0, slow, 1), lab.start(0, slow, 1)
+    assert first.result(10)[1] <= second.result(10)[0]
+
+
+def test_errors_come_back_as_themselves_with_the_traceback_from_there(lab):
+    task = lab.start(1, boom)
+    with pytest.raises(ZeroDivisionError, match="no 0") as caught:
+        task.result(20)
+    assert task.done and isinstance(task.error(), ZeroDivisionError)
+    shown = "".join([*map(str, caught.traceback), *getattr(caught.value, "__notes__", [])])
+    assert "in boom" in shown or "boom" in shown
+    with pytest.raises(ZeroDivisionError, match="no 3"):
+        lab.map(boom, [3])
+    with pytest.raises(Exception, match="1"):
+        lab.start(0, odd).result(20)
+    with pytest.raises(WorkerError, match="worker 3 failed") as caught:
+        lab.start(0, worker_error).result(20)
+    assert caught.value.worker == 3 and "over there" in str(caught.value)
+
+
+def worker_error():
+    raise WorkerError("worker 3 failed", 3, "over there")
+
+
+def test_map_keeps_the_order_and_arrays_travel(lab):
+    assert lab.map(abs, range(-7, 0)) == [7, 6, 5, 4, 3, 2, 1] and lab.map(abs, []) == []
+    arrays = lab.map(np.sqrt, [np.full(50_000, 4.0), np.full(3, 9.0)])
+    assert arrays[0].sum() == 100_000 and arrays[1].tolist() == [3.0] * 3
+    offset = 5
+    assert lab.map(lambda x: x + offset, [1, 2, 3]) == [6, 7, 8]
+    places = [{place} for place in lab.map(lambda _: where(), range(4), workers=[1])]
+    assert all(place == places[0] for place in places)
+
+
+def test_waits_have_limits(lab):
+    task = lab.start(0, time.sleep, 1.0)
+    with pytest.raises(ClusterError, match=r"worker 0 did not finish within 0\.1 s"):
+        task.result(0.1)
+    assert not task.done
+    with pytest.raises(ClusterError, match=r"2 of 2 tasks were not done within 0\.1 s; they were cancelled"):
+        lab.map(time.sleep, [1.0, 1.0], timeout=0.1)
+    for worker in (2, -1):
+        with pytest.raises(ClusterError, match=rf"there is no worker {worker}; this lab has workers 0 to 1"):
+            lab.start(worker, where)
+    assert lab.map(abs, [-1, -2], timeout=20) == [1, 2]
+
+
+def test_leases_are_all_or_nothing(lab):
+    lab.lease([1], "first")
+    assert lab.free() == [0] and lab.free("first") == [0, 1]
+    with pytest.raises(ClusterError, match=r"worker 1 by 'first'"):
+        lab.lease([0, 1], "second")
+    assert lab.free() == [0]
+    lab.lease([1, 0], "first")
+    assert lab.free() == []
+    with pytest.raises(ClusterError, match=r"worker 0 by 'first', worker 1 by 'first'"):
+        lab.lease([0, 1], "second")
+    assert lab.map(abs, [-1]) == [1]  # where every worker is held, others' tasks wait their turn
+    lab.release("first")
+    lab.release("first")
+    lab.lease([0, 1], "second")
+    lab.release("second")
+    with pytest.raises(ClusterError, match="there is no worker 2"):
+        lab.lease([2], "third")
+    assert lab.free() == [0, 1]
+
+
+def test_two_that_want_the_same_workers_never_wait_for_each_other(lab):
+    got, barrier = [], threading.Barrier(4)
+
+    def want(number):
+        barrier.wait(10)
+        for _ in range(20):
+            try:
+                lab.lease([0, 1] if number % 2 else [1, 0], f"run {number}")
+            except ClusterError:
+                continue
+            got.append(number)
+            assert lab.free() == []
+            lab.release(f"run {number}")
+
+    threads = [threading.Thread(target=want, args=(number,), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads) and got and lab.free() == [0, 1]
+
+
+def test_several_threads_use_a_lab_at_once(lab):
+    results = {}
+
+    def use(number):
+        results[number] = [lab.start(number % 2, abs, -number).result(20) for _ in range(5)] + lab.map(abs, [-number, number])
+
+    threads = [threading.Thread(target=use, args=(number,), daemon=True) for number in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert lab.lost() == lab.refresh() == []
+        time.sleep(0.02)
+    assert results == {number: [number] * 7 for number in range(1, 5)}
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+WEIGHTS = {}  # of the first back end: the others must make the same ones
+
+
+def net(shape, n_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(shape)), 7), nn.ReLU(), nn.Linear(7, n_classes))
+
+
+def until(condition, limit=30.0):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"not within {limit:g} s"
+        time.sleep(0.01)
+
+
+def problem(kind=labkit.Classifier, n=231):
+    generator = np.random.default_rng(0)
+    y = np.arange(n) % 3
+    x = generator.normal(size=(n, 1, 6, 6)).astype(np.float32)
+    x[np.arange(n), 0, y] += 2
+    return kind(net, (x, y), batch_size=16, score_samples=20, lr=0.1)
+
+
+class Slow(labkit.Classifier):
+    """Leaves time to disturb it."""
+
+    def step(self, *args):
+        time.sleep(0.01)
+        return super().step(*args)
+
+
+@pytest.mark.parametrize("partition", ["udpa", "idpa"])
+@pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce"])
+def test_a_run_is_the_same_everywhere(lab, update, partition, tmp_path, cache):
+    run = labkit.train(problem(), lab, update=update, partition=partition, passes=5, runs=tmp_path, name="r").wait(60)
+    merges, budget = run.events.query("kind == 'merge'"), run.config["budget"]
+    assert run.state == "done" and merges.samples.sum() == run.summary()["samples"] and budget - 2 < merges.samples.sum() <= budget
+    assert set(merges.worker) == {0, 1} and run.events.seq.tolist() == list(range(len(run.events)))
+    assert run.curve().score.iloc[-1] > 0.6 and run.curve().version.is_unique
+    state = checkpoints.read_state(run.path, checkpoints.newest(run.path)[0])[1]
+    held = np.concatenate([state["partition"]["pool"], *state["partition"]["shards"].values()])
+    assert sorted(held.tolist()) == list(range(run.config["n_train"]))
+    if (update, partition) == ("sgwu", "udpa"):  # nothing in it depends on time
+        flat = run.flat()
+        np.testing.assert_array_equal(flat, WEIGHTS.setdefault(update, flat))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("place", ["dask", "ipyparallel", "mpi"])
+def test_a_worker_is_killed_in_mid_run(place, tmp_path, cache):
+    """Under every update the others go on, with its samples. Dask starts it again; engines are added by hand."""
+    skip_without(place)
+    with labkit.connect(n_workers=3, **PLACES[place]) as lab:
+        for update in ("sgwu", "agwu", "allreduce"):
+            there = lab.free()
+            settings = {"local_steps": 4, "passes": 20, "runs": tmp_path, "name": update, "workers": there}
+            run = labkit.train(problem(Slow), lab, update=update, **settings)
+            until(lambda run=run: run.status()["version"] >= 3)
+            chaos.kill(lab, there[-1])
+            run.wait(90)
+            merges, left = run.events.query("kind == 'merge'"), run.events.query("kind == 'leave' and message != ''")
+            assert run.state == "done" and left.worker.iloc[0] == there[-1]
+            assert run.config["budget"] - 3 < merges.samples.sum() <= run.config["budget"]
+            assert (merges.seq > left.seq.iloc[0]).any()
+            until(lambda: len(lab.free()) == 3 or place != "dask")
+            if len(lab.free()) < 3:
+                lab.add(1)

@@ -1,0 +1,243 @@
+"""Sweeps: what is refused before a kernel starts, what names a run, what is reused, and what the table says.
+
+No kernel is started here (tests/test_kernels.py does); the lab is a stand-in with `workers` and `map`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from labkit.errors import SweepError
+from labkit.experiments import executor as kernels
+from labkit.experiments import sweep as sweeps
+from labkit.experiments.sweep import report, summary, sweep
+from tests.experiments.test_notebook import write
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """Fails the test when a kernel is started."""
+    monkeypatch.setattr(kernels, "_attempt", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(sweeps, "execute", lambda *_: pytest.fail("a run was started"))
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """Runs end at once and without a kernel, as done or, where the seed is 13, as failed. Gives the seeds that ran."""
+    ran = []
+
+    def attempt(job, folder, go):
+        seed = job["record"]["parameters"]["seed"]
+        ran.append(seed)
+        report(folder, {"score": seed / 2})
+        return True, *(("In [3]: ValueError: unlucky", "all of it") if seed == 13 else ("", ""))
+
+    monkeypatch.setattr(kernels, "_attempt", attempt)
+    return ran
+
+
+# -- sweep: before a kernel starts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ({"stratgy": "a"}, r"^n.ipynb has no parameter 'stratgy'. It has: seed, lr, .*. Did you mean 'strategy'\?$"),
+        ({"zzz": 1}, r"has no parameter 'zzz'\. It has: seed, lr, sizes, strategy, extra\.$"),
+        ({"seed": ["many"]}, r"'seed' is int \(default 0\), and 'many' is str"),
+        ({"seed": [True]}, "'seed' is int"),
+        ({"seed": [0.5]}, "'seed' is int"),
+        ({"lr": "0.1"}, "'lr' is float"),
+        ({"sizes": [[1, "2"]]}, "'sizes' is int"),
+        ({"strategy": [1]}, "'strategy' is str"),
+        ({"extra": [object()]}, "'extra' has a value of type object"),
+        ({"extra": [{1: 2}]}, "'extra' has a value of type dict"),
+        ({"seed": []}, "no value for 'seed'"),
+        ({"run_dir": "here"}, "'run_dir' is set by the sweep"),
+        ([], "give a dict of lists"),
+        ("seed", "give a dict of lists"),
+        ([{"seed": 1}, 2], "give a dict of lists"),
+    ],
+)  # fmt: skip
+def test_a_wrong_grid_is_refused_before_a_kernel_starts(tmp_path, no_kernel, grid, says):
+    with pytest.raises(SweepError, match=says):
+        sweep(write(tmp_path / "n.ipynb", "1"), grid, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_request_is_refused_before_a_kernel_starts(tmp_path, no_kernel, monkeypatch):
+    notebook = write(tmp_path / "n.ipynb", "1")
+    (tmp_path / "file").touch()
+    for settings, says in [
+        ({"out": tmp_path / "file" / "out"}, "cannot be written to"),
+        ({"kernel_name": "fortran"}, "knows no kernel 'fortran' here. It knows: .*python3"),
+        ({"parallel": 0}, "at least one kernel"),
+        ({"timeout": 0}, "more than 0 s"),
+    ]:
+        with pytest.raises(SweepError, match=says):
+            sweep(notebook, {}, **({"out": tmp_path / "out"} | settings))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 3 * 10**6))
+    with pytest.raises(SweepError, match="only 3 MB are free"):
+        sweep(notebook, {}, out=tmp_path / "out")
+
+
+def test_rows_of_a_grid():
+    rows = sweeps._rows
+    assert rows({"a": [1, 2], "b": (3, 4)}) == [{"a": 1, "b": 3}, {"a": 1, "b": 4}, {"a": 2, "b": 3}, {"a": 2, "b": 4}]
+    assert rows({"a": "agwu", "b": 3, "c": None, "d": {"k": 1}}) == [{"a": "agwu", "b": 3, "c": None, "d": {"k": 1}}]
+    assert rows({"a": range(2)}) == [{"a": 0}, {"a": 1}]
+    assert rows({"a": np.array(5)}) == [{"a": 5}]
+    assert rows({}) == [{}]
+    assert rows([{"a": 1}, {"b": 2}]) == [{"a": 1}, {"b": 2}]
+
+
+def test_the_id_is_of_source_parameters_and_version_and_nothing_else(tmp_path, monkeypatch):
+    def ids(grid, *cells, **metadata):
+        path = write(tmp_path / "n.ipynb", *cells, **metadata)
+        return [job["id"] for job in sweeps._jobs(path, grid, tmp_path / "out", "python3", 9)]
+
+    one = ids({"seed": 1}, "1")
+    assert ids({"seed": [1, 1, 1]}, "1") == one  # identical rows are one run
+    assert ids({"seed": 1, "lr": 0.1}, "1") == one  # the default, said aloud
+    assert ids({"seed": np.int64(1)}, "1") == one
+    assert ids({"lr": 1, "seed": 1}, "1") == ids({"lr": 1.0, "seed": 1}, "1")
+    assert ids({"seed": 1}, "1", kernelspec={"name": "other", "display_name": "x"}) == one
+    assert ids({"seed": 2}, "1") != one
+    assert ids({"seed": 1}, "2") != one
+    notebook = json.loads(write(tmp_path / "n.ipynb", "1").read_text())
+    notebook["cells"][-1].update(outputs=[{"output_type": "stream", "name": "stdout", "text": "x"}], execution_count=4)
+    (tmp_path / "n.ipynb").write_text(json.dumps(notebook))
+    for out in ("out", "elsewhere"):
+        assert [job["id"] for job in sweeps._jobs(tmp_path / "n.ipynb", {"seed": 1}, tmp_path / out, "python3", 9)] == one
+    monkeypatch.setattr(sweeps, "_version", lambda: "9")
+    assert ids({"seed": 1}, "1") != one
+
+
+# -- sweep: reuse ------------------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_reused_and_failed_ones_kept_until_asked_for(tmp_path, instant, capsys):
+    notebook, out = write(tmp_path / "n.ipynb", "1"), tmp_path / "out"
+    table = sweep(notebook, {"seed": [1, 13]}, out=out)
+    assert list(table.columns) == ["seed", "score", "status", "error", "seconds", "notebook", "id"]
+    assert list(table["status"]) == ["done", "failed"]
+    assert table["error"][1] == "In [3]: ValueError: unlucky"
+    assert Path(table["notebook"][1]).with_name("error.txt").read_text() == "all of it\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert "[1/2] seed=1  done in 0.0 s  score 0.5" in lines
+    assert lines[-1] == "2 runs: 1 new, 0 reused, 1 failed"
+
+    table = sweep(notebook, {"seed": [2, 1, 13]}, out=out)
+    assert list(table["seed"]) == [2, 1, 13]
+    assert instant == [1, 13, 2]
+    assert "3 runs: 1 new, 1 reused, 1 failed (1 of the failed were kept" in capsys.readouterr().out
+    sweep(notebook, {"seed": [2, 1, 13]}, out=out, retry_failed=True, progress=False)
+    assert instant[3:] == [13]
+    sweep(notebook, {"seed": [1, 13]}, out=out, fresh=True, progress=False)
+    assert instant[4:] == [1, 13]
+    assert capsys.readouterr().out == ""
+    assert len(summary(out)) == 3
+
+
+def test_a_run_whose_process_is_gone_was_interrupted_and_runs_again(tmp_path, instant):
+    notebook, out = write(tmp_path / "n.ipynb", "1"), tmp_path / "out"
+    table = sweep(notebook, {"seed": 1}, out=out, progress=False)
+    status = Path(table["notebook"][0]).with_name("status.json")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    running = json.loads(status.read_text()) | {"state": "running"}
+    status.write_text(json.dumps(running))  # of this process, which lives: somebody else's sweep is at it
+    assert list(sweep(notebook, {"seed": 1}, out=out, progress=False)["status"]) == ["running"]
+    assert instant == [1]
+    for stale in ({"pid": gone.pid}, {"born": 1.0}, {"host": "elsewhere"}):
+        status.write_text(json.dumps(running | stale))
+        if "host" in stale:
+            os.utime(status, (1, 1))  # no sign of life for long
+        assert list(summary(out)["status"]) == ["interrupted"]
+        assert list(sweep(notebook, {"seed": 1}, out=out, progress=False)["status"]) == ["done"]
+    status.write_text("{ half a fi")
+    assert list(summary(out)["status"]) == ["interrupted"]
+
+
+def test_another_run_of_the_same_name_is_not_taken_for_this_one(tmp_path, instant):
+    notebook, out = write(tmp_path / "n.ipynb", "1"), tmp_path / "out"
+    table = sweep(notebook, {"seed": 1}, out=out, progress=False)
+    record = Path(table["notebook"][0]).with_name("params.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"hash": "0"}))
+    with pytest.raises(SweepError, match="is of another run"):
+        sweep(notebook, {"seed": 1}, out=out)
+
+
+class FakeLab:
+    """Two workers that are threads; `map` breaks down when asked to."""
+
+    workers = (0, 1)
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error, self.timeouts = error, []
+
+    def map(self, fn, items, timeout=None):
+        self.timeouts.append(timeout)
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            results = list(pool.map(fn, [json.loads(json.dumps(item)) for item in items]))
+        if self.error:
+            raise self.error
+        return results
+
+
+def test_a_lab_executes_the_runs_and_its_breakdown_is_said(tmp_path, instant):
+    notebook, lab = write(tmp_path / "n.ipynb", "1"), FakeLab()
+    table = sweep(notebook, {"seed": range(3)}, lab=lab, out=tmp_path / "out", timeout=100)
+    assert list(table["score"]) == [0, 0.5, 1]
+    assert lab.timeouts == [2 * 400]  # three runs on two workers are two rounds
+    with pytest.raises(SweepError, match=r"the lab broke down after 1 of 1 runs \(OSError: gone\)"):
+        sweep(notebook, {"seed": 7}, lab=FakeLab(OSError("gone")), out=tmp_path / "out", progress=False)
+
+
+# -- summary -----------------------------------------------------------------------------------------------------------
+
+
+def test_summary_shows_each_reported_row_and_keeps_names_apart(tmp_path, instant, monkeypatch):
+    notebook = write(tmp_path / "n.ipynb", "1")
+    table = sweep(notebook, {"seed": [1, 2]}, out=tmp_path / "out", progress=False)
+    report(Path(table["notebook"][0]).parent, [{"seed": 7, "status": "x"}, {"seed": 8, "q": None}])
+    table = summary(tmp_path / "out")
+    assert list(table["seed"]) == [1, 1, 2] and list(table["status"]) == ["done"] * 3
+    assert list(table["seed_result"][:2]) == [7, 8] and table["status_result"][0] == "x"
+    sweep(notebook, {"lr": 1}, out=tmp_path / "out", progress=False)  # another grid in the same folder
+    assert list(summary(tmp_path / "out")["seed"]) == [0, 1, 1, 2]
+    with pytest.raises(SweepError, match="no folder"):
+        summary(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert list(summary(tmp_path / "empty")["status"]) == []
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def test_report_takes_dicts_and_frames_and_foreign_values(tmp_path):
+    def reported(results):
+        report(tmp_path / "a" / "run", results)
+        return json.loads((tmp_path / "a" / "run" / "results.json").read_text())
+
+    assert reported({"x": np.float32(0.5), "p": pd.Timestamp("2020-01-02"), "a": np.arange(2)}) == [
+        {"x": 0.5, "p": "2020-01-02 00:00:00", "a": [0, 1]}
+    ]
+    assert reported(pd.DataFrame({"x": [1, 2], "y": ["a", "b"]})) == [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}]
+    assert reported([{"x": 1}, {"y": None}]) == [{"x": 1}, {"y": None}]
+    for wrong in (3, "text", [1]):
+        with pytest.raises(SweepError, match="takes a dict"):
+            report(tmp_path, wrong)
+    (tmp_path / "file").touch()
+    with pytest.raises(SweepError, match="cannot be written"):
+        report(tmp_path / "file" / "run", {})

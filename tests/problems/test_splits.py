@@ -1,0 +1,38 @@
+"""The split into training and score samples: disjoint, complete, in proportion, always the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from labkit.errors import ProblemError
+from labkit.problems.splits import first, hold_out, shuffled
+
+
+@pytest.mark.parametrize(("n", "asked", "size"), [(2, 256, 1), (17, 256, 3), (1500, 256, 256), (1500, 7, 7)])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_parts_are_disjoint_and_cover_everything(n, asked, size, labelled):
+    labels = np.arange(n) % 3 if labelled else None
+    train, score = hold_out(labels, n, asked)
+    assert score.size == size
+    assert np.array_equal(np.sort(np.concatenate([train, score])), np.arange(n))
+    again = hold_out(labels, n, asked)
+    assert np.array_equal(train, again[0]) and np.array_equal(score, again[1])
+
+
+def test_the_score_set_has_each_class_in_proportion():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 5], [500, 300, 199, 1]))
+    _, score = hold_out(labels, labels.size, 100)
+    assert [int((labels[score] == label).sum()) for label in (0, 1, 2, 5)] == [50, 30, 20, 0]
+
+
+def test_one_sample_cannot_be_split():
+    with pytest.raises(ProblemError, match=r"1 training sample\(s\)"):
+        hold_out(None, 1, 256)
+
+
+def test_first_keeps_the_same_samples_for_all_runs():
+    order = shuffled(17)
+    assert np.array_equal(first("n", 5, order), shuffled(17)[:5]) and first("n", None, order).size == 17
+    with pytest.raises(ProblemError, match=r"train_samples=18, but the data have 17 here. Use train_samples=None"):
+        first("train_samples", 18, order, " here")

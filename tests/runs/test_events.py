@@ -1,0 +1,297 @@
+"""The run directory: nothing half-written is read, and nothing foreign is loaded."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import labkit
+from labkit.runs import events as record
+from labkit.errors import RunError
+from labkit.runs.events import COLUMNS, Recorder
+
+WEIGHTS = np.linspace(-1, 1, 17, dtype=np.float32)
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    made = Recorder(tmp_path)
+    yield made
+    made.close()
+
+
+def test_events_come_back_in_order_with_all_columns(recorder, tmp_path):
+    recorder.event("join", worker=0, incarnation=0, message='a "quoted"\nline, ä')
+    recorder.event("start")
+    recorder.event("push", worker=0, samples=7, loss=float("nan"), score=0.5, compute_s=0.25, **{"pass": 1})
+    table = record.read_events(tmp_path)  # while it is still written
+    assert list(table.columns) == COLUMNS and list(table.kind) == ["join", "start", "push"] and list(table.seq) == [0, 1, 2]
+    assert table.message[0] == 'a "quoted"\nline, ä'
+    assert np.isnan(table.seconds[0]) and table.seconds[1] == 0 and table.seconds[2] >= 0
+    assert table["pass"][2] == 1 and np.isnan(table.loss[2]) and table.samples.dtype == np.float64
+    assert (table.time.diff().dropna() >= 0).all()
+
+
+def test_a_run_without_events_is_an_empty_table(tmp_path):
+    table = record.read_events(tmp_path)
+    assert len(table) == 0 and list(table.columns) == COLUMNS
+
+
+def test_columns_are_checked_where_they_are_written(recorder):
+    with pytest.raises(AssertionError, match="staleniss"):
+        recorder.event("push", staleniss=1)
+
+
+def test_events_of_several_threads_are_whole_lines(recorder, tmp_path):
+    threads = [
+        threading.Thread(target=lambda w=w: [recorder.event("push", worker=w, message="x" * 500) for _ in range(50)])
+        for w in range(4)
+    ]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    table = record.read_events(tmp_path)
+    assert list(table.seq) == list(range(200)) and (table.groupby("worker").size() == 50).all()
+
+
+def test_a_recorder_goes_on_where_another_one_ended_and_closes_twice(recorder, tmp_path):
+    recorder.event("start")
+    recorder.close()
+    recorder.close()
+    other = Recorder(tmp_path)
+    other.event("join")
+    other.close()
+    table = record.read_events(tmp_path)
+    assert list(table.kind) == ["start", "join"] and list(table.seq) == [0, 1]
+
+
+def test_a_last_line_that_is_being_written_is_left_out(recorder, tmp_path):
+    recorder.event("start")
+    for half in ('{"seq": 1', ', "kind": "pu', 'sh"}'):
+        with open(tmp_path / "events.jsonl", "a") as file:
+            file.write(half)
+        assert list(record.read_events(tmp_path).kind) == ["start"]
+
+
+@pytest.mark.parametrize("line", ['{"seq": 1, "ki', "17", "[]", "null", ""])
+def test_a_damaged_line_is_named(recorder, tmp_path, line):
+    recorder.event("start")
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write(line + "\n")
+    recorder.event("join")
+    with pytest.raises(RunError, match=r"events\.jsonl, line 2 is damaged: .* Remove the line to read the rest"):
+        record.read_events(tmp_path)
+
+
+def test_events_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(RunError, match=r"events\.jsonl cannot be read"):
+        record.read_events(tmp_path)
+
+
+# -- files that are replaced -------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "config.json"
+    record.write_json(file, {"a": 1})
+
+    def half():
+        with record.replacing(file) as out:
+            out.write(b"{")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half()
+    assert record.read_json(file) == {"a": 1} and [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    record.write_json(file, {"b": [2.5, None, "ä"]})
+    assert record.read_json(file) == {"b": [2.5, None, "ä"]}
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    file, over = tmp_path / "status.json", threading.Event()
+    record.write_json(file, {"n": 0, "filler": "x" * 5000})
+
+    def write():
+        n = 0
+        while not over.is_set():
+            n += 1
+            record.write_json(file, {"n": n, "filler": "x" * 5000})
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    [thread.start() for thread in threads]
+    seen = {record.read_json(file)["n"] for _ in range(300)}
+    over.set()
+    [thread.join() for thread in threads]
+    assert seen and [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "cannot be read"), ("[1]", "holds a list, not a JSON object"), ("", "cannot be read")]
+)
+def test_json_that_is_damaged_or_foreign_is_refused_by_name(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RunError, match=rf"config\.json {words}"):
+        record.read_json(tmp_path / "config.json")
+
+
+def test_json_that_is_missing_or_a_folder(tmp_path):
+    with pytest.raises(RunError, match=r"config\.json is missing: is .* a run directory\?"):
+        record.read_json(tmp_path / "config.json")
+    with pytest.raises(RunError, match="cannot be read"):
+        record.read_json(tmp_path)
+
+
+# -- a record that goes on ----------------------------------------------------------------------------------------------
+
+
+def test_seq_and_clock_go_on(recorder, tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(record.time, "time", lambda: now)
+    recorder.event("join", worker=0)
+    recorder.event("start")
+    now = 1007.5
+    recorder.event("push", worker=0)
+    recorder.close()
+    now = 5000.0  # cut off, and resumed an hour later
+    other = Recorder(tmp_path)
+    assert other.started is None
+    other.event("resume", version=0, total=0)
+    now = 5001.0
+    other.event("start")
+    now = 5003.0
+    other.event("push", worker=0)
+    other.close()
+    table = record.read_events(tmp_path)
+    assert list(table.seq) == list(range(6)) and list(table.seconds)[1:] == [0.0, 7.5, 7.5, 7.5, 9.5]
+
+
+HALVES = ["", "{", '{"seq": 2, "kind": "pu', '{"seq": 2}', '\n\n{"a"', "\0" * 50, "\0" * 9 + "\n", "\ufffd\n17\n"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_what_a_crash_left_half_written_is_cut_off(recorder, tmp_path, half):
+    recorder.event("join", worker=0)
+    recorder.event("start")
+    recorder.close()
+    whole = (tmp_path / "events.jsonl").read_bytes()
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write(half)
+    (tmp_path / "checkpoints" / ".00000001.npz.7.7").write_bytes(b"half")
+    other = Recorder(tmp_path)
+    assert (tmp_path / "events.jsonl").read_bytes() == whole and list((tmp_path / "checkpoints").iterdir()) == []
+    other.event("resume", version=0)
+    other.close()
+    assert list(record.read_events(tmp_path).seq) == [0, 1, 2]
+
+
+def test_a_record_of_nothing_but_half_a_line_begins_at_0(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"seq": 0, "ki')
+    recorder = Recorder(tmp_path)
+    recorder.event("join")
+    recorder.close()
+    assert list(record.read_events(tmp_path).seq) == [0]
+
+
+def test_a_record_has_one_writer(recorder, tmp_path):
+    with pytest.raises(RunError, match=r"events\.jsonl is being written by another process.*stop it first"):
+        Recorder(tmp_path)
+    recorder.event("join")  # undisturbed
+    assert list(record.read_events(tmp_path).kind) == ["join"]
+
+
+def test_checkpoints_are_recorded_and_what_was_done_by_each_is_known_again(recorder, tmp_path):
+    for version, done in ((0, 0), (3, 30), (5, 50)):
+        recorder.checkpoint(version, WEIGHTS, {"done": done})
+    assert recorder.kept == {0: 0, 3: 30, 5: 50}
+    recorder.close()
+    table = record.read_events(tmp_path)
+    assert list(table.version) == [0, 3, 5] and list(table.total) == [0, 30, 50] and (table.bytes > WEIGHTS.nbytes).all()
+    other = Recorder(tmp_path)
+    assert other.kept == {0: 0, 3: 30, 5: 50}
+    other.event("resume", version=3, total=30)
+    assert other.kept == {0: 0, 3: 30}
+    other.close()
+    again = Recorder(tmp_path)
+    assert again.kept == {0: 0, 3: 30}
+    again.close()
+
+
+def table(*rows):
+    return pd.DataFrame([{"kind": kind, "version": version, "samples": n} for kind, version, n in rows], columns=COLUMNS)
+
+
+def test_what_a_resume_undoes_does_not_count():
+    rows = [("join", None, None), ("checkpoint", 0, None)]
+    rows += [("push", None, 10), ("merge", 1, 10), ("push", None, 10), ("merge", 2, 10), ("push", None, 10), ("merge", 3, 10)]
+    rows += [("checkpoint", 2, None), ("checkpoint", 3, None), ("push", None, 10), ("drop", 3, 10), ("leave", None, None)]
+    events = table(*rows)
+    assert record.effective(events) is events
+    events = table(*rows, ("resume", 2, None), ("push", None, 7), ("merge", 3, 7))
+    counts = record.effective(events)
+    assert list(counts.query("kind == 'merge'").version) == [1, 2, 3] and list(counts.query("kind == 'push'").samples) == [
+        10,
+        10,
+        7,
+    ]
+    assert list(counts.query("kind == 'checkpoint'").version) == [0, 2]
+    assert set(events.kind) == {*counts.kind, "drop"}  # joins, leaves and the resume itself stay
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_however_often_a_run_is_cut_off_each_version_counts_once(seed):
+    """Against a bookkeeper who rolls back by hand; a barrier merges the pushes of a round into one version."""
+    rng, rows, version, kept = np.random.default_rng(seed), [], 0, []
+    for _ in range(6):
+        for _ in range(int(rng.integers(0, 6))):
+            samples = [int(n) for n in rng.integers(1, 9, int(rng.integers(1, 4)))]
+            rows += [("push", None, n) for n in samples]
+            version += 1
+            rows += [("merge", version, n) for n in samples]
+            kept += [(version, n) for n in samples]
+        if rng.integers(2):
+            rows.append(("push", None, 99))  # waits for others, and is lost
+        version = int(rng.integers(0, version + 1))
+        rows.append(("resume", version, None))
+        kept = [(v, n) for v, n in kept if v <= version]
+    counts = record.effective(table(*rows))
+    merges, pushes = counts.query("kind == 'merge'"), counts.query("kind == 'push'")
+    assert list(zip(merges.version, merges.samples, strict=True)) == kept
+    assert list(pushes.samples) == [n for _, n in kept]
+
+
+def test_who_was_lost_and_has_not_come_back():
+    def rows(*events):
+        return pd.DataFrame([dict(zip(("kind", "worker", "message"), event, strict=False)) for event in events], columns=COLUMNS)
+
+    first = [("join", 0), ("join", 1), ("join", 2), ("leave", 1, "no sign of life"), ("leave", 2, "lost"), ("join", 2)]
+    assert record.lost(rows(*first)) == [1]
+    assert record.lost(rows(*first, ("leave", 0, ""), ("leave", 2, ""))) == [1]
+    assert record.lost(rows(*first, ("resume",), ("join", 0))) == [1, 2]
+
+
+def test_the_balance_of_a_pass_is_that_of_the_workers_who_were_here(tmp_path):
+    """Worker 0 is there always; 1 is lost after pass 2, 2 comes with pass 3 and is away in pass 5; pass 7 is not ended by 2."""
+    record.write_json(tmp_path / "config.json", {"name": "r"})
+    recorder = Recorder(tmp_path)
+    seconds = {0: dict.fromkeys(range(1, 8), 1.0), 1: dict.fromkeys((1, 2), 2.0), 2: dict.fromkeys((3, 4, 6), 4.0)}
+    for number in range(1, 8):
+        for worker in (0, 1, 2):
+            if number == min(seconds[worker]):
+                recorder.event("join", worker=worker)
+            if number in seconds[worker]:
+                recorder.event("push", worker=worker, samples=9, compute_s=seconds[worker][number], score_s=0.0, **{"pass": number})
+            if (worker, number) == (1, 2):
+                recorder.event("leave", worker=1, message="lost")
+    recorder.close()
+    table = labkit.load_run(tmp_path).balance()
+    assert dict(zip(table["pass"], table.ratio, strict=True)) == {1: 0.75, 2: 0.75, 3: 0.625, 4: 0.625, 6: 0.625}
+
+
+def test_the_environment_says_with_what_a_run_was_made():
+    found = record.environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found["versions"]["torch"] and found["versions"]["labkit"] and found["cpus"] >= 1

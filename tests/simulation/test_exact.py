@@ -1,0 +1,389 @@
+"""The other drivers of a run's course: a replay has the same bits or says where not, and what no cluster has made says so."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import labkit
+from labkit import chaos
+from labkit.errors import LabError, RunError
+from labkit.plots.progress import meter
+from labkit.runs import checkpoints
+from labkit.runs import events as record
+from labkit.training import supervisor as session
+from tests.training.test_train import ended, net_with_statistics, problem, until
+
+pytestmark = pytest.mark.usefixtures("cache")
+# Beginning with declared speeds: on a busy machine a probe may leave a worker a single sample, which BatchNorm cannot train on.
+PARTITIONS = {"udpa": labkit.UDPA(), "idpa": labkit.IDPA(batches=3, speeds=[2, 1])}
+
+
+def net_with_chance(shape, n_classes):
+    return nn.Sequential(*net_with_statistics(shape, n_classes), nn.Dropout(0.2))
+
+
+class Slow(labkit.Classifier):
+    """A step takes 5 ms, so that something can happen in between."""
+
+    pause = 0.005
+
+    def step(self, module, batch, optimisers, clock):
+        time.sleep(self.pause)
+        return super().step(module, batch, optimisers, clock)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(session, "POLL_S", 0.02)
+
+
+@pytest.fixture
+def lab():
+    with labkit.connect("threads", 2, slowdown=[1, 3]) as lab:
+        yield lab
+
+
+@pytest.fixture
+def train(lab, tmp_path):
+    """A run on two threads, the second three times as slow; ended."""
+
+    def begin(a_problem=None, **options):
+        options = {"runs": tmp_path, "seed": 5, "passes": 4, "name": "r", "partition": "idpa", **options}
+        options["partition"] = PARTITIONS[options["partition"]]
+        return ended(labkit.train(a_problem or problem(net_with_statistics), options.pop("lab", lab), **options))
+
+    return begin
+
+
+def same(run, again):
+    """The same bits, from the first to the last version, and the same story."""
+    assert again.origin == "replay" and again.path != run.path and again.state == run.state
+    np.testing.assert_array_equal(run.flat().view(np.uint32), again.flat().view(np.uint32))
+    assert checkpoints.versions(again.path) == checkpoints.versions(run.path)
+    for version in checkpoints.versions(run.path):
+        np.testing.assert_array_equal(run.flat(version), again.flat(version))
+    assert record.read_rows(again.path) == record.read_rows(run.path)
+    return True
+
+
+def rewrite(run, change):
+    """The run, read again after `change(rows)`."""
+    rows = record.read_rows(run.path)
+    change(rows)
+    (run.path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return labkit.load_run(run.path, problem=run.problem())
+
+
+# -- the same again ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["sgwu", "agwu"])
+@pytest.mark.parametrize("partition", ["udpa", "idpa"])
+def test_a_replay_has_the_same_bits(update, partition, train):
+    local_steps = 3 if partition == "udpa" else None
+    run = train(problem(net_with_statistics, schedule="cosine"), update=update, partition=partition, local_steps=local_steps)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    again = labkit.replay(run)
+    assert same(run, again)
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+    pushes = len(run.events.query("kind == 'push'"))
+    assert f"{pushes} local passes and {len(checkpoints.versions(run.path))} kept versions" in again.status()["reason"]
+    assert again.name == "r-replay" and "(replay of r), done" in repr(again)
+    for key, value in again.summary().items():
+        assert value == run.summary()[key] or key in ("name", "origin", "score", "loss"), key
+    pick = ["seconds", "samples", "version", "score"]
+    np.testing.assert_allclose(again.curve()[pick], run.curve()[pick])
+
+
+RULES = [
+    *("delayed-nesterov", "heloco", "easgd", "gem", "ssp", "diloco", "fedbuff"),
+    pytest.param({"name": "fedbuff", "size": 5}, id="fedbuff-5"),
+    pytest.param({"name": "ringmaster", "limit": 1}, id="ringmaster-1"),
+    pytest.param({"name": "sgwu", "quorum": 0.5, "grace": 0.01}, id="sgwu-quorum"),
+]
+
+
+@pytest.mark.parametrize("update", RULES)
+def test_every_kind_of_rule_is_replayed_with_the_same_bits(update, train):
+    """What was thrown away, whom the rule did not wait for any longer, and what it kept back for the end."""
+    run = train(problem(net_with_statistics, kind=Slow), update=update, partition="udpa", local_steps=3, passes=3)
+    kinds = set(run.events.kind)
+    assert same(run, labkit.replay(run))
+    if "limit" in update or "quorum" in update:
+        assert "drop" in kinds and ("quorum" in update) == ("expire" in kinds)
+    if "size" in update:
+        last = run.events.query("kind == 'merge'").groupby("version").size()
+        assert (last.iloc[:-1] == 5).all() and last.iloc[-1] <= 5
+
+
+def test_an_end_of_a_wait_that_is_not_in_the_record_is_missed(train):
+    run = train(problem(kind=Slow), update=labkit.SGWU(quorum=0.5, grace=0.01), partition="udpa", local_steps=3)
+    run = rewrite(run, lambda rows: nth(rows, "expire", 0).update(kind="hold"))
+    with pytest.raises(RunError, match=r"differs at event \d+ \(hold\): 'hold' does not follow|by the record, and"):
+        labkit.replay(run)
+
+
+def test_a_replay_of_a_run_read_back_from_its_directory_goes_where_one_says(train, tmp_path):
+    run = labkit.load_run(train(labkit.Classifier("lenet", "digits", train_samples=120, score_samples=20), passes=1).path)
+    again = labkit.replay(run, name="again", runs=tmp_path / "elsewhere")
+    assert same(run, again) and again.path == tmp_path / "elsewhere" / "again"
+    assert same(run, labkit.replay(run, name="again", runs=tmp_path / "elsewhere")), "the earlier one is kept under a number"
+
+
+def test_a_run_that_was_stopped_and_one_that_failed_are_replayed_to_their_ends(lab, tmp_path):
+    run = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=1000, local_steps=2, name="stopped")
+    until(lambda: run.status()["version"] >= 3)
+    assert same(run.stop(), labkit.replay(run))
+    run = labkit.train(problem(lr=1e18), lab, runs=tmp_path, passes=1000, local_steps=2, name="failed", update="sgwu")
+    with pytest.raises(LabError, match="NaN or infinity"):
+        run.wait(30)
+    again = labkit.replay(run)
+    assert same(run, again) and "NaN or infinity" in again.status()["reason"]
+
+
+def test_a_run_that_began_without_a_worker_is_replayed(lab, tmp_path, monkeypatch):
+    start = session.Session._start_worker
+    monkeypatch.setattr(session.Session, "_start_worker", lambda self, index: index == 1 or start(self, index))
+    run = ended(labkit.train(problem(), lab, runs=tmp_path, passes=2, name="r", workers=[0, 1]))
+    assert run.events.query("kind == 'missing'").worker.tolist() == [1]
+    assert same(run, labkit.replay(run))
+
+
+def test_a_run_that_was_cut_off_and_resumed_is_replayed(lab, tmp_path, capsys):
+    run = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=8, local_steps=2, name="r", checkpoints=5)
+    until(lambda: run.status()["version"] >= 9)
+    chaos.kill_server(run)
+    with pytest.raises(LabError):
+        run.wait(30)
+    cut = labkit.replay(labkit.load_run(run.path, problem=run.problem()), name="cut")
+    assert cut.state == "failed" and checkpoints.versions(cut.path)[-1] >= checkpoints.versions(run.path)[-1]
+    again = ended(labkit.resume(run.path, lab, problem=run.problem()))
+    [version] = again.events.query("kind == 'resume'").version
+    assert version in checkpoints.versions(again.path)
+    assert same(again, labkit.replay(again))
+    with pytest.raises(RunError, match="run r was resumed"):
+        labkit.replay(again, update="sgwu")
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("update", "threads"), [("agwu", 1), pytest.param("sgwu", 2, marks=pytest.mark.slow)])
+def test_processes_with_chance_statistics_momentum_and_a_schedule_are_replayed(update, threads, tmp_path):
+    with labkit.connect("dask", 2, threads_per_worker=threads, slowdown=[1, 2]) as lab:
+        a_problem = problem(net_with_chance, schedule="cosine", weight_decay=0.01)
+        run = labkit.train(a_problem, lab, runs=tmp_path, passes=4, name="r", update=update, partition=PARTITIONS["idpa"])
+        ended(run, timeout=80)  # new processes import torch first
+        assert same(run, labkit.replay(run))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_rules_with_and_without_a_barrier_are_replayed_from_two_processes(tmp_path):
+    with labkit.connect("dask", 2, slowdown=[1, 2]) as lab:
+        for update in ("sgwu", "agwu", "delayed-nesterov", "fedbuff"):
+            run = labkit.train(
+                problem(net_with_chance), lab, runs=tmp_path, passes=4, local_steps=3, name=update, update=update, partition="udpa"
+            )
+            ended(run, timeout=80)  # new processes import torch first
+            assert same(run, labkit.replay(run)), update
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_kills_joins_and_refusals_are_replayed(tmp_path, monkeypatch):
+    with labkit.connect("dask", 2) as lab:
+        a_problem = problem(net_with_chance, kind=Slow)
+        run = labkit.train(
+            a_problem, lab, runs=tmp_path, passes=400, local_steps=4, name="r", partition=PARTITIONS["idpa"], silence=1.0
+        )
+        until(lambda: run.status()["version"] >= 3, 30)
+        chaos.drop_link(run, 0)
+        chaos.freeze(lab, 1)
+        until(lambda: "1" not in run.status()["workers"])
+        chaos.thaw(lab, 1)
+        until(lambda: "refuse" in set(run.events.kind))
+        until(lambda: "1" in run.status()["workers"])
+        lab.add(1)
+        until(lambda: "2" in run.status()["workers"], 40)
+        chaos.kill(lab, 0)
+        until(lambda: run.events.query("kind == 'join' and worker == 0").incarnation.max() >= 2, 40)
+        version = run.status()["version"]
+        until(lambda: run.status()["version"] > version + 20)
+        run.stop()
+    monkeypatch.setattr(Slow, "pause", 0.0)  # here: nobody waits in a replay
+    kinds = run.events.groupby(["kind", "worker"]).size()
+    assert kinds["join", 0] >= 3 and kinds["join", 1] >= 2 and kinds["join", 2] == 1 and kinds["refuse", 1] >= 1
+    assert same(run, labkit.replay(run))
+    other = labkit.replay(run, update="sgwu")
+    assert other.origin == "counterfactual" and other.summary()["samples"] > 0
+
+
+# -- or where it differs -----------------------------------------------------------------------------------------------
+
+
+def nth(rows, kind, n=2):
+    return [row for row in rows if row["kind"] == kind][n]
+
+
+TAMPERED = {
+    "score": (
+        lambda rows: nth(rows, "push").update(score=0.123),
+        r"differs at event \d+ \(push of worker \d\): its score is 0.123",
+    ),
+    "coefficient": (
+        lambda rows: nth(rows, "merge").update(coefficient=0.5),
+        r"event \d+ \(merge .*coefficient is 0.5 by the record",
+    ),
+    "samples": (lambda rows: nth(rows, "push").update(samples=7), r"event \d+ \(push of worker \d\): its samples is 7"),
+    "worker": (lambda rows: nth(rows, "push").update(worker=9), r"event \d+ \(push of worker 9\): worker 9 is not there"),
+    "pace": (lambda rows: nth(rows, "push", 0).update(compute_s=50.0), r"differs at event \d+ "),
+    "hole": (lambda rows: rows.remove(nth(rows, "push")), r"event \d+ is missing or out of place"),
+    "end": (lambda rows: rows.__delitem__(slice(len(rows) // 2, None)), "the end of events.jsonl is missing|the record ends"),
+    "nothing": (lambda rows: rows.clear(), "its record has no start"),
+    "alien": (lambda rows: nth(rows, "merge").update(kind="merger"), "by the record, and 'merge' now"),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_record_that_was_tampered_with_is_told_from_a_true_one(what, train):
+    change, words = TAMPERED[what]
+    run = rewrite(train(passes=5), change)
+    with pytest.raises(RunError, match=words):
+        labkit.replay(run)
+
+
+def test_a_version_that_the_run_did_not_make_is_found(train):
+    run = train()
+    version = checkpoints.versions(run.path)[2]
+    weights, state = checkpoints.read_state(run.path, version)
+    weights = np.array(weights)
+    weights[3] = np.nextafter(weights[3], np.float32(9))
+    checkpoints.write(run.path, version, weights, state)
+    with pytest.raises(RunError, match=rf"1 of \d+ weights of version {version} differ, by .*e-"):
+        labkit.replay(run)
+    assert "differs" in labkit.load_run(run.path.with_name("r-replay"), problem=run.problem()).status()["reason"]
+
+
+def test_another_machine_is_named_where_bits_differ(train):
+    run = train()
+    environment = record.read_json(run.path / "environment.json")
+    environment["versions"]["torch"] = "0.4.1"
+    record.write_json(run.path / "environment.json", environment)
+    with pytest.raises(RunError, match=r"It was made with torch 0\.4\.1, which is not what is here"):
+        labkit.replay(rewrite(run, lambda rows: nth(rows, "push").update(loss=0.1)))
+
+
+def test_what_cannot_be_replayed_says_why(train, lab, tmp_path):
+    with pytest.raises(RunError, match="threads that shared one generator"):
+        labkit.replay(train(problem(net_with_chance)))
+    run = train()
+    with pytest.raises(RunError, match="torch averages gradients"):
+        labkit.replay(run, update="allreduce")
+    with pytest.raises(RunError, match="torch averages gradients"):
+        labkit.replay(train(update="allreduce", name="ddp", passes=1))
+    with pytest.raises(RunError, match="run r-replay is a replay itself"):
+        labkit.replay(labkit.replay(run))
+    with pytest.raises(RunError, match="this problem is not the one of run r: lr"):
+        labkit.replay(run, problem=problem(net_with_statistics, lr=0.1))
+    with pytest.raises(RunError, match=r"computed on cuda:0, .*cannot be replayed bit for bit"):
+        labkit.replay(rewrite(run, lambda rows: nth(rows, "join", 1).update(device="cuda:0")))
+    record.write_json(run.path / "config.json", {**run.config, "format": 1})
+    with pytest.raises(RunError, match=r"before there were replays \(format 1\): .* Train it again"):
+        labkit.replay(labkit.load_run(run.path, problem=run.problem()))
+    goes = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=1000, name="goes")
+    with pytest.raises(RunError, match="run goes still goes"):
+        labkit.replay(goes)
+    goes.stop()
+
+
+def test_progress_is_told(train, capsys, monkeypatch):
+    monkeypatch.setattr("labkit.plots.progress.EVERY_S", 0.0)
+    run = train(passes=2)
+    labkit.replay(run)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("replay of r: ")]
+    assert len(lines) > 2 and "100%, 374 of 374 samples" in lines[-1]
+
+
+def test_a_bar_comes_only_for_what_takes_its_time(monkeypatch):
+    class Thing:
+        value = None
+
+    made = []
+    monkeypatch.setattr("labkit.plots.style.interactive", lambda: True)
+    monkeypatch.setattr("labkit.plots.progress._bar", lambda: made.append((Thing(), Thing())) or made[-1])
+    for soon, bars in ((60.0, 0), (0.0, 1)):
+        monkeypatch.setattr("labkit.plots.progress.SOON_S", soon)
+        with meter("work", 10) as told:
+            told(4)
+            told(10)
+        assert len(made) == bars
+    assert made[0][0].value == 1.0 and made[0][1].value == "work: 100%, 10 of 10 samples"
+
+
+# -- another rule on the same arrivals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["sgwu", "agwu"])
+def test_a_counterfactual_says_so_and_trains_on_the_whole_budget(update, train):
+    run = train(update=update, passes=5)
+    other = labkit.replay(run, update={"sgwu": "agwu", "agwu": "sgwu"}[update])
+    assert other.state == "done" and other.origin == other.summary()["origin"] == "counterfactual"
+    assert other.label.endswith("+ IDPA (counterfactual)") and f"(counterfactual of {run.name}), done" in repr(other)
+    assert (
+        "counterfactual" in labkit.plots.runs.canvas.caption([other]) and other.name == f"r-replay-{other.config['update']['name']}"
+    )
+    assert other.summary()["samples"] == run.summary()["samples"] == run.config["budget"]
+    assert not np.array_equal(run.flat(), other.flat()) and len(other.curve()) > 2
+    merges = other.events.query("kind == 'merge'")
+    assert list(other.events.seq) == list(range(len(other.events))) and other.events.seconds.dropna().is_monotonic_increasing
+    assert merges.version.drop_duplicates().tolist() == list(range(1, int(merges.version.max()) + 1))
+    if update == "agwu":  # now with a barrier: all workers in each version, until only one has anything left
+        assert (merges.staleness == 0).all() and (merges.groupby("version").worker.count().iloc[:-1] == 2).all()
+    else:
+        assert merges.version.is_unique and merges.staleness.max() >= 1
+
+
+def test_without_barriers_another_rule_has_the_very_same_arrivals(train):
+    """Who pushes when, how much and from which version: only the weights differ."""
+    run = train(update="agwu", passes=5)
+    other = labkit.replay(run, update=labkit.AGWU("raw"))
+    columns = ["worker", "incarnation", "pass", "base_version", "staleness", "samples", "total", "compute_s"]
+    for kind in ("push", "allocate", "merge"):
+        then, now = (r.events[r.events.kind == kind][columns].reset_index(drop=True) for r in (run, other))
+        assert then.equals(now), kind
+    assert not np.array_equal(run.flat(), other.flat())
+    assert same(run, labkit.replay(run, update=run.config["update"])), "its own rule is no other rule"
+
+
+def test_a_rule_that_only_its_user_knows_is_replayed_with_its_object(train):
+    cell = {"__name__": "__main__", "labkit": labkit}  # a class as a notebook cell defines it
+    exec("class MyOwn(labkit.AGWU):\n    name = 'my-own'", cell)
+    run = train(update=cell["MyOwn"]("raw"))
+    assert same(run, labkit.replay(run, update=cell["MyOwn"]("raw")))
+    assert labkit.simulate(run, update=cell["MyOwn"]("raw")).config["origin"]["error"] is not None
+    with pytest.raises(ValueError, match="unknown update"):
+        labkit.replay(run)
+
+
+@pytest.mark.parametrize(
+    "update", ["fedbuff", "delayed-nesterov", {"name": "ringmaster", "limit": 1}, {"name": "sgwu", "quorum": 0.5, "grace": 0.01}]
+)
+def test_what_another_rule_throws_away_is_trained_on_again(update, train):
+    run = train(update="agwu", partition="udpa", local_steps=3)
+    other = labkit.replay(run, update=update)
+    merges, drops = other.events.query("kind == 'merge'"), other.events.query("kind == 'drop'")
+    assert other.state == "done" and merges.samples.sum() == run.config["budget"] == other.summary()["samples"]
+    assert len(other.events.query("kind == 'push'")) == len(merges) + len(drops) and (drops.staleness > 0).all()
+    assert bool(len(drops)) == isinstance(update, dict)
+
+
+def test_a_counterfactual_can_be_made_again(train):
+    run = train(problem(net_with_chance), update="agwu", passes=3)
+    first, second = (labkit.replay(run, update="sgwu", name=name) for name in "ab")
+    np.testing.assert_array_equal(first.flat(), second.flat())

@@ -1,0 +1,122 @@
+"""Networks cut along their channels: put together they are the mean of their pieces, and exactly the global architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import labkit
+from labkit.errors import ProblemError
+from labkit.models import MODELS
+from labkit.runs import checkpoints
+from labkit.subnets.channels import compose, pieces
+from labkit.subnets.problem import part_seed
+from labkit.training.local import fit
+
+pytestmark = pytest.mark.usefixtures("cache")
+SEED = 5
+
+
+def cut(name, shape, n, width=0.4):
+    """A network, and the pieces that it was cut into, with weights and BatchNorm statistics that no two of them share."""
+    torch.manual_seed(0)
+    whole, *nets = (MODELS[name](shape, 5, width=width, piece=piece) for piece in [(0, 1), *((i, n) for i in range(n))])
+    for net in nets:
+        for _ in range(3):
+            net(torch.randn(6, *shape) * 2 + 1)
+        for parameter in net.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return whole, nets
+
+
+def problem(model="lenet", **settings):
+    generator, y = np.random.default_rng(0), np.arange(120) % 3
+    x = generator.normal(size=(120, 1, 8, 12)).astype(np.float32)
+    x[np.arange(120), 0, y * 2] += 1
+    return labkit.Classifier(model, (x, y), **{"batch_size": 16, "lr": 0.05, "score_samples": 20} | settings)
+
+
+@pytest.fixture
+def train(tmp_path):
+    with labkit.connect("threads", 2) as lab:
+        place = {"runs": tmp_path, "name": "joined", "progress": False, "seed": SEED}
+        yield lambda a_problem, grid, **options: labkit.train_subnets(a_problem, lab, grid, **place | options)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 17, 19), (2, 9, 8, 11)])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_composed_network_says_the_mean_of_what_its_pieces_say(name, shape, n):
+    whole, nets = cut(name, shape, n)
+    compose(whole, nets)
+    x = torch.randn(7, *shape)
+    with torch.no_grad():
+        found, expected = whole.eval()(x), torch.stack([net.eval()(x) for net in nets]).mean(0)
+    assert found.abs().max() > 0.1
+    if n == 1:
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pieces_do_not_talk_until_the_composed_network_is_trained(name):
+    whole, nets = cut(name, (1, 12, 12), 3)
+    compose(whole, nets)
+    silent = [layer for layer in whole.modules() if isinstance(layer, torch.nn.Conv2d)][1].weight
+    owner = [torch.arange(channels) % 3 for channels in silent.shape[:2]]
+    between = owner[0][:, None] != owner[1][None]
+    assert not silent[between].any() and silent[~between].all()
+    torch.nn.functional.cross_entropy(whole(torch.randn(20, 1, 12, 12)), torch.arange(20) % 5).backward()
+    assert silent.grad[between].any()
+
+
+def test_the_rival_is_composed_of_its_pieces_and_trained_on(train, tmp_path):
+    a_problem = problem(model_args={"width": 0.3})
+    joined = train(a_problem, (1, 3), epochs=2, rivals=["global", "width"])
+    assert checkpoints.versions(tmp_path / "joined" / "pieces") == [0, 1, 2]
+    settings = {"epochs": 2, "patience": None}
+    indices = a_problem.train_indices(), a_problem.score_indices()
+    by_hand, nets = a_problem.build(SEED), []
+    for number, piece in enumerate(pieces(a_problem, 3)):
+        nets.append(piece.build(seed := part_seed(SEED, number)))
+        fit(piece, nets[-1], *indices, **settings, seed=seed)
+    compose(by_hand, nets)
+    fit(a_problem, by_hand, *indices, **settings, seed=SEED)
+    found = joined.rivals["width"].state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in by_hand.state_dict().items())
+    table = joined.table()
+    rows = table.loc[["global CNN", "width decomposition (Gu et al.)"]]
+    same = ["parameters", "multiply_adds"]
+    assert (rows[same].iloc[0] == rows[same].iloc[1]).all() and list(rows.epochs) == [2, 4]
+    assert rows.wall_s.iloc[1] > rows.seconds.iloc[1] > 0  # three pieces on two workers take longer than the longest of them
+    images = a_problem.dataset.raw(a_problem.test_indices(), "test")
+    again = labkit.load_subnets(tmp_path / "joined")
+    assert np.array_equal(joined.scores(images, "width"), again.scores(images, "width")) and again.table().equals(table)
+
+
+def test_a_piece_can_be_cut_again():
+    whole = problem(model_args={"width": 0.3})  # 10, 19 and 77 channels
+    half = pieces(whole, 2)[1]
+    thirds = [net.build(0) for net in pieces(half, 3)]
+    assert [net.conv1.out_channels for net in thirds] == [2, 2, 1] and half.build(0).conv1.out_channels == 5
+    compose(half.build(0), thirds)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            MODELS["lenet"],
+            "rival 'width' .* knows those of lenet, vgg3, vgg9, resnet20 alone, not those of your model lenet. Leave",
+        ),
+        ("labkit.models.cnn:lenet", "not those of your model 'labkit.models.cnn:lenet'"),
+        ("lenet", "lenet cannot be cut into 4 pieces along its channels: its layer conv1 has 3"),
+    ],
+)
+def test_what_cannot_be_cut_starts_nothing(model, message, train, tmp_path):
+    with pytest.raises(ProblemError, match=message):
+        train(problem(model, model_args={"width": 0.1}), (2, 2), rivals=["width"])
+    assert not list(Path(tmp_path).iterdir())

@@ -1,0 +1,578 @@
+"""The course of a run, without sockets, threads and clock: barriers, grants, budgets, losses and ends."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from labkit.errors import ClusterError
+from labkit.partition import IDPA, UDPA
+from labkit.training.server.coordinator import Coordinator
+from labkit.training.server.grants import share
+from labkit.training.server.membership import standing
+from labkit.updates import AGWU, SGWU, AllReduce, make_update, names
+
+WORKERS, SAMPLES, SIZE = [0, 1, 2], 17, 5
+
+
+class Course:
+    """A coordinator, what it sent, wrote and saved, and a time that only we move."""
+
+    def __init__(
+        self,
+        update,
+        partition=None,
+        *,
+        budget=2 * SAMPLES,
+        workers=WORKERS,
+        local_steps=None,
+        batch_size=2,
+        checkpoints=4,
+        state=None,
+        overlap=0,
+    ):
+        self.now, self.answers, self.rows, self.saved = 0.0, {w: [] for w in workers}, [], []
+        partition = partition or UDPA()
+        if state:
+            update.go_on(np.zeros(SIZE, np.float32), workers, 1, state["update"])
+            partition.load_state_dict(state["partition"])
+        else:
+            update.start(np.zeros(SIZE, np.float32), workers, 1)
+            partition.start(SAMPLES, workers, seed=3)
+        self.it = Coordinator(
+            update=update,
+            partition=partition,
+            workers=list(workers),
+            budget=budget,
+            batch_size=batch_size,
+            local_steps=local_steps,
+            checkpoints=checkpoints,
+            deliver=lambda worker, answer: self.answers[worker].append(answer),
+            record=lambda kind, **fields: self.rows.append({"kind": kind, **fields}),
+            save=lambda version, weights, state: self.saved.append((version, weights)),
+            clock=lambda: self.now,
+            state=state,
+            overlap=overlap,
+        )
+        self.members, self.indices = {}, {w: [] for w in workers}
+
+    def join(self, *workers, seconds=1.0):
+        for worker in workers:
+            self.answers[worker], self.indices[worker] = [], []  # a new incarnation begins with nothing
+            self.members[worker] = self.it.join(worker, f"about {worker}", seconds)
+        return self
+
+    def answer(self, worker):
+        """The one answer that has come for a worker, taken out; None if there is none."""
+        assert len(self.answers[worker]) <= 1
+        answer = self.answers[worker].pop() if self.answers[worker] else None
+        if answer and answer.header["op"] == "go":
+            assert len(answer.indices) == answer.header["indices"]
+            self.indices[worker] = self.indices[worker][: answer.header["keep"]] + answer.indices.tolist()
+            assert self.indices[worker] == self.it.partition.shard(worker).tolist()
+        return answer
+
+    def push(self, worker, answer, seconds=1.0, **changes):
+        weights = answer.weights + np.float32(1 if self.it.update.collective else 1 + worker)  # replicas are equal
+        header = {"samples": answer.header["samples"], "version": answer.header["version"], "loss": 1.0, "score": 0.5}
+        header |= {"compute_s": seconds, "score_s": 0.0, "wait_s": 0.0, "send_s": 0.0}
+        self.it.push(self.members[worker], header | changes, weights, weights.nbytes)
+
+    def of(self, kind, **fields):
+        return [row for row in self.rows if row["kind"] == kind and all(row[k] == v for k, v in fields.items())]
+
+    def finish(self, pending=None, speeds=None):
+        """Everybody works, the quickest first, until all are told to stop; returns the grants of each worker."""
+        working = dict(pending or {})
+        grants, ready = {w: [] for w in self.members}, {}
+        for _ in range(10_000):
+            for worker in list(self.it.members):
+                if worker not in working and (answer := self.answer(worker)):
+                    if answer.header["op"] == "stop":
+                        self.it.leave(self.members[worker])
+                    else:
+                        working[worker] = answer
+            for worker, answer in working.items():
+                if worker not in ready:
+                    seconds = answer.header["samples"] * (speeds or {}).get(worker, 1.0)
+                    ready[worker] = (self.now + seconds, worker, seconds)
+            if not working:
+                break
+            self.now, worker, seconds = min(ready.values())
+            del ready[worker]
+            answer = working.pop(worker)
+            grants[worker].append(answer.header["samples"])
+            self.push(worker, answer, seconds)
+        assert self.it.over and not self.it.members
+        return grants
+
+
+RULES = [SGWU, AGWU, AllReduce]
+OTHERS = [name for name in names() if name not in ("sgwu", "agwu", "allreduce")]
+OTHERS += [{"name": "sgwu", "quorum": 0.5}, {"name": "sgwu", "quorum": 0.6, "grace": 7.0}, {"name": "ringmaster", "limit": 1}]
+OTHERS += [{"name": "ssp", "bound": 0}, {"name": "fedbuff", "size": 7}]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("partition", [UDPA, IDPA])
+@pytest.mark.parametrize("local_steps", [None, 1, 3])
+@pytest.mark.parametrize("budget", [17, 34, 35, 50, 101])
+def test_every_sample_of_the_budget_is_granted_once(rule, partition, local_steps, budget):
+    rule, partition = rule(), partition(batches=2) if partition is IDPA else partition()
+    course = Course(rule, partition, budget=budget, local_steps=local_steps).join(*WORKERS)
+    grants = course.finish(speeds={0: 1, 1: 2, 2: 4})
+    total = sum(itertools.chain(*grants.values()))
+    assert total == sum(row["samples"] for row in course.of("merge")) == course.it.samples.done
+    assert total == budget if not rule.collective else budget - len(WORKERS) < total <= budget
+    assert all(n >= 2 for n in itertools.chain(*grants.values()))  # BatchNorm cannot train on one sample
+    assert (course.it.state, course.it.reason) == ("done", "")
+    shards = [course.indices[w] for w in WORKERS]
+    together = list(itertools.chain(*shards))
+    assert len(set(together)) == len(together) <= SAMPLES and set(together) <= set(range(SAMPLES))
+    versions = [row["version"] for row in course.of("merge")]
+    assert versions == sorted(versions) and set(versions) == set(range(1, versions[-1] + 1))
+    totals = [row["total"] for row in course.of("merge")]
+    assert totals == sorted(totals)
+
+
+def test_nobody_begins_before_everyone_is_there():
+    course = Course(AGWU()).join(0, 2)
+    assert not any(course.answers.values()) and not course.it.started and not course.of("start")
+    course.join(1)
+    assert course.it.started and len(course.of("start")) == 1
+    answers = [course.answer(w) for w in WORKERS]
+    assert [a.header["op"] for a in answers] == ["go"] * 3
+    assert sorted(itertools.chain(*course.indices.values())) == list(range(SAMPLES))
+    assert [a.header["samples"] for a in answers] == [len(course.indices[w]) for w in WORKERS]
+    assert all(a.header["grants"] == [b.header["samples"] for b in answers] for a in answers)
+    assert [row["kind"] for row in course.rows[:4]] == ["join", "join", "join", "start"]
+
+
+def test_a_barrier_holds_until_all_have_pushed_and_then_releases_all():
+    course = Course(SGWU()).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    course.push(0, work[0])
+    course.now = 2.0
+    course.push(2, work[2])
+    assert not any(course.answers.values()) and len(course.of("hold")) == 2 and not course.of("merge")
+    course.now = 5.0
+    course.push(1, work[1])
+    answers = [course.answer(w).header for w in WORKERS]
+    assert [a["wait_s"] for a in answers] == [5.0, 0.0, 3.0]
+    assert {a["version"] for a in answers} == {1} and len(course.of("merge")) == 3 and len(course.of("hold")) == 2
+    assert [row["total"] for row in course.of("merge")] == [SAMPLES] * 3
+
+
+def test_an_asynchronous_push_is_answered_at_once():
+    course = Course(AGWU(), budget=200).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    for number, worker in enumerate([2, 2, 0, 2, 1], 1):
+        course.push(worker, work[worker])
+        work[worker] = course.answer(worker)
+        assert work[worker].header["version"] == number and work[worker].header["wait_s"] == 0.0
+    assert not course.of("hold")
+    assert [row["staleness"] for row in course.of("merge")] == [0, 0, 2, 1, 4]
+
+
+@pytest.mark.parametrize("rule", [SGWU, AGWU])
+def test_who_leaves_gives_its_samples_to_the_others(rule):
+    course = Course(rule(), budget=60).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    mine = set(course.indices.pop(1))
+    course.it.leave(course.members[1], "killed")
+    assert course.of("leave")[0]["message"] == "killed"
+    work.pop(1)
+    course.indices[1] = []
+    course.finish(work)
+    assert (course.it.state, course.it.samples.done) == ("done", 60)
+    assert mine <= set(course.indices[0]) | set(course.indices[2])
+    assert sorted(course.indices[0] + course.indices[2]) == list(range(SAMPLES))
+
+
+def test_who_leaves_while_the_others_wait_for_it_releases_them():
+    course = Course(SGWU()).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    course.push(0, work[0])
+    course.push(2, work[2])
+    course.it.leave(course.members[1])
+    assert [course.answer(w).header["version"] for w in (0, 2)] == [1, 1]
+    assert [row["worker"] for row in course.of("merge")] == [0, 2]
+
+
+def test_a_push_that_is_never_merged_is_not_counted():
+    """Its worker is lost while it waits: the budget is made by the others."""
+    course = Course(SGWU(), budget=40).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    course.push(0, work.pop(0))
+    assert course.it.samples.done > 0
+    course.it.leave(course.members[0])
+    assert course.it.samples.done == 0
+    course.finish(work)
+    assert course.it.samples.done == sum(row["samples"] for row in course.of("merge")) == 40 and course.it.state == "done"
+    assert {row["worker"] for row in course.of("merge")} == {1, 2}
+
+
+def test_what_a_lost_worker_leaves_undone_at_the_end_is_done_by_the_others():
+    course = Course(AGWU(), budget=SAMPLES).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    course.push(0, work[0])
+    course.push(1, work[1])
+    assert not any(course.answers.values())  # nothing is left for them, but 2 may be lost
+    course.it.leave(course.members[2])
+    assert course.answers[0] or course.answers[1]
+    course.finish()
+    assert (course.it.state, course.it.samples.done) == ("done", SAMPLES)
+
+
+def test_all_are_told_to_stop_when_the_last_push_has_come():
+    course = Course(AGWU(), budget=SAMPLES).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    for worker in WORKERS:
+        assert not any(course.answers.values())
+        course.push(worker, work[worker])
+    assert [course.answer(w).header for w in WORKERS] == [{"op": "stop", "reason": "", "wait_s": 0.0}] * 3
+    assert course.it.state == "running" and not course.it.over
+    for worker in WORKERS:
+        course.it.leave(course.members[worker])
+    assert course.it.state == "done" and course.it.over
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_all_workers_lost(rule):
+    """The run waits for somebody to come, and goes on with whoever does."""
+    course = Course(rule(), IDPA(batches=2)).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    if not rule.collective:
+        course.push(2, work[2])
+    course.now = 7.0
+    for worker in WORKERS:
+        assert course.it.alone_since is None
+        course.it.leave(course.members[worker])
+    assert (course.it.state, course.it.over, course.it.alone_since) == ("running", False, 7.0)
+    course.join(1)
+    assert course.it.alone_since is None
+    course.join(5)
+    course.finish()
+    assert course.it.state == "done" and sum(row["samples"] for row in course.of("merge")) == course.it.samples.done
+
+
+def test_leaving_twice_and_leaving_of_an_earlier_incarnation_are_nothing():
+    course = Course(AGWU(), budget=100).join(*WORKERS)
+    first = course.members[1]
+    course.it.leave(first)
+    course.it.leave(first)
+    course.join(1)
+    course.it.leave(first)
+    assert len(course.of("leave")) == 1 and course.it.members[1].incarnation == 1
+    assert course.of("join", worker=1)[-1]["incarnation"] == 1
+
+
+def test_who_comes_back_gets_samples_at_once():
+    course = Course(AGWU(), IDPA(batches=2), budget=100).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    course.it.leave(course.members[1])
+    work.pop(1)
+    course.indices[1] = []
+    course.join(1)
+    back = course.answer(1)
+    assert back.header["op"] == "go" and len(back.indices) == back.header["samples"] > 0
+    work[1] = back
+    course.finish(work)
+    assert course.it.samples.done == 100
+
+
+def test_who_leaves_before_the_start_may_come_back_before_it():
+    course = Course(SGWU()).join(0, 1)
+    course.it.leave(course.members[0])
+    course.join(2, 0)
+    assert course.it.started and all(len(course.answers[w]) == 1 for w in WORKERS)
+    course.finish()
+    assert course.it.state == "done"
+
+
+def test_who_comes_again_replaces_its_earlier_incarnation_and_nobody_comes_after_the_end():
+    course = Course(AGWU()).join(0)
+    course.join(0)
+    assert course.it.members[0].incarnation == 1 and len(course.of("leave")) == 1
+    course.it.stop("stopped", "enough")
+    with pytest.raises(ClusterError, match="the run has ended"):
+        course.join(1)
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed"])
+def test_stop_dismisses_who_waits_and_not_who_works(state):
+    course = Course(SGWU()).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    course.now = 1.0
+    course.push(0, work[0])
+    course.now = 3.0
+    course.it.stop(state, "why")
+    busy = [member for member in course.it.members.values() if member.granted]
+    assert [member.index for member in busy] == [1, 2]
+    assert course.answer(0).header == {"op": "stop", "reason": "why", "wait_s": 2.0}
+    course.it.stop("failed", "later")
+    assert course.it.reason == "why" and course.rows[-1] == {
+        "kind": {"stopped": "stop", "failed": "error"}[state],
+        "message": "why",
+    }
+    course.push(1, work[1])
+    assert course.answer(1).header["op"] == "stop" and not course.of("merge")
+    for worker in WORKERS:
+        assert not course.it.over
+        course.it.leave(course.members[worker])
+    assert course.it.over and course.it.state == state
+    assert [row["message"] for row in course.of("error")] == (["why"] if state == "failed" else [])
+
+
+def test_stop_before_anybody_has_come_is_over_at_once():
+    course = Course(AGWU())
+    course.it.stop("stopped", "")
+    assert course.it.over
+
+
+def test_a_record_that_cannot_be_written_does_not_keep_the_word_from_who_waits():
+    course = Course(SGWU()).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    course.push(0, work[0])
+
+    def full(kind, **fields):
+        raise OSError(28, "No space left on device")
+
+    course.it.record = full
+    with pytest.raises(OSError, match="No space"):
+        course.it.stop("failed", "full")
+    assert course.answer(0).header["op"] == "stop" and course.it.state == "failed"
+
+
+def test_a_bad_push_fails_the_run():
+    course = Course(AGWU()).join(*WORKERS)
+    work = course.answer(1)
+    course.push(1, work, score=2.0)
+    assert course.it.state == "failed" and course.it.reason.startswith("worker 1 at version 0: push of worker 1")
+    assert course.answer(1).header["op"] == "stop" and course.it.samples.done == 0
+
+
+def test_versions_are_kept_evenly_over_the_run():
+    """Twice as often as asked for, so that a kill while one is being written costs one interval at most."""
+    course = Course(AGWU(), budget=20 * SAMPLES, checkpoints=5).join(*WORKERS)
+    course.finish()
+    course.it.keep()
+    versions = [version for version, _ in course.saved]
+    assert versions[0] == 0 and versions[-1] == course.it.update.version and 10 <= len(versions) <= 12
+    at = {row["version"]: row["total"] for row in course.of("merge")}
+    for due, version in zip(range(1, 11), versions[1:], strict=False):
+        assert 0 <= at[version] - due * 2 * SAMPLES < 2 * SAMPLES
+    course.it.keep()
+    assert [version for version, _ in course.saved] == versions  # not twice
+
+
+def test_faster_workers_are_given_more():
+    course = Course(SGWU(), IDPA(batches=4), budget=10 * SAMPLES).join(*WORKERS)
+    course.finish(speeds={0: 1.0, 1: 2.0, 2: 8.0})
+    held = [len(course.indices[w]) for w in WORKERS]
+    assert held[0] > held[1] > held[2] >= 1 and sum(held) == SAMPLES
+
+
+def test_the_status_counts_what_is_under_way():
+    course = Course(AGWU(), budget=100).join(*WORKERS)
+    answer = course.answer(0)
+    course.members[0].seen, course.members[0].loss = 3, 0.25
+    status = standing(course.it)
+    assert (status["samples"], status["version"], status["state"], status["started"]) == (3, 0, "running", True)
+    assert status["workers"][0] == {"loss": 0.25, "score": None, "passes": 0}
+    course.push(0, answer)
+    assert standing(course.it)["samples"] == answer.header["samples"] and standing(course.it)["workers"][0]["passes"] == 1
+
+
+def test_shares_are_exact_and_leave_nobody_with_one():
+    for total in range(30):
+        for shares in ([1, 1, 1], [100, 1, 0], [0, 0, 0], [5, 3, 9]):
+            parts = share(total, shares)
+            assert sum(parts) == total and min(parts) >= min(2, total // 3)
+
+
+def test_a_time_is_measured_once_and_declared_speeds_stand_until_the_first_pass():
+    """While worker 1 is at its first pass, worker 0 comes back again and again: that says nothing new about worker 1."""
+    course = Course(AGWU(), IDPA(batches=4, speeds=[1, 1], smoothing=2), budget=200, workers=[0, 1]).join(0, 1, seconds=9.0)
+    work = {w: course.answer(w) for w in (0, 1)}
+    for _ in range(3):
+        course.push(0, work[0], seconds=2.0 * work[0].header["samples"])
+        work[0] = course.answer(0)
+        assert course.it.partition.seconds == {0: 2.0, 1: 1.0}
+    for estimate, measured in [(4.0, 4.0), (6.0, 8.0)]:  # the first pass counts alone; the median of two is their mean
+        course.push(1, work[1], seconds=measured * work[1].header["samples"])
+        work[1] = course.answer(1)
+        course.push(0, work[0], seconds=2.0 * work[0].header["samples"])
+        work[0] = course.answer(0)
+        assert course.it.partition.seconds == {0: 2.0, 1: pytest.approx(estimate)}
+
+
+@pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=1)])
+@pytest.mark.parametrize("rule", RULES)
+def test_who_comes_when_all_samples_are_handed_out_gets_itsshare(rule, partition):
+    """The others give back what exceeds theirs at their next release; nothing is lost, nothing is held twice."""
+    course = Course(rule(), partition(), budget=400, workers=[0, 1]).join(0, 1)
+    course.join(7)
+    course.finish(speeds={0: 1, 1: 1, 7: 1})
+    shares = course.it.partition.held
+    assert sum(shares.values()) == SAMPLES and shares == {w: len(course.indices[w]) for w in (0, 1, 7)}
+    assert all(4 <= n <= 8 for n in shares.values()), shares
+    assert sorted(itertools.chain(*course.indices.values())) == list(range(SAMPLES))
+    assert course.of("merge", worker=7) and sum(row["samples"] for row in course.of("reclaim")) >= 4
+
+
+def test_a_latecomer_does_not_hold_up_a_round_that_is_under_way():
+    course = Course(SGWU(), budget=200, workers=[0, 1]).join(0, 1)
+    work = {w: course.answer(w) for w in (0, 1)}
+    course.join(2)
+    assert course.answer(2) is None
+    course.push(0, work[0])
+    course.push(1, work[1])
+    assert {w: course.answer(w).header["version"] for w in (0, 1, 2)} == {0: 1, 1: 1, 2: 1}
+
+
+def test_the_run_begins_without_those_who_are_lost_before_the_start():
+    course = Course(SGWU(), budget=100).join(0, 2)
+    assert not course.it.started
+    course.it.expect([0, 2])
+    assert course.it.started and sorted(course.it.partition.held) == [0, 2]
+    assert course.of("missing") == [{"kind": "missing", "worker": 1}] and course.of("join", worker=2)[0]["probe_s"] == 1.0
+    work = {w: course.answer(w) for w in (0, 2)}
+    course.join(1)  # it has come after all
+    course.finish(work)
+    assert course.it.state == "done" and course.of("merge", worker=1)
+
+
+def test_an_all_reduce_whose_group_breaks_begins_anew_from_the_latest_version():
+    course = Course(AllReduce(), budget=100).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    assert [work[w].header["group"] for w in WORKERS] == [1, 1, 1] and work[0].header["ranks"] == WORKERS
+    for worker in WORKERS:
+        course.push(worker, work[worker])
+    work = {w: course.answer(w) for w in WORKERS}
+    assert [work[w].header["group"] for w in WORKERS] == [1, 1, 1]  # nobody has changed: the group stays
+    course.it.regroup(course.members[0], "the connection was closed")
+    assert course.answer(0) is None
+    course.it.leave(course.members[1])
+    course.it.regroup(course.members[2], "the connection was closed")
+    work = {w: course.answer(w) for w in (0, 2)}
+    assert all(a.header["ranks"] == [0, 2] and a.header["group"] == 2 and a.header["version"] == 1 for a in work.values())
+    course.join(1)
+    for worker in (0, 2):
+        course.push(worker, work[worker])
+    assert {course.answer(w).header["group"] for w in WORKERS} == {3}
+
+
+def test_a_group_that_breaks_for_ever_ends_the_run():
+    course = Course(AllReduce(), budget=100).join(*WORKERS)
+    for _ in range(100):
+        if course.it.state != "running":
+            break
+        for worker in WORKERS:
+            assert course.answer(worker).header["op"] == "go"
+        for worker in WORKERS:
+            course.it.regroup(course.members[worker], "no luck")
+    assert course.it.state == "failed" and "broke 10 times in a row at version 0" in course.it.reason
+
+
+@pytest.mark.parametrize("workers", [[0], [0, 1, 2], [1, 2, 3], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=2)])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_run_that_goes_on_with_other_workers_gives_each_of_them_its_whole_shard(rule, partition, workers):
+    first = Course(rule(), partition(), budget=200).join(*WORKERS)
+    for _ in range(3):
+        work = {w: answer for w in WORKERS if (answer := first.answer(w))}
+        for worker, answer in work.items():
+            first.push(worker, answer, answer.header["samples"] * (1.0 + worker))
+    state = first.it.state_dict()
+    course = Course(rule(), partition(), budget=200, workers=workers, state=state).join(*workers, seconds=2.0)
+    course.finish(speeds=dict.fromkeys(workers, 1.0))  # at every answer: what the worker holds is what the partition says
+    assert sorted(itertools.chain(*course.indices.values())) == list(range(SAMPLES))
+    assert course.it.state == "done" and course.it.samples.done > 200 - len(workers)
+    numbers = [(row["worker"], row["pass"]) for row in [*first.of("push"), *course.of("push")]]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_a_newcomer_s_probe_counts_also_when_a_run_goes_on():
+    first = Course(AGWU(), IDPA(batches=1), budget=200, workers=[0, 1]).join(0, 1)
+    for worker in (0, 1):
+        first.push(worker, work := first.answer(worker), 1.0 * work.header["samples"])
+        first.answer(worker)
+    course = Course(AGWU(), IDPA(batches=1), budget=200, workers=[0, 1, 2], state=first.it.state_dict()).join(0, 1, 2, seconds=4.0)
+    assert course.it.partition.seconds[2] == 4.0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_who_comes_back_never_counts_a_pass_twice(rule):
+    """Worker 0 is far ahead when it is lost; its passes go on from there, so that each number is one pass in the record."""
+    course = Course(rule(), budget=300, workers=[0, 1]).join(0, 1)
+    work = {w: course.answer(w) for w in (0, 1)}
+    for _ in range(3):
+        course.push(0, work[0])
+        if rule is not AGWU:
+            course.push(1, work[1])
+            work[1] = course.answer(1)
+        work[0] = course.answer(0)
+    course.it.leave(course.members[0], "lost")
+    if rule is AllReduce:
+        course.it.regroup(course.members[1], "a rank is gone")
+        work[1] = course.answer(1)
+    course.join(0)
+    course.finish({1: work[1]})
+    numbers = [(row["worker"], row["pass"]) for row in course.of("push")]
+    assert len(set(numbers)) == len(numbers) and course.it.state == "done"
+
+
+@pytest.mark.parametrize(
+    ("rule", "seed"),
+    [*itertools.product(RULES, range(40)), *itertools.product(OTHERS, range(3))],
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
+)
+@pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=3)])
+def test_whoever_comes_and_goes_the_budget_is_met_and_no_sample_is_lost_or_doubled(rule, partition, seed):
+    """Random pushes, losses, returns, newcomers and broken groups; at every moment the shards and the pool are the data set."""
+    rule = rule() if isinstance(rule, type) else make_update(rule)
+    chance = np.random.default_rng(seed)
+    course = Course(rule, partition(), budget=300, local_steps=[None, 3][seed % 2]).join(*WORKERS)
+    working, faults = {}, 0
+    for _ in range(5000):
+        course.now += 1.0
+        course.it.tick()
+        here = sorted(course.it.members)
+        for worker in here:
+            if worker not in working and (answer := course.answer(worker)):
+                working[worker] = answer
+        if course.it.over:
+            break
+        dice = chance.random()
+        if faults < 25 and dice < 0.08 and here:
+            lost = int(chance.choice(here))
+            working.pop(lost, None)
+            course.it.leave(course.members[lost], "lost")
+            faults += 1
+        elif (faults < 25 and dice < 0.16) or not here:
+            if course.it.state == "running" and not course.it.finished:
+                newcomer = int(chance.integers(0, 6))  # also one that is here: it comes again
+                working.pop(newcomer, None)
+                course.join(newcomer, seconds=float(chance.uniform(0.5, 2)))
+                faults += 1
+        elif working:
+            worker = int(chance.choice(sorted(working)))
+            answer = working.pop(worker)
+            if answer.header["op"] == "stop":
+                course.it.leave(course.members[worker])
+            elif rule.collective and any(i not in course.it.members for i in answer.header["ranks"]):
+                course.it.regroup(course.members[worker], "a rank is gone")
+            else:
+                course.push(worker, answer, answer.header["samples"] * (1 + worker))
+        else:
+            assert len(course.it.members) < len(WORKERS) or faults == 25 or rule.collective, "everybody waits"
+        partition_now = course.it.partition
+        together = np.concatenate([partition_now.pool, *(partition_now.shard(w) for w in partition_now.workers)])
+        assert sorted(together.tolist()) == list(range(SAMPLES))
+    assert course.it.over and course.it.state == "done", standing(course.it)
+    left = 300 - course.it.samples.done
+    assert left == 0 if not rule.collective else left < 6
+    assert course.it.samples.done == sum(r["samples"] for r in course.of("merge"))

@@ -1,0 +1,583 @@
+"""The server, driven by clients made by hand: who is let in, what is merged, and that every way out is an end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import psutil
+import pytest
+
+from labkit.errors import WireError
+from labkit.partition import IDPA, UDPA
+from labkit.runs import checkpoints
+from labkit.runs import events as record
+from labkit.training import supervisor as session
+from labkit.training.server.server import Server, ServerSpec
+from labkit.training.wire import transport as wire
+from labkit.updates import AGWU, SGWU, AllReduce
+
+SECRET = b"x" * 32
+SIZE = 5
+
+
+def spec(path, update=None, workers=(0, 1), **options):
+    return ServerSpec(
+        **{
+            "path": str(path),
+            "secret": SECRET,
+            "update": update or AGWU(),
+            "partition": UDPA(),
+            "weights": np.zeros(SIZE, np.float32),
+            "n_buffers": 2,
+            "n_samples": 17,
+            "labels": None,
+            "workers": list(workers),
+            "budget": 34,
+            "local_steps": None,
+            "batch_size": 4,
+            "seed": 0,
+            "checkpoints": 4,
+            "patience": 10.0,
+            **options,
+        }
+    )
+
+
+class Client:
+    """A worker made by hand."""
+
+    def __init__(self, address, index, secret=SECRET, size=SIZE, **hello):
+        self.connection = wire.connect(address, secret, timeout=10)
+        self.index, self.weights, self.holds, self.n_indices = index, np.empty(size, np.float32), 0, 0
+        self.connection.send({"op": "join", "worker": index, "seconds_per_sample": 0.01, **hello})
+
+    def pull(self, holds=100):
+        """The next word that is not "hold"; None after so many holds."""
+        while True:
+            header, _ = self.connection.receive(self._place)
+            if header["op"] != "hold":
+                self.go = header
+                return header
+            self.connection.send({"op": "beat"})
+            self.holds += 1
+            if self.holds >= holds:
+                return None
+
+    def _place(self, header, n):
+        self.indices = np.empty(header["indices"], np.int64)
+        self.n_indices += len(self.indices)
+        return [memoryview(self.weights), memoryview(self.indices)]
+
+    def push(self, weights=None, **changes):
+        weights = self.weights + np.float32(1) if weights is None else weights
+        header = {"op": "push", "version": self.go["version"], "samples": self.go["samples"], "score": 0.5, "loss": 1.0}
+        header |= {"compute_s": 0.1, "score_s": 0.01, "wait_s": 0.0, "send_s": 0.0}
+        self.connection.send({**header, **changes}, memoryview(weights))
+
+    def train(self):
+        """Do as told until the end; returns the last word."""
+        while self.go["op"] == "go":
+            self.push()
+            self.pull()
+        self.leave()
+        return self.go
+
+    def leave(self):
+        self.connection.send({"op": "leave"})
+        self.connection.close()
+
+
+@contextmanager
+def serving(a_spec, change=lambda server: None):
+    """The server in a thread of this process; afterwards everything is closed, and it must have ended within seconds."""
+    server, result = Server(a_spec), {}
+    change(server)
+    thread = threading.Thread(target=lambda: result.update(server.serve()), daemon=True)
+    thread.start()
+    server.clients = []
+    try:
+        yield server, result, thread
+    finally:
+        for client in server.clients:
+            client.connection.close()
+        with server.lock:
+            server.stop("stopped", "the test is over")
+        thread.join(15)
+        assert not thread.is_alive(), "the server does not end"
+        assert record.read_json(server.recorder.path / "status.json") == result
+
+
+def join(server, *indices, **options):
+    clients = [Client(server.address, index, **options) for index in indices]
+    server.clients += clients
+    for client in clients:
+        client.pull()
+    return clients
+
+
+def ask(server, **request):
+    with wire.connect(server.address, SECRET, timeout=10) as connection:
+        connection.send({"op": "watch"})
+        connection.send({"op": "status", **request})
+        return connection.receive()[0]
+
+
+def until(condition, limit=10.0):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"not within {limit:g} s"
+        time.sleep(0.01)
+
+
+def events(server, kind):
+    table = record.read_events(server.recorder.path)
+    return table[table.kind == kind]
+
+
+@pytest.mark.parametrize("update", [SGWU, AGWU, AllReduce])
+def test_a_whole_run(update, tmp_path):
+    with serving(spec(tmp_path, update())) as (server, result, thread):
+        first, second = join(server, 0, 1)
+        assert sorted([first.n_indices, second.n_indices]) == [8, 9] and (first.weights == 0).all()
+        words = []
+        threads = [threading.Thread(target=lambda c=c: words.append(c.train())) for c in (first, second)]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
+        thread.join(10)
+        assert [word["op"] for word in words] == ["stop", "stop"] and not thread.is_alive()
+    assert (result["state"], result["samples"]) == ("done", 34)
+    assert events(server, "merge").samples.sum() == 34
+    versions = checkpoints.versions(tmp_path)
+    assert versions[0] == 0 and versions[-1] == result["version"]
+    assert events(server, "push").bytes.tolist() == [4 * SIZE] * len(events(server, "push"))
+
+
+def test_nobody_begins_before_everyone_is_there(tmp_path):
+    with serving(spec(tmp_path)) as (server, *_):
+        first = Client(server.address, 0)
+        server.clients.append(first)
+        assert first.pull(holds=2) is None  # held, and told so
+        assert not ask(server)["started"]
+        (second,) = join(server, 1)
+        assert first.pull()["op"] == second.go["op"] == "go"
+        assert first.go["wait_s"] == 0.0 and ask(server)["started"]
+
+
+def test_strangers_change_nothing(tmp_path, monkeypatch):
+    """A wrong secret, foreign bytes, a silent one, and members who claim too much: each is dropped, the run goes on."""
+    monkeypatch.setattr(wire, "HANDSHAKE_S", 0.3)
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        with pytest.raises(WireError, match="closed the connection"):
+            Client(server.address, 0, secret=b"y" * 32)
+        with socket.create_connection(server.address, timeout=5) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
+            assert drained(stranger)
+        with socket.create_connection(server.address, timeout=5) as silent:
+            assert drained(silent)
+        for prefix in (wire.PREFIX.pack(1 << 31, 0), wire.PREFIX.pack(10, 1 << 60), wire.PREFIX.pack(3, 0) + b"[1]"):
+            with wire.connect(server.address, SECRET, timeout=5) as member:
+                member.sock.sendall(prefix)
+                with pytest.raises(WireError):
+                    member.receive()
+        with wire.connect(server.address, SECRET, timeout=5) as member:
+            member.send({"op": "no such thing"})
+            with pytest.raises(WireError):
+                member.receive()
+        (worker,) = join(server, 0)
+        worker.train()
+        thread.join(10)
+    assert result["state"] == "done" and (events(server, "join").worker == 0).all()
+
+
+def drained(sock):
+    """Did the other side close within the time limit of the socket?"""
+    try:
+        while sock.recv(1000):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+def test_who_comes_again_replaces_its_earlier_self(tmp_path):
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        first, second = join(server, 0, 0)
+        assert second.go["op"] == "go" and second.n_indices == 17
+        with pytest.raises(WireError):  # its connection is closed
+            first.push()
+            first.pull()
+        assert second.train()["op"] == "stop"
+        thread.join(10)
+    assert result["state"] == "done" and result["samples"] == 34 == events(server, "merge").samples.sum()
+    assert events(server, "merge").incarnation.isna().all() and (events(server, "push").incarnation == 1).all()
+
+
+@pytest.mark.parametrize("update", [SGWU, AGWU])
+def test_a_push_that_is_overtaken_by_a_new_self_changes_nothing(update, tmp_path):
+    with serving(spec(tmp_path, update(), workers=(0,))) as (server, result, thread):
+        (first,) = join(server, 0)
+        link = server.connections[0]
+        before = link.received
+        with server.lock:  # its push has come and waits for its turn, when it comes again
+            first.push()
+            until(lambda: link.received > before + first.weights.nbytes)
+            time.sleep(0.05)  # and its thread stands at the lock
+            server.course.join(0)
+        (second,) = join(server, 0)
+        assert second.train()["op"] == "stop"
+        thread.join(10)
+    assert (result["state"], result["samples"], events(server, "merge").samples.sum()) == ("done", 34, 34)
+    assert set(events(server, "push").incarnation) == {2}
+
+
+def test_a_task_that_was_started_before_another_one_is_sent_away(tmp_path):
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        (second,) = join(server, 0, generation=1)
+        (first,) = join(server, 0, generation=0)
+        assert first.go == {"op": "stop", "reason": "worker 0 has been started again elsewhere.", "wait_s": 0.0}
+        assert second.train()["op"] == "stop"
+        thread.join(10)
+    assert result["state"] == "done"
+
+
+def test_a_worker_that_comes_late_is_told_that_the_run_has_ended(tmp_path):
+    with serving(spec(tmp_path)) as (server, *_):
+        (first,) = [Client(server.address, 0)]
+        server.clients.append(first)
+        until(lambda: len(ask(server)["workers"]) == 1)
+        assert ask(server, op="stop", reason="enough")["state"] == "stopped"
+        assert first.pull()["reason"] == "enough"
+        (late,) = join(server, 1)
+        assert late.go["op"] == "stop" and late.go["reason"] == "the run has ended."
+
+
+BAD_PUSHES = {
+    "NaN": ({"weights": np.array([0, 1, np.nan, 0, 0], np.float32)}, "hold NaN or infinity. Lower the learning rate"),
+    "infinite": ({"weights": np.array([0, 1, np.inf, 0, 0], np.float32)}, "hold NaN or infinity"),
+    "short": ({"weights": np.zeros(3, np.float32)}, "a push of 12 bytes, which are not the 5 weights of this model"),
+    "score": ({"score": 1.5}, r"its score is 1.5, but Q lies in \[0, 1\]"),
+    "score NaN": ({"score": float("nan")}, "its score is nan"),
+    "version": ({"version": 3}, "it was last given version 0"),
+    "samples": ({"samples": 10_000}, r"a push of 10000 samples, but [89] were granted"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PUSHES)
+def test_a_bad_push_fails_the_run_and_frees_the_others(what, tmp_path):
+    changes, words = BAD_PUSHES[what]
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
+        held, bad = join(server, 0, 1)
+        held.push()
+        until(lambda: len(events(server, "hold")) == 1)
+        bad.push(**changes)
+        assert bad.pull()["op"] == held.pull()["op"] == "stop"
+        assert held.go["wait_s"] >= 0 and f"worker {bad.index} at version" in held.go["reason"]
+        held.leave(), bad.leave()
+        thread.join(10)
+    assert result["state"] == "failed"
+    assert re.search(words, result["reason"]), result["reason"]
+    assert list(events(server, "error").message) == [result["reason"]] and len(events(server, "merge")) == 0
+    assert checkpoints.versions(tmp_path) == [0]
+
+
+def test_who_is_in_the_middle_of_a_pass_hears_of_the_end(tmp_path):
+    with serving(spec(tmp_path)) as (server, result, thread):
+        busy, bad = join(server, 0, 1)
+        assert not busy.connection.waiting()
+        bad.push(np.full(SIZE, np.nan, np.float32))
+        until(busy.connection.waiting)
+        busy.push()  # it had finished before it heard of it: no harm
+        assert busy.pull()["op"] == "stop"
+        busy.leave(), bad.pull(), bad.leave()
+        thread.join(10)
+    assert result["state"] == "failed" and result["samples"] == 0
+
+
+def test_an_exception_of_a_worker_is_the_reason(tmp_path):
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
+        held, raising = join(server, 0, 1)
+        held.push()
+        raising.connection.send({"op": "fail", "reason": "worker 1 failed: no luck"})
+        raising.connection.close()
+        assert held.pull()["reason"] == "worker 1 failed: no luck"
+        held.leave()
+        thread.join(10)
+    assert (result["state"], result["reason"]) == ("failed", "worker 1 failed: no luck")
+
+
+@pytest.mark.parametrize("pushed", [True, False])
+@pytest.mark.parametrize("update", [SGWU, AGWU])
+def test_a_worker_that_disappears_leaves_the_run_going(update, pushed, tmp_path):
+    """While it is held, or in the middle of a pass: its samples go to the other, and the budget is met all the same."""
+    with serving(spec(tmp_path, update())) as (server, result, thread):
+        gone, there = join(server, 0, 1)
+        if pushed:
+            gone.push()
+            until(lambda: len(events(server, "push")) == 1)
+        gone.connection.close()
+        until(lambda: len(events(server, "leave")) == 1)
+        there.train()
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 34)
+    assert events(server, "merge").samples.sum() == 34
+    assert there.n_indices == 17
+    assert "closed" in events(server, "leave").message.iloc[0] or "broke" in events(server, "leave").message.iloc[0]
+
+
+def test_the_last_pass_of_a_lost_worker_is_made_by_those_who_had_nothing_left_to_do(tmp_path):
+    with serving(spec(tmp_path, budget=17)) as (server, result, thread):
+        lost, idle = join(server, 0, 1)
+        idle.push()
+        assert idle.pull(holds=2) is None  # no samples are left, but the other one is under way
+        lost.connection.close()
+        assert idle.pull()["op"] == "go" and idle.go["samples"] == lost.go["samples"]
+        idle.train()
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 17)
+
+
+def test_who_is_lost_breaks_its_own_group_and_none_after_it(tmp_path):
+    """It dies while it scores: the others have pushed, and are in a new group when they hear of it."""
+    with serving(spec(tmp_path, AllReduce(), workers=(0, 1, 2), budget=170)) as (server, *_):
+        clients = [Client(server.address, index) for index in range(3)]
+        server.clients += clients
+        assert {client.pull()["group"] for client in clients} == {1}
+        for client in clients[:2]:
+            client.push()
+        until(lambda: len(events(server, "push")) == 2)
+        clients[2].connection.close()
+        for client in clients[:2]:
+            words = sorted([client.pull(), client.pull()], key=lambda word: word["op"])  # the second may overtake the weights
+            assert [word["op"] for word in words] == ["go", "regroup"] and words[0]["ranks"] == [0, 1]
+            assert words[1]["group"] < words[0]["group"]
+
+
+def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
+    """The others go on; when it is heard again, what it brings is refused and written down, and it may join anew."""
+    with serving(spec(tmp_path, SGWU(), silence=1.0)) as (server, result, thread):
+        frozen, there = join(server, 0, 1)
+        there.push()
+        there.pull()
+        assert there.go["op"] == "go" and there.go["wait_s"] > 0.3
+        frozen.push(samples=3)
+        assert frozen.pull() == {"op": "rejoin"}
+        frozen.connection.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01})
+        until(lambda: len(events(server, "join")) == 3)
+        there.push()
+        assert frozen.pull()["op"] == "go" and frozen.go["incarnation"] == 1 and there.pull()["op"] == "go"
+        threads = [threading.Thread(target=c.train) for c in (frozen, there)]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 34)
+    assert events(server, "leave").message.iloc[0] == "no sign of life for 1 s"
+    (refused,) = events(server, "refuse").itertuples()
+    assert (refused.worker, refused.incarnation, refused.samples) == (0, 0, 3)
+    assert refused.message == "a late push of 3 samples, from a worker that was taken to be gone"
+
+
+def test_who_is_silent_while_it_is_held_is_not_waited_for(tmp_path):
+    with serving(spec(tmp_path, SGWU(), silence=1.0)) as (server, result, thread):
+        frozen, there = join(server, 0, 1)
+        frozen.push()
+        for _ in range(15):
+            there.connection.send({"op": "beat", "samples": 1, "loss": 0.5})
+            time.sleep(0.1)
+        until(lambda: len(events(server, "leave")) == 1)
+        assert events(server, "leave").worker.iloc[0] == 0
+        there.train()
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 34) and (events(server, "merge").worker == 1).all()
+
+
+def test_a_link_that_is_dropped_on_request(tmp_path):
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        (worker,) = join(server, 0)
+        ask(server, op="drop", workers=[0, 5])
+        with pytest.raises(WireError):
+            worker.push()
+            worker.pull()
+        (again,) = join(server, 0)
+        again.train()
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 34)
+
+
+def test_a_member_who_does_not_speak_labkit_is_put_out_and_the_run_goes_on(tmp_path):
+    nonsense = [{"op": "push"}, {"op": "push", "samples": "x"}, {"op": "no such thing"}, {"op": "beat"}]
+    joins = [{"worker": "x"}, {"worker": -1}, {"worker": 10**30}, {"worker": None}, {"seconds_per_sample": "fast"}]
+    with serving(spec(tmp_path, workers=(0,), budget=170)) as (server, result, thread):
+        (worker,) = join(server, 0)
+        for changes in joins:
+            with wire.connect(server.address, SECRET, timeout=5) as member:
+                member.send({"op": "join", "worker": 0, "seconds_per_sample": 0.1, **changes})
+                with pytest.raises(WireError):
+                    member.receive()
+        for number, words in enumerate(nonsense, 1):
+            worker.connection.send(words)
+            until(lambda number=number: len(events(server, "leave")) == number)
+            (worker,) = join(server, 0)
+        worker.train()
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 170)
+
+
+def test_a_beat_is_a_sign_of_life_and_of_progress(tmp_path):
+    with serving(spec(tmp_path, workers=(0,), silence=0.6)) as (server, *_):
+        (worker,) = join(server, 0)
+        for samples in (3, 5, 9):
+            worker.connection.send({"op": "beat", "samples": samples, "loss": 0.7})
+            until(lambda samples=samples: ask(server)["samples"] == samples)
+            time.sleep(0.3)
+        assert ask(server)["workers"]["0"] == {"loss": 0.7, "score": None, "passes": 0}
+        worker.push()
+        assert worker.pull()["op"] == "go"
+
+
+def test_all_workers_lost_is_an_end(tmp_path):
+    with serving(spec(tmp_path, patience=0.3)) as (server, result, thread):
+        for client in join(server, 0, 1):
+            client.connection.close()
+        thread.join(10)
+    reason = "every worker was lost after 0 of 34 samples, and none came back within 0.3 s."
+    assert result["state"] == "failed" and result["reason"] == reason
+
+
+def test_the_run_begins_without_a_worker_that_does_not_come_and_takes_it_when_it_does(tmp_path):
+    with serving(spec(tmp_path, SGWU(), budget=170, patience=0.3)) as (server, result, thread):
+        (there,) = join(server, 0)
+        assert there.go["op"] == "go" and there.n_indices == 17
+        late = Client(server.address, 1)
+        server.clients.append(late)
+        until(lambda: len(events(server, "join")) == 2)
+        there.push()
+        assert there.pull()["op"] == late.pull()["op"] == "go" and there.go["keep"] < 17
+        threads = [threading.Thread(target=c.train) for c in (there, late)]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 170)
+
+
+def test_no_worker_comes(tmp_path):
+    with serving(spec(tmp_path, patience=0.3)) as (_, result, thread):
+        thread.join(10)
+    assert (result["state"], result["reason"]) == ("failed", "no worker joined within 0.3 s.")
+
+
+def test_a_worker_may_come_back(tmp_path):
+    """Before the start as well as in the middle of the run; it is then incarnation 1."""
+    with serving(spec(tmp_path, partition=IDPA(batches=2))) as (server, result, thread):
+        early = Client(server.address, 0)
+        early.pull(holds=1)
+        early.connection.close()
+        until(lambda: len(events(server, "leave")) == 1)
+        first, second = join(server, 0, 1)
+        second.connection.close()
+        until(lambda: len(events(server, "leave")) == 2)
+        (back,) = join(server, 1)
+        assert back.go["op"] == "go" and back.go["version"] == 0 and back.n_indices > 0
+        threads = [threading.Thread(target=c.train) for c in (first, back)]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 34)
+    assert list(events(server, "join").sort_values("worker").incarnation) == [0, 1, 0, 1]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("when", ["join", "held"])
+def test_a_full_disk_fails_the_run_and_frees_everyone(when, tmp_path):
+    def fill(server):
+        server.recorder._file.close()
+        server.recorder._file = open("/dev/full", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
+        if when == "join":
+            until(lambda: len(events(server, "checkpoint")) == 1)  # else the run might have failed before anybody came
+            fill(server)
+            (first,) = join(server, 0)
+        else:
+            first, second = join(server, 0, 1)
+            first.push()
+            until(lambda: len(events(server, "hold")) == 1)
+            fill(server)
+            second.push()
+            assert second.pull()["op"] == "stop"
+            second.leave()
+        assert first.go["op"] == "stop" or first.pull()["op"] == "stop"
+        first.leave() if when == "held" else first.connection.close()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert result["state"] == "failed" and "cannot be written: [Errno 28] No space left" in result["reason"]
+
+
+def test_a_version_that_cannot_be_saved_fails_the_run_even_if_it_is_the_last(tmp_path):
+    def fill(server):
+        save = server.recorder.checkpoint
+
+        def checkpoint(version, weights, state):
+            if version >= 2:
+                raise OSError(28, "No space left on device")
+            save(version, weights, state)
+
+        server.recorder.checkpoint = checkpoint
+
+    with serving(spec(tmp_path, workers=(0,)), fill) as (server, result, thread):
+        (worker,) = join(server, 0)
+        worker.train()
+        thread.join(10)
+    assert result["version"] == 2 and result["state"] == "failed" and "No space left" in result["reason"]
+
+
+def test_importing_the_server_stays_light():
+    heavy = "torch", "dask", "distributed", "pandas", "pyarrow", "sklearn", "bokeh"
+    code = f"import labkit.training.server.server, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
+    """10 MB of weights, two workers, asynchronous: the rule keeps a base for each."""
+    n = 2_500_000
+    big = spec(tmp_path, weights=np.zeros(n, np.float32), n_buffers=0, budget=17 * 4, patience=2.0)
+    process, address = session._start_server(big, tmp_path)
+    try:
+        clients = [Client(address, index, size=n) for index in (0, 1)]
+        peak = 0
+        for client in clients:
+            client.pull()
+        for _ in range(3):
+            for client in clients:
+                client.push()
+                client.pull()
+            peak = max(peak, psutil.Process(process.pid).memory_info().rss)
+        assert peak < 150e6
+        for client in clients:
+            client.connection.close()
+        assert process.wait(10) == 0
+        last = json.loads(session._end(process))
+    finally:
+        session._end(process)
+    assert last["state"] in ("done", "failed") and (tmp_path / "server.log").read_text() == ""
+    assert checkpoints.read_weights(tmp_path, last["version"], n)[0] == last["version"] or last["version"] > 0
+
+
+def test_a_server_whose_parent_is_gone_serves_to_the_end(tmp_path):
+    process, address = session._start_server(spec(tmp_path, workers=(0,)), tmp_path)
+    process.stdout.close()  # the parent reads no more
+    client = Client(address, 0)
+    client.pull()
+    client.train()
+    assert process.wait(10) == 0
+    assert record.read_json(tmp_path / "status.json")["state"] == "done"
+    assert (tmp_path / "server.log").read_text() == ""

@@ -1,0 +1,367 @@
+"""Going on with a run: from the newest whole checkpoint, in the same directory, with what was recorded; or clearly why not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+import labkit
+from labkit.cluster import connect as connecting
+from labkit.cluster.emulation import Unevenness
+from labkit.errors import ClusterError, LabError, PartitionError, RunError
+from labkit.partition import make_partition
+from labkit.runs import checkpoints
+from labkit.runs import events as record
+from labkit.runs import server_file as presence
+from labkit.runs.events import Recorder
+from labkit.training import resume as resuming
+from labkit.training import supervisor as session
+from tests.training.test_train import data, net
+
+pytestmark = pytest.mark.usefixtures("cache")
+DONE = 60
+
+
+def wide_net(shape, n_classes):
+    return net(shape, n_classes, width=20_000)
+
+
+def problem(model=net, n=231, **options):
+    return labkit.Classifier(model, data(n), **{"batch_size": 16, "score_samples": 20, **options})
+
+
+def cell():
+    """A model function as a notebook cell defines it."""
+    namespace = {"__name__": "__main__", "nn": nn}
+    exec("def my_net(shape, n_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(36, n_classes))", namespace)
+    return namespace["my_net"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(session, "POLL_S", 0.02)
+
+
+@pytest.fixture
+def lab():
+    with labkit.connect("threads", 2) as lab:
+        yield lab
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What would be started: the spec that the server would get."""
+    specs = []
+
+    def begin(path, lab, problem, spec, takes_newcomers):
+        specs.append((spec, problem))
+        return labkit.load_run(path, problem=problem)
+
+    monkeypatch.setattr(resuming, "begin", begin)
+    return specs
+
+
+def state(run, done, workers=(0, 1)):
+    partition = make_partition(run.config["partition"])
+    partition.start(run.config["n_train"], workers, seed=run.config["seed"])
+    partition.allocate(workers, dict.fromkeys(workers, 0.01))
+    numbers = {worker: 3 for worker in workers}
+    return {"done": done, "seconds": 1.5, "update": {"version": 3}, "partition": partition.state_dict(), "incarnations": numbers}
+
+
+@pytest.fixture
+def cut(lab, tmp_path):
+    """A run that was cut off: what train() has written, events and checkpoints, and no word on how it ended."""
+
+    def make(a_problem=None, versions=(0, 4, 9), **options):
+        a_problem = a_problem or problem()
+        run = labkit.train(a_problem, lab, runs=tmp_path / "runs", passes=4, name="cut", **options).stop()
+        for name in ("status.json", "events.jsonl", presence.FILE):
+            (run.path / name).unlink(missing_ok=True)
+        checkpoints.prune(run.path, ())
+        recorder, weights = Recorder(run.path), np.arange(run.layout.size, dtype=np.float32)
+        for version in versions:
+            recorder.checkpoint(version, weights + np.float32(version), state(run, 10 * version))
+        recorder.close()
+        return labkit.load_run(run.path)
+
+    return make
+
+
+def file(run, version):
+    return run.path / "checkpoints" / f"{version:08d}.npz"
+
+
+# -- what the server is told -------------------------------------------------------------------------------------------
+
+
+def test_the_server_is_told_all_that_it_was_told_at_first_and_where_to_go_on(cut, lab, begun, capsys):
+    run = cut(update=labkit.AGWU("raw"), partition=labkit.IDPA(3), seed=5, local_steps=2, checkpoints=7)
+    again = labkit.resume(run.path, lab)
+    [(spec, _)] = begun
+    assert again.path == run.path and (spec.path, spec.budget, spec.n_samples) == (str(run.path), run.config["budget"], 187)
+    assert (spec.seed, spec.local_steps, spec.checkpoints, spec.batch_size, spec.workers) == (5, 2, 7, 16, [0, 1])
+    assert spec.update.config() == run.config["update"] and spec.partition.config() == run.config["partition"]
+    assert (spec.weights == np.arange(run.layout.size) + 9).all() and spec.weights.flags.writeable
+    assert spec.state["done"] == 90 and spec.state["incarnations"] == {0: 3, 1: 3}
+    spec.partition.load_state_dict(spec.state["partition"])
+    assert sum(spec.partition.held.values()) == 187 // 3
+    assert "goes on from version 9, after 90 of 748 samples" in capsys.readouterr().out
+
+
+def test_what_said_that_the_run_had_ended_is_gone_and_the_settings_say_where_it_goes_on(cut, begun):
+    run = cut()
+    record.write_json(run.path / "status.json", {"state": "stopped", "reason": ""})
+    (run.path / "metrics.parquet").write_bytes(b"of then")
+    (run.path / ".ranks-12ab-1").write_bytes(b"of a kernel that was killed")
+    with labkit.connect("threads", 3) as other:
+        again = labkit.resume(run.path, other)
+    gone = ("status.json", "metrics.parquet", ".ranks-12ab-1", presence.FILE)
+    assert not any((run.path / name).exists() for name in gone)
+    assert (again.config["n_workers"], len(again.config["workers"]), begun[0][0].workers) == (3, 3, [0, 1, 2])
+    [note] = again.config["resumed"]
+    assert (note["version"], note["samples"], note["before"]["n_workers"]) == (9, 90, 2)
+    assert {**again.config, **note["before"], "resumed": 0} == {**run.config, "resumed": 0}
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_set_aside(cut, lab, begun, capsys):
+    run = cut()
+    file(run, 9).write_bytes(file(run, 9).read_bytes()[:-30])
+    labkit.resume(run.path, lab)
+    assert begun[0][0].state["done"] == 40
+    assert "Not used: " in (said := capsys.readouterr().out) and "00000009.npz is damaged" in said and "version 4" in said
+    assert checkpoints.versions(run.path) == [0, 4] and (run.path / "checkpoints" / "00000009.refused").exists()
+
+
+def test_without_a_lab_the_one_of_this_kernel_is_taken_or_one_as_before(cut, lab, begun):
+    run = cut()
+    labkit.resume(run.path)
+    assert connecting.current() is lab and begun[-1][0].workers == [0, 1]
+    lab.close()
+    labkit.resume(run.path)
+    with connecting.current() as made:
+        assert (made.kind, len(made), made.emulated) == ("threads", 2, False)
+    assert connecting.current() is None
+    workers = [{**worker, "slowdown": slow} for worker, slow in zip(run.config["workers"], (1.0, 3.0), strict=True)]
+    config = {**run.config, "workers": workers, "jitter": 0.1, "drift": 9.0, "stalls": [20.0, 1.0]}
+    record.write_json(run.path / "config.json", config)
+    labkit.resume(run.path)
+    with connecting.current() as made:
+        assert made.unevenness(1) == Unevenness(3.0, 0.1, 9.0, 1.0, (20.0, 1.0))
+
+
+def test_a_lab_that_was_elsewhere_must_be_given(cut, lab, begun):
+    run = cut()
+    config = {**run.config, "workers": [{**worker, "host": "node7"} for worker in run.config["workers"]]}
+    record.write_json(run.path / "config.json", config)
+    lab.close()
+    with pytest.raises(RunError, match=r"had a lab of kind 'threads' elsewhere.*labkit\.resume\(path, lab\)"):
+        labkit.resume(run.path)
+
+
+# -- why not -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(lab, begun):
+    """resume() raises, and nothing is started or changed in the directory."""
+
+    def check(run, match, error=RunError, **options):
+        before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+        with pytest.raises(error, match=match):
+            labkit.resume(run.path, options.pop("lab", lab), **options)
+        assert begun == [] and {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+    return check
+
+
+def test_a_run_that_goes_or_may_go_or_is_done_is_not_begun_again(cut, refused, monkeypatch):
+    run = cut()
+    presence.announce(run.path, ("127.0.0.1", 1), b"x")
+    refused(run, r"run cut still goes\. Use labkit\.load_run\(.*\)\.attach\(\)")
+    monkeypatch.setattr(resuming, "ENDING_S", 0.1)
+    record.write_json(run.path / "status.json", {"state": "failed", "reason": "its kernel gave it up"})
+    refused(run, "run cut still goes")  # its server does not know
+    (run.path / "status.json").unlink()
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    refused(run, r"run cut may still go on another machine\. Look there; delete .*server\.json")
+    monkeypatch.undo()
+    presence.withdraw(run.path)
+    record.write_json(run.path / "status.json", {"state": "done", "reason": ""})
+    refused(run, r"run cut is done: all of its 748 samples")
+
+
+def test_a_run_without_a_whole_checkpoint_or_without_state(cut, refused):
+    run = cut(versions=(0, 4))
+    for version in (0, 4):
+        file(run, version).write_bytes(b"")
+    refused(run, r"(?s)holds no whole checkpoint.*Train it again\..*00000004.*00000000")
+    checkpoints.write(run.path, 5, np.zeros(run.layout.size, np.float32))
+    refused(run, "holds weights alone: version 5 has no state to go on from")
+
+
+def test_another_run_s_checkpoint_is_not_taken(cut, refused, tmp_path):
+    run = cut(versions=(4,))
+    record.write_json(run.path / "config.json", {**run.config, "id": "of-another"})
+    refused(run, r"(?s)no whole checkpoint.*belongs to another run")
+
+
+def test_a_model_of_a_notebook_needs_its_problem(cut, refused, begun, lab):
+    a_problem = problem(cell())
+    run = cut(a_problem)
+    refused(run, r"'my_net' of run cut was written in a notebook.*labkit\.resume\(.*cut', problem=problem\)")
+    labkit.resume(run.path, lab, problem=a_problem)
+    assert begun[0][1] is a_problem
+
+
+def test_another_problem_is_not_the_one_of_the_run(cut, refused):
+    run = cut()
+    refused(
+        run, r"this problem is not the one of run cut: lr=0\.5 for 0\.05\. A changed problem is a new run", problem=problem(lr=0.5)
+    )
+    refused(run, "the data have 115 training samples, and run cut was begun with 187", problem=problem(n=150))
+    refused(run, "problem is a str", TypeError, problem="lenet")
+
+
+def test_an_edited_model_of_a_notebook_is_found_by_its_tensors(cut, refused):
+    run = cut(problem(cell()))
+    namespace = {"__name__": "__main__", "nn": nn}
+    exec("def my_net(shape, n_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(36, 3, bias=False))", namespace)
+    refused(run, "other tensors than run cut was begun with", problem=problem(namespace["my_net"]))
+
+
+def test_a_lab_that_cannot_is_refused(cut, refused, lab, monkeypatch):
+    run = cut()
+    with monkeypatch.context() as many:
+        many.setattr(resuming, "choose", lambda *_: list(range(200)))
+        refused(run, "187 samples cannot fill 200 shards. Use fewer workers", PartitionError)
+    lab.close()
+    refused(run, "this lab is closed", ClusterError, lab=lab)
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(RunError, match="there is no run at"):
+        labkit.resume(tmp_path / "nothing")
+
+
+# -- from end to end ---------------------------------------------------------------------------------------------------
+
+
+def assert_whole(run):
+    """Every version once, in order, and as many samples as the run was to be trained on."""
+    merges = record.effective(run.events).query("kind == 'merge'")
+    versions = merges.version.drop_duplicates().astype(int).tolist()
+    assert versions == list(range(1, len(versions) + 1)) and merges.samples.sum() == run.config["budget"]
+    assert list(run.events.seq) == list(range(len(run.events))) and run.events.seconds.dropna().is_monotonic_increasing
+    curve = run.curve()
+    assert curve.version.is_unique and curve.samples.is_monotonic_increasing and run.summary()["samples"] == run.config["budget"]
+
+
+def until(condition, limit):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"not within {limit:g} s"
+
+
+def until_version(run, version, limit=20.0):
+    end = time.monotonic() + limit
+    while run.status().get("version", 0) < version:
+        assert time.monotonic() < end and run.state == "running", f"no version {version} within {limit:g} s: {run.status()}"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("update", "partition"), [("agwu", "idpa"), ("sgwu", "udpa"), ("allreduce", "udpa")])
+def test_a_stopped_run_goes_on_and_is_whole(lab, tmp_path, update, partition):
+    run = labkit.train(problem(), lab, update=update, partition=partition, passes=40, runs=tmp_path, name="r")
+    until_version(run, 5)
+    run.stop()
+    before = run.summary()["samples"]
+    again = labkit.resume(run.path, lab).wait(60)
+    assert again.state == "done" and before < run.config["budget"]
+    assert_whole(again)
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+@pytest.mark.parametrize("update", ["agwu", "sgwu"])
+def test_a_run_whose_server_was_killed_goes_on_with_another_number_of_workers(lab, tmp_path, update, n_workers):
+    run = labkit.train(problem(), lab, update=update, partition="idpa", passes=40, runs=tmp_path, name="r", checkpoints=20)
+    until_version(run, 8)
+    run._session.server.kill()
+    with pytest.raises(LabError):
+        run.wait(60)
+    assert labkit.load_run(run.path).state == "failed"
+    with labkit.connect("threads", n_workers) as other:
+        again = labkit.resume(run.path, other).wait(60)
+    assert again.state == "done"
+    assert_whole(again)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_killed_at_random_moments_never_more_than_one_interval_is_lost(lab, tmp_path):
+    """20 kills of the server, half of them while it writes a checkpoint: the run goes on at most one interval behind. After every
+    fifth kill the newest file is only half there, as on a disk that lied: it is refused, and one interval more is lost."""
+    rng, n, torn, folder = np.random.default_rng(0), 40, 0, tmp_path / "r" / "checkpoints"
+    wide = problem(wide_net, lr=0.01)  # 3 MB: a write takes long enough to be hit
+    run = labkit.train(wide, lab, update="agwu", partition="idpa", passes=200, runs=tmp_path, name="r", checkpoints=n)
+    for kill in range(20):
+        until_version(run, int(run.status().get("version", 0)) + int(rng.integers(1, 20)))
+        if kill % 2:
+            until(lambda: any(folder.glob(".*")), 20)
+        assert run.state == "running", f"it ended before kill {kill}"
+        run._session.server.kill()
+        with pytest.raises(LabError):
+            run.wait(60)
+        cut = any(folder.glob(".*"))
+        torn += cut
+        versions, lied = checkpoints.versions(run.path), kill % 5 == 4
+        if lied:
+            os.truncate(file(run, versions[-1]), file(run, versions[-1]).stat().st_size // 2)
+        merges = run.events.query("kind == 'merge'")
+        reached, largest = merges.total.iloc[-1], merges.samples.max()
+        run = labkit.resume(run.path, lab)
+        resumed = run.config["resumed"][-1]
+        assert resumed["version"] == versions[-2 if lied else -1] and not any(folder.glob(".*"))
+        lost = reached - resumed["samples"]
+        assert lost <= (1 + lied) * (run.config["budget"] / n + 2 * largest), f"{lost} samples lost, {cut=}, {lied=}"
+    run.wait(100)
+    assert run.state == "done" and torn >= 5, f"{torn} writes were cut off"
+    assert_whole(run)
+
+
+NOTEBOOK = """
+import sys, test_resume, labkit
+with labkit.connect("threads", 2) as lab:
+    run = labkit.train(test_resume.problem(), lab, update="agwu", passes=4000, runs=sys.argv[1], name="r", checkpoints=2000)
+    print(run.path, flush=True)
+    run.wait(100)
+"""
+
+
+@pytest.mark.cluster
+def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(lab, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", NOTEBOOK, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    ) as notebook:
+        try:
+            path = Path(notebook.stdout.readline().strip())
+            run = labkit.load_run(path).attach()
+            until_version(run, 20)
+            with pytest.raises(RunError, match="run r still goes"):
+                labkit.resume(path, lab)
+        finally:
+            notebook.kill()
+    assert run.stop(20).state == "stopped"
+    done = run.summary()["samples"]
+    record.write_json(path / "config.json", {**run.config, "budget": done + 1000})  # not all of it here
+    again = labkit.resume(path, lab).wait(60)
+    assert again.state == "done"
+    assert_whole(again)

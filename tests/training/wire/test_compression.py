@@ -1,0 +1,362 @@
+"""Weights on the wire: what 16 bits keep, and what is done while they are under way; live, replayed and simulated."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import labkit
+from labkit import chaos
+from labkit.errors import LabError, UpdateError
+from labkit.partition import IDPA, UDPA
+from labkit.training import supervisor as session
+from labkit.training.server.grants import ahead_of
+from labkit.training.server.membership import standing
+from labkit.training.wire import compression as exchange
+from labkit.training.worker.buffers import Parcel
+from labkit.training.worker.replica import Replica
+from labkit.updates import AGWU, UPDATES, FedAsync, make_update
+from tests.simulation.test_exact import same
+from tests.training.server.test_coordinator import SAMPLES, WORKERS, Course
+from tests.training.test_train import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last
+
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+NUMBERS = np.concatenate(
+    [
+        np.random.default_rng(0).standard_normal(70_001).astype(np.float32) * scale
+        for scale in (1.0, 1e-3, 1e-6, 1e-9, 3e4, np.float32(1e-40))
+    ]
+    + [np.array([0.0, -0.0, 1.0, -1.0, 1 + 2**-8, 1 + 3 * 2**-9, 1 + 2**-11, 65504, 2**-24, 2**-25], np.float32)]
+).clip(-65504, 65504)
+
+
+# -- 16 bits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_halves_are_those_of_torch_bit_for_bit(kind):
+    wire = exchange.pack(NUMBERS, kind)
+    expected = torch.from_numpy(NUMBERS).to(HALVES[kind])
+    assert wire.nbytes == exchange.n_bytes(kind, len(NUMBERS)) == 2 * len(NUMBERS)
+    np.testing.assert_array_equal(wire, expected.view(torch.int16).numpy().view(np.uint16))
+    back = np.empty_like(NUMBERS)
+    exchange.unpack(wire, kind, back)
+    np.testing.assert_array_equal(back.view(np.uint32), expected.float().numpy().view(np.uint32))
+
+
+def test_float32_is_sent_as_it_is():
+    assert exchange.pack(NUMBERS, "float32") is NUMBERS and exchange.n_bytes("float32", 7) == 28
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_a_change_keeps_its_precision_however_small_it_is(kind):
+    """Rounded weights would lose it: it is a ten-thousandth of them."""
+    base = np.random.default_rng(1).uniform(1, 2, 5000).astype(np.float32)
+    change = (1e-4 * np.random.default_rng(2).standard_normal(5000)).astype(np.float32)
+    given, wire = exchange.pack(base, kind), exchange.place(kind, 5000)
+    began, got = np.empty_like(base), np.empty_like(base)
+    exchange.unpack(given, kind, began)
+    exchange.add_change(base, wire, kind, exchange.pack_change(began + change, given, kind, wire, 5000), got, 5000)
+    rounding = {"bfloat16": 2**-8, "float16": 2**-10}[kind]
+    assert (np.abs(got - base - change) <= rounding * np.abs(change) + 2e-7 * base).all()
+    exchange.add_change(base, wire, kind, exchange.pack_change(began, given, kind, wire, 5000), got, 5000)
+    np.testing.assert_array_equal(got, base), "nothing was trained: nothing moves, whatever the pull has rounded away"
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_a_variance_that_all_but_vanishes_stays_above_zero(kind):
+    """Sent as a change from its rounded old value it would end below zero, and the network in eval mode in NaN."""
+    base, now = np.array([0.5, 1.0039, 3.0], np.float32), np.array([0.5, 1e-7, 2.9], np.float32)
+    given, wire, got = exchange.pack(base, kind), exchange.place(kind, 3), np.empty(3, np.float32)
+    exchange.add_change(base, wire, kind, exchange.pack_change(now, given, kind, wire, 1), got, 1)
+    assert (got[1:] >= 0).all() and got[2] == pytest.approx(2.9, rel=2**-8) and got[0] == 0.5
+
+
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000])
+def test_what_is_no_number_stays_so(kind, bits):
+    bad = np.array([1.0, 0.0, 2.0], np.float32)
+    bad.view(np.uint32)[1] = bits
+    given, wire, got = exchange.pack(np.ones(3, np.float32), kind), exchange.place(kind, 3), np.empty(3, np.float32)
+    exchange.add_change(np.ones(3, np.float32), wire, kind, exchange.pack_change(bad, given, kind, wire, 3), got, 3)
+    assert not np.isfinite(got[1]) and np.isfinite(got[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1e-4, 1.0, 1e5, 1e30])
+def test_a_float16_change_is_scaled_whatever_its_size(size):
+    """Far below and far above what float16 can hold; those a million times smaller than the largest keep ten bits too."""
+    change = (size * np.random.default_rng(3).uniform(0.5, 1, 3000)).astype(np.float32)
+    change[::2] *= np.float32(1e-6)
+    zero, wire, got = np.zeros(3000, np.float32), exchange.place("float16", 3000), np.empty(3000, np.float32)
+    shift = exchange.pack_change(change, exchange.pack(zero, "float16"), "float16", wire, 3000)
+    exchange.add_change(zero, wire, "float16", shift, got, 3000)
+    if 1e-15 < size < 1e15:
+        np.testing.assert_allclose(got, change, rtol=2**-10)
+        assert 2.0**14 <= float(wire.view(np.float16).max()) < 2.0**15
+    else:  # beyond that nobody trains: it may be lost, and it may be refused, but it is nothing else
+        assert ((got == 0) | ~np.isfinite(got) | (np.abs(got / change - 1) < 2**-9)).all() and abs(shift) == exchange.SHIFTS
+
+
+def test_what_float16_cannot_hold_is_said_before_it_is_sent():
+    with pytest.raises(UpdateError, match=r"7e\+04 does not fit into float16 \(65504\). Use exchange='bfloat16'"):
+        exchange.pack(np.array([1.0, -70_000], np.float32), "float16")
+    assert exchange.pack(np.array([-70_000], np.float32), "bfloat16").size == 1
+
+
+# -- samples that are trained on ahead ---------------------------------------------------------------------------------
+
+
+class Ahead(Course):
+    """A course whose workers train on while their pushes are under way."""
+
+    def push(self, worker, answer, seconds=1.0, **changes):
+        header = answer.header
+        samples = header["carry"] + header["samples"] - header["ahead"]
+        assert 0 <= header["ahead"] <= header["samples"]
+        assert header["samples"] == 1 or 1 not in (header["samples"] - header["ahead"], header["ahead"])
+        self.pushed.append((worker, samples, header))
+        super().push(worker, answer, seconds, samples=samples, **changes)
+
+
+def ahead(rule, overlap=1, **options):
+    made = Ahead(make_update(rule), options.pop("partition", None), overlap=overlap, **options)
+    made.pushed = []
+    return made
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in UPDATES.items() if rule.ahead])
+@pytest.mark.parametrize("local_steps", [None, 1, 3])
+@pytest.mark.parametrize("budget", [17, 34, 35, 50, 101])
+def test_every_sample_of_the_budget_is_pushed_once(rule, local_steps, budget):
+    course = ahead(rule, budget=budget, local_steps=local_steps).join(*WORKERS)
+    course.finish(speeds={0: 1, 1: 2, 2: 4})
+    assert course.it.state == "done" and course.it.samples.done == course.it.samples.granted == budget
+    assert sum(samples for _, samples, _ in course.pushed) == budget == sum(row["samples"] for row in course.of("merge"))
+    assert rule == "ssp" or all(samples >= 2 for _, samples, _ in course.pushed)  # BatchNorm
+    for worker in WORKERS:  # what is left for the next push is carried into it
+        mine = [header for who, _, header in course.pushed if who == worker]
+        assert mine[0]["carry"] == 0 == mine[-1]["ahead"]
+        assert all(now["carry"] == before["ahead"] for before, now in itertools.pairwise(mine))
+
+
+def test_after_the_first_each_grant_is_a_local_pass_and_so_is_each_push():
+    course = ahead("agwu", budget=100 * SAMPLES, local_steps=3).join(*WORKERS)
+    first = course.answer(0)
+    course.push(0, first)
+    then = course.answer(0)
+    one_pass = then.header["samples"]
+    assert (first.header["samples"], first.header["ahead"], first.header["carry"]) == (one_pass + 2, 2, 0)
+    assert (then.header["ahead"], then.header["carry"]) == (2, 2) and one_pass == course.pushed[0][1] == 7  # of 18, with 6 of 17
+
+
+def test_who_has_not_measured_its_score_again_stands_with_the_latest():
+    course = ahead("fedasync", budget=100).join(*WORKERS)
+    course.push(0, course.answer(0), score=0.25)
+    course.push(0, course.answer(0), score=None)
+    assert standing(course.it)["workers"][0]["score"] == 0.25
+    assert [row["score"] for row in course.of("push")] == [0.25, None]
+
+
+def test_who_is_lost_loses_what_it_has_trained_on_ahead():
+    course = ahead("agwu", budget=60, local_steps=2).join(*WORKERS)
+    answers = {w: course.answer(w) for w in WORKERS}
+    course.push(1, answers.pop(1))
+    assert course.answer(1).header["carry"] == 2
+    course.it.leave(course.members.pop(1), "gone")
+    course.finish(pending=answers)
+    assert course.it.samples.done == 60 == sum(samples for _, samples, _ in course.pushed)
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize(
+    "rule", ["agwu", "fedbuff", "ringmaster", {"name": "ssp", "bound": 0}, {"name": "ssp", "bound": 1}], ids=str
+)
+def test_whoever_comes_and_goes_each_sample_of_the_budget_is_pushed_once(rule, seed):
+    chance = random.Random(seed)
+    partition = chance.choice([UDPA(), IDPA(batches=2)])
+    options = {"budget": chance.choice([17, 34, 50, 101]), "local_steps": chance.choice([None, 1, 2, 3])}
+    course, working, faults = ahead(rule, chance.choice([1, 3]), partition=partition, **options).join(*WORKERS), {}, 4
+    while not course.it.over:
+        for worker in list(course.it.members):
+            if worker not in working and (answer := course.answer(worker)):
+                working[worker] = answer
+        stopped = [worker for worker, answer in working.items() if answer.header["op"] == "stop"]
+        if faults and chance.random() < 0.1 and not course.it.finished:
+            faults, worker = faults - 1, chance.choice(WORKERS)
+            working.pop(worker, None)
+            if chance.random() < 0.5 and set(course.it.members) - {worker}:
+                if worker in course.it.members:
+                    course.it.leave(course.members[worker], "gone")
+            else:
+                course.join(worker)
+        elif stopped:
+            del working[stopped[0]]
+            course.it.leave(course.members[stopped[0]])
+        else:
+            worker = chance.choice(sorted(working))
+            course.push(worker, working.pop(worker))
+        owed = sum(member.granted for member in course.it.members.values())
+        assert course.it.samples.granted == course.it.samples.done + owed
+    assert course.it.state == "done" and course.it.samples.merged == course.it.samples.done == options["budget"]
+
+
+def test_no_single_sample_is_left_over():
+    for samples, most in itertools.product(range(40), range(20)):
+        part = ahead_of(samples, most)
+        assert 0 <= part <= min(samples, most)
+        if most != 1:
+            assert 1 not in (part, samples - part) or samples == 1
+
+
+def test_a_rule_that_waits_for_all_has_nothing_done_ahead():
+    course = ahead("localsgd", overlap=3, budget=50).join(*WORKERS)
+    course.finish()
+    assert all(header["ahead"] == header["carry"] == 0 for _, _, header in course.pushed)
+
+
+def test_steps_ahead_are_added_to_what_comes_and_belong_to_the_next_push():
+    """The change of the second push is that of the steps that were made since the first one."""
+    one = Replica(problem(net_with_statistics), 5, 1, 400)
+    one.begin(0)
+    one.hold(0, np.arange(60))
+    go = {"samples": 48, "ahead": 16, "done": 0, "pace": 1.0}
+    first = one.local_pass(go)
+    pushed = one.flat.clone()
+    one.ahead(go)
+    moved, n = one.flat - pushed, one.layout.n_params
+    assert first["samples"] == 32 and moved[:n].abs().max() > 0
+    news = torch.full_like(pushed, 0.5)
+    one.take_in(news, carry=16)
+    assert torch.equal(one.flat[:n], moved[:n] + 0.5) and torch.equal(one.flat[n:], news[n:])
+    last = one.local_pass({"samples": 0, "ahead": 0, "done": 48, "pace": 1.0})
+    assert last["samples"] == 16 and last["loss"] > 0 and last["compute_s"] > 0
+    one.take_in(news, carry=0)
+    assert torch.equal(one.flat, news)
+
+
+def test_in_the_plain_case_nothing_is_copied():
+    one = Replica(problem(), 5, 0, 400)
+    parcel = Parcel(one, "float32", apart=False)
+    assert np.shares_memory(np.frombuffer(parcel.place(), np.uint8), one.flat.numpy())
+    assert np.shares_memory(np.frombuffer(parcel.leaves(), np.uint8), one.flat.numpy())
+
+
+# -- live, again, and simulated ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lab():
+    with labkit.connect("threads", 3, slowdown=[1, 1, 3]) as lab:
+        yield lab
+
+
+@pytest.fixture
+def train(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "POLL_S", 0.02)
+    with stopped_at_last(runs=tmp_path) as begin:
+        yield lambda *args, **options: ended(begin(args[0] if args else problem(net_with_statistics, lr=0.02), lab, **options))
+
+
+ROUNDS = [
+    *(("agwu", "bfloat16", 0), ("sgwu", "float16", 0), ("agwu", "float32", 1), ("easgd", "bfloat16", 2)),
+    *(("fedbuff", "float16", 1), ("localsgd", "float32", 1), ("diloco", "bfloat16", 1)),
+    *(("ringmaster", "float32", 1), ("downpour", "bfloat16", 1)),
+]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("update", "kind", "overlap"), ROUNDS)
+def test_a_run_counts_every_sample_learns_and_can_be_replayed(update, kind, overlap, train):
+    run = train(update=update, exchange=kind, overlap=overlap, passes=8, local_steps=3, name="r", seed=5)
+    events, samples = run.events, 8 * len(run.problem().train_indices())
+    pushes, merges = (events[events.kind == what] for what in ("push", "merge"))
+    assert merges.samples.sum() == samples == run.status()["samples"] and chaos.audit(run) == []
+    assert set(pushes.bytes) == {exchange.n_bytes(kind, run.layout.size)}
+    assert (run.config["exchange"], run.config["overlap"]) == (kind, overlap)
+    curve = run.curve()
+    assert curve.score.iloc[-1] > curve.score.iloc[0] + 0.2
+    assert pushes.hidden_s.notna().all() == (overlap > 0)
+    if overlap:  # what is not asked for is measured while the push is under way, now and then
+        late = events[events.kind == "score"]
+        assert len(late) > 0 and pushes.score.isna().all() if update != "agwu" else pushes.score.notna().all()
+    assert same(run, labkit.replay(run))
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("update", ["agwu", "fedasync", "localsgd"])
+def test_a_simulation_with_real_numerics_exchanges_as_the_run_did(update, train):
+    """One worker's arrivals leave nothing to chance: the same weights, in 16 bits and with steps ahead."""
+    run = train(workers=[0], update=update, exchange="bfloat16", overlap=1, local_steps=3)
+    again = labkit.simulate(run, numerics=True)
+    np.testing.assert_array_equal(again.flat(), run.flat())
+    assert again.events.query("kind == 'push'").bytes.tolist() == run.events.query("kind == 'push'").bytes.tolist()
+
+
+@pytest.mark.usefixtures("cache")
+def test_half_the_bytes_cost_no_accuracy(train):
+    scores = {
+        kind: train(update="sgwu", exchange=kind, passes=8, local_steps=3, name=kind, seed=5).summary()["score"]
+        for kind in exchange.EXCHANGES
+    }
+    assert max(scores.values()) - min(scores.values()) < 0.06, scores
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_worker_that_is_lost_in_the_middle_of_an_exchange_holds_up_nobody(train, monkeypatch):
+    cut_off(monkeypatch, after=2)
+    run = train(problem(kind=Slow), update="agwu", exchange="bfloat16", overlap=1, passes=6, local_steps=2)
+    assert run.status()["samples"] == 6 * len(run.problem().train_indices()) and chaos.audit(run) == []
+    assert len(run.events.query("kind == 'leave' and worker == 1 and message != ''"))
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_weight_that_float16_cannot_hold_fails_the_run_by_name(train):
+    with pytest.raises(LabError, match=r"version 0: a weight or buffer of 1e\+05 does not fit into float16"):
+        train(problem(huge), exchange="float16", passes=1)
+
+
+def huge(shape, n_classes):
+    made = net_with_statistics(shape, n_classes)
+    made.register_buffer("steps", torch.tensor([1e5]))
+    return made
+
+
+@pytest.mark.usefixtures("cache")
+def test_what_cannot_be_is_refused_before_anything_starts(lab, tmp_path):
+    refused = {
+        r"exchange='bf16' is not known. Known: float32, bfloat16, float16. Did you mean 'bfloat16'": {"exchange": "bf16"},
+        r"overlap=-1 must be a whole number of batches": {"overlap": -1},
+        r"overlap=True must be": {"overlap": True},
+        r"with sgwu nothing can be done while a push is under way": {"overlap": 1, "update": "sgwu"},
+        r"allreduce exchanges gradients within every step": {"exchange": "bfloat16", "update": "allreduce"},
+    }
+    for words, options in refused.items():
+        with pytest.raises(ValueError, match=words):
+            labkit.train(problem(), lab, runs=tmp_path, **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rule_that_asks_for_the_score_must_get_it():
+    rule = AGWU()
+    rule.start(np.zeros(3, np.float32), [0])
+    with pytest.raises(UpdateError, match="its score is None"):
+        rule.push(labkit.updates.Push(0, 0, np.ones(3, np.float32), None, 5))
+
+
+@pytest.mark.usefixtures("cache")
+def test_whatever_goes_wrong_in_a_rule_fails_the_run_by_name(train):
+    """A user's rule that weighs by the score, and does not say that it asks for it."""
+
+    class Curious(FedAsync):
+        name = "curious"
+
+        def _merge(self, push):
+            self._publish(push.weights.copy(), [(push, push.score)])
+            return self._release([push.worker])
+
+    with pytest.raises(LabError, match=r"worker \d at version \d+: TypeError\(.*NoneType"):
+        train(update=Curious(), passes=20, local_steps=1)

@@ -1,0 +1,416 @@
+"""The wire: what is sent arrives, who does not belong here learns nothing, and every call ends."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from labkit.errors import WireError
+from labkit.training.wire import transport as wire
+
+SECRET = b"s" * 32
+
+
+@pytest.fixture
+def listener():
+    sock = wire.listen()
+    yield sock
+    wire.shut(sock)
+
+
+@pytest.fixture
+def pair(listener):
+    """The two ends of an authenticated connection (server's, client's)."""
+    made = connected(listener)
+    yield made
+    for connection in made:
+        connection.close()
+
+
+def connected(listener, secret=SECRET, max_body=10_000, timeout=5.0):
+    result = accepting(listener, max_body=max_body, timeout=timeout)
+    client = wire.connect(listener.getsockname()[:2], secret, timeout=timeout)
+    return result(), client
+
+
+def check(header):
+    if header["op"] == "refuse me":
+        raise WireError("no such word")
+
+
+def accepting(listener, max_body=10_000, timeout=5.0):
+    """Accept one peer in a thread; the returned function waits for the connection or raises its error."""
+    box = []
+
+    def run():
+        sock, _ = listener.accept()
+        try:
+            box.append(wire.accept(sock, SECRET, timeout=timeout, max_body=max_body, check=check))
+        except WireError as error:
+            box.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def result(limit=10):
+        thread.join(limit)
+        assert box, "accept does not end"
+        if isinstance(box[0], Exception):
+            raise box[0]
+        return box[0]
+
+    return result
+
+
+@pytest.mark.parametrize("n", [0, 1, 17, 2481])
+def test_what_is_sent_arrives(pair, n):
+    server, client = pair
+    weights, indices = np.arange(n, dtype=np.float32), np.arange(3, dtype=np.int64)
+    sent = client.send({"op": "x", "text": "ä\n", "loss": float("inf")}, weights, indices)
+    places = np.empty(n, np.float32), np.empty(3, np.int64)
+    header, size = server.receive(lambda header, size: [memoryview(place) for place in places])
+    assert header == {"op": "x", "text": "ä\n", "loss": float("inf")} and size == 4 * n + 24
+    np.testing.assert_array_equal(places[0], weights)
+    np.testing.assert_array_equal(places[1], indices)
+    assert client.sent == server.received == sent
+
+
+def test_several_messages_follow_each_other_in_both_directions(pair):
+    server, client = pair
+    for number in range(5):
+        client.send({"op": "count", "number": number})
+        server.send({"op": "back", "number": -number})
+    assert [server.receive()[0]["number"] for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert [client.receive()[0]["number"] for _ in range(5)] == [0, -1, -2, -3, -4]
+
+
+def test_messages_of_several_threads_do_not_mix(pair):
+    server, client = pair
+    body = np.ones(2000, np.float32)
+    threads = [threading.Thread(target=lambda i=i: client.send({"op": "x", "i": i}, body * i)) for i in range(8)]
+    [thread.start() for thread in threads]
+    seen, place = set(), np.empty(2000, np.float32)
+    for _ in threads:
+        header, _ = server.receive(lambda header, n: [memoryview(place)])
+        assert (place == header["i"]).all()
+        seen.add(header["i"])
+    [thread.join() for thread in threads]
+    assert seen == set(range(8))
+
+
+def test_waiting_says_whether_something_has_come(pair):
+    server, client = pair
+    assert not server.waiting()
+    client.send({"op": "x"})
+    end = time.monotonic() + 5
+    while not server.waiting():
+        assert time.monotonic() < end
+    server.receive()
+    assert not server.waiting()
+
+
+# -- who does not belong here ------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_secret_is_refused_on_both_sides(listener):
+    result = accepting(listener)
+    with pytest.raises(WireError, match="the other side closed the connection"):
+        wire.connect(listener.getsockname()[:2], b"t" * 32, timeout=5)
+    with pytest.raises(WireError, match="without the secret of this run was refused"):
+        result()
+
+
+def test_a_server_without_the_secret_is_refused(listener):
+    """Whoever took over the port must not get a word from us."""
+
+    def imposter():
+        sock, _ = listener.accept()
+        with sock:
+            sock.sendall(wire.MAGIC + b"n" * wire.NONCE)
+            sock.recv(1000)
+            sock.sendall(b"p" * 32)
+
+    thread = threading.Thread(target=imposter)
+    thread.start()
+    with pytest.raises(WireError, match="does not know the secret"):
+        wire.connect(listener.getsockname()[:2], SECRET, timeout=5)
+    thread.join()
+
+
+def test_the_secret_never_crosses_the_wire_and_proofs_do_not_repeat(listener):
+    proofs = set()
+    for _ in range(3):
+        result = accepting(listener)
+        with socket.create_connection(listener.getsockname()[:2], timeout=5) as sock:
+            hello = sock.recv(1000)
+            assert hello.startswith(wire.MAGIC) and len(hello) == len(wire.MAGIC) + wire.NONCE
+            nonce, theirs = b"m" * wire.NONCE, hello[len(wire.MAGIC) :]
+            sock.sendall(nonce + wire._proof(SECRET, b"client", theirs + nonce))
+            proofs.add(sock.recv(1000))
+        result().close()
+    assert len(proofs) == 3 and not any(SECRET in proof for proof in proofs)
+
+
+def test_an_echo_of_our_own_proof_is_no_proof(listener):
+    """Reflection: who sends back what it hears does not get in."""
+    result = accepting(listener)
+    with socket.create_connection(listener.getsockname()[:2], timeout=5) as sock:
+        nonce = sock.recv(1000)[len(wire.MAGIC) :]
+        sock.sendall(nonce + nonce)
+        with pytest.raises(WireError, match="refused"):
+            result()
+
+
+def test_whoever_speaks_something_else(listener):
+    def web_server():
+        sock, _ = listener.accept()
+        with sock:
+            sock.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+    thread = threading.Thread(target=web_server)
+    thread.start()
+    with pytest.raises(WireError, match="does not speak this version of labkit"):
+        wire.connect(listener.getsockname()[:2], SECRET, timeout=5)
+    thread.join()
+
+
+@pytest.mark.parametrize("drip", [False, True])
+def test_a_silent_stranger_and_a_dripping_one_are_dropped_in_time(listener, monkeypatch, drip):
+    monkeypatch.setattr(wire, "HANDSHAKE_S", 0.4)
+    begun, result, closed = time.monotonic(), accepting(listener), threading.Event()
+    with socket.create_connection(listener.getsockname()[:2], timeout=5) as sock:
+
+        def drop():
+            while drip and not closed.wait(0.05):
+                try:
+                    sock.send(b"x")
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=drop)
+        thread.start()
+        with pytest.raises(WireError, match="no word from the other side"):
+            result()
+        closed.set()
+        thread.join()
+    assert time.monotonic() - begun < 3
+
+
+def test_a_stranger_that_hangs_up(listener):
+    result = accepting(listener)
+    sock = socket.create_connection(listener.getsockname()[:2], timeout=5)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an orderly end
+    sock.close()
+    with pytest.raises(WireError):
+        result()
+
+
+def test_when_all_places_are_taken_the_oldest_stranger_makes_room(listener):
+    strangers, gone = wire.Strangers(places=3), []
+
+    def run(sock, number):
+        try:
+            wire.accept(sock, SECRET, timeout=5, max_body=100, strangers=strangers).close()
+        except WireError:
+            gone.append(number)
+
+    socks, threads = [], []
+    for number in range(5):
+        socks.append(socket.create_connection(listener.getsockname()[:2], timeout=5))
+        threads.append(threading.Thread(target=run, args=(listener.accept()[0], number)))
+        threads[-1].start()
+        assert len(socks[-1].recv(1000)) == len(wire.MAGIC) + wire.NONCE  # it stands there now
+    for thread in threads[:2]:
+        thread.join(5)
+    assert sorted(gone) == [0, 1]
+    threads.append(threading.Thread(target=lambda: run(listener.accept()[0], 5)))
+    threads[-1].start()
+    wire.connect(listener.getsockname()[:2], SECRET, timeout=5).close()  # a member comes in all the same
+    for sock in socks:
+        sock.close()
+    for thread in threads:
+        thread.join(5)
+    assert sorted(gone) == [0, 1, 2, 3, 4]
+
+
+def test_a_listener_goes_on_when_no_more_files_can_be_opened():
+    full = OSError(24, "Too many open files")
+    answers = [full, ("first", None), full, ("second", None), OSError(9, "Bad file descriptor")]
+
+    class Listener:
+        def accept(self):
+            answer = answers.pop(0)
+            if isinstance(answer, tuple):
+                return answer
+            raise answer
+
+        def fileno(self):
+            return 3 if answers else -1
+
+    assert list(wire.incoming(Listener())) == ["first", "second"]
+
+
+# -- members who send nonsense -----------------------------------------------------------------------------------------
+
+
+def packed(text, body=0):
+    return wire.PREFIX.pack(len(text), body) + text
+
+
+NONSENSE = {
+    "a long header": (wire.PREFIX.pack(wire.MAX_HEADER + 1, 0), r"a message of 1048577 \+ 0 bytes was refused"),
+    "a large body": (wire.PREFIX.pack(2, 10_001), r"2 \+ 10001 bytes was refused \(at most 1048576 \+ 10000\)"),
+    "a body of 2**64 - 1": (wire.PREFIX.pack(2, 2**64 - 1), "was refused"),
+    "no JSON": (packed(b"{]"), "damaged header"),
+    "no text": (packed(b"\xff\xfe"), "damaged header"),
+    "a list": (packed(b"[]"), "without an 'op'"),
+    "no op": (packed(b"{}"), "without an 'op'"),
+    "an op that is no word": (packed(b'{"op":["x"]}'), "without an 'op'"),
+    "brackets without end": (packed(b"[" * 200_000), "damaged header"),
+    "a number of 5,000 digits": (packed(b'{"op":"x","n":' + b"9" * 5000 + b"}"), "damaged header"),
+    "what the check refuses": (packed(b'{"op":"refuse me"}'), "no such word"),
+    "an end in the middle": (packed(b'{"op":"x"}', 8) + b"1234", "the other side closed the connection"),
+    "another size": (packed(b'{"op":"x"}', 4) + b"1234", "a body of 4 bytes came where 8 belong"),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_nonsense_is_refused(pair, what):
+    server, client = pair
+    text, words = NONSENSE[what]
+    client.sock.sendall(text)
+    client.sock.shutdown(socket.SHUT_WR)
+    with pytest.raises(WireError, match=words):
+        server.receive(lambda header, n: [memoryview(bytearray(8))])
+
+
+def test_a_body_that_nobody_waits_for_is_refused(pair):
+    server, client = pair
+    client.send({"op": "x"}, b"1234")
+    with pytest.raises(WireError, match=r"at most 1048576 \+ 0"):
+        server.receive()
+
+
+def test_sizes_are_checked_before_memory_is_taken(pair):
+    server, client = pair
+    client.sock.sendall(wire.PREFIX.pack(2, 1 << 50) + b"{}")
+    with pytest.raises(WireError, match="was refused"):
+        server.receive(lambda header, n: pytest.fail("asked for a place"))
+
+
+def test_a_header_that_is_too_long_is_not_sent(pair):
+    server, client = pair
+    with pytest.raises(WireError, match="too long"):
+        client.send({"op": "x" * wire.MAX_HEADER})
+    client.send({"op": "still fine"})
+    assert server.receive()[0] == {"op": "still fine"}
+
+
+# -- every call ends ---------------------------------------------------------------------------------------------------
+
+
+def test_silence_has_a_limit(listener):
+    server, client = connected(listener, timeout=0.2)
+    with server, client, pytest.raises(WireError, match=r"no word from the other side for 0\.2 s"):
+        server.receive()
+
+
+LARGE = 2 * wire.LUMP + 17
+
+
+def test_a_large_body_and_what_follows_it(listener):
+    """Its receiver wakes up for large lumps, and for a small message again afterwards."""
+    server, client = connected(listener, max_body=LARGE)
+    body, place = np.random.default_rng(0).bytes(LARGE), bytearray(LARGE)
+    with server, client:
+        for _ in range(2):
+            sender = threading.Thread(target=client.send, args=({"op": "x"}, body))
+            sender.start()
+            assert server.receive(lambda header, n: [memoryview(place)]) == ({"op": "x"}, LARGE) and place == body
+            sender.join()
+            assert not server.waiting()
+            client.send({"op": "small"})
+            assert server.waiting(5) and server.receive()[0] == {"op": "small"}
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_silence_in_the_middle_of_a_large_body_has_a_limit(listener, n):
+    server, client = connected(listener, max_body=LARGE, timeout=0.3)
+    with server, client:
+        client.sock.sendall(packed(b'{"op":"x"}', LARGE) + bytes(n * wire.LUMP // 2))
+        begun = time.monotonic()
+        with pytest.raises(WireError, match=r"no word from the other side for 0\.3 s"):
+            server.receive(lambda header, size: [memoryview(bytearray(size))])
+    assert time.monotonic() - begun < 3
+
+
+def test_a_link_may_be_slow(listener):
+    """It brings a little each time, and never so much at once that a receiver of a large body would wake up for it."""
+    server, client = connected(listener, max_body=LARGE, timeout=0.5)
+    received, failed = [], []
+
+    def receive():
+        try:
+            received.append(server.receive(lambda header, size: [memoryview(bytearray(size))]))
+        except WireError as error:
+            failed.append(error)
+
+    with server, client:
+        receiver = threading.Thread(target=receive)
+        receiver.start()
+        client.sock.sendall(packed(b'{"op":"x"}', LARGE))
+        for _ in range(20):
+            client.sock.sendall(bytes(100))
+            time.sleep(0.1)
+        client.sock.sendall(bytes(LARGE - 2000))
+        receiver.join(10)
+    assert received == [({"op": "x"}, LARGE)] and not failed
+
+
+def test_a_peer_that_reads_nothing_has_a_limit(listener):
+    server, client = connected(listener, timeout=0.3)
+    with server, client, pytest.raises(WireError, match="the connection broke while 60000000 bytes were sent"):
+        client.send({"op": "x"}, memoryview(bytearray(60_000_000)))
+
+
+def test_a_closed_connection(pair):
+    server, client = pair
+    client.close()
+    client.close()
+    with pytest.raises(WireError, match="the other side closed the connection"):
+        server.receive()
+    with pytest.raises(WireError, match="the connection was closed here"):
+        client.receive()
+    with pytest.raises(WireError, match="the connection was closed here"):
+        client.send({"op": "x"})
+    assert client.sock.fileno() == -1
+
+
+def test_nobody_listens(listener):
+    address = listener.getsockname()[:2]
+    wire.shut(listener)
+    with pytest.raises(WireError, match=r"no server answers at 127\.0\.0\.1:\d+ .* Has the run ended\?"):
+        wire.connect(address, SECRET)
+
+
+def test_shut_wakes_who_accepts(listener):
+    woken = threading.Event()
+
+    def run():
+        try:
+            listener.accept()
+        except OSError:
+            woken.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    time.sleep(0.1)  # it should be inside accept by then; the outcome is the same if it is not
+    wire.shut(listener)
+    thread.join(5)
+    assert woken.is_set()
+    wire.shut(listener)

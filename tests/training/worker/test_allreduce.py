@@ -1,0 +1,215 @@
+"""The all-reduce group: equal numbers of steps, gradients counted by samples, and an end that the others hear of."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from labkit.training.worker import allreduce as collective
+from labkit.training.worker.allreduce import Broken, Group, backend, steps
+from labkit.training.worker.sampler import batches
+
+GRANTS = [[17], [16, 16], [17, 16], [5, 50], [2, 40], [1, 30], [3, 3, 3], [100, 7, 31], [64, 64, 65], [1, 1], [187]]
+
+
+@pytest.mark.parametrize("grants", GRANTS)
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 16, 64])
+def test_steps_are_as_many_everywhere_and_cover_every_sample(grants, batch_size):
+    plans = [steps(grants, rank, batch_size) for rank in range(len(grants))]
+    sizes, weights = np.array([plan[0] for plan in plans]), np.array([plan[1] for plan in plans])
+    assert sizes.shape == weights.shape == (len(grants), len(plans[0][0]))
+    assert sizes.sum(axis=1).tolist() == grants
+    np.testing.assert_allclose(weights.sum(axis=0), 1)
+    np.testing.assert_allclose(weights, sizes / sizes.sum(axis=0))
+    assert sizes.min() >= min(2, batch_size, *grants)  # BatchNorm cannot train on one sample
+    share = np.array(grants) / sum(grants)
+    assert (np.abs(sizes - share[:, None] * sizes.sum(axis=0)) < 2).all()  # in proportion to the shards
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 33, 187])
+def test_one_rank_takes_the_batches_of_plain_training(n):
+    assert steps([n], 0, 16)[0] == [len(part) for part in batches(np.arange(n), 16)]
+
+
+def test_the_number_of_steps_is_that_of_the_joint_batch():
+    assert steps([64, 64], 0, 16) == ([16] * 4, [0.5] * 4)
+    sizes = [steps([96, 32], rank, 16)[0] for rank in (0, 1)]
+    assert sizes == [[24] * 4, [8] * 4]
+
+
+# -- groups between threads --------------------------------------------------------------------------------------------
+
+
+def ranks(n, work, folder, limit=30):
+    """Run `work(group, rank)` in n threads, each with its own membership; returns results and errors by rank."""
+    results, errors = [None] * n, [None] * n
+
+    def run(rank):
+        spec = SimpleNamespace(index=rank, collective=str(folder), one_process=True, device="cpu")
+        group = Group(spec, list(range(n)), 1, SimpleNamespace(told=None))
+        try:
+            results[rank] = work(group, rank)
+        except Exception as error:
+            errors[rank] = str(error)
+        finally:
+            group.close()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(n)]
+    [thread.start() for thread in threads]
+    end = time.monotonic() + limit
+    [thread.join(max(0.0, end - time.monotonic())) for thread in threads]
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+    return results, errors
+
+
+def network():
+    made = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in made.parameters():  # the ranks are threads: no seed of torch's generator would hold
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).sin().view(parameter.shape))
+    return made
+
+
+def loop(module, parts, x, y, begin=lambda step: None):
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for step, part in enumerate(parts):
+        begin(step)
+        optimiser.zero_grad(set_to_none=True)
+        F.cross_entropy(module(x[part]), y[part]).backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("grants", [[20, 20], [31, 9], [40, 2, 11]])
+def test_unequal_batches_give_the_gradient_of_the_joint_batch(grants, tmp_path):
+    generator = np.random.default_rng(0)
+    x = torch.from_numpy(generator.normal(size=(sum(grants), 5)).astype(np.float32))
+    y = torch.from_numpy(generator.integers(0, 3, sum(grants)))
+    shards = np.split(generator.permutation(sum(grants)), np.cumsum(grants)[:-1])
+    plans = [steps(grants, rank, 4) for rank in range(len(grants))]
+    parts = [np.split(shard, np.cumsum(plan[0])[:-1]) for shard, plan in zip(shards, plans, strict=True)]
+
+    def work(group, rank):
+        module = network()
+        loop(group.wrap(module), parts[rank], x, y, lambda step: group.begin(plans[rank][1][step]))
+        assert group.waited >= 0
+        return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+    results, errors = ranks(len(grants), work, tmp_path)
+    assert not any(errors), errors
+    joint = network()
+    loop(joint, [np.concatenate(step) for step in zip(*parts, strict=True)], x, y)
+    expected = nn.utils.parameters_to_vector(joint.parameters()).detach()
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_waiting_for_a_slow_rank_is_measured(slow, tmp_path):
+    """All of it, also with running statistics in the module: what is left is the rank's own speed."""
+    x, y, waits = torch.randn(8, 5), torch.arange(8) % 3, {}
+
+    def work(group, rank):
+        module = group.wrap(nn.Sequential(nn.BatchNorm1d(5), network()))
+        for _ in range(4):  # DDP meets once more at the beginning of its second step
+            if rank == slow:
+                time.sleep(0.2)
+            group.begin(0.5)
+            F.cross_entropy(module(x), y).backward()
+            waits[rank] = group.waited
+
+    _, errors = ranks(2, work, tmp_path)
+    assert not any(errors) and waits[1 - slow] > 0.15 and waits[slow] < 0.1
+
+
+def test_nccl_needs_a_card_for_each_rank():
+    assert backend([("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0")]) == "nccl"
+    assert backend([("a", "cuda:0"), ("a", "cuda:1"), ("a", "cuda:0")]) == "gloo"  # a newcomer shares a card
+    assert backend([("a", "cuda:0"), ("b", "cpu")]) == backend([("a", "cpu"), ("b", "cpu")]) == "gloo"
+
+
+def test_when_a_rank_is_gone_the_others_hear_of_it_and_nothing_is_left(tmp_path):
+    """Many times: the end of a group must neither hang nor bring the process down, whichever thread is the last to know it."""
+    x, y, counts = torch.randn(8, 5), torch.arange(8) % 3, []
+
+    def work(group, rank):
+        module = group.wrap(network())
+        for step in range(1000):
+            if rank == 1 and step == 3:
+                raise ValueError("gone")
+            group.begin(0.5)
+            F.cross_entropy(module(x), y).backward()
+
+    for number in range(10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        begun = time.monotonic()
+        _, errors = ranks(2, work, folder)
+        assert errors[1] == "gone" and errors[0] and time.monotonic() - begun < 10
+        counts.append(psutil.Process().num_threads())
+    assert counts[-1] <= counts[1] + 1, "threads of the groups pile up"
+
+
+@pytest.mark.parametrize("told", ["before the step", "in the step"])
+def test_who_is_told_that_a_frozen_rank_is_gone_leaves_at_once(told, tmp_path):
+    x, y, left, took = torch.randn(8, 5), torch.arange(8) % 3, threading.Event(), []
+
+    def work(group, rank):
+        module = group.wrap(network())
+        for step in range(4):
+            if step == 3 and rank == 1:  # frozen: it neither takes part nor closes the group
+                assert left.wait(20)
+                return
+            if step == 3:
+                begun = time.monotonic()
+                threading.Timer(0.0 if told == "before the step" else 0.5, group._abort).start()
+                time.sleep(0.2 if told == "before the step" else 0.0)
+            try:
+                with group.exchanging():
+                    group.begin(0.5)
+                    F.cross_entropy(module(x), y).backward()
+            except Broken:
+                module = None
+                group.close()
+                took.append(time.monotonic() - begun)
+                left.set()
+                raise
+
+    _, errors = ranks(2, work, tmp_path)
+    assert errors == ["the server says that a worker is gone", None] and took[0] < 5
+
+
+RANK = """
+import sys, types
+from labkit.training.worker.allreduce import Group
+spec = types.SimpleNamespace(index=1, collective=sys.argv[1], one_process=False, device="cpu")
+group = Group(spec, [0, 1], 2, types.SimpleNamespace(told=None))
+group.close()
+"""
+
+
+def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tmp_path, monkeypatch):
+    folder = str(tmp_path / "ranks")
+    spec = SimpleNamespace(index=0, collective=folder, one_process=False, device="cpu")
+    with monkeypatch.context() as short:
+        short.setattr(collective, "TIMEOUT", datetime.timedelta(seconds=1))
+        dist.FileStore(f"{folder}-1-here", 2).set("1", f"{socket.gethostname()} cpu")  # and then it is gone
+        with pytest.raises(Broken, match="could not be formed"):
+            Group(spec, [0, 1], 1, SimpleNamespace(told=None))
+    other = subprocess.Popen([sys.executable, "-c", RANK, folder])
+    begun = time.monotonic()
+    Group(spec, [0, 1], 2, SimpleNamespace(told=None)).close()
+    assert other.wait(30) == 0 and time.monotonic() - begun < 30

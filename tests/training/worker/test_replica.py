@@ -1,0 +1,65 @@
+"""What a worker does between pull and push, without a worker: the same in every process, and nothing left over for the next one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from labkit.problems.problem import Clock
+from labkit.training.worker.replica import Replica
+from tests.training.test_train import net_with_statistics, problem
+
+pytestmark = pytest.mark.usefixtures("cache")
+GO = {"samples": 40, "done": 0, "pace": 2.0}
+
+
+def net_with_chance(shape, n_classes):
+    return nn.Sequential(*net_with_statistics(shape, n_classes), nn.Dropout(0.5))
+
+
+def replica(incarnation=0, worker=1, kind=net_with_chance, **options):
+    made = Replica(problem(kind, schedule="cosine"), 5, worker, 400, **options)
+    made.begin(incarnation)
+    made.hold(0, np.arange(60))
+    return made
+
+
+def test_passes_depend_on_seed_worker_and_incarnation_alone():
+    def made(*who):
+        one = replica(*who)
+        found = [one.local_pass(GO)["loss"], one.local_pass({**GO, "done": 80})["loss"], one.score()]
+        return found, one.flat.clone()
+
+    found, weights = made(0, 1)
+    again, same = made(0, 1)
+    assert found == again and torch.equal(weights, same)
+    for other in ((1, 1), (0, 2)):
+        assert made(*other)[0] != found
+
+
+def test_a_pass_is_told_step_by_step_and_can_be_halted():
+    one, told = replica(), []
+    done = one.local_pass(GO, progress=lambda samples, loss: told.append((samples, float(loss))))
+    assert [samples for samples, _ in told] == [16, 32, 40] and done["samples"] == 40
+    assert done["loss"] == pytest.approx(told[-1][1] / 40) and done["compute_s"] > 0 and done["wait_s"] == 0
+    told.clear()
+    assert one.local_pass(GO, halted=lambda: len(told) == 2, progress=lambda *step: told.append(step)) is None and len(told) == 2
+
+
+def test_every_piece_of_work_is_followed_by_its_slowness():
+    pieces = []
+    one = replica(after=lambda started, waited=0.0: pieces.append(waited))
+    one.local_pass(GO)
+    assert len(pieces) == 3
+    one.score()
+    assert len(pieces) == 4
+
+
+def test_the_schedule_follows_the_samples_of_all_workers(monkeypatch):
+    one, seen = replica(kind=net_with_statistics), []
+    monkeypatch.setattr(one.problem, "step", lambda module, batch, optimisers, clock: seen.append(clock) or {"loss": 0.0})
+    one.local_pass({"samples": 40, "done": 300, "pace": 4.0})
+    n = len(one.train_indices)
+    assert seen == [Clock(300, 400, 300 / n), Clock(364, 400, 364 / n), Clock(400, 400, 400 / n)]

@@ -1,0 +1,379 @@
+"""What holds under every update rule: one worker, refusals, members that come and go, states that are saved and restored."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import labkit
+from labkit.errors import UpdateError
+from labkit.runs import checkpoints
+from labkit.runs import events as record
+from labkit.updates import AGWU, SGWU, UPDATES, FedBuff, Push, base, make_update, names
+
+OTHERS = [{"name": "sgwu", "quorum": 0.5}, {"name": "sgwu", "quorum": 0.5, "grace": 3.0}, {"name": "ssp", "bound": 0}]
+OTHERS += [{"name": "downpour", "optimiser": "momentum"}, {"name": "downpour", "optimiser": "adam"}]
+OTHERS += [{"name": "ringmaster", "limit": 1}, {"name": "fedbuff", "size": 4}, {"name": "fedasync", "fading": "hinge"}]
+OTHERS += [
+    {"name": "downpour", "lr": 3.0},
+    {"name": "rescaled", "most": 50.0},
+    {"name": "delayed-nesterov", "period": 4},
+    {"name": "localsgd", "weighting": "samples"},
+    {"name": "easgd", "beta": 1.0},
+]
+ALL = [*UPDATES, *OTHERS]
+PLAIN = {  # settings with which one worker is plain local training
+    **{name: {} for name in ("sgwu", "localsgd", "allreduce", "agwu", "downpour", "fedbuff", "ssp", "ringmaster", "rescaled")},
+    "fedasync": {"alpha": 1.0},
+    "diloco": {"lr": 1.0, "momentum": 0.0},
+    "delayed-nesterov": {"lr": 1.0, "momentum": 0.0},
+    "heloco": {"lr": 1.0, "momentum": 0.0, "keep": -1.0},
+}
+EXACT = ("sgwu", "localsgd", "allreduce", "fedasync")  # these bit for bit
+
+
+def called(rule):
+    return "-".join(map(str, rule.values())) if isinstance(rule, dict) else rule
+
+
+every_rule = pytest.mark.parametrize("rule", ALL, ids=called)
+
+
+def vector(*values):
+    return np.array(values, np.float32)
+
+
+def started(rule, weights=(1.0, 2.0), workers=(0, 1), n_buffers=0):
+    rule.start(vector(*weights), workers, n_buffers)
+    return rule
+
+
+def push(rule, worker, weights, score=0.5, samples=10):
+    return rule.push(Push(worker, rule.bases[worker], vector(*weights), score, samples))
+
+
+def bits(value):
+    """A state as something that is equal only if each bit is."""
+    if isinstance(value, dict):
+        return {key: bits(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [bits(part) for part in value]
+    return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
+
+
+class Life:
+    """A rule through random pushes, joins, leaves and deadlines, and what has come of it.
+
+    The last 2 of 7 weights are buffers in [0.1, 2], as variances are.
+    """
+
+    def __init__(self, rule, seed=0, workers=(0, 1, 2)):
+        self.rule, self.chance = rule, np.random.default_rng(seed)
+        self.rule.start(self.weights(), workers, 2, [3, 2])
+        self.ready = dict.fromkeys(workers, self.rule.weights)  # who may push, from which weights
+        self.pushed = self.merged = self.dropped = self.lost = 0  # samples
+        self.held: dict[int, int] = {}  # worker -> samples of a push that is not merged yet
+
+    def weights(self):
+        return np.concatenate([self.chance.normal(size=5), self.chance.uniform(0.1, 2, 2)]).astype(np.float32)
+
+    def copy(self):
+        other = object.__new__(Life)
+        vars(other).update(vars(self), ready=dict(self.ready), held=dict(self.held))
+        other.chance = np.random.default_rng()
+        other.chance.bit_generator.state = self.chance.bit_generator.state
+        other.rule = make_update(self.rule.config())
+        other.rule.load_state_dict(self.rule.state_dict())
+        return other
+
+    def act(self, push_only=False):
+        """One thing at random."""
+        rule, dice = self.rule, 1.0 if push_only else self.chance.random()
+        before, version = rule.weights, rule.version
+        if dice < 0.08 or not rule.bases:
+            worker = int(self.chance.integers(5))
+            self.forget(worker)
+            replies = rule.join(worker)
+        elif dice < 0.16:
+            worker = int(self.chance.choice(sorted(rule.bases)))
+            self.forget(worker)
+            replies = rule.leave(worker)
+        elif dice < 0.24 and rule.deadline is not None:
+            replies = rule.expire()
+        else:
+            assert self.ready, "everybody waits"
+            replies = self.push(int(self.chance.choice(sorted(self.ready))))
+        assert rule.version - version in (0, 1) and (rule.version > version) == bool(rule.merges)
+        assert rule.version > version or rule.weights is before
+        self.take(replies)
+
+    def push(self, worker):
+        rule, base = self.rule, self.ready.pop(worker)
+        weights = self.weights()
+        weights[:5] = base[:5] + 0.1 * weights[:5]
+        if rule.collective:  # replicas are equal
+            weights = base + np.float32(0.1)
+        samples = int(self.chance.integers(1, 9))
+        self.pushed, self.held[worker] = self.pushed + samples, samples
+        given = weights.copy()
+        replies = rule.push(Push(worker, rule.bases[worker], weights, float(self.chance.random()), samples))
+        assert (weights == given).all(), "a push is only read"
+        if any(reply.worker == worker for reply in replies):
+            del self.held[worker]  # taken in, whatever becomes of it
+            weights[:] = np.nan  # its buffer belongs to the next push
+        return replies
+
+    def take(self, replies):
+        rule = self.rule
+        for reply in replies:
+            assert reply.worker not in self.ready and reply.worker in rule.bases, "released, and not waiting"
+            assert reply.version == rule.version == rule.bases[reply.worker]
+            assert reply.weights is rule.weights or rule.name == "easgd"
+            assert not reply.weights.flags.writeable
+            assert rule.collective or (reply.weights[5:].min() >= 0.1 - 1e-5 and reply.weights[5:].max() <= 2 + 1e-5)
+            self.ready[reply.worker] = reply.weights
+        self.count()
+
+    def count(self):
+        self.merged += sum(merge.samples for merge in self.rule.merges)
+        self.dropped += sum(merge.samples for merge in self.rule.drops)
+        assert all(merge.version == self.rule.version and merge.staleness >= 0 for merge in self.rule.merges)
+        for merge in self.rule.merges:
+            self.held.pop(merge.worker, None)
+        assert np.isfinite(self.rule.weights).all() and not self.rule.weights.flags.writeable
+
+    def forget(self, worker):
+        self.ready.pop(worker, None)
+        self.lost += self.held.pop(worker, 0)
+
+
+# -- properties of all -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_with_one_worker_and_plain_settings_a_rule_is_plain_training(name):
+    """EASGD and GEM are not here: their workers have weights, or a speed, of their own."""
+    rule, rng = started(make_update({"name": name, **PLAIN[name]}), workers=[0], n_buffers=1), np.random.default_rng(0)
+    for _ in range(20):
+        values = np.abs(rng.standard_normal(2)).astype(np.float32)
+        push(rule, 0, values, 1.0)
+        assert rule.weights == pytest.approx(values, abs=1e-6)
+        assert name not in EXACT or rule.weights.tobytes() == values.tobytes()
+
+
+@every_rule
+def test_whoever_comes_and_goes_every_push_is_merged_or_dropped_once_and_buffers_stay_in_their_range(rule):
+    """And: versions grow by one, are never written, nobody who has its answer is answered again (all in `Life`)."""
+    for seed in range(8):
+        life = Life(make_update(rule), seed)
+        for _ in range(120):
+            life.act()
+        life.rule.finish()
+        life.count()
+        assert life.pushed == life.merged + life.dropped + life.lost and not life.held
+        assert life.rule.version > 5
+
+
+@every_rule
+def test_whoever_waits_is_released_as_long_as_somebody_pushes(rule):
+    for seed in range(8):
+        life = Life(make_update(rule), seed, workers=(0, 1, 2, 3))
+        for _ in range(int(life.chance.integers(5, 60))):
+            life.act()
+        for _ in range(4):
+            waiting = set(life.rule.bases)
+            for _ in range(200):
+                waiting -= set(life.ready)
+                if not waiting:
+                    break
+                life.act(push_only=True)
+            assert not waiting, f"workers {waiting} are never released (seed {seed})"
+
+
+@every_rule
+def test_a_state_that_is_saved_half_way_has_the_same_future_bit_for_bit(rule):
+    for seed in range(8):
+        life = Life(make_update(rule), seed)
+        for _ in range(20 + 7 * seed):
+            life.act()
+        state = life.rule.state_dict()
+        saved, other = bits(state), life.copy()
+        for _ in range(60):
+            life.act(), other.act()
+            assert [vars(life.rule)[key] == vars(other.rule)[key] for key in ("version", "merges", "drops")] == [True] * 3
+        assert bits(life.rule.state_dict()) == bits(other.rule.state_dict()) and life.ready.keys() == other.ready.keys()
+        assert bits(state) == saved, "what was saved has been written into"
+
+
+@every_rule
+def test_a_run_that_goes_on_from_a_checkpoint_has_the_same_future_bit_for_bit(rule, tmp_path):
+    """One worker, so that nothing is under way between two pushes; what EASGD and GEM keep of a worker is lost with it."""
+    record.write_json(tmp_path / "config.json", {"id": "mine"})
+    (tmp_path / "checkpoints").mkdir()
+    life = Life(make_update(rule), 3, workers=[0])
+    for _ in range(9):
+        life.act(push_only=True)
+    life.rule.finish()
+    life.forget(0)
+    life.take(life.rule.join(0))
+    checkpoints.write(tmp_path, life.rule.version, life.rule.weights, life.rule.lasting())
+    other, again = life.copy(), make_update(life.rule.config())
+    weights, lasting = checkpoints.read_state(tmp_path, life.rule.version)
+    again.go_on(weights, [0], 2, lasting)
+    other.rule, other.ready = again, {0: again.weights}
+    for _ in range(9):
+        life.act(push_only=True), other.act(push_only=True)
+        assert life.rule.version == other.rule.version and life.rule.weights.tobytes() == other.rule.weights.tobytes()
+
+
+@every_rule
+def test_a_bad_push_is_refused_and_changes_nothing(rule):
+    rule = started(make_update(rule), workers=(0, 1, 2))
+    push(rule, 1, (3, 4))
+    before = bits(rule.state_dict())
+    for bad, message in [
+        (Push(0, 0, vector(math.nan, 1), 0.5, 10), "NaN or infinity"),
+        (Push(0, 0, vector(math.inf, 1), 0.5, 10), "NaN or infinity"),
+        (Push(0, 0, vector(1, 2, 3), 0.5, 10), r"shape \(3,\)"),
+        (Push(0, 0, np.zeros(2), 0.5, 10), "float64"),
+        (Push(0, 0, vector(1, 2), 1.5, 10), "score is 1.5"),
+        (Push(0, 0, vector(1, 2), math.nan, 10), "score is nan"),
+        (Push(0, 3, vector(1, 2), 0.5, 10), "last given version 0"),
+        (Push(7, 0, vector(1, 2), 0.5, 10), "not a member"),
+    ]:
+        with pytest.raises(UpdateError, match=message):
+            rule.push(bad)
+        assert bits(rule.state_dict()) == before
+
+
+@pytest.mark.parametrize("rule", ["sgwu", "agwu", "fedasync"])
+def test_a_merge_that_goes_through_memory_in_pieces_has_the_bits_of_the_formula(rule):
+    rng = np.random.default_rng(0)
+    old, new, other = rng.standard_normal((3, 2 * base.CHUNK + 3)).astype(np.float32)
+    rule = started(make_update(rule), old)
+    rule.push(Push(0, 0, new, 0.3, 10))
+    before, share = rule.weights, np.float32
+    rule.push(Push(1, 0, other, 0.6, 10))
+    if rule.name == "sgwu":
+        a, b = (merge.coefficient for merge in rule.merges)
+        wanted = new * share(a) + other * share(b)
+    elif rule.name == "agwu":
+        wanted = (other - old) * share(rule.merges[0].coefficient) + before
+    else:
+        a = rule.share(1)
+        wanted = before * share(1 - a) + other * share(a)
+    assert np.array_equal(rule.weights, wanted) and not np.array_equal(before, wanted)
+
+
+@every_rule
+def test_who_joins_gets_the_current_version_and_may_push(rule):
+    rule = started(make_update(rule), workers=[0])
+    push(rule, 0, (5, 5))
+    replies = rule.join(1)
+    if rule.name in ("sgwu", "localsgd", "allreduce", "diloco"):  # with the next round, when the one under way is over
+        assert replies == []
+        with pytest.raises(UpdateError, match="it begins with the next round"):
+            push(rule, 1, (5, 5))
+        replies = push(rule, 0, (5, 5))
+        assert [r.worker for r in replies] == [0, 1]
+    assert replies[-1].version == rule.version and replies[-1].weights.tolist() == rule.weights.tolist()
+    version = rule.version
+    push(rule, 1, (5, 5)), push(rule, 0, (5, 5))
+    rule.finish()
+    assert rule.version > version
+
+
+@every_rule
+def test_settings_come_back_from_their_config(rule):
+    made = make_update(rule)
+    assert make_update(made.config()).config() == made.config()
+    assert made.config().items() >= (rule if isinstance(rule, dict) else {"name": rule}).items()
+
+
+# -- names and settings ------------------------------------------------------------------------------------------------
+
+
+def test_names():
+    assert names()[0] == "sgwu" and len(names()) == len(set(names())) == 15
+    assert isinstance(make_update("AGWU"), AGWU) and make_update({"name": "agwu", "quality": "raw"}).quality == "raw"
+    assert make_update(rule := FedBuff(size=4)) is rule
+    with pytest.raises(ValueError, match=r"unknown update 'sgwo'\. Known: sgwu, localsgd, .*heloco\. Did you mean 'sgwu'"):
+        make_update("sgwo")
+    with pytest.raises(ValueError, match=r"fedbuff has no setting 'sise'\. It has: size, lr, power\. Did you mean 'size'"):
+        make_update({"name": "fedbuff", "sise": 4})
+    with pytest.raises(ValueError, match=r"allreduce has no setting 'lr'\. It has: none\."):
+        make_update({"name": "allreduce", "lr": 4})
+
+
+def test_each_rule_is_in_labkit_updates_and_three_of_them_are_public_names_of_labkit():
+    rules = {rule.__name__ for rule in UPDATES.values()}
+    assert rules <= set(labkit.updates.__all__) and all(UPDATES[getattr(labkit.updates, rule).name] for rule in rules)
+    assert rules & set(labkit.__all__) == {"SGWU", "AGWU", "AllReduce"}
+    assert labkit.AGWU is labkit.updates.AGWU
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "agwu", "quality": "best"}, "AGWU has no quality 'best'. It has: 'normalised', 'raw'."),
+        ({"name": "sgwu", "quorum": 0}, "SGWU needs a number of more than 0 and at most 1 for quorum, and got 0."),
+        ({"name": "sgwu", "grace": math.inf}, "SGWU needs a number of at least 0 for grace, and got inf."),
+        ({"name": "fedasync", "alpha": "much"}, "FedAsync needs a number of more than 0 and at most 1 for alpha, and got 'much'."),
+        ({"name": "fedasync", "fading": "linear"}, "FedAsync has no fading 'linear'."),
+        ({"name": "fedbuff", "size": 0}, "FedBuff needs a whole number of at least 1, or None, for size, and got 0."),
+        ({"name": "fedbuff", "size": 2.5}, "for size, and got 2.5"),
+        ({"name": "downpour", "optimiser": "rmsprop"}, "Downpour has no optimiser 'rmsprop'. It has: 'sgd', 'momentum', 'adam'."),
+        ({"name": "downpour", "momentum": 1}, "Downpour needs a number of at least 0 and at most 0.999 for momentum, and got 1."),
+        ({"name": "ssp", "bound": None}, "SSP needs a bound"),
+        ({"name": "ssp", "bound": -1}, "SSP needs a whole number of at least 0"),
+        ({"name": "localsgd", "weighting": "score"}, "LocalSGD has no weighting 'score'. It has: 'equal', 'samples'."),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError) as caught:
+        make_update(settings)
+    assert message in str(caught.value)
+
+
+def test_no_rule_imports_torch_dask_or_a_clock():
+    code = "import sys, labkit.updates; print({'torch', 'dask', 'distributed', 'pandas'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "set()"
+    assert not [name for name, room in sys.modules.items() if name.startswith("labkit.updates") and hasattr(room, "time")]
+
+
+def test_blocks_are_the_parameters():
+    with pytest.raises(UpdateError, match="blocks of 3 parameters in all, but there are 1"):
+        SGWU().start(vector(1, 2), [0], 1, [1, 2])
+    with pytest.raises(UpdateError, match="one flat vector is needed"):
+        SGWU().start(np.zeros((2, 2)), [0])
+
+
+def test_a_rule_of_one_s_own_is_thirty_lines_and_keeps_all_promises(monkeypatch):
+    """The example of CONTRIBUTING.md: the second push is one version late, so it counts 1/4 of its (0, 8), not 1/2."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(# [^\n]*\nclass \w+\(Changes\).*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 30
+    namespace = dict(vars(base))
+    exec("from __future__ import annotations\n" + code, namespace)
+    monkeypatch.setitem(UPDATES, "staleness-aware", namespace["StalenessAware"])
+    rule = started(make_update({"name": "staleness-aware", "rate": 1.0}))
+    push(rule, 0, (5, 2)), push(rule, 1, (1, 10))
+    assert rule.weights.tolist() == [3, 4] and rule.config() == {"name": "staleness-aware", "rate": 1.0}
+    for promise in PROMISES:
+        promise("staleness-aware")
+
+
+PROMISES = [
+    test_whoever_comes_and_goes_every_push_is_merged_or_dropped_once_and_buffers_stay_in_their_range,
+    test_whoever_waits_is_released_as_long_as_somebody_pushes,
+    test_a_state_that_is_saved_half_way_has_the_same_future_bit_for_bit,
+    test_a_bad_push_is_refused_and_changes_nothing,
+    test_who_joins_gets_the_current_version_and_may_push,
+]
