@@ -46,8 +46,8 @@ class Run:
         self.config = record.read_json(self.path / "config.json")
         if self.config.get("format", 0) > record.FORMAT:
             raise RunError(f"{self.path} was written by a later labkit ({self.config['labkit']}). Update labkit to read it.")
-        if problem := self.config.get("problem"):
-            problem["kind"] = record.MOVED.get(problem.get("kind"), problem.get("kind"))
+        if recorded := self.config.get("problem"):
+            recorded["kind"] = record.MOVED.get(recorded.get("kind"), recorded.get("kind"))
         self.name = str(self.config.get("name", self.path.name))
         self._problem = problem
         self._session: Session | Attached | None = session

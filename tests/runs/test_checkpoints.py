@@ -352,7 +352,7 @@ def test_files_that_are_not_ours_are_no_versions(path):
 def test_a_writer_that_is_killed_leaves_only_whole_files(tmp_path):
     """Killed at random moments of writing, again and again: the newest version can always be read."""
     code = (
-        "import sys, numpy as np; from labkit import checkpoints; from labkit.runs.events import Recorder\n"
+        "import sys, numpy as np; from labkit.runs import checkpoints; from labkit.runs.events import Recorder\n"
         "recorder = Recorder(sys.argv[1]); version = max([0, *checkpoints.versions(sys.argv[1])])\n"
         "while True:\n"
         "    version += 1\n"
