@@ -13,6 +13,7 @@ from torch import nn
 import labkit
 from labkit import chaos
 from labkit.errors import LabError, RunError
+from labkit.plots import style as canvas
 from labkit.plots.progress import meter
 from labkit.runs import checkpoints
 from labkit.runs import events as record
