@@ -11,9 +11,9 @@ import zipfile
 import numpy as np
 import pytest
 
+from labkit.errors import RunError
 from labkit.runs import checkpoints
 from labkit.runs import events as record
-from labkit.errors import RunError
 from labkit.updates import AGWU, SGWU, Push
 
 WEIGHTS = np.linspace(-1, 1, 17, dtype=np.float32)

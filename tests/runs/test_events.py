@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 import labkit
-from labkit.runs import events as record
 from labkit.errors import RunError
+from labkit.runs import events as record
 from labkit.runs.events import COLUMNS, Recorder
 
 WEIGHTS = np.linspace(-1, 1, 17, dtype=np.float32)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from labkit.runs import server_file as presence
-from labkit.runs import events as record
 from labkit.errors import RunError
+from labkit.runs import events as record
+from labkit.runs import server_file as presence
 
 SECRET = b"s" * 32
 

@@ -1,0 +1,1 @@
+"""The run directory: settings, events, checkpoints; reading and analysing them."""

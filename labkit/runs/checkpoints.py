@@ -1,0 +1,278 @@
+"""Checkpoints: one file a version, from which weights are read and a run goes on; whole, or refused by name.
+
+    checkpoints/00000417.npz   an uncompressed zip archive of arrays
+      weights      float32 (n,): the global weights of version 417
+      a1, a2, ...  arrays of the state; equal ones are kept once, whole numbers in the smallest unsigned type
+      state        UTF-8 JSON as uint8: format, run, version, and the state with references to the arrays
+      digest       SHA-256 over the names and contents of all members before it
+
+A file takes its place only when it is on the disk. Reading checks the length of every member, the CRC-32 of the archive and the
+digest, so a file that is cut short, damaged, mixed from two or of another run is never taken for a checkpoint. Nothing is pickled.
+
+Which files stay is decided by number and age (`retained`): snapshots spread evenly over the run, from which its curve is
+measured, and the newest few to go on from.
+
+Written by `labkit.runs.events.Recorder`; read by `labkit.training.run`, `labkit.training.evaluation` and `labkit.training.resume`. Imports numpy alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from labkit.errors import RunError
+from labkit.runs.events import read_json, replacing
+
+FORMAT = 1  # of a checkpoint; a reader refuses what is newer
+FOLDER = "checkpoints"
+ARRAY, ITEMS = "__array__", "__items__"  # in the JSON: a reference to a member; a dict whose keys are not all text
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+class _Member(NamedTuple):
+    """An array as it lies in the archive."""
+
+    header: bytes
+    data: np.ndarray  # uint8 (bytes,)
+    sha: bytes
+
+
+def write(path: Path, version: int, weights: np.ndarray, state: dict | None = None) -> int:
+    """Save a version, whole or not at all; returns the bytes of the file.
+
+    `state` is a nested dict of JSON values and numpy arrays, with keys that are text or whole numbers; tuples come back as lists.
+    """
+    members = {"weights": _member(weights)}
+    tree = _referring(state or {}, members, "state")
+    head = {"format": FORMAT, "run": _run_id(path), "version": int(version), "state": tree}
+    members["state"] = _member(np.frombuffer(json.dumps(head).encode(), np.uint8))
+    members["digest"] = _member(np.frombuffer(_digest({name: member.sha for name, member in members.items()}), np.uint8))
+    file = _file(path, version)
+    with replacing(file) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name, member in members.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as place:
+                place.write(member.header)
+                place.write(member.data)
+    return file.stat().st_size
+
+
+def _member(array: np.ndarray) -> _Member:
+    array = np.asarray(array, order="C")
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"an array of {array.dtype} cannot be kept in a checkpoint: numbers only.")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    data = array.reshape(-1).view(np.uint8)
+    sha = hashlib.sha256(header.getvalue())
+    sha.update(data)
+    return _Member(header.getvalue(), data, sha.digest())
+
+
+def _digest(shas: Mapping[str, bytes]) -> bytes:
+    return hashlib.sha256(b"".join(name.encode() + b"\0" + sha for name, sha in shas.items())).digest()
+
+
+def _referring(value: Any, members: dict[str, _Member], where: str) -> Any:
+    """`value` as JSON, its arrays put into `members`."""
+    if isinstance(value, np.ndarray):
+        member = _member(_packed(value))
+        name = next((name for name, other in members.items() if other.sha == member.sha), f"a{len(members)}")
+        members.setdefault(name, member)
+        return {ARRAY: name, "dtype": value.dtype.str}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        wrong = [key for key in value if isinstance(key, bool) or not isinstance(key, (str, int, np.integer))]
+        if wrong:
+            raise TypeError(f"{where} has the key {wrong[0]!r}; keys of a checkpoint are text or whole numbers.")
+        parts = {key: _referring(part, members, f"{where}[{key!r}]") for key, part in value.items()}
+        if all(isinstance(key, str) for key in parts) and not {ARRAY, ITEMS} & set(parts):
+            return parts
+        return {ITEMS: [[key if isinstance(key, str) else int(key), part] for key, part in parts.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_referring(part, members, f"{where}[{i}]") for i, part in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds JSON values and numpy arrays.")
+
+
+def _packed(array: np.ndarray) -> np.ndarray:
+    """Whole numbers of at least 0, such as indices of samples, in the smallest unsigned type that holds them."""
+    if array.dtype.kind not in "iu" or not array.size or array.min() < 0:
+        return array
+    return array.astype(np.min_scalar_type(int(array.max())))
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def versions(path: Path) -> list[int]:
+    """The versions that are kept, in order."""
+    return sorted(int(file.stem) for file in (Path(path) / FOLDER).glob("*.npz") if file.stem.isdecimal())
+
+
+def read_weights(path: Path, version: int, size: int) -> np.ndarray:
+    """The flat float32 vector of a version (read-only); anything but `size` finite numbers is refused by name."""
+    weights = read_state(path, version)[0]
+    if weights.shape != (size,):
+        raise _refused(path, version, f"holds {len(weights)} weights, and the model of this run has {size}.")
+    return weights
+
+
+def read_state(path: Path, version: int) -> tuple[np.ndarray, dict]:
+    """Weights (read-only) and state of a version, as they were written; `RunError` with the reason if they are not."""
+    file = _file(path, version)
+    try:
+        members = _read_members(file)
+        head = json.loads(_array(members.get("state", (b"", b""))[0]).tobytes()) if "state" in members else None
+        if isinstance(head, dict) and isinstance(head.get("format"), int) and head["format"] > FORMAT:
+            later = f"was written by a later labkit (checkpoint format {head['format']}; this one reads {FORMAT})."
+            raise RunError(f"{file} {later} Update labkit to read it.")
+        if list(members)[:1] != ["weights"] or list(members)[-2:] != ["state", "digest"] or not isinstance(head, dict):
+            raise _Foreign(f"it holds {', '.join(list(members)[:4]) or 'nothing'}")
+        sha = _digest({name: sha for name, (_, sha) in members.items() if name != "digest"})
+        if _array(members["digest"][0]).tobytes() != sha:
+            raise ValueError("its contents do not fit its checksum")
+        weights = _array(members["weights"][0])
+        arrays = {name: _array(data) for name, (data, _) in members.items() if name not in ("state", "digest")}
+        state = _resolved(head["state"], arrays)
+    except FileNotFoundError as error:
+        raise RunError(f"{file} is missing. Kept versions: {versions(path)}.") from error
+    except RunError:
+        raise
+    except _Foreign as error:
+        raise _refused(path, version, f"is no checkpoint of labkit: {error}.") from error
+    except Exception as error:  # whatever zipfile, numpy and json make of damaged bytes
+        raise _refused(path, version, f"is damaged: {error}.") from error
+    if head["run"] != (run := _run_id(path)):
+        raise _refused(path, version, f"belongs to another run: {head['run'] or 'one without id'}, not {run or 'without id'}.")
+    if head["version"] != version:
+        raise _refused(path, version, f"holds version {head['version']}: it was renamed.")
+    if weights.dtype != np.float32 or weights.ndim != 1:
+        raise _refused(path, version, f"holds weights of {weights.dtype} {weights.shape}, not a float32 vector.")
+    if not np.isfinite(weights).all():
+        raise _refused(path, version, "holds NaN or infinity among the weights.")
+    return weights, state
+
+
+def newest(path: Path) -> tuple[int, list[str]]:
+    """The newest version that is whole, and for each newer one why it was refused; `RunError` when there is none."""
+    refused: list[str] = []
+    for version in reversed(versions(path)):
+        try:
+            read_state(path, version)
+            return version, refused
+        except RunError as error:
+            refused.append(str(error))
+    why = "\n".join(refused) or "None was written."
+    raise RunError(f"{Path(path) / FOLDER} holds no whole checkpoint, so the run cannot go on. Train it again.\n{why}")
+
+
+class _Foreign(Exception):
+    """A file of somebody else."""
+
+
+def _file(path: Path, version: int) -> Path:
+    return Path(path) / FOLDER / f"{version:08d}.npz"
+
+
+def _run_id(path: Path) -> str:
+    """What tells the checkpoints of this run from those of another one."""
+    config = Path(path) / "config.json"
+    return str(read_json(config).get("id", "")) if config.exists() else ""
+
+
+def _refused(path: Path, version: int, why: str) -> RunError:
+    others = [other for other in versions(path) if other != version]
+    return RunError(f"{_file(path, version)} {why} Delete it to go on without it; other versions: {others or 'none'}.")
+
+
+def _read_members(file: Path) -> dict[str, tuple[bytes, bytes]]:
+    """Contents and SHA-256 of each member, in order. Lengths are checked before memory is taken, CRC-32 while it is read."""
+    size = file.stat().st_size
+    with open(file, "rb") as raw:
+        beginning = raw.read(6)
+        if not beginning:
+            raise ValueError("it is empty")
+        if beginning[:2] != b"PK":
+            kind = "a plain .npy file" if beginning == b"\x93NUMPY" else f"it begins with {beginning!r}"
+            raise _Foreign(kind)
+        members = {}
+        with zipfile.ZipFile(raw) as archive:
+            infos = archive.infolist()
+            if sum(info.file_size for info in infos) > size:
+                raise ValueError(f"its members claim more than the {size} bytes of the file")
+            for info in infos:
+                if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                    raise _Foreign(f"its member {info.filename} is compressed")
+                name = info.filename.removesuffix(".npy")
+                if name in members:
+                    raise ValueError(f"it holds {name} twice")
+                data = archive.read(info)
+                if len(data) != info.file_size:
+                    raise ValueError(f"its member {name} is cut short")
+                members[name] = (data, hashlib.sha256(data).digest())
+    return members
+
+
+def _array(data: bytes) -> np.ndarray:
+    """The array of a member (read-only, without a copy)."""
+    stream = io.BytesIO(data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("it holds arrays of another format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.kind not in "biuf" or fortran:
+        raise _Foreign(f"it holds an array of {dtype}")
+    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+
+
+def _resolved(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    if isinstance(value, list):
+        return [_resolved(part, arrays) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if ARRAY in value:
+        return arrays[value[ARRAY]].astype(value["dtype"], copy=False)
+    if ITEMS in value:
+        return {key: _resolved(part, arrays) for key, part in value[ITEMS]}
+    return {key: _resolved(part, arrays) for key, part in value.items()}
+
+
+# -- which ones stay ---------------------------------------------------------------------------------------------------
+
+
+def retained(done: Mapping[int, int], budget: int, snapshots: int = 32, points: int = 2) -> set[int]:
+    """The versions to keep, by number and age.
+
+    `done` says how many samples were trained on by each version. The first version in each of `snapshots` equal parts of the
+    budget stays for the curve, and the newest `points` stay to go on from, so that the run survives a damaged newest one.
+    """
+    first: dict[int, int] = {}
+    for version in sorted(done):
+        first.setdefault(done[version] * snapshots // budget, version)
+    return {*first.values(), *sorted(done)[-points:]}
+
+
+def prune(path: Path, keep: Iterable[int]) -> list[int]:
+    """Delete every version that is not among `keep`; returns those that were deleted."""
+    gone = sorted(set(versions(path)) - set(keep))
+    for version in gone:
+        _file(path, version).unlink(missing_ok=True)
+    return gone
+
+
+def rewind(path: Path, version: int) -> list[int]:
+    """Set aside what is newer than `version`, as <version>.refused: the run goes on from there and makes these numbers again."""
+    newer = [other for other in versions(path) if other > version]
+    for other in newer:
+        _file(path, other).replace(_file(path, other).with_suffix(".refused"))
+    return newer

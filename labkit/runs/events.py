@@ -1,0 +1,298 @@
+"""The run directory: what happened in a run, written while it happens and read afterwards.
+
+    config.json  environment.json  layout.json  events.jsonl  status.json  checkpoints/<version>.npz  metrics.parquet
+    server.json  while the run goes (`labkit.runs.server_file`)
+
+`events.jsonl` is append-only and is the truth: one JSON object a line, one line an event; every table and figure comes from it.
+A run that was cut off goes on in the same file: seq and the clock continue, and an event "resume" says from which version, so
+what came after that version does not count (`effective`). Weights are kept in checkpoints (`labkit.runs.checkpoints`);
+`layout.json` says which of their entries belong to which tensor. Files that are replaced are written beside their place and
+renamed, so that a reader never sees half of one. Nothing here is pickled.
+
+Written by `labkit.training.server.server` (events, checkpoints) and `labkit.training.train` (the rest); read by `labkit.training.run`. Imports numpy alone, so
+that the server stays small; pandas and pyarrow come with the reading functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labkit.errors import RunError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = 3  # of the run directory; a reader refuses what is newer. From 2 on a run can be replayed; 3: public names (`MOVED`)
+# What records of format 2 and earlier call by the module that it stood in.
+MOVED = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}
+COLUMNS = [
+    "seq",
+    "time",
+    "seconds",
+    "kind",
+    "worker",
+    "incarnation",
+    "pass",
+    "base_version",
+    "version",
+    "staleness",
+    "samples",
+    "total",
+    "loss",
+    "score",
+    "coefficient",
+    "compute_s",
+    "score_s",
+    "wait_s",
+    "send_s",
+    "hidden_s",  # of an exchange: the part during which the worker computed
+    "bytes",
+    "probe_s",  # of a join: seconds per sample, as probed
+    "threads",  # of a join: of torch
+    "device",
+    "generator",  # of a join: does the worker draw random numbers from its "own", or is torch's "shared" with other threads?
+    "message",
+]
+TEXT_COLUMNS = ("kind", "device", "generator", "message")
+KNOWN = frozenset(COLUMNS)
+in_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one for each row
+
+
+class Recorder:
+    """Appends events and saves checkpoints of one run; safe from several threads; closing twice is fine.
+
+    A record that exists goes on: what a writer that was killed left half-written is cut off, seq goes on, and the clock stands
+    where it was until the next event "start". `kept` says of each checkpoint how many samples were trained on by then.
+
+    Raises `RunError` while another process writes the same record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.started: float | None = None  # Unix time at which the clock of the run was 0; None while it stands
+        self.kept: dict[int, int] = {}  # version: samples
+        self.resumed: set[int] = set()  # versions from which the run went on: a replay goes on from them too
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        # One line is on its way at once; open until `close`.
+        self._file = open(self.path / "events.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._lock = threading.Lock()
+        self._seq, self._before = 0, None  # seconds on the clock of the earlier writer
+        try:
+            _lock_out_others(self._file)
+            self._go_on()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one row; `fields` are columns of `COLUMNS`. The clock of the run begins, or goes on, with the event "start"."""
+        assert KNOWN.issuperset(fields), f"events have no column {set(fields) - KNOWN}"
+        with self._lock:
+            now = time.time()
+            if kind == "start":
+                self.started = now - (self._before or 0.0)
+            seconds = self._before if self.started is None else round(now - self.started, 6)
+            row = {"seq": self._seq, "time": round(now, 6), "seconds": seconds, "kind": kind, **fields}
+            self._file.write(in_json(row) + "\n")
+            self._seq += 1
+            self._count(row)
+
+    def checkpoint(self, version: int, weights: np.ndarray, state: dict | None = None) -> None:
+        """Save a version and the state to go on from, whole or not at all, and record it; `state["done"]` is in samples."""
+        from labkit.runs import checkpoints  # which uses this room
+
+        with self._lock:
+            try:
+                os.fsync(self._file.fileno())  # no checkpoint is ahead of the record
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # what lies on no disk cannot be synchronised
+                    raise
+        size = checkpoints.write(self.path, version, weights, state)
+        self.event("checkpoint", version=version, total=(state or {}).get("done"), bytes=size)
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._file.closed:
+                self._file.close()
+
+    def _go_on(self) -> None:
+        for draft in (self.path / "checkpoints").glob(".*"):
+            draft.unlink(missing_ok=True)  # half a checkpoint
+        file, size = self.path / "events.jsonl", os.fstat(self._file.fileno()).st_size
+        if not size:
+            return
+        lines = file.read_bytes().split(b"\n")
+        lines.pop()  # behind the last newline: nothing, or half an event
+        while lines and not _row(lines[-1]):  # a crash of the whole machine leaves zeros
+            lines.pop()
+        whole = sum(len(line) + 1 for line in lines)
+        if whole < size:
+            os.truncate(file, whole)
+        if lines:
+            self._seq = _row(lines[-1])["seq"] + 1
+        clock = (_row(line).get("seconds") for line in reversed(lines))
+        self._before = next((seconds for seconds in clock if seconds is not None), None)
+        for line in lines:
+            if b'"checkpoint"' in line or b'"resume"' in line:
+                self._count(_row(line))
+
+    def _count(self, row: dict) -> None:
+        if row.get("kind") == "checkpoint" and row.get("total") is not None:
+            self.kept[row["version"]] = row["total"]
+        elif row.get("kind") == "resume":
+            self.resumed.add(row["version"])
+            self.kept = {version: done for version, done in self.kept.items() if version <= row["version"]}
+
+
+def _lock_out_others(file: Any) -> None:
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(f"{file.name} is being written by another process: the run still goes. Wait, or stop it first.") from error
+    except OSError:
+        pass  # a file system without locks
+
+
+def _row(line: bytes) -> dict:
+    """An event; empty if the line is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) and isinstance(row.get("seq"), int) else {}
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Iterator[Any]:
+    """A binary file that takes the place of `path` only once it is written and on the disk; `mode` holds from its first moment."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    draft.unlink(missing_ok=True)
+    try:
+        with open(draft, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # its new name, too, is on the disk
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: dict) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object of a run directory; what is missing or damaged is refused by name."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is missing: is {Path(path).parent} a run directory?") from error
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds a {type(value).__name__}, not a JSON object: it was not written by labkit.")
+    return value
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The events of a run as they were written; a line that is still being written is left out."""
+    file = Path(path) / "events.jsonl"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        text = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} cannot be read: {error}.") from error
+    lines = text.split("\n")[:-1]  # whatever follows the last newline is not finished
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"it holds {line[:40]!r}, not an event")
+        except ValueError as error:
+            raise RunError(f"{file}, line {number} is damaged: {error}. Remove the line to read the rest.") from error
+    return rows
+
+
+def read_events(path: Path) -> pd.DataFrame:
+    """The events of a run, one row each, `COLUMNS` as columns (`read_rows`)."""
+    import pandas as pd
+
+    frame = pd.DataFrame(read_rows(path), columns=COLUMNS)
+    numbers = [column for column in COLUMNS if column not in TEXT_COLUMNS]
+    frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce")
+    return frame
+
+
+def effective(events: pd.DataFrame) -> pd.DataFrame:
+    """The events without what a "resume" has undone, so that no sample counts twice.
+
+    A run that goes on from version v makes the versions after v again: pushes, merges and drops between those of v and the resume,
+    and checkpoints of later versions, led to nothing. All other rows stay: what time was spent on is still true.
+    """
+    kind, version = events.kind.to_numpy(), events.version.to_numpy(float)
+    counts, place = np.ones(len(events), bool), np.arange(len(events))
+    for resume in np.flatnonzero(kind == "resume"):
+        earlier = counts & (place < resume)
+        made = np.flatnonzero(earlier & (kind == "merge") & (version <= version[resume]))
+        after = earlier & (place > (made[-1] if len(made) else -1))
+        counts &= ~(after & np.isin(kind, ("push", "score", "merge", "drop")))
+        counts &= ~(earlier & (kind == "checkpoint") & (version > version[resume]))
+    return events if counts.all() else events[counts]
+
+
+def lost(events: pd.DataFrame) -> list[int]:
+    """The workers that were lost and have not come back, those included with whom a run that was cut off did not go on."""
+    known, gone = set(), set()
+    for event in events[events.kind.isin(["join", "leave", "resume"])].itertuples():
+        if event.kind == "resume":
+            gone = set(known)
+        elif event.kind == "join":
+            known.add(int(event.worker))
+            gone.discard(int(event.worker))
+        elif isinstance(event.message, str) and event.message:  # without a reason it has left at the end
+            gone.add(int(event.worker))
+    return sorted(gone)
+
+
+def environment() -> dict:
+    """Where and with what a run was made: versions, machine, load."""
+    import platform
+    import sys
+    from importlib import metadata
+
+    packages = ["labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot"]
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": versions,
+    }
