@@ -1,7 +1,7 @@
 """Dask's side of a lab: a client, the workers behind it, tasks pinned to one of them, and leases that other notebooks respect.
 
-A back end is what `labkit.cluster.lab.Lab` stands on. It knows workers by an id that no second worker ever gets (here the address and the
-folder of the process, as an address may be had again) and answers these, none of which waits without a limit:
+A back end is what `labkit.cluster.lab.Lab` stands on. It knows workers by an id that no second worker ever gets (here the address
+and the folder of the process, as an address may be had again) and answers these, none of which waits without a limit:
 
     alive() -> {id: name}                   who is there now; a second old at most
     describe(id) -> future                  of (host, process id, number of GPUs, which of them it may see, rank under MPI)

@@ -1,17 +1,18 @@
-"""Emulated slowness: what makes equal workers uneven.
+"""Emulated heterogeneity: what makes equal workers uneven.
 
     slowdown    all work takes so many times as long
     jitter      times exp(jitter z) with a normal z, anew for each step
     drift       within a period of so many seconds each worker moves to the slowdown of the worker at the other end of the list,
                 and back:  log s(t) = (1 - w) log s(0) + w log s',  w = (1 - cos(2 pi t / drift)) / 2
-    stalls      after times of work that are exponentially distributed, a worker stands still, while its pulse goes on
+    stalls      after times of work that are exponentially distributed, a worker stands still, while its heartbeat goes on
 
 It is honest: after work that took t seconds the worker sleeps (factor - 1) t with factor = max(1, s exp(jitter z)), so that its
 results are those of a slow machine, and only its speed is made up. The same seed gives the same factors after the same number of
 steps and the same stalls after the same time of work, whatever update is used. Drift goes by the clock, from a worker's first
 step.
 
-Used by `labkit.training.worker.worker` and `labkit.training.local` (with sleep), and by `labkit.simulation.simulator` and `labkit.simulation.cost_model` (without).
+Used by `labkit.training.worker.worker` and `labkit.training.local` (with sleep), and by `labkit.simulation.simulator` and
+`labkit.simulation.cost_model` (without).
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ them, tell which are lost and which have come, and lease workers to a run. Whate
 
 A worker that comes takes the place of one that was lost, index, slowness and lease included, or else gets a new index.
 
-Made by `labkit.cluster.connect`; used by `labkit.training.train`, `labkit.training.supervisor`, `labkit.experiments.sweep` and every notebook.
+Made by `labkit.cluster.connect`; used by `labkit.training.train`, `labkit.training.supervisor`, `labkit.experiments.sweep` and
+every notebook.
 """
 
 from __future__ import annotations
