@@ -3,7 +3,7 @@
 A model is a function that returns a torch module, called as `f()` or as `f(shape, n_classes)`, where `shape` is that of
 one sample. A model of the user's own needs no entry here.
 
-Used by problems.py.
+Used by `labkit.problems`; `seeded` and `evaluating` also by users' own problems and wherever a module is called.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from labkit.errors import ProblemError, known
 from labkit.imports import imported, short
@@ -83,6 +84,21 @@ def seeded(seed: int) -> Iterator[None]:
     with _seeding, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
         yield
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """The module itself (not its DistributedDataParallel), in evaluation mode and without gradients."""
+    if isinstance(module, DistributedDataParallel):
+        module = module.module  # a forward pass of the wrapper may wait for the other workers
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield module
+    finally:
+        for part in training:
+            part.training = True
 
 
 def describe(model: Any) -> str:

@@ -29,7 +29,7 @@ from labkit.errors import ProblemError
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import flatten
 from labkit.plots.progress import stopped
-from labkit.problems.problem import Classifier
+from labkit.problems import Classifier
 from labkit.runs import checkpoints
 from labkit.subnets.channels import compose, pieces
 from labkit.subnets.decomposition import Decomposition

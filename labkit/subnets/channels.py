@@ -27,7 +27,7 @@ from torch import nn
 from labkit.errors import ProblemError
 from labkit.models import MODELS, describe
 from labkit.models.costs import CONVOLUTIONS
-from labkit.problems.problem import Classifier
+from labkit.problems import Classifier
 from labkit.problems.settings import kept_arguments
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)

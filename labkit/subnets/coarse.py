@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from labkit.errors import ProblemError
 from labkit.models import make_model
-from labkit.problems.problem import Classifier, Problem
+from labkit.problems import Classifier, Problem
 from labkit.subnets.decomposition import Window
 
 INPUTS = ("probabilities", "logits", "features")

@@ -22,7 +22,7 @@ from torch import nn
 
 from labkit.errors import ProblemError, known
 from labkit.models import describe, make_model
-from labkit.problems.problem import Classifier
+from labkit.problems import Classifier
 from labkit.problems.settings import kept_arguments
 from labkit.problems.splits import folds, hold_out
 from labkit.subnets.coarse import STACKING

@@ -27,7 +27,7 @@ from labkit.errors import ProblemError, RunError, known
 from labkit.models import make_model, seeded
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import flatten
-from labkit.problems.problem import Classifier, evaluating
+from labkit.problems import Classifier, evaluating
 from labkit.problems.settings import by_value
 from labkit.runs import checkpoints
 from labkit.runs import events as record

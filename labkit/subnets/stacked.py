@@ -33,7 +33,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from labkit.errors import LabError, ProblemError
-from labkit.problems.problem import Clock, evaluating
+from labkit.problems import Clock, evaluating
 from labkit.subnets.problem import Subnet
 from labkit.training.local import Best, Fit, alone, check_loss, measure
 from labkit.training.worker.sampler import batches

@@ -33,7 +33,7 @@ from labkit.errors import ProblemError, RunError, known, real, whole
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import flatten
 from labkit.plots.progress import awaited, following, stopped, tell
-from labkit.problems.problem import Classifier
+from labkit.problems import Classifier
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.subnets.baselines import train_rivals

@@ -22,7 +22,7 @@ from labkit.cluster.lab import Worker
 from labkit.errors import ProblemError
 from labkit.models.flat import flatten
 from labkit.partition import UDPA
-from labkit.problems.problem import Clock, Problem, evaluating
+from labkit.problems import Clock, Problem, evaluating
 from labkit.training.worker.sampler import Shard, batches
 from labkit.training.worker.worker import keep_memory
 

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from labkit.data import open_dataset
 from labkit.errors import DataError, ProblemError, RunError
-from labkit.problems.problem import Classifier, Clock, Problem, evaluating, problem_from_config, seeded
+from labkit.models import evaluating, seeded
+from labkit.problems import Classifier, Clock, Problem
+from labkit.problems.problem import problem_from_config
 
 pytestmark = pytest.mark.usefixtures("cache")
 START = Clock(0, 100, 0.0)
