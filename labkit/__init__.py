@@ -1,67 +1,27 @@
 """labkit: a laboratory for training neural networks on uneven clusters, driven from notebooks.
 
-Every public name is here and is looked up on first use, so that `import labkit` imports neither torch nor bokeh.
+Every public name stands in `__init__.pyi`, where editors and type checkers find it, and is looked up on first use, so that
+`import labkit` loads neither torch nor bokeh.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+import lazy_loader
 
-_HOMES = {
-    "connect": "cluster.connect",
-    "Lab": "cluster.lab",
-    "train": "training.train",
-    "resume": "training.resume",
-    "Run": "training.run",
-    "load_run": "training.run",
-    "compare": "training.run",
-    "replay": "simulation.drivers",
-    "simulate": "simulation.drivers",
-    "train_subnets": "subnets.train",
-    "load_subnets": "subnets.result",
-    "Subnet": "subnets.problem",
-    "Decomposition": "subnets.decomposition",
-    "Problem": "problems",
-    "Classifier": "problems",
-    "UDPA": "partition",
-    "IDPA": "partition",
-    "SGWU": "updates",
-    "AGWU": "updates",
-    "AllReduce": "updates",
-    "open_dataset": "data",
-    "sweep": "experiments.sweep",
-    "summary": "experiments.sweep",
-    "report": "experiments.sweep",
-    "parameters": "experiments.sweep",
-    "plots": "",
-    "chaos": "",
-    "updates": "",
-    "LabError": "errors",
-    "DataError": "errors",
-    "ProblemError": "errors",
-    "ClusterError": "errors",
-    "PartitionError": "errors",
-    "UpdateError": "errors",
-    "WireError": "errors",
-    "RunError": "errors",
-    "SweepError": "errors",
-    "WorkerError": "errors",
-}
-__all__ = [*_HOMES, "__version__"]
+_public, _, _names = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [*_names, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib import metadata
 
         return metadata.version("labkit")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'labkit' has no attribute {name!r}. It has: {', '.join(_HOMES)}.")
-    home = _HOMES[name]
-    value = getattr(importlib.import_module(f"labkit.{home}"), name) if home else importlib.import_module(f"labkit.{name}")
-    globals()[name] = value
-    return value
+    if name not in _names:
+        from labkit.errors import did_you_mean
+
+        raise AttributeError(f"module 'labkit' has no attribute {name!r}. It has: {', '.join(_names)}.{did_you_mean(name, _names)}")
+    return _public(name)
 
 
 def __dir__() -> list[str]:

@@ -242,13 +242,6 @@ def test_a_scheduler_by_its_address(cluster):
     assert cluster.status.name == "running"
 
 
-def test_libraries_stay_out_until_they_are_needed():
-    heavy = "torch", "dask", "distributed", "bokeh", "pandas", "numpy", "matplotlib"
-    code = f"import labkit, sys; dir(labkit); print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "[]\n"
-
-
 class FakeWorkers:
     """A back end whose workers come, freeze and go as a test says: id -> (name, what it says of itself; None: nothing, yet)."""
 

@@ -1,0 +1,44 @@
+# The public names and where each one lives: read by `__init__.py`, by editors and by type checkers. A new one is a line here.
+from . import chaos as chaos
+from . import data as data
+from . import models as models
+from . import plots as plots
+from . import problems as problems
+from . import updates as updates
+from .cluster.connect import connect as connect
+from .cluster.lab import Lab as Lab
+from .data import open_dataset as open_dataset
+from .errors import ClusterError as ClusterError
+from .errors import DataError as DataError
+from .errors import LabError as LabError
+from .errors import PartitionError as PartitionError
+from .errors import ProblemError as ProblemError
+from .errors import RunError as RunError
+from .errors import SweepError as SweepError
+from .errors import UpdateError as UpdateError
+from .errors import WireError as WireError
+from .errors import WorkerError as WorkerError
+from .experiments.notebook import parameters as parameters
+from .experiments.sweep import report as report
+from .experiments.sweep import summary as summary
+from .experiments.sweep import sweep as sweep
+from .partition import IDPA as IDPA
+from .partition import UDPA as UDPA
+from .problems import Classifier as Classifier
+from .problems import Problem as Problem
+from .simulation.drivers import replay as replay
+from .simulation.drivers import simulate as simulate
+from .subnets.decomposition import Decomposition as Decomposition
+from .subnets.problem import Subnet as Subnet
+from .subnets.result import load_subnets as load_subnets
+from .subnets.train import train_subnets as train_subnets
+from .training.resume import resume as resume
+from .training.run import Run as Run
+from .training.run import compare as compare
+from .training.run import load_run as load_run
+from .training.train import train as train
+from .updates import AGWU as AGWU
+from .updates import SGWU as SGWU
+from .updates import AllReduce as AllReduce
+
+__version__: str
