@@ -2,70 +2,37 @@
 
     vector = [ weight of layer 1 | bias of layer 1 | ... | running mean | running variance | ... ]
 
-So a pull is received straight into the model and a push is sent straight out of it. `layout.json` of a run holds the `Layout`.
+So a pull is received straight into the model and a push is sent straight out of it.
 
-Used by `labkit.training.worker.replica`, and by whoever turns a stored vector into a model (`labkit.training.run`, `labkit.training.evaluation`,
-`labkit.training.train`, `labkit.training.resume`).
+Used by the replica of a worker, and wherever a stored vector becomes a model; `labkit.runs.checkpoints.Layout` describes the vector
+without torch.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 
 from labkit.errors import WorkerError
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Which entries of the flat vector belong to which tensor: parameters first, then floating-point buffers."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    n_params: int
-    n_buffers: int
-
-    @property
-    def size(self) -> int:
-        return self.n_params + self.n_buffers
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """Sizes of the tensors that make the parameters, in their order."""
-        sizes = [math.prod(shape) for shape in self.shapes]
-        ends = itertools.accumulate(sizes)
-        return tuple(size for size, end in zip(sizes, ends, strict=True) if end <= self.n_params)
-
-    def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        """Name -> array of its shape, as views into `flat`."""
-        parts, start = {}, 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            n = int(np.prod(shape))
-            parts[name], start = flat[start : start + n].reshape(shape), start + n
-        return parts
+Shapes = dict[str, tuple[int, ...]]
 
 
-def flatten(module: torch.nn.Module, device: str = "cpu") -> tuple[torch.Tensor, Layout]:
-    """Move the module to `device` and make all its tensors views into one flat float32 vector, which is returned."""
+def flatten(module: torch.nn.Module, device: str = "cpu") -> tuple[torch.Tensor, Shapes, Shapes]:
+    """Move the module to `device` and make all its tensors views into one flat float32 vector.
+
+    Returns the vector, and the shapes of the parameters and of the buffers in it by their names, in its order. Integer buffers
+    stay outside. WorkerError where a tensor is not float32.
+    """
     module.to(device)
-    params = list(module.named_parameters())
-    buffers = [(name, b) for name, b in module.named_buffers() if b.is_floating_point()]
-    odd = [name for name, tensor in params + buffers if tensor.dtype != torch.float32]
-    if odd:
+    params = dict(module.named_parameters())
+    buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    tensors = params | buffers
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype != torch.float32]:
         raise WorkerError(f"tensors {odd[:3]} are not float32. Keep float32 weights; use precision='bfloat16' for speed.")
-    layout = Layout(
-        tuple(name for name, _ in params + buffers),
-        tuple(tuple(tensor.shape) for _, tensor in params + buffers),
-        sum(tensor.numel() for _, tensor in params),
-        sum(tensor.numel() for _, tensor in buffers),
-    )
-    flat, start = torch.empty(layout.size, device=device), 0
-    for _, tensor in params + buffers:
-        part = flat[start : start + tensor.numel()].view(tensor.shape)
+    flat = torch.empty(sum(tensor.numel() for tensor in tensors.values()), device=device)
+    for tensor, part in zip(tensors.values(), flat.split([tensor.numel() for tensor in tensors.values()]), strict=True):
+        part = part.view(tensor.shape)
         part.copy_(tensor.detach())
-        tensor.data, start = part, start + tensor.numel()
-    return flat, layout
+        tensor.data = part
+    params, buffers = ({name: tuple(tensor.shape) for name, tensor in some.items()} for some in (params, buffers))
+    return flat, params, buffers

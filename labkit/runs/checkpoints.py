@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,44 @@ from labkit.runs.events import read_json, replacing
 FORMAT = 1  # of a checkpoint; a reader refuses what is newer
 FOLDER = "checkpoints"
 ARRAY, ITEMS = "__array__", "__items__"  # in the JSON: a reference to a member; a dict whose keys are not all text
+
+
+# -- what the weights are ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which entries of a flat weight vector belong to which tensor: parameters first, then floating-point buffers."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    n_params: int
+    n_buffers: int
+
+    @classmethod
+    def of(cls, params: Mapping[str, tuple[int, ...]], buffers: Mapping[str, tuple[int, ...]]) -> Layout:
+        """From the shapes of parameters and buffers by name, as `labkit.models.flat.flatten` returns them."""
+        n_params, n_buffers = (sum(map(math.prod, some.values())) for some in (params, buffers))
+        return cls((*params, *buffers), (*params.values(), *buffers.values()), n_params, n_buffers)
+
+    @property
+    def size(self) -> int:
+        return self.n_params + self.n_buffers
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Sizes of the tensors that make the parameters, in their order."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        ends = itertools.accumulate(sizes)
+        return tuple(size for size, end in zip(sizes, ends, strict=True) if end <= self.n_params)
+
+    def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
+        """Name -> array of its shape, as views into `flat`."""
+        parts, start = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            n = math.prod(shape)
+            parts[name], start = flat[start : start + n].reshape(shape), start + n
+        return parts
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ class Arrivals:
         self.queue: list[dict] = []  # pushes that came while their worker was held
         self.work: dict[int, Answer] = {}  # who is at work, in the order of release
         self.replicas = Replicas(problem, run.config)
-        weights, layout = flatten(problem.build(run.config["seed"]))
+        weights, *_ = flatten(problem.build(run.config["seed"]))
+        layout = run.layout
         self.n_bytes = exchange.n_bytes(self.replicas.exchange, layout.size)
         self.it: Coordinator = begin_course(
             run.config,

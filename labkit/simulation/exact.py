@@ -78,8 +78,8 @@ class Course:
         self.newest = max((row["version"] for row in self.rows if row["kind"] == "merge"), default=version or 0)
         self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
         self.replicas, self.answers = Replicas(problem, run.config), {}
-        flat, layout = flatten(problem.build(run.config["seed"]))
-        weights, state = flat.numpy(), None
+        flat, *_ = flatten(problem.build(run.config["seed"]))
+        weights, layout, state = flat.numpy(), run.layout, None
         if version is not None:
             weights, state = checkpoints.read_state(run.path, version)
             if not state:

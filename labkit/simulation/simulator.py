@@ -25,6 +25,7 @@ from labkit.cluster.emulation import Slowness, recorded
 from labkit.models.flat import flatten
 from labkit.partition import UDPA
 from labkit.problems.problem import Problem
+from labkit.runs.checkpoints import Layout
 from labkit.simulation.cost_model import Pace, Timing, stretch
 from labkit.simulation.offline import Ledger, Replicas, begin_course
 from labkit.training.server.connection import SCORE_S
@@ -75,7 +76,8 @@ class Simulation:
         self.replicas, weights, n_buffers, blocks = None, np.zeros(1, np.float32), 0, ()
         if problem is not None:
             self.replicas = Replicas(problem, config)
-            flat, layout = flatten(problem.build(config["seed"]))
+            flat, *shapes = flatten(problem.build(config["seed"]))
+            layout = Layout.of(*shapes)
             weights, n_buffers, blocks = flat.numpy(), layout.n_buffers, layout.blocks
         workers = sorted(worker["index"] for worker in config["workers"])
         self.it = begin_course(

@@ -240,9 +240,9 @@ def make_rival(rival: str, config: Mapping[str, Any], model: Any, model_args: Ma
 def fill(module: nn.Module, path: Path, version: int) -> dict[str, Any]:
     """Give a module the weights of a kept version; returns the state that was kept with them."""
     weights, state = checkpoints.read_state(path, version)
-    flat, layout = flatten(module)
-    if len(weights) != layout.size:
-        raise RunError(f"{path}, version {version}: {len(weights)} weights for a model of {layout.size}. It was changed since.")
+    flat, *_ = flatten(module)
+    if len(weights) != len(flat):
+        raise RunError(f"{path}, version {version}: {len(weights)} weights for a model of {len(flat)}. It was changed since.")
     flat.copy_(torch.from_numpy(weights.copy()))
     return state
 

@@ -59,7 +59,7 @@ def fit(
     better), and the best weights are put back. `after(started)` is called after each piece of work: emulated slowness; and
     `each(epoch, loss, score)` after each epoch, with the score where it was measured; if it returns true, training ends there.
     """
-    flat, _ = flatten(module, device)
+    flat, *_ = flatten(module, device)
     optimisers, shard, best = problem.optimisers(module), alone(len(train), seed), Best([flat], epochs, patience)
     seen, seconds = 0, 0.0
     for epoch in range(1, epochs + 1):

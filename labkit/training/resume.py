@@ -122,7 +122,7 @@ def problem_of(run: Run, given: Problem | None, call: str = "resume({path!r}, pr
         raise RunError(f"the data have {n_train} training samples, and run {run.name} was begun with {run.config['n_train']}.")
     from labkit.models.flat import flatten
 
-    if flatten(given.build(int(run.config["seed"])))[1] != run.layout:
+    if checkpoints.Layout.of(*flatten(given.build(int(run.config["seed"])))[1:]) != run.layout:
         raise RunError(f"the model of this problem has other tensors than run {run.name} was begun with (layout.json).")
     return given
 

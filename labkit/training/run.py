@@ -274,11 +274,11 @@ class Run:
 
     @property
     def layout(self) -> Any:
-        """Which entries of the flat vector belong to which tensor (`labkit.models.flat.Layout`)."""
-        from labkit.models.flat import Layout
-
+        """Which entries of the flat vector belong to which tensor (`labkit.runs.checkpoints.Layout`)."""
         stored = record.read_json(self.path / "layout.json")
-        return Layout(tuple(stored["names"]), tuple(tuple(s) for s in stored["shapes"]), stored["n_params"], stored["n_buffers"])
+        return checkpoints.Layout(
+            tuple(stored["names"]), tuple(tuple(s) for s in stored["shapes"]), stored["n_params"], stored["n_buffers"]
+        )
 
     def flat(self, version: int | None = None) -> np.ndarray:
         """The global weights as one flat float32 vector; the newest kept version unless told which."""
@@ -308,7 +308,7 @@ class Run:
         from labkit.models.flat import flatten
 
         module = self.problem().build(int(self.config["seed"]))
-        flat, _ = flatten(module)
+        flat, *_ = flatten(module)
         flat.copy_(torch.from_numpy(np.array(self.flat(version))))
         return module.eval()
 

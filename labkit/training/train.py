@@ -23,10 +23,11 @@ import numpy as np
 
 from labkit.cluster.lab import Lab
 from labkit.errors import ClusterError, RunError
-from labkit.models.flat import Layout, flatten
+from labkit.models.flat import flatten
 from labkit.partition import UDPA, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import events as record
+from labkit.runs.checkpoints import Layout
 from labkit.training.run import Run, moved
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import Session
@@ -135,7 +136,8 @@ def launch(
 ) -> Run:
     """The second half of `train`: a run of what was checked, on workers that are leased, to whomever."""
     update, partition = make_update(update), make_partition(partition)
-    flat, layout = flatten(problem.build(seed))
+    flat, *shapes = flatten(problem.build(seed))
+    layout = Layout.of(*shapes)
     n_train = len(problem.train_indices())
     budget = max(1, round(passes * n_train))
     path = claim(Path(runs), name)

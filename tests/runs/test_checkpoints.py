@@ -404,3 +404,13 @@ def test_going_back_sets_newer_versions_aside(path):
     assert checkpoints.rewind(path, 3) == [5, 8] and checkpoints.versions(path) == [3]
     assert (path / "checkpoints" / "00000008.refused").exists()
     assert checkpoints.rewind(path, 3) == []
+
+
+# -- what the weights are ----------------------------------------------------------------------------------------------
+
+
+def test_a_layout_splits_scalars_and_empty_tensors():
+    layout = checkpoints.Layout(("a", "b", "c"), ((), (0, 3), (2, 2)), 5, 0)
+    parts = layout.split(np.arange(5, dtype=np.float32))
+    assert [part.shape for part in parts.values()] == [(), (0, 3), (2, 2)]
+    assert parts["a"] == 0 and parts["c"].tolist() == [[1, 2], [3, 4]]

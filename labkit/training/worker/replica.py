@@ -27,6 +27,7 @@ import torch
 
 from labkit.models.flat import flatten
 from labkit.problems.problem import Clock, Problem
+from labkit.runs.checkpoints import Layout
 from labkit.training.worker.allreduce import Group, steps
 from labkit.training.worker.sampler import Shard, batches
 
@@ -50,7 +51,8 @@ class Replica:
         """`after(started, waited)` is called after each piece of work: emulated slowness."""
         self.problem, self.seed, self.worker, self.budget, self.device, self.after = problem, seed, worker, budget, device, after
         self.module = problem.build(seed)
-        self.flat, self.layout = flatten(self.module, device)
+        self.flat, *shapes = flatten(self.module, device)
+        self.layout = Layout.of(*shapes)
         self.optimisers = problem.optimisers(self.module)
         self.train_indices, self.scored = problem.train_indices(), batches(problem.score_indices(), SCORED)
         self.shard: Shard | None = None
