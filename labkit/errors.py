@@ -80,22 +80,31 @@ def known(name: str, value: Any, options: Iterable[Any], advice: str = "", error
     raise error(f"{name}={value!r} is not known. Known: {listed}.{did_you_mean(value, options)}{advice}")
 
 
-def whole(name: str, value: Any) -> int:
-    """`value` as an int of at least 1; TypeError or ValueError otherwise."""
+def whole(name: str, value: Any, least: int = 1, error: type[Exception] = TypeError) -> int:
+    """`value` as an int of at least `least`, ValueError otherwise; `error` where it is no whole number."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
+        raise error(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
     value = operator.index(value)
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1.")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}.")
     return value
 
 
-def real(name: str, value: Any, above: float = -math.inf, least: float = -math.inf, below: float = math.inf) -> float:
-    """`value` as a float with above < value < below and value >= least; TypeError or ValueError otherwise."""
+def real(
+    name: str,
+    value: Any,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+    error: type[Exception] = TypeError,
+) -> float:
+    """`value` as a float with above < value < below, least <= value <= most, else ValueError; `error` where it is no number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
+        raise error(f"{name}={value!r} must be a number, not {type(value).__name__}.")
     value = float(value)
-    if not (above < value < below and value >= least):
+    if not (above < value < below and least <= value <= most):
         low = f"above {above:g}" if math.isfinite(above) else f"at least {least:g}"
-        raise ValueError(f"{name}={value:g} must be {low} and {f'below {below:g}' if below < math.inf else 'finite'}.")
+        high = f"below {below:g}" if below < math.inf else f"at most {most:g}" if most < math.inf else "finite"
+        raise ValueError(f"{name}={value:g} must be {low} and {high}.")
     return value

@@ -15,14 +15,13 @@ Used by `labkit.training.server.coordinator`, which calls `allocate` whenever it
 
 from __future__ import annotations
 
-import difflib
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from labkit.errors import PartitionError
+from labkit.errors import PartitionError, known
 
 
 def largest_remainder(total: int, shares: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -50,14 +49,14 @@ def shuffled(n: int, seed: int, labels: np.ndarray | None = None) -> np.ndarray:
     return np.argsort(place, kind="stable")
 
 
-class UDPA:
-    """Uniform partition: n/m samples for each of m workers, all at once.
+class Partition:
+    """Which worker holds which samples, and how shards grow; a rule adds `_speeds`, to which shares are proportional.
 
     `stratified=True` gives each shard the classes in their true shares.
     """
 
-    name = "udpa"
-    batches = 1
+    name = ""
+    batches = 1  # allocations until all samples are handed out
 
     def __init__(self, *, stratified: bool = False) -> None:
         self.stratified = bool(stratified)
@@ -172,10 +171,11 @@ class UDPA:
         return {"name": self.name, "stratified": self.stratified}
 
     def _learn(self, seconds: Mapping[int, float]) -> None:
-        pass  # equal shares whatever the speed
+        """Take in measured (or, before a worker's first allocation, probed) seconds per sample; a rule may ignore them."""
 
     def _speeds(self) -> np.ndarray:
-        return np.ones(len(self.workers))
+        """The relative speed of each of `self.workers`, float64: their shares are in proportion."""
+        raise NotImplementedError
 
     def _due(self, count: int) -> int:
         """Samples that all workers together should hold after `count` allocations."""
@@ -225,7 +225,19 @@ class UDPA:
         return given
 
 
-class IDPA(UDPA):
+class UDPA(Partition):
+    """Uniform partition: n/m samples for each of m workers, all at once, whatever their speed.
+
+    `stratified=True` gives each shard the classes in their true shares.
+    """
+
+    name = "udpa"
+
+    def _speeds(self) -> np.ndarray:
+        return np.ones(len(self.workers))
+
+
+class IDPA(Partition):
     """Incremental partition by measured speed (BPT-CNN 2019): data handed out in batches, each correcting the one before.
 
     Parameters
@@ -320,14 +332,9 @@ class IDPA(UDPA):
 PARTITIONS = {rule.name: rule for rule in (UDPA, IDPA)}
 
 
-def make_partition(partition: str | dict | UDPA) -> UDPA:
+def make_partition(partition: str | dict | Partition) -> Partition:
     """A partition from its name ("idpa"), its `config()`, or itself; an unknown name is a `ValueError` with the known ones."""
-    if isinstance(partition, UDPA):
+    if isinstance(partition, Partition):
         return partition
     settings = dict(partition) if isinstance(partition, dict) else {"name": partition}
-    name = str(settings.pop("name", "")).lower()
-    if name not in PARTITIONS:
-        close = difflib.get_close_matches(name, PARTITIONS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown partition {partition!r}. Known: {', '.join(PARTITIONS)}.{hint}")
-    return PARTITIONS[name](**settings)
+    return PARTITIONS[known("partition", str(settings.pop("name", "")).lower(), PARTITIONS)](**settings)

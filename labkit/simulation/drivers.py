@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labkit.errors import RunError, whole
-from labkit.partition import UDPA, make_partition
+from labkit.partition import Partition, make_partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
 from labkit.runs import events as record
@@ -109,7 +109,7 @@ def simulate(
     servers: int = 1,
     failures: Sequence[tuple] | None = None,
     update: str | dict | Update | None = None,
-    partition: str | dict | UDPA | None = None,
+    partition: str | dict | Partition | None = None,
     passes: float | None = None,
     local_steps: int | str | None = scenarios.RECORDED,
     samples: int | None = None,

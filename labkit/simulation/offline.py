@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from labkit.errors import RunError
-from labkit.partition import UDPA
+from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
 from labkit.runs import events as record
@@ -158,7 +158,7 @@ def begin_course(
     config: dict,
     workers: list[int],
     update: Update,
-    partition: UDPA,
+    partition: Partition,
     weights: np.ndarray,
     n_buffers: int,
     *,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from labkit.cluster.emulation import make_stalls, opposite
 from labkit.errors import RunError, real, whole
-from labkit.partition import UDPA, make_partition
+from labkit.partition import Partition, make_partition
 from labkit.simulation.cost_model import Line, Pace, Timing, fit
 from labkit.simulation.simulator import Change, Simulation
 from labkit.training.run import Run
@@ -75,7 +75,7 @@ def changed(
     recorded: dict,
     *,
     update: Update,
-    partition: UDPA,
+    partition: Partition,
     n_workers: int | None,
     slowdown: Sequence[float] | None,
     jitter: float | None,

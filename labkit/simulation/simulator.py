@@ -23,7 +23,7 @@ import numpy as np
 
 from labkit.cluster.emulation import Slowness, recorded
 from labkit.models.flat import flatten
-from labkit.partition import UDPA
+from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs.checkpoints import Layout
 from labkit.simulation.cost_model import Pace, Timing, stretch
@@ -55,7 +55,7 @@ class Simulation:
         n_weights: int,
         *,
         update: Update,
-        partition: UDPA,
+        partition: Partition,
         batch_size: int,
         changes: Sequence[Change] = (),
         problem: Problem | None = None,

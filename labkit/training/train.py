@@ -24,7 +24,7 @@ import numpy as np
 from labkit.cluster.lab import Lab
 from labkit.errors import ClusterError, RunError
 from labkit.models.flat import flatten
-from labkit.partition import UDPA, make_partition
+from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import events as record
 from labkit.runs.checkpoints import Layout
@@ -39,7 +39,7 @@ def train(
     problem: Problem,
     lab: Lab,
     *,
-    partition: str | dict | UDPA = "idpa",
+    partition: str | dict | Partition = "idpa",
     update: str | dict | Update = "agwu",
     passes: float = 5,
     local_steps: int | None = None,
@@ -120,7 +120,7 @@ def launch(
     lab: Lab,
     workers: list[int],
     *,
-    partition: str | dict | UDPA,
+    partition: str | dict | Partition,
     update: str | dict | Update,
     name: str,
     runs: str | Path,
@@ -155,7 +155,7 @@ def server_spec(
     lab: Lab,
     workers: list[int],
     update: Update,
-    partition: UDPA,
+    partition: Partition,
     weights: np.ndarray,
     layout: Layout,
     state: dict | None = None,
@@ -235,7 +235,7 @@ def check_traffic(update: Update, exchange: str, overlap: int) -> None:
         )
 
 
-def check_shards(problem: Problem, workers: list[int], partition: UDPA) -> None:
+def check_shards(problem: Problem, workers: list[int], partition: Partition) -> None:
     """A partition of the true size, made and thrown away: what is wrong with it should be heard here, not in the server."""
     import copy
 

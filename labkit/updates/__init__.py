@@ -21,9 +21,7 @@ Used by `labkit.training.server.coordinator` (live) and by anybody who tests or 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
+from labkit.errors import did_you_mean, known
 from labkit.updates.asynchronous import AGWU, Downpour, FedAsync, FedBuff
 from labkit.updates.base import Changes, Merge, Push, Reply, Update, settings
 from labkit.updates.bounded import SSP, Rescaled, Ringmaster
@@ -52,16 +50,10 @@ def make_update(update: str | dict | Update) -> Update:
     if isinstance(update, Update):
         return update
     given = dict(update) if isinstance(update, dict) else {"name": update}
-    name = str(given.pop("name", "")).lower()
-    if name not in UPDATES:
-        raise ValueError(f"unknown update {update!r}. Known: {', '.join(UPDATES)}.{_hint(name, UPDATES)}")
-    known = settings(UPDATES[name])
+    name = known("update", str(given.pop("name", "")).lower(), UPDATES)
+    options = settings(UPDATES[name])
     for setting in given:
-        if setting not in known:
-            raise ValueError(f"{name} has no setting {setting!r}. It has: {', '.join(known) or 'none'}.{_hint(setting, known)}")
+        if setting not in options:
+            listed = f"It has: {', '.join(options) or 'none'}.{did_you_mean(setting, options)}"
+            raise ValueError(f"{name} has no setting {setting!r}. {listed}")
     return UPDATES[name](**given)
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

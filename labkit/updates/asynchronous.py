@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from labkit.updates.base import Changes, Merge, Push, Reply, Update, chunks, number, one_of, weighted_sum, whole
+from labkit.updates.base import Changes, Merge, Push, Reply, Update, chunks, count, number, one_of, weighted_sum
 
 
 class AGWU(Changes):
@@ -217,7 +217,7 @@ class FedBuff(Changes):
     written = ("total",)
 
     def __init__(self, size: int | None = None, lr: float = 1.0, *, power: float = 0.5) -> None:
-        self.size = whole(self, "size", size)
+        self.size = count(self, "size", size)
         self.lr = number(self, "lr", lr, above=0)
         self.power = number(self, "power", power, least=0)
 

@@ -11,14 +11,13 @@ Used by the other rooms of `labkit.updates`, and by `labkit.training.server.coor
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from labkit.errors import UpdateError
+from labkit.errors import UpdateError, known, real, whole
 
 
 @dataclass(frozen=True)
@@ -258,31 +257,19 @@ def settings(rule: type[Update]) -> list[str]:
     return list(inspect.signature(rule).parameters)
 
 
-def number(rule: Update, name: str, value: float, *, above: float | None = None, least: float | None = None, most=None) -> float:
-    """A setting that is a finite number within its bounds; `ValueError` with rule, name and bounds if it is not."""
-    bounds = [("more than", above), ("at least", least), ("at most", most)]
-    fits = [isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)]
-    if fits[0]:
-        fits += [above is None or value > above, least is None or value >= least, most is None or value <= most]
-    if not all(fits):
-        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-        raise ValueError(f"{type(rule).__name__} needs a number of {wanted} for {name}, and got {value!r}.")
-    return value
+def number(rule: Update, name: str, value: float, **bounds: float) -> float:
+    """A setting that is a finite number within `bounds` (`labkit.errors.real`); otherwise `ValueError`."""
+    return real(f"{type(rule).__name__}: {name}", value, error=ValueError, **bounds)
 
 
-def whole(rule: Update, name: str, value: int | None, least: int = 1) -> int | None:
+def count(rule: Update, name: str, value: int | None, least: int = 1) -> int | None:
     """A setting that is a whole number of at least `least`, or None: the rule decides by the number of workers."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least):
-        wanted = f"a whole number of at least {least}, or None,"
-        raise ValueError(f"{type(rule).__name__} needs {wanted} for {name}, and got {value!r}.")
-    return None if value is None else int(value)
+    return None if value is None else whole(f"{type(rule).__name__}: {name}", value, least, error=ValueError)
 
 
-def one_of(rule: Update, name: str, value: str, known: Iterable[str]) -> str:
+def one_of(rule: Update, name: str, value: str, options: Iterable[str]) -> str:
     """A setting that is one of a few words."""
-    if value not in (known := list(known)):
-        raise ValueError(f"{type(rule).__name__} has no {name} {value!r}. It has: {', '.join(map(repr, known))}.")
-    return value
+    return known(f"{type(rule).__name__}: {name}", value, options)
 
 
 def _copied(value: Any, written: bool) -> Any:

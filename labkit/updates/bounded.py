@@ -12,7 +12,7 @@ Used through `labkit.updates`.
 
 from __future__ import annotations
 
-from labkit.updates.base import Changes, Push, Reply, number, whole
+from labkit.updates.base import Changes, Push, Reply, count, number
 
 
 class SSP(Changes):
@@ -37,7 +37,7 @@ class SSP(Changes):
     def __init__(self, bound: int = 3, rate: float = 1.0) -> None:
         if bound is None:
             raise ValueError("SSP needs a bound: how many local passes a worker may be ahead of the slowest.")
-        self.bound, self.rate = whole(self, "bound", bound, least=0), number(self, "rate", rate, above=0)
+        self.bound, self.rate = count(self, "bound", bound, least=0), number(self, "rate", rate, above=0)
 
     def _begin(self) -> None:
         super()._begin()
@@ -90,7 +90,7 @@ class Ringmaster(Changes):
     ahead = True
 
     def __init__(self, limit: int | None = None, rate: float = 1.0) -> None:
-        self.limit, self.rate = whole(self, "limit", limit), number(self, "rate", rate, above=0)
+        self.limit, self.rate = count(self, "limit", limit), number(self, "rate", rate, above=0)
 
     def _merge(self, push: Push) -> list[Reply]:
         m = len(self.bases)

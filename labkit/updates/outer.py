@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from labkit.updates.base import Changes, Push, Reply, chunks, number, one_of, whole
+from labkit.updates.base import Changes, Push, Reply, chunks, count, number, one_of
 from labkit.updates.synchronous import Barrier, average, shares
 
 TINY = 1e-12
@@ -95,7 +95,7 @@ class DelayedNesterov(Changes):
 
     def __init__(self, lr: float = 0.7, momentum: float = 0.9, *, period: int | None = None, dynamic: bool = True) -> None:
         self.lr, self.momentum = number(self, "lr", lr, above=0), number(self, "momentum", momentum, least=0, most=0.999)
-        self.period, self.dynamic = whole(self, "period", period), bool(dynamic)
+        self.period, self.dynamic = count(self, "period", period), bool(dynamic)
 
     @property
     def paced(self) -> bool:

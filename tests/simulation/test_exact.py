@@ -366,7 +366,7 @@ def test_a_rule_that_only_its_user_knows_is_replayed_with_its_object(train):
     run = train(update=cell["MyOwn"]("raw"))
     assert same(run, labkit.replay(run, update=cell["MyOwn"]("raw")))
     assert labkit.simulate(run, update=cell["MyOwn"]("raw")).config["origin"]["error"] is not None
-    with pytest.raises(ValueError, match="unknown update"):
+    with pytest.raises(ValueError, match="update='my-own' is not known"):
         labkit.replay(run)
 
 

@@ -563,8 +563,8 @@ def test_bad_requests_start_nothing(train, tmp_path, lab):
     file.write_text("")
     few = problem(train_samples=1)
     for error, words, a_problem, options in [
-        (ValueError, "unknown update 'agw'. Known: .*Did you mean 'agwu'", problem(), {"update": "agw"}),
-        (ValueError, "unknown partition 'ipda'. Known: .*Did you mean", problem(), {"partition": "ipda"}),
+        (ValueError, "update='agw' is not known. Known: .*Did you mean 'agwu'", problem(), {"update": "agw"}),
+        (ValueError, "partition='ipda' is not known. Known: .*Did you mean", problem(), {"partition": "ipda"}),
         (ValueError, "passes=0 must be a positive number", problem(), {"passes": 0}),
         (ValueError, "passes=nan must be a positive number", problem(), {"passes": float("nan")}),
         (ValueError, "passes=inf must be a positive number", problem(), {"passes": float("inf")}),

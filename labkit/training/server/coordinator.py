@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from labkit.errors import ClusterError, PartitionError, UpdateError
-from labkit.partition import UDPA
+from labkit.partition import Partition
 from labkit.training.server.grants import Allotment, Part
 from labkit.training.server.keeping import AGE_S, Keeper
 from labkit.training.server.membership import Answer, Member
@@ -46,7 +46,7 @@ class Coordinator:
         self,
         *,
         update: Update,
-        partition: UDPA,
+        partition: Partition,
         workers: list[int],
         budget: int,
         batch_size: int,

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from labkit.errors import ClusterError
-from labkit.partition import UDPA, largest_remainder
+from labkit.partition import Partition, largest_remainder
 from labkit.training.server.membership import FRUITLESS, Answer, Group, Member
 from labkit.updates import Reply, Update
 
@@ -44,7 +44,7 @@ class Allotment:
 
     def __init__(
         self,
-        partition: UDPA,
+        partition: Partition,
         budget: int,
         joint: int | None,
         update: Update,

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from labkit.errors import WireError
-from labkit.partition import UDPA
+from labkit.partition import Partition
 from labkit.runs import checkpoints
 from labkit.runs import server_file as presence
 from labkit.runs.events import Recorder, write_json
@@ -44,7 +44,7 @@ class ServerSpec:
     path: str  # the run directory
     secret: bytes
     update: Update
-    partition: UDPA
+    partition: Partition
     weights: np.ndarray  # float32 (n,): [parameters | buffers]
     n_buffers: int
     n_samples: int
