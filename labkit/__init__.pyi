@@ -26,8 +26,8 @@ from .partition import IDPA as IDPA
 from .partition import UDPA as UDPA
 from .problems import Classifier as Classifier
 from .problems import Problem as Problem
-from .simulation.drivers import replay as replay
-from .simulation.drivers import simulate as simulate
+from .simulation.replay import replay as replay
+from .simulation.simulate import simulate as simulate
 from .subnets.decomposition import Decomposition as Decomposition
 from .subnets.problem import Subnet as Subnet
 from .subnets.result import load_subnets as load_subnets

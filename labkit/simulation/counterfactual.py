@@ -6,7 +6,7 @@ soon as it is released. When the record is used up and the budget is not, those 
 released. So all of the budget is trained on, and only the order is borrowed; what the rule would have cost in time is a question
 for `simulate`.
 
-Used by `labkit.simulation.drivers`.
+Used by `labkit.simulation.replay`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ A `Course` of a run gives bit-identical weights on a CPU and proves it as it goe
 loss and score must have the same bits, and so must every version that the run has kept. What the clock decided (who came when,
 measured speeds) is taken from the record; weights, orders and random numbers are computed again. Nobody sleeps.
 
-Used by `labkit.simulation.drivers`.
+Used by `labkit.simulation.replay`.
 """
 
 from __future__ import annotations

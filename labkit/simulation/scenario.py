@@ -3,7 +3,7 @@
 Workers of a scenario are as quick as the measured ones, in turn: the i-th has the pace of measured worker i mod m and its slowdown,
 unless other ones are given. Whatever is not changed is as recorded, losses and newcomers too.
 
-Used by `labkit.simulation.drivers`.
+Used by `labkit.simulation.simulate`.
 """
 
 from __future__ import annotations

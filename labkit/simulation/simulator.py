@@ -7,7 +7,7 @@ and coordinator are the objects of live runs; how long things take comes from a 
 alone: a thousand workers in seconds), or real: then each local pass is made by the worker's replica, and accuracy stands against
 simulated time.
 
-Used by `labkit.simulation.drivers`.
+Used by `labkit.simulation.simulate`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Everything after that checkpoint is made again; `labkit.runs.events.effective` leaves what it led to before out of the curve and the
 counts. Another kind of lab or another number of workers is fine: the samples of those who are gone go to the others.
 
-Used from notebooks; `problem_of` also by `labkit.simulation.drivers`.
+Used from notebooks; `problem_of` also by `labkit.simulation`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""`replay`: the recorded course of a run made again in this process, by its own update or, counterfactually, by another one.
+
+    recorded events  ->  its own update: every event, loss, score and kept version compared    ->  a Run, "replay"
+                     ->  another update: the same arrivals, weights and grants computed anew   ->  a Run, "counterfactual"
+
+Update, partition and coordinator are the objects of live runs; only what calls them differs. What comes out is a `Run` with a
+directory of its own, so that every figure and table works on it; its origin is recorded.
+
+Used from notebooks; the work is done in `labkit.simulation.exact` and `labkit.simulation.counterfactual`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+from labkit.errors import RunError
+from labkit.plots.progress import meter
+from labkit.problems.problem import Problem
+from labkit.runs import events as record
+from labkit.simulation.counterfactual import Arrivals
+from labkit.simulation.exact import Course, Lives
+from labkit.simulation.offline import Ledger
+from labkit.training.resume import problem_of
+from labkit.training.run import Run
+from labkit.updates import Update, make_update
+
+
+def replay(
+    run: Run,
+    *,
+    update: str | dict | Update | None = None,
+    problem: Problem | None = None,
+    name: str | None = None,
+    runs: str | Path | None = None,
+) -> Run:
+    """Make the recorded course of a run again in this process; returns a `Run` with a directory of its own.
+
+    Without `update` its weights are bit for bit those of the run, on a CPU with the same torch. That is checked on the way: every
+    event that follows from others, the loss and score of each local pass, each version that the run has kept.
+
+    With another `update` it answers: the same arrivals, what would that rule have made of them? It is counterfactual, and says so
+    in its name, label, summary and figures. Workers push in recorded order; one that the rule holds pushes
+    as soon as it is released; how many samples they train on follows from the rule's own course, up to the same budget. Times are
+    those of the record: what the rule would cost in time is for `simulate`.
+
+    Parameters
+    ----------
+    run
+        A run that has ended, however: done, stopped, failed, cut off, resumed.
+    update
+        Another rule, by name or as an object.
+    problem
+        The problem as it was given to `train`, where its model was written in a notebook cell of another kernel.
+    name, runs
+        Recorded in `runs/name`, by default beside the run as "<its name>-replay" or "<its name>-replay-<update>".
+
+    Raises
+    ------
+    RunError
+        The record cannot be replayed: it still grows, is older than replays, has a hole, is an all-reduce (torch averages inside
+        the steps), was computed on a GPU, or by threads that shared a generator of random numbers. Or the replay differs from it:
+        the first difference, with its event and worker.
+    """
+    rule = copy.deepcopy(make_update(update if update is not None else run.config["update"]))
+    exact = update is None or rule.config() == run.config["update"]
+    _check_replayable(run, rule)
+    problem = problem_of(run, problem or run._problem, "replay(run, problem=problem)")
+    lives = Lives(run)
+    origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.get("id")}
+    config = run.config if exact else {**run.config, "update": rule.config()}
+    layout = record.read_json(run.path / "layout.json")
+    name = name or f"{run.name}-replay" + ("" if exact else f"-{rule.name}")
+    ledger = Ledger(Path(runs or run.path.parent), name, config, layout, origin)
+    status = {"state": "failed", "reason": f"the {origin['kind']} of {run.name} was cut off."}
+    try:
+        with meter(f"{origin['kind']} of {run.name}", run.config["budget"]) as told:
+            if exact:
+                courses = _drive_again(run, problem, rule, ledger, lives, told)
+                reason = f"{sum(course.passes for course in courses)} local passes and "
+                reason += f"{sum(course.compared for course in courses)} kept versions are bit for bit the same"
+            else:
+                courses = [Arrivals(run, problem, rule, ledger, lives, told)]
+                courses[0].drive()
+                reason = ""
+        last = courses[-1].it
+        ended = run.recorded() if exact else {"state": last.state, "reason": last.reason}
+        reason = "; ".join(filter(None, [reason, ended.get("reason")]))
+        status = {"state": ended["state"], "reason": reason, "version": last.update.version, "samples": last.samples.done}
+    except RunError as error:
+        status["reason"] = str(error)
+        raise
+    finally:
+        ledger.close(status)
+    return Run(ledger.path, problem=problem)
+
+
+def _drive_again(
+    run: Run, problem: Problem, rule: Update, ledger: Ledger, lives: Lives, told: Callable[[int], None]
+) -> list[Course]:
+    courses = []
+    for part in range(len(lives.parts)):
+        courses.append(Course(run, problem, copy.deepcopy(rule), ledger, lives, part, told))
+        courses[-1].drive()
+    return courses
+
+
+def _check_replayable(run: Run, rule: Update) -> None:
+    if run.state == "running":
+        raise RunError(f"run {run.name} still goes: its record is not whole yet. Use run.wait() first.")
+    if run.origin != "live":
+        raise RunError(
+            f"run {run.name} is a {run.origin} itself; replay the run that it comes from, {run.config['origin']['run']}."
+        )
+    if run.config.get("format", 0) < 2:
+        raise RunError(
+            f"run {run.name} was recorded by labkit {run.config.get('labkit')} before there were replays (format "
+            f"{run.config.get('format')}): probed speeds and threads of its workers are not in the record. Train it again."
+        )
+    if "allreduce" in (rule.name, run.config["update"]["name"]):
+        raise RunError(
+            "an all-reduce cannot be replayed: torch averages gradients among the workers within every step, and in which order it "
+            "adds them up is not in the record. With update='sgwu' a run with the same seed gives the same weights."
+        )
