@@ -94,8 +94,8 @@ def verdict(table: pd.DataFrame) -> str:
 def _draw(table: pd.DataFrame, out: Path) -> Path | None:
     """curves.png of the runs that the notebooks made; None, and a line that says why, where it cannot be drawn."""
     try:
-        from labkit import load_run
         from labkit.plots import runs as plots
+        from labkit.training.run import load_run
 
         plots.extension("static")
         paths = [path for path in table.get("run", []) if isinstance(path, str)]
