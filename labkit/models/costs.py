@@ -2,22 +2,23 @@
 
     convolution: values of its output x channels of one group x size of its kernel      dense layer: outputs x inputs
 
-Activations, normalisations, pooling and biases are left out, as is usual.
+By torch's own formulas (`torch.utils.flop_counter`), which know attention and other products of matrices too. Activations,
+normalisations, pooling and biases are left out, as is usual.
 
-Used by `labkit.subnets.train`.
+Used by `labkit.subnets`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from labkit.models import evaluating
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def n_parameters(module: nn.Module) -> int:
@@ -27,21 +28,22 @@ def n_parameters(module: nn.Module) -> int:
 
 def multiply_adds(module: nn.Module, shape: Sequence[int]) -> int:
     """Of one forward pass of one sample of `shape`; a layer that is used twice counts twice."""
-    counted = []
-
-    def convolved(layer: nn.Module, _: tuple, out: torch.Tensor) -> None:
-        counted.append(out.numel() * layer.in_channels // layer.groups * math.prod(layer.kernel_size))
-
-    def multiplied(layer: nn.Module, _: tuple, out: torch.Tensor) -> None:
-        counted.append(out.numel() * layer.in_features)
-
-    hooks = [layer.register_forward_hook(convolved) for layer in module.modules() if isinstance(layer, CONVOLUTIONS)]
-    hooks += [layer.register_forward_hook(multiplied) for layer in module.modules() if isinstance(layer, nn.Linear)]
     device = next(module.parameters()).device
-    try:
-        with evaluating(module) as plain:
-            plain(torch.zeros(1, *shape, device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(counted)
+    with evaluating(module) as plain, _Counter() as counter:
+        plain(torch.zeros(1, *shape, device=device))
+    return counter.operations // 2
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the operations of this thread, a multiplication and an addition as two.
+
+    torch's FlopCounterMode hooks every module of the process while it counts, those that other threads train too.
+    """
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.operations += formula(*args, **(kwargs or {}), out_val=out)
+        return out

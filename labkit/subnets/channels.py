@@ -26,10 +26,10 @@ from torch import nn
 
 from labkit.errors import ProblemError
 from labkit.models import MODELS, describe
-from labkit.models.costs import CONVOLUTIONS
 from labkit.problems import Classifier
 from labkit.problems.settings import kept_arguments
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
