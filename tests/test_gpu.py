@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import labkit
 from labkit.partition import UDPA
-from labkit.training.worker.buffers import Parcel
 from labkit.training.worker.sampler import batches, pass_order
+from labkit.training.worker.worker import WeightBuffers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache")]
 SEED = 5
@@ -114,21 +114,21 @@ def test_bfloat16_trains_float32_weights(channels_last, tmp_path):
 
 
 def test_weights_go_through_pinned_memory_both_ways(tmp_path, monkeypatch):
-    seen, leaves, arrived = [], Parcel.leaves, Parcel.arrived
+    seen, pack, unpack = [], WeightBuffers.pack, WeightBuffers.unpack
 
     def watched(method):
         def call(self, *args):
             result = method(self, *args)
             flat = self.replica.flat
             same = torch.equal(self.host, flat.cpu())  # what is sent or was received is what is on the card
-            seen.append((method is leaves, self.host.is_pinned(), flat.is_cuda, same))
+            seen.append((method is pack, self.host.is_pinned(), flat.is_cuda, same))
             assert flat.data_ptr() == next(self.replica.module.parameters()).data_ptr()
             return result
 
         return call
 
-    monkeypatch.setattr(Parcel, "leaves", watched(leaves))
-    monkeypatch.setattr(Parcel, "arrived", watched(arrived))
+    monkeypatch.setattr(WeightBuffers, "pack", watched(pack))
+    monkeypatch.setattr(WeightBuffers, "unpack", watched(unpack))
     with labkit.connect("threads", 1) as lab:
         trained(lab, problem(), tmp_path)
     pushes = [what for what in seen if what[0]]

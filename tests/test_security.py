@@ -34,7 +34,7 @@ MEANT = [
     {"op": "watch"},
     {"op": "status"},
     {"op": "stop", "state": "stopped", "reason": "enough"},
-    {"op": "beat", "samples": 3, "loss": 0.7},
+    {"op": "heartbeat", "samples": 3, "loss": 0.7},
     PUSH,
     {"op": "regroup", "reason": "no luck"},
     {"op": "drop", "workers": [0, 1]},
@@ -220,7 +220,7 @@ MISTAKES = {
     "infinite seconds": PUSH | {"score_s": float("inf")},
     "a huge number": PUSH | {"send_s": 10**400},
     "text for a reason": {"op": "regroup", "reason": [1]},
-    "a beat of NaN": {"op": "beat", "samples": float("nan"), "loss": 0.1},
+    "a heartbeat of NaN": {"op": "heartbeat", "samples": float("nan"), "loss": 0.1},
     "a failure without a reason": {"op": "fail"},
     "an unknown word": {"op": "pull"},
 }

@@ -76,7 +76,7 @@ class Replicas:
             given, taken = exchange.pack(go.weights, self.exchange), np.array(go.weights)
             if self.exchange != "float32":
                 exchange.unpack(given, self.exchange, taken)
-            replica.take_in(torch.from_numpy(taken), go.header["carry"])
+            replica.pull(torch.from_numpy(taken), go.header["carry"])
             replica.hold(go.header["keep"], go.indices)
             done, place.went = replica.local_pass(go.header), go.header
             if began is not None and not torch.equal(began, torch.get_rng_state()):
@@ -97,7 +97,7 @@ class Replicas:
         weights = replica.flat.numpy()
         if self.exchange == "float32":
             return weights
-        change, made = exchange.place(self.exchange, len(weights)), np.empty_like(weights)
+        change, made = exchange.buffer(self.exchange, len(weights)), np.empty_like(weights)
         n = replica.layout.n_params
         exchange.add_change(base, change, self.exchange, exchange.pack_change(weights, given, self.exchange, change, n), made, n)
         return made

@@ -28,9 +28,9 @@ from labkit.problems.problem import Problem
 from labkit.runs.checkpoints import Layout
 from labkit.simulation.cost_model import Pace, Timing, stretch
 from labkit.simulation.offline import Ledger, Replicas, begin_course
-from labkit.training.server.connection import SCORE_S
 from labkit.training.server.membership import Answer
 from labkit.training.wire.compression import n_bytes
+from labkit.training.wire.protocol import SCORE_EVERY_S
 from labkit.updates import Update
 
 STEP = np.float32(1e-3)  # what a local pass changes where nothing is trained: no rule has to divide by nothing
@@ -188,7 +188,7 @@ class Simulation:
         compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))]
         compute = slowness.stretched(compute, self.now - came, steps)
         ahead, score = compute * header["ahead"] / max(1, samples), 0.0
-        if self.it.update.scored or self.now - self.scored.get(worker, -math.inf) >= SCORE_S:
+        if self.it.update.scored or self.now - self.scored.get(worker, -math.inf) >= SCORE_EVERY_S:
             score, self.scored[worker] = slowness.stretched(pace.score_s, self.now - came + compute), self.now
         return compute - ahead, ahead, score
 

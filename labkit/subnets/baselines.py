@@ -35,7 +35,8 @@ from labkit.subnets.channels import compose, pieces
 from labkit.subnets.decomposition import Decomposition
 from labkit.subnets.problem import part_seed
 from labkit.subnets.result import RIVALS, Subnets, fill, make_rival
-from labkit.training.local import fit, outputs, ready
+from labkit.training.local import fit, outputs
+from labkit.training.worker.process import prepare_alone
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _train_pieces(problem: Classifier, joined: Subnets, path: Path, run: Callabl
 def train_rival(job: Job, worker: Worker) -> dict[str, Any]:
     """Runs on a worker: train a rival, leave its weights in the folder of the run, and give its row, without its name."""
     problem, config, seed = job.problem, job.config, job.config["seed"]
-    slowness, module = ready(worker, config, seed), job.build()
+    slowness, module = prepare_alone(worker, config, seed), job.build()
     settings = {"epochs": config["epochs"], "patience": config["patience"], "seed": seed}
     train, held = problem.train_indices(), problem.score_indices()
     awaited = job.path / "parts", config["id"]

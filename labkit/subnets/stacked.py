@@ -112,7 +112,7 @@ def fit_together(
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
         total = torch.zeros(len(modules), device=device)
-        orders = [batches(shard.take(len(train)), problem.batch_size) for shard in shards]
+        orders = [batches(shard.draw(len(train)), problem.batch_size) for shard in shards]
         for parts in zip(*orders, strict=True):
             began = time.perf_counter()
             loaded = [own.load(train[part], "train", device) for own, part in zip(problems, parts, strict=True)]

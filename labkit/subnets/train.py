@@ -44,9 +44,10 @@ from labkit.subnets.problem import FOLDS, WIDTH_RULES, Subnet, number_of, part_s
 from labkit.subnets.result import RIVALS, Subnets, describe_problem, make_joined, n_said, train_coarse
 from labkit.subnets.stacked import check_batching, fit_together
 from labkit.training.blocks import make_team, train_in_teams
-from labkit.training.local import Fit, fit, measure, outputs, ready
+from labkit.training.local import Fit, fit, measure, outputs
 from labkit.training.run import Run
 from labkit.training.train import choose, claim, describe_lab, leased
+from labkit.training.worker.process import prepare_alone
 
 
 def train_subnets(
@@ -232,7 +233,7 @@ def train_parts(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
     A part that is trained twice, since its first worker was lost, takes the place of the first: same seed, same weights.
     """
     config, seeds, problems = jobs[0].config, [job.seed for job in jobs], [job.problem for job in jobs]
-    slowness = ready(worker, config, seeds[0])
+    slowness = prepare_alone(worker, config, seeds[0])
     modules = [problem.build(seed) for problem, seed in zip(problems, seeds, strict=True)]
     numbers = [problem.number for problem in problems]
     settings = {"epochs": config["epochs"], "patience": config["patience"], "device": worker.device, "after": slowness.after}
@@ -250,7 +251,7 @@ def train_parts(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
 
 def keep_part(job: Job, worker: Worker) -> list[dict[str, Any]]:
     """Runs on a worker: what a team has trained is kept in `path` as if this worker had done it alone."""
-    ready(worker, job.config, job.seed)
+    prepare_alone(worker, job.config, job.seed)
     problem, run, epochs = job.problem, Run(job.run), job.config["epochs"]
     module = problem.build(job.seed)
     flatten(module, worker.device)[0].copy_(torch.from_numpy(run.flat().copy()))

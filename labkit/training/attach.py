@@ -1,7 +1,7 @@
 """A run followed from another kernel than the one that started it: over a watcher's connection to its server.
 
-The server announces itself in the run directory (`labkit.runs.server_file`). Each question is a connection of its own, so nothing stays
-open and nothing runs in the background; how the run ended is read from its directory.
+The server announces itself in the run directory (`labkit.runs.server_file`). Each question is a connection of its own, so nothing
+stays open and nothing runs in the background; how the run ended is read from its directory.
 
 Used by `Run.attach`; it answers what `Run` asks of a `labkit.training.supervisor.Session`.
 """

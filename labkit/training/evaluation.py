@@ -1,7 +1,8 @@
 """The learning curve of a run: every kept version of the global weights, measured on the test set after the run.
 
-Measuring afterwards keeps it out of the times that are compared. Used by `labkit.training.supervisor` at the end of a run, and by `Run.curve`
-where that was cut off.
+Measuring afterwards keeps it out of the times that are compared.
+
+Used by `labkit.training.supervisor` at the end of a run, and by `Run.curve` where that was cut off.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from labkit.models.flat import flatten
 from labkit.runs import checkpoints
 from labkit.runs import events as record
-from labkit.training.worker.worker import keep_memory
+from labkit.training.worker.process import prepare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +57,7 @@ def measure(run: Run, problem: Problem, lab: Lab | None = None, workers: Sequenc
 def _evaluate(item: tuple[Problem, str, list[int], int]) -> list[tuple[int, float, float]]:
     """Runs on a worker: (version, loss, score) of some versions of a run."""
     problem, path, versions, seed = item
-    keep_memory()
+    prepare()
     module = problem.build(seed)
     flat, *_ = flatten(module)
     indices = problem.test_indices()

@@ -3,28 +3,25 @@
 Orders and batches are those of a worker that trains alone, so without early stopping the weights are bit for bit those of
 `labkit.train` on one worker with SGWU, UDPA and as many passes. With it, the weights of the best epoch stay.
 
-Used by `labkit.subnets.train` and `labkit.subnets.baselines` on the workers, by `labkit.subnets.result`, and in pieces by `labkit.subnets.stacked`.
+Used by `labkit.subnets`: on the workers, for the coarse network, and in pieces where subnets are trained in one pass.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from labkit.cluster.emulation import Slowness, recorded
-from labkit.cluster.lab import Worker
 from labkit.errors import ProblemError
 from labkit.models.flat import flatten
 from labkit.partition import UDPA
 from labkit.problems import Clock, Problem, evaluating
 from labkit.training.worker.sampler import Shard, batches
-from labkit.training.worker.worker import keep_memory
 
 BATCH = 256  # samples measured at once
 
@@ -65,7 +62,7 @@ def fit(
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
         total = torch.zeros((), device=device)
-        for part in batches(shard.take(len(train)), problem.batch_size):
+        for part in batches(shard.draw(len(train)), problem.batch_size):
             began = time.perf_counter()
             clock = Clock(seen, epochs * len(train), seen / len(train))
             metrics = problem.step(module, problem.load(train[part], "train", device), optimisers, clock)
@@ -147,15 +144,3 @@ def outputs(
     with evaluating(module) as plain:
         found = [speak(plain, problem.load(part, split, device)[0]).float().cpu() for part in batches(indices, BATCH)]
     return torch.cat(found).numpy()
-
-
-def ready(worker: Worker, config: Mapping, seed: int) -> Slowness:
-    """Set this process up to train as a worker of the lab that `config` describes; returns the emulated slowness."""
-    keep_memory()
-    if torch.get_num_threads() != worker.threads:
-        torch.set_num_threads(worker.threads)
-    if worker.device != "cpu":
-        torch.cuda.set_device(worker.device)
-    if config["kind"] != "threads":  # dropout and the like; threads share one generator
-        torch.manual_seed(seed)
-    return Slowness(recorded(config, worker.index), seed, worker.index, worker.device)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from labkit.training.worker.worker import keep_memory
+from labkit.training.worker.process import keep_memory
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -3,7 +3,7 @@
     pull (real weights, over a real socket) -> sleep -> push (real weights) -> ...
 
 The server is the process that every run has, with its update, its partition and its record. The workers are threads of this
-process which say what workers say (`labkit.training.server.connection`) and no more: they share one vector that they push and one into which all
+process which say what workers say (`labkit.training.wire.protocol`) and no more: they share one vector that they push and one into which all
 receive, so that 64 workers with 100 MB each cost the server's memory and not theirs as well. `real` is the check on them: the same
 with labkit's own workers, each with a replica, on a lab of threads.
 
@@ -54,7 +54,7 @@ class Sleeper:
     def pull(self) -> bool:
         """Wait for the next version; False when the run has ended."""
         while (word := self.connection.receive(self._place)[0])["op"] == "hold":
-            self.connection.send({"op": "beat"})
+            self.connection.send({"op": "heartbeat"})
         self.go = word
         return word["op"] == "go"
 

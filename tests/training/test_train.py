@@ -26,8 +26,7 @@ from labkit.partition import UDPA
 from labkit.problems.problem import Clock
 from labkit.training import supervisor as session
 from labkit.training import train as training
-from labkit.training.worker.allreduce import steps
-from labkit.training.worker.sampler import batches, pass_order
+from labkit.training.worker.sampler import batches, pass_order, steps
 
 pytestmark = pytest.mark.usefixtures("cache")
 SEED, LR, MOMENTUM, DECAY = 5, 0.05, 0.9, 0.01
@@ -73,14 +72,14 @@ def cut_off(monkeypatch, after=0):
     """Worker 1 loses its link at every push once it has come past this version."""
     from labkit.training.worker.worker import _Worker
 
-    talk = _Worker._talk
+    push_and_pull = _Worker._push_and_pull
 
     def lossy(self, *push):
         if self.spec.index == 1 and self.version > after:
             self.connection.close()
-        return talk(self, *push)
+        return push_and_pull(self, *push)
 
-    monkeypatch.setattr(_Worker, "_talk", lossy)
+    monkeypatch.setattr(_Worker, "_push_and_pull", lossy)
 
 
 class Slow(labkit.Classifier):

@@ -3,11 +3,11 @@
     worker                                  server
       join (probed speed)        ------->     everyone here?
       go: weights, indices, grant <------     release
-      beat (samples, loss)       ------->     progress; who is silent too long is taken to be gone
+      heartbeat (samples, loss)  ------->     progress; who is silent too long is taken to be gone
       push (weights, Q, times)   ------->     merge
       go, or stop                <-------     release; while it is held: hold, hold, ...
       (score)                    ------->     recorded: that of its push, where it was measured meanwhile
-      (late beat or push)        ------->     refused and recorded
+      (late heartbeat or push)       ------->     refused and recorded
       join again                 <-------     rejoin
                                  <-------     regroup: one of this group of the all-reduce is gone
       regroup                    ------->     begins anew with those who are left
@@ -28,13 +28,10 @@ from labkit.errors import UpdateError, WireError
 from labkit.training.server.membership import Answer, Member
 from labkit.training.wire import compression as exchange
 from labkit.training.wire import transport as wire
+from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S
 
 if TYPE_CHECKING:
     from labkit.training.server.server import Server
-
-BEAT_S = 0.5  # how often a worker says that it lives, and a waiting worker is told that the server does
-SCORE_S = 1.0  # how often a worker measures its score where the rule does not ask for it
-SILENCE_S = 60.0  # a server that says nothing for longer to a waiting worker, or to the kernel, is taken to be gone
 
 
 class Conversation:
@@ -45,7 +42,7 @@ class Conversation:
         self.course, self.silence = server.course, server.spec.silence
         self.outbox: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self.exchange, n = server.spec.exchange, len(server.spec.weights)
-        self.buffer = exchange.place(self.exchange, n)  # of its pushes, as they come
+        self.buffer = exchange.buffer(self.exchange, n)  # of its pushes, as they come
         self.weights = self.buffer if self.exchange == "float32" else np.empty(n, np.float32)
         self.given = server.spec.weights  # with which it was released last
 
@@ -103,7 +100,7 @@ class Conversation:
             if not self.connection.waiting(self.silence):
                 raise self._no_sign_of_life()
             header, n = self.connection.receive(self._place)
-            if header["op"] == "beat":
+            if header["op"] == "heartbeat":
                 member.seen = min(header.get("samples") or 0, member.granted)
                 if header.get("loss") is not None:
                     member.loss = header["loss"]
@@ -132,7 +129,7 @@ class Conversation:
         heard = time.monotonic()
         while True:
             try:
-                answer = self.outbox.get(timeout=BEAT_S)
+                answer = self.outbox.get(timeout=HEARTBEAT_S)
                 break
             except queue.Empty:
                 self.connection.send({"op": "hold"})
@@ -141,7 +138,7 @@ class Conversation:
                 if header["op"] == "fail":
                     with self.server.lock:
                         self.server.stop("failed", header["reason"])
-                elif header["op"] != "beat":
+                elif header["op"] != "heartbeat":
                     raise WireError(f"a {header['op']!r} message came from a worker that is held.")
                 heard = time.monotonic()
             if time.monotonic() - heard > self.silence:
@@ -181,10 +178,10 @@ class Conversation:
 
     def _late(self, member: Member) -> dict | None:
         """Who was taken to be gone is heard again: nothing that it has done counts; it is asked to join anew."""
-        self.connection.patience(SILENCE_S)
+        self.connection.patience(SERVER_TIMEOUT_S)
         asked = False
         while not self.server.over.is_set():
-            if not self.connection.waiting(BEAT_S):
+            if not self.connection.waiting(HEARTBEAT_S):
                 continue
             header, _ = self.connection.receive(self._place)
             if header["op"] in ("join", "leave", "fail"):

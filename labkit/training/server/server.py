@@ -27,13 +27,13 @@ from labkit.partition import Partition
 from labkit.runs import checkpoints
 from labkit.runs import server_file as presence
 from labkit.runs.events import Recorder, write_json
-from labkit.training.server.connection import SILENCE_S, Conversation, tell
+from labkit.training.server.connection import Conversation, tell
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.server.keeping import AGE_S
 from labkit.training.server.membership import Answer, Member, standing
 from labkit.training.wire import compression as exchange
 from labkit.training.wire import transport as wire
-from labkit.training.wire.protocol import checked
+from labkit.training.wire.protocol import SERVER_TIMEOUT_S, checked
 from labkit.updates import Update
 
 
@@ -189,7 +189,7 @@ class Server:
 
     def _talk(self, sock) -> None:
         try:
-            limits = {"timeout": SILENCE_S, "max_body": self.spec.weights.nbytes, "strangers": self.strangers}
+            limits = {"timeout": SERVER_TIMEOUT_S, "max_body": self.spec.weights.nbytes, "strangers": self.strangers}
             with wire.accept(sock, self.spec.secret, check=checked, **limits) as connection:
                 hello, _ = connection.receive()
                 if hello["op"] == "watch":

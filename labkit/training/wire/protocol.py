@@ -15,6 +15,9 @@ from typing import Any
 from labkit.errors import WireError
 from labkit.training.wire.compression import SHIFTS
 
+HEARTBEAT_S = 0.5  # how often a worker sends a sign of life, and the server to a worker that it holds
+SCORE_EVERY_S = 1.0  # how often a worker measures its score where the rule does not ask for it
+SERVER_TIMEOUT_S = 60.0  # a server that sends nothing for longer to a waiting worker, or to the kernel, is taken to be gone
 MAX_WORKERS = 1 << 16
 LARGEST = 2**53  # whole numbers beyond it are not the same in every JSON reader
 
@@ -89,7 +92,7 @@ WORDS = {
         "generator": _or_nothing(GENERATOR),
         "about": _or_nothing(TEXT),
     },
-    "beat": {"samples": _or_nothing(COUNT), "loss": _or_nothing(NUMBER)},
+    "heartbeat": {"samples": _or_nothing(COUNT), "loss": _or_nothing(NUMBER)},
     "push": {
         **dict.fromkeys(("version", "samples"), COUNT),
         **{"score": _or_nothing(NUMBER), "loss": _or_nothing(NUMBER)},

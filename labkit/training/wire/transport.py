@@ -11,7 +11,7 @@ silent for longer is a `WireError`.
 Why not `distributed.comm`: its deserialisers (pickle among them) run before a handler can check who is speaking, it takes
 memory by the lengths that a peer claims, and importing it costs the server 40 MB.
 
-Used by `labkit.training.server.server` (accept), and by `labkit.training.worker.worker`, `labkit.training.supervisor`, `labkit.training.attach` and `labkit.chaos` (connect).
+Used by `labkit.training.server.server` (accept), `labkit.training.worker.worker` and `labkit.training.attach` (connect).
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""The group of an all-reduce: torch DistributedDataParallel among the workers of a lab.
+"""The process group of an all-reduce: torch DistributedDataParallel among the workers of a lab.
 
 DDP averages gradients over ranks; here they are averaged over samples, g = sum_j b_j g_j / sum_l b_l with b_j the batch of rank
 j at this step, so that unequal shards (IDPA's too) give the gradient of the joint batch. Every rank takes the same number of
 steps with batches in proportion to its shard: nobody waits for a missing batch.
 
-A group lives as long as its ranks. When one is lost the others hear it at once from gloo, or from the server if it is frozen; the
+A group lives as long as its ranks. When one is lost gloo reports it to the others at once, or the server does if it is frozen; the
 step under way fails with `Broken`, and the worker asks for a new group.
 
 The ranks find each other through files in the run directory, without a listening store; gloo itself then
-connects them over TCP, without authentication, on loopback where all are on one host. Used by `labkit.training.worker.worker`.
+connects them over TCP, without authentication, on loopback where all are on one host.
+
+Used by `labkit.training.worker.worker` and `labkit.training.worker.replica`.
 """
 
 from __future__ import annotations
@@ -21,26 +23,23 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from labkit.errors import ClusterError
-
-if TYPE_CHECKING:
-    from labkit.training.worker.worker import WorkerSpec
+from labkit.training.worker.heartbeat import Heartbeat
 
 # One-channel images in channels_last give the first convolution a gradient of equal layout but other strides: nothing is wrong.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
-TIMEOUT = datetime.timedelta(seconds=60)  # of an exchange; a rank that is gone is noticed at once, one that is frozen by the server
+TIMEOUT = datetime.timedelta(seconds=60)  # of an exchange; a rank that is gone is noticed at once, a frozen one by the server
 FORMING_S = 30.0  # how long the ranks may take to find each other
 
+GONE = "the server says that a worker is gone"  # why a group is broken that its own exchange has not found so
 
 _abandoned: list[dist.ProcessGroup] = []  # groups that wait for a frozen rank until their time limit
 
@@ -49,53 +48,64 @@ class Broken(Exception):
     """The group can no longer be used: a rank is gone. Caught by the worker, which asks for a new group."""
 
 
-class Group:
+class ProcessGroup:
     """One rank's membership, from `__init__` to `close`; `close` is what the other ranks notice when this one is gone.
 
-    `ranks` are the workers that make the group, `number` says how often one was formed in this run; `pulse` hears from the server
-    when one of them is gone, and then breaks off an exchange that waits for it.
+    `index` is this worker, `ranks` are the workers that make the group, `number` says how often one was formed in this run;
+    `one_process`: the ranks are threads of one process. `meeting` begins the names of the files through which they find each
+    other. The `heartbeat` is notified by the server when a rank is gone, and then breaks off an exchange that waits for it.
     """
 
-    def __init__(self, spec: WorkerSpec, ranks: list[int], number: int, pulse: Any) -> None:
+    def __init__(
+        self,
+        index: int,
+        ranks: Sequence[int],
+        number: int,
+        heartbeat: Heartbeat,
+        *,
+        meeting: str,
+        device: str = "cpu",
+        one_process: bool = False,
+    ) -> None:
         if not dist.is_available():
             raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
-        self.one_process, self.number, self.rank, self.pulse = spec.one_process, number, ranks.index(spec.index), pulse
+        self.one_process, self.number, self.rank, self.heartbeat = one_process, number, ranks.index(index), heartbeat
         self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), _Waiting()), None
-        file = f"{spec.collective}-{number}"
-        places = self._meet(file, len(ranks), (socket.gethostname(), spec.device))
+        file = f"{meeting}-{number}"
+        devices = self._meet(file, len(ranks), (socket.gethostname(), device))
         try:
-            if spec.one_process:
+            if one_process:
                 self.exchange.group = _gloo_between_threads(file, self.rank, len(ranks))
             else:
                 # torch counts groups by process, also those that were never formed, and finds the other ranks under that number.
                 dist.distributed_c10d._world.group_count = 0
-                _choose_interface(one_host=len({host for host, _ in places}) == 1)
+                _choose_interface(one_host=len({host for host, _ in devices}) == 1)
                 dist.init_process_group(
-                    backend(places), init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
+                    backend(devices), init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
                 )
                 self.exchange.group = dist.group.WORLD
         except RuntimeError as error:
             self.close()
             raise Broken(f"the group could not be formed: {error}") from error
-        pulse.alarm = self._abort
+        heartbeat.on_interrupt = self._abort
 
-    def _meet(self, file: str, n_ranks: int, place: tuple[str, str]) -> list[tuple[str, str]]:
-        """Wait until every rank is here; where each of them is: host and device.
+    def _meet(self, file: str, n_ranks: int, own: tuple[str, str]) -> list[tuple[str, str]]:
+        """Wait until every rank is here; host and device of each, of which `own` are this one's.
 
         torch would wait for the whole of its time limit for one that is gone.
         """
         store, ranks = dist.FileStore(f"{file}-here", n_ranks), [str(rank) for rank in range(n_ranks)]
-        store.set(str(self.rank), " ".join(place))
+        store.set(str(self.rank), " ".join(own))
         limit = time.monotonic() + FORMING_S
         while not store.check(ranks):
-            if self.pulse.told or time.monotonic() > limit:
+            if self.heartbeat.interrupt or time.monotonic() > limit:
                 raise Broken(f"not all of {n_ranks} ranks came within {FORMING_S:g} s")
             time.sleep(0.01)
         return [tuple(store.get(rank).decode().split(" ")) for rank in ranks]
 
     def _abort(self) -> None:
-        """From another thread: whoever waits in an exchange gets an error."""
-        self.exchange.waiting.fail("the server says that a worker is gone")
+        """From another thread: who waits in an exchange gets an error."""
+        self.exchange.waiting.fail(GONE)
 
     def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
         """The module whose backward pass averages gradients over the samples of all ranks."""
@@ -107,7 +117,7 @@ class Group:
 
     @contextlib.contextmanager
     def exchanging(self) -> Iterator[None]:
-        """What goes wrong with the other ranks in here is `Broken`; what goes wrong with the model stays what it is."""
+        """An error of the other ranks in here is `Broken`; one of the model stays what it is."""
         try:
             yield
         except RuntimeError as error:
@@ -129,7 +139,7 @@ class Group:
         # The sockets of a gloo group close when its last owner goes, not before. The wrapped module is emptied rather than
         # dropped, because torch may keep it (DistributedDataParallel._active_ddp_module, when ranks are threads), and before the
         # group, because its reducer would wait for gloo's threads with the lock of the interpreter, which they need.
-        self.pulse.alarm = lambda: None
+        self.heartbeat.on_interrupt = lambda: None
         if self.ddp is not None:
             vars(self.ddp).clear()
             self.ddp = None
@@ -141,7 +151,7 @@ class Group:
 
 
 def _short(error: Exception) -> str:
-    """What gloo says, without the place in its source."""
+    """The message of gloo, without the line of its source."""
     return re.sub(r"^.*?\.cc:\d+\] ", "", str(error).splitlines()[0]).split(". This is")[0]
 
 
@@ -191,9 +201,9 @@ class _Exchange:
     waiting: _Waiting
 
 
-def backend(places: list[tuple[str, str]]) -> str:
-    """NCCL if each rank (host, device) has a card to itself; asked for each group, as a newcomer may share a card."""
-    return "nccl" if len(set(places)) == len(places) and all(device != "cpu" for _, device in places) else "gloo"
+def backend(devices: list[tuple[str, str]]) -> str:
+    """NCCL if each rank (host, device) has a card to itself; chosen for each group, as a newcomer may share a card."""
+    return "nccl" if len(set(devices)) == len(devices) and all(device != "cpu" for _, device in devices) else "gloo"
 
 
 def _choose_interface(one_host: bool) -> None:
@@ -203,22 +213,6 @@ def _choose_interface(one_host: bool) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = loopback
     elif loopback and os.environ.get("GLOO_SOCKET_IFNAME") == loopback:  # from a group before
         del os.environ["GLOO_SOCKET_IFNAME"]
-
-
-def steps(grants: list[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:
-    """Batch sizes of this rank, one for each optimiser step (as many on every rank), and its weight at each step.
-
-    A step takes `batch_size` samples a rank on average, in proportion to the grants; what is left over makes a smaller last one.
-    BatchNorm cannot train on one sample, so a rank whose share would be so small gets fewer, larger steps.
-    """
-    total, least = sum(grants), min(2, batch_size)
-    joint = max(batch_size * len(grants), -(-total // max(1, min(grants) // least)))
-    ends = [*range(joint, total, joint), total]
-    cuts = [[grant * end // total for grant in grants] for end in ends]
-    if len(cuts) > 1 and min(np.subtract(cuts[-1], cuts[-2])) < least:
-        del cuts[-2]
-    sizes = np.diff(cuts, axis=0, prepend=[[0] * len(grants)])
-    return sizes[:, rank].tolist(), (sizes[:, rank] / sizes.sum(axis=1)).tolist()
 
 
 def _average(exchange, bucket):  # no annotations: DDP compares them with types, and here they are strings

@@ -1,8 +1,9 @@
-"""The pulse of a worker: a thread that says twice a second that it lives, however long a step takes.
+"""The heartbeat of a worker: a thread that sends a sign of life twice a second, however long a step takes.
 
-During a local pass it also hears what cannot wait for its end: stop, regroup, rejoin; or that the connection is gone.
+During a local pass it also receives what cannot wait for the end of it: stop, regroup, rejoin; or notices that the connection is
+gone.
 
-Used by `labkit.training.worker.worker`.
+Used by `labkit.training.worker.worker`, and by `labkit.training.worker.allreduce`, whose exchanges it can break off.
 """
 
 from __future__ import annotations
@@ -12,60 +13,65 @@ import threading
 from collections.abc import Iterator
 
 from labkit.errors import WireError
-from labkit.training.server.connection import BEAT_S, SILENCE_S
-from labkit.training.wire import transport as wire
+from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S
+from labkit.training.wire.transport import Connection
 
 
-class Pulse:
-    """Says twice a second that this worker lives; during a local pass it also hears what cannot wait: stop, regroup, rejoin."""
+class Heartbeat:
+    """Sends signs of life from `start` to `stop`; between two local passes the worker alone receives.
+
+    `interrupt` is the message that ends the local pass early, or None: one of the server, or "lost" when the connection is gone.
+    `on_interrupt` is called when there is one: it breaks off an exchange that waits for the other ranks.
+    """
 
     def __init__(self) -> None:
         self.lock, self.thread, self.ended = threading.Lock(), None, threading.Event()
-        self.told: dict | None = None  # what the server said; "lost" when it can no longer be heard
-        self.alarm = lambda: None  # called when something was heard: breaks off an exchange that waits for the others
+        self.interrupt: dict | None = None
+        self.on_interrupt = lambda: None
         self.progress: dict = {}
-        self.open, self.group = False, 0
+        self.receiving, self.group = False, 0
 
-    def start(self, connection: wire.Connection) -> None:
+    def start(self, connection: Connection) -> None:
         if self.thread is None or self.connection is not connection:
             self.stop()
-            self.connection, self.ended, self.told = connection, threading.Event(), None
-            self.thread = threading.Thread(target=self._beat, args=(connection, self.ended), name="labkit-pulse", daemon=True)
+            self.connection, self.ended, self.interrupt = connection, threading.Event(), None
+            arguments = (connection, self.ended)
+            self.thread = threading.Thread(target=self._run, args=arguments, name="labkit-heartbeat", daemon=True)
             self.thread.start()
 
     def stop(self) -> None:
         self.ended.set()
         if self.thread:
-            self.thread.join(SILENCE_S)
+            self.thread.join(SERVER_TIMEOUT_S)
             self.thread = None
 
     @contextlib.contextmanager
-    def listening(self, group: int = 0) -> Iterator[None]:
+    def local_pass(self, group: int = 0) -> Iterator[None]:
         """A local pass, in this group of an all-reduce: until its end nobody else receives from the connection."""
         with self.lock:
-            self.open, self.progress, self.group = True, {}, group
+            self.receiving, self.progress, self.group = True, {}, group
         try:
             yield
         finally:
             with self.lock:
-                self.open, self.progress = False, {}
+                self.receiving, self.progress = False, {}
 
-    def heard(self) -> dict | None:
-        told, self.told = self.told, None
-        return told
+    def pop_interrupt(self) -> dict | None:
+        message, self.interrupt = self.interrupt, None
+        return message
 
-    def _beat(self, connection: wire.Connection, ended: threading.Event) -> None:
-        while not ended.wait(BEAT_S):
+    def _run(self, connection: Connection, ended: threading.Event) -> None:
+        while not ended.wait(HEARTBEAT_S):
             try:
-                connection.send({"op": "beat", **self.progress})
+                connection.send({"op": "heartbeat", **self.progress})
                 with self.lock:
-                    if self.open and self.told is None and connection.waiting():
-                        word, _ = connection.receive()
-                        if word["op"] != "regroup" or word["group"] >= self.group:  # of the group before: that is over
-                            self.told = word
+                    if self.receiving and self.interrupt is None and connection.waiting():
+                        message, _ = connection.receive()
+                        if message["op"] != "regroup" or message["group"] >= self.group:  # of the group before: that is over
+                            self.interrupt = message
             except WireError as error:
-                self.told = {"op": "lost", "reason": str(error)}
-            if self.told is not None:
-                self.alarm()
-                if self.told is not None and self.told["op"] == "lost":
+                self.interrupt = {"op": "lost", "reason": str(error)}
+            if self.interrupt is not None:
+                self.on_interrupt()
+                if self.interrupt is not None and self.interrupt["op"] == "lost":
                     return

@@ -1,14 +1,14 @@
 """The replica of one worker: its copy of the model, its optimisers and its shard, and the local pass over it.
 
-    take in (weights, samples) -> optimiser steps on my shard -> Q on the shared score set -> steps ahead, while it is pushed
+    pull (weights, samples) -> optimiser steps on its shard -> Q on the shared score set -> steps ahead, while it is pushed
 
-No connection, no server and no sleep: a worker does this live, and a replay or a simulation does it again in its place with the
-same code, so the same weights, samples and clock give the same bits.
+No connection, no server and no sleep: a worker does this live, and a replay or a simulation does it again with the same code, so
+the same weights, samples and clock give the same bits.
 
 The parameters and buffers of the module are views into one flat float32 vector. The optimisers' state stays with the replica across
-pulls: momentum goes on from where it was. BatchNorm's running statistics travel as buffers; integer buffers (its step counter) stay
-at home. A replica is made for one incarnation of a worker: who comes back begins with fresh optimisers, whatever it had
-not finished, so that nothing which the record does not hold lives on.
+pulls: momentum goes on from where it was. BatchNorm's running statistics travel as buffers; integer buffers (its step counter) do
+not travel. A replica is made for one incarnation of a worker: a worker that comes back begins with fresh optimisers, whatever it
+had not finished, so that no state remains which the record does not hold.
 
 With steps ahead, W is what was pushed and W' what it has become when the next version V comes: the replica goes on from
 V + (W' - W), and its next push, from version V, holds those steps too.
@@ -28,8 +28,8 @@ import torch
 from labkit.models.flat import flatten
 from labkit.problems.problem import Clock, Problem
 from labkit.runs.checkpoints import Layout
-from labkit.training.worker.allreduce import Group, steps
-from labkit.training.worker.sampler import Shard, batches
+from labkit.training.worker.allreduce import ProcessGroup
+from labkit.training.worker.sampler import Shard, batches, steps
 
 SCORED = 256  # samples of the score set that are measured at once
 NOTHING = (0, 0.0, 0.0, 0.0)  # samples, summed loss, compute_s, wait_s
@@ -56,7 +56,7 @@ class Replica:
         self.optimisers = problem.optimisers(self.module)
         self.train_indices, self.scored = problem.train_indices(), batches(problem.score_indices(), SCORED)
         self.shard: Shard | None = None
-        self.later = np.empty(0, np.int64)  # samples of this grant that are trained on ahead
+        self.left = np.empty(0, np.int64)  # samples of this grant that are trained on ahead
         self.pushed: torch.Tensor | None = None  # the weights as they were before that
         self.carried = NOTHING  # what was trained on ahead, and belongs to the next push
 
@@ -68,13 +68,13 @@ class Replica:
             seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
             (torch.default_generator.manual_seed if self.device == "cpu" else torch.manual_seed)(seed)
 
-    def hold(self, keep: int, indices: np.ndarray) -> None:
-        """Of the shard only the first `keep` samples stay, and `indices` are added."""
-        self.shard.keep(keep)
+    def hold(self, retain: int, indices: np.ndarray) -> None:
+        """Of the shard only the first `retain` samples stay, and `indices` are added."""
+        self.shard.retain(retain)
         self.shard.add(indices)
 
     def step(
-        self, indices: np.ndarray, clock: Clock, module: torch.nn.Module | None = None, group: Group | None = None
+        self, indices: np.ndarray, clock: Clock, module: torch.nn.Module | None = None, group: ProcessGroup | None = None
     ) -> torch.Tensor | float:
         """One optimiser step on training samples; returns the loss."""
         started = time.perf_counter()
@@ -84,7 +84,7 @@ class Replica:
         self.after(started, group.waited if group else 0.0)
         return metrics["loss"]
 
-    def take_in(self, weights: torch.Tensor, carry: int) -> None:
+    def pull(self, weights: torch.Tensor, carry: int) -> None:
         """Go on from `weights` (n,), on any device; with what was trained on ahead on top if the `carry` samples of it count.
 
         Buffers are those of `weights`: a variance with a difference added might fall below zero.
@@ -102,7 +102,7 @@ class Replica:
         go: dict,
         *,
         module: torch.nn.Module | None = None,
-        group: Group | None = None,
+        group: ProcessGroup | None = None,
         halted: Callable[[], object] = lambda: False,
         progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
     ) -> dict | None:
@@ -111,8 +111,8 @@ class Replica:
         Returns samples, loss (their mean), compute_s and wait_s, with those that were trained on ahead before. After each step
         `progress` gets samples and summed loss so far.
         """
-        taken, batch_size = self.shard.take(go["samples"]), self.problem.batch_size
-        now, self.later = np.split(taken, [len(taken) - go.get("ahead", 0)])
+        drawn, batch_size = self.shard.draw(go["samples"]), self.problem.batch_size
+        now, self.left = np.split(drawn, [len(drawn) - go.get("ahead", 0)])
         if group:
             sizes, weights = steps(go["grants"], group.rank, batch_size)
             parts = np.split(now, np.cumsum(sizes)[:-1])
@@ -130,9 +130,9 @@ class Replica:
 
         Who is `halted` in between must not go on.
         """
-        if len(self.later):
+        if len(self.left):
             self.pushed = self.flat.clone() if self.pushed is None else self.pushed.copy_(self.flat)
-            parts, self.later = batches(self.later, self.problem.batch_size), self.later[:0]
+            parts, self.left = batches(self.left, self.problem.batch_size), self.left[:0]
             self.carried = self._train(parts, go, go["samples"] - go["ahead"], halted=halted) or NOTHING
 
     def _train(
@@ -142,7 +142,7 @@ class Replica:
         before: int,
         weights: list | None = None,
         module: torch.nn.Module | None = None,
-        group: Group | None = None,
+        group: ProcessGroup | None = None,
         halted: Callable[[], object] = lambda: False,
         progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
     ) -> tuple | None:

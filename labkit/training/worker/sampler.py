@@ -1,11 +1,14 @@
-"""The shard of one worker: which samples it holds, in which order it goes through them, and how they are cut into batches.
+"""The sampler of one worker: the samples of its shard, in which order it goes through them, and how they are cut into batches.
 
-Every pass draws a new order from (seed, worker, pass, incarnation), so a run can be repeated and replayed.
+Every pass draws a new order from (seed, worker, pass, incarnation), so a run can be repeated and replayed. In an all-reduce all
+ranks take the same number of steps, with batches in proportion to their shards (`steps`).
 
-Used by `labkit.training.worker.replica` and `labkit.training.local`.
+Used by `labkit.training.worker.replica`, `labkit.training.local` and `labkit.subnets.stacked`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,6 +32,23 @@ def batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return np.split(indices, cuts)
 
 
+def steps(samples: Sequence[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:
+    """Batch sizes of this rank of an all-reduce, one for each optimiser step (as many on every rank), and its weight at each step.
+
+    `samples` is what each rank trains on. A step takes `batch_size` samples a rank on average, in proportion to them; what is left
+    over makes a smaller last one. BatchNorm cannot train on one sample, so a rank whose share would be so small gets fewer, larger
+    steps.
+    """
+    total, least = sum(samples), min(2, batch_size)
+    joint = max(batch_size * len(samples), -(-total // max(1, min(samples) // least)))
+    ends = [*range(joint, total, joint), total]
+    cuts = [[n * end // total for n in samples] for end in ends]
+    if len(cuts) > 1 and min(np.subtract(cuts[-1], cuts[-2])) < least:
+        del cuts[-2]
+    sizes = np.diff(cuts, axis=0, prepend=[[0] * len(samples)])
+    return sizes[:, rank].tolist(), (sizes[:, rank] / sizes.sum(axis=1)).tolist()
+
+
 class Shard:
     """The samples that a worker holds, served pass after pass; without `local_steps` a pass is the shard once, in a new order."""
 
@@ -36,25 +56,30 @@ class Shard:
         self.seed, self.worker, self.incarnation, self.epoch = seed, worker, incarnation, 0
         self.indices = self.rest = np.empty(0, np.int64)
 
+    def __len__(self) -> int:
+        return len(self.indices)
+
     def add(self, indices: np.ndarray) -> None:
         if len(indices):  # at an exchange every batch it nearly always is nothing
             self.indices = np.concatenate([self.indices, indices])
 
-    def keep(self, n: int) -> None:
+    def retain(self, n: int) -> None:
         """Give back all but the first n samples."""
-        if n < len(self.indices):
+        if n > len(self):
+            raise WorkerError(f"worker {self.worker} cannot retain {n} samples: it holds {len(self)}.", self.worker)
+        if n < len(self):
             self.indices, gone = self.indices[:n], self.indices[n:]
             self.rest = self.rest[~np.isin(self.rest, gone)]
 
-    def take(self, n: int) -> np.ndarray:
+    def draw(self, n: int) -> np.ndarray:
         """The next n samples; a new order is drawn whenever the shard has been gone through."""
-        if n > 0 and not len(self.indices):
+        if n > 0 and not len(self):
             raise WorkerError(f"worker {self.worker} was asked to train on {n} samples and holds none.", self.worker)
-        taken = []
+        drawn = []
         while n > 0:
             if not len(self.rest):
                 self.rest = pass_order(self.indices, self.seed, self.worker, self.epoch, self.incarnation)
                 self.epoch += 1
-            taken.append(self.rest[:n])
-            self.rest, n = self.rest[n:], n - len(taken[-1])
-        return np.concatenate(taken) if taken else self.indices[:0]
+            drawn.append(self.rest[:n])
+            self.rest, n = self.rest[n:], n - len(drawn[-1])
+        return np.concatenate(drawn) if drawn else self.indices[:0]

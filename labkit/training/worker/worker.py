@@ -1,26 +1,23 @@
 """The loop of one worker: pull, local pass, score, push.
 
-    join -> [ weights, new samples, grant -> optimiser steps on my shard -> Q on the shared score set -> push ] ... -> leave
+    join -> [ weights, new samples, grant -> optimiser steps on its shard -> Q on the shared score set -> push ] ... -> leave
 
-What is trained between a pull and a push is the worker's `labkit.training.worker.replica`; on their way the weights are a `labkit.training.worker.buffers`, which in
-the plain case is the replica's own memory.
+What is trained between a pull and a push is the worker's `Replica`. Its weights travel in `WeightBuffers`, which in the plain case
+(float32 on a CPU) are the replica's own memory, and nothing is copied.
 
-With `overlap` a second thread pushes and pulls while this one goes on: it measures Q, if the rule does not ask for it, and computes
+With `overlap` a sender thread pushes and pulls while this one goes on: it measures Q, if the rule does not ask for it, and computes
 the next batches, if the rule allows that.
 
-A thread says twice a second that the worker lives, however long a step takes, and hears what cannot wait for the end of a local
-pass. A worker whose connection breaks, or that was taken to be gone (it was frozen, say), joins again: a new incarnation
-with an empty shard and fresh optimisers, whose unfinished local pass does not count.
+A worker whose connection breaks, or that was taken to be gone (it was frozen, say), joins again: a new incarnation with an empty
+shard and fresh optimisers, whose unfinished local pass does not count.
 
-Runs on the workers of a `Lab`, sent there by `labkit.training.supervisor`.
+Runs on the workers of a `Lab`, started there by `labkit.training.supervisor`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +29,11 @@ import torch
 from labkit.cluster.emulation import Slowness, Unevenness
 from labkit.errors import WireError, WorkerError
 from labkit.problems.problem import Clock, Problem
-from labkit.training.server.connection import BEAT_S, SCORE_S, SILENCE_S
-from labkit.training.wire import transport as wire
-from labkit.training.worker.allreduce import Broken, Group
-from labkit.training.worker.buffers import Parcel
-from labkit.training.worker.heartbeat import Pulse
+from labkit.training.wire import compression, transport
+from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S
+from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup
+from labkit.training.worker.heartbeat import Heartbeat
+from labkit.training.worker.process import prepare
 from labkit.training.worker.replica import Replica
 
 PROBE_STEPS = 4
@@ -63,28 +60,13 @@ class WorkerSpec:
     scored: bool = True  # does the rule ask for Q?
 
 
-def keep_memory() -> None:
-    """Let this process keep the memory that it frees.
-
-    Dask starts its workers with MALLOC_TRIM_THRESHOLD_=65536, for the sake of data frames: glibc then hands every activation of a
-    network back to the system and fetches it again at the next step, which makes training on a CPU 1.6 to 2 times slower.
-    """
-    if sys.platform == "linux":
-        try:
-            mallopt = ctypes.CDLL(None).mallopt
-        except (OSError, AttributeError):
-            return  # another C library: nothing to mend
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-
-
 def run_worker(problem: Problem, spec: WorkerSpec) -> dict:
     """Train until the server says stop; returns {"samples": ..., "passes": ...}.
 
     Raises
     ------
     WorkerError
-        Anything that went wrong here, with the traceback; the server is told first, so that the others stop.
+        Anything that went wrong here, with the traceback; the server is notified first, so that the others stop.
     """
     worker = _Worker(problem, spec)
     try:
@@ -93,7 +75,7 @@ def run_worker(problem: Problem, spec: WorkerSpec) -> dict:
         failure = WorkerError(f"worker {spec.index} lost the server: {error}", spec.index)
     except Exception as error:
         message = f"worker {spec.index} ({spec.device}) failed at version {worker.version}: {type(error).__name__}: {error}"
-        worker.tell_failure(message)
+        worker.notify_failure(message)
         failure = WorkerError(message, spec.index, traceback.format_exc())
     finally:
         worker.close()
@@ -103,16 +85,16 @@ def run_worker(problem: Problem, spec: WorkerSpec) -> dict:
 class _Worker:
     def __init__(self, problem: Problem, spec: WorkerSpec) -> None:
         self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
-        self.pulse = Pulse()
-        self.courier = ThreadPoolExecutor(1, "labkit-courier") if spec.overlap else None
+        self.heartbeat = Heartbeat()
+        self.sender = ThreadPoolExecutor(1, "labkit-sender") if spec.overlap else None
         self.broken = -1  # the latest group of an all-reduce that the server has called broken between two passes
 
     def run(self) -> dict:
-        self._prepare()
+        spec = self.spec
+        prepare(spec.device, spec.threads)
         speed = self._probe()
         self.done = {"samples": 0, "passes": 0}
-        spec = self.spec
-        hello = {
+        join = {
             "op": "join",
             "worker": spec.index,
             "generation": spec.generation,
@@ -123,11 +105,11 @@ class _Worker:
             "about": f"pid {os.getpid()}, {spec.device}, {spec.threads} thread(s)",
         }
         self._build()
-        self.connection = wire.connect(spec.address, spec.secret, timeout=SILENCE_S)
+        self.connection = transport.connect(spec.address, spec.secret, timeout=SERVER_TIMEOUT_S)
         while True:
             try:
-                self.connection.send(hello)
-                self.pulse.start(self.connection)
+                self.connection.send(join)
+                self.heartbeat.start(self.connection)
                 if not self._serve():
                     self.connection.send({"op": "leave"})
                     return self.done
@@ -135,17 +117,9 @@ class _Worker:
                 self._connect_again(error)
             self._build()
 
-    def _prepare(self) -> None:
-        spec = self.spec
-        keep_memory()
-        if torch.get_num_threads() != spec.threads:
-            torch.set_num_threads(spec.threads)
-        if spec.device != "cpu":
-            torch.cuda.set_device(spec.device)  # pinned memory and NCCL go by it, and cuda:0 is somebody else's
-
     def _slow(self, uneven: Unevenness) -> None:
         spec = self.spec
-        self.slowness = Slowness(uneven, spec.seed, spec.index, spec.device, woken=lambda: self.pulse.told)
+        self.slowness = Slowness(uneven, spec.seed, spec.index, spec.device, woken=lambda: self.heartbeat.interrupt)
 
     def _replica(self) -> Replica:
         spec = self.spec
@@ -153,17 +127,17 @@ class _Worker:
 
     def _build(self) -> None:
         self.replica = self._replica()
-        self.parcel = Parcel(self.replica, self.spec.exchange, apart=self.spec.overlap > 0)
+        self.buffers = WeightBuffers(self.replica, self.spec.exchange, apart=self.spec.overlap > 0)
 
     def _connect_again(self, error: WireError) -> None:
-        """The link is down; the server may be there all the same. Nobody listening any more means that the run is over."""
+        """The link is down; the server may be there all the same. Where nothing listens any more, the run is over."""
         self._close_group()
         self.connection.close()
-        self.pulse.stop()
+        self.heartbeat.stop()
         limit, pause = time.monotonic() + RETRY_S, 0.05
         while True:
             try:
-                self.connection = wire.connect(self.spec.address, self.spec.secret, timeout=SILENCE_S)
+                self.connection = transport.connect(self.spec.address, self.spec.secret, timeout=SERVER_TIMEOUT_S)
                 return
             except WireError as again:
                 if isinstance(again.__cause__, ConnectionRefusedError) or time.monotonic() > limit:
@@ -180,15 +154,15 @@ class _Worker:
             self._begin(go)
             done, broken = None, ""
             try:
-                with self.pulse.listening(go["group"]):
-                    if go["group"] <= self.broken:  # the word has overtaken the weights
-                        raise Broken("the server says that a worker is gone")
+                with self.heartbeat.local_pass(go["group"]):
+                    if go["group"] <= self.broken:  # the message has overtaken the weights
+                        raise Broken(GONE)
                     done = self._local_pass(self._trained(go), go)
             except Broken as error:
                 broken = str(error)
-            word = self.pulse.heard()
-            if word and word["op"] != "regroup":
-                go = word
+            message = self.heartbeat.pop_interrupt()
+            if message and message["op"] != "regroup":
+                go = message
                 break
             if done is None:  # one of the all-reduce is gone
                 self._close_group()
@@ -204,7 +178,8 @@ class _Worker:
 
     def _trained(self, go: dict) -> torch.nn.Module:
         """The module to train: with an all-reduce it is wrapped, anew whenever the group has changed."""
-        if not self.spec.collective:
+        spec = self.spec
+        if not spec.collective:
             return self.replica.module
         if self.group is None or self.group.number != go["group"]:
             if self.group is not None or go["group"] > 1:  # others have another momentum, or none
@@ -213,11 +188,12 @@ class _Worker:
                 self._build()
                 self.replica.flat.copy_(weights)
                 self.replica.shard = shard
-            self.group = Group(self.spec, go["ranks"], go["group"], self.pulse)
+            where = {"meeting": spec.collective, "device": spec.device, "one_process": spec.one_process}
+            self.group = ProcessGroup(spec.index, go["ranks"], go["group"], self.heartbeat, **where)
             self.wrapped = self.group.wrap(self.replica.module)
         return self.wrapped
 
-    def tell_failure(self, message: str) -> None:
+    def notify_failure(self, message: str) -> None:
         try:
             if self.connection:
                 self.connection.send({"op": "fail", "reason": message})
@@ -228,9 +204,9 @@ class _Worker:
         self._close_group()
         if self.connection:
             self.connection.close()
-        if self.courier:
-            self.courier.shutdown()  # what it was at has ended with the connection
-        self.pulse.stop()
+        if self.sender:
+            self.sender.shutdown()  # what it was doing has ended with the connection
+        self.heartbeat.stop()
 
     def _close_group(self) -> None:
         group, self.group, self.wrapped = self.group, None, None
@@ -252,76 +228,116 @@ class _Worker:
         return float(np.median(times[1:]))
 
     def _pull(self) -> dict:
-        """Wait for the next version, whose weights are received into the parcel; or for another word: stop, rejoin."""
+        """Wait for the next version, whose weights are received into their buffer; or for another message: stop, rejoin."""
         while True:
-            header, _ = self.connection.receive(self._place)
+            header, _ = self.connection.receive(self._receive_into)
             if header["op"] == "regroup":
                 self.broken = header["group"]
             if header["op"] not in ("hold", "regroup"):
                 return header
 
-    def _place(self, header: dict, n: int) -> list[memoryview]:
+    def _receive_into(self, header: dict, n: int) -> list[memoryview]:
         self.new_indices = np.empty(header["indices"], np.int64)
-        return [self.parcel.place(), memoryview(self.new_indices)]
+        return [self.buffers.received, memoryview(self.new_indices)]
 
     def _begin(self, go: dict) -> None:
-        """The replica takes in what was pulled."""
+        """The replica goes on from what was pulled."""
         self.version = go["version"]
         if self.replica.shard is None:
             self.replica.begin(go["incarnation"], own_generator=not self.spec.one_process)
-        self.parcel.arrived(go["carry"])
+        self.buffers.unpack(go["carry"])
         self.replica.hold(go["keep"], self.new_indices)
 
     def _local_pass(self, module: torch.nn.Module, go: dict) -> dict | None:
         """Train on the granted samples; None when the run was stopped in between."""
-        beaten = time.perf_counter()
+        updated = time.perf_counter()
 
         def progress(samples: int, loss: torch.Tensor) -> None:
-            nonlocal beaten
-            if time.perf_counter() - beaten > BEAT_S:
-                beaten = time.perf_counter()
-                self.pulse.progress = {"samples": samples, "loss": float(loss) / samples}
+            nonlocal updated
+            if time.perf_counter() - updated > HEARTBEAT_S:  # reading the loss makes a GPU wait
+                updated = time.perf_counter()
+                self.heartbeat.progress = {"samples": samples, "loss": float(loss) / samples}
 
-        return self.replica.local_pass(go, module=module, group=self.group, halted=lambda: self.pulse.told, progress=progress)
+        options = {"module": module, "group": self.group, "progress": progress}
+        return self.replica.local_pass(go, halted=lambda: self.heartbeat.interrupt, **options)
 
     def _exchange(self, done: dict, go: dict) -> dict:
-        """Score, push and pull; returns the next word. With `overlap` as much of it as may be is done at the same time."""
-        late = self.courier is not None and not self.spec.scored
+        """Score, push and pull; returns the next message. With `overlap` as much of it as possible is done at the same time."""
+        late = self.sender is not None and not self.spec.scored
         score, score_s = (None, 0.0) if late else self._score()
-        times = {"score_s": score_s, "send_s": self.send_s} | ({"hidden_s": self.hidden_s} if self.courier else {})
-        body, started = self.parcel.leaves(), time.perf_counter()
-        header = {"op": "push", "version": self.version, "score": score, "shift": self.parcel.shift, **times, **done}
-        if self.courier is None:
-            word, ended = self._talk(header, body)
+        times = {"score_s": score_s, "send_s": self.send_s} | ({"hidden_s": self.hidden_s} if self.sender else {})
+        body, started = self.buffers.pack(), time.perf_counter()
+        header = {"op": "push", "version": self.version, "score": score, "shift": self.buffers.shift, **times, **done}
+        if self.sender is None:
+            message, ended = self._push_and_pull(header, body)
             free = started
         else:
-            answer = self.courier.submit(self._talk, header, body)
+            answer = self.sender.submit(self._push_and_pull, header, body)
             score, score_s = self._score() if late else (None, 0.0)
-            self.replica.ahead(go, halted=lambda: self.pulse.told)
+            self.replica.ahead(go, halted=lambda: self.heartbeat.interrupt)
             free = time.perf_counter()
-            word, ended = answer.result()
-            if score is not None and word["op"] in ("go", "stop"):
+            message, ended = answer.result()
+            if score is not None and message["op"] in ("go", "stop"):
                 self.connection.send({"op": "score", "score": score, "score_s": score_s})
-        # What the round trip took, less the time that the server held us; and how much of it nobody stood still for.
-        trip = max(0.0, ended - started - word.get("wait_s", 0.0))
+        # What the round trip took, less the time that the server held us; and during how much of it this worker computed.
+        trip = max(0.0, ended - started - message.get("wait_s", 0.0))
         self.send_s = round(min(trip, max(0.0, ended - max(started, free))), 6)
         self.hidden_s = round(trip - self.send_s, 6)
-        if self.pulse.told is word:  # a link that the pulse has lost meanwhile is not forgotten
-            self.pulse.told = None
-        return word
+        if self.heartbeat.interrupt is message:  # a link that was lost meanwhile is not forgotten
+            self.heartbeat.interrupt = None
+        return message
 
-    def _talk(self, header: dict, body: memoryview) -> tuple[dict, float]:
-        """Push and pull; returns the next word and when it came (perf_counter)."""
+    def _push_and_pull(self, header: dict, body: memoryview) -> tuple[dict, float]:
+        """Returns the next message and when it came (perf_counter)."""
         self.connection.send(header, body)
-        word = self._pull()
-        if word["op"] != "go":
-            self.pulse.told = word  # whoever computes meanwhile need not go on
-        return word, time.perf_counter()
+        message = self._pull()
+        if message["op"] != "go":
+            self.heartbeat.interrupt = message  # what is computed meanwhile need not go on
+        return message, time.perf_counter()
 
     def _score(self) -> tuple[float | None, float]:
         """Q and the seconds that it took; nothing where the rule does not ask for it and the latest is not old."""
         started = time.perf_counter()
-        if not self.spec.scored and started - self.scored_at < SCORE_S:
+        if not self.spec.scored and started - self.scored_at < SCORE_EVERY_S:
             return None, 0.0
         score, self.scored_at = self.replica.score(), started
         return score, round(time.perf_counter() - started, 6)
+
+
+class WeightBuffers:
+    """Where the weights of `replica` are received (a pull) and from where they are sent (a push), in the `dtype` of the wire.
+
+    In float32 on a CPU both are the replica's own vector. Where the weights travel in 16 bits, live on a GPU, or are exchanged
+    while the replica trains on (`apart`), they have buffers of their own here.
+    """
+
+    def __init__(self, replica: Replica, dtype: str, apart: bool) -> None:
+        self.replica, self.dtype = replica, dtype
+        flat, on_cpu = replica.flat, replica.device == "cpu"
+        self.host = flat if on_cpu and not apart else torch.empty(len(flat), pin_memory=not on_cpu)
+        self.weights = self.host.numpy()
+        own = dtype != "float32"
+        self.pulled = compression.buffer(dtype, len(flat)) if own else self.weights
+        self.pushed = compression.buffer(dtype, len(flat)) if own else self.weights
+        self.shift = 0  # of the change that is pushed: what it was multiplied by, as a power of two
+
+    @property
+    def received(self) -> memoryview:
+        """The memory for the next pull."""
+        return memoryview(self.pulled).cast("B")
+
+    def unpack(self, carry: int) -> None:
+        """A pull is complete: the replica goes on from it, with the `carry` samples that it has trained on meanwhile."""
+        if self.dtype != "float32":
+            compression.unpack(self.pulled, self.dtype, self.weights)
+        if self.host is not self.replica.flat:
+            self.replica.pull(self.host, carry)
+
+    def pack(self) -> memoryview:
+        """The weights of the replica as they are now, to be sent before the next pull."""
+        if self.host is not self.replica.flat:
+            self.host.copy_(self.replica.flat)
+        if self.dtype != "float32":
+            n = self.replica.layout.n_params
+            self.shift = compression.pack_change(self.weights, self.pulled, self.dtype, self.pushed, n)
+        return memoryview(self.pushed).cast("B")

@@ -67,7 +67,7 @@ class Client:
             if header["op"] != "hold":
                 self.go = header
                 return header
-            self.connection.send({"op": "beat"})
+            self.connection.send({"op": "heartbeat"})
             self.holds += 1
             if self.holds >= holds:
                 return None
@@ -390,7 +390,7 @@ def test_who_is_silent_while_it_is_held_is_not_waited_for(tmp_path):
         frozen, there = join(server, 0, 1)
         frozen.push()
         for _ in range(15):
-            there.connection.send({"op": "beat", "samples": 1, "loss": 0.5})
+            there.connection.send({"op": "heartbeat", "samples": 1, "loss": 0.5})
             time.sleep(0.1)
         until(lambda: len(events(server, "leave")) == 1)
         assert events(server, "leave").worker.iloc[0] == 0
@@ -413,7 +413,7 @@ def test_a_link_that_is_dropped_on_request(tmp_path):
 
 
 def test_a_member_who_does_not_speak_labkit_is_put_out_and_the_run_goes_on(tmp_path):
-    nonsense = [{"op": "push"}, {"op": "push", "samples": "x"}, {"op": "no such thing"}, {"op": "beat"}]
+    nonsense = [{"op": "push"}, {"op": "push", "samples": "x"}, {"op": "no such thing"}, {"op": "heartbeat"}]
     joins = [{"worker": "x"}, {"worker": -1}, {"worker": 10**30}, {"worker": None}, {"seconds_per_sample": "fast"}]
     with serving(spec(tmp_path, workers=(0,), budget=170)) as (server, result, thread):
         (worker,) = join(server, 0)
@@ -431,11 +431,11 @@ def test_a_member_who_does_not_speak_labkit_is_put_out_and_the_run_goes_on(tmp_p
     assert (result["state"], result["samples"]) == ("done", 170)
 
 
-def test_a_beat_is_a_sign_of_life_and_of_progress(tmp_path):
+def test_a_heartbeat_is_a_sign_of_life_and_of_progress(tmp_path):
     with serving(spec(tmp_path, workers=(0,), silence=0.6)) as (server, *_):
         (worker,) = join(server, 0)
         for samples in (3, 5, 9):
-            worker.connection.send({"op": "beat", "samples": samples, "loss": 0.7})
+            worker.connection.send({"op": "heartbeat", "samples": samples, "loss": 0.7})
             until(lambda samples=samples: ask(server)["samples"] == samples)
             time.sleep(0.3)
         assert ask(server)["workers"]["0"] == {"loss": 0.7, "score": None, "passes": 0}

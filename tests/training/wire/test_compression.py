@@ -17,7 +17,6 @@ from labkit.training import supervisor as session
 from labkit.training.server.grants import ahead_of
 from labkit.training.server.membership import standing
 from labkit.training.wire import compression as exchange
-from labkit.training.worker.buffers import Parcel
 from labkit.training.worker.replica import Replica
 from labkit.updates import AGWU, UPDATES, FedAsync, make_update
 from tests.simulation.test_exact import same
@@ -57,7 +56,7 @@ def test_a_change_keeps_its_precision_however_small_it_is(kind):
     """Rounded weights would lose it: it is a ten-thousandth of them."""
     base = np.random.default_rng(1).uniform(1, 2, 5000).astype(np.float32)
     change = (1e-4 * np.random.default_rng(2).standard_normal(5000)).astype(np.float32)
-    given, wire = exchange.pack(base, kind), exchange.place(kind, 5000)
+    given, wire = exchange.pack(base, kind), exchange.buffer(kind, 5000)
     began, got = np.empty_like(base), np.empty_like(base)
     exchange.unpack(given, kind, began)
     exchange.add_change(base, wire, kind, exchange.pack_change(began + change, given, kind, wire, 5000), got, 5000)
@@ -71,7 +70,7 @@ def test_a_change_keeps_its_precision_however_small_it_is(kind):
 def test_a_variance_that_all_but_vanishes_stays_above_zero(kind):
     """Sent as a change from its rounded old value it would end below zero, and the network in eval mode in NaN."""
     base, now = np.array([0.5, 1.0039, 3.0], np.float32), np.array([0.5, 1e-7, 2.9], np.float32)
-    given, wire, got = exchange.pack(base, kind), exchange.place(kind, 3), np.empty(3, np.float32)
+    given, wire, got = exchange.pack(base, kind), exchange.buffer(kind, 3), np.empty(3, np.float32)
     exchange.add_change(base, wire, kind, exchange.pack_change(now, given, kind, wire, 1), got, 1)
     assert (got[1:] >= 0).all() and got[2] == pytest.approx(2.9, rel=2**-8) and got[0] == 0.5
 
@@ -81,7 +80,7 @@ def test_a_variance_that_all_but_vanishes_stays_above_zero(kind):
 def test_what_is_no_number_stays_so(kind, bits):
     bad = np.array([1.0, 0.0, 2.0], np.float32)
     bad.view(np.uint32)[1] = bits
-    given, wire, got = exchange.pack(np.ones(3, np.float32), kind), exchange.place(kind, 3), np.empty(3, np.float32)
+    given, wire, got = exchange.pack(np.ones(3, np.float32), kind), exchange.buffer(kind, 3), np.empty(3, np.float32)
     exchange.add_change(np.ones(3, np.float32), wire, kind, exchange.pack_change(bad, given, kind, wire, 3), got, 3)
     assert not np.isfinite(got[1]) and np.isfinite(got[[0, 2]]).all()
 
@@ -91,7 +90,7 @@ def test_a_float16_change_is_scaled_whatever_its_size(size):
     """Far below and far above what float16 can hold; those a million times smaller than the largest keep ten bits too."""
     change = (size * np.random.default_rng(3).uniform(0.5, 1, 3000)).astype(np.float32)
     change[::2] *= np.float32(1e-6)
-    zero, wire, got = np.zeros(3000, np.float32), exchange.place("float16", 3000), np.empty(3000, np.float32)
+    zero, wire, got = np.zeros(3000, np.float32), exchange.buffer("float16", 3000), np.empty(3000, np.float32)
     shift = exchange.pack_change(change, exchange.pack(zero, "float16"), "float16", wire, 3000)
     exchange.add_change(zero, wire, "float16", shift, got, 3000)
     if 1e-15 < size < 1e15:
@@ -230,19 +229,12 @@ def test_steps_ahead_are_added_to_what_comes_and_belong_to_the_next_push():
     moved, n = one.flat - pushed, one.layout.n_params
     assert first["samples"] == 32 and moved[:n].abs().max() > 0
     news = torch.full_like(pushed, 0.5)
-    one.take_in(news, carry=16)
+    one.pull(news, carry=16)
     assert torch.equal(one.flat[:n], moved[:n] + 0.5) and torch.equal(one.flat[n:], news[n:])
     last = one.local_pass({"samples": 0, "ahead": 0, "done": 48, "pace": 1.0})
     assert last["samples"] == 16 and last["loss"] > 0 and last["compute_s"] > 0
-    one.take_in(news, carry=0)
+    one.pull(news, carry=0)
     assert torch.equal(one.flat, news)
-
-
-def test_in_the_plain_case_nothing_is_copied():
-    one = Replica(problem(), 5, 0, 400)
-    parcel = Parcel(one, "float32", apart=False)
-    assert np.shares_memory(np.frombuffer(parcel.place(), np.uint8), one.flat.numpy())
-    assert np.shares_memory(np.frombuffer(parcel.leaves(), np.uint8), one.flat.numpy())
 
 
 # -- live, again, and simulated ----------------------------------------------------------------------------------------
@@ -300,7 +292,7 @@ def test_a_simulation_with_real_numerics_exchanges_as_the_run_did(update, train)
 def test_half_the_bytes_cost_no_accuracy(train):
     scores = {
         kind: train(update="sgwu", exchange=kind, passes=8, local_steps=3, name=kind, seed=5).summary()["score"]
-        for kind in exchange.EXCHANGES
+        for kind in exchange.DTYPES
     }
     assert max(scores.values()) - min(scores.values()) < 0.06, scores
 

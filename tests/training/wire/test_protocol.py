@@ -13,8 +13,8 @@ GOOD = [
     {"op": "join", "worker": 0, "seconds_per_sample": 1e-5, "about": "pid 7, ä"},
     {"op": "join", "worker": 2},
     {"op": "join", "worker": 2, "device": "cuda:0", "threads": 2, "generator": "shared"},
-    {"op": "beat", "samples": 3, "loss": float("nan")},
-    {"op": "beat"},
+    {"op": "heartbeat", "samples": 3, "loss": float("nan")},
+    {"op": "heartbeat"},
     {"op": "drop", "workers": [0, 5]},
     PUSH,
     PUSH | {"loss": None, "score": float("nan")},  # what NaN means is for the update to say

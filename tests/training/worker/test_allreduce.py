@@ -1,4 +1,4 @@
-"""The all-reduce group: equal numbers of steps, gradients counted by samples, and an end that the others hear of."""
+"""The process group of an all-reduce: gradients counted by samples, and an end that the others notice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -18,37 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from labkit.training.worker import allreduce as collective
-from labkit.training.worker.allreduce import Broken, Group, backend, steps
-from labkit.training.worker.sampler import batches
-
-GRANTS = [[17], [16, 16], [17, 16], [5, 50], [2, 40], [1, 30], [3, 3, 3], [100, 7, 31], [64, 64, 65], [1, 1], [187]]
-
-
-@pytest.mark.parametrize("grants", GRANTS)
-@pytest.mark.parametrize("batch_size", [1, 2, 8, 16, 64])
-def test_steps_are_as_many_everywhere_and_cover_every_sample(grants, batch_size):
-    plans = [steps(grants, rank, batch_size) for rank in range(len(grants))]
-    sizes, weights = np.array([plan[0] for plan in plans]), np.array([plan[1] for plan in plans])
-    assert sizes.shape == weights.shape == (len(grants), len(plans[0][0]))
-    assert sizes.sum(axis=1).tolist() == grants
-    np.testing.assert_allclose(weights.sum(axis=0), 1)
-    np.testing.assert_allclose(weights, sizes / sizes.sum(axis=0))
-    assert sizes.min() >= min(2, batch_size, *grants)  # BatchNorm cannot train on one sample
-    share = np.array(grants) / sum(grants)
-    assert (np.abs(sizes - share[:, None] * sizes.sum(axis=0)) < 2).all()  # in proportion to the shards
-
-
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 33, 187])
-def test_one_rank_takes_the_batches_of_plain_training(n):
-    assert steps([n], 0, 16)[0] == [len(part) for part in batches(np.arange(n), 16)]
-
-
-def test_the_number_of_steps_is_that_of_the_joint_batch():
-    assert steps([64, 64], 0, 16) == ([16] * 4, [0.5] * 4)
-    sizes = [steps([96, 32], rank, 16)[0] for rank in (0, 1)]
-    assert sizes == [[24] * 4, [8] * 4]
-
+from labkit.training.worker import allreduce
+from labkit.training.worker.allreduce import Broken, ProcessGroup, backend
+from labkit.training.worker.heartbeat import Heartbeat
+from labkit.training.worker.sampler import steps
 
 # -- groups between threads --------------------------------------------------------------------------------------------
 
@@ -58,8 +30,7 @@ def ranks(n, work, folder, limit=30):
     results, errors = [None] * n, [None] * n
 
     def run(rank):
-        spec = SimpleNamespace(index=rank, collective=str(folder), one_process=True, device="cpu")
-        group = Group(spec, list(range(n)), 1, SimpleNamespace(told=None))
+        group = ProcessGroup(rank, range(n), 1, Heartbeat(), meeting=str(folder), one_process=True)
         try:
             results[rank] = work(group, rank)
         except Exception as error:
@@ -141,7 +112,7 @@ def test_nccl_needs_a_card_for_each_rank():
     assert backend([("a", "cuda:0"), ("b", "cpu")]) == backend([("a", "cpu"), ("b", "cpu")]) == "gloo"
 
 
-def test_when_a_rank_is_gone_the_others_hear_of_it_and_nothing_is_left(tmp_path):
+def test_when_a_rank_is_gone_the_others_notice_and_nothing_is_left(tmp_path):
     """Many times: the end of a group must neither hang nor bring the process down, whichever thread is the last to know it."""
     x, y, counts = torch.randn(8, 5), torch.arange(8) % 3, []
 
@@ -163,8 +134,8 @@ def test_when_a_rank_is_gone_the_others_hear_of_it_and_nothing_is_left(tmp_path)
     assert counts[-1] <= counts[1] + 1, "threads of the groups pile up"
 
 
-@pytest.mark.parametrize("told", ["before the step", "in the step"])
-def test_who_is_told_that_a_frozen_rank_is_gone_leaves_at_once(told, tmp_path):
+@pytest.mark.parametrize("when", ["before the step", "in the step"])
+def test_a_rank_leaves_at_once_when_a_frozen_one_is_gone(when, tmp_path):
     x, y, left, took = torch.randn(8, 5), torch.arange(8) % 3, threading.Event(), []
 
     def work(group, rank):
@@ -175,8 +146,8 @@ def test_who_is_told_that_a_frozen_rank_is_gone_leaves_at_once(told, tmp_path):
                 return
             if step == 3:
                 begun = time.monotonic()
-                threading.Timer(0.0 if told == "before the step" else 0.5, group._abort).start()
-                time.sleep(0.2 if told == "before the step" else 0.0)
+                threading.Timer(0.0 if when == "before the step" else 0.5, group._abort).start()
+                time.sleep(0.2 if when == "before the step" else 0.0)
             try:
                 with group.exchanging():
                     group.begin(0.5)
@@ -193,23 +164,21 @@ def test_who_is_told_that_a_frozen_rank_is_gone_leaves_at_once(told, tmp_path):
 
 
 RANK = """
-import sys, types
-from labkit.training.worker.allreduce import Group
-spec = types.SimpleNamespace(index=1, collective=sys.argv[1], one_process=False, device="cpu")
-group = Group(spec, [0, 1], 2, types.SimpleNamespace(told=None))
-group.close()
+import sys
+from labkit.training.worker.allreduce import ProcessGroup
+from labkit.training.worker.heartbeat import Heartbeat
+ProcessGroup(1, [0, 1], 2, Heartbeat(), meeting=sys.argv[1]).close()
 """
 
 
 def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tmp_path, monkeypatch):
     folder = str(tmp_path / "ranks")
-    spec = SimpleNamespace(index=0, collective=folder, one_process=False, device="cpu")
     with monkeypatch.context() as short:
-        short.setattr(collective, "TIMEOUT", datetime.timedelta(seconds=1))
+        short.setattr(allreduce, "TIMEOUT", datetime.timedelta(seconds=1))
         dist.FileStore(f"{folder}-1-here", 2).set("1", f"{socket.gethostname()} cpu")  # and then it is gone
         with pytest.raises(Broken, match="could not be formed"):
-            Group(spec, [0, 1], 1, SimpleNamespace(told=None))
+            ProcessGroup(0, [0, 1], 1, Heartbeat(), meeting=folder)
     other = subprocess.Popen([sys.executable, "-c", RANK, folder])
     begun = time.monotonic()
-    Group(spec, [0, 1], 2, SimpleNamespace(told=None)).close()
+    ProcessGroup(0, [0, 1], 2, Heartbeat(), meeting=folder).close()
     assert other.wait(30) == 0 and time.monotonic() - begun < 30

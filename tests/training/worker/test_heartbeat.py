@@ -1,4 +1,4 @@
-"""The pulse of a worker: beats come whatever it does, and what cannot wait is heard during a local pass and only then."""
+"""The heartbeat of a worker comes whatever it does; what cannot wait is received during a local pass and only then."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import time
 import pytest
 
 from labkit.training.wire import transport as wire
-from labkit.training.worker import heartbeat as pulse_module
-from labkit.training.worker.heartbeat import Pulse
+from labkit.training.worker import heartbeat
+from labkit.training.worker.heartbeat import Heartbeat
 
 SECRET = b"s" * 32
 
 
 @pytest.fixture
 def ends(monkeypatch):
-    """The server's end, and a pulse on the worker's."""
-    monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
+    """The server's end, and a heartbeat on the worker's."""
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.02)
     listener, box = wire.listen(), []
 
     def accept():
@@ -27,7 +27,7 @@ def ends(monkeypatch):
     thread.start()
     client = wire.connect(listener.getsockname()[:2], SECRET, timeout=5)
     thread.join(5)
-    beats = Pulse()
+    beats = Heartbeat()
     beats.start(client)
     yield box[0], client, beats
     client.close()
@@ -44,49 +44,49 @@ def until(condition, limit=5.0):
         time.sleep(0.005)
 
 
-def test_beats_tell_the_progress(ends):
+def test_heartbeats_carry_the_progress(ends):
     server, _, beats = ends
-    assert server.receive()[0] == {"op": "beat"}
-    with beats.listening():
+    assert server.receive()[0] == {"op": "heartbeat"}
+    with beats.local_pass():
         beats.progress = {"samples": 7, "loss": 0.5}
-        until(lambda: server.receive()[0] == {"op": "beat", "samples": 7, "loss": 0.5})
-    until(lambda: server.receive()[0] == {"op": "beat"})
+        until(lambda: server.receive()[0] == {"op": "heartbeat", "samples": 7, "loss": 0.5})
+    until(lambda: server.receive()[0] == {"op": "heartbeat"})
 
 
-def test_a_word_is_heard_during_a_local_pass(ends):
+def test_a_message_is_received_during_a_local_pass(ends):
     server, _, beats = ends
     alarms = []
-    beats.alarm = lambda: alarms.append(1)
-    with beats.listening():
+    beats.on_interrupt = lambda: alarms.append(1)
+    with beats.local_pass():
         server.send({"op": "stop", "reason": "enough"})
-        until(lambda: beats.told is not None and alarms)
-    assert beats.heard() == {"op": "stop", "reason": "enough"} and beats.heard() is None
+        until(lambda: beats.interrupt is not None and alarms)
+    assert beats.pop_interrupt() == {"op": "stop", "reason": "enough"} and beats.pop_interrupt() is None
 
 
 def test_a_group_that_is_left_already_cannot_be_broken_any_more(ends):
     server, _, beats = ends
-    with beats.listening(group=3):
+    with beats.local_pass(group=3):
         server.send({"op": "regroup", "group": 2})
         for _ in range(3):
             server.receive()  # it has had the time
-        assert beats.told is None
+        assert beats.interrupt is None
         server.send({"op": "regroup", "group": 3})
-        until(lambda: beats.told is not None)
-    assert beats.heard() == {"op": "regroup", "group": 3}
+        until(lambda: beats.interrupt is not None)
+    assert beats.pop_interrupt() == {"op": "regroup", "group": 3}
 
 
-def test_between_two_passes_the_words_are_for_the_worker(ends):
+def test_between_two_passes_messages_are_for_the_worker(ends):
     server, client, beats = ends
     server.send({"op": "go"})
     for _ in range(3):
         server.receive()  # it has had the time
-    assert beats.told is None and client.receive()[0] == {"op": "go"}
+    assert beats.interrupt is None and client.receive()[0] == {"op": "go"}
 
 
-def test_a_connection_that_breaks_is_heard_also_when_it_broke_before_the_pass(ends):
+def test_a_connection_that_breaks_is_noticed_also_when_it_broke_before_the_pass(ends):
     server, _, beats = ends
     server.close()
-    until(lambda: beats.told is not None)
-    with beats.listening():
-        assert beats.told["op"] == "lost"
-    assert beats.heard()["op"] == "lost"
+    until(lambda: beats.interrupt is not None)
+    with beats.local_pass():
+        assert beats.interrupt["op"] == "lost"
+    assert beats.pop_interrupt()["op"] == "lost"

@@ -39,13 +39,16 @@ def test_passes_depend_on_seed_worker_and_incarnation_alone():
         assert made(*other)[0] != found
 
 
-def test_a_pass_is_told_step_by_step_and_can_be_halted():
-    one, told = replica(), []
-    done = one.local_pass(GO, progress=lambda samples, loss: told.append((samples, float(loss))))
-    assert [samples for samples, _ in told] == [16, 32, 40] and done["samples"] == 40
-    assert done["loss"] == pytest.approx(told[-1][1] / 40) and done["compute_s"] > 0 and done["wait_s"] == 0
-    told.clear()
-    assert one.local_pass(GO, halted=lambda: len(told) == 2, progress=lambda *step: told.append(step)) is None and len(told) == 2
+def test_a_pass_reports_step_by_step_and_can_be_halted():
+    one, reported = replica(), []
+    done = one.local_pass(GO, progress=lambda samples, loss: reported.append((samples, float(loss))))
+    assert [samples for samples, _ in reported] == [16, 32, 40] and done["samples"] == 40
+    assert done["loss"] == pytest.approx(reported[-1][1] / 40) and done["compute_s"] > 0 and done["wait_s"] == 0
+    reported.clear()
+    assert (
+        one.local_pass(GO, halted=lambda: len(reported) == 2, progress=lambda *step: reported.append(step)) is None
+        and len(reported) == 2
+    )
 
 
 def test_every_piece_of_work_is_followed_by_its_slowness():

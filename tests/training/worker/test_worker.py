@@ -1,60 +1,47 @@
-"""The samples of one worker: orders and batches."""
+"""The buffers in which a worker's weights travel. The loop itself is tested where runs are: `tests/training/test_train.py`, with a
+server and a lab."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from labkit.training.worker.sampler import Shard, batches, pass_order
+from labkit.training.worker.replica import Replica
+from labkit.training.worker.worker import WeightBuffers
+from tests.training.test_train import problem
 
-# -- which samples, in which order -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 15, 16, 17, 31, 33, 49])
-def test_batches_cover_everything_in_order_and_none_is_a_lone_sample(n, batch_size):
-    parts = batches(np.arange(n), batch_size)
-    assert np.array_equal(np.concatenate([*parts, np.arange(0)]), np.arange(n))
-    assert all(len(part) == batch_size for part in parts[:-1])
-    if n > 1 and batch_size > 1:
-        assert all(1 < len(part) <= batch_size + 1 for part in parts)
-    assert len(parts) <= -(-n // batch_size)
-    if n % batch_size == 0:
-        assert len(parts) == n // batch_size  # local_steps is the number of optimiser steps
+pytestmark = pytest.mark.usefixtures("cache")
 
 
-def test_orders_derive_from_seed_worker_and_pass():
-    shard = np.arange(100, 117)
-    orders = {(s, w, e): tuple(pass_order(shard, s, w, e)) for s in range(3) for w in range(3) for e in range(3)}
-    assert len(set(orders.values())) == 27
-    assert all(sorted(order) == list(shard) for order in orders.values())
-    assert tuple(pass_order(shard, 1, 2, 0)) == orders[1, 2, 0]
+def test_in_the_plain_case_nothing_is_copied():
+    one = Replica(problem(), 5, 0, 400)
+    buffers = WeightBuffers(one, "float32", apart=False)
+    assert np.shares_memory(np.frombuffer(buffers.received, np.uint8), one.flat.numpy())
+    assert np.shares_memory(np.frombuffer(buffers.pack(), np.uint8), one.flat.numpy())
 
 
-def test_a_pass_covers_each_sample_once_whatever_is_taken_at_a_time():
-    for sizes in ([17], [5] * 17, [1] * 17, [3, 30, 1, 17]):
-        shard = Shard(seed=1, worker=2)
-        shard.add(np.arange(10))
-        shard.add(np.arange(10, 17))
-        taken = np.concatenate([shard.take(n) for n in sizes])
-        assert len(taken) == sum(sizes)
-        for epoch in range(len(taken) // 17):
-            mine = taken[17 * epoch : 17 * (epoch + 1)]
-            assert sorted(mine) == list(range(17))
-            assert np.array_equal(mine, pass_order(np.arange(17), 1, 2, epoch))
+def test_a_push_that_is_under_way_stays_as_it_was_while_the_replica_trains_on():
+    one = Replica(problem(), 5, 0, 400)
+    buffers = WeightBuffers(one, "float32", apart=True)
+    sent = buffers.pack()
+    before = bytes(sent)
+    one.flat += 1
+    assert bytes(sent) == before != one.flat.numpy().tobytes()
+    buffers.received[:] = bytes(len(before))
+    assert one.flat.any()
+    buffers.unpack(0)
+    assert not one.flat.any()
 
 
-def test_taking_nothing_and_adding_nothing():
-    shard = Shard(0, 0)
-    shard.add(np.empty(0, np.int64))
-    assert shard.take(0).dtype == np.int64 and len(shard.take(0)) == 0
-    shard.add(np.arange(3))
-    assert len(shard.take(0)) == 0 and len(shard.take(3)) == 3
-
-
-def test_samples_that_are_added_come_with_the_next_pass():
-    shard = Shard(0, 0)
-    shard.add(np.arange(5))
-    first = shard.take(5)
-    shard.add(np.arange(5, 9))
-    assert sorted(first) == list(range(5)) and sorted(shard.take(9)) == list(range(9))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_16_bits_half_as_much_travels_and_both_ends_have_the_same(dtype):
+    one = Replica(problem(), 5, 0, 400)
+    buffers = WeightBuffers(one, dtype, apart=False)
+    assert buffers.received.nbytes == buffers.pack().nbytes == 2 * len(one.flat)
+    buffers.pulled[:] = 0
+    buffers.unpack(0)
+    assert not one.flat.any()
+    one.flat[0] = 2.0**-20
+    buffers.pack()
+    assert torch.count_nonzero(one.flat) == np.count_nonzero(buffers.pushed) == 1
