@@ -338,7 +338,8 @@ def test_killed_at_random_moments_never_more_than_one_interval_is_lost(lab, tmp_
 
 
 NOTEBOOK = """
-import sys, test_resume, labkit
+import sys, labkit
+from tests.training import test_resume
 with labkit.connect("threads", 2) as lab:
     run = labkit.train(test_resume.problem(), lab, update="agwu", passes=4000, runs=sys.argv[1], name="r", checkpoints=2000)
     print(run.path, flush=True)
