@@ -1,2 +1,12 @@
-from labkit.plots.runs import *
-from labkit.plots.runs import __all__, crossing
+"""Figures, from the record of runs: `labkit.plots.curves(run)` and the like, and what shows or saves them."""
+
+from labkit.plots.live import live
+from labkit.plots.membership import membership, roster
+from labkit.plots.runs import balance, curves, segments, speed, staleness, timeline, weights
+from labkit.plots.scaling import errors, saturation, scaling
+from labkit.plots.style import extension, interactive, save
+from labkit.plots.subnets import decomposition, part_accuracy, part_scores, part_times
+
+__all__ = ["balance", "curves", "decomposition", "errors", "extension", "interactive", "live", "membership", "part_accuracy"]
+__all__ += ["part_scores", "part_times", "roster", "saturation", "save", "scaling", "segments", "speed", "staleness", "timeline"]
+__all__ += ["weights"]

@@ -3,8 +3,8 @@
 A figure reads nothing but the record of a run. Its title says what was found, the line under the title what must be
 known to believe it: emulated slowness, synthetic data, a single seed. Where there is nothing yet, words say so.
 
-Used in notebooks, as `labkit.plots.runs`, and by `Run.live`; the drawing itself is in canvas.py, pictures of parts in mosaic.py, curves
-of many runs in scaling.py.
+Used in notebooks, as `labkit.plots`, and by `Run.live`; the drawing itself is in `labkit.plots.style`, pictures of subdomains in
+`labkit.plots.subnets`, curves of many runs in `labkit.plots.scaling`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from labkit.plots import style as canvas
-from labkit.plots.live import live
-from labkit.plots.membership import membership, roster
-from labkit.plots.scaling import errors, saturation, scaling
-from labkit.plots.style import extension, interactive, save
-from labkit.plots.subnets import decomposition, part_accuracy, part_scores, part_times
+from labkit.plots.style import extension
 from labkit.runs.events import effective
 
 if TYPE_CHECKING:
@@ -28,10 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from labkit.training.run import Run
-
-__all__ = ["balance", "curves", "decomposition", "errors", "extension", "interactive", "live", "membership", "part_accuracy"]
-__all__ += ["part_scores", "part_times", "roster", "saturation", "save", "scaling", "segments", "speed", "staleness", "timeline"]
-__all__ += ["weights"]
 
 AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
 BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness

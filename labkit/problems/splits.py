@@ -3,7 +3,7 @@
 The score set is held out of the training split, class by class in proportion, so that no worker is scored on samples
 that it has seen. One fixed seed draws it, on every machine and in every run of a data set.
 
-Used by problems.py and parts.py; numpy only.
+Used by `labkit.problems.problem` and `labkit.subnets.problem`; numpy only.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ digest, so a file that is cut short, damaged, mixed from two or of another run i
 Which files stay is decided by number and age (`retained`): snapshots spread evenly over the run, from which its curve is
 measured, and the newest few to go on from.
 
-Written by `labkit.runs.events.Recorder`; read by `labkit.training.run`, `labkit.training.evaluation` and `labkit.training.resume`. Imports numpy alone.
+Written by `labkit.runs.events.Recorder`; read by whoever measures, resumes or replays a run. Imports numpy alone.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ what came after that version does not count (`effective`). Weights are kept in c
 `layout.json` says which of their entries belong to which tensor. Files that are replaced are written beside their place and
 renamed, so that a reader never sees half of one. Nothing here is pickled.
 
-Written by `labkit.training.server.server` (events, checkpoints) and `labkit.training.train` (the rest); read by `labkit.training.run`. Imports numpy alone, so
-that the server stays small; pandas and pyarrow come with the reading functions.
+Written by the server of a run (events, checkpoints) and by `labkit.training.train` (the rest); read by `labkit.training.run`.
+Imports numpy alone, so that the server stays small; pandas and pyarrow come with the reading functions.
 """
 
 from __future__ import annotations

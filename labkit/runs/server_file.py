@@ -4,7 +4,7 @@
     machine      the name of its machine; pid and started tell its process there from a later one with the same number
     secret       of the run, in hex: who can read this file can steer the run, so nobody but its owner can
 
-Written and removed by `labkit.training.server.server`; read by `labkit.training.run`, `labkit.training.attach`, `labkit.training.resume` and `labkit.chaos`.
+Written and removed by the server of a run; read by the handle of the run, by `attach`, by `resume` and by `labkit.chaos`.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def train_subnets(
         What to train besides, with as many epochs: "global" (the network on whole images), "long" (the same, with twice the
         epochs, which is what both stages of "transfer" have), "small" (the same, narrowed as a subnet is), "coherent" (subnets
         and coarse network as one graph from random weights), "transfer" (that graph from the trained weights), "width" (the
-        global network from as many pieces cut along its channels and trained apart, Gu et al.; `labkit.subnets.channels`; for the named
-        models). They train on all training samples, and predict: `joined.predict(images, by="transfer")`. Average probability
+        global network from as many pieces cut along its channels and trained apart, Gu et al.; `labkit.subnets.channels`; for the
+        named models). They train on all training samples, and predict: `joined.predict(images, by="transfer")`. Average probability
         and majority vote are always there.
     seed
         Initial weights and orders of part i derive from (seed, i) alone: which worker trains it does not matter.
@@ -113,8 +113,8 @@ def train_subnets(
         For instance {"n_workers": 2, "partition": "idpa", "update": "agwu"}; also "local_steps", all as in `labkit.train`, which
         has the same defaults (`n_workers`: all are one team). As many teams as there are workers for are at work at a time.
     batched
-        For subnets that are too small for a worker: it trains up to so many of one shape at once (`labkit.subnets.stacked` says where that
-        is faster). They learn what they would alone, up to rounding; `seconds` of each are then those of its batch.
+        For subnets that are too small for a worker: it trains up to so many of one shape at once (`labkit.subnets.stacked` says
+        where that is faster). They learn what they would alone, up to rounding; `seconds` of each are then those of its batch.
 
     Subnets that take longest start first. A subnet whose worker is lost is trained again by another one, from its beginning; a
     team that loses a worker goes on without it.

@@ -3,7 +3,7 @@
 Everything that it tells comes from the directory (`labkit.runs.events`), so a run can be read while it goes, after it, and from
 another kernel. The handle never blocks the kernel except where it says so (`wait`).
 
-Made by `labkit.training.train`; read by `labkit.plots.runs`, `labkit.experiments.sweep` and users.
+Made by `labkit.training.train`; read by `labkit.plots`, `labkit.experiments.sweep` and users.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Run:
         show(self)
 
     def live(self) -> Any:
-        """A figure that grows with the run (see `labkit.plots.runs.live`)."""
+        """A figure that grows with the run (see `labkit.plots.live`)."""
         from labkit.plots import runs as plots
 
         return plots.live(self)

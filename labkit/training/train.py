@@ -4,8 +4,10 @@
                                              |  pull, local pass, score, push ... until passes x n samples are trained on
     curve of the kept versions  <-  record  <-  everyone has left
 
-`train` returns at once; a thread of the kernel follows the run to its end. Used from notebooks, and by `labkit.training.resume`, which
-goes the second half of the way with a run that exists; `labkit.training.blocks` launches runs on workers that it holds already.
+`train` returns at once; a thread of the kernel follows the run to its end.
+
+Used from notebooks, and by `labkit.training.resume`, which goes the second half of the way with a run that exists;
+`labkit.training.blocks` launches runs on workers that it holds already.
 """
 
 from __future__ import annotations
@@ -78,8 +80,8 @@ def train(
     workers
         Indices of the workers to train on; by default all that no other run holds, and whoever comes while the run goes.
     exchange
-        How weights travel: "float32", or with half the bytes "bfloat16" or "float16" (`labkit.training.wire.compression`): versions are rounded on
-        their way to a worker, and of its push the change. The server's weights stay float32.
+        How weights travel: "float32", or with half the bytes "bfloat16" or "float16" (`labkit.training.wire.compression`):
+        versions are rounded on their way to a worker, and of its push the change. The server's weights stay float32.
     overlap
         Batches that a worker goes on computing while its push and the next version are on their way; they count for its next
         push, whose last batches are then from an older version. 0: it stands still meanwhile. Where the rule does not weigh pushes

@@ -3,9 +3,9 @@
     pull (real weights, over a real socket) -> sleep -> push (real weights) -> ...
 
 The server is the process that every run has, with its update, its partition and its record. The workers are threads of this
-process which say what workers say (`labkit.training.wire.protocol`) and no more: they share one vector that they push and one into which all
-receive, so that 64 workers with 100 MB each cost the server's memory and not theirs as well. `real` is the check on them: the same
-with labkit's own workers, each with a replica, on a lab of threads.
+process which send what workers send (`labkit.training.wire.protocol`) and no more: they share one vector that they push and one
+into which all receive, so that 64 workers with 100 MB each cost the server's memory and not theirs as well. `real` is the check on
+them: the same with labkit's own workers, each with a replica, on a lab of threads.
 
 What a server is busy with comes from two clocks: the CPU time of its process, and the record, which says when each push came in and
 when what had to be done for it under the server's lock was done.

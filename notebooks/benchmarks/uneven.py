@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 import labkit
-from labkit.plots import runs as plots
+from labkit import plots
 
 KINDS = ("none", "steady", "jitter", "drift", "stalls")
 BARRED = ("sgwu", "localsgd", "diloco", "allreduce")  # all wait for all

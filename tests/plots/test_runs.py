@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from labkit.plots import runs as plots
+from labkit import plots
 from labkit.plots import style as canvas
 from labkit.plots.live import Tail
 from labkit.runs.events import COLUMNS, effective
@@ -149,7 +149,7 @@ FIGURES = {
 
 
 def test_importing_loads_no_plotting_library():
-    code = "import labkit.plots.runs, sys; print({'holoviews', 'hvplot', 'bokeh', 'matplotlib'} & set(sys.modules))"
+    code = "import labkit.plots, sys; print({'holoviews', 'hvplot', 'bokeh', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

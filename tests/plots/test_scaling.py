@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from labkit.plots import runs as plots
+from labkit import plots
 from tests.plots.test_runs import pieces, title
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from labkit import plots
 from labkit.errors import ProblemError
-from labkit.plots import runs as plots
 from labkit.subnets.decomposition import Decomposition
 from tests.plots.test_runs import pieces, title
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import labkit
+from labkit import plots
 from labkit.errors import PartitionError, RunError
-from labkit.plots import runs as plots
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.simulation import cost_model as timing

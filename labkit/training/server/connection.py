@@ -12,7 +12,7 @@
                                  <-------     regroup: one of this group of the all-reduce is gone
       regroup                    ------->     begins anew with those who are left
 
-Used by `labkit.training.server.server`, one thread a connection; the other side is `labkit.training.worker.worker` with `labkit.training.worker.heartbeat`.
+Used by `labkit.training.server.server`, one thread a connection; the other side is `labkit.training.worker`.
 """
 
 from __future__ import annotations

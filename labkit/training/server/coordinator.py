@@ -1,9 +1,9 @@
 """The course of one run: who is here, who may go on with which samples, what is merged, and when it is over.
 
-Between the update and the partition (pure rules) and whoever drives them (sockets and threads in `labkit.training.server.server`). It knows no
-socket, no thread and no file: answers go out through `deliver`, rows through `record`, versions to keep through `save`, and
-time comes from `clock`, so that another driver can bring a virtual one. When a rule does not want to wait longer than until some
-time, `alarm` is told of it, and the driver calls `tick` then.
+Between the update and the partition (pure rules) and whoever drives them (live: the sockets and threads of
+`labkit.training.server.server`). It knows no socket, no thread and no file: answers go out through `deliver`, rows through
+`record`, versions to keep through `save`, and time comes from `clock`, so that another driver can bring a virtual one. A rule's
+time limit goes to `alarm`, and the driver calls `tick` then.
 
     join    -> start barrier -> go         all workers of the run begin together, and the clock starts
     push    -> update.push -> replies      one reply releases one worker: partition.reclaim and allocate, then a grant
@@ -12,8 +12,9 @@ time, `alarm` is told of it, and the driver calls `tick` then.
     join    -> update.join -> a reply      in mid-run: a new incarnation, served from what the others give back
     regroup -> update.join -> replies      an all-reduce whose group has broken begins anew from the latest version
 
-A run trains on `budget` samples, counted over all workers (`labkit.training.server.grants`); what a rule throws away does not count. Who finds
-all of it granted is told to stop. When the last worker is lost it waits for others; its driver says how long (`alone_since`).
+A run trains on `budget` samples, counted over all workers (`labkit.training.server.grants`); what a rule throws away does not
+count. Who finds all of it granted is sent "stop". When the last worker is lost it waits for others; its driver says how
+long (`alone_since`).
 
 Used by `labkit.training.server.server` (live) and `labkit.simulation.offline` (replays and simulations).
 """

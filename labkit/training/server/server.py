@@ -1,8 +1,9 @@
 """The server of one run: owns the global weights, answers push and pull, and writes down what happens.
 
 A process of its own that imports numpy but neither torch nor Dask. Each connection has a thread; the course of the run
-(`labkit.training.server.coordinator`) is changed under one lock, which also gives the order in which pushes are merged. Transfers happen outside
-the lock: versions are immutable arrays, so one worker can still be receiving version 7 while another makes version 8.
+(`labkit.training.server.coordinator`) is changed under one lock, which also gives the order in which pushes are merged. Transfers
+happen outside the lock: versions are immutable arrays, so one worker can still be receiving version 7 while another makes version
+8.
 
 What is said to a worker, and by it, is `labkit.training.server.connection`.
 
