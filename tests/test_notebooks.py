@@ -33,7 +33,7 @@ TINY = {
         "passes": 2.0,
     },
     "benchmarks/06-parts": {
-        **{"cuts": [[[1, 1], 0], [[1, 2], 1]], "seeds": [0]},
+        **{"cuts": [[[1, 1], 0], [[1, 2], 1]], "width_rules": ["sqrt"], "seeds": [0]},
         "settings": SMALL | {"train_samples": 300, "test_samples": 100, "epochs": 1},
     },
     "benchmarks/07-volumes": {
