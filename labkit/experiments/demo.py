@@ -94,17 +94,18 @@ def verdict(table: pd.DataFrame) -> str:
 def _draw(table: pd.DataFrame, out: Path) -> Path | None:
     """curves.png of the runs that the notebooks made; None, and a line that says why, where it cannot be drawn."""
     try:
-        from labkit.plots import runs as plots
+        from labkit.plots.runs import curves
+        from labkit.plots.style import extension, save
         from labkit.training.run import load_run
 
-        plots.extension("static")
+        extension("static")
         paths = [path for path in table.get("run", []) if isinstance(path, str)]
         if not paths:
             raise SweepError("no notebook reported a run")
         targets = table["target"].dropna() if "target" in table else []
         target = float(targets.iloc[0]) if len(targets) else None
-        figure = plots.curves([load_run(path) for path in paths], target=target)
-        return plots.save(figure, out / "curves.png")
+        figure = curves([load_run(path) for path in paths], target=target)
+        return save(figure, out / "curves.png")
     except Exception as error:  # the table stands without its figure
         print(f"No figure: {type(error).__name__}: {error}", file=sys.stderr)
         return None

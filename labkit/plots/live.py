@@ -3,7 +3,7 @@
 A thread reads what was appended to the record, twice a second, and hands it to the figure; the kernel stays free.
 A browser takes its first picture only from a free kernel, so `await` the run in the next cell instead of blocking it.
 
-Used through plots.py and `Run.live`.
+Used through `labkit.plots` and `Run.live`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One bar for each incarnation of a worker, from its join until the server took it to be gone. Both come from the events alone.
 
-Used through plots.py.
+Used through `labkit.plots`.
 """
 
 from __future__ import annotations

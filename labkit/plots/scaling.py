@@ -5,7 +5,7 @@ every T seconds: T/t of them keep it busy all the time.
 
     throughput of m workers = m/T up to m = T/t, and 1/t from there on
 
-Used through plots.py.
+Used through `labkit.plots`.
 """
 
 from __future__ import annotations

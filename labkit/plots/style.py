@@ -3,7 +3,7 @@
 Every figure is made of HoloViews elements that carry their options for both back ends: bokeh where somebody can move
 the picture, matplotlib where a picture is kept. Importing this module loads neither; the first figure does.
 
-Used by plots.py; `extension` and `save` are public through it.
+Used by `labkit.plots.runs`; `extension` and `save` are public through `labkit.plots`.
 """
 
 from __future__ import annotations

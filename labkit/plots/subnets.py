@@ -2,7 +2,7 @@
 
 Of a volume the middle slice is drawn, with the parts that meet it.
 
-Used through plots.py.
+Used through `labkit.plots`.
 """
 
 from __future__ import annotations

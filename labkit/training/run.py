@@ -127,9 +127,9 @@ class Run:
 
     def live(self) -> Any:
         """A figure that grows with the run (see `labkit.plots.live`)."""
-        from labkit.plots import runs as plots
+        from labkit.plots.live import live
 
-        return plots.live(self)
+        return live(self)
 
     def _check_attached(self) -> None:
         if self._session is None and self.state == "running":
