@@ -46,7 +46,7 @@ def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
     """
     from labkit.experiments.sweep import sweep
 
-    notebook = Path(__file__).resolve().parent.parent / "notebooks" / "03-update-the-weights.ipynb"
+    notebook = Path(__file__).resolve().parents[2] / "notebooks" / "03-update-the-weights.ipynb"
     if not notebook.is_file():
         raise SweepError(f"the demo needs {notebook}, which comes with the repository: clone it, and `pip install -e .`")
     print("Five ways to train on two uneven workers, one after another, because they are timed.", flush=True)
