@@ -69,14 +69,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """For a test with a cache of its own, no data folder, no package, no network, and nothing said before."""
-    from labkit.data import fetch, shards
+    """For a test with a cache of its own, no data folder, no package, no network, and nothing printed before."""
+    from labkit.data import cache, fetch
 
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LABKIT_DATA", raising=False)
     monkeypatch.setattr(fetch, "ROOT", tmp_path / "no-debian")
     monkeypatch.setattr(fetch, "fetch", lambda *args, **kwargs: ["no network in this test"])
-    monkeypatch.setattr(shards, "_SAID", set())
+    monkeypatch.setattr(cache, "_PRINTED", set())
     monkeypatch.setattr(fetch, "_FAILED", {})
     return tmp_path / "cache"
 

@@ -1,48 +1,46 @@
-"""Data sets: everything that a problem can be trained on, as memory-mapped shards that travel by reference.
+"""Data sets: everything that a problem can be trained on, memory-mapped from files that travel by reference.
 
-Whatever the user has (a registered name, arrays, files of arrays, pictures or volumes by class) is checked and written
-once as plain `.npy` files in the cache; from then on a data set is a path, workers open it by that path, and only
-indices travel.
+Whatever the user has is checked and written once as plain `.npy` files in the cache; from then on a data set is a path, workers
+open it by that path, and only indices travel. What is given by a path is recognised by what is there:
 
-Used by `labkit.problems.problem`; the parts are `shards` (the format), `images` and `volumes` (named sets), `fetch`, `arrays` and
-`paths` (users' data).
+| there is | it is read as |
+| --- | --- |
+| a file `.parquet`, `.h5`, `.hdf5` | arrays |
+| a folder with `.npy` files | arrays |
+| a folder with `data_batch_1`, ... | CIFAR-10, python version |
+| a folder of folders with `.nii`, `.nii.gz` | volumes by class (MosMedData: CT-0, CT-1, ...) |
+| a folder of folders with pictures | images by class (TF-Flowers; Extended Yale B's yaleB01, ...) |
+
+Used by `labkit.problems` and by users.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from labkit.data import arrays, images, paths, volumes
-from labkit.data.shards import Dataset, cache_dir
-from labkit.errors import DataError
+from labkit.data import arrays, cifar, folders, named, nifti, parquet
+from labkit.data.cache import opened
+from labkit.data.dataset import Dataset
+from labkit.errors import DataError, did_you_mean
 
-__all__ = ["Dataset", "cache_dir", "names", "open_dataset"]
+__all__ = ["Dataset", "names", "open_dataset"]
 
-_NAMED: dict[str, Callable[..., Dataset]] = {
-    "fashion-mnist": images.fashion_mnist,
-    "fashion-mnist-32": partial(images.fashion_mnist, pad=2),
-    "mnist": images.mnist,
-    "digits": images.digits,
-    "lfw-faces": images.lfw_faces,
-    "head-lesions": volumes.head_lesions,
-    "chest-phantom": volumes.chest_phantom,
-}
 OPTIONS = ("n", "size", "seed")  # those of the generated sets
+FILES = {".parquet": parquet.from_file, ".h5": arrays.from_hdf5, ".hdf5": arrays.from_hdf5}
+BY_CLASS = {folders.from_folder: folders.SUFFIXES, nifti.from_folder: nifti.SUFFIXES}
 
 
 def names() -> list[str]:
     """The registered data sets, by the names that `open_dataset` takes."""
-    return list(_NAMED)
+    return list(named.NAMED)
 
 
 def open_dataset(data: Any, **options: Any) -> Dataset:
-    """Open a data set: check it and write its shards the first time, find them ready afterwards.
+    """Open a data set: it is checked and converted into the cache the first time, and ready there afterwards.
 
     Parameters
     ----------
@@ -66,7 +64,7 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
 
         `x` is (N, F) features, (N, H, W) grey images, (N, C, H, W) images or (N, C, D, H, W) volumes, of booleans,
         integers or floats. (N, H, W, C) with C = 1 or 3 is recognised where axis 1 is neither 1 nor 3, converted, and
-        said in `.note`. `y` is (N,) integers 0..K-1, also as floats. Without a test split every 10th sample of a
+        noted in `.note`. `y` is (N,) integers 0..K-1, also as floats. Without a test split every 10th sample of a
         permutation with a fixed seed is held out as one.
 
     Returns
@@ -82,32 +80,72 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
     DataError
         Files are missing or damaged, shapes or types do not fit, values are not finite, labels are out of range.
     """
-    if isinstance(data, str) and data in _NAMED:
-        taken = [name for name in inspect.signature(_NAMED[data]).parameters if name in OPTIONS]
-        _refuse(data, {name: value for name, value in options.items() if name not in taken}, taken)
-        return _NAMED[data](**options)
+    if isinstance(data, str) and data in named.NAMED:
+        open_it = named.opener(data)
+        _check_options(data, options, [name for name in inspect.signature(open_it).parameters if name in OPTIONS])
+        return open_it(**options)
     if isinstance(data, str | os.PathLike):
         path = Path(data).expanduser()
         if path.exists():
-            _refuse(str(data), {name: value for name, value in options.items() if name != "size"}, ["size"])
-            return paths.from_path(path.resolve(), **options)
-        near = difflib.get_close_matches(str(data), _NAMED, n=1)
+            _check_options(str(data), options, ["size"])
+            return _from_path(path.resolve(), **options)
         raise DataError(
-            f"No data set and no file or folder is called {str(data)!r}. Registered names: {', '.join(_NAMED)}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
+            f"No data set and no file or folder is called {str(data)!r}. Registered names: {', '.join(names())}."
+            + did_you_mean(data, names())
         )
-    _refuse(f"data of type {type(data).__name__}", options, [])
+    _check_options(f"data of type {type(data).__name__}", options, [])
     if isinstance(data, Dataset):
         return data
     if isinstance(data, tuple | list):
         return arrays.from_arrays(data)
     raise DataError(
-        f"data is a {type(data).__name__}. Give a registered name ({', '.join(_NAMED)}), arrays (x, y) or "
+        f"data is a {type(data).__name__}. Give a registered name ({', '.join(names())}), arrays (x, y) or "
         "(x_train, y_train, x_test, y_test), a .parquet, .h5 or .hdf5 file, or a folder of .npy files, of pictures or of "
         "volumes."
     )
 
 
-def _refuse(data: str, unknown: dict[str, Any], taken: list[str]) -> None:
-    if unknown:
-        raise ValueError(f"{data} has no option {', '.join(unknown)}. It has {', '.join(taken) or 'none'}.")
+def _check_options(data: str, options: dict[str, Any], known: list[str]) -> None:
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{data} has no option {', '.join(unknown)}. It has {', '.join(known) or 'none'}.")
+
+
+# -- what a path holds -------------------------------------------------------------------------------------------------
+
+
+def _from_path(path: Path, size: Any = None) -> Dataset:
+    """The data set at `path`. `size`, that images or volumes get, is a ValueError where there is something else."""
+    by_class = _by_class(path) if path.is_dir() else None
+    if by_class is not None:
+        return by_class(path, size)
+    if size is not None:
+        raise ValueError(f"size={size!r} is for images and volumes by class; {path} holds none.")
+    if not path.is_dir():
+        return _from_file(path)
+    if cifar.looks_like(path):
+        return cifar.from_folder(path)
+    return opened(path) or arrays.from_npy(path)
+
+
+def _from_file(path: Path) -> Dataset:
+    if not path.stat().st_size:
+        raise DataError(f"{path} is empty. Write it again.")
+    if path.suffix not in FILES:
+        raise DataError(
+            f"{path} ends in {path.suffix or 'nothing'!r}. Known are {', '.join(FILES)}, folders of .npy files, CIFAR-10's "
+            "unpacked folder, and folders of pictures or .nii.gz volumes, one for each class."
+        )
+    return FILES[path.suffix](path)
+
+
+def _by_class(path: Path) -> Callable[[Path, Any], Dataset] | None:
+    """The reader of a folder of classes, or None where it is something else."""
+    if any(path.glob("*.npy")) or cifar.looks_like(path):
+        return None
+    found = {reader: folders.suffixes_below(path) & suffixes for reader, suffixes in BY_CLASS.items()}
+    readers = [reader for reader, suffixes in found.items() if suffixes]
+    if len(readers) > 1:
+        raise DataError(
+            f"{path} holds both pictures and volumes ({', '.join(sorted(set.union(*found.values())))}). Keep one kind in it."
+        )
+    return readers[0] if readers else None

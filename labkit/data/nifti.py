@@ -5,7 +5,7 @@ of the Keras example on this set. That happens slice by slice as the file is unp
 memory holds one slice and the small volume. Axes are those of DICOM whatever the file's own: slices from foot to head,
 rows from front to back, columns from the patient's right to the left.
 
-Used by `labkit.data.paths`.
+Used by `labkit.data.open_dataset`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data.classes import Plan, by_class, checked_size, shard_files
-from labkit.data.fields import resize_weights
-from labkit.data.shards import Dataset
+from labkit.data.dataset import Dataset
+from labkit.data.folders import Plan, by_class, cached_files, checked_size
+from labkit.data.synthetic.fields import resize_weights
 from labkit.errors import DataError
 
 SUFFIXES = frozenset({".nii", ".nii.gz"})
@@ -37,7 +37,7 @@ def from_folder(path: Path, size: tuple[int, int, int] | None = None) -> Dataset
     def plan() -> Plan:
         return Plan((1, *shape), np.dtype(np.float16), lambda file: read_volume(file, shape)[None], about)
 
-    return shard_files(path, samples, shape, plan)
+    return cached_files(path, samples, shape, plan)
 
 
 def _nibabel(path: Path) -> Any:
@@ -63,7 +63,7 @@ def read_volume(path: Path, size: tuple[int, int, int]) -> np.ndarray:
                 raise DataError(f"{path} has shape {image.shape}, where a volume of three axes is expected. {advice}")
             axes, flips = _to_dicom(nibabel, image.affine)
             small = _resized(path, image.dataobj, shape, tuple(size[2 - axis] for axis in axes))
-            while stream.read(1 << 20):  # gzip tells damage at the end only
+            while stream.read(1 << 20):  # gzip notices damage at the end only
                 pass
     except DataError:
         raise
@@ -91,11 +91,11 @@ def _resized(path: Path, stored: Any, shape: tuple[int, ...], size: tuple[int, .
     one, two, three = (resize_weights(old, new) for old, new in zip(shape, size, strict=True))
     small = np.zeros(size, dtype=np.float32)
     for at in range(shape[2]):
-        piece = np.asarray(stored[:, :, at] if len(stored.shape) == 3 else stored[:, :, at, 0], dtype=np.float32)
-        if not np.isfinite(piece).all():
+        one_slice = np.asarray(stored[:, :, at] if len(stored.shape) == 3 else stored[:, :, at, 0], dtype=np.float32)
+        if not np.isfinite(one_slice).all():
             raise DataError(f"{path} holds values that are no numbers in slice {at}. Take it out of the folder.")
         low, high = WINDOW
-        piece = one @ ((np.clip(piece, low, high) - low) / (high - low)) @ two.T
+        one_slice = one @ ((np.clip(one_slice, low, high) - low) / (high - low)) @ two.T
         for to in np.flatnonzero(three[:, at]):
-            small[:, :, to] += three[to, at] * piece
+            small[:, :, to] += three[to, at] * one_slice
     return np.clip(small, 0, 1)

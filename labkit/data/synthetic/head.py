@@ -4,7 +4,7 @@ The CT is an example that InVesalius ships (Debian's `invesalius-examples`): 108
 0.957 x 0.957 mm, kept in a tar file under the name `Cranium.inv3`. Only the part with the brain is used. Copies are
 turned, stretched, mirrored and bent smoothly, the brain with them.
 
-Used by `labkit.data.volumes`.
+Used by `labkit.data.synthetic.volumes`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from labkit.data.fetch import Origin, find
-from labkit.data.fields import Patient, axes, resized, smooth, turn
+from labkit.data.synthetic.fields import Patient, axes, resized, smooth, turn
 from labkit.errors import DataError
 
 CT = Origin(
@@ -68,13 +68,13 @@ def read_ct(path: Path, size: tuple[int, int, int]) -> Patient:
 
 
 def _brain(hu: np.ndarray) -> np.ndarray:
-    """The voxels of the brain: the largest piece of soft tissue that is left when thin bridges are worn away."""
+    """The voxels of the brain: the largest component of soft tissue that is left when thin bridges are eroded."""
     from scipy.ndimage import binary_dilation, binary_erosion, label  # slow to import
 
-    pieces, _ = label(binary_erosion((hu > -5) & (hu < 90), iterations=3))
-    sizes = np.bincount(pieces.ravel())
+    components, _ = label(binary_erosion((hu > -5) & (hu < 90), iterations=3))
+    sizes = np.bincount(components.ravel())
     sizes[0] = 0
-    return binary_dilation(pieces == sizes.argmax(), iterations=3)
+    return binary_dilation(components == sizes.argmax(), iterations=3)
 
 
 def deformed(rng: np.random.Generator, head: Patient, shape: tuple[int, int, int]) -> Patient:
@@ -87,8 +87,8 @@ def deformed(rng: np.random.Generator, head: Patient, shape: tuple[int, int, int
     here = axes(shape)
     there = []
     for row, side in zip(matrix, head.hu.shape, strict=True):
-        place = sum(m * line for m, line in zip(row, here, strict=True)) + 0.06 * rng.uniform(-1, 1)
-        there.append((place + 0.03 * smooth(rng, shape, 3) + 1) * (side / 2) - 0.5)
+        position = sum(m * line for m, line in zip(row, here, strict=True)) + 0.06 * rng.uniform(-1, 1)
+        there.append((position + 0.03 * smooth(rng, shape, 3) + 1) * (side / 2) - 0.5)
     hu, brain = (map_coordinates(field, there, order=1, mode="nearest") for field in (head.hu, head.organ))
     hu = hu * rng.uniform(0.95, 1.05) + brain * (6 * rng.uniform(-1, 1) + 3 * smooth(rng, shape, 4))
     return Patient(hu, np.clip(brain, 0, 1), head.window)

@@ -4,8 +4,8 @@ No public set of chest CTs is small and free enough to come with a package, so t
 lesions into randomly deformed copies of one real head CT (semi-synthetic), `chest-phantom` into chests drawn from
 formulas (synthetic). Number, place, size, shape and contrast of lesions are random. The very values that they add
 in HU are added to a patient without lesions too, along thin vessels, so that counts of bright voxels tell little (a
-logistic regression on the histogram of 500 chests is right for 53 %), and shapes must be seen. Neither says anything about
-medicine.
+logistic regression on the histogram of 500 chests is right for 53 %), and shapes must be seen. Neither is evidence for
+anything in medicine.
 
 Used by `labkit.data.open_dataset`; the anatomy is in `head` and `phantom`.
 """
@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from labkit.data import head, phantom
-from labkit.data.classes import checked_size
-from labkit.data.fields import Patient, along_vessels, blur, lesion
-from labkit.data.shards import CHUNK_BYTES, Dataset, Source, file_key, shard
+from labkit.data.cache import CHUNK_BYTES, Source, cached, file_key
+from labkit.data.dataset import Dataset
+from labkit.data.folders import checked_size
+from labkit.data.synthetic import head, phantom
+from labkit.data.synthetic.fields import Patient, along_vessels, blur, lesion
 
 LEAST_SIDE = 16  # below it a lesion is a voxel
 LESIONS = (3, 7)  # from, to before: several, so that more than one part of a volume sees one
@@ -44,7 +45,7 @@ def chest_phantom(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed:
         rng = np.random.default_rng([seed, i])
         return _finished(rng, phantom.chest(rng, size), label, radius=(0.14, 0.24), contrast=(300, 600), noise=(15, 40))
 
-    return shard("chest-phantom", _key(n, size, seed, ""), lambda: _splits(n, size, make, about), synthetic=True, note=note)
+    return cached("chest-phantom", _key(n, size, seed, ""), lambda: _splits(n, size, make, about), synthetic=True, note=note)
 
 
 def head_lesions(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: int = 0) -> Dataset:
@@ -77,7 +78,7 @@ def head_lesions(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: 
 
         return _splits(n, size, make, about)
 
-    return shard("head-lesions", _key(n, size, seed, file_key([path])), load, synthetic=True)
+    return cached("head-lesions", _key(n, size, seed, file_key([path])), load, synthetic=True)
 
 
 def _checked(n: int, size: tuple[int, int, int], seed: int) -> tuple[int, tuple[int, int, int], int]:

