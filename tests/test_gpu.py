@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import labkit
 from labkit.partition import UDPA
-from labkit.training.worker.sampler import batches, pass_order
+from labkit.problems.splits import batches
+from labkit.training.worker.sampler import pass_order
 from labkit.training.worker.worker import WeightBuffers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache")]

@@ -10,8 +10,9 @@ Used by `labkit.training` and whatever stands on it; `labkit.problems.classifier
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,10 +26,12 @@ from labkit.errors import DataError, LabError, ProblemError, RunError, known, wh
 from labkit.imports import import_path, imported
 from labkit.models import seeded
 from labkit.problems.settings import by_value, kept_arguments, plain
-from labkit.problems.splits import first, hold_out, shuffled
+from labkit.problems.splits import batches, first, hold_out, shuffled
 
 Optimisers = tuple[torch.optim.Optimizer, ...]
 Metrics = dict[str, torch.Tensor | float]
+
+MEASURED = 256  # samples that are measured at once
 
 
 class Clock(NamedTuple):
@@ -112,9 +115,43 @@ class Problem:
             x = x.view(-1).view(x.shape).movedim(-1, 1)
         return x.to(device), y.to(device)
 
+    def measure(
+        self, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu", batch_size: int = MEASURED
+    ) -> dict[str, float]:
+        """Over all samples `indices` of `split`: "loss", "score" in [0, 1] and whatever other numbers `evaluate` gives.
+
+        By default means of what `evaluate` gives for batches of `batch_size`. A measure that is no mean over samples (a distance
+        between distributions, an assignment over the whole set) replaces it.
+        """
+        return self._mean(self.evaluate, module, indices, split, device, batch_size)
+
+    def quality(self, module: nn.Module, indices: np.ndarray, device: str = "cpu") -> float:
+        """Q in [0, 1], by which a rule may weigh a push: the score of `measure`, or the mean of `score` where that is replaced."""
+        if not len(indices):
+            return 0.0
+        if getattr(self.score, "__func__", None) is Problem.score:
+            return self.measure(module, indices, "train", device)["score"]
+        return self._mean(lambda *batch: {"score": self.score(*batch)}, module, indices, "train", device, MEASURED)["score"]
+
     def score(self, module: nn.Module, batch: Any) -> float:
         """Q in [0, 1] on one batch."""
         return self.evaluate(module, batch)["score"]
+
+    def _mean(
+        self,
+        one: Callable[[nn.Module, Any], Mapping[str, Any]],
+        module: nn.Module,
+        indices: np.ndarray,
+        split: str,
+        device: str,
+        batch_size: int,
+    ) -> dict[str, float]:
+        """The means over samples of the numbers that `one(module, batch)` gives."""
+        found = [(one(module, self.load(part, split, device)), len(part)) for part in batches(indices, batch_size)]
+        if not found:
+            raise ProblemError(f"{self._title()} is measured on no samples. Give some to its score set and its test split.")
+        names = [name for name, value in found[0][0].items() if name in ("loss", "score") or isinstance(value, numbers.Real)]
+        return {name: float(sum(values[name] * n for values, n in found) / len(indices)) for name in names}
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The precision asked for, around forward pass and loss."""

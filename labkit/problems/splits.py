@@ -1,9 +1,9 @@
-"""Which samples a problem trains on, is scored on and is tested on.
+"""Which samples a problem trains on, is scored on and is tested on, and how samples are cut into batches.
 
 The score set is held out of the training split, class by class in proportion, so that no worker is scored on samples
 that it has seen. One fixed seed draws it, on every machine and in every run of a data set.
 
-Used by `labkit.problems.problem` and `labkit.subnets.problem`; numpy only.
+Used by the problems, and wherever a problem is trained or measured in batches; numpy only.
 """
 
 from __future__ import annotations
@@ -43,6 +43,17 @@ def first(option: str, wanted: int | None, order: np.ndarray, but: str = "") -> 
     if wanted is not None and wanted > order.size:
         raise ProblemError(f"{option}={wanted}, but the data have {order.size}{but}. Use {option}=None for all of them.")
     return order[:wanted].copy()
+
+
+def batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Cut into batches of `batch_size`; the rest is a smaller last one, except a single sample, which joins its neighbour
+    (BatchNorm cannot train on one sample). Nothing makes no batch."""
+    if not len(indices):
+        return []
+    cuts = list(range(batch_size, len(indices), batch_size))
+    if cuts and batch_size > 1 and len(indices) - cuts[-1] == 1:
+        cuts.pop()
+    return np.split(indices, cuts)
 
 
 def _stratified(labels: np.ndarray, size: int) -> np.ndarray:

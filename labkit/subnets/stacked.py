@@ -34,9 +34,9 @@ from torch.nn import functional as F
 
 from labkit.errors import LabError, ProblemError
 from labkit.problems import Clock, evaluating
+from labkit.problems.splits import batches
 from labkit.subnets.problem import Subnet
-from labkit.training.local import Best, Fit, alone, check_loss, measure
-from labkit.training.worker.sampler import batches
+from labkit.training.local import Best, Fit, alone, check_loss
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # of logits: rounding, and no more
 
@@ -125,7 +125,8 @@ def fit_together(
             check_loss(problems[number], loss := float(total[number]) / len(train), epoch, epochs)
             score, began = None, time.perf_counter()
             if bests[number].asks(epoch):
-                score, loss = measure(problems[number], modules[number], held, device=device)
+                measured = problems[number].measure(modules[number], held, device=device)
+                score, loss = measured["score"], measured["loss"]
             after(began)
             stop = each(number, epoch, loss, score)
             if bests[number].over(epoch, score, loss) or stop:

@@ -44,7 +44,7 @@ from labkit.subnets.problem import FOLDS, WIDTH_RULES, Subnet, number_of, part_s
 from labkit.subnets.result import RIVALS, Subnets, describe_problem, make_joined, n_said, train_coarse
 from labkit.subnets.stacked import check_batching, fit_together
 from labkit.training.blocks import make_team, train_in_teams
-from labkit.training.local import Fit, fit, measure, outputs
+from labkit.training.local import Fit, fit, outputs
 from labkit.training.run import Run
 from labkit.training.train import choose, claim, describe_lab, leased
 from labkit.training.worker.process import prepare_alone
@@ -255,8 +255,8 @@ def keep_part(job: Job, worker: Worker) -> list[dict[str, Any]]:
     problem, run, epochs = job.problem, Run(job.run), job.config["epochs"]
     module = problem.build(job.seed)
     flatten(module, worker.device)[0].copy_(torch.from_numpy(run.flat().copy()))
-    score, loss = measure(problem, module, problem.score_indices(), device=worker.device)
-    done = Fit(epochs, epochs, loss, score, run.summary()["seconds"])
+    measured = problem.measure(module, problem.score_indices(), device=worker.device)
+    done = Fit(epochs, epochs, measured["loss"], measured["score"], run.summary()["seconds"])
     return [_keep(job, module, done, worker, ", ".join(str(member["index"]) for member in run.config["workers"]), 1)]
 
 

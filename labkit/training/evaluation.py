@@ -61,12 +61,9 @@ def _evaluate(item: tuple[Problem, str, list[int], int]) -> list[tuple[int, floa
     module = problem.build(seed)
     flat, *_ = flatten(module)
     indices = problem.test_indices()
-    parts = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
     rows = []
     for version in versions:
         flat.copy_(torch.from_numpy(np.array(checkpoints.read_weights(Path(path), version, len(flat)))))
-        measured = [(problem.evaluate(module, problem.load(part, "test")), len(part)) for part in parts]
-        loss = sum(m["loss"] * n for m, n in measured) / len(indices)
-        score = sum(m["score"] * n for m, n in measured) / len(indices)
-        rows.append((version, float(loss), float(score)))
+        measured = problem.measure(module, indices, "test", batch_size=BATCH)
+        rows.append((version, measured["loss"], measured["score"]))
     return rows

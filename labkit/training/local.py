@@ -21,7 +21,8 @@ from labkit.errors import ProblemError
 from labkit.models.flat import flatten
 from labkit.partition import UDPA
 from labkit.problems import Clock, Problem, evaluating
-from labkit.training.worker.sampler import Shard, batches
+from labkit.problems.splits import batches
+from labkit.training.worker.sampler import Shard
 
 BATCH = 256  # samples measured at once
 
@@ -71,7 +72,10 @@ def fit(
             after(began)
         check_loss(problem, loss := float(total) / len(train), epoch, epochs)
         began = time.perf_counter()
-        score, loss = measure(problem, module, held, device=device) if best.asks(epoch) else (None, loss)
+        score = None
+        if best.asks(epoch):
+            measured = problem.measure(module, held, device=device)
+            score, loss = measured["score"], measured["loss"]
         after(began)
         seconds += time.perf_counter() - started
         stop = each(epoch, loss, score)
@@ -121,15 +125,6 @@ def alone(n: int, seed: int) -> Shard:
 def check_loss(problem: Problem, loss: float, epoch: int, epochs: int) -> None:
     if not math.isfinite(loss):
         raise ProblemError(f"{problem._title()}: the loss is {loss} after epoch {epoch} of {epochs}. Give a smaller lr.")
-
-
-def measure(
-    problem: Problem, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu"
-) -> tuple[float, float]:
-    """Mean score and loss over samples."""
-    parts = batches(indices, BATCH)
-    found = [(problem.evaluate(module, problem.load(part, split, device)), len(part)) for part in parts]
-    return tuple(sum(one[name] * n for one, n in found) / len(indices) for name in ("score", "loss"))
 
 
 def outputs(

@@ -34,6 +34,7 @@ from labkit.training.run import Run, moved
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import Session
 from labkit.training.wire.compression import check_exchange
+from labkit.training.worker.allreduce import check_problem
 from labkit.updates import Update, make_update
 
 
@@ -106,6 +107,8 @@ def train(
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
     problem.check(seed)
+    if update.collective:
+        check_problem(problem, seed)
     name = name or "-".join([update.name, partition.name, f"seed{seed}"])
     newcomers = workers is None
     workers = choose(lab, workers, name)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from labkit.errors import ProblemError
-from labkit.models import MODELS, check_model, make_model, seeded
+from labkit.models import MODELS, check_model, evaluating, make_model, seeded
 from labkit.models.cnn import lenet, resnet20, vgg3, vgg9
 
 
@@ -120,6 +120,14 @@ def test_seeded_is_deterministic_and_leaves_the_generator_alone():
             draws.append(torch.rand(5))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_evaluate_restores_after_an_error():
+    module = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(RuntimeError), evaluating(module):
+        assert not module.training and not torch.is_grad_enabled()
+        raise RuntimeError("stop")
+    assert module.training and torch.is_grad_enabled()
 
 
 def two(shape, n_classes, hidden=4):

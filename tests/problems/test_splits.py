@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from labkit.errors import ProblemError
-from labkit.problems.splits import first, hold_out, shuffled
+from labkit.problems.splits import batches, first, hold_out, shuffled
 
 
 @pytest.mark.parametrize(("n", "asked", "size"), [(2, 256, 1), (17, 256, 3), (1500, 256, 256), (1500, 7, 7)])
@@ -36,3 +36,16 @@ def test_first_keeps_the_same_samples_for_all_runs():
     assert np.array_equal(first("n", 5, order), shuffled(17)[:5]) and first("n", None, order).size == 17
     with pytest.raises(ProblemError, match=r"train_samples=18, but the data have 17 here. Use train_samples=None"):
         first("train_samples", 18, order, " here")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 15, 16, 17, 31, 33, 49])
+def test_batches_cover_everything_in_order_and_none_is_a_lone_sample(n, batch_size):
+    parts = batches(np.arange(n), batch_size)
+    assert np.array_equal(np.concatenate([*parts, np.arange(0)]), np.arange(n))
+    assert all(len(part) == batch_size for part in parts[:-1])
+    if n > 1 and batch_size > 1:
+        assert all(1 < len(part) <= batch_size + 1 for part in parts)
+    assert len(parts) <= -(-n // batch_size)
+    if n % batch_size == 0:
+        assert len(parts) == n // batch_size  # local_steps is the number of optimiser steps

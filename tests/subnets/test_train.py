@@ -28,7 +28,7 @@ from labkit.subnets.problem import Subnet, narrowed, part_seed
 from labkit.subnets.result import NAMES, RIVALS
 from labkit.subnets.stacked import fit_together
 from labkit.training import blocks as teams
-from labkit.training.local import fit, measure, outputs
+from labkit.training.local import fit, outputs
 
 pytestmark = pytest.mark.usefixtures("cache")
 SEED = 5
@@ -455,7 +455,8 @@ def test_each_of_a_batch_stops_at_its_own_time_and_keeps_its_best(train):
     assert (parts.epochs == np.minimum(parts.best + 2, 30)).all() and (parts.best < parts.epochs).any()
     for part, module in enumerate(batch.module.subnets):
         one = parts_of(problem())[part]
-        assert measure(one, module, one.score_indices()) == (parts.score[part], parts.loss[part])
+        measured = {"loss": parts.loss[part], "score": parts.score[part]}
+        assert one.measure(module, one.score_indices()) == measured
 
 
 def test_batches_have_one_shape_and_leave_no_worker_without(train, lab, monkeypatch, tmp_path):
@@ -516,7 +517,7 @@ def test_the_coarse_network_learns_what_no_vote_can_say():
         task = CoarseProblem(two, seen, torch.from_numpy(labels), hidden=[16], dropout=0.1, lr=0.01)
         module = task.build(0)
         fit(task, module, np.arange(900), np.arange(900, 1200), epochs=40, patience=None, seed=0)
-        assert measure(task, module, np.arange(900, 1200))[0] > 0.95
+        assert task.measure(module, np.arange(900, 1200))["score"] > 0.95
     votes = average(torch.from_numpy(logits)).argmax(1).numpy()
     assert abs((votes == labels).mean() - 0.5) < 0.06
     assert [layer.out_features for layer in coarse_net((2, 2), 5, [7, 4]) if isinstance(layer, nn.Linear)] == [7, 4, 5]
@@ -529,7 +530,8 @@ def test_early_stopping_keeps_the_best_weights():
     a_problem = problem()
     module, held = a_problem.build(0), a_problem.score_indices()
     done = fit(a_problem, module, a_problem.train_indices(), held, epochs=60, patience=2, seed=0)
-    assert done.epochs == done.best + 2 < 60 and measure(a_problem, module, held) == (done.score, done.loss)
+    assert done.epochs == done.best + 2 < 60
+    assert a_problem.measure(module, held) == {"loss": done.loss, "score": done.score}
     longer = a_problem.build(0)
     fit(a_problem, longer, a_problem.train_indices(), held, epochs=done.best, patience=None, seed=0)
     assert same({k: v.numpy() for k, v in module.state_dict().items()}, {k: v.numpy() for k, v in longer.state_dict().items()})

@@ -21,12 +21,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import labkit
-from labkit.errors import ClusterError, LabError, PartitionError, RunError, WireError, WorkerError
+from labkit.errors import ClusterError, LabError, PartitionError, ProblemError, RunError, WireError, WorkerError
 from labkit.partition import UDPA
 from labkit.problems.problem import Clock
+from labkit.problems.splits import batches
 from labkit.training import supervisor as session
 from labkit.training import train as training
-from labkit.training.worker.sampler import batches, pass_order, steps
+from labkit.training.worker.sampler import pass_order, steps
+from tests.problems.test_problem import TinyGan
 
 pytestmark = pytest.mark.usefixtures("cache")
 SEED, LR, MOMENTUM, DECAY = 5, 0.05, 0.9, 0.01
@@ -577,6 +579,7 @@ def test_bad_requests_start_nothing(train, tmp_path, lab):
         (RunError, "'a/b' cannot be the name of a run", problem(), {"name": "a/b"}),
         (RunError, "'..' cannot be the name of a run", problem(), {"name": ".."}),
         (TypeError, "problem is a str; give a labkit.Problem", "lenet", {}),
+        (ProblemError, "TinyGan cannot be trained with update='allreduce'.*: 'sgwu'", TinyGan("digits"), {"update": "allreduce"}),
     ]:
         with pytest.raises(error, match=words):
             train(a_problem, **options)

@@ -10,7 +10,8 @@ step under way fails with `Broken`, and the worker asks for a new group.
 The ranks find each other through files in the run directory, without a listening store; gloo itself then
 connects them over TCP, without authentication, on loopback where all are on one host.
 
-Used by `labkit.training.worker.worker` and `labkit.training.worker.replica`.
+Used by `labkit.training.worker.worker` and `labkit.training.worker.replica`; `check_problem` by `labkit.training.train` before it starts
+anything.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import datetime
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 import warnings
@@ -30,7 +32,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from labkit.errors import ClusterError
+from labkit.errors import ClusterError, ProblemError
+from labkit.models import seeded
+from labkit.problems import Clock, Problem
 from labkit.training.worker.heartbeat import Heartbeat
 
 # One-channel images in channels_last give the first convolution a gradient of equal layout but other strides: nothing is wrong.
@@ -148,6 +152,34 @@ class ProcessGroup:
         if not self.one_process and dist.is_initialized():
             dist.destroy_process_group()
         self.exchange.group = None
+
+
+def check_problem(problem: Problem, seed: int) -> None:
+    """Two steps in a group of one rank, here; ProblemError for a problem that cannot be trained by all-reduce.
+
+    A module whose forward pass is not called, or of which a loss leaves parameters out, fails in the second step at the latest.
+    """
+    called: list[bool] = []
+    with tempfile.TemporaryDirectory() as folder, seeded(seed):
+        group = ProcessGroup(0, [0], 0, Heartbeat(), meeting=os.path.join(folder, "group"), one_process=True)
+        try:
+            module = problem.build(seed)
+            optimisers, batch = problem.optimisers(module), problem.load(problem.train_indices()[:2])
+            wrapped = group.wrap(module)
+            wrapped.register_forward_pre_hook(lambda *_: called.append(True))
+            for _ in range(2):
+                problem.step(wrapped, batch, optimisers, Clock(0, 1, 0.0))
+            reason = "" if called else "its step() never calls the module"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0].split('. ')[0]}"
+        finally:
+            group.close()
+    if reason:
+        raise ProblemError(
+            f"{problem._title()} cannot be trained with update='allreduce': {reason}. The module is wrapped as a whole to average "
+            "gradients, so step() must call it (module(x), not module['part']) and its loss must use all parameters. Networks that "
+            "are used one after the other need another update: 'sgwu', 'agwu'."
+        )
 
 
 def _short(error: Exception) -> str:

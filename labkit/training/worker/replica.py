@@ -27,11 +27,11 @@ import torch
 
 from labkit.models.flat import flatten
 from labkit.problems.problem import Clock, Problem
+from labkit.problems.splits import batches
 from labkit.runs.checkpoints import Layout
 from labkit.training.worker.allreduce import ProcessGroup
-from labkit.training.worker.sampler import Shard, batches, steps
+from labkit.training.worker.sampler import Shard, steps
 
-SCORED = 256  # samples of the score set that are measured at once
 NOTHING = (0, 0.0, 0.0, 0.0)  # samples, summed loss, compute_s, wait_s
 
 
@@ -54,7 +54,7 @@ class Replica:
         self.flat, *shapes = flatten(self.module, device)
         self.layout = Layout.of(*shapes)
         self.optimisers = problem.optimisers(self.module)
-        self.train_indices, self.scored = problem.train_indices(), batches(problem.score_indices(), SCORED)
+        self.train_indices, self.scored = problem.train_indices(), problem.score_indices()
         self.shard: Shard | None = None
         self.left = np.empty(0, np.int64)  # samples of this grant that are trained on ahead
         self.pushed: torch.Tensor | None = None  # the weights as they were before that
@@ -166,11 +166,9 @@ class Replica:
     def score(self) -> float:
         """Q in [0, 1] of the replica's weights on the score set that all workers share."""
         started = time.perf_counter()
-        found = [
-            (self.problem.score(self.module, self.problem.load(part, "train", self.device)), len(part)) for part in self.scored
-        ]
+        score = self.problem.quality(self.module, self.scored, self.device)
         self.after(started)
-        return sum(q * n for q, n in found) / max(1, sum(n for _, n in found))
+        return score
 
 
 def _sums(before: tuple, now: tuple) -> tuple:

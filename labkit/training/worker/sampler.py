@@ -1,4 +1,4 @@
-"""The sampler of one worker: the samples of its shard, in which order it goes through them, and how they are cut into batches.
+"""The sampler of one worker: the samples of its shard, in which order it goes through them.
 
 Every pass draws a new order from (seed, worker, pass, incarnation), so a run can be repeated and replayed. In an all-reduce all
 ranks take the same number of steps, with batches in proportion to their shards (`steps`).
@@ -19,17 +19,6 @@ def pass_order(shard: np.ndarray, seed: int, worker: int, epoch: int, incarnatio
     """The order in which this incarnation of `worker` goes through its shard for the `epoch`-th time (0, 1, ...)."""
     generator = np.random.default_rng(np.random.SeedSequence([seed, worker, epoch, incarnation]))
     return shard[generator.permutation(len(shard))]
-
-
-def batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Cut into batches of `batch_size`; the rest is a smaller last one, except a single sample, which joins its neighbour
-    (BatchNorm cannot train on one sample). Nothing makes no batch."""
-    if not len(indices):
-        return []
-    cuts = list(range(batch_size, len(indices), batch_size))
-    if cuts and batch_size > 1 and len(indices) - cuts[-1] == 1:
-        cuts.pop()
-    return np.split(indices, cuts)
 
 
 def steps(samples: Sequence[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:

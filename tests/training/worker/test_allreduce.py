@@ -17,10 +17,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from labkit.errors import ProblemError
+from labkit.problems import Classifier
 from labkit.training.worker import allreduce
 from labkit.training.worker.allreduce import Broken, ProcessGroup, backend
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.sampler import steps
+from tests.problems.test_problem import TinyGan
 
 # -- groups between threads --------------------------------------------------------------------------------------------
 
@@ -182,3 +185,78 @@ def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tm
     begun = time.monotonic()
     ProcessGroup(0, [0, 1], 2, Heartbeat(), meeting=folder).close()
     assert other.wait(30) == 0 and time.monotonic() - begun < 30
+
+
+# -- problems that fit -------------------------------------------------------------------------------------------------
+
+
+class Sly(TinyGan):
+    """Reaches through the wrapper, so that its gradients would never be averaged."""
+
+    def step(self, module, batch, optimisers, clock):
+        return super().step(getattr(module, "module", module), batch, optimisers, clock)
+
+
+class InTurn(TinyGan):
+    """Calls the module as a whole, but one loss leaves the other network out."""
+
+    def build(self, seed):
+        class Both(nn.Module):
+            def __init__(self, networks):
+                super().__init__()
+                self.networks = networks
+
+            def forward(self, x, part):
+                return self.networks[part](x)
+
+        return Both(super().build(seed))
+
+    def optimisers(self, module):
+        return super().optimisers(module.networks)
+
+    def step(self, module, batch, optimisers, clock):
+        for optimiser, part, x in zip(optimisers, ("generator", "critic"), (torch.ones(2, 2), batch[0].flatten(1)), strict=True):
+            optimiser.zero_grad()
+            loss = module(x, part).mean()
+            loss.backward()
+            optimiser.step()
+        return {"loss": loss.detach()}
+
+
+class TwoRates(Classifier):
+    """Two optimisers, but one module that is called as one."""
+
+    def optimisers(self, module):
+        last, *others = reversed(list(module.parameters()))
+        return torch.optim.SGD(others, lr=0.1), torch.optim.SGD([last], lr=0.01)
+
+    def step(self, module, batch, optimisers, clock):
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss = F.cross_entropy(module(batch[0]), batch[1])
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+        return {"loss": loss.detach()}
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (TinyGan, "'DistributedDataParallel' object is not subscriptable"),
+        (Sly, r"its step\(\) never calls the module"),
+        (InTurn, "Expected to have finished reduction"),
+    ],
+)
+def test_networks_that_are_used_one_after_the_other_are_refused(kind, reason):
+    before = torch.get_rng_state()
+    with pytest.raises(ProblemError, match=rf"problem {kind.__name__} cannot be trained with .*{reason}.*'sgwu', 'agwu'"):
+        allreduce.check_problem(kind("digits"), 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_module_that_is_called_as_one_is_not_refused():
+    allreduce.check_problem(Classifier("resnet20", "digits", precision="bfloat16", channels_last=True), 0)
+    allreduce.check_problem(TwoRates("lenet", "digits"), 0)

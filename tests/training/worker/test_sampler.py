@@ -6,20 +6,8 @@ import numpy as np
 import pytest
 
 from labkit.errors import WorkerError
-from labkit.training.worker.sampler import Shard, batches, pass_order, steps
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 15, 16, 17, 31, 33, 49])
-def test_batches_cover_everything_in_order_and_none_is_a_lone_sample(n, batch_size):
-    parts = batches(np.arange(n), batch_size)
-    assert np.array_equal(np.concatenate([*parts, np.arange(0)]), np.arange(n))
-    assert all(len(part) == batch_size for part in parts[:-1])
-    if n > 1 and batch_size > 1:
-        assert all(1 < len(part) <= batch_size + 1 for part in parts)
-    assert len(parts) <= -(-n // batch_size)
-    if n % batch_size == 0:
-        assert len(parts) == n // batch_size  # local_steps is the number of optimiser steps
+from labkit.problems.splits import batches
+from labkit.training.worker.sampler import Shard, pass_order, steps
 
 
 def test_orders_derive_from_seed_worker_and_pass():
