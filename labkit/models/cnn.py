@@ -2,11 +2,11 @@
 
 Each is a function `f(shape, n_classes, width=1.0, piece=(0, 1))`; `shape` is (channels, height, width) or (channels, depth,
 height, width) and `width` scales every hidden layer. With `piece=(i, n)` it is the i-th of n networks that share the channels of
-every hidden layer: channels i, i + n, i + 2n, ... of them are its own, so that the n together have exactly those of the whole.
+every hidden layer, a channel group each: channels i, i + n, i + 2n, ..., so that the n together have exactly those of the whole.
 Pooling stands before the ReLU where a network has both: max and ReLU commute, value and gradient, and the ReLU then touches 4
 times fewer numbers (8 times in volumes).
 
-Used through the table in models/__init__.py; `piece` by `labkit.subnets.channels`.
+Used through the table in `labkit.models`; `piece` by `labkit.subnets`.
 """
 
 from __future__ import annotations
@@ -172,15 +172,15 @@ def _named(**layers: nn.Module) -> nn.Sequential:
 
 
 def _scaled(model: str, width: float, piece: Sequence[int], layer: str, channels: int) -> int:
-    """How many channels of a layer a piece has: every n-th, from the i-th on, of `width` times as many (one at least)."""
+    """How many channels of a layer a channel group has: every n-th, from the i-th on, of `width` times as many (one at least)."""
     i, n = piece
     if not 0 <= i < n:
         raise ValueError(f"piece={tuple(piece)} must be (i, n), the i-th of n with 0 <= i < n.")
     channels = max(1, round(channels * width))
     if channels < n:
         raise ProblemError(
-            f"{model} cannot be cut into {n} pieces along its channels: its layer {layer} has {channels}, and each piece needs one "
-            "at least. Cut it into fewer, or give it a greater width."
+            f"{model} cannot be cut into {n} channel groups: its layer {layer} has {channels}, and each group needs one at least. "
+            "Cut it into fewer, or give it a greater width."
         )
     return len(range(i, channels, n))
 

@@ -1,17 +1,22 @@
-"""Problems: deterministic, light to send, honest about what does not fit, and one step that learns."""
+"""What every problem has: samples and seeds that are the same everywhere, a light reference, a record, one mean over a set."""
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import re
 import types
+from pathlib import Path
 
 import cloudpickle
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+import labkit
 from labkit.data import open_dataset
 from labkit.errors import DataError, ProblemError, RunError
 from labkit.models import evaluating, seeded
@@ -308,6 +313,20 @@ def test_a_subclass_gives_four_methods_and_has_the_rest():
     config = json.loads(json.dumps(problem.config()))
     assert config["kind"].endswith(":TinyGan") and config["lr"] == 0.02 and config["batch_size"] == 17
     assert problem_from_config(config).config() == config
+
+
+def test_the_example_of_contributing_is_a_problem():
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "Autoencoder" in block)
+    names = {"labkit": labkit, "seeded": seeded, "evaluating": evaluating, "math": math, "torch": torch, "nn": nn, "F": F}
+    exec(code, names)
+    problem = names["Autoencoder"]("digits", lr=0.2, batch_size=50)
+    problem.check()
+    module = problem.build(0)
+    before = problem.measure(module, problem.score_indices())
+    steps(problem, module, 20)
+    assert problem.measure(module, problem.score_indices())["score"] > before["score"] > 0
+    assert problem.config()["lr"] == 0.2
 
 
 def test_a_subclass_that_forgets_a_method_or_a_value():

@@ -113,7 +113,7 @@ def test_a_piece_can_be_cut_again():
             "rival 'width' .* knows those of lenet, vgg3, vgg9, resnet20 alone, not those of your model lenet. Leave",
         ),
         ("labkit.models.cnn:lenet", "not those of your model 'labkit.models.cnn:lenet'"),
-        ("lenet", "lenet cannot be cut into 4 pieces along its channels: its layer conv1 has 3"),
+        ("lenet", "lenet cannot be cut into 4 channel groups: its layer conv1 has 3"),
     ],
 )
 def test_what_cannot_be_cut_starts_nothing(model, message, train, tmp_path):

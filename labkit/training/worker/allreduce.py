@@ -10,8 +10,7 @@ step under way fails with `Broken`, and the worker asks for a new group.
 The ranks find each other through files in the run directory, without a listening store; gloo itself then
 connects them over TCP, without authentication, on loopback where all are on one host.
 
-Used by `labkit.training.worker.worker` and `labkit.training.worker.replica`; `check_problem` by `labkit.training.train` before it starts
-anything.
+Used by `labkit.training.worker.worker` and `labkit.training.worker.replica`; `check_problem` by `labkit.training.train`.
 """
 
 from __future__ import annotations
