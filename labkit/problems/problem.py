@@ -47,8 +47,8 @@ class Problem:
 
     Keep each constructor argument as an attribute of the same name, hand the common ones on with `**common`, and the
     record of a run can name the settings and make the problem again. A GAN keeps both networks in one module
-    (`nn.ModuleDict`), returns two optimisers, and its `step` uses one after the other (all-reduce refuses that); a loss whose weight changes
-    during training reads `clock.passes` in `step`; data that are not (x, y) pairs need a `load` of their own.
+    (`nn.ModuleDict`), returns two optimisers, and its `step` uses one after the other (all-reduce refuses that); a loss whose
+    weight changes during training reads `clock.passes` in `step`; data that are not (x, y) pairs need a `load` of their own.
 
     Parameters
     ----------
