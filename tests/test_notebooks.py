@@ -14,7 +14,7 @@ TINY = {
     "02-partition-the-data": SMALL | {"train_samples": 400, "passes": 3.0},
     "03-update-the-weights": SMALL | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
     "04-train-in-parts": SMALL
-    | {"train_samples": 400, "test_samples": 100, "epochs": 1, "grid": [1, 2], "overlap": 1, "rivals": ["global", "coherent"]},
+    | {"train_samples": 400, "test_samples": 100, "epochs": 1, "grid": [1, 2], "overlap": 1, "baselines": ["global", "coherent"]},
     "05-compare-the-updates": SMALL
     | {"updates": ["sgwu", "fedbuff"], "train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
     "06-scale-the-cluster": SMALL
@@ -38,7 +38,7 @@ TINY = {
     },
     "benchmarks/07-volumes": {
         **{"kind": "threads", "n": 40, "size": [16, 16, 32], "grid": [1, 1, 2], "overlap": 1},
-        **{"model_args": {"width": 0.1}, "epochs": 1, "rivals": ["global"], "seeds": [0, 1]},
+        **{"model_args": {"width": 0.1}, "epochs": 1, "baselines": ["global"], "seeds": [0, 1]},
     },
     "benchmarks/08-updates": SMALL
     | {"updates": ["sgwu", "agwu"], "kinds": ["none", "jitter", "stalls"], "seeds": [0], "stalls": [0.3, 0.3], "target": 0.2}

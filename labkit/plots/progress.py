@@ -1,8 +1,6 @@
 """How far a run is, or the subnets that are trained: a bar that moves by itself in a notebook, a line every few seconds elsewhere.
 
-Of a run its session knows. Of a subnet its worker writes a line for each epoch to `subnet-<number>.jsonl` in a folder that all see,
-and the last line counts: a subnet that is trained again begins again. A file there says that somebody waits for them; it bears the
-id of the training, so that workers of an earlier one of the same name do not go on for the next.
+What is shown is read elsewhere: a run has a `status()`, and of subnets a function is handed in that reads where each of them is.
 
 Used by `Run.progress`, `labkit.subnets.train`, and drivers that work in the kernel itself (`meter`).
 """
@@ -10,11 +8,9 @@ Used by `Run.progress`, `labkit.subnets.train`, and drivers that work in the ker
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,47 +87,11 @@ def _bar() -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def awaited(folder: Path, id: str) -> Iterator[None]:
-    """While it is open, the workers of the training with this id are to go on."""
-    file = _flag(folder, id)
-    file.touch()
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)  # also when it failed: else they would go on to the end of what they train
-
-
-def stopped(folder: str | Path, id: str) -> bool:
-    """Runs on a worker: nobody waits for these subnets any more."""
-    return not _flag(folder, id).exists()
-
-
-def _flag(folder: str | Path, id: str) -> Path:
-    return Path(folder) / f"awaited-{id}"
-
-
-def tell(folder: str | Path, id: str, number: int, epoch: int, loss: float | None, score: float | None) -> bool:
-    """Runs on a worker: the subnet of this number has been trained for one more epoch. Is it to stop?"""
-    if stopped(folder, id):
-        return True
-    with open(Path(folder) / f"subnet-{number}.jsonl", "a") as file:
-        file.write(json.dumps({"epoch": epoch, "loss": loss, "score": score}) + "\n")
-    return False
-
-
-def latest(folder: Path) -> dict[int, dict[str, Any]]:
-    """By number, in order: the latest that was told of a subnet."""
-    found = {}
-    for file in folder.glob("subnet-*.jsonl"):
-        whole = file.read_bytes().rpartition(b"\n")[0]  # the last line may still be on its way
-        if whole:
-            found[int(file.stem.removeprefix("subnet-"))] = json.loads(whole.rpartition(b"\n")[2])
-    return dict(sorted(found.items()))
-
-
-@contextlib.contextmanager
-def following(folder: Path, names: Mapping[int, str], epochs: int, done: Collection[int]) -> Iterator[None]:
-    """While it is open, show how far the subnets are, `names` by number, that are told of in `folder` and not yet among `done`."""
+def following(
+    read: Callable[[], dict[int, dict[str, Any]]], names: Mapping[int, str], epochs: int, done: Collection[int]
+) -> Iterator[None]:
+    """While it is open, show how far the subnets are, `names` by number: `read()` gives the latest epoch, loss and score of each by
+    its number; those among `done` have ended."""
     from labkit.plots.style import interactive
 
     over, show = threading.Event(), (_in_bar if interactive() else _in_lines)(names, epochs, done)
@@ -141,7 +101,7 @@ def following(folder: Path, names: Mapping[int, str], epochs: int, done: Collect
         while not ended:
             ended = over.wait(BAR_S)
             with contextlib.suppress(OSError, ValueError):  # the next look may be luckier
-                show(latest(folder))
+                show(read())
 
     thread = threading.Thread(target=follow, name="labkit-subnets", daemon=True)
     thread.start()

@@ -1,15 +1,31 @@
-"""The rivals of joined subnets: what else could have been trained with the same data and as many epochs.
+"""The baselines of joined subnets: what else could have been trained with the same data and as many epochs.
 
-    global     the network on whole images                             what parts are to be measured by
-    long       the same with twice the epochs                          what "transfer" and "width" are to be measured by
-    small      the same, as narrow as a subnet                         is it the parts that help, or fewer parameters?
+    global     the network on whole images                             what subnets are to be compared with
+    long       the same with twice the epochs                          what "transfer" and "width" are to be compared with
+    small      the same, as narrow as a subnet                         is it the subdomains that help, or fewer parameters?
     coherent   subnets and coarse network as one graph, from random weights
-    transfer   the same graph from the trained subnets and coarse network, trained on: the parts as a preconditioner
-    width      the global network from as many pieces of it, cut along the channels and trained apart (`labkit.subnets.channels`)
+    transfer   the same graph from the trained subnets and coarse network, trained on: the subnets as a preconditioner
+    width      the global network from as many channel groups of it, trained apart and then composed: the width decomposition
 
 They train on all training samples, also those that were held out for the coarse network. Their time and epochs are those of
-their own training; of "transfer" also those of the parts before it, of "width" also those of the longest of its pieces. Weights
-do not pass the scheduler: the workers leave them in the folder of the run, `rivals/` and `pieces/`.
+their own training; of "transfer" also those of the subnets before it, of "width" also those of the longest of its channel groups.
+Weights do not pass the scheduler: the workers leave them in the folder of the run, `baselines/` and `channel-groups/`.
+
+The width decomposition cuts a network along its channels:
+
+    group i of N     channels i, i + N, i + 2N, ... of every hidden layer; all layers, the whole image, the global label
+    composed         a hidden layer: W[i::N, i::N] = W_i, zero between channels of two groups
+                     the last layer: W[:, i::N] = W_i / N and b = mean b_i, so that its logits are the mean of those of the groups
+
+(Gu, Zhang, Liu, Cai, Electron. Trans. Numer. Anal. 56, 2022, 157-186: sub-networks of the full depth and a share of the width are
+trained without communication, and their weights start the global network, which is trained on: nonlinear preconditioning. They
+prove that the start has the feature maps of the sub-networks, and bounds for its cost and accuracy by theirs.) This rests on the
+abstract of the paper alone. There the sub-networks train on "decomposed samples"; that each sees the whole image here is our
+choice, as are the zeros, the mean, and one seed for each group.
+
+Every N-th channel, not N blocks: a zero-padded shortcut (`resnet20`) gives channel c of one stage to channel c of the next, and so
+c belongs to the same group in both. The counts differ by one at most and sum to those of the whole, which therefore is exactly
+the global architecture.
 
 Used by `labkit.subnets.train`.
 """
@@ -22,101 +38,108 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from labkit.cluster.lab import Worker
 from labkit.errors import ProblemError
+from labkit.models import MODELS, describe
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import flatten
-from labkit.plots.progress import stopped
 from labkit.problems import Classifier
+from labkit.problems.settings import kept_arguments
 from labkit.runs import checkpoints
-from labkit.subnets.channels import compose, pieces
 from labkit.subnets.decomposition import Decomposition
-from labkit.subnets.problem import part_seed
-from labkit.subnets.result import RIVALS, Subnets, fill, make_rival
+from labkit.subnets.problem import subnet_seed
+from labkit.subnets.result import BASELINES, Subnets, fill, make_baseline
+from labkit.subnets.status import stopped
 from labkit.training.local import fit, outputs
 from labkit.training.worker.process import prepare_alone
+
+FOLDER, GROUPS = "baselines", "channel-groups"  # in the folder of the run
+CONVOLUTIONS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A rival for a worker, or a piece of "width"; `path` is that of the run, the weights go to its folder `place`, by number."""
+    """A baseline for a worker, or a channel group of "width"; its weights go to `folder` in that of the run, `path`, by number."""
 
-    rival: str
+    baseline: str
     problem: Classifier
     config: dict[str, Any]
     path: Path
-    place: str
+    folder: str
     number: int
 
     @property
     def title(self) -> str:
-        """The rival as it was asked for: a piece is trained as a global network, for "width"."""
-        return "width" if self.place == "pieces" else self.rival
+        """The baseline as the user asked for it: a channel group is trained as a global network, for "width"."""
+        return "width" if self.folder == GROUPS else self.baseline
 
     def build(self) -> nn.Module:
         problem = self.problem
-        module = make_rival(self.rival, self.config, problem.model, problem.model_args)
-        if self.rival == "transfer":
+        module = make_baseline(self.baseline, self.config, problem.model, problem.model_args)
+        if self.baseline == "transfer":
             fill(module, self.path, 0)
-        if self.rival == "width":
-            nets = [piece.build(0) for piece in pieces(problem, Decomposition.of(self.config["decomposition"]).n_parts)]
+        if self.baseline == "width":
+            n = Decomposition.of(self.config["decomposition"]).n_parts
+            nets = [group.build(0) for group in channel_groups(problem, n)]
             for number, net in enumerate(nets):
-                fill(net, self.path / "pieces", number)
+                fill(net, self.path / GROUPS, number)
             compose(module, nets)
         return module
 
 
-def train_rivals(problem: Classifier, joined: Subnets, path: Path, rivals: Sequence[str], run: Callable) -> None:
-    """Train them on the lab; `joined`, which is saved in `path`, gets the networks, and a row for each in its table."""
+def train_baselines(problem: Classifier, joined: Subnets, path: Path, baselines: Sequence[str], run: Callable) -> None:
+    """Train them on the lab by `run(function, jobs)`; `joined`, which is saved in `path`, gets the networks, and a row for each in
+    its table."""
     config, own = joined.config, joined.summary()
     epochs = max(row["epochs"] for row in joined.part_rows)
     before = {"transfer": (own["t_par"], own["wall_s"], epochs)}
-    if "width" in rivals:
-        before["width"] = _train_pieces(problem, joined, path, run)
-    (path / "rivals" / checkpoints.FOLDER).mkdir(parents=True)
+    if "width" in baselines:
+        before["width"] = _train_groups(problem, joined, path, run)
+    (path / FOLDER / checkpoints.FOLDER).mkdir(parents=True)
     longer = {"long": config | {"epochs": 2 * config["epochs"]}}
-    jobs = [Job(rival, problem, longer.get(rival, config), path, "rivals", number) for number, rival in enumerate(rivals)]
-    for job, row in zip(jobs, run(train_rival, jobs), strict=True):
-        for name, spent in zip(("seconds", "wall_s", "epochs"), before.get(job.rival, (0.0, 0.0, 0)), strict=True):
-            row[name] += spent
-        joined.rows.append({"model": RIVALS[job.rival], **row})
-        module = joined.rivals[job.rival] = make_rival(job.rival, config, problem.model, problem.model_args)
-        fill(module, path / job.place, job.number)
+    jobs = [Job(name, problem, longer.get(name, config), path, FOLDER, number) for number, name in enumerate(baselines)]
+    for job, row in zip(jobs, run(train_baseline, jobs), strict=True):
+        for column, spent in zip(("seconds", "wall_s", "epochs"), before.get(job.baseline, (0.0, 0.0, 0)), strict=True):
+            row[column] += spent
+        joined.rows.append({"model": BASELINES[job.baseline], **row})
+        module = joined.baselines[job.baseline] = make_baseline(job.baseline, config, problem.model, problem.model_args)
+        fill(module, path / job.folder, job.number)
 
 
-def _train_pieces(problem: Classifier, joined: Subnets, path: Path, run: Callable) -> tuple[float, float, int]:
-    """Train as many pieces of the global network as there are parts; seconds of the longest, what passed here, and epochs."""
-    (path / "pieces" / checkpoints.FOLDER).mkdir(parents=True)
-    nets, config = pieces(problem, joined.decomposition.n_parts), joined.config
+def _train_groups(problem: Classifier, joined: Subnets, path: Path, run: Callable) -> tuple[float, float, int]:
+    """Train as many channel groups as there are subnets; seconds of the longest, what passed here, and epochs."""
+    (path / GROUPS / checkpoints.FOLDER).mkdir(parents=True)
+    groups, config = channel_groups(problem, joined.decomposition.n_parts), joined.config
     started = time.perf_counter()
     jobs = [
-        Job("global", net, config | {"seed": part_seed(config["seed"], number)}, path, "pieces", number)
-        for number, net in enumerate(nets)
+        Job("global", group, config | {"seed": subnet_seed(config["seed"], number)}, path, GROUPS, number)
+        for number, group in enumerate(groups)
     ]
-    rows = run(train_rival, jobs)
+    rows = run(train_baseline, jobs)
     wall = time.perf_counter() - started
     return max(row["seconds"] for row in rows), wall, max(row["epochs"] for row in rows)
 
 
-def train_rival(job: Job, worker: Worker) -> dict[str, Any]:
-    """Runs on a worker: train a rival, leave its weights in the folder of the run, and give its row, without its name."""
+def train_baseline(job: Job, worker: Worker) -> dict[str, Any]:
+    """Runs on a worker: train a baseline, leave its weights in the folder of the run, and give its row, without its name."""
     problem, config, seed = job.problem, job.config, job.config["seed"]
     slowness, module = prepare_alone(worker, config, seed), job.build()
     settings = {"epochs": config["epochs"], "patience": config["patience"], "seed": seed}
     train, held = problem.train_indices(), problem.score_indices()
-    awaited = job.path / "parts", config["id"]
-    settings |= {"device": worker.device, "after": slowness.after, "each": lambda *now: stopped(*awaited)}
+    training = job.path / "parts", config["id"]
+    settings |= {"device": worker.device, "after": slowness.after, "each": lambda *now: stopped(*training)}
     try:
         done = fit(problem, module, train, held, **settings)
     except ProblemError as error:
-        raise ProblemError(f"rival {job.title!r}: {error}") from error
-    if stopped(*awaited):
+        raise ProblemError(f"baseline {job.title!r}: {error}") from error
+    if stopped(*training):
         return {}
     test = problem.test_indices()
     decided = outputs(problem, module, test, "test", worker.device).argmax(1)  # in float32, as `Subnets.predict` does
-    checkpoints.write(job.path / job.place, job.number, flatten(module, "cpu")[0].numpy())
+    checkpoints.write(job.path / job.folder, job.number, flatten(module, "cpu")[0].numpy())
     return {
         "accuracy": float((decided == problem.dataset.labels("test")[test]).mean()),
         "parameters": n_parameters(module),
@@ -125,3 +148,52 @@ def train_rival(job: Job, worker: Worker) -> dict[str, Any]:
         "seconds": done.seconds,
         "wall_s": done.seconds,
     }
+
+
+# -- the width decomposition -------------------------------------------------------------------------------------------
+
+
+def channel_groups(problem: Classifier, n: int) -> list[Classifier]:
+    """The problem of each of n channel groups of the network of `problem`; ProblemError for a model whose channels labkit does not
+    know."""
+    if not (isinstance(problem.model, str) and problem.model in MODELS):
+        raise ProblemError(
+            f"baseline 'width' cuts a network along its channels, and labkit knows those of {', '.join(MODELS)} alone, not those "
+            f"of your model {describe(problem.model)}. Leave 'width' out of the baselines."
+        )
+    i, of = problem.model_args.get("piece", (0, 1))  # a group may be cut again
+    return [
+        Classifier(**{**kept_arguments(problem), "model_args": {**problem.model_args, "piece": [i + of * group, of * n]}})
+        for group in range(n)
+    ]
+
+
+@torch.no_grad()
+def compose(network: nn.Module, groups: Sequence[nn.Module]) -> None:
+    """Give `network` the weights and the BatchNorm statistics of the channel groups that it was cut into, in order."""
+    n, layers = len(groups), list(zip(*map(_layers, (network, *groups)), strict=True))
+    every, own = [slice(None)] * n, [slice(i, None, n) for i in range(n)]
+    channels = [layer.weight.shape[1] for layer in layers[0]]  # that come in: the image, and all groups see it whole
+    for number, (whole, *shares) in enumerate(layers):
+        if isinstance(whole, NORMS):
+            for i, share in enumerate(shares):
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    getattr(whole, name)[own[i]] = getattr(share, name)
+            continue
+        last = number == len(layers) - 1
+        rows, columns, factor = every if last else own, own if number else every, 1 / n if last else 1.0
+        # A dense layer behind a map has a column for each pixel of each channel: (outputs, channels, pixels).
+        weight, *weights = (layer.weight.unflatten(1, (c, -1)) for layer, c in zip((whole, *shares), channels, strict=True))
+        weight.zero_()
+        if whole.bias is not None:
+            whole.bias.zero_()
+        for i, share in enumerate(shares):
+            weight[rows[i], columns[i]] += factor * weights[i]
+            if whole.bias is not None:
+                whole.bias[rows[i]] += factor * share.bias
+        channels = [layer.weight.shape[0] for layer in (whole, *shares)]
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The layers with weights, in the order in which the named models use them."""
+    return [layer for layer in module.modules() if isinstance(layer, (*CONVOLUTIONS, nn.Linear, *NORMS))]

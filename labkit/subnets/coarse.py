@@ -1,4 +1,4 @@
-"""The coarse level: from what N subnets say about the K classes to one decision.
+"""The coarse level: from the outputs of N subnets for K classes to one decision.
 
     average probability   argmax_c  1/N sum_i p_i[c]                         p_i = softmax of the logits of subnet i
     majority vote         the class that is argmax_c p_i[c] for most i; of equal ones that with the larger sum_i p_i[c]
@@ -52,7 +52,7 @@ class Scaled(nn.Module):
 def coarse_net(
     shape: tuple[int, ...], n_classes: int, hidden: Sequence[int] = (64, 32), dropout: float = 0.3, scaled: bool = False
 ) -> nn.Module:
-    """Dense layers over what the subnets say, (N, K) or (features,): `hidden`, each with ReLU and dropout, then n_classes."""
+    """Dense layers over the outputs of the subnets, (N, K) or (features,): `hidden`, each with ReLU and dropout, then n_classes."""
     layers, inputs = [nn.Flatten()], math.prod(shape)
     if scaled:
         layers.append(Scaled(inputs))
@@ -62,29 +62,29 @@ def coarse_net(
     return nn.Sequential(*layers, nn.Linear(inputs, n_classes))
 
 
-def speak(net: nn.Module, x: torch.Tensor, inputs: str) -> torch.Tensor:
-    """What a subnet says of samples: its logits (n, K), and beside them its F features, (n, K + F), where they are wanted."""
+def subnet_outputs(net: nn.Module, x: torch.Tensor, inputs: str) -> torch.Tensor:
+    """The logits (n, K) of a subnet, and beside them its F features, (n, K + F), where they are wanted."""
     if inputs != "features":
         return net(x)
-    kept: list[torch.Tensor] = []
+    features: list[torch.Tensor] = []
     dense = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
     if not dense:
         raise ProblemError('the model has no dense layer (torch.nn.Linear) to read features before. Give inputs="logits".')
-    hook = dense[-1].register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    hook = dense[-1].register_forward_pre_hook(lambda _, given: features.append(given[0]))
     try:
         logits = net(x)
     finally:
         hook.remove()
-    if not kept:
+    if not features:
         raise ProblemError('the last dense layer of the model is not used when it is called. Give inputs="logits".')
-    return torch.cat([logits, kept[-1].flatten(1)], 1)
+    return torch.cat([logits, features[-1].flatten(1)], 1)
 
 
-def gather(said: Sequence[torch.Tensor], n_classes: int, inputs: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """From what each subnet said, (n, K) or (n, K + F): their logits (n, N, K), and what the coarse network sees of it all."""
-    logits = torch.stack([one[:, :n_classes] for one in said], 1)
+def gather(outputs: Sequence[torch.Tensor], n_classes: int, inputs: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the outputs of each subnet, (n, K) or (n, K + F): their logits (n, N, K), and the inputs of the coarse network."""
+    logits = torch.stack([one[:, :n_classes] for one in outputs], 1)
     if inputs == "features":
-        return logits, torch.cat([one[:, n_classes:] for one in said], 1)
+        return logits, torch.cat([one[:, n_classes:] for one in outputs], 1)
     return logits, logits.softmax(-1) if inputs == "probabilities" else logits
 
 
@@ -107,14 +107,14 @@ class CoarseProblem(Classifier):
         self, base: Problem, seen: torch.Tensor, labels: torch.Tensor, *, hidden: Sequence[int], dropout: float, lr: float
     ) -> None:
         super().__init__(coarse_net, base.data, optimiser="adam", lr=lr, model_args={"hidden": hidden, "dropout": dropout})
-        self.seen, self.answers, self.base = seen, labels, base
+        self.seen, self.labelled, self.base = seen, labels, base
 
     def build(self, seed: int) -> nn.Module:
         return make_model(self.model, tuple(self.seen.shape[1:]), self.base.dataset.n_classes, self.model_args, seed)
 
     def load(self, indices: np.ndarray, split: str = "train", device: str | torch.device = "cpu") -> tuple:
         at = torch.from_numpy(indices)
-        return self.seen[at].to(device), self.answers[at].to(device)
+        return self.seen[at].to(device), self.labelled[at].to(device)
 
 
 class Joined(nn.Module):
@@ -126,15 +126,15 @@ class Joined(nn.Module):
         self.subnets, self.coarse = nn.ModuleList(subnets), coarse
 
     def outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits (n, N, K) of the subnets, and what the coarse network sees."""
-        said = [speak(net, x[(..., *window)], self.inputs) for net, window in zip(self.subnets, self.windows, strict=True)]
-        return gather(said, self.n_classes, self.inputs)
+        """The logits (n, N, K) of the subnets, and the inputs of the coarse network."""
+        cut = zip(self.subnets, self.windows, strict=True)
+        return gather([subnet_outputs(net, x[(..., *window)], self.inputs) for net, window in cut], self.n_classes, self.inputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.coarse(self.outputs(x)[1])
 
     def decide(self, logits: torch.Tensor, seen: torch.Tensor, by: str) -> torch.Tensor:
-        """What each class gets (n, K) by one of `VOTES`."""
+        """The score of each class (n, K) by one of `VOTES`."""
         if by == "coarse":
             return self.coarse(seen).softmax(-1)
         return average(logits) if by == "average" else majority(logits)

@@ -1,16 +1,16 @@
-"""Decomposition: how an image or a volume is cut into parts, each seen by one subnet, and put together again.
+"""Decomposition: how an image or a volume is cut into overlapping subdomains, one for each subnet.
 
-An axis of n pixels in p parts with overlap d becomes p windows; a part is the product of one window of each axis, and parts
-are numbered like a page is read, last axis fastest. Two rules say what happens at the border of the image:
+An axis of n pixels in p parts with overlap d becomes p windows; a subdomain is the product of one window of each axis, and
+subdomains are numbered like a page is read, last axis fastest. Two rules say what happens at the border of the image:
 
     "equal"   windows of one length, ceil((n + 2 d (p - 1)) / p), spread evenly from border to border, so that neighbours
-              share 2d pixels (more by rounding, where n does not divide) and all parts have one shape
+              share 2d pixels (more by rounding, where n does not divide) and all subdomains have one shape
     "cut"     cells i n / p to (i + 1) n / p, grown by d into their neighbours and cut off at the border of the image (CNN-DNN,
-              Klawonn et al. 2024): parts at the border are smaller than inner ones
+              Klawonn et al. 2024): subdomains at the border are smaller than inner ones
 
-Two parts of an even axis are the same by both rules. Windows are slices, so a part is a view: nothing is copied. Numpy only.
+Two windows of an even axis are the same by both rules. Windows are slices, so what is cut out is a view: nothing is copied.
 
-Used by `labkit.subnets.train` and, for figures, `labkit.plots.subnets`.
+Used by all of `labkit.subnets` and, for figures, `labkit.plots.subnets`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Window = tuple[slice, ...]
 
 
 class Decomposition:
-    """Parts of an image (2 axes) or a volume (3 axes).
+    """Overlapping subdomains of an image (2 axes) or a volume (3 axes).
 
     Parameters
     ----------
     grid
-        Parts along each axis, in the order of the data: (rows, columns), or (depth, rows, columns).
+        Subdomains along each axis, in the order of the data: (rows, columns), or (depth, rows, columns).
     overlap
-        Pixels by which a part reaches across each cut into its neighbour: one number, or one for each axis. Never as far as
-        the neighbour after that.
+        Pixels by which a subdomain reaches across each cut into its neighbour: one number, or one for each axis. Never as far
+        as the neighbour after that. (The `overlap` of `labkit.train` is another one: batches while weights are on their way.)
     border
         "equal" or "cut": see above.
 
@@ -63,50 +63,21 @@ class Decomposition:
         return math.prod(self.grid)
 
     def place(self, part: int) -> tuple[int, ...]:
-        """Where in the grid a part lies: (row, column), or (depth, row, column)."""
+        """Where in the grid a subdomain lies, by its number: (row, column), or (depth, row, column)."""
         return tuple(int(i) for i in np.unravel_index(part, self.grid))
 
     def windows(self, shape: Sequence[int]) -> list[Window]:
-        """The window of each part: slices of the axes behind the channels."""
+        """The window of each subdomain: slices of the axes behind the channels."""
         return list(itertools.product(*self._axes(shape)))
 
     def shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
-        """The shape of each part, with its channels."""
+        """The shape of each subdomain, with its channels."""
         return [(shape[0], *(side.stop - side.start for side in window)) for window in self.windows(shape)]
 
     def cut(self, samples: Any) -> list[Any]:
-        """The parts of samples (n, C, H, W), or of one, as views; an array of numpy or a tensor of torch."""
+        """The subdomains of samples (n, C, H, W), or of one, as views; of an array of numpy or a tensor of torch."""
         shape = samples.shape[-1 - len(self.grid) :]
         return [samples[(..., *window)] for window in self.windows(shape)]
-
-    def weights(self, shape: Sequence[int]) -> list[np.ndarray]:
-        """For each part how much of each of its pixels counts: one over the number of parts that hold the pixel.
-
-        float64, without the channels; at every pixel of the image they sum to 1.
-        """
-        shares = []
-        for side, slices in zip(shape[1:], self._axes(shape), strict=True):
-            held = np.zeros(side)
-            for each in slices:
-                held[each] += 1
-            shares.append([1 / held[each] for each in slices])
-        return [math.prod(np.ix_(*parts)) for parts in itertools.product(*shares)]
-
-    def assemble(self, parts: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-        """Put parts (..., C, h, w) together to (..., C, H, W), bit for bit what was cut; overlaps as weighted means."""
-        shape, windows = tuple(shape), self.windows(shape)
-        expected = self.shapes(shape)
-        axes = len(shape)
-        got = [tuple(part.shape[-axes:]) for part in parts]
-        if got != expected:
-            raise ProblemError(f"{self!r} of shape {shape} has {len(expected)} parts of shapes {expected}; these are {got}.")
-        image = np.empty((*parts[0].shape[:-axes], *shape), np.float64)
-        for part, window in zip(parts, windows, strict=True):
-            image[(..., *window)] = part
-        off = np.zeros_like(image)  # from what is there already: nothing, and exactly so, where the parts agree
-        for part, window, weight in zip(parts, windows, self.weights(shape), strict=True):
-            off[(..., *window)] += (part - image[(..., *window)]) * weight
-        return (image + off).astype(parts[0].dtype)
 
     def config(self) -> dict[str, Any]:
         """As JSON would keep it; `Decomposition.of` makes it again."""

@@ -1,4 +1,4 @@
-"""One part as something to train: its window of every sample, and the global architecture made narrower.
+"""The problem of one subnet: the window of its subdomain of every sample, and the global architecture made narrower.
 
 The widths of all hidden layers are multiplied by the factor of a width rule and rounded to whole channels, at least one:
 
@@ -6,7 +6,7 @@ The widths of all hidden layers are multiplied by the factor of a width rule and
     "linear"   1/N        a subnet has about 1/N^2 of them
     "same"     1          a subnet has about as many as the global network
 
-A `Subnet` is a `Problem`, so `labkit.train` can also train a single one on many workers. It knows which samples are its own, and
+A `Subnet` is a `Problem`, so `labkit.train` can also train a single one on many workers. It derives which samples are its own, and
 which are left to the coarse network, so that no index travels.
 
 Used by `labkit.subnets.train`, `labkit.subnets.baselines` and `labkit.subnets.result`.
@@ -29,7 +29,7 @@ from labkit.subnets.coarse import STACKING
 from labkit.subnets.decomposition import Decomposition
 
 FOLDS = 3  # copies of each subnet for "out-of-fold", each trained without one of them
-HELD_OUT = 5  # every fifth training sample is kept from the subnets, for the coarse network
+HELD_OUT = 5  # every fifth training sample is held out from the subnets, for the coarse network
 WIDTH_RULES: dict[str, Callable[[int], float]] = {
     "sqrt": lambda n_parts: n_parts**-0.5,
     "linear": lambda n_parts: 1 / n_parts,
@@ -38,11 +38,12 @@ WIDTH_RULES: dict[str, Callable[[int], float]] = {
 
 
 class Subnet(Classifier):
-    """The problem of one part: a `Classifier` whose samples are its window and whose model is narrower by the width rule.
+    """The problem of one subnet: a `Classifier` whose samples are its window and whose model is narrower by the width rule.
 
-    Parameters beside those of `Classifier`: decomposition (also as `Decomposition.config()` gives it), part (0..N-1), width_rule,
-    stacking ("held-out": it is not trained on the samples kept for the coarse network; otherwise on all training samples),
-    fold (with "out-of-fold": that of a copy that is trained without these samples, so that it can judge them).
+    Parameters beside those of `Classifier`: decomposition (also as `Decomposition.config()` gives it), part (number of its
+    subdomain, 0..N-1), width_rule, stacking ("held-out": it is not trained on the samples held out for the coarse network;
+    otherwise on all training samples), fold (with "out-of-fold": that of a copy that is trained without these samples, so that
+    it can judge them).
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Subnet(Classifier):
         width_rule: str = "sqrt",
         stacking: str = "same-split",
     ) -> Subnet:
-        """The problem of one part of `problem`, whose settings it takes."""
+        """The problem of one subdomain of `problem`, with its settings."""
         own = {"decomposition": decomposition, "part": part, "width_rule": width_rule, "stacking": stacking}
         return cls(**kept_arguments(problem), **own)
 
@@ -83,7 +84,7 @@ class Subnet(Classifier):
 
     @property
     def number(self) -> int:
-        """Of all subnets and their copies, what this one's file is called."""
+        """The number of this subnet among all and their copies: that of its files."""
         return number_of(self.part, self.decomposition.n_parts, self.fold)
 
     @property
@@ -105,8 +106,8 @@ class Subnet(Classifier):
         if self.stacking == "held-out":
             left, held = hold_out(self.labels(train), len(train), len(train) // HELD_OUT)
             return train[left], train[held]
-        kept = folds(self.labels(train), FOLDS) == (-1 if self.fold is None else self.fold)
-        return train[~kept], train[kept]
+        left_out = folds(self.labels(train), FOLDS) == (-1 if self.fold is None else self.fold)
+        return train[~left_out], train[left_out]
 
     @property
     def window(self) -> tuple[slice, ...]:
@@ -114,7 +115,7 @@ class Subnet(Classifier):
 
     def build(self, seed: int) -> nn.Module:
         about = self.dataset.shape, self.dataset.n_classes
-        return make_part(self.model, self.model_args, self.decomposition, self.part, self.width_rule, *about, seed)
+        return make_subnet(self.model, self.model_args, self.decomposition, self.part, self.width_rule, *about, seed)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "decomposition": self.decomposition.config()}
@@ -123,7 +124,7 @@ class Subnet(Classifier):
         return f"part {self.part} of {self.decomposition!r}, model {describe(self.model)}"
 
 
-def make_part(
+def make_subnet(
     model: str | Callable[..., nn.Module],
     model_args: Mapping[str, Any],
     decomposition: Decomposition,
@@ -133,7 +134,7 @@ def make_part(
     n_classes: int,
     seed: int,
 ) -> nn.Module:
-    """The subnet of a part, for whole samples of `shape`."""
+    """The subnet of a subdomain, for whole samples of `shape`."""
     arguments = narrowed(model_args, decomposition.n_parts, width_rule)
     try:
         return make_model(model, decomposition.shapes(shape)[part], n_classes, arguments, seed)
@@ -153,6 +154,6 @@ def number_of(part: int, n_parts: int, fold: int | None) -> int:
     return part if fold is None else n_parts * (fold + 1) + part
 
 
-def part_seed(seed: int, part: int) -> int:
-    """The seed of a subnet; part 0 keeps the seed itself, so that one part is plain training."""
+def subnet_seed(seed: int, part: int) -> int:
+    """The seed of a subnet; part 0 keeps the seed itself, so that one subnet is plain training."""
     return int(np.random.SeedSequence([seed, part]).generate_state(1)[0]) if part else seed

@@ -1,14 +1,14 @@
-"""What subnets become together: `Subnets`, with its tables, its predictions, and the way to disk and back.
+"""Trained subnets with their coarse network: tables, predictions, and the way to disk and back.
 
-    <folder>/config.json               settings, the shape and the scale of the data, the rows of both tables
-    <folder>/checkpoints/00000000.npz  one flat vector: the weights of all subnets, then those of the coarse network
-    <folder>/checkpoints/00000001.npz  those of the first rival, and so on
-    <folder>/parts/checkpoints/        only where they were trained: each subnet by its number, and its logits
-    <folder>/rivals/, pieces/          the same for rivals, and for what the rival "width" was composed of
+    <folder>/config.json                   settings, the shape and the scale of the data, the rows of both tables
+    <folder>/checkpoints/00000000.npz      one flat vector: the weights of all subnets, then those of the coarse network
+    <folder>/checkpoints/00000001.npz      those of the first baseline, and so on
+    <folder>/parts/checkpoints/            only where they were trained: each subnet by its number, and its logits
+    <folder>/baselines/, channel-groups/   the same for baselines, and for what the baseline "width" was composed of
 
 Nothing is pickled: a file is whole, or refused by name (`labkit.runs.checkpoints`).
 
-Made by `labkit.subnets.train`, rivals by `labkit.subnets.baselines`; read back with `labkit.load_subnets`.
+Made by `labkit.subnets.train`, baselines by `labkit.subnets.baselines`; read back with `labkit.load_subnets`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ import torch
 from torch import nn
 
 from labkit.errors import ProblemError, RunError, known
-from labkit.models import make_model, seeded
-from labkit.models.costs import multiply_adds, n_parameters
+from labkit.models import make_model
 from labkit.models.flat import flatten
 from labkit.problems import Classifier, evaluating
 from labkit.problems.settings import by_value
 from labkit.runs import checkpoints
 from labkit.runs import events as record
-from labkit.subnets.coarse import VOTES, CoarseProblem, Joined, Scaled, coarse_net, gather, speak
+from labkit.subnets.coarse import VOTES, Joined, coarse_net, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
-from labkit.subnets.problem import FOLDS, Subnet, make_part, narrowed, part_seed
-from labkit.training.local import BATCH, Fit, fit
+from labkit.subnets.problem import make_subnet, narrowed, subnet_seed
+from labkit.training.local import BATCH
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,9 +41,9 @@ if TYPE_CHECKING:
 KEYS = ("problem", "decomposition", "shape", "n_classes", "centre", "rate", "parts", "n_workers", "bytes_to_coarse")
 LENGTH = {"epochs": 100, "patience": 15}  # of the training of a coarse network, which takes a second or two
 LR = 1e-3  # of its Adam
-SPOKEN = ("stack", "score", "test")  # the samples that each subnet speaks of when it is trained
+RENAMED = {"rivals": "baselines"}  # keys of config.json, as they were called before format 3
 NAMES = {"coarse": "CNN-DNN", "average": "average probability", "majority": "majority vote"}
-RIVALS = {
+BASELINES = {
     "global": "global CNN",
     "long": "global CNN, twice the epochs",
     "small": "small global CNN",
@@ -62,13 +61,13 @@ class Subnets:
     config : the settings, as `config.json` keeps them
     decomposition : the `Decomposition`
     module : all of it as one torch module, from normalised samples to logits
-    rivals : what was trained besides: {"transfer": module, ...}, of the same kind
+    baselines : what was trained besides: {"transfer": module, ...}, modules of the same kind
     rows, part_rows : what `table()` and `parts()` show
     """
 
     def __init__(self, module: Joined, config: dict[str, Any], rows: list[dict], part_rows: list[dict]) -> None:
         self.module, self.config, self.rows, self.part_rows = module, config, rows, part_rows
-        self.rivals: dict[str, nn.Module] = {}
+        self.baselines: dict[str, nn.Module] = {}
         self.decomposition = Decomposition.of(config["decomposition"])
 
     def __repr__(self) -> str:
@@ -77,33 +76,33 @@ class Subnets:
     def predict(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
         """Classes, int64 (n,), of images as the data set holds them (bytes stay bytes): (n, C, H, W), (n, C, D, H, W).
 
-        `by` is "coarse", "average" (mean probability), "majority" (equal votes: the larger summed probability), or a rival that
+        `by` is "coarse", "average" (mean probability), "majority" (equal votes: the larger summed probability), or a baseline that
         was trained: "transfer", for one.
         """
         return self.scores(images, by).argmax(1)
 
     def scores(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
         """What each class gets (n, K): probability, or share of the votes, where a trace of probability tells equals apart."""
-        known("by", by, [*VOTES, *self.rivals], " A rival has to be trained: train_subnets(..., rivals=['transfer']).")
+        known("by", by, [*VOTES, *self.baselines], " A baseline has to be trained: train_subnets(..., baselines=['transfer']).")
         images, shape = np.asarray(images), tuple(self.config["shape"])
         if images.ndim != len(shape) + 1 or images.shape[1:] != shape:
             raise ProblemError(f"images of shape {images.shape} were given; these subnets take (n, {', '.join(map(str, shape))}).")
         if images.dtype.kind not in "biuf" or not np.isfinite(images).all():
             raise ProblemError(
-                f"images of {images.dtype} were given that are not all finite numbers; nothing can be said of those."
+                f"images of {images.dtype} were given that are not all finite numbers; nothing can be predicted from those."
             )
         centre, rate = (
             np.asarray(self.config[key], np.float32).reshape(-1, *(1,) * (len(shape) - 1)) for key in ("centre", "rate")
         )
         found = [np.empty((0, self.config["n_classes"]), np.float32)]
-        with evaluating(self.rivals.get(by, self.module)) as module:
+        with evaluating(self.baselines.get(by, self.module)) as module:
             for at in range(0, len(images), BATCH):
                 x = images[at : at + BATCH].astype(np.float32)
                 x -= centre
                 x *= rate
                 samples = torch.from_numpy(x)
                 with torch.no_grad():
-                    decided = module(samples).softmax(-1) if by in self.rivals else module.decide(*module.outputs(samples), by)
+                    decided = module(samples).softmax(-1) if by in self.baselines else module.decide(*module.outputs(samples), by)
                 found.append(decided.numpy())
         return np.concatenate(found)
 
@@ -111,7 +110,7 @@ class Subnets:
         """A row a model: test accuracy, parameters, multiply-adds a sample, epochs, seconds and wall_s.
 
         `seconds` goes by the rule of the paper: the longest of the subnets plus the coarse network, as if there were a worker
-        (a team, or one for each batch) for each, and for each copy of "out-of-fold"; `wall_s` is what passed on this lab. What is
+        (a block, or one for each batch) for each, and for each copy of "out-of-fold"; `wall_s` is what passed on this lab. What is
         trained in two stages has the epochs and the time of both.
         """
         import pandas as pd
@@ -119,8 +118,8 @@ class Subnets:
         return pd.DataFrame(self.rows).set_index("model")
 
     def parts(self) -> pd.DataFrame:
-        """A row a part: its place in the grid, test accuracy of its subnet alone, score, epochs trained and the best of them (whose
-        weights were kept), seconds (of its whole batch, where `batched` were trained at once), worker or workers, cost."""
+        """A row a subdomain: its place in the grid, test accuracy of its subnet alone, score, epochs trained and the best of them
+        (whose weights were kept), seconds (of its whole batch, where `batched` were trained at once), worker or workers, cost."""
         import pandas as pd
 
         return pd.DataFrame(self.part_rows).set_index("part")
@@ -131,14 +130,14 @@ class Subnets:
         rows = {row["model"]: row for row in self.rows}
         own, there = rows[NAMES["coarse"]], rows.get("global CNN")
         seconds = [row["seconds"] / row["batched"] + row["folds_s"] for row in self.part_rows]
-        team = (self.config["team"] or {"n_workers": 1})["n_workers"]
+        block = (self.config["team"] or {"n_workers": 1})["n_workers"]
         return {
             "n_parts": self.decomposition.n_parts,
             "n_workers": self.config["n_workers"],
             "accuracy": own["accuracy"],
             "t_par": own["seconds"],
             "wall_s": own["wall_s"],
-            "busy": team * sum(seconds) / (self.config["n_workers"] * rows[NAMES["average"]]["wall_s"]),
+            "busy": block * sum(seconds) / (self.config["n_workers"] * rows[NAMES["average"]]["wall_s"]),
             "speedup": there["seconds"] / own["seconds"] if there else None,
             "bytes_between_subnets": 0,
             "bytes_to_coarse": self.config["bytes_to_coarse"],
@@ -152,8 +151,10 @@ class Subnets:
         try:
             (path / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
             fresh = {"id": secrets.token_hex(8), "rows": self.rows, "parts": self.part_rows}  # a mix of two saves is refused
-            record.write_json(path / "config.json", self.config | fresh | {"rivals": list(self.rivals)})
-            for number, module in enumerate([self.module, *self.rivals.values()]):
+            record.write_json(
+                path / "config.json", self.config | fresh | {"format": record.FORMAT, "baselines": list(self.baselines)}
+            )
+            for number, module in enumerate([self.module, *self.baselines.values()]):
                 checkpoints.write(path, number, flatten(module)[0].numpy())
         except OSError as error:
             raise RunError(f"the subnets cannot be saved in {path}: {error}.") from error
@@ -163,7 +164,7 @@ class Subnets:
 def describe_problem(problem: Classifier) -> dict[str, Any]:
     """What the record of subnets says of the problem: enough to use them without its data."""
     dataset = problem.dataset
-    centre, rate = (part.tolist() for part in dataset.affine)
+    centre, rate = (numbers.tolist() for numbers in dataset.affine)
     return {
         "format": record.FORMAT,
         "what": "subnets",
@@ -184,6 +185,7 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
     """
     path = Path(path).absolute()
     config = record.read_json(path / "config.json")
+    config = {RENAMED.get(key, key): value for key, value in config.items()}
     if config.get("what") != "subnets":
         raise RunError(f"{path} does not hold subnets. A run of labkit.train is read by labkit.load_run.")
     if not isinstance(config.get("format"), int) or config["format"] > record.FORMAT:
@@ -198,10 +200,10 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
     network = model or settings["model"], settings["model_args"]
     try:
         joined = Subnets(make_joined(config, *network), config, config["rows"], config["parts"])
-        joined.rivals = {rival: make_rival(rival, config, *network) for rival in config.get("rivals", [])}
+        joined.baselines = {name: make_baseline(name, config, *network) for name in config.get("baselines", [])}
     except (KeyError, TypeError, ValueError, ProblemError) as error:
         raise RunError(f"{path / 'config.json'} does not describe subnets that can be made here: {error}") from error
-    for number, module in enumerate([joined.module, *joined.rivals.values()]):
+    for number, module in enumerate([joined.module, *joined.baselines.values()]):
         fill(module, path, number)
     return joined
 
@@ -210,92 +212,40 @@ def make_joined(config: Mapping[str, Any], model: Any, model_args: Mapping[str, 
     """The graph of subnets and coarse network with random weights; those of part i derive from (seed, i)."""
     decomposition, shape, n_classes = Decomposition.of(config["decomposition"]), tuple(config["shape"]), config["n_classes"]
     subnets = [
-        make_part(model, model_args, decomposition, part, config["width_rule"], shape, n_classes, part_seed(config["seed"], part))
+        make_subnet(
+            model, model_args, decomposition, part, config["width_rule"], shape, n_classes, subnet_seed(config["seed"], part)
+        )
         for part in range(decomposition.n_parts)
     ]
     inputs, size = config["inputs"], (decomposition.n_parts, n_classes)
     if inputs == "features":
-        pieces = zip(subnets, decomposition.shapes(shape), strict=True)
-        size = (sum(n_said(net, piece, inputs) - n_classes for net, piece in pieces),)
+        windows = zip(subnets, decomposition.shapes(shape), strict=True)
+        size = (sum(output_size(net, window, inputs) - n_classes for net, window in windows),)
     arguments = {"hidden": config["hidden"], "dropout": config["dropout"], "scaled": inputs == "features"}
     coarse = make_model(coarse_net, size, n_classes, arguments, config["seed"])
     return Joined(decomposition.windows(shape), subnets, coarse, inputs)
 
 
-def n_said(net: nn.Module, shape: Sequence[int], inputs: str) -> int:
-    """How many numbers a subnet says of one sample of `shape`: see `speak`."""
+def output_size(net: nn.Module, shape: Sequence[int], inputs: str) -> int:
+    """How many outputs a subnet has for one sample of `shape`: see `subnet_outputs`."""
     with evaluating(net) as plain:
-        return speak(plain, torch.zeros(1, *shape), inputs).shape[1]
+        return subnet_outputs(plain, torch.zeros(1, *shape), inputs).shape[1]
 
 
-def make_rival(rival: str, config: Mapping[str, Any], model: Any, model_args: Mapping[str, Any]) -> nn.Module:
-    """The network of a rival with random weights."""
-    if known("rivals", rival, RIVALS) in ("coherent", "transfer"):
+def make_baseline(name: str, config: Mapping[str, Any], model: Any, model_args: Mapping[str, Any]) -> nn.Module:
+    """The network of a baseline with random weights."""
+    if known("baselines", name, BASELINES) in ("coherent", "transfer"):
         return make_joined(config, model, model_args)
-    if rival == "small":
+    if name == "small":
         model_args = narrowed(model_args, Decomposition.of(config["decomposition"]).n_parts, config["width_rule"])
     return make_model(model, tuple(config["shape"]), config["n_classes"], model_args, config["seed"])
 
 
 def fill(module: nn.Module, path: Path, version: int) -> dict[str, Any]:
-    """Give a module the weights of a kept version; returns the state that was kept with them."""
+    """Give a module the weights of a checkpoint; returns the state that was written with them."""
     weights, state = checkpoints.read_state(path, version)
     flat, *_ = flatten(module)
     if len(weights) != len(flat):
         raise RunError(f"{path}, version {version}: {len(weights)} weights for a model of {len(flat)}. It was changed since.")
     flat.copy_(torch.from_numpy(weights.copy()))
     return state
-
-
-def train_coarse(
-    parts: Sequence[Subnet], module: Joined, part_rows: list[dict], folder: Path, config: dict, wall: float
-) -> Subnets:
-    """Gather the subnets from `folder`, train the coarse network in `module` on what they say, and measure."""
-    problem, stack = parts[0], _stack(parts)
-    held, test = problem.score_indices(), problem.test_indices()
-    kept = [fill(net, folder, part)["said"] for part, net in enumerate(module.subnets)]
-    if config["stacking"] == "out-of-fold":
-        for part, own in zip(parts, kept, strict=True):
-            copies = [part.without(fold) for fold in range(FOLDS)]
-            own["stack"] = np.concatenate([checkpoints.read_state(folder, copy.number)[1]["said"]["stack"] for copy in copies])
-    said = {name: gather([torch.tensor(own[name]) for own in kept], module.n_classes, module.inputs) for name in SPOKEN}
-    seen = torch.cat([said["stack"][1], said["score"][1]])
-    labels = torch.from_numpy(problem.labels(np.concatenate([stack, held])))
-    task = CoarseProblem(problem, seen, labels, hidden=config["hidden"], dropout=config["dropout"], lr=LR)
-    if isinstance(scale := module.coarse[1], Scaled):
-        scale.fitted(said["stack"][1])
-    at = np.arange(len(labels))
-    with seeded(config["seed"]):  # for dropout
-        done = fit(task, module.coarse, at[: len(stack)], at[len(stack) :], **LENGTH, seed=config["seed"])
-    answers, (logits, shown) = problem.dataset.labels("test")[test], said["test"]
-    right = logits.numpy().argmax(-1) == answers[:, None]
-    for row, own in zip(part_rows, right.T, strict=True):
-        row |= {"accuracy": float(own.mean()), "place": list(Decomposition.of(config["decomposition"]).place(row["part"]))}
-    with evaluating(module), torch.no_grad():
-        decided = {by: module.decide(logits, shown, by).numpy().argmax(1) for by in VOTES}
-    about = module, seen.shape[1:], part_rows, done, wall
-    rows = [_row(by, float((decided[by] == answers).mean()), *about) for by in VOTES]
-    sent = sum(own[name].nbytes for own in kept for name in ("stack", "score"))
-    return Subnets(module, config | {"bytes_to_coarse": sent, "n_test": len(test)}, rows, part_rows)
-
-
-def _stack(parts: Sequence[Subnet]) -> np.ndarray:
-    """The samples that the coarse network learns from: those of each subnet, or those of its copies, one after the other."""
-    if parts[0].stacking != "out-of-fold":
-        return parts[0].stack_indices()
-    return np.concatenate([parts[0].without(fold).stack_indices() for fold in range(FOLDS)])
-
-
-def _row(
-    by: str, accuracy: float, module: Joined, shape: Sequence[int], parts: Sequence[dict], coarse: Fit, wall: float
-) -> dict[str, Any]:
-    deep, extra = by == "coarse", coarse.seconds if by == "coarse" else 0.0
-    return {
-        "model": NAMES[by],
-        "accuracy": accuracy,
-        "parameters": sum(row["parameters"] for row in parts) + deep * n_parameters(module.coarse),
-        "multiply_adds": sum(row["multiply_adds"] for row in parts) + deep * multiply_adds(module.coarse, shape),
-        "epochs": max(row["epochs"] for row in parts),
-        "seconds": max(row["seconds"] for row in parts) + extra,
-        "wall_s": wall + extra,
-    }

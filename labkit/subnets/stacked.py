@@ -108,20 +108,20 @@ def fit_together(
     train, held = problem.train_indices(), problem.score_indices()
     optimisers, shards = problem.optimisers(stack), [alone(len(train), seed) for seed in seeds]
     bests = [Best(stack.rows(number), epochs, patience) for number in range(len(modules))]
-    going, seen, seconds = list(range(len(modules))), 0, 0.0
+    training, seen, seconds = list(range(len(modules))), 0, 0.0
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
         total = torch.zeros(len(modules), device=device)
         orders = [batches(shard.draw(len(train)), problem.batch_size) for shard in shards]
-        for parts in zip(*orders, strict=True):
+        for drawn in zip(*orders, strict=True):
             began = time.perf_counter()
-            loaded = [own.load(train[part], "train", device) for own, part in zip(problems, parts, strict=True)]
+            loaded = [own.load(train[batch], "train", device) for own, batch in zip(problems, drawn, strict=True)]
             x, y = (torch.stack(tensors) for tensors in zip(*loaded, strict=True))
             problem.step(stack, (x, y.flatten()), optimisers, Clock(seen, epochs * len(train), seen / len(train)))
             total += stack.losses(y) * y.shape[1]
             seen += y.shape[1]
             after(began)
-        for number in list(going):
+        for number in list(training):
             check_loss(problems[number], loss := float(total[number]) / len(train), epoch, epochs)
             score, began = None, time.perf_counter()
             if bests[number].asks(epoch):
@@ -130,15 +130,15 @@ def fit_together(
             after(began)
             stop = each(number, epoch, loss, score)
             if bests[number].over(epoch, score, loss) or stop:
-                going.remove(number)
+                training.remove(number)
         seconds += time.perf_counter() - started
-        if not going:
+        if not training:
             break
     return [best.fit(seconds) for best in bests]
 
 
 def check_batching(problem: Subnet, seed: int) -> None:
-    """Try a step of two modules at once, and whether each still says what it says alone; ProblemError if not."""
+    """Try a step of two modules at once, and whether each still gives the logits that it gives alone; ProblemError if not."""
     modules = [problem.build(seed), problem.build(seed + 1)]
     title = f"part {problem.part} of {problem.decomposition!r}: {problem._title()} cannot be trained in a batch of subnets"
     x, y = problem.load(problem.train_indices()[:2])

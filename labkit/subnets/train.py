@@ -1,14 +1,17 @@
-"""Subnets: a network trained in parts that never talk, each on its window of the input, and joined by a coarse network.
+"""Domain decomposition: subnets trained without communication, each on its window of the input, and joined by a coarse network.
 
-    part i of the image -> subnet i, the global architecture made narrower -> K logits    i = 1..N, trained with the global label
-    N x K outputs       -> coarse network -> decision                                     trained when the subnets are done
+    subdomain i of the image -> subnet i, the global network made narrower -> K logits   i = 1..N, trained with the global label
+    N x K outputs            -> coarse network -> decision                               trained when the subnets are done
 
 (CNN-DNN: Klawonn, Lanser, Weber, SIAM J. Sci. Comput. 46(5), 2024, arXiv:2302.06564.) Weights of subnets do not pass the
 scheduler: each worker leaves its own in the folder of the run, `parts/`, which all of them see.
 
-A subnet that is more than one worker can do is trained by a team of them (`labkit.training.blocks`).
+    one subnet on one worker         plain training (`labkit.training.local`)
+    several subnets on one worker    batches of one shape (`labkit.subnets.stacked`)
+    one subnet on several workers    blocks of workers (`labkit.training.blocks`): a run of its own, `parts/<name>-part-3`, with any
+                                     partition and update; with worker 0 alone, SGWU and UDPA it is plain training bit for bit
 
-Used in notebooks; what comes out is in labkit/joined.py.
+Used in notebooks; `labkit.subnets.result` is what comes out.
 """
 
 from __future__ import annotations
@@ -29,25 +32,33 @@ import torch
 from torch import nn
 
 from labkit.cluster.lab import Lab, Worker
-from labkit.errors import ProblemError, RunError, known, real, whole
+from labkit.errors import ClusterError, ProblemError, RunError, known, real, whole
+from labkit.models import evaluating, seeded
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import flatten
-from labkit.plots.progress import awaited, following, stopped, tell
+from labkit.partition import make_partition
+from labkit.plots.progress import following
 from labkit.problems import Classifier
 from labkit.runs import checkpoints
 from labkit.runs import events as record
-from labkit.subnets.baselines import train_rivals
-from labkit.subnets.channels import pieces
-from labkit.subnets.coarse import INPUTS, STACKING, speak
+from labkit.subnets.baselines import channel_groups, train_baselines
+from labkit.subnets.coarse import INPUTS, STACKING, VOTES, CoarseProblem, Joined, Scaled, gather, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
-from labkit.subnets.problem import FOLDS, WIDTH_RULES, Subnet, number_of, part_seed
-from labkit.subnets.result import RIVALS, Subnets, describe_problem, make_joined, n_said, train_coarse
+from labkit.subnets.problem import FOLDS, WIDTH_RULES, Subnet, number_of, subnet_seed
+from labkit.subnets.result import BASELINES, NAMES, Subnets, describe_problem, fill, make_joined, output_size
 from labkit.subnets.stacked import check_batching, fit_together
-from labkit.training.blocks import make_team, train_in_teams
+from labkit.subnets.status import awaited, latest, report, stopped
+from labkit.training.blocks import run_on_blocks
 from labkit.training.local import Fit, fit, outputs
 from labkit.training.run import Run
-from labkit.training.train import choose, claim, describe_lab, leased
+from labkit.training.train import check_shards, choose, claim, describe_lab, launch, leased
 from labkit.training.worker.process import prepare_alone
+from labkit.updates import make_update
+
+LENGTH = {"epochs": 100, "patience": 15}  # of the training of a coarse network, which takes a second or two
+LR = 1e-3  # of its Adam
+OUTPUTS = ("stack", "score", "test")  # the samples for which each subnet leaves its outputs
+TEAM = {"n_workers": None, "partition": "idpa", "update": "agwu", "local_steps": None}  # the last three as in `train`
 
 
 def train_subnets(
@@ -62,7 +73,7 @@ def train_subnets(
     inputs: str = "probabilities",
     hidden: Sequence[int] = (64, 32),
     dropout: float = 0.3,
-    rivals: Sequence[str] = (),
+    baselines: Sequence[str] = (),
     seed: int = 0,
     name: str | None = None,
     runs: str | Path = "runs",
@@ -72,7 +83,7 @@ def train_subnets(
     timeout: float = 3600.0,
     progress: bool = True,
 ) -> Subnets:
-    """Train a subnet for each part, as many at a time as there are workers, then the coarse network; returns when all is done.
+    """Train a subnet for each subdomain, as many at a time as there are workers, then the coarse network; returns when all is done.
 
     Parameters
     ----------
@@ -84,7 +95,7 @@ def train_subnets(
     width_rule
         "sqrt", "linear" or "same": how much narrower a subnet is than the global network; see `labkit.subnets.problem`.
     epochs, patience
-        Of each subnet and each rival. With a `patience`, training ends when the accuracy on the score set of the problem has
+        Of each subnet and each baseline. With a `patience`, training ends when the accuracy on the score set of the problem has
         not grown for so many epochs, and the best weights stay; None trains all epochs and keeps the last weights.
     stacking
         What the coarse network learns from: "held-out", outputs on every fifth training sample, which no subnet is trained on;
@@ -94,56 +105,56 @@ def train_subnets(
     inputs, hidden, dropout
         Of the coarse network: "probabilities" (the paper), "logits" or "features" (what the last dense layer of a subnet sees);
         the widths of its hidden layers.
-    rivals
+    baselines
         What to train besides, with as many epochs: "global" (the network on whole images), "long" (the same, with twice the
         epochs, which is what both stages of "transfer" have), "small" (the same, narrowed as a subnet is), "coherent" (subnets
         and coarse network as one graph from random weights), "transfer" (that graph from the trained weights), "width" (the
-        global network from as many pieces cut along its channels and trained apart, Gu et al.; `labkit.subnets.channels`; for the
-        named models). They train on all training samples, and predict: `joined.predict(images, by="transfer")`. Average probability
-        and majority vote are always there.
+        global network from as many channel groups trained apart, Gu et al.; for the named models; `labkit.subnets.baselines`).
+        They train on all training samples, and predict: `joined.predict(images, by="transfer")`. Average probability and
+        majority vote are always there.
     seed
-        Initial weights and orders of part i derive from (seed, i) alone: which worker trains it does not matter.
+        Initial weights and orders of subnet i derive from (seed, i) alone: which worker trains it does not matter.
     name, runs
-        All is kept in `runs/name`, as `labkit.train` does; `labkit.load_subnets` reads it.
+        All is recorded in `runs/name`, as `labkit.train` does; `labkit.load_subnets` reads it.
     workers, timeout
-        Indices of the workers to use, by default all that are free; seconds that subnets and rivals may take each.
-
+        Indices of the workers to use, by default all that are free; seconds that subnets and baselines may take each.
     team
-        For subnets that are more than one worker can do: several train each of them together, as a run of its own in `parts/`.
-        For instance {"n_workers": 2, "partition": "idpa", "update": "agwu"}; also "local_steps", all as in `labkit.train`, which
-        has the same defaults (`n_workers`: all are one team). As many teams as there are workers for are at work at a time.
+        For subnets that are more than one worker can do: a block of several workers trains each of them, as a run of its own in
+        `parts/`. For instance {"n_workers": 2, "partition": "idpa", "update": "agwu"}; also "local_steps", all as in
+        `labkit.train`, with the same defaults (without an `n_workers` all are one block). There are as many blocks at work as
+        there are workers for.
     batched
         For subnets that are too small for a worker: it trains up to so many of one shape at once (`labkit.subnets.stacked` says
         where that is faster). They learn what they would alone, up to rounding; `seconds` of each are then those of its batch.
 
     Subnets that take longest start first. A subnet whose worker is lost is trained again by another one, from its beginning; a
-    team that loses a worker goes on without it.
+    block that loses a worker goes on without it.
     """
     problem, decomposition = _checked(problem, known("stacking", stacking, STACKING)), Decomposition.of(decomposition)
     known("width_rule", width_rule, WIDTH_RULES)
     known("inputs", inputs, INPUTS)
-    if isinstance(rivals, str) or not hasattr(hidden, "__len__"):
-        raise TypeError(f"rivals={rivals!r} and hidden={hidden!r} must be lists, such as ['transfer'] and [64, 32].")
+    if isinstance(baselines, str) or not hasattr(hidden, "__len__"):
+        raise TypeError(f"baselines={baselines!r} and hidden={hidden!r} must be lists, such as ['transfer'] and [64, 32].")
     epochs, hidden = whole("epochs", epochs), [whole("hidden", width) for width in hidden]
     batched, timeout = whole("batched", batched), real("timeout", timeout, above=0)
     patience = None if patience is None else whole("patience", patience)
     real("dropout", dropout, least=0, below=1)
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or (seed := operator.index(seed)) < 0:
         raise ValueError(f"seed={seed!r} must be a whole number of at least 0.")
-    rivals = list(dict.fromkeys(known("rivals", rival, RIVALS) for rival in rivals))
-    parts = [Subnet.of(problem, decomposition, part, width_rule, stacking) for part in range(decomposition.n_parts)]
+    baselines = list(dict.fromkeys(known("baselines", name, BASELINES) for name in baselines))
+    subnets = [Subnet.of(problem, decomposition, part, width_rule, stacking) for part in range(decomposition.n_parts)]
     if team is not None and patience is not None:
         raise ValueError(f"patience={patience}: what a team trains is not stopped early. Leave out patience, or team.")
     if team is not None and batched > 1:
         raise ValueError(
             f"batched={batched}: a subnet has several workers, or a worker several subnets. Leave out batched, or team."
         )
-    costs = _check_parts(problem, parts, seed, inputs, batched)
-    if "width" in rivals:
-        pieces(problem, len(parts))[-1].build(seed)  # refused now, not when all subnets are trained
+    costs = _check_subnets(problem, subnets, seed, inputs, batched)
+    if "width" in baselines:
+        channel_groups(problem, len(subnets))[-1].build(seed)  # refused now, not when all subnets are trained
     name = name or f"subnets-{'x'.join(map(str, decomposition.grid))}-{width_rule}-seed{seed}"
     workers = choose(lab, workers, name)
-    team = None if team is None else make_team(team, parts[0], workers)
+    team = None if team is None else _complete(team, subnets[0], workers)
     with leased(lab, workers, name):
         try:
             path = claim(Path(runs), name)
@@ -159,13 +170,13 @@ def train_subnets(
             record.write_json(path / "config.json", config)
             record.write_json(path / "environment.json", record.environment())
             run = partial(_map, lab, workers=workers, timeout=timeout)
-            way = partial(_in_teams, lab, workers, timeout, run) if team else partial(_in_batches, run, len(workers))
+            way = partial(_on_blocks, lab, workers, timeout, run) if team else partial(_in_batches, run, len(workers))
             (folder := path / "parts").joinpath(checkpoints.FOLDER).mkdir(parents=True)
             with awaited(folder, config["id"]):
-                joined = _train(problem, parts, costs, folder, config, way, progress)
+                joined = _train(problem, subnets, costs, folder, config, way, progress)
                 joined.save(path)
-                if rivals:
-                    train_rivals(problem, joined, path, rivals, run)
+                if baselines:
+                    train_baselines(problem, joined, path, baselines, run)
                     joined.save(path)
             return joined
         finally:
@@ -173,6 +184,7 @@ def train_subnets(
 
 
 def _map(lab: Lab, fn: Callable, items: Sequence[Any], *, workers: list[int], timeout: float, each: Any = None) -> list[Any]:
+    """`fn(item, worker)` for each item on the lab; RunError where a worker stopped since no kernel waits for this training."""
     found = lab.map(fn, items, timeout, workers, placed=True, each=each)
     if not all(found):
         raise RunError("the folder of these subnets was taken by another training of the same name. Give each its own: name=...")
@@ -194,18 +206,33 @@ def _checked(problem: Any, stacking: str) -> Classifier:
     return problem
 
 
-def _check_parts(problem: Classifier, parts: list[Subnet], seed: int, inputs: str, batched: int) -> list[int]:
-    """Try one part of each shape; the multiply-adds of each part."""
+def _check_subnets(problem: Classifier, subnets: list[Subnet], seed: int, inputs: str, batched: int) -> list[int]:
+    """Try one subnet of each shape; the multiply-adds of each subnet."""
     problem.check(seed)
-    shapes, costs = parts[0].decomposition.shapes(problem.dataset.shape), {}
-    for part, shape in zip(parts, shapes, strict=True):
+    shapes, costs = subnets[0].decomposition.shapes(problem.dataset.shape), {}
+    for subnet, shape in zip(subnets, shapes, strict=True):
         if shape not in costs:
-            part.check(seed)
-            n_said(part.build(seed), shape, inputs)
+            subnet.check(seed)
+            output_size(subnet.build(seed), shape, inputs)
             if batched > 1:
-                check_batching(part, seed)
-            costs[shape] = multiply_adds(part.build(seed), shape)
+                check_batching(subnet, seed)
+            costs[shape] = multiply_adds(subnet.build(seed), shape)
     return [costs[shape] for shape in shapes]
+
+
+def _complete(team: Mapping[str, Any], problem: Subnet, workers: Sequence[int]) -> dict[str, Any]:
+    """The settings of a block of workers, in full, for one of the subnets; ValueError, ClusterError or PartitionError where they
+    make no sense."""
+    for key in team:
+        known("team", key, TEAM)
+    team = TEAM | dict(team)
+    n_workers = len(workers) if team["n_workers"] is None else whole("team n_workers", team["n_workers"])
+    if n_workers > len(workers):
+        raise ClusterError(f"a team of {n_workers} workers was asked for, and there are {len(workers)}: {list(workers)}.")
+    steps = None if team["local_steps"] is None else whole("team local_steps", team["local_steps"])
+    update, partition = make_update(team["update"]), make_partition(team["partition"])
+    check_shards(problem, list(workers)[:n_workers], partition)
+    return {"n_workers": n_workers, "partition": partition.config(), "update": update.config(), "local_steps": steps}
 
 
 # -- on the workers ----------------------------------------------------------------------------------------------------
@@ -213,8 +240,8 @@ def _check_parts(problem: Classifier, parts: list[Subnet], seed: int, inputs: st
 
 @dataclass(frozen=True)
 class Job:
-    """One subnet for a worker, or its copy without a fold; `cost` are its multiply-adds, `run` is that of the team that has trained
-    it, if one has."""
+    """One subnet for a worker, or its copy without a fold; `cost` are its multiply-adds, `run` is the path of the run in which a
+    block of workers has trained it, if one has."""
 
     problem: Subnet
     cost: int
@@ -224,51 +251,52 @@ class Job:
 
     @property
     def seed(self) -> int:
-        return part_seed(self.config["seed"], self.problem.part)
+        return subnet_seed(self.config["seed"], self.problem.part)
 
 
-def train_parts(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
-    """Runs on a worker: train a subnet, or several of one shape at once; leave weights and outputs in `path`, and tell how it went.
+def train_jobs(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
+    """Runs on a worker: train a subnet, or several of one shape at once; leave weights and outputs in `path`; a row for each.
 
-    A part that is trained twice, since its first worker was lost, takes the place of the first: same seed, same weights.
+    A subnet that is trained twice, since its first worker was lost, replaces the first: same seed, same weights.
     """
     config, seeds, problems = jobs[0].config, [job.seed for job in jobs], [job.problem for job in jobs]
     slowness = prepare_alone(worker, config, seeds[0])
     modules = [problem.build(seed) for problem, seed in zip(problems, seeds, strict=True)]
     numbers = [problem.number for problem in problems]
     settings = {"epochs": config["epochs"], "patience": config["patience"], "device": worker.device, "after": slowness.after}
-    place = jobs[0].path, config["id"]
+    training = jobs[0].path, config["id"]
     if len(jobs) > 1:
-        each = lambda at, *now: tell(*place, numbers[at], *now)  # noqa: E731
+        each = lambda at, *now: report(*training, numbers[at], *now)  # noqa: E731
         fits = fit_together(problems, modules, seeds=seeds, **settings, each=each)
     else:
         indices = problems[0].train_indices(), problems[0].score_indices()
-        fits = [fit(problems[0], modules[0], *indices, seed=seeds[0], **settings, each=partial(tell, *place, numbers[0]))]
-    if stopped(*place):
+        each = partial(report, *training, numbers[0])
+        fits = [fit(problems[0], modules[0], *indices, seed=seeds[0], **settings, each=each)]
+    if stopped(*training):
         return []
-    return [_keep(*one, worker, worker.index, len(jobs)) for one in zip(jobs, modules, fits, strict=True)]
+    return [_store(*one, worker, worker.index, len(jobs)) for one in zip(jobs, modules, fits, strict=True)]
 
 
-def keep_part(job: Job, worker: Worker) -> list[dict[str, Any]]:
-    """Runs on a worker: what a team has trained is kept in `path` as if this worker had done it alone."""
+def store_run(job: Job, worker: Worker) -> list[dict[str, Any]]:
+    """Runs on a worker: what a block of workers has trained is left in `path` as if this worker had trained it alone."""
     prepare_alone(worker, job.config, job.seed)
     problem, run, epochs = job.problem, Run(job.run), job.config["epochs"]
     module = problem.build(job.seed)
     flatten(module, worker.device)[0].copy_(torch.from_numpy(run.flat().copy()))
     measured = problem.measure(module, problem.score_indices(), device=worker.device)
     done = Fit(epochs, epochs, measured["loss"], measured["score"], run.summary()["seconds"])
-    return [_keep(job, module, done, worker, ", ".join(str(member["index"]) for member in run.config["workers"]), 1)]
+    return [_store(job, module, done, worker, ", ".join(str(member["index"]) for member in run.config["workers"]), 1)]
 
 
-def _keep(job: Job, module: nn.Module, done: Fit, worker: Worker, trained_on: int | str, batched: int) -> dict[str, Any]:
-    """Weights and what the subnet says of samples to disk; its row."""
+def _store(job: Job, module: nn.Module, done: Fit, worker: Worker, trained_on: int | str, batched: int) -> dict[str, Any]:
+    """Write the weights of a subnet and its outputs to disk; its row."""
     problem = job.problem
-    asked = {"stack": (problem.stack_indices(), "train")}
+    wanted = {"stack": (problem.stack_indices(), "train")}
     if problem.fold is None:
-        asked |= {"score": (problem.score_indices(), "train"), "test": (problem.test_indices(), "test")}
-    how = {"device": worker.device, "speak": partial(speak, inputs=job.config["inputs"])}
-    said = {name: outputs(problem, module, *where, **how) for name, where in asked.items() if len(where[0])}
-    checkpoints.write(Path(job.path), problem.number, flatten(module, "cpu")[0].numpy(), {"said": said})
+        wanted |= {"score": (problem.score_indices(), "train"), "test": (problem.test_indices(), "test")}
+    how = {"device": worker.device, "forward": partial(subnet_outputs, inputs=job.config["inputs"])}
+    found = {name: outputs(problem, module, *samples, **how) for name, samples in wanted.items() if len(samples[0])}
+    checkpoints.write(Path(job.path), problem.number, flatten(module, "cpu")[0].numpy(), {"outputs": found})
     about = {"part": problem.part, "fold": problem.fold, "worker": trained_on, "batched": batched}
     return about | {"parameters": n_parameters(module), **asdict(done), "multiply_adds": job.cost}
 
@@ -277,27 +305,29 @@ def _keep(job: Job, module: nn.Module, done: Fit, worker: Worker, trained_on: in
 
 
 def _train(
-    problem: Classifier, parts: list[Subnet], costs: list[int], folder: Path, config: dict, way: Callable, progress: bool
+    problem: Classifier, subnets: list[Subnet], costs: list[int], folder: Path, config: dict, way: Callable, progress: bool
 ) -> Subnets:
     """Subnets on the lab, by `way(jobs, each=...)`, then the coarse network here."""
     copies = [None, *range(FOLDS)] if config["stacking"] == "out-of-fold" else [None]
-    everybody = [(part.without(fold), cost) for fold in copies for part, cost in zip(parts, costs, strict=True)]
-    jobs = [Job(part, cost, str(folder), config) for part, cost in everybody]
+    jobs = [
+        Job(subnet.without(fold), cost, str(folder), config) for fold in copies for subnet, cost in zip(subnets, costs, strict=True)
+    ]
     names, done = {job.problem.number: job.problem.called for job in jobs}, set()
 
-    def told(_: int, rows: list[dict]) -> None:
+    def ended(_: int, rows: list[dict]) -> None:
         for row in rows:
-            done.add(number := number_of(row["part"], len(parts), row["fold"]))
+            done.add(number := number_of(row["part"], len(subnets), row["fold"]))
             if progress:
                 print(
-                    f"subnet {len(done)} of {len(jobs)}: {names[number]} {parts[0].decomposition.place(row['part'])}, epoch "
+                    f"subnet {len(done)} of {len(jobs)}: {names[number]} {subnets[0].decomposition.place(row['part'])}, epoch "
                     f"{row['best']} of {row['epochs']}, score {row['score']:.3f}, {row['seconds']:.1f} s on worker {row['worker']}",
                     flush=True,
                 )
 
     started = time.perf_counter()
-    with following(folder, names, config["epochs"], done) if progress else contextlib.nullcontext():
-        found = list(itertools.chain.from_iterable(way(jobs, each=told)))
+    shown = following(partial(latest, folder), names, config["epochs"], done) if progress else contextlib.nullcontext()
+    with shown:
+        found = list(itertools.chain.from_iterable(way(jobs, each=ended)))
     wall = time.perf_counter() - started
     rows = sorted((row for row in found if row["fold"] is None), key=lambda row: row["part"])
     for row in rows:
@@ -305,12 +335,12 @@ def _train(
         row |= {"folds_s": sum(spent)}
         del row["fold"]
     module = make_joined(config, problem.model, problem.model_args)
-    return train_coarse(parts, module, rows, folder, config, wall)
+    return _train_coarse(subnets, module, rows, folder, config, wall)
 
 
 def _in_batches(run: Callable, n_workers: int, jobs: list[Job], *, each: Callable) -> list[list[dict]]:
-    """Train subnets on a worker each, or in batches of one shape and the same samples that leave no worker without; the rows of
-    each batch."""
+    """Train subnets on a worker each, or in batches of one shape and the same samples that leave no worker idle; the rows of each
+    batch."""
     most, kinds = min(jobs[0].config["batched"], -(-len(jobs) // n_workers)), {}
     for job in jobs:
         shape = tuple(cut.stop - cut.start for cut in job.problem.window)
@@ -318,26 +348,89 @@ def _in_batches(run: Callable, n_workers: int, jobs: list[Job], *, each: Callabl
     groups = []
     for alike in kinds.values():
         even = np.array_split(np.arange(len(alike)), -(-len(alike) // most))
-        groups += [[alike[at] for at in part] for part in even]
+        groups += [[alike[at] for at in group] for group in even]
     groups.sort(key=lambda group: -sum(job.cost for job in group))  # longest first
-    return run(train_parts, groups, each=each)
+    return run(train_jobs, groups, each=each)
 
 
-def _in_teams(lab: Lab, workers: list[int], timeout: float, run: Callable, jobs: list[Job], *, each: Callable) -> list[list[dict]]:
-    """Train subnets in teams; the row of each, in a list."""
+def _on_blocks(lab: Lab, workers: list[int], timeout: float, run: Callable, jobs: list[Job], *, each: Callable) -> list[list[dict]]:
+    """Train subnets on blocks of workers, a run for each; the row of each, in a list."""
     jobs = sorted(jobs, key=lambda job: -job.cost)
-    folder, config = Path(jobs[0].path), jobs[0].config
-    problems, seeds = [job.problem for job in jobs], [job.seed for job in jobs]
-    names = [f"{config['name']}-{problem.called.replace(' ', '-')}" for problem in problems]
-    length, epochs = {"passes": config["epochs"], "timeout": timeout}, [0] * len(jobs)
+    folder, config, epochs = Path(jobs[0].path), jobs[0].config, dict.fromkeys((job.problem.number for job in jobs), 0)
+    team = dict(config["team"])
+    size = team.pop("n_workers")
 
-    def look(number: int, run: Run) -> None:
-        status, n_train = run.status(), run.config["n_train"]
-        if (epoch := status.get("samples", 0) // n_train) > epochs[number]:
-            epochs[number], workers = epoch, status["workers"].values()
-            told = [[worker[name] for worker in workers if worker[name] is not None] for name in ("loss", "score")]
-            means = [sum(found) / len(found) if found else None for found in told]
-            tell(folder, config["id"], problems[number].number, epoch, *means)
+    def start(job: Job, workers: list[int]) -> Run:
+        name = f"{config['name']}-{job.problem.called.replace(' ', '-')}"
+        settings = {"passes": config["epochs"], "seed": job.seed, "checkpoints": 1, **team}
+        return launch(job.problem, lab, workers, name=name, runs=folder, **settings)
 
-    runs = train_in_teams(problems, seeds, names, lab, workers, config["team"], folder=folder, each=look, **length)
-    return run(keep_part, [replace(job, run=str(one.path)) for job, one in zip(jobs, runs, strict=True)], each=each)
+    def watch(job: Job, run: Run) -> None:
+        number, status = job.problem.number, run.status()
+        if (epoch := status.get("samples", 0) // run.config["n_train"]) > epochs[number]:
+            epochs[number], members = epoch, status["workers"].values()
+            latest = [[member[name] for member in members if member[name] is not None] for name in ("loss", "score")]
+            means = [sum(found) / len(found) if found else None for found in latest]
+            report(folder, config["id"], number, epoch, *means)
+        if run.state != "running" and run.wait(10).state != "done":
+            raise RunError(f"run {run.name} was {run.state}, so its subnet is not trained. Train the subnets again.")
+
+    runs = run_on_blocks(lab, workers, size, jobs, start, watch, timeout=timeout)
+    return run(store_run, [replace(job, run=str(one.path)) for job, one in zip(jobs, runs, strict=True)], each=each)
+
+
+def _train_coarse(
+    subnets: Sequence[Subnet], module: Joined, part_rows: list[dict], folder: Path, config: dict, wall: float
+) -> Subnets:
+    """Gather the subnets from `folder`, train the coarse network in `module` on their outputs, and measure."""
+    problem, stack = subnets[0], _stack(subnets)
+    held, test = problem.score_indices(), problem.test_indices()
+    stored = [fill(net, folder, part)["outputs"] for part, net in enumerate(module.subnets)]
+    if config["stacking"] == "out-of-fold":
+        for subnet, own in zip(subnets, stored, strict=True):
+            numbers = [subnet.without(fold).number for fold in range(FOLDS)]
+            own["stack"] = np.concatenate([checkpoints.read_state(folder, number)[1]["outputs"]["stack"] for number in numbers])
+    gathered = {
+        name: gather([torch.tensor(own[name]) for own in stored], module.n_classes, module.inputs) for name in OUTPUTS
+    }  # each: logits, inputs of the coarse network
+    seen = torch.cat([gathered["stack"][1], gathered["score"][1]])
+    labels = torch.from_numpy(problem.labels(np.concatenate([stack, held])))
+    task = CoarseProblem(problem, seen, labels, hidden=config["hidden"], dropout=config["dropout"], lr=LR)
+    if isinstance(scale := module.coarse[1], Scaled):
+        scale.fitted(gathered["stack"][1])
+    at = np.arange(len(labels))
+    with seeded(config["seed"]):  # for dropout
+        done = fit(task, module.coarse, at[: len(stack)], at[len(stack) :], **LENGTH, seed=config["seed"])
+    answers, (logits, shown) = problem.dataset.labels("test")[test], gathered["test"]
+    right = logits.numpy().argmax(-1) == answers[:, None]
+    for row, own in zip(part_rows, right.T, strict=True):
+        row |= {"accuracy": float(own.mean()), "place": list(Decomposition.of(config["decomposition"]).place(row["part"]))}
+    with evaluating(module), torch.no_grad():
+        decided = {by: module.decide(logits, shown, by).numpy().argmax(1) for by in VOTES}
+    about = module, seen.shape[1:], part_rows, done, wall
+    rows = [_row(by, float((decided[by] == answers).mean()), *about) for by in VOTES]
+    sent = sum(own[name].nbytes for own in stored for name in ("stack", "score"))
+    return Subnets(module, config | {"bytes_to_coarse": sent, "n_test": len(test)}, rows, part_rows)
+
+
+def _stack(subnets: Sequence[Subnet]) -> np.ndarray:
+    """The samples that the coarse network learns from: those of each subnet, or those of its copies, one after the other."""
+    if subnets[0].stacking != "out-of-fold":
+        return subnets[0].stack_indices()
+    return np.concatenate([subnets[0].without(fold).stack_indices() for fold in range(FOLDS)])
+
+
+def _row(
+    by: str, accuracy: float, module: Joined, shape: Sequence[int], part_rows: Sequence[dict], coarse: Fit, wall: float
+) -> dict[str, Any]:
+    """The row of one of `VOTES` in the table."""
+    deep, extra = by == "coarse", coarse.seconds if by == "coarse" else 0.0
+    return {
+        "model": NAMES[by],
+        "accuracy": accuracy,
+        "parameters": sum(row["parameters"] for row in part_rows) + deep * n_parameters(module.coarse),
+        "multiply_adds": sum(row["multiply_adds"] for row in part_rows) + deep * multiply_adds(module.coarse, shape),
+        "epochs": max(row["epochs"] for row in part_rows),
+        "seconds": max(row["seconds"] for row in part_rows) + extra,
+        "wall_s": wall + extra,
+    }

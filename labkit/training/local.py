@@ -133,9 +133,9 @@ def outputs(
     indices: np.ndarray,
     split: str = "train",
     device: str = "cpu",
-    speak: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda net, x: net(x),
+    forward: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda net, x: net(x),
 ) -> np.ndarray:
-    """What `speak(module, samples)` gives, by default the logits (n, K), float32."""
+    """What `forward(module, samples)` gives, by default the logits (n, K), float32."""
     with evaluating(module) as plain:
-        found = [speak(plain, problem.load(part, split, device)[0]).float().cpu() for part in batches(indices, BATCH)]
+        found = [forward(plain, problem.load(part, split, device)[0]).float().cpu() for part in batches(indices, BATCH)]
     return torch.cat(found).numpy()

@@ -26,11 +26,11 @@ def image(shape=(1, 12, 16)):
     return np.random.default_rng(0).integers(255, size=shape).astype(np.uint8)
 
 
-def joined(grid=(2, 3), shape=(1, 12, 15), rivals=("global CNN",)):
+def joined(grid=(2, 3), shape=(1, 12, 15), baselines=("global CNN",)):
     """What the figures read of trained subnets."""
     decomposition = Decomposition(grid, 1)
     parts = [{"part": i, "accuracy": 0.5 + 0.01 * i, "seconds": 3.0 + 0.1 * i} for i in range(decomposition.n_parts)]
-    times = {"CNN-DNN": parts[-1]["seconds"] + 0.5} | dict.fromkeys(rivals, 20.0)
+    times = {"CNN-DNN": parts[-1]["seconds"] + 0.5} | dict.fromkeys(baselines, 20.0)
     rows = [{"model": model, "seconds": seconds, "wall_s": 2 * seconds} for model, seconds in times.items()]
     config = {"shape": list(shape), "n_workers": 2, "synthetic": True, "emulated": True}
     config["workers"] = [{"index": 0, "slowdown": 1.0}, {"index": 1, "slowdown": 4.0}]
@@ -100,8 +100,8 @@ def test_the_map_and_the_bars_hold_the_numbers(tmp_path):
     )
     many = pieces(plots.part_times(joined((4, 4), (1, 12, 16))), "Rectangles")["training"]  # 3.0 to 4.5 s
     assert list(many["top"]) == pytest.approx([3.75, 4.5, 0.5, 5.0, 20.0])
-    assert title(plots.part_times(joined(rivals=()))) == "6 subnets with a worker each: 4.0 s"
-    teams, batches = joined(rivals=()), joined(rivals=())
+    assert title(plots.part_times(joined(baselines=()))) == "6 subnets with a worker each: 4.0 s"
+    teams, batches = joined(baselines=()), joined(baselines=())
     teams.config["team"], batches.part_rows[2]["batched"] = {"n_workers": 2}, 4
     assert title(plots.part_times(teams)) == "6 subnets with 2 workers each: 4.0 s"
     assert title(plots.part_times(batches)) == "6 subnets (up to 4 at once on a worker): 4.0 s"

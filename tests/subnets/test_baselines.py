@@ -12,8 +12,8 @@ import labkit
 from labkit.errors import ProblemError
 from labkit.models import MODELS
 from labkit.runs import checkpoints
-from labkit.subnets.channels import compose, pieces
-from labkit.subnets.problem import part_seed
+from labkit.subnets.baselines import channel_groups, compose
+from labkit.subnets.problem import subnet_seed
 from labkit.training.local import fit
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -73,19 +73,19 @@ def test_pieces_do_not_talk_until_the_composed_network_is_trained(name):
     assert silent.grad[between].any()
 
 
-def test_the_rival_is_composed_of_its_pieces_and_trained_on(train, tmp_path):
+def test_the_baseline_is_composed_of_its_pieces_and_trained_on(train, tmp_path):
     a_problem = problem(model_args={"width": 0.3})
-    joined = train(a_problem, (1, 3), epochs=2, rivals=["global", "width"])
-    assert checkpoints.versions(tmp_path / "joined" / "pieces") == [0, 1, 2]
+    joined = train(a_problem, (1, 3), epochs=2, baselines=["global", "width"])
+    assert checkpoints.versions(tmp_path / "joined" / "channel-groups") == [0, 1, 2]
     settings = {"epochs": 2, "patience": None}
     indices = a_problem.train_indices(), a_problem.score_indices()
     by_hand, nets = a_problem.build(SEED), []
-    for number, piece in enumerate(pieces(a_problem, 3)):
-        nets.append(piece.build(seed := part_seed(SEED, number)))
+    for number, piece in enumerate(channel_groups(a_problem, 3)):
+        nets.append(piece.build(seed := subnet_seed(SEED, number)))
         fit(piece, nets[-1], *indices, **settings, seed=seed)
     compose(by_hand, nets)
     fit(a_problem, by_hand, *indices, **settings, seed=SEED)
-    found = joined.rivals["width"].state_dict()
+    found = joined.baselines["width"].state_dict()
     assert all(torch.equal(value, found[name]) for name, value in by_hand.state_dict().items())
     table = joined.table()
     rows = table.loc[["global CNN", "width decomposition (Gu et al.)"]]
@@ -99,8 +99,8 @@ def test_the_rival_is_composed_of_its_pieces_and_trained_on(train, tmp_path):
 
 def test_a_piece_can_be_cut_again():
     whole = problem(model_args={"width": 0.3})  # 10, 19 and 77 channels
-    half = pieces(whole, 2)[1]
-    thirds = [net.build(0) for net in pieces(half, 3)]
+    half = channel_groups(whole, 2)[1]
+    thirds = [net.build(0) for net in channel_groups(half, 3)]
     assert [net.conv1.out_channels for net in thirds] == [2, 2, 1] and half.build(0).conv1.out_channels == 5
     compose(half.build(0), thirds)
 
@@ -110,7 +110,7 @@ def test_a_piece_can_be_cut_again():
     [
         (
             MODELS["lenet"],
-            "rival 'width' .* knows those of lenet, vgg3, vgg9, resnet20 alone, not those of your model lenet. Leave",
+            "baseline 'width' .* knows those of lenet, vgg3, vgg9, resnet20 alone, not those of your model lenet. Leave",
         ),
         ("labkit.models.cnn:lenet", "not those of your model 'labkit.models.cnn:lenet'"),
         ("lenet", "lenet cannot be cut into 4 channel groups: its layer conv1 has 3"),
@@ -118,5 +118,5 @@ def test_a_piece_can_be_cut_again():
 )
 def test_what_cannot_be_cut_starts_nothing(model, message, train, tmp_path):
     with pytest.raises(ProblemError, match=message):
-        train(problem(model, model_args={"width": 0.1}), (2, 2), rivals=["width"])
+        train(problem(model, model_args={"width": 0.1}), (2, 2), baselines=["width"])
     assert not list(Path(tmp_path).iterdir())

@@ -22,12 +22,11 @@ from labkit.plots import progress
 from labkit.problems.splits import folds
 from labkit.runs import checkpoints
 from labkit.subnets import train as subnets
-from labkit.subnets.coarse import INPUTS, STACKING, CoarseProblem, average, coarse_net, gather, majority, speak
+from labkit.subnets.coarse import INPUTS, STACKING, CoarseProblem, average, coarse_net, gather, majority, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
-from labkit.subnets.problem import Subnet, narrowed, part_seed
-from labkit.subnets.result import NAMES, RIVALS
+from labkit.subnets.problem import Subnet, narrowed, subnet_seed
+from labkit.subnets.result import BASELINES, NAMES
 from labkit.subnets.stacked import fit_together
-from labkit.training import blocks as teams
 from labkit.training.local import fit, outputs
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -132,12 +131,12 @@ def test_numbers_of_numpy_will_do(train):
 
 
 def test_workers_and_their_number_do_not_matter_and_the_seed_does(train):
-    first, second = train(rivals=["transfer"]), train(workers=[1])
+    first, second = train(baselines=["transfer"]), train(workers=[1])
     assert same(weights(first), weights(second)) and set(second.parts().worker) == {1}
     assert not same(weights(first), weights(train(seed=SEED + 1)))
     states = [net.state_dict()["3.weight"] for net in first.module.subnets]
     assert not any(torch.equal(a, b) for i, a in enumerate(states) for b in states[:i])
-    assert part_seed(SEED, 0) == SEED and len({part_seed(SEED, part) for part in range(64)}) == 64
+    assert subnet_seed(SEED, 0) == SEED and len({subnet_seed(SEED, part) for part in range(64)}) == 64
 
 
 def test_the_coarse_network_learns_from_what_the_subnets_have_not_seen(train):
@@ -178,19 +177,19 @@ def test_out_of_fold_each_sample_is_judged_by_a_copy_that_has_not_seen_it(way, t
     copies = [part.without(fold) for fold in range(3)]
     assert sorted(np.concatenate([copy.stack_indices() for copy in copies])) == sorted(everything)
     assert all(not set(copy.stack_indices()) & set(copy.train_indices()) for copy in copies) and not len(part.stack_indices())
-    module = part.build(part_seed(SEED, 2))
-    fit(part, module, everything[of != 1], part.score_indices(), epochs=3, patience=None, seed=part_seed(SEED, 2))
-    kept = checkpoints.read_state(tmp_path / "joined" / "parts", copies[1].number)[1]["said"]["stack"]
+    module = part.build(subnet_seed(SEED, 2))
+    fit(part, module, everything[of != 1], part.score_indices(), epochs=3, patience=None, seed=subnet_seed(SEED, 2))
+    kept = checkpoints.read_state(tmp_path / "joined" / "parts", copies[1].number)[1]["outputs"]["stack"]
     np.testing.assert_allclose(kept, outputs(part, module, everything[of == 1]), rtol=1e-4, atol=1e-5)
     assert (joined.parts().folds_s > 0).all() and (plain.parts().folds_s == 0).all()
 
 
 def test_features_are_what_the_last_dense_layer_sees():
     x, module = torch.randn(5, 1, 8, 8), net((1, 8, 8), 3).eval()
-    said = speak(module, x, "features")
+    said = subnet_outputs(module, x, "features")
     assert torch.equal(said[:, :3], module(x))
     torch.testing.assert_close(module[-1](said[:, 3:]), module(x))
-    assert torch.equal(speak(module, x, "logits"), module(x)) and not module[-1]._forward_pre_hooks
+    assert torch.equal(subnet_outputs(module, x, "logits"), module(x)) and not module[-1]._forward_pre_hooks
     logits, seen = gather([said, said + 1], 3, "features")
     assert logits.shape == (5, 2, 3) and torch.equal(seen[:, :16], said[:, 3:]) and seen.shape == (5, 32)
 
@@ -253,16 +252,16 @@ def test_workers_do_not_go_on_with_what_nobody_waits_for(batched, train, lab):
     assert (again.parts().epochs == 3).all() and lab.map(abs, [-1, -2], timeout=20) == [1, 2]
 
 
-def test_nor_do_rivals(train, lab, tmp_path, monkeypatch):
+def test_nor_do_baselines(train, lab, tmp_path, monkeypatch):
     spread = type(lab).map
 
-    def endless(self, fn, items, timeout, *rest, **more):  # of the rivals alone
-        long = [replace(job, config=job.config | {"epochs": 1_000_000}) if hasattr(job, "rival") else job for job in items]
+    def endless(self, fn, items, timeout, *rest, **more):  # of the baselines alone
+        long = [replace(job, config=job.config | {"epochs": 1_000_000}) if hasattr(job, "baseline") else job for job in items]
         return spread(self, fn, long, 1 if long != items else timeout, *rest, **more)
 
     monkeypatch.setattr(type(lab), "map", endless)
     with pytest.raises(ClusterError, match="tasks were not done within 1 s"):
-        train(grid=(1, 2), rivals=["global", "small"])
+        train(grid=(1, 2), baselines=["global", "small"])
     assert lab.map(abs, [-1, -2], timeout=20) == [1, 2]
     assert labkit.load_subnets(tmp_path / "joined").summary()["n_parts"] == 2  # they were done before
 
@@ -271,20 +270,20 @@ def test_a_folder_taken_by_another_training_is_no_more_one_s_own(train, lab, tmp
     def taken(*given, **options):
         (tmp_path / "joined").rename(tmp_path / "other")
         (tmp_path / "joined" / "parts" / "checkpoints").mkdir(parents=True)
-        return tell(*given, **options)
+        return report(*given, **options)
 
-    tell = subnets.tell
-    monkeypatch.setattr(subnets, "tell", taken)
+    report = subnets.report
+    monkeypatch.setattr(subnets, "report", taken)
     with pytest.raises(RunError, match=r"taken by another training of the same name\. Give each its own: name="):
         train(grid=(1, 1))
     assert not list((tmp_path / "joined" / "parts" / "checkpoints").iterdir()) and lab.free() == [0, 1]
 
 
 def test_all_is_in_one_table_and_the_time_goes_by_the_rule_of_the_paper(train):
-    joined = train(rivals=["global", "small", "long", "coherent", "transfer"], epochs=2)
+    joined = train(baselines=["global", "small", "long", "coherent", "transfer"], epochs=2)
     table, parts, summary = joined.table(), joined.parts(), joined.summary()
     assert list(table.index[:3]) == ["CNN-DNN", "average probability", "majority vote"]
-    assert list(table.index[3:]) == [RIVALS[name] for name in ("global", "small", "long", "coherent", "transfer")]
+    assert list(table.index[3:]) == [BASELINES[name] for name in ("global", "small", "long", "coherent", "transfer")]
     assert table.accuracy.between(0, 1).all() and (table.seconds > 0).all()
     assert list(table.epochs) == [2] * 5 + [4, 2, 4]  # "long" trains twice as long, and "transfer" in two stages
     assert table.seconds["majority vote"] == parts.seconds.max() <= table.seconds["CNN-DNN"] == summary["t_par"]
@@ -330,7 +329,7 @@ def test_a_team_of_one_is_a_worker_alone_bit_for_bit(stacking, train, tmp_path):
 
 def test_teams_train_with_any_partition_and_update(train, lab, tmp_path):
     a_problem, team = problem(data=data(600)), {"partition": "idpa", "update": "agwu", "local_steps": 4}
-    joined = train(a_problem, (1, 2), epochs=8, team=team, rivals=["transfer"])
+    joined = train(a_problem, (1, 2), epochs=8, team=team, baselines=["transfer"])
     parts, summary = joined.parts(), joined.summary()
     assert list(parts.index) == [0, 1] and set(parts.worker) == {"0, 1"} and (parts.epochs == 8).all()
     assert parts.score.between(0.5, 1).all() and summary["accuracy"] > 0.6  # of three classes
@@ -349,14 +348,14 @@ def test_teams_are_disjoint_and_work_at_the_same_time(train, lab):
 
 
 def test_an_interrupt_stops_the_teams(train, lab, tmp_path, monkeypatch):
-    launch = teams.launch
+    launch = subnets.launch
 
     def launch_once(*arguments, **options):
         if (tmp_path / "joined" / "parts" / "joined-part-0").exists():
             raise KeyboardInterrupt
         return launch(*arguments, **options)
 
-    monkeypatch.setattr(teams, "launch", launch_once)
+    monkeypatch.setattr(subnets, "launch", launch_once)
     with pytest.raises(KeyboardInterrupt):
         train(epochs=10_000, team={"n_workers": 1})
     assert labkit.load_run(tmp_path / "joined" / "parts" / "joined-part-0").state == "stopped"
@@ -364,7 +363,7 @@ def test_an_interrupt_stops_the_teams(train, lab, tmp_path, monkeypatch):
 
 
 def test_teams_that_take_too_long_are_stopped(train, lab, tmp_path):
-    with pytest.raises(ClusterError, match=r"4 of 4 subnets were not done within 2 s; they were stopped"):
+    with pytest.raises(ClusterError, match=r"4 of 4 runs were not done within 2 s; they were stopped"):
         train(epochs=10_000, team={}, timeout=2)
     assert labkit.load_run(tmp_path / "joined" / "parts" / "joined-part-0").state == "stopped" and not lab.runs
 
@@ -377,11 +376,11 @@ def test_a_team_that_fails_says_why(train, lab):
 
 @pytest.mark.parametrize("lost", [[1], [0, 1]])
 def test_lost_workers_are_in_no_team(lost, train, lab, monkeypatch):
-    def losing(*arguments, begin=subnets.train_in_teams, **options):  # just before the first run
+    def losing(*arguments, begin=subnets.run_on_blocks, **options):  # just before the first run
         monkeypatch.setattr(lab, "lost", lambda: lost)
         return begin(*arguments, **options)
 
-    monkeypatch.setattr(subnets, "train_in_teams", losing)
+    monkeypatch.setattr(subnets, "run_on_blocks", losing)
     if lost == [1]:
         assert list(train(grid=(1, 2), team={"n_workers": 1}).parts().worker) == ["0", "0"]
     else:
@@ -465,7 +464,7 @@ def test_batches_have_one_shape_and_leave_no_worker_without(train, lab, monkeypa
         type(lab), "map", lambda self, fn, items, *rest, **more: spread(self, fn, seen.extend(items) or items, *rest, **more)
     )
     cut = problem(data=data(shape=(1, 12, 12)))
-    joined = train(cut, Decomposition((3, 3), 1, border="cut"), batched=8, rivals=["transfer"])
+    joined = train(cut, Decomposition((3, 3), 1, border="cut"), batched=8, baselines=["transfer"])
     groups = [sorted(job.problem.part for job in group) for group in seen[:-1]]
     assert sorted(map(tuple, groups)) == [(0, 2, 6, 8), (1, 7), (3, 5), (4,)]  # corners, edges, and the middle
     parts, summary = joined.parts(), joined.summary()
@@ -556,11 +555,11 @@ def test_width_rules():
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_predictions_are_the_same_after_the_way_to_disk(inputs, train, tmp_path):
     a_problem = problem("resnet20", model_args={"width": 0.2}, data=data(shape=(1, 12, 12)), precision="bfloat16")
-    joined = train(a_problem, Decomposition((2, 2), 1), inputs=inputs, rivals=["transfer", "small"], epochs=1)
+    joined = train(a_problem, Decomposition((2, 2), 1), inputs=inputs, baselines=["transfer", "small"], epochs=1)
     test = a_problem.test_indices()
     images, answers = a_problem.dataset.raw(test, "test"), a_problem.dataset.labels("test")[test]
     for again in (labkit.load_subnets(tmp_path / "joined"), labkit.load_subnets(joined.save(tmp_path / "new" / "place"))):
-        for by, model in (NAMES | {rival: RIVALS[rival] for rival in ("small", "transfer")}).items():
+        for by, model in (NAMES | {baseline: BASELINES[baseline] for baseline in ("small", "transfer")}).items():
             assert np.array_equal(joined.scores(images, by), again.scores(images, by))
             assert (again.predict(images, by) == answers).mean() == pytest.approx(again.table().accuracy[model])
         assert again.summary() == joined.summary() and again.parts().equals(joined.parts())
@@ -571,9 +570,9 @@ def test_predictions_are_the_same_after_the_way_to_disk(inputs, train, tmp_path)
 
 
 def test_what_was_damaged_mixed_or_is_something_else_is_refused(train, tmp_path):
-    joined = train(rivals=["global"])
+    joined = train(baselines=["global"])
     joined.save(tmp_path / "copy")
-    for number in (0, 1):  # the subnets, and their rival
+    for number in (0, 1):  # the subnets, and their baseline
         file = checkpoints._file(tmp_path / "copy", number)
         whole = file.read_bytes()
         for content, message in (
@@ -592,8 +591,8 @@ def test_what_was_damaged_mixed_or_is_something_else_is_refused(train, tmp_path)
         ({"rows": None}, ""),
         ({"problem": None}, "lacks problem"),
         ({"centre": None}, "lacks centre: it is damaged"),
-        ({"rivals": ["globl"]}, "Did you mean 'global'"),
-        ({"rivals": ["small"]}, "weights for a model of"),
+        ({"baselines": ["globl"]}, "Did you mean 'global'"),
+        ({"baselines": ["small"]}, "weights for a model of"),
         ({"decomposition": {"grid": [20, 2]}}, "does not describe subnets"),
         ({"problem": config["problem"] | {"model": {"by_value": "net"}}}, r"'net' was written in a notebook.*model="),
     ):
@@ -605,6 +604,20 @@ def test_what_was_damaged_mixed_or_is_something_else_is_refused(train, tmp_path)
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(RunError, match="holds something else"):
         joined.save(tmp_path / "run")
+
+
+def test_subnets_of_before_the_word_was_changed_are_read(train, tmp_path):
+    joined = train(baselines=["small"], epochs=1)
+    config = json.loads((tmp_path / "joined" / "config.json").read_text())
+    assert config["format"] == 3 and "rivals" not in config
+    config |= {"format": 2, "rivals": config.pop("baselines")}
+    (tmp_path / "joined" / "config.json").write_text(json.dumps(config))
+    again, images = labkit.load_subnets(tmp_path / "joined"), data(5)[0]
+    assert np.array_equal(again.scores(images, "small"), joined.scores(images, "small")) and again.table().equals(joined.table())
+    again.save(tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["format"] == 3 and config["baselines"] == ["small"] and "rivals" not in config
+    assert list(labkit.load_subnets(tmp_path / "new").baselines) == ["small"]
 
 
 def test_a_model_of_a_notebook_is_given_again(train, tmp_path):
@@ -626,13 +639,13 @@ def test_a_model_of_a_notebook_is_given_again(train, tmp_path):
         ({"width_rule": "sqr"}, ValueError, r"width_rule='sqr' is not known. Known: sqrt, linear, same. Did you mean 'sqrt'\?"),
         ({"stacking": "out"}, ValueError, "stacking='out' is not known. Known: held-out, out-of-fold, same-split"),
         ({"inputs": "votes"}, ValueError, "Known: probabilities, logits, features"),
-        ({"rivals": ["globl"]}, ValueError, "Did you mean 'global'"),
+        ({"baselines": ["globl"]}, ValueError, "Did you mean 'global'"),
         ({"epochs": 0}, ValueError, "epochs=0 must be at least 1"),
         ({"patience": 0}, ValueError, "patience=0"),
         ({"dropout": 1.0}, ValueError, "dropout=1 must be"),
         ({"hidden": [0]}, ValueError, "hidden=0"),
         ({"hidden": 8}, TypeError, r"hidden=8 must be lists, such as \['transfer'\] and \[64, 32\]"),
-        ({"rivals": "transfer"}, TypeError, "rivals='transfer' and hidden=.* must be lists"),
+        ({"baselines": "transfer"}, TypeError, "baselines='transfer' and hidden=.* must be lists"),
         ({"seed": -1}, ValueError, "seed=-1 must be"),
         ({"seed": 2.5}, ValueError, "seed=2.5 must be"),
         ({"seed": "a"}, ValueError, "seed='a' must be"),
@@ -680,7 +693,7 @@ def test_what_does_not_fit_says_why(train, tmp_path):
 
 
 def test_images_of_another_shape_are_refused(train):
-    joined = train(epochs=1, rivals=["small"])
+    joined = train(epochs=1, baselines=["small"])
     with pytest.raises(ProblemError, match=r"images of shape \(3, 8, 8\) were given; these subnets take \(n, 1, 8, 8\)"):
         joined.predict(np.zeros((3, 8, 8)))
     for wrong in (np.full((3, 1, 8, 8), np.nan), np.full((3, 1, 8, 8), "a"), np.full((3, 1, 8, 8), None)):
