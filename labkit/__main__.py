@@ -27,10 +27,6 @@ from labkit.experiments.demo import demo
 if TYPE_CHECKING:
     import pandas as pd
 
-NEEDED = "torch dask distributed ipyparallel papermill nbclient ipykernel jupyterlab ipywidgets hvplot holoviews matplotlib pandas"
-NEEDED += " numpy scipy scikit-learn pillow pyarrow h5py psutil cloudpickle platformdirs"
-OPTIONAL = "dask-labextension jupyter-server-proxy dask-jobqueue mpi4py optuna scikit-image nibabel"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
@@ -91,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from labkit.experiments.sweep import parameters, sweep
+    from labkit.experiments.notebook import parameters
+    from labkit.experiments.sweep import sweep
 
     grid = parse_grid(options.grid, {p.name: p.type for p in parameters(options.notebook)})
     settings = {name: getattr(options, name) for name in ("out", "parallel", "timeout", "retry_failed", "fresh")}
@@ -181,14 +178,26 @@ def doctor() -> int:
     probe("CPUs", lambda: f"{os.cpu_count()}, load {', '.join(f'{load:.1f}' for load in os.getloadavg())}")
     probe("labkit", lambda: f"{importlib.metadata.version('labkit')} ({Path(__file__).parent})")
     probe("torch", _torch)
-    for name in NEEDED.split()[1:]:
+    needed, optional = packages()
+    for name in needed:
         probe(name, lambda name=name: importlib.metadata.version(name))
-    for name in OPTIONAL.split():
+    for name in optional:
         probe(f"{name} (optional)", lambda name=name: importlib.metadata.version(name), needed=False)
     probe("fashion-mnist", _fashion)
     probe("lab of 1 thread", _lab)
     print(f"Not in order: {', '.join(missing)}." if missing else "All in order.")
     return int(bool(missing))
+
+
+def packages() -> tuple[list[str], list[str]]:
+    """What labkit needs beside torch, and what its extras for users add, by its own metadata."""
+    found: tuple[dict[str, None], dict[str, None]] = {}, {}  # dicts: in order, each once
+    for requirement in importlib.metadata.requires("labkit") or []:
+        name, extra = re.match(r"[\w.-]+", requirement)[0], re.search(r"extra\s*==\s*['\"]([\w-]+)", requirement)
+        if extra is None or extra[1] != "test":
+            found[extra is not None][name] = None
+    needed, optional = found
+    return [name for name in needed if name != "torch"], [name for name in optional if name not in needed]
 
 
 def _torch() -> str:

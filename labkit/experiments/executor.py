@@ -1,11 +1,11 @@
 """One run of a sweep: a notebook executed by a kernel of its own.
 
-papermill and nbclient execute; what is added here are the promises. Several kernels at once do not meet: each talks
-through IPC sockets in a short folder of its own, so that there are no ports to race for, and starts in the notebook's
-folder, as in JupyterLab, without this process changing directory. A run is watched while it lasts: it ends by its time
-limit or when the sweep is stopped, and its kernel, with everything that the kernel started, ends with it.
+papermill and nbclient execute; what is added here are the guarantees. Kernels at once are isolated: each has IPC sockets in
+a short folder of its own, so that there are no ports to race for, and starts in the notebook's folder, as in JupyterLab,
+without this process changing directory. A run is monitored while it lasts: it ends by its time limit or when the sweep is
+stopped, and its kernel, with everything that the kernel started, ends with it.
 
-Used by sweeps.py; `execute` runs in a thread of the sweep or on a worker of a lab.
+Used by `labkit.experiments.sweep`; `execute` runs in a thread of the sweep or on a worker of a lab.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from labkit.runs.events import replacing, write_json
 
 SCHEME = "labkit://"  # papermill's own file handler changes the directory of the whole process at each write
 GRACE = 5.0  # seconds that an interrupted kernel has for closing what it opened, before it is killed
-HEARTBEAT = 60.0  # seconds without a sign after which a run on another host is taken for dead
+HEARTBEAT = 60.0  # seconds without a heartbeat after which a run on another host counts as dead
 LONG = 100_000  # characters of one output stream; longer ones go to a file beside the notebook
 ENVIRONMENT = {"IPP_NONINTERACTIVE": "1", "TQDM_MININTERVAL": "5", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
@@ -91,12 +91,12 @@ def execute(job: dict) -> str:
     """Execute one run of a sweep in its folder; its end state, which is also in status.json there.
 
     `job` holds folder, content (of the notebook), path, cwd, kernel_name, parameters (to be set), record (params.json),
-    go (a file; the run is ended when it is gone) and timeout. Never raises for what the notebook does.
+    flag (a file; the run is ended when it is gone) and timeout. Never raises for what the notebook does.
     """
     import psutil
 
-    folder, go = Path(job["folder"]), Path(job["go"])
-    if not go.exists():
+    folder, flag = Path(job["folder"]), Path(job["flag"])
+    if not flag.exists():
         return "interrupted"
     status = {"state": "running", "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
     status["born"] = psutil.Process().create_time()
@@ -109,13 +109,13 @@ def execute(job: dict) -> str:
         write_json(folder / "status.json", status)
         for attempt in range(2):
             write_json(folder / "notebook.ipynb", job["content"])
-            came_up, error, details = _attempt(job, folder, go)
-            if came_up or attempt or not error or not go.exists():
+            came_up, error, details = _attempt(job, folder, flag)
+            if came_up or attempt or not error or not flag.exists():
                 break
         _tidy(folder, job["path"])
     except Exception as problem:  # a full disk, a folder that went away: this run fails, the others go on
         error = details = f"{type(problem).__name__}: {problem}"
-    status["state"] = "done" if not error else "interrupted" if not go.exists() else "failed"
+    status["state"] = "done" if not error else "interrupted" if not flag.exists() else "failed"
     status.update(ended=time.time(), seconds=time.time() - status["started"], error=error)
     with suppress(OSError):
         if error:
@@ -124,7 +124,7 @@ def execute(job: dict) -> str:
     return status["state"]
 
 
-def _attempt(job: dict, folder: Path, go: Path) -> tuple[bool, str, str]:
+def _attempt(job: dict, folder: Path, flag: Path) -> tuple[bool, str, str]:
     """One kernel, from its start to its end: did it come up, the error in a line, the error in full ("" for none)."""
     # macOS allows a socket's path about 100 characters, and its own temporary folder takes half of them.
     sockets = tempfile.mkdtemp(prefix="lk", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
@@ -132,19 +132,19 @@ def _attempt(job: dict, folder: Path, go: Path) -> tuple[bool, str, str]:
     arguments = (job, folder, sockets, came_up, caught)
     # A thread of its own, and an empty context: nbclient then finds no event loop of the caller's to run in.
     thread = threading.Thread(target=contextvars.Context().run, args=(_papermill, *arguments), daemon=True)
-    deadline, ended, asked, beat = time.monotonic() + job["timeout"], "", 0.0, 0.0
+    deadline, ended, asked, heartbeat = time.monotonic() + job["timeout"], "", 0.0, 0.0
     try:
         thread.start()
         while thread.is_alive():
             thread.join(0.25)
             now = time.monotonic()
-            if now - beat > HEARTBEAT / 10:
-                beat = now
+            if now - heartbeat > HEARTBEAT / 10:
+                heartbeat = now
                 with suppress(OSError):
                     os.utime(folder / "status.json")
-            if not ended and (now > deadline or not go.exists()):
+            if not ended and (now > deadline or not flag.exists()):
                 ended, asked = f"took longer than {job['timeout']:g} s (timeout) and was stopped", now
-                if not go.exists():
+                if not flag.exists():
                     ended = "stopped together with the sweep"
                 _signal(sockets, signal.SIGINT)
             elif ended and now - asked > GRACE:
@@ -230,7 +230,7 @@ def _kernel_class() -> type:
             # Called "session name" by a Jupyter server; with it the figures of a kernel would take it for a lab's.
             inherited = {name: value for name, value in os.environ.items() if name != "JPY_SESSION_NAME"}
             environment = ENVIRONMENT | inherited | {"LABKIT_PLOTS": "static", MARK: self.folder}
-            self.context.setsockopt(zmq.RCVHWM, 0)  # a chatty cell must not lose the message that says it has ended
+            self.context.setsockopt(zmq.RCVHWM, 0)  # a cell with many outputs must not lose the message that it has ended
             with open(f"{self.folder}/kernel.log", "ab") as log:
                 await super().start_kernel(env=environment, stdout=log, stderr=log, **options)
             _kernels[self.folder] = self.provisioner.process
@@ -260,7 +260,7 @@ def _end(sockets: str) -> None:
 
 
 def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
-    """(one line, everything) about an exception of papermill; errors of a cluster are told by their first engine."""
+    """(one line, everything) about an exception of papermill; of a cluster's errors the first engine's."""
     from papermill.exceptions import PapermillExecutionError, strip_color
 
     cells = (read(folder / "notebook.ipynb") or {}).get("cells", [])
@@ -300,7 +300,7 @@ def _tail(log: Path, lines: int = 15) -> str:
 
 
 def _tidy(folder: Path, source: str) -> None:
-    """The notebook as it is kept: it says where it came from, and long streams are in files beside it."""
+    """The notebook as it is stored: with the path of its source, and long streams in files beside it."""
     path = folder / "notebook.ipynb"
     content = read(path)
     content["metadata"].setdefault("papermill", {}).update(input_path=source, output_path=str(path))

@@ -4,7 +4,7 @@ A notebook of labkit has one cell tagged `parameters`, one literal a line with a
 cell of new values behind it, and is lenient: it skips a line that it cannot read, sets a name that nobody has, turns a
 tuple into text. So the cell and the values are checked here, before a kernel starts, and a message names the culprit.
 
-Used by sweeps.py.
+Used as `labkit.parameters`, by `labkit.experiments.sweep`, `labkit.experiments.executor` and `python -m labkit sweep`.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """papermill and traitlets say nothing; what they would say is in the exception. Threads may be in here together."""
+    """papermill and traitlets log nothing; what they would log is in the exception. Several threads may be inside at once."""
     with _lock:
         _inside[0] += 1
         for name in _LOGGERS if _inside[0] == 1 else ():

@@ -1,8 +1,8 @@
 """Sweeps: one notebook executed over a grid of parameters, by several kernels at once, and the table of what came out.
 
 A run is named by a hash of the notebook, its parameters and the version of labkit, so that a finished run is found
-again and not repeated; a failed one is kept with its notebook and its error until it is asked for again. What is wrong
-with the grid, the notebook or the folder is said before a kernel starts. What a run reports, it writes to its folder.
+again and not repeated; a failed one stays with its notebook and its error until a retry is asked for. What is wrong with
+the grid, the notebook or the folder is an error before a kernel starts. What a run reports, it writes to its folder.
 
     runs/<sweep>/<notebook>-<8 hex>/   notebook.ipynb  params.json  status.json  results.json  error.txt
 
@@ -11,7 +11,6 @@ Used as `labkit.sweep`, `labkit.summary` and `labkit.report`, by `python -m labk
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -27,15 +26,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from labkit.errors import SweepError
+from labkit.errors import SweepError, did_you_mean
 from labkit.experiments.executor import GRACE, check_kernel, execute, read, state
-from labkit.experiments.notebook import Parameter, conform, load, parameters, plain, read_parameters
+from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.runs.events import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["Parameter", "parameters", "report", "summary", "sweep"]
 
 ROOM = 50e6  # bytes that must be free where the runs go
 
@@ -95,7 +92,7 @@ def sweep(
     jobs = _jobs(path, grid, folder, kernel_name, timeout)
     check_kernel(kernel_name)
     _check_folder(folder)
-    before = {job["id"]: _standing(job) for job in jobs}
+    before = {job["id"]: _state(job) for job in jobs}
     again = {"", "interrupted"} | ({"failed"} if retry_failed else set()) | ({"failed", "done"} if fresh else set())
     todo = [job for job in jobs if before[job["id"]] in again]
     order = (read(folder / "sweep.json") or {}).get("runs", [])
@@ -173,9 +170,8 @@ def _jobs(path: Path, grid: Any, folder: Path, kernel_name: str, timeout: float)
             if name == "run_dir":
                 raise SweepError("'run_dir' is set by the sweep, to a folder for each run. Use out=... to say where.")
             if name not in known:
-                close = difflib.get_close_matches(str(name), settable, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise SweepError(f"{path.name} has no parameter {name!r}. It has: {', '.join(settable)}.{hint}")
+                has = f"It has: {', '.join(settable)}.{did_you_mean(name, settable)}"
+                raise SweepError(f"{path.name} has no parameter {name!r}. {has}")
         given = {name: conform(plain(value, name), known[name], path.name) for name, value in row.items()}
         values = defaults | given
         text = json.dumps([source, values, release, kernel_name], sort_keys=True)
@@ -228,8 +224,8 @@ def _check_folder(folder: Path) -> None:
         raise SweepError(f"only {free / 1e6:.0f} MB are free at {folder}. Make room, or choose another by out=...")
 
 
-def _standing(job: dict) -> str:
-    """What is known of a run: its state, or "" where there is none yet."""
+def _state(job: dict) -> str:
+    """The recorded state of a run, or "" where there is none yet."""
     record = read(Path(job["folder"]) / "params.json")
     if not isinstance(record, dict):
         return ""
@@ -256,52 +252,52 @@ def _threads(parallel: int) -> Callable:
 
 def _execute(todo: list[dict], folder: Path, run: Callable, lab: Any, progress: bool) -> None:
     """Run the jobs; whatever ends this early also ends them."""
-    go = folder / f".sweep-{uuid.uuid4().hex[:8]}"
-    go.touch()
+    flag = folder / f".sweep-{uuid.uuid4().hex[:8]}"
+    flag.touch()
     for job in todo:
-        job["go"] = str(go)
+        job["flag"] = str(flag)
         (Path(job["folder"]) / "status.json").unlink(missing_ok=True)
     ended = threading.Event()
-    teller = threading.Thread(target=_tell, args=(todo, ended), daemon=True)
+    printer = threading.Thread(target=_print_changes, args=(todo, ended), daemon=True)
     rounds = math.ceil(len(todo) / len(lab.workers)) if lab is not None else 0
     try:
         if progress:
-            teller.start()
+            printer.start()
         run(execute, todo, timeout=rounds * (todo[0]["timeout"] + 300))  # room for kernels that start and end slowly
     except BaseException as error:
-        go.unlink(missing_ok=True)
+        flag.unlink(missing_ok=True)
         deadline = time.monotonic() + 6 * GRACE
-        while time.monotonic() < deadline and any(_standing(job) == "running" for job in todo):
+        while time.monotonic() < deadline and any(_state(job) == "running" for job in todo):
             time.sleep(0.1)
         if not isinstance(error, Exception):
             raise
-        finished = sum(_standing(job) in ("done", "failed") for job in todo)
+        finished = sum(_state(job) in ("done", "failed") for job in todo)
         raise SweepError(
             f"the lab broke down after {finished} of {len(todo)} runs ({type(error).__name__}: {error}). "
             "The same call goes on from there."
         ) from error
     finally:
-        go.unlink(missing_ok=True)
+        flag.unlink(missing_ok=True)
         ended.set()
         if progress:
-            teller.join(timeout=10)
+            printer.join(timeout=10)
 
 
-def _tell(jobs: list[dict], ended: threading.Event) -> None:
+def _print_changes(jobs: list[dict], ended: threading.Event) -> None:
     """A line when a run starts and one when it ends, read from the runs' folders, wherever they are executed."""
     values = {job["id"]: {name: job["parameters"][name] for name in job["record"]["given"]} for job in jobs}
     varied = [name for name in values[jobs[0]["id"]] if len({json.dumps(v.get(name)) for v in values.values()}) > 1]
-    told = dict.fromkeys(values, "")
+    printed = dict.fromkeys(values, "")
     last = False
     while not last:
         last = ended.wait(0.3)
         for number, job in enumerate(jobs, 1):
-            if told[job["id"]] not in ("", "running"):
+            if printed[job["id"]] not in ("", "running"):
                 continue
             status = read(Path(job["folder"]) / "status.json") or {}
-            if (now := status.get("state", "")) == told[job["id"]]:
+            if (now := status.get("state", "")) == printed[job["id"]]:
                 continue
-            told[job["id"]] = now
+            printed[job["id"]] = now
             given = values[job["id"]]
             label = " ".join(f"{name}={given[name]}" for name in (varied or given) if name in given) or job["id"]
             print(f"[{number}/{len(jobs)}] {label}  {_ending(status, Path(job['folder']))}", flush=True)
@@ -322,11 +318,11 @@ def _ending(status: dict, folder: Path) -> str:
 def _count(jobs: list[dict], before: dict[str, str], todo: list[dict]) -> str:
     """The line "12 runs: 3 new, 9 reused, 0 failed", and what else there is to say."""
     executed = {job["id"] for job in todo}
-    after = {job["id"]: _standing(job) for job in jobs}
+    after = {job["id"]: _state(job) for job in jobs}
     new = sum(after[run] == "done" for run in executed)
     reused = sum(state == "done" and run not in executed for run, state in before.items())
     parts = [f"{new} new", f"{reused} reused", f"{sum(state == 'failed' for state in after.values())} failed"]
     parts += [f"{n} {word}" for word in ("interrupted", "running") if (n := list(after.values()).count(word))]
-    kept = sum(state == "failed" and run not in executed for run, state in before.items())
-    note = f" ({kept} of the failed were kept from before; retry_failed=True, or --retry-failed, runs them again)" if kept else ""
+    earlier = sum(state == "failed" and run not in executed for run, state in before.items())
+    note = f" ({earlier} of the failed were kept from before; retry_failed=True, or --retry-failed, runs them again)" if earlier else ""
     return f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}: {', '.join(parts)}{note}"

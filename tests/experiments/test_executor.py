@@ -61,13 +61,13 @@ FAILURES = {
 def test_a_failing_run_is_a_row_with_its_error_and_the_others_go_on(tmp_path):
     cell = f"FAILURES = {FAILURES!r}\nget_ipython().run_cell(FAILURES[strategy]).raise_error()"
     notebook = write(tmp_path / "n.ipynb", cell, REPORT + "report(run_dir, {'score': 1})")
-    table = sweep(notebook, {"strategy": list(FAILURES)}, out=tmp_path / "out", parallel=3, timeout=6)
+    table = sweep(notebook, {"strategy": list(FAILURES)}, out=tmp_path / "out", parallel=3, timeout=8)
     table = table.set_index("strategy")
     assert list(table["status"]) == ["failed"] * 4 + ["done"]
     assert table["error"]["error"] == "In [3]: ZeroDivisionError: division by zero"
     assert table["error"]["killed"].startswith("In [3]: DeadKernelError: Kernel died of SIGKILL")
     assert table["error"]["remote"] == "In [3]: WorkerError: worker 2 failed: KeyError: 7"
-    assert table["error"]["long"] == "took longer than 6 s (timeout) and was stopped"
+    assert table["error"]["long"] == "took longer than 8 s (timeout) and was stopped"
     folders = {name: Path(path).parent for name, path in table["notebook"].items()}
     assert "return 1 / 0" in (folders["error"] / "error.txt").read_text()
     assert "far away" in (folders["remote"] / "error.txt").read_text()

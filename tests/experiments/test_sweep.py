@@ -1,6 +1,6 @@
 """Sweeps: what is refused before a kernel starts, what names a run, what is reused, and what the table says.
 
-No kernel is started here (tests/test_kernels.py does); the lab is a stand-in with `workers` and `map`.
+No kernel is started here (tests/experiments/test_executor.py does); the lab is a stand-in with `workers` and `map`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def instant(monkeypatch):
     """Runs end at once and without a kernel, as done or, where the seed is 13, as failed. Gives the seeds that ran."""
     ran = []
 
-    def attempt(job, folder, go):
+    def attempt(job, folder, flag):
         seed = job["record"]["parameters"]["seed"]
         ran.append(seed)
         report(folder, {"score": seed / 2})
