@@ -1,4 +1,4 @@
-"""The command line: how a grid is read, which exit codes are given, what the demo says, what the doctor asks."""
+"""The command line: how a grid is read, which exit codes are given, what the doctor asks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -16,7 +15,6 @@ from labkit import __main__ as cli
 from labkit.__main__ import main, parse_grid
 from labkit.errors import SweepError
 from labkit.experiments import sweep as sweeps
-from labkit.experiments.demo import DEMO_COLUMNS, STRATEGIES, demo, label, verdict
 
 
 @pytest.fixture
@@ -97,57 +95,6 @@ def test_a_grid_that_cannot_be_read():
             parse_grid(texts, {})
 
 
-# -- demo --------------------------------------------------------------------------------------------------------------
-
-
-def results(times: list, **columns: object) -> pd.DataFrame:
-    """The demo's table; a time of "failed" is a failed run."""
-    failed = [time == "failed" for time in times]
-    table = {
-        "strategy": STRATEGIES[: len(times)],
-        "seconds_to_target": [None if time == "failed" else time for time in times],
-        "target": [None if f else 0.85 for f in failed],
-        "score": [None if f else 0.8 + number / 100 for number, f in enumerate(failed)],
-        "status": ["failed" if f else "done" for f in failed],
-        "error": ["In [3]: ValueError: no" if f else "" for f in failed],
-        "notebook": [f"runs/demo/n-{number}/notebook.ipynb" for number in range(len(times))],
-    }
-    return pd.DataFrame(table | columns)
-
-
-@pytest.mark.parametrize(
-    ("times", "says"),
-    [
-        ([48.0, 40, 30, 21, 50], "AGWU + IDPA reached 85 % accuracy in 21 s, 2.3x sooner than SGWU + UDPA (48 s)."),
-        ([20.0, 40.0, 30.0], "SGWU + UDPA reached 85 % accuracy in 20 s, 1.5x sooner than AGWU + UDPA (30 s)."),
-        ([None, 40.0, 30.0], "AGWU + UDPA reached 85 % accuracy in 30 s; SGWU + UDPA did not reach it."),
-        (["failed", 40.0], "SGWU + IDPA reached 85 % accuracy in 40 s; SGWU + UDPA failed."),
-        ([20.0, "failed", None], "SGWU + UDPA reached 85 % accuracy in 20 s, and no other did."),
-        ([None, "failed", math.nan], "No strategy reached 85 % accuracy; best: AGWU + UDPA with 82 %."),
-        (["failed", "failed"], "None of the 2 runs finished; the first error: In [3]: ValueError: no."),
-    ],
-)  # fmt: skip
-def test_the_verdict_of_the_demo(times, says):
-    assert verdict(results(times)) == says
-
-
-def test_the_verdict_copes_without_results():
-    assert verdict(pd.DataFrame({"strategy": ["allreduce+udpa"], "status": ["done"], "error": [""]})).startswith("No strategy")
-    assert label("allreduce+udpa") == "AllReduce"
-
-
-def test_the_demo_writes_its_table_and_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("runs/demo").mkdir(parents=True)
-    monkeypatch.setattr(sweeps, "sweep", lambda notebook, grid, out, retry_failed: results([48.0, 40.0, 30.0, 21.0, "failed"]))
-    assert demo() == 1
-    said = capsys.readouterr()
-    assert said.out.endswith("sooner than SGWU + UDPA (48 s). Open runs/demo/n-3/notebook.ipynb.\n")
-    assert said.err == "No figure: SweepError: no notebook reported a run\n"
-    table = pd.read_csv("runs/demo/table.csv")
-    assert list(table.columns) == list(DEMO_COLUMNS.values()) and len(table) == 5
-
-
 def test_the_demo_says_where_its_notebook_should_be(monkeypatch, capsys):
     monkeypatch.setattr(Path, "is_file", lambda _: False)
     assert main(["demo"]) == 2
@@ -172,3 +119,9 @@ def test_the_doctor_goes_on_after_a_failed_probe(monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_doctor_finds_this_environment_in_order(capsys, cache):
     assert main(["doctor"]) == 0, capsys.readouterr().out
+
+
+def test_packages_are_those_of_the_metadata(monkeypatch):
+    asked = ["torch>=2.6", "dask[distributed]", "numpy", 'nibabel>=5; extra == "volumes"', "pytest>=8; extra == 'test'"]
+    monkeypatch.setattr(cli.importlib.metadata, "requires", lambda name: asked)
+    assert cli.packages() == (["dask", "numpy"], ["nibabel"])

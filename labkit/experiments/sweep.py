@@ -324,5 +324,9 @@ def _count(jobs: list[dict], before: dict[str, str], todo: list[dict]) -> str:
     parts = [f"{new} new", f"{reused} reused", f"{sum(state == 'failed' for state in after.values())} failed"]
     parts += [f"{n} {word}" for word in ("interrupted", "running") if (n := list(after.values()).count(word))]
     earlier = sum(state == "failed" and run not in executed for run, state in before.items())
-    note = f" ({earlier} of the failed were kept from before; retry_failed=True, or --retry-failed, runs them again)" if earlier else ""
+    note = (
+        f" ({earlier} of the failed were kept from before; retry_failed=True, or --retry-failed, runs them again)"
+        if earlier
+        else ""
+    )
     return f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}: {', '.join(parts)}{note}"

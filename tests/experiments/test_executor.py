@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from labkit.experiments.sweep import summary, sweep
-from tests.experiments.test_notebook import write
+from tests.experiments.helpers import write
 
 REPORT = "import os\nfrom labkit.experiments.sweep import report\n"
 

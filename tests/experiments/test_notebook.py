@@ -8,29 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 from labkit.errors import SweepError
 from labkit.experiments.notebook import Parameter, conform, parameters, plain, quiet
-
-PARAMETERS = """seed: int = 0  # of everything
-lr: float = 0.1  # learning rate
-sizes: list[int] = [1, 2]
-strategy = "agwu"
-extra = None
-run_dir: str = "runs"  # where results go"""
-
-
-def write(path: Path, *cells: str, first: str | None = PARAMETERS, **metadata: object) -> Path:
-    """A notebook of a parameters cell and more."""
-    tagged = [] if first is None else [new_code_cell(first, metadata={"tags": ["parameters"]})]
-    nbformat.write(new_notebook(cells=tagged + [new_code_cell(cell) for cell in cells], metadata=metadata), path)
-    return path
+from tests.experiments.helpers import write
 
 
 def test_parameters_are_read_with_type_default_and_help(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from labkit.errors import ProblemError
-from labkit.problems.splits import batches, first, hold_out, shuffled
+from labkit.problems.splits import batches, first, folds, hold_out, shuffled
 
 
 @pytest.mark.parametrize(("n", "asked", "size"), [(2, 256, 1), (17, 256, 3), (1500, 256, 256), (1500, 7, 7)])
@@ -49,3 +49,11 @@ def test_batches_cover_everything_in_order_and_none_is_a_lone_sample(n, batch_si
     assert len(parts) <= -(-n // batch_size)
     if n % batch_size == 0:
         assert len(parts) == n // batch_size  # local_steps is the number of optimiser steps
+
+
+def test_folds_cover_everything_once_and_hold_every_class():
+    labels = np.random.default_rng(0).integers(3, size=100)
+    of = folds(labels, 3)
+    assert set(of) == {0, 1, 2} and np.ptp(np.bincount(of)) <= 3
+    for label in range(3):
+        assert np.ptp(np.bincount(of[labels == label], minlength=3)) <= 1

@@ -1,7 +1,8 @@
-"""Networks cut along their channels: put together they are the mean of their pieces, and exactly the global architecture."""
+"""Baselines: a network cut along its channels is, composed again, the mean of its groups and exactly the global architecture."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,15 @@ import pytest
 import torch
 
 import labkit
-from labkit.errors import ProblemError
+from labkit.errors import ClusterError, ProblemError
 from labkit.models import MODELS
 from labkit.runs import checkpoints
 from labkit.subnets.baselines import channel_groups, compose
 from labkit.subnets.problem import subnet_seed
 from labkit.training.local import fit
+from tests.subnets.helpers import SEED
 
 pytestmark = pytest.mark.usefixtures("cache")
-SEED = 5
 
 
 def cut(name, shape, n, width=0.4):
@@ -37,13 +38,6 @@ def problem(model="lenet", **settings):
     x = generator.normal(size=(120, 1, 8, 12)).astype(np.float32)
     x[np.arange(120), 0, y * 2] += 1
     return labkit.Classifier(model, (x, y), **{"batch_size": 16, "lr": 0.05, "score_samples": 20} | settings)
-
-
-@pytest.fixture
-def train(tmp_path):
-    with labkit.connect("threads", 2) as lab:
-        place = {"runs": tmp_path, "name": "joined", "progress": False, "seed": SEED}
-        yield lambda a_problem, grid, **options: labkit.train_subnets(a_problem, lab, grid, **place | options)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -120,3 +114,17 @@ def test_what_cannot_be_cut_starts_nothing(model, message, train, tmp_path):
     with pytest.raises(ProblemError, match=message):
         train(problem(model, model_args={"width": 0.1}), (2, 2), baselines=["width"])
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_workers_do_not_go_on_with_baselines_that_nobody_waits_for(train, lab, tmp_path, monkeypatch):
+    spread = type(lab).map
+
+    def endless(self, fn, items, timeout, *rest, **more):  # of the baselines alone
+        long = [replace(job, config=job.config | {"epochs": 1_000_000}) if hasattr(job, "baseline") else job for job in items]
+        return spread(self, fn, long, 1 if long != items else timeout, *rest, **more)
+
+    monkeypatch.setattr(type(lab), "map", endless)
+    with pytest.raises(ClusterError, match="tasks were not done within 1 s"):
+        train(grid=(1, 2), baselines=["global", "small"])
+    assert lab.map(abs, [-1, -2], timeout=20) == [1, 2]
+    assert labkit.load_subnets(tmp_path / "joined").summary()["n_parts"] == 2  # they were done before
