@@ -50,7 +50,6 @@ def test_the_verdict_copes_without_results():
 
 def test_the_demo_writes_its_table_and_ends_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "is_file", lambda _: True)
     Path("runs/demo").mkdir(parents=True)
     monkeypatch.setattr(sweeps, "sweep", lambda notebook, grid, out, retry_failed: results([48.0, 40.0, 30.0, 21.0, "failed"]))
     assert demo() == 1
