@@ -1,5 +1,5 @@
 # make run        sets up, then runs the demo: a small sweep, its table and its figure
-# make test       sets up, then runs the tests; make test ARGS="-k updates" runs some of them
+# make test       sets up, then runs the tests, JOBS=2 at a time; make test ARGS="-k updates" runs some of them
 # make test-all   the same with the slow ones
 # make lab        sets up, then opens JupyterLab on the notebooks
 
@@ -10,6 +10,11 @@ TORCH  ?= torch==2.13.0
 
 # Which extras of pyproject.toml are installed; EXTRAS=test,slurm,mpi for a lab on SLURM, and engines under MPI.
 EXTRAS ?= test
+
+# Tests that run side by side. Each starts workers of its own, so more than the cores are not quicker; JOBS=0 for a debugger. The
+# halves keep the order of the files, so that a lab which a file shares is opened once, and who is done takes over from the other.
+JOBS ?= 2
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 # An active environment is used as it is (conda's base is not); otherwise .venv is made here.
 ENV   := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),$(CURDIR)/.venv)
@@ -23,10 +28,10 @@ run: setup
 	$(PY) -m labkit demo
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: setup
-	$(PY) -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 lab: setup
 	$(PY) -m jupyter lab notebooks

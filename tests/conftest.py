@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -44,6 +44,8 @@ os.environ.update(
 # A runner in the background ignores interrupts, and every process that a test starts would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+OTHERS = set(psutil.process_iter())  # these ran before; to read about all of them after each test would take a minute
 
 # One for the whole Python process, and they live as long as it does.
 LASTING_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "loky.backend.resource_tracker")
@@ -117,15 +119,17 @@ def nothing_left(who: str) -> Iterator[None]:
 
 def _processes() -> set[psutil.Process]:
     """Living descendants of this process, also those whose parent has died: they carry this session's IPYTHONDIR."""
-    me = psutil.Process()
-    found = set(me.children(recursive=True))
+    me, found = psutil.Process(), set()
     for process in psutil.process_iter():
-        try:
+        if process in OTHERS:
+            continue
+        with suppress(psutil.Error, OSError):  # it ended just now, or it is another user's
             if process.environ().get("IPYTHONDIR") == str(SCRATCH / "ipython"):
                 found.add(process)
-        except (psutil.Error, OSError):  # it ended just now, or it is another user's
-            continue
-    commands = {process: _command(process) for process in found - {me}}
+        with suppress(psutil.Error, OSError):
+            if me in process.parents():
+                found.add(process)
+    commands = {process: _command(process) for process in found}
     return {p for p, command in commands.items() if command and not any(name in command for name in LASTING_PROCESSES)}
 
 
