@@ -55,14 +55,6 @@ class Unevenness:
         return self.slowdown ** (1 - weight) * self.drifts_to**weight
 
 
-def recorded(config: dict, worker: int) -> Unevenness:
-    """The unevenness of a worker of a recorded run; newcomers have no slowdown, as on a live lab."""
-    slow = next((w for w in config["workers"] if w["index"] == worker), {"slowdown": 1.0})
-    drift, stalls = float(config.get("drift") or 0), config.get("stalls")
-    here, there = float(slow["slowdown"]), float(slow.get("drifts_to", slow["slowdown"]))
-    return Unevenness(here, float(config["jitter"]), drift, there, tuple(stalls) if stalls else None)
-
-
 def unsteadiness(jitter: float, drift: float, stalls: Sequence[float] | None) -> str:
     """For readers: "jitter 0.3, drift with a period of 20 s, stalls of 1 s every 20 s"; empty where there is none."""
     words = [f"jitter {jitter:g}"] if jitter else []

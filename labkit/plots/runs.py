@@ -290,7 +290,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs by what was set: those of one list differ in seed alone. One label for two settings gets the run's name."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        same = [[run.config.get(key) for key in SAME], canvas.slowdowns(run)]
+        same = [[run.config[key] for key in SAME], canvas.slowdowns(run)]
         groups.setdefault((run.label, json.dumps(same, sort_keys=True, default=str)), []).append(run)
     labels = [label for label, _ in groups]
     return {label if labels.count(label) == 1 else f"{label} ({group[0].name})": group for (label, _), group in groups.items()}
@@ -298,7 +298,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _count(group: Sequence[Run], told: bool) -> str:
     """ ", 3 seeds" for a line of three runs; nothing where every line is one run, which the caption then says."""
-    n, seeds = len(group), len({run.config.get("seed") for run in group})
+    n, seeds = len(group), len({run.config.seed for run in group})
     return f", {n} {'seed' if seeds == n else 'run'}{'s' if n > 1 else ''}" if told else ""
 
 

@@ -33,9 +33,9 @@ def audit(run: Run) -> list[str]:
         wrong.append("events are not numbered 0, 1, 2, ...")
     counted = effective(events)
     merges, pushes = (counted[counted.kind == kind] for kind in ("merge", "push"))
-    joint = int(run.events.worker.nunique()) if run.config["update"]["name"] == "allreduce" else 1  # they stop together
-    if not run.config["budget"] - joint < merges.samples.sum() <= run.config["budget"]:
-        wrong.append(f"{int(merges.samples.sum())} of {run.config['budget']} samples were merged")
+    joint = int(run.events.worker.nunique()) if run.config.update["name"] == "allreduce" else 1  # they stop together
+    if not run.config.budget - joint < merges.samples.sum() <= run.config.budget:
+        wrong.append(f"{int(merges.samples.sum())} of {run.config.budget} samples were merged")
     steps = merges.version.drop_duplicates().astype(int).tolist()
     if steps != list(range(1, len(steps) + 1)):
         wrong.append("versions are not numbered 1, 2, 3, ...")
@@ -87,6 +87,6 @@ def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
             broken = before.kind.iloc[-1:].eq("regroup").any()
             if len(since) and since.seconds.iloc[0] <= loss.seconds and (since.kind.iloc[0] != "release" or broken):
                 waits.append(float(after.seconds.iloc[0] - max(since.seconds.iloc[0], began)))
-        left = run.config["budget"] - merged.samples[merged.seq < loss.seq].sum()
+        left = run.config.budget - merged.samples[merged.seq < loss.seq].sum()
         rows.append((loss.seconds, int(loss.worker), loss.message, round(max(waits), 3), int(left)))
     return pd.DataFrame(rows, columns=["seconds", "worker", "message", "waited_s", "left"])

@@ -33,9 +33,6 @@ from labkit.errors import RunError
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 3  # of the run directory; a reader refuses what is newer. From 2 on a run can be replayed; 3: public names (`MOVED`)
-# What records of format 2 and earlier call by the module that it stood in.
-MOVED = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}
 COLUMNS = [
     "seq",
     "time",
@@ -272,27 +269,3 @@ def lost(events: pd.DataFrame) -> list[int]:
         elif isinstance(event.message, str) and event.message:  # without a reason it has left at the end
             gone.add(int(event.worker))
     return sorted(gone)
-
-
-def environment() -> dict:
-    """Where and with what a run was made: versions, machine, load."""
-    import platform
-    import sys
-    from importlib import metadata
-
-    packages = ["labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot"]
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": versions,
-    }

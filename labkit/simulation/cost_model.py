@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.cluster.emulation import Unevenness, recorded
+from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError, real
 from labkit.runs import events as record
 from labkit.training.wire import compression as exchange
@@ -95,7 +95,7 @@ def fit(runs: Sequence[Run]) -> Timing:
     exchanges, merges, scores = [], [], []
     for run in runs:
         events = record.effective(run.events)
-        n_bytes = exchange.n_bytes(run.config.get("exchange", "float32"), run.layout.size)
+        n_bytes = exchange.n_bytes(run.config.exchange, run.layout.size)
         joins = run.events.query("kind == 'join'").groupby("worker")
         passes = {int(w): _unstretched(run, int(w), own, joins.get_group(w)) for w, own in _passes(events).groupby("worker")}
         ratios = {worker: _ratios(own) for worker, own in passes.items()}
@@ -144,7 +144,7 @@ def _passes(events):
 
 def _unstretched(run: Run, worker: int, passes, joins):
     """With what a pass and a score take without emulation (own_s, own_score_s), and the variance that it gives one step."""
-    uneven, still = recorded(run.config, worker), _still(run, worker)
+    uneven, still = run.config.unevenness(worker), _still(run, worker)
     begun = joins.time.to_numpy()[np.searchsorted(joins.time, passes.time) - 1]
     ends = (passes.time - passes.score_s - begun).to_numpy()
     factor, variance = stretch(uneven, ends[:, None] - POINTS * passes.compute_s.to_numpy()[:, None])
@@ -154,7 +154,7 @@ def _unstretched(run: Run, worker: int, passes, joins):
 
 def _still(run: Run, worker: int) -> float:
     """By how much stalls stretch the work, on average."""
-    every, stall = recorded(run.config, worker).stalls or (math.inf, 0.0)
+    every, stall = run.config.unevenness(worker).stalls or (math.inf, 0.0)
     return 1 + stall / every
 
 
@@ -180,9 +180,9 @@ def _unshared(ratios: dict[int, tuple[np.ndarray, np.ndarray]], worker: int) -> 
 
 def _pace(run: Run, worker: int, passes, ratios: np.ndarray, joins) -> tuple:
     """Seconds of computing without emulation, samples, seconds of a score, and the relative times of passes and of probes."""
-    uneven, still = recorded(run.config, worker), _still(run, worker)
+    uneven, still = run.config.unevenness(worker), _still(run, worker)
     compute, samples = float(passes.own_s.sum()), float(passes.samples.sum())
-    steps = max(1.0, float(passes.samples.median()) / run.config["problem"].get("batch_size", 1))
+    steps = max(1.0, float(passes.samples.median()) / (run.config.batch_size or 1))
     seen, asked = float(np.var(ratios)), float(passes.variance.mean()) / steps
     if uneven.stalls:
         asked += uneven.stalls[1] * (still - 1) / still / max(1e-9, float(passes.compute_s.mean()))

@@ -47,19 +47,17 @@ class Arrivals:
         self.queue: list[dict] = []  # pushes that came while their worker was held
         self.work: dict[int, Answer] = {}  # who is at work, in the order of release
         self.replicas = Replicas(problem, run.config)
-        weights, *_ = flatten(problem.build(run.config["seed"]))
+        weights, *_ = flatten(problem.build(run.config.seed))
         layout = run.layout
         self.n_bytes = exchange.n_bytes(self.replicas.exchange, layout.size)
         self.it: Coordinator = begin_course(
-            run.config,
-            workers,
+            run.config.replace(workers=workers, batch_size=problem.batch_size),
             update,
-            partition := make_partition(run.config["partition"]),
+            partition := make_partition(run.config.partition),
             weights.numpy(),
             layout.n_buffers,
             blocks=layout.blocks,
             labels=problem.labels(problem.train_indices()) if partition.stratified else None,
-            batch_size=problem.batch_size,
             deliver=self._deliver,
             record=self._write,
             save=self._keep,

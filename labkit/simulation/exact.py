@@ -25,6 +25,7 @@ from labkit.partition import make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
 from labkit.runs import events as record
+from labkit.runs.config import environment
 from labkit.simulation.offline import Ledger, Replicas, begin_course
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
@@ -36,9 +37,10 @@ STAMPS = ("seq", "time", "seconds")
 
 
 class Lives:
-    """The rows of a run, server by server: a run that was resumed has had several. Iterates over (place, state, rows).
+    """The rows of a run, server by server: a run that was resumed has had several. Iterates over (workers, version, rows).
 
-    `place` holds the workers that a server began with, `state` the version that it went on from (None for the first).
+    `workers` are those that a server began with, as the settings have them; `version` is the one that it went on from (None for the
+    first).
     """
 
     def __init__(self, run: Run) -> None:
@@ -51,14 +53,14 @@ class Lives:
                 )
         if not any(row["kind"] == "start" for row in self.rows):
             raise RunError(f"run {run.name} cannot be replayed: its record has no start.")
-        notes, self.parts = list(run.config.get("resumed", [])), []
+        notes, self.parts = list(run.config.resumed), []
         cuts = [number for number, row in enumerate(self.rows) if row["kind"] == "resume"]
         for first, end in zip([0, *cuts], [*cuts, len(self.rows)], strict=True):
             version = self.rows[first]["version"] if first else None
             while first and notes and notes.pop(0)["version"] != version:
                 pass  # it was begun from elsewhere in between, and has written nothing
-            place = notes[0]["before"] if notes else run.config
-            self.parts.append(([worker["index"] for worker in place["workers"]], version, self.rows[first:end]))
+            workers = notes[0]["before"]["workers"] if notes else run.config.workers
+            self.parts.append((workers, version, self.rows[first:end]))
 
     def made_for_good(self, part: int) -> float:
         """The last version of this server that a later one has not made again."""
@@ -78,22 +80,20 @@ class Course:
         self.newest = max((row["version"] for row in self.rows if row["kind"] == "merge"), default=version or 0)
         self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
         self.replicas, self.answers = Replicas(problem, run.config), {}
-        flat, *_ = flatten(problem.build(run.config["seed"]))
+        flat, *_ = flatten(problem.build(run.config.seed))
         weights, layout, state = flat.numpy(), run.layout, None
         if version is not None:
             weights, state = checkpoints.read_state(run.path, version)
             if not state:
                 raise RunError(f"version {version}, from which run {run.name} went on, holds no state: it cannot be replayed.")
         self.it = begin_course(
-            run.config,
-            workers,
+            run.config.replace(workers=workers, batch_size=problem.batch_size),
             update,
-            partition := make_partition(run.config["partition"]),
+            partition := make_partition(run.config.partition),
             weights,
             layout.n_buffers,
             blocks=layout.blocks,
             labels=problem.labels(problem.train_indices()) if partition.stratified else None,
-            batch_size=problem.batch_size,
             deliver=self.answers.__setitem__,
             record=self._follows,
             save=self._compare,
@@ -216,7 +216,7 @@ class Course:
 
     def _differs(self, row: dict, what: str) -> RunError:
         who = f" of worker {row['worker']}" if "worker" in row else ""
-        then, now = record.read_json(self.run.path / "environment.json"), record.environment()
+        then, now = record.read_json(self.run.path / "environment.json"), environment()
         other = [
             f"{name} {then['versions'].get(name)}"
             for name in ("torch", "numpy")

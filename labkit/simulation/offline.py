@@ -27,6 +27,7 @@ from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
 from labkit.runs import events as record
+from labkit.runs.config import RunConfig, environment
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.server.membership import Answer
 from labkit.training.train import claim
@@ -51,9 +52,9 @@ class _Place:
 class Replicas:
     """The workers of a run of this `config`, computing one after the other in this process; torch is left as it was (`close`)."""
 
-    def __init__(self, problem: Problem, config: dict) -> None:
-        self.problem, self.seed, self.budget = problem, config["seed"], config["budget"]
-        self.exchange = config.get("exchange", "float32")
+    def __init__(self, problem: Problem, config: RunConfig) -> None:
+        self.problem, self.seed, self.budget = problem, config.seed, config.budget
+        self.exchange = config.exchange
         self.places: dict[int, _Place] = {}
         self._threads = torch.get_num_threads()
 
@@ -119,13 +120,13 @@ class Replicas:
 class Ledger:
     """A new run directory beside no cluster; `origin` says what kind of run it holds."""
 
-    def __init__(self, runs: Path, name: str, config: dict, layout: dict, origin: dict) -> None:
-        made = {"format": record.FORMAT, "id": secrets.token_hex(8), "name": name, "origin": origin}
-        made |= {"created": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.config, self.path = {**config, **made}, claim(runs, name)
+    def __init__(self, runs: Path, name: str, config: RunConfig, layout: dict, origin: dict) -> None:
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        self.config = config.replace(id=secrets.token_hex(8), name=name, origin=origin, created=created)
+        self.path = claim(runs, name)
         try:
-            record.write_json(self.path / "config.json", self.config)
-            record.write_json(self.path / "environment.json", record.environment())
+            self.config.save(self.path)
+            record.write_json(self.path / "environment.json", environment())
             record.write_json(self.path / "layout.json", layout)
             self._file = open(self.path / "events.jsonl", "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -155,8 +156,7 @@ class Ledger:
 
 
 def begin_course(
-    config: dict,
-    workers: list[int],
+    config: RunConfig,
     update: Update,
     partition: Partition,
     weights: np.ndarray,
@@ -169,10 +169,9 @@ def begin_course(
 ) -> Coordinator:
     """A coordinator as the server of a run of this `config` would make it; `options` are its other arguments."""
     if state:
-        update.go_on(weights, workers, n_buffers, state["update"])
+        update.go_on(weights, config.indices, n_buffers, state["update"])
         partition.load_state_dict(state["partition"])
     else:
-        update.start(weights, workers, n_buffers, blocks)
-        partition.start(config["n_train"], workers, seed=config["seed"], labels=labels)
-    settings = {key: config[key] for key in ("budget", "local_steps", "checkpoints")} | {"overlap": config.get("overlap", 0)}
-    return Coordinator(update=update, partition=partition, workers=list(workers), state=state, **settings, **options)
+        update.start(weights, config.indices, n_buffers, blocks)
+        partition.start(config.n_train, config.indices, seed=config.seed, labels=labels)
+    return Coordinator(config, update, partition, state=state, **options)

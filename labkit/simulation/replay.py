@@ -19,6 +19,7 @@ from labkit.errors import RunError
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
 from labkit.runs import events as record
+from labkit.runs.config import REPLAYABLE
 from labkit.simulation.counterfactual import Arrivals
 from labkit.simulation.exact import Course, Lives
 from labkit.simulation.offline import Ledger
@@ -63,19 +64,19 @@ def replay(
         the steps), was computed on a GPU, or by threads that shared a generator of random numbers. Or the replay differs from it:
         the first difference, with its event and worker.
     """
-    rule = copy.deepcopy(make_update(update if update is not None else run.config["update"]))
-    exact = update is None or rule.config() == run.config["update"]
+    rule = copy.deepcopy(make_update(update if update is not None else run.config.update))
+    exact = update is None or rule.config() == run.config.update
     _check_replayable(run, rule)
     problem = problem_of(run, problem or run._problem, "replay(run, problem=problem)")
     lives = Lives(run)
-    origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.get("id")}
-    config = run.config if exact else {**run.config, "update": rule.config()}
+    origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.id}
+    config = run.config if exact else run.config.replace(update=rule.config())
     layout = record.read_json(run.path / "layout.json")
     name = name or f"{run.name}-replay" + ("" if exact else f"-{rule.name}")
     ledger = Ledger(Path(runs or run.path.parent), name, config, layout, origin)
     status = {"state": "failed", "reason": f"the {origin['kind']} of {run.name} was cut off."}
     try:
-        with meter(f"{origin['kind']} of {run.name}", run.config["budget"]) as told:
+        with meter(f"{origin['kind']} of {run.name}", run.config.budget) as told:
             if exact:
                 courses = _drive_again(run, problem, rule, ledger, lives, told)
                 reason = f"{sum(course.passes for course in courses)} local passes and "
@@ -110,15 +111,13 @@ def _check_replayable(run: Run, rule: Update) -> None:
     if run.state == "running":
         raise RunError(f"run {run.name} still goes: its record is not whole yet. Use run.wait() first.")
     if run.origin != "live":
+        raise RunError(f"run {run.name} is a {run.origin} itself; replay the run that it comes from, {run.config.origin['run']}.")
+    if run.config.format < REPLAYABLE:
         raise RunError(
-            f"run {run.name} is a {run.origin} itself; replay the run that it comes from, {run.config['origin']['run']}."
+            f"run {run.name} was recorded by labkit {run.config.labkit} before there were replays (format "
+            f"{run.config.format}): probed speeds and threads of its workers are not in the record. Train it again."
         )
-    if run.config.get("format", 0) < 2:
-        raise RunError(
-            f"run {run.name} was recorded by labkit {run.config.get('labkit')} before there were replays (format "
-            f"{run.config.get('format')}): probed speeds and threads of its workers are not in the record. Train it again."
-        )
-    if "allreduce" in (rule.name, run.config["update"]["name"]):
+    if "allreduce" in (rule.name, run.config.update["name"]):
         raise RunError(
             "an all-reduce cannot be replayed: torch averages gradients among the workers within every step, and in which order it "
             "adds them up is not in the record. With update='sgwu' a run with the same seed gives the same weights."

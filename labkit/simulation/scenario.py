@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from labkit.cluster.emulation import make_stalls, opposite
 from labkit.errors import RunError, real, whole
 from labkit.partition import Partition, make_partition
+from labkit.runs.config import RunConfig
 from labkit.simulation.cost_model import Line, Pace, Timing, fit
 from labkit.simulation.simulator import Change, Simulation
 from labkit.training.run import Run
@@ -32,29 +33,25 @@ _errors: weakref.WeakKeyDictionary[Run, tuple[Timing, float | None]] = weakref.W
 UNKNOWN = {"n_weights": 20_000, "n_train": 60_000, "batch_size": 64, "exchange": Line(1e-3, 2e-9), "server": Line(2e-4, 5e-10)}
 
 
-def of_speeds(speeds: Sequence[float]) -> tuple[Timing, dict]:
+def of_speeds(speeds: Sequence[float]) -> tuple[Timing, RunConfig]:
     """Timing and settings where only the samples/s of each worker are known."""
     paces = tuple(Pace(1 / real("speed", speed, above=0)) for speed in speeds)
-    config = {
-        "update": make_update("agwu").config(),
-        "partition": make_partition("idpa").config(),
-        "passes": 5,
-        "local_steps": None,
-        "seed": 0,
-        "checkpoints": 32,
-        "n_train": UNKNOWN["n_train"],
-        "synthetic": False,
-        "data_note": "",
-        "problem": {"kind": "none: times alone", "batch_size": UNKNOWN["batch_size"]},
-        "workers": [{"slowdown": 1.0, "drifts_to": 1.0}] * len(paces),
-        "jitter": 0.0,
-        "drift": 0.0,
-        "stalls": None,
-    }
+    config = RunConfig(
+        update=make_update("agwu").config(),
+        partition=make_partition("idpa").config(),
+        passes=5,
+        budget=5 * UNKNOWN["n_train"],
+        checkpoints=32,
+        n_train=UNKNOWN["n_train"],
+        batch_size=UNKNOWN["batch_size"],
+        problem={"kind": "none: times alone", "batch_size": UNKNOWN["batch_size"]},
+        n_workers=len(paces),
+        workers=[{"slowdown": 1.0, "drifts_to": 1.0}] * len(paces),
+    )
     return Timing(paces, UNKNOWN["exchange"], UNKNOWN["server"]), config
 
 
-def of_runs(runs: Sequence[Run]) -> tuple[Timing, dict]:
+def of_runs(runs: Sequence[Run]) -> tuple[Timing, RunConfig]:
     """Timing of all, settings of the first."""
     for run in runs:
         if not isinstance(run, Run):
@@ -63,7 +60,7 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, dict]:
             raise RunError(f"run {run.name} still goes: its record is not whole yet. Use run.wait() first.")
         if run.origin != "live":
             raise RunError(f"run {run.name} is a {run.origin} itself; nothing was measured in it. Give a run of a lab.")
-        if run.config["update"]["name"] == "allreduce":
+        if run.config.update["name"] == "allreduce":
             raise RunError(f"run {run.name} is an all-reduce, which exchanges within every step. Give a run of another update.")
     state = [(run.path, (run.path / "events.jsonl").stat().st_size) for run in runs]
     if _fits.get(runs[0], ([], None))[0] != state:
@@ -72,7 +69,7 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, dict]:
 
 
 def changed(
-    recorded: dict,
+    recorded: RunConfig,
     *,
     update: Update,
     partition: Partition,
@@ -87,43 +84,46 @@ def changed(
     exchange: str | None,
     overlap: int | None,
     seed: int | None,
-) -> dict:
+) -> RunConfig:
     """The settings of the scenario."""
     if update.collective:
         raise ValueError("an all-reduce cannot be simulated: it exchanges within every step. Known to work: every other update.")
-    config = {key: value for key, value in recorded.items() if key != "resumed"}
-    before = recorded["workers"]
+    before = recorded.workers
     n = len(before if slowdown is None else slowdown) if n_workers is None else whole("n_workers", n_workers)
     again = [before[i % len(before)] for i in range(n)]
     slow = [worker["slowdown"] for worker in again] if slowdown is None else [real("slowdown", s, least=1) for s in slowdown]
     if len(slow) != n:
         raise ValueError(f"slowdown has {len(slow)} entries for {n} workers. Give one factor for each worker.")
+    moves = slowdown is not None or drift is not None
     about = {"name": "simulated", "host": "simulated", "device": "cpu", "threads": 1, "pid": 0}
-    config["drift"] = recorded.get("drift", 0.0) if drift is None else real("drift", drift, least=0)
-    config["stalls"] = make_stalls(recorded.get("stalls") if stalls is None else stalls)
+    drift = recorded.drift if drift is None else real("drift", drift, least=0)
     there = [worker.get("drifts_to", worker["slowdown"]) for worker in again]
-    there = there if slowdown is None and drift is None else opposite(slow, config["drift"])
+    there = opposite(slow, drift) if moves else there
     pairs = enumerate(zip(slow, there, strict=True))
-    config["workers"] = [{"index": i, **about, "slowdown": here, "drifts_to": later} for i, (here, later) in pairs]
-    config |= {"n_workers": n, "kind": "simulated", "emulated": False}
-    config |= {"update": update.config(), "partition": partition.config()}
-    if jitter is not None:
-        config["jitter"] = real("jitter", jitter, least=0)
-    if exchange is not None:
-        config["exchange"] = exchange
-    check_traffic(update, config.get("exchange", "float32"), overlap or 0)
+    settings = {
+        "workers": [{"index": i, **about, "slowdown": here, "drifts_to": later} for i, (here, later) in pairs],
+        "n_workers": n,
+        "kind": "simulated",
+        "emulated": False,
+        "update": update.config(),
+        "partition": partition.config(),
+        "drift": drift,
+        "stalls": make_stalls(recorded.stalls if stalls is None else stalls),
+        "exchange": recorded.exchange if exchange is None else exchange,
+        "resumed": (),
+    }
+    check_traffic(update, settings["exchange"], overlap or 0)
     if overlap is not None or (update.scored and not update.ahead):  # a rule that allows none does not inherit it
-        config["overlap"] = overlap or 0
+        settings["overlap"] = overlap or 0
+    if jitter is not None:
+        settings["jitter"] = real("jitter", jitter, least=0)
     if seed is not None:
-        config["seed"] = whole("seed", seed + 1) - 1
-    if samples is not None:
-        config["n_train"] = whole("samples", samples)
-    if passes is not None:
-        config["passes"] = real("passes", passes, above=0)
+        settings["seed"] = whole("seed", seed + 1) - 1
     if local_steps != RECORDED:
-        config["local_steps"] = None if local_steps is None else whole("local_steps", local_steps)
-    config["budget"] = max(1, round(config["passes"] * config["n_train"]))
-    return config
+        settings["local_steps"] = None if local_steps is None else whole("local_steps", local_steps)
+    settings["n_train"] = n_train = recorded.n_train if samples is None else whole("samples", samples)
+    settings["passes"] = recorded.passes if passes is None else real("passes", passes, above=0)
+    return recorded.replace(**settings, budget=max(1, round(settings["passes"] * n_train)))
 
 
 def changes(failures: Sequence[tuple], n_workers: int) -> list[Change]:
@@ -164,17 +164,16 @@ def compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float |
 
 
 def _compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float | None:
-    if run.state != "done" or run.config.get("resumed"):
+    if run.state != "done" or run.config.resumed:
         print(f"Run {run.name} was not made from start to end, so there is no wall time to compare the simulation with.")
         return None
     measured = float(run.events.query("kind == 'merge'").seconds.max())
     again = Simulation(
-        run.config,
+        run.config.replace(batch_size=batch_size),
         timing,
         run.layout.size,
-        update=copy.deepcopy(rule) if rule.config() == run.config["update"] else make_update(run.config["update"]),
-        partition=make_partition(run.config["partition"]),
-        batch_size=batch_size,
+        update=copy.deepcopy(rule) if rule.config() == run.config.update else make_update(run.config.update),
+        partition=make_partition(run.config.partition),
         changes=recorded_changes(run),
     ).run()
     error = again.merged_at / measured - 1

@@ -100,8 +100,8 @@ def simulate(
         raise ValueError("simulate() needs a run, several, or the samples/s of at least one worker.")
     base = measured[0] if isinstance(measured[0], Run) else None
     timing, recorded = scenarios.of_runs(measured) if base else scenarios.of_speeds(measured)
-    rule = copy.deepcopy(make_update(update if update is not None else recorded["update"]))
-    parts = copy.deepcopy(make_partition(partition if partition is not None else recorded["partition"]))
+    rule = copy.deepcopy(make_update(update if update is not None else recorded.update))
+    parts = copy.deepcopy(make_partition(partition if partition is not None else recorded.partition))
     workers = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls}
     lengths = {"passes": passes, "local_steps": local_steps, "samples": samples, "seed": seed}
     traffic = {"exchange": exchange, "overlap": overlap}
@@ -109,7 +109,7 @@ def simulate(
     if numerics and (base is None or samples is not None or n_weights is not None):
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
     problem = problem_of(base, problem or base._problem, "simulate(run, problem=problem)") if numerics else None
-    batch_size = config["problem"].get("batch_size") or base.problem().batch_size
+    batch_size = config.batch_size or base.problem().batch_size
     servers = whole("servers", servers)
     size = base.layout.size if base else scenarios.UNKNOWN["n_weights"]
     size = size if n_weights is None else whole("n_weights", n_weights)
@@ -117,17 +117,18 @@ def simulate(
     if failures is None and base and n_workers is None and slowdown is None:
         changes = scenarios.recorded_changes(base)
     else:
-        changes = scenarios.changes(failures or (), len(config["workers"]))
+        changes = scenarios.changes(failures or (), config.n_workers)
     error = scenarios.compared(base, timing, rule, batch_size) if base else None
     origin = {"kind": "simulated", "run": base.name if base else None, "numerics": bool(numerics), "error": error}
-    config["scenario"] = {"bandwidth": bandwidth, "latency": latency, "servers": servers, "n_weights": n_weights}
-    config["scenario"] |= {"failures": [list(failure) for failure in failures] if failures is not None else None}
+    asked = {"bandwidth": bandwidth, "latency": latency, "servers": servers, "n_weights": n_weights}
+    asked |= {"failures": [list(failure) for failure in failures] if failures is not None else None}
+    config = config.replace(batch_size=batch_size, scenario=asked)
     folder = Path(runs) if runs is not None else base.path.parent if base else Path("runs")
     ledger = Ledger(folder, name or (f"{base.name}-simulated" if base else "simulated"), config, layout, origin)
     status = {"state": "failed", "reason": "the simulation was cut off."}
     try:
-        with meter(f"simulation of {config['n_workers']} workers", config["budget"]) as told:
-            rules = {"update": rule, "partition": parts, "batch_size": batch_size, "changes": changes, "problem": problem}
+        with meter(f"simulation of {config.n_workers} workers", config.budget) as told:
+            rules = {"update": rule, "partition": parts, "changes": changes, "problem": problem}
             there = timing.with_links(bandwidth, latency).on_servers(servers)
             made = Simulation(config, there, size, **rules, ledger=ledger, told=told).run()
         it = made.it

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from labkit.cluster.emulation import Slowness, recorded
+from labkit.cluster.emulation import Slowness
 from labkit.models.flat import flatten
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs.checkpoints import Layout
+from labkit.runs.config import RunConfig
 from labkit.simulation.cost_model import Pace, Timing, stretch
 from labkit.simulation.offline import Ledger, Replicas, begin_course
 from labkit.training.server.membership import Answer
@@ -50,20 +51,19 @@ class Simulation:
 
     def __init__(
         self,
-        config: dict,
+        config: RunConfig,
         timing: Timing,
         n_weights: int,
         *,
         update: Update,
         partition: Partition,
-        batch_size: int,
         changes: Sequence[Change] = (),
         problem: Problem | None = None,
         ledger: Ledger | None = None,
         told: Callable[[int], None] = lambda done: None,
     ) -> None:
-        self.config, self.timing, self.ledger, self.told, self.batch_size = config, timing, ledger, told, batch_size
-        self.n_bytes = n_bytes(config.get("exchange", "float32"), n_weights)
+        self.config, self.timing, self.ledger, self.told = config, timing, ledger, told
+        self.n_bytes = n_bytes(config.exchange, n_weights)
         self.merge_s = timing.server(4 * n_weights)  # float32 on the server, whatever travels
         self.slowness: dict[int, tuple[Slowness, float]] = {}  # of each incarnation, and when it came
         self.now, self.busy, self.merged_at = 0.0, 0.0, 0.0
@@ -72,24 +72,21 @@ class Simulation:
         # When a worker is done with what it computes while its push is under way, and how long it computes there.
         self.free: dict[int, tuple[float, float]] = {}
         self.scored: dict[int, float] = {}  # when a worker has measured its score last
-        self.late_score = bool(config.get("overlap")) and not update.scored
+        self.late_score = config.overlap > 0 and not update.scored
         self.replicas, weights, n_buffers, blocks = None, np.zeros(1, np.float32), 0, ()
         if problem is not None:
             self.replicas = Replicas(problem, config)
-            flat, *shapes = flatten(problem.build(config["seed"]))
+            flat, *shapes = flatten(problem.build(config.seed))
             layout = Layout.of(*shapes)
             weights, n_buffers, blocks = flat.numpy(), layout.n_buffers, layout.blocks
-        workers = sorted(worker["index"] for worker in config["workers"])
         self.it = begin_course(
-            config if problem else {**config, "checkpoints": 0},  # without weights there are no versions to keep
-            workers,
+            config if problem else config.replace(checkpoints=0),  # without weights there are no versions to keep
             update,
             partition,
             weights,
             n_buffers,
             blocks=blocks,
             labels=self._labels(problem) if partition.stratified else None,
-            batch_size=batch_size,
             deliver=self._deliver,
             record=self._write,
             save=self._keep,
@@ -97,7 +94,7 @@ class Simulation:
             alarm=lambda at: self._at(at, self.it.tick),
             age=math.inf,
         )
-        for worker in workers:
+        for worker in config.indices:
             self._join(worker)
         for change in changes:
             self._at(change.seconds, self._join if change.comes else self._lose, change.worker)
@@ -125,9 +122,9 @@ class Simulation:
     def _join(self, worker: int) -> None:
         if self.it.state != "running" or self.it.finished:
             return
-        self.slowness[worker] = Slowness(recorded(self.config, worker), self.config["seed"], worker), self.now
+        self.slowness[worker] = Slowness(self.config.unevenness(worker), self.config.seed, worker), self.now
         self.free.pop(worker, None), self.scored.pop(worker, None)
-        self.chance.setdefault(worker, np.random.default_rng(np.random.SeedSequence([self.config["seed"], worker, 1 << 21])))
+        self.chance.setdefault(worker, np.random.default_rng(np.random.SeedSequence([self.config.seed, worker, 1 << 21])))
         if self.replicas:
             self.replicas.join(worker)
         pace, chance = self._pace(worker), self.chance[worker]
@@ -177,14 +174,14 @@ class Simulation:
         sent = max(here, free) + compute + (0.0 if self.late_score else score)
         self.free[worker] = sent + ahead + (score if self.late_score else 0.0), ahead
         times = {"compute_s": carried + compute, "score_s": score, "wait_s": 0.0, "send_s": stood}
-        times |= {"hidden_s": trip - stood} if self.config.get("overlap") else {}
+        times |= {"hidden_s": trip - stood} if self.config.overlap else {}
         times = {key: round(seconds, 6) for key, seconds in times.items()}
         self._at(sent + trip / 2, self._push, worker, header["incarnation"], answer, times)
 
     def _work(self, worker: int, header: dict) -> tuple[float, float, float]:
         """Seconds of a local pass, up to its push and while that is under way, and of a score."""
         pace, chance, samples = self._pace(worker), self.chance[worker], header["samples"]
-        steps, (slowness, came) = max(1, round(samples / self.batch_size)), self.slowness[worker]
+        steps, (slowness, came) = max(1, round(samples / self.config.batch_size)), self.slowness[worker]
         compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))]
         compute = slowness.stretched(compute, self.now - came, steps)
         ahead, score = compute * header["ahead"] / max(1, samples), 0.0
@@ -199,7 +196,7 @@ class Simulation:
 
     def _labels(self, problem: Problem | None) -> np.ndarray:
         """Classes for a stratified partition; any will do where nothing is trained."""
-        return np.arange(self.config["n_train"]) % 10 if problem is None else problem.labels(problem.train_indices())
+        return np.arange(self.config.n_train) % 10 if problem is None else problem.labels(problem.train_indices())
 
     def _pace(self, worker: int) -> Pace:
         return self.timing.paces[worker % len(self.timing.paces)]

@@ -30,6 +30,7 @@ from labkit.problems import Classifier, evaluating
 from labkit.problems.settings import by_value
 from labkit.runs import checkpoints
 from labkit.runs import events as record
+from labkit.runs.config import FORMAT
 from labkit.subnets.coarse import VOTES, Joined, coarse_net, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
 from labkit.subnets.problem import make_subnet, narrowed, subnet_seed
@@ -166,7 +167,7 @@ def describe_problem(problem: Classifier) -> dict[str, Any]:
     dataset = problem.dataset
     centre, rate = (numbers.tolist() for numbers in dataset.affine)
     return {
-        "format": record.FORMAT,
+        "format": FORMAT,
         "what": "subnets",
         "problem": problem.config(),
         "shape": list(dataset.shape),
@@ -188,7 +189,7 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
     config = {RENAMED.get(key, key): value for key, value in config.items()}
     if config.get("what") != "subnets":
         raise RunError(f"{path} does not hold subnets. A run of labkit.train is read by labkit.load_run.")
-    if not isinstance(config.get("format"), int) or config["format"] > record.FORMAT:
+    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
         raise RunError(f"{path} was written by a later labkit (format {config.get('format')}). Update labkit to read it.")
     if "rows" not in config:
         raise RunError(f"{path} holds no trained subnets: their training did not end. Train them again.")

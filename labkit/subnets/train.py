@@ -41,6 +41,7 @@ from labkit.plots.progress import following
 from labkit.problems import Classifier
 from labkit.runs import checkpoints
 from labkit.runs import events as record
+from labkit.runs.config import describe_lab, environment
 from labkit.subnets.baselines import channel_groups, train_baselines
 from labkit.subnets.coarse import INPUTS, STACKING, VOTES, CoarseProblem, Joined, Scaled, gather, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
@@ -51,7 +52,7 @@ from labkit.subnets.status import awaited, latest, report, stopped
 from labkit.training.blocks import run_on_blocks
 from labkit.training.local import Fit, fit, outputs
 from labkit.training.run import Run
-from labkit.training.train import check_shards, choose, claim, describe_lab, launch, leased
+from labkit.training.train import check_shards, choose, claim, configure, launch, leased
 from labkit.training.worker.process import prepare_alone
 from labkit.updates import make_update
 
@@ -168,7 +169,7 @@ def train_subnets(
             config |= {"width_rule": width_rule, "epochs": epochs, "patience": patience, "stacking": stacking, "inputs": inputs}
             config |= {"hidden": hidden, "dropout": float(dropout), "team": team, "batched": batched, **describe_lab(lab, workers)}
             record.write_json(path / "config.json", config)
-            record.write_json(path / "environment.json", record.environment())
+            record.write_json(path / "environment.json", environment())
             run = partial(_map, lab, workers=workers, timeout=timeout)
             way = partial(_on_blocks, lab, workers, timeout, run) if team else partial(_in_batches, run, len(workers))
             (folder := path / "parts").joinpath(checkpoints.FOLDER).mkdir(parents=True)
@@ -357,17 +358,18 @@ def _on_blocks(lab: Lab, workers: list[int], timeout: float, run: Callable, jobs
     """Train subnets on blocks of workers, a run for each; the row of each, in a list."""
     jobs = sorted(jobs, key=lambda job: -job.cost)
     folder, config, epochs = Path(jobs[0].path), jobs[0].config, dict.fromkeys((job.problem.number for job in jobs), 0)
-    team = dict(config["team"])
-    size = team.pop("n_workers")
+    team = config["team"]
 
     def start(job: Job, workers: list[int]) -> Run:
         name = f"{config['name']}-{job.problem.called.replace(' ', '-')}"
-        settings = {"passes": config["epochs"], "seed": job.seed, "checkpoints": 1, **team}
-        return launch(job.problem, lab, workers, name=name, runs=folder, **settings)
+        update, partition = make_update(team["update"]), make_partition(team["partition"])
+        length = {"passes": config["epochs"], "local_steps": team["local_steps"], "checkpoints": 1}
+        settings = configure(job.problem, lab, workers, update, partition, name=name, seed=job.seed, **length)
+        return launch(job.problem, lab, settings, update, partition, folder)
 
     def watch(job: Job, run: Run) -> None:
         number, status = job.problem.number, run.status()
-        if (epoch := status.get("samples", 0) // run.config["n_train"]) > epochs[number]:
+        if (epoch := status.get("samples", 0) // run.config.n_train) > epochs[number]:
             epochs[number], members = epoch, status["workers"].values()
             latest = [[member[name] for member in members if member[name] is not None] for name in ("loss", "score")]
             means = [sum(found) / len(found) if found else None for found in latest]
@@ -375,7 +377,7 @@ def _on_blocks(lab: Lab, workers: list[int], timeout: float, run: Callable, jobs
         if run.state != "running" and run.wait(10).state != "done":
             raise RunError(f"run {run.name} was {run.state}, so its subnet is not trained. Train the subnets again.")
 
-    runs = run_on_blocks(lab, workers, size, jobs, start, watch, timeout=timeout)
+    runs = run_on_blocks(lab, workers, team["n_workers"], jobs, start, watch, timeout=timeout)
     return run(store_run, [replace(job, run=str(one.path)) for job, one in zip(jobs, runs, strict=True)], each=each)
 
 

@@ -38,7 +38,7 @@ def measure(run: Run, problem: Problem, lab: Lab | None = None, workers: Sequenc
     versions = checkpoints.versions(run.path)
     n = len(workers or lab.free()) or 1 if lab else 1
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
-    items = [(problem, str(run.path), share, int(run.config["seed"])) for share in shares]
+    items = [(problem, str(run.path), share, run.config.seed) for share in shares]
     results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
     rows = sorted(itertools.chain.from_iterable(results))
     events = record.effective(run.events)

@@ -26,11 +26,11 @@ from labkit.partition import make_partition
 from labkit.problems.problem import Problem
 from labkit.problems.settings import by_value
 from labkit.runs import checkpoints
-from labkit.runs import events as record
 from labkit.runs import server_file as presence
+from labkit.runs.config import RunConfig, describe_lab
 from labkit.training.run import Run, load_run
 from labkit.training.supervisor import MEETING
-from labkit.training.train import begin, choose, describe_lab, leased, server_spec
+from labkit.training.train import begin, choose, leased, server_spec
 from labkit.updates import make_update
 
 ENDING_S = 5.0  # a server that has ended the run has so long to go
@@ -71,18 +71,18 @@ def resume(
     layout = run.layout
     if len(weights) != layout.size:
         raise RunError(f"version {version} holds {len(weights)} weights, and layout.json of {run.path} says {layout.size}.")
-    update, partition = make_update(run.config["update"]), make_partition(run.config["partition"])
+    update, partition = make_update(run.config.update), make_partition(run.config.partition)
     lab = lab or current() or _lab_like(run)
     newcomers = workers is None
     workers = choose(lab, workers, run.name)
-    if len(workers) > run.config["n_train"]:
-        raise PartitionError(f"{run.config['n_train']} samples cannot fill {len(workers)} shards. Use fewer workers.")
+    if len(workers) > run.config.n_train:
+        raise PartitionError(f"{run.config.n_train} samples cannot fill {len(workers)} shards. Use fewer workers.")
     with leased(lab, workers, run.name):
         for reason in refused:
             print(f"Not used: {reason}")
-        print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config['budget']:,} samples.")
-        spec = server_spec(run.path, run.config, problem, lab, workers, update, partition, np.array(weights), layout, state)
-        _clear(run, describe_lab(lab, workers), version, state["done"])
+        print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config.budget:,} samples.")
+        config = _clear(run, describe_lab(lab, workers), version, state["done"])
+        spec = server_spec(run.path, config, problem, lab, update, partition, np.array(weights), layout, state)
         return begin(run.path, lab, problem, spec, newcomers)
 
 
@@ -97,12 +97,12 @@ def _check_ended(run: Run) -> None:
     if run.state == "running" or presence.alive(run.path):
         raise RunError(f"run {run.name} still goes. Use labkit.load_run({str(run.path)!r}).attach() to follow or stop it.")
     if run.state == "done":
-        raise RunError(f"run {run.name} is done: all of its {run.config['budget']:,} samples were trained on.")
+        raise RunError(f"run {run.name} is done: all of its {run.config.budget:,} samples were trained on.")
 
 
 def problem_of(run: Run, given: Problem | None, call: str = "resume({path!r}, problem=problem)") -> Problem:
     """The problem of the run: what goes on, or is done again, must be what was begun. `call`: what to write where it is missing."""
-    recorded = run.config["problem"]
+    recorded = run.config.problem
     if given is None:
         if (lost := by_value(recorded)) is not None:
             raise RunError(
@@ -118,18 +118,18 @@ def problem_of(run: Run, given: Problem | None, call: str = "resume({path!r}, pr
         told = ", ".join(f"{name}={settings.get(name)!r} for {recorded.get(name)!r}" for name in other)
         raise RunError(f"this problem is not the one of run {run.name}: {told}. A changed problem is a new run: labkit.train(...).")
     n_train = len(given.train_indices())
-    if n_train != run.config["n_train"]:
-        raise RunError(f"the data have {n_train} training samples, and run {run.name} was begun with {run.config['n_train']}.")
+    if n_train != run.config.n_train:
+        raise RunError(f"the data have {n_train} training samples, and run {run.name} was begun with {run.config.n_train}.")
     from labkit.models.flat import flatten
 
-    if checkpoints.Layout.of(*flatten(given.build(int(run.config["seed"])))[1:]) != run.layout:
+    if checkpoints.Layout.of(*flatten(given.build(run.config.seed))[1:]) != run.layout:
         raise RunError(f"the model of this problem has other tensors than run {run.name} was begun with (layout.json).")
     return given
 
 
 def _lab_like(run: Run) -> Lab:
     """A lab such as the run had, started here."""
-    kind, workers = run.config["kind"], run.config["workers"]
+    kind, workers = run.config.kind, run.config.workers
     if kind == "slurm" or {worker["host"] for worker in workers} != {socket.gethostname()}:
         raise RunError(f"run {run.name} had a lab of kind {kind!r} elsewhere. Connect one: labkit.resume(path, lab).")
     slowdown = [worker["slowdown"] for worker in workers]
@@ -138,24 +138,25 @@ def _lab_like(run: Run) -> Lab:
         len(workers),
         threads_per_worker=workers[0]["threads"],
         slowdown=slowdown if any(factor != 1 for factor in slowdown) else None,
-        jitter=run.config["jitter"],
-        drift=run.config.get("drift", 0.0) if slowdown != slowdown[::-1] else 0.0,
-        stalls=run.config.get("stalls"),
+        jitter=run.config.jitter,
+        drift=run.config.drift if slowdown != slowdown[::-1] else 0.0,
+        stalls=run.config.stalls,
     )
 
 
-def _clear(run: Run, place: dict, version: int, done: int) -> None:
-    """What says that the run has ended goes; the settings say where it goes on."""
-    earlier = {key: run.config.get(key) for key in place}
+def _clear(run: Run, place: dict, version: int, done: int) -> RunConfig:
+    """What says that the run has ended goes; the settings, which are returned, say where it goes on."""
+    earlier = {key: run.config[key] for key in place}
     note = {"version": version, "samples": done, "resumed": datetime.now(UTC).isoformat(timespec="seconds"), "before": earlier}
-    config = {**run.config, **place, "resumed": [*run.config.get("resumed", []), note]}
+    config = run.config.replace(**place, resumed=[*run.config.resumed, note])
     try:
         checkpoints.rewind(run.path, version)
         presence.withdraw(run.path)  # of the server that was killed
-        record.write_json(run.path / "config.json", config)
+        config.save(run.path)
         for name in ("metrics.parquet", "status.json"):
             (run.path / name).unlink(missing_ok=True)
         for file in run.path.glob(f"{MEETING}*"):
             file.unlink(missing_ok=True)  # of a kernel that was killed
     except OSError as error:
         raise RunError(f"run {run.name} cannot go on in {run.path}: {error}.") from error
+    return config

@@ -19,6 +19,7 @@ from labkit.errors import RunError
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.runs import server_file as presence
+from labkit.runs.config import RunConfig
 from labkit.updates import UPDATES
 
 if TYPE_CHECKING:
@@ -43,12 +44,8 @@ class Run:
 
     def __init__(self, path: str | Path, *, problem: Problem | None = None, session: Session | None = None) -> None:
         self.path = Path(path)
-        self.config = record.read_json(self.path / "config.json")
-        if self.config.get("format", 0) > record.FORMAT:
-            raise RunError(f"{self.path} was written by a later labkit ({self.config['labkit']}). Update labkit to read it.")
-        if recorded := self.config.get("problem"):
-            recorded["kind"] = record.MOVED.get(recorded.get("kind"), recorded.get("kind"))
-        self.name = str(self.config.get("name", self.path.name))
+        self.config = RunConfig.load(self.path)
+        self.name = self.config.name or self.path.name
         self._problem = problem
         self._session: Session | Attached | None = session
         self._events: tuple[int, pd.DataFrame] | None = None
@@ -144,14 +141,14 @@ class Run:
 
     @property
     def _strategy(self) -> str:
-        update, partition = self.config["update"]["name"], self.config["partition"]["name"]
+        update, partition = self.config.update["name"], self.config.partition["name"]
         label = UPDATES[update].__name__ if update in UPDATES else update  # a rule of the user's own
         return label if update == "allreduce" and partition == "udpa" else f"{label} + {partition.upper()}"
 
     @property
     def origin(self) -> str:
         """ "live", "replay" (the same again), "counterfactual" (the same arrivals, another rule) or "simulated"."""
-        return self.config.get("origin", {}).get("kind", "live")
+        return self.config.origin["kind"] if self.config.origin else "live"
 
     @property
     def events(self) -> pd.DataFrame:
@@ -218,7 +215,7 @@ class Run:
         merges = record.effective(events).query("kind == 'merge'")
         pushes, releases = (events[events.kind == kind] for kind in ("push", "release"))
         curve = self.curve() if self.state != "running" else None
-        n_workers = max(1, int(self.config["n_workers"]))
+        n_workers = max(1, self.config.n_workers)
         seconds = float(merges.seconds.max()) if len(merges) else 0.0
         samples = float(merges.samples.sum())
         worked = float(pushes.compute_s.sum() + events.score_s.sum())
@@ -231,8 +228,8 @@ class Run:
         total = float(coefficients.sum())
         return {
             "name": self.name,
-            "update": self.config["update"]["name"],
-            "partition": self.config["partition"]["name"],
+            "update": self.config.update["name"],
+            "partition": self.config.partition["name"],
             "state": self.state,
             "origin": self.origin,
             "score": None if curve is None or curve.empty else float(curve.score.iloc[-1]),
@@ -247,12 +244,12 @@ class Run:
             "staleness_p95": float(merges.staleness.quantile(0.95)) if len(merges) else 0.0,
             "balance": float(later.mean()) if len(later) else None,
             "weight_per_worker": {int(w): float(c) / total for w, c in coefficients.items()} if total else {},
-            "exchange": self.config.get("exchange", "float32"),
-            "overlap": self.config.get("overlap", 0),
+            "exchange": self.config.exchange,
+            "overlap": self.config.overlap,
             "bytes": int(pushes.bytes.sum() + releases.bytes.sum()),
             "checkpoints": int((record.effective(events).kind == "checkpoint").sum()),
             "n_workers": n_workers,
-            "seed": self.config["seed"],
+            "seed": self.config.seed,
         }
 
     def time_to(self, score: float) -> float | None:
@@ -298,7 +295,7 @@ class Run:
         if self._problem is None:
             from labkit.problems.problem import problem_from_config
 
-            self._problem = problem_from_config(self.config["problem"])
+            self._problem = problem_from_config(self.config.problem)
         return self._problem
 
     def model(self, version: int | None = None) -> torch.nn.Module:
@@ -307,16 +304,16 @@ class Run:
 
         from labkit.models.flat import flatten
 
-        module = self.problem().build(int(self.config["seed"]))
+        module = self.problem().build(self.config.seed)
         flat, *_ = flatten(module)
         flat.copy_(torch.from_numpy(np.array(self.flat(version))))
         return module.eval()
 
     def __repr__(self) -> str:
         status = self.status()
-        done = f", {status['samples']} of {self.config['budget']} samples" if "samples" in status else ""
+        done = f", {status['samples']} of {self.config.budget} samples" if "samples" in status else ""
         reason = f": {status['reason']}" if status.get("reason") else ""
-        source = self.config.get("origin", {}).get("run")
+        source = (self.config.origin or {}).get("run")
         label = f"{self._strategy} ({self.origin} of {source})" if source else self.label
         return f"<Run {self.name}: {label}, {self.state}{reason}{done}>"
 

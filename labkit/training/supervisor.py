@@ -52,14 +52,14 @@ class Session:
         self.generations: dict[int, int] = {}  # how often it was started
         self.meeting = f"{MEETING}{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
         self._lonely_since: float | None = None  # before the start: since when all are lost
-        self._status: dict = {"state": "running", "samples": 0, "budget": spec.budget, "version": 0}
+        self._status: dict = {"state": "running", "samples": 0, "budget": spec.config.budget, "version": 0}
         self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
 
     def start(self, run: Run) -> None:
         self.run, self.server = run, None
         try:
             self.server, self.address = _start_server(self.spec, self.path)
-            for index in self.spec.workers:
+            for index in self.spec.config.indices:
                 self._start_worker(index)
         except BaseException as error:
             if self.server:
@@ -104,15 +104,11 @@ class Session:
             index=worker.index,
             address=self.address,
             secret=self.spec.secret,
-            seed=self.spec.seed,
-            budget=self.spec.budget,
+            config=self.spec.config,
             device=worker.device,
             threads=worker.threads,
             uneven=self.lab.unevenness(worker.index),
             collective=str(self.path / self.meeting) if self.spec.update.collective else None,
-            one_process=self.lab.one_process,
-            exchange=self.spec.exchange,
-            overlap=self.spec.overlap,
             scored=self.spec.update.scored,
         )
 
@@ -213,7 +209,7 @@ class Session:
             lost = self.lab.lost()
             alone = all(index in lost for index in self.tasks)
             self._lonely_since = (self._lonely_since or time.monotonic()) if alone else None
-            if self._lonely_since and time.monotonic() - self._lonely_since > self.spec.patience:
+            if self._lonely_since and time.monotonic() - self._lonely_since > self.spec.config.join_timeout:
                 return f"workers {sorted(self.tasks)} were lost before the run began. connect() again for a full lab."
         return ""
 

@@ -19,7 +19,9 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,7 @@ from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import events as record
 from labkit.runs.checkpoints import Layout
+from labkit.runs.config import RunConfig, describe_lab, environment
 from labkit.training.run import Run, moved
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import Session
@@ -53,8 +56,8 @@ def train(
     workers: Sequence[int] | None = None,
     exchange: str = "float32",
     overlap: int = 0,
-    silence: float = 4.0,
-    patience: float = 60.0,
+    heartbeat_timeout: float = 4.0,
+    join_timeout: float = 60.0,
 ) -> Run:
     """Train a problem on a lab; returns at once with a `Run`.
 
@@ -88,10 +91,10 @@ def train(
         push, whose last batches are then from an older version. 0: it stands still meanwhile. Where the rule does not weigh pushes
         by their score, that is measured in this time too. `stop` waits for these batches. Rules that answer at once (AGWU,
         FedAsync, ...) allow both, those that wait for everybody (LocalSGD, DiLoCo) the score alone; SGWU and AllReduce refuse.
-    silence
-        Seconds without a sign of life (workers give one twice a second) after which a worker is taken to be gone: the others go on,
-        and it may join again.
-    patience
+    heartbeat_timeout
+        Seconds without a heartbeat (workers send two a second) after which a worker is taken to be lost: the others go on, and it
+        may join again.
+    join_timeout
         Seconds that the run waits for all workers at the start, before it begins without the missing ones (they may come later);
         and for anybody when every worker is lost, before it fails (`resume` goes on from there).
 
@@ -102,7 +105,7 @@ def train(
     """
     update, partition = make_update(update), make_partition(partition)
     _check_lengths(passes, local_steps, seed, checkpoints)
-    _check_waits(silence, patience)
+    _check_timeouts(heartbeat_timeout, join_timeout)
     check_traffic(update, exchange, overlap)
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
@@ -113,52 +116,78 @@ def train(
     newcomers = workers is None
     workers = choose(lab, workers, name)
     check_shards(problem, workers, partition)
+    config = configure(
+        problem,
+        lab,
+        workers,
+        update,
+        partition,
+        name=name,
+        passes=passes,
+        local_steps=local_steps,
+        seed=seed,
+        checkpoints=checkpoints,
+        exchange=exchange,
+        overlap=int(overlap),
+        heartbeat_timeout=float(heartbeat_timeout),
+        join_timeout=float(join_timeout),
+    )
     with leased(lab, workers, name):
-        length = {"passes": passes, "local_steps": local_steps, "seed": seed, "checkpoints": checkpoints}
-        waits = {"silence": silence, "patience": patience, "exchange": exchange, "overlap": overlap}
-        place = {"name": name, "runs": runs, "newcomers": newcomers}
-        return launch(problem, lab, workers, partition=partition, update=update, **place, **length, **waits)
+        return launch(problem, lab, config, update, partition, runs, takes_newcomers=newcomers)
+
+
+def configure(
+    problem: Problem, lab: Lab, workers: list[int], update: Update, partition: Partition, *, passes: float, **settings: Any
+) -> RunConfig:
+    """The settings of a new run; `settings` are further fields of `RunConfig`, as `train` has them."""
+    n_train = len(problem.train_indices())
+    return RunConfig(
+        id=secrets.token_hex(8),
+        labkit=metadata.version("labkit"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        problem=problem.config(),
+        update=update.config(),
+        partition=partition.config(),
+        passes=passes,
+        budget=max(1, round(passes * n_train)),
+        n_train=n_train,
+        batch_size=problem.batch_size,
+        synthetic=problem.dataset.synthetic,
+        data_note=problem.dataset.note,
+        **settings,
+        **describe_lab(lab, workers),
+    )
 
 
 def launch(
     problem: Problem,
     lab: Lab,
-    workers: list[int],
-    *,
-    partition: str | dict | Partition,
-    update: str | dict | Update,
-    name: str,
+    config: RunConfig,
+    update: Update,
+    partition: Partition,
     runs: str | Path,
-    passes: float,
-    local_steps: int | None,
-    seed: int,
-    checkpoints: int,
-    exchange: str = "float32",
-    overlap: int = 0,
-    silence: float = 4.0,
-    patience: float = 60.0,
-    newcomers: bool = False,
+    *,
+    takes_newcomers: bool = False,
 ) -> Run:
     """The second half of `train`: a run of what was checked, on workers that are leased, to whomever."""
-    update, partition = make_update(update), make_partition(partition)
-    flat, *shapes = flatten(problem.build(seed))
+    flat, *shapes = flatten(problem.build(config.seed))
     layout = Layout.of(*shapes)
-    n_train = len(problem.train_indices())
-    budget = max(1, round(passes * n_train))
-    path = claim(Path(runs), name)
-    config = _config(problem, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train)
-    config |= {"exchange": exchange, "overlap": int(overlap), "silence": float(silence), "patience": float(patience)}
-    _write_beginning(path, config | describe_lab(lab, workers), layout)
-    spec = server_spec(path, config, problem, lab, workers, update, partition, flat.numpy(), layout)
-    return begin(path, lab, problem, spec, newcomers)
+    path = claim(Path(runs), config.name)
+    try:
+        config.save(path)
+        record.write_json(path / "environment.json", environment())
+        record.write_json(path / "layout.json", asdict(layout))
+    except OSError as error:
+        raise _unrecordable(path, error) from error
+    spec = server_spec(path, config, problem, lab, update, partition, flat.numpy(), layout)
+    return begin(path, lab, problem, spec, takes_newcomers)
 
 
 def server_spec(
     path: Path,
-    config: dict,
+    config: RunConfig,
     problem: Problem,
     lab: Lab,
-    workers: list[int],
     update: Update,
     partition: Partition,
     weights: np.ndarray,
@@ -166,28 +195,16 @@ def server_spec(
     state: dict | None = None,
 ) -> ServerSpec:
     """What the server of a run needs to know; with the `state` of a checkpoint it goes on from there."""
-    samples = problem.train_indices()
     return ServerSpec(
+        config=config,
         path=str(path),
         secret=secrets.token_bytes(32),
         update=update,
         partition=partition,
         weights=weights,
-        n_buffers=layout.n_buffers,
-        blocks=layout.blocks,
-        n_samples=len(samples),
-        labels=problem.labels(samples) if partition.stratified else None,
-        workers=workers,
-        budget=config["budget"],
-        local_steps=config["local_steps"],
-        batch_size=problem.batch_size,
-        seed=config["seed"],
-        checkpoints=config["checkpoints"],
+        layout=layout,
+        labels=problem.labels(problem.train_indices()) if partition.stratified else None,
         host=_host(lab),
-        exchange=config.get("exchange", "float32"),  # earlier runs had no other
-        overlap=config.get("overlap", 0),
-        silence=config["silence"],
-        patience=config["patience"],
         state=state,
     )
 
@@ -219,11 +236,11 @@ def _check_lengths(passes: float, local_steps: int | None, seed: int, checkpoint
         raise ValueError(f"checkpoints={checkpoints}: at least one version must be kept.")
 
 
-def _check_waits(silence: float, patience: float) -> None:
-    if not silence >= 1:
-        raise ValueError(f"silence={silence}: workers give a sign of life every 0.5 s, so give them 1 s at least.")
-    if not patience >= 1:
-        raise ValueError(f"patience={patience}: workers need some time to come, so give them 1 s at least.")
+def _check_timeouts(heartbeat_timeout: float, join_timeout: float) -> None:
+    if not heartbeat_timeout >= 1:
+        raise ValueError(f"heartbeat_timeout={heartbeat_timeout}: workers send a heartbeat every 0.5 s, so give them 1 s at least.")
+    if not join_timeout >= 1:
+        raise ValueError(f"join_timeout={join_timeout}: workers need some time to come, so give them 1 s at least.")
 
 
 def check_traffic(update: Update, exchange: str, overlap: int) -> None:
@@ -299,48 +316,9 @@ def claim(runs: Path, name: str) -> Path:
         (path / "checkpoints").mkdir(parents=True)
         (path / "figures").mkdir()
     except OSError as error:
-        raise RunError(f"the run cannot be recorded in {path}: {error}. Give train() another folder: runs=...") from error
+        raise _unrecordable(path, error) from error
     return path
 
 
-def _write_beginning(path: Path, config: dict, layout: Layout) -> None:
-    try:
-        record.write_json(path / "config.json", config)
-        record.write_json(path / "environment.json", record.environment())
-        record.write_json(path / "layout.json", asdict(layout))
-    except OSError as error:
-        raise RunError(f"the run cannot be recorded in {path}: {error}. Give train() another folder: runs=...") from error
-
-
-def describe_lab(lab: Lab, workers: list[int]) -> dict:
-    """Where a run goes, for its settings."""
-    return {
-        "kind": lab.kind,
-        "n_workers": len(workers),
-        "workers": [asdict(lab.workers[index]) for index in workers],
-        "jitter": lab.jitter,
-        "drift": lab.drift,
-        "stalls": lab.stalls,
-        "emulated": lab.emulated,
-    }
-
-
-def _config(problem, partition, update, name, budget, passes, local_steps, seed, checkpoints, n_train) -> dict:
-    return {
-        "format": record.FORMAT,
-        "id": secrets.token_hex(8),  # checkpoints bear it, so that those of another run are told apart
-        "labkit": record.environment()["versions"]["labkit"],
-        "name": name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "update": update.config(),
-        "partition": partition.config(),
-        "passes": passes,
-        "local_steps": local_steps,
-        "seed": seed,
-        "budget": budget,
-        "checkpoints": checkpoints,
-        "n_train": n_train,
-        "synthetic": problem.dataset.synthetic,
-        "data_note": problem.dataset.note,
-        "problem": problem.config(),
-    }
+def _unrecordable(path: Path, error: OSError) -> RunError:
+    return RunError(f"the run cannot be recorded in {path}: {error}. Give train() another folder: runs=...")

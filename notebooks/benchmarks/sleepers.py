@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -35,6 +36,8 @@ from torch import nn
 import labkit
 from labkit.plots import style as canvas
 from labkit.runs import events as record
+from labkit.runs.checkpoints import Layout
+from labkit.runs.config import RunConfig
 from labkit.training import supervisor as session
 from labkit.training.server.server import ServerSpec
 from labkit.training.wire import transport as wire
@@ -88,22 +91,27 @@ def serving(update: str, n_workers: int, megabytes: float, path: Path) -> Iterat
     Nothing but its first and its last version is kept on the disk, and these are deleted afterwards.
     """
     path.mkdir(parents=True, exist_ok=True)
+    config = RunConfig(
+        name=path.name,
+        update={"name": update},
+        partition={"name": "udpa"},
+        n_workers=n_workers,
+        workers=[{"index": index} for index in range(n_workers)],
+        n_train=n_workers,
+        passes=math.inf,
+        budget=1 << 52,  # far more than will be trained on
+        batch_size=1,
+        checkpoints=1,
+        heartbeat_timeout=PATIENCE_S,
+    )
     spec = ServerSpec(
+        config=config,
         path=str(path),
         secret=os.urandom(32),
         update=labkit.updates.make_update(update),
         partition=labkit.UDPA(),
         weights=np.ones(size(megabytes), np.float32),
-        n_buffers=0,
-        n_samples=n_workers,
-        labels=None,
-        workers=list(range(n_workers)),
-        budget=1 << 52,  # far more than will be trained on
-        local_steps=None,
-        batch_size=1,
-        seed=0,
-        checkpoints=1,
-        silence=PATIENCE_S,
+        layout=Layout((), (), size(megabytes), 0),
         age=PATIENCE_S,
     )
     server, address = session._start_server(spec, path)

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from labkit.cluster.emulation import NAP_S, PIECES, Slowness, Unevenness, make_stalls, opposite, recorded, unsteadiness
+from labkit.cluster.emulation import NAP_S, PIECES, Slowness, Unevenness, make_stalls, opposite, unsteadiness
 
 JITTERY, STALLING = Unevenness(4.0, 0.3), Unevenness(2.0, stalls=(5.0, 1.0))
 DRIFTING = Unevenness(1.0, drift=20.0, drifts_to=4.0)
@@ -111,18 +111,6 @@ def test_a_worker_sleeps_through_its_stalls(monkeypatch):
 def test_stalls_that_make_no_sense_are_refused(stalls):
     with pytest.raises(ValueError, match=r"stalls=\(.*\): give \(every, seconds\), such as \(20, 1\), and at most 30 s"):
         make_stalls(stalls)
-
-
-# -- in the record -----------------------------------------------------------------------------------------------------
-
-
-def test_the_record_gives_it_back():
-    workers = [{"index": 0, "slowdown": 1, "drifts_to": 4}, {"index": 3, "slowdown": 4, "drifts_to": 1}]
-    config = {"workers": workers, "jitter": 0.2, "drift": 20, "stalls": [9, 2]}
-    assert recorded(config, 3) == Unevenness(4, 0.2, 20, 1, (9, 2))
-    assert recorded(config, 5) == Unevenness(1, 0.2, 20, 1, (9, 2)), "a newcomer"
-    earlier = {"workers": [{"index": 0, "slowdown": 2.0}], "jitter": 0.0}
-    assert recorded(earlier, 0) == Unevenness(2.0, drifts_to=2.0), "of a run from before there was drift"
 
 
 def test_words():

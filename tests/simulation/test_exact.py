@@ -201,7 +201,7 @@ def test_kills_joins_and_refusals_are_replayed(tmp_path, monkeypatch):
     with labkit.connect("dask", 2) as lab:
         a_problem = problem(net_with_chance, kind=Slow)
         run = labkit.train(
-            a_problem, lab, runs=tmp_path, passes=400, local_steps=4, name="r", partition=PARTITIONS["idpa"], silence=1.0
+            a_problem, lab, runs=tmp_path, passes=400, local_steps=4, name="r", partition=PARTITIONS["idpa"], heartbeat_timeout=1.0
         )
         until(lambda: run.status()["version"] >= 3, 30)
         chaos.drop_link(run, 0)

@@ -14,41 +14,33 @@ import pytest
 import labkit
 from labkit.errors import RunError
 from labkit.partition import UDPA
-from labkit.runs import events as record
 from labkit.runs import server_file as presence
+from labkit.runs.checkpoints import Layout
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import transport as wire
 from labkit.updates import AGWU
+from tests.helpers import settings
 
 SECRET, SIZE = b"s" * 32, 5
-CONFIG = {"format": 1, "labkit": "0", "name": "far", "update": {"name": "agwu"}, "partition": {"name": "udpa"}}
-CONFIG |= {"budget": 34, "seed": 0, "n_workers": 1}
+CONFIG = settings([0], name="far", join_timeout=20.0)
 
 
 def spec(path):
     return ServerSpec(
+        config=CONFIG,
         path=str(path),
         secret=SECRET,
         update=AGWU(),
         partition=UDPA(),
         weights=np.zeros(SIZE, np.float32),
-        n_buffers=0,
-        n_samples=17,
-        labels=None,
-        workers=[0],
-        budget=34,
-        local_steps=None,
-        batch_size=4,
-        seed=0,
-        checkpoints=4,
-        patience=20.0,
+        layout=Layout((), (), SIZE, 0),
     )
 
 
 @contextmanager
 def going(path):
     """A run whose server is in a thread here and announces itself, as the process of a real one does."""
-    record.write_json(path / "config.json", CONFIG)
+    CONFIG.save(path)
     server = Server(spec(path))
     presence.announce(path, server.address, SECRET)
 
@@ -139,7 +131,7 @@ def test_a_server_that_dies_is_noticed(tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_cut_off_says_how_to_go_on(tmp_path):
-    record.write_json(tmp_path / "config.json", CONFIG)
+    CONFIG.save(tmp_path)
     run = labkit.load_run(tmp_path)
     assert run.state == "failed" and run.status()["reason"] == f"cut off; labkit.resume({str(tmp_path)!r}) goes on"
     with pytest.raises(RunError, match=r"does not go any more, it is failed: cut off; labkit\.resume\("):

@@ -107,8 +107,9 @@ def test_the_server_is_told_all_that_it_was_told_at_first_and_where_to_go_on(cut
     run = cut(update=labkit.AGWU("raw"), partition=labkit.IDPA(3), seed=5, local_steps=2, checkpoints=7)
     again = labkit.resume(run.path, lab)
     [(spec, _)] = begun
-    assert again.path == run.path and (spec.path, spec.budget, spec.n_samples) == (str(run.path), run.config["budget"], 187)
-    assert (spec.seed, spec.local_steps, spec.checkpoints, spec.batch_size, spec.workers) == (5, 2, 7, 16, [0, 1])
+    config = spec.config
+    assert again.path == run.path and (spec.path, config.budget, config.n_train) == (str(run.path), run.config.budget, 187)
+    assert (config.seed, config.local_steps, config.checkpoints, config.batch_size, config.indices) == (5, 2, 7, 16, [0, 1])
     assert spec.update.config() == run.config["update"] and spec.partition.config() == run.config["partition"]
     assert (spec.weights == np.arange(run.layout.size) + 9).all() and spec.weights.flags.writeable
     assert spec.state["done"] == 90 and spec.state["incarnations"] == {0: 3, 1: 3}
@@ -126,7 +127,7 @@ def test_what_said_that_the_run_had_ended_is_gone_and_the_settings_say_where_it_
         again = labkit.resume(run.path, other)
     gone = ("status.json", "metrics.parquet", ".ranks-12ab-1", presence.FILE)
     assert not any((run.path / name).exists() for name in gone)
-    assert (again.config["n_workers"], len(again.config["workers"]), begun[0][0].workers) == (3, 3, [0, 1, 2])
+    assert (again.config["n_workers"], len(again.config["workers"]), begun[0][0].config.indices) == (3, 3, [0, 1, 2])
     [note] = again.config["resumed"]
     assert (note["version"], note["samples"], note["before"]["n_workers"]) == (9, 90, 2)
     assert {**again.config, **note["before"], "resumed": 0} == {**run.config, "resumed": 0}

@@ -322,7 +322,7 @@ def test_emulated_slowness_is_in_the_record(tmp_path):
 
 def test_stalls_and_drift_are_in_the_record_and_in_the_times(tmp_path):
     """Worker 1 begins slow and ends quick; and somebody stands still half of the time, without being taken to be lost."""
-    options = {"runs": tmp_path, "local_steps": 2, "partition": "udpa", "update": "agwu", "silence": 1.5, "seed": SEED}
+    options = {"runs": tmp_path, "local_steps": 2, "partition": "udpa", "update": "agwu", "heartbeat_timeout": 1.5, "seed": SEED}
     with labkit.connect("threads", 2, slowdown=[1, 6], drift=2.0) as drifting:
         run = ended(labkit.train(problem(kind=Slow), drifting, name="drift", passes=12, **options))
     assert run.config["emulated"] and run.config["drift"] == 2 and [w["drifts_to"] for w in run.config["workers"]] == [6, 1]
@@ -709,7 +709,7 @@ def test_a_worker_that_stays_frozen_does_not_keep_the_run_from_its_end(tmp_path,
     monkeypatch.setattr(session, "ENDING_S", 0.5)
     with labkit.connect("dask", 2) as lab:
         run = labkit.train(
-            problem(kind=Slow), lab, update="agwu", partition="udpa", passes=20, silence=3.0, runs=tmp_path, seed=SEED
+            problem(kind=Slow), lab, update="agwu", partition="udpa", passes=20, heartbeat_timeout=3.0, runs=tmp_path, seed=SEED
         )
         until(lambda: run.status()["version"] >= 4, 60)
         os.kill(lab.workers[1].pid, signal.SIGSTOP)
@@ -730,12 +730,14 @@ class Pausing(labkit.Classifier):
 
 
 def test_a_worker_that_is_slow_to_answer_is_not_taken_to_be_gone(train):
-    run = train(problem(kind=Pausing), update="sgwu", partition="udpa", passes=2, silence=1.0).wait(60)
+    run = train(problem(kind=Pausing), update="sgwu", partition="udpa", passes=2, heartbeat_timeout=1.0).wait(60)
     assert run.state == "done" and run.events.query("kind == 'push'").compute_s.max() > 2
     assert set(run.events.query("kind == 'leave'").message) == {""} and run.events.query("kind == 'join'").incarnation.max() == 0
 
 
-@pytest.mark.parametrize(("wait", "words"), [({"silence": 0.3}, "give them 1 s at least"), ({"patience": 0}, "patience=0")])
+@pytest.mark.parametrize(
+    ("wait", "words"), [({"heartbeat_timeout": 0.3}, "give them 1 s at least"), ({"join_timeout": 0}, "join_timeoue=0")]
+)
 def test_waits_that_make_no_sense(train, wait, words):
     with pytest.raises(ValueError, match=words):
         train(problem(), **wait)

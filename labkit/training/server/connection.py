@@ -39,9 +39,9 @@ class Conversation:
 
     def __init__(self, server: Server, connection: wire.Connection, hello: dict) -> None:
         self.server, self.connection, self.hello = server, connection, hello
-        self.course, self.silence = server.course, server.spec.silence
+        self.course, self.heartbeat_timeout = server.course, server.config.heartbeat_timeout
         self.outbox: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self.exchange, n = server.spec.exchange, len(server.spec.weights)
+        self.exchange, n = server.config.exchange, len(server.spec.weights)
         self.buffer = exchange.buffer(self.exchange, n)  # of its pushes, as they come
         self.weights = self.buffer if self.exchange == "float32" else np.empty(n, np.float32)
         self.given = server.spec.weights  # with which it was released last
@@ -53,7 +53,7 @@ class Conversation:
             self.connection.send({"op": "stop", "reason": refused, "wait_s": 0.0})
             return None
         why = ""
-        self.connection.patience(self.silence)
+        self.connection.patience(self.heartbeat_timeout)
         try:
             self._answer(member)
             while self._hear(member):
@@ -97,7 +97,7 @@ class Conversation:
     def _hear(self, member: Member) -> bool:
         """Take in what a worker says during its local pass, until it needs an answer (True) or leaves (False)."""
         while True:
-            if not self.connection.waiting(self.silence):
+            if not self.connection.waiting(self.heartbeat_timeout):
                 raise self._no_sign_of_life()
             header, n = self.connection.receive(self._place)
             if header["op"] == "heartbeat":
@@ -141,7 +141,7 @@ class Conversation:
                 elif header["op"] != "heartbeat":
                     raise WireError(f"a {header['op']!r} message came from a worker that is held.")
                 heard = time.monotonic()
-            if time.monotonic() - heard > self.silence:
+            if time.monotonic() - heard > self.heartbeat_timeout:
                 raise self._no_sign_of_life()
         n = self.connection.send(answer.header, *self._packed(answer))
         if answer.header["op"] == "go":
@@ -199,7 +199,7 @@ class Conversation:
         return [self.buffer] if n == self.buffer.nbytes else [bytearray(n)]
 
     def _no_sign_of_life(self) -> Exception:
-        return _Silent(f"no sign of life for {self.silence:g} s")
+        return _Silent(f"no sign of life for {self.heartbeat_timeout:g} s")
 
 
 class _Silent(Exception):

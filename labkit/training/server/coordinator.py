@@ -28,6 +28,7 @@ import numpy as np
 
 from labkit.errors import ClusterError, PartitionError, UpdateError
 from labkit.partition import Partition
+from labkit.runs.config import RunConfig
 from labkit.training.server.grants import Allotment, Part
 from labkit.training.server.keeping import AGE_S, Keeper
 from labkit.training.server.membership import Answer, Member
@@ -45,14 +46,10 @@ class Coordinator:
 
     def __init__(
         self,
-        *,
+        config: RunConfig,
         update: Update,
         partition: Partition,
-        workers: list[int],
-        budget: int,
-        batch_size: int,
-        local_steps: int | None,
-        checkpoints: int,
+        *,
         deliver: Callable[[int, Answer], None],
         record: Callable[..., None],
         save: Callable[[int, np.ndarray, dict], None],
@@ -60,15 +57,14 @@ class Coordinator:
         alarm: Callable[[float], None] = lambda at: None,
         state: dict | None = None,
         age: float = AGE_S,
-        overlap: int = 0,
     ) -> None:
-        self.update, self.partition, self.workers = update, partition, workers
+        self.update, self.partition, self.workers = update, partition, config.indices
         self.deliver, self.record, self.clock, self.alarm = deliver, record, clock, alarm
         self.members: dict[int, Member] = {}
-        joint = local_steps and local_steps * batch_size
-        ahead = overlap * batch_size if update.ahead else 0
-        self.samples = Allotment(partition, budget, joint, update, self.members, record, ahead)
-        self.keeper = Keeper(update, self.samples, checkpoints, save, clock, age)
+        joint = config.local_steps and config.local_steps * config.batch_size
+        ahead = config.overlap * config.batch_size if update.ahead else 0
+        self.samples = Allotment(partition, config.budget, joint, update, self.members, record, ahead)
+        self.keeper = Keeper(update, self.samples, config.checkpoints, save, clock, age)
         self.incarnations: dict[int, int] = {}
         self.round = 0  # local passes of the quickest worker; who comes counts on from there, so that no number comes twice
         self.idle: set[int] = set()  # workers for whom the budget leaves nothing, unless another one is lost

@@ -27,6 +27,8 @@ from labkit.errors import WireError
 from labkit.partition import Partition
 from labkit.runs import checkpoints
 from labkit.runs import server_file as presence
+from labkit.runs.checkpoints import Layout
+from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder, write_json
 from labkit.training.server.connection import Conversation, tell
 from labkit.training.server.coordinator import Coordinator
@@ -40,29 +42,18 @@ from labkit.updates import Update
 
 @dataclass
 class ServerSpec:
-    """All that a server needs to know; handed over by its parent through a pipe."""
+    """All that a server needs to know beside the settings of its run; handed over by its parent through a pipe."""
 
+    config: RunConfig
     path: str  # the run directory
     secret: bytes
     update: Update
     partition: Partition
     weights: np.ndarray  # float32 (n,): [parameters | buffers]
-    n_buffers: int
-    n_samples: int
-    labels: np.ndarray | None  # int64 (n_samples,), for a stratified partition
-    workers: list[int]
-    budget: int  # samples to train on, all workers together
-    local_steps: int | None  # optimiser steps of a local pass; None: one pass over the shard
-    batch_size: int
-    seed: int
-    checkpoints: int  # how many versions to keep, spread evenly over the run
+    layout: Layout
+    labels: np.ndarray | None = None  # int64 (n_train,), for a stratified partition
     host: str = "127.0.0.1"
-    patience: float = 60.0  # seconds to wait for every worker at the start, and for anybody when all are lost
-    silence: float = 4.0  # seconds without a word after which a worker is taken to be gone
-    exchange: str = "float32"  # how weights travel: `labkit.training.wire.compression`
-    overlap: int = 0  # batches that a worker computes while its push is under way
     age: float = AGE_S  # seconds after which the newest version is kept, also between the checkpoints
-    blocks: tuple[int, ...] = ()  # sizes of the tensors that make the parameters
     state: dict | None = None  # of the checkpoint that a run goes on from (`labkit.runs.checkpoints.read_state`)
 
 
@@ -70,7 +61,7 @@ class Server:
     """Serves one run: `serve()` returns when it has ended, and the run directory then says how."""
 
     def __init__(self, spec: ServerSpec) -> None:
-        self.spec = spec
+        self.spec, self.config = spec, spec.config
         self.lock = threading.RLock()
         self.recorder = Recorder(Path(spec.path))
         self.listener, self.strangers = wire.listen(spec.host), wire.Strangers()
@@ -83,19 +74,15 @@ class Server:
         self._packing = threading.Lock()
         self._packed: tuple[np.ndarray, np.ndarray] | None = None  # the version that was packed last, and as what
         if spec.state:
-            spec.update.go_on(spec.weights, spec.workers, spec.n_buffers, spec.state["update"])
+            spec.update.go_on(spec.weights, self.config.indices, spec.layout.n_buffers, spec.state["update"])
             spec.partition.load_state_dict(spec.state["partition"])
         else:
-            spec.update.start(spec.weights, spec.workers, spec.n_buffers, spec.blocks)
-            spec.partition.start(spec.n_samples, spec.workers, seed=spec.seed, labels=spec.labels)
+            spec.update.start(spec.weights, self.config.indices, spec.layout.n_buffers, spec.layout.blocks)
+            spec.partition.start(self.config.n_train, self.config.indices, seed=self.config.seed, labels=spec.labels)
         self.course = Coordinator(
-            update=spec.update,
-            partition=spec.partition,
-            workers=spec.workers,
-            budget=spec.budget,
-            batch_size=spec.batch_size,
-            local_steps=spec.local_steps,
-            checkpoints=spec.checkpoints,
+            self.config,
+            spec.update,
+            spec.partition,
             deliver=lambda worker, answer: self.outboxes[worker].put(answer),
             record=self.recorder.event,
             save=lambda *version: self.versions.put(version),
@@ -103,7 +90,6 @@ class Server:
             alarm=lambda _: self.bell.set(),
             state=spec.state,
             age=spec.age,
-            overlap=spec.overlap,
         )
         presence.announce(Path(spec.path), self.address, spec.secret)  # before anybody is told of the run
 
@@ -145,20 +131,20 @@ class Server:
 
     def _wait_for_start(self) -> None:
         """Until everybody is here; at the end of patience it begins with those who are, and the others may come later."""
-        limit = time.monotonic() + self.spec.patience
+        limit = time.monotonic() + self.config.join_timeout
         while not self.course.started and self.course.state == "running" and not self.over.wait(0.02):
             if time.monotonic() > limit:
                 with self.lock:
                     if self.course.members:
                         self.course.expect(self.course.members)
                     else:
-                        self.stop("failed", f"no worker joined within {self.spec.patience:g} s.")
+                        self.stop("failed", f"no worker joined within {self.config.join_timeout:g} s.")
 
     def _mind_loneliness(self) -> None:
         since = self.course.alone_since
-        if since is not None and time.monotonic() - since > self.spec.patience:
+        if since is not None and time.monotonic() - since > self.config.join_timeout:
             done = f"{self.course.samples.done} of {self.course.samples.budget} samples"
-            self.stop("failed", f"every worker was lost after {done}, and none came back within {self.spec.patience:g} s.")
+            self.stop("failed", f"every worker was lost after {done}, and none came back within {self.config.join_timeout:g} s.")
 
     def _pause(self) -> float:
         """Seconds until the time is looked at again, if the bell does not ring before."""
@@ -175,11 +161,11 @@ class Server:
 
     def packed(self, weights: np.ndarray) -> np.ndarray:
         """A version as it goes over the wire; that of several workers at a time is made once."""
-        if self.spec.exchange == "float32":
+        if self.config.exchange == "float32":
             return weights
         with self._packing:
             if self._packed is None or self._packed[0] is not weights:
-                self._packed = weights, exchange.pack(weights, self.spec.exchange)
+                self._packed = weights, exchange.pack(weights, self.config.exchange)
             return self._packed[1]
 
     # -- connections -----------------------------------------------------------------------------------------------
@@ -267,7 +253,7 @@ class Server:
         while (item := self.versions.get()) is not None:
             try:
                 self.recorder.checkpoint(*item)
-                retained = checkpoints.retained(self.recorder.kept, self.spec.budget, self.spec.checkpoints)
+                retained = checkpoints.retained(self.recorder.kept, self.config.budget, self.config.checkpoints)
                 checkpoints.prune(path, retained | self.recorder.resumed)
             except Exception as error:  # whatever it is: without its versions a run is not whole
                 with self.lock:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from labkit.cluster.emulation import Slowness, recorded
+from labkit.cluster.emulation import Slowness, Unevenness
 from labkit.cluster.lab import Worker
 
 
@@ -39,9 +39,10 @@ def keep_memory() -> None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
-def prepare_alone(worker: Worker, config: Mapping, seed: int) -> Slowness:
-    """Set up this process to train without a server, as a worker of the lab that `config` describes; its emulated slowness."""
+def prepare_alone(worker: Worker, lab: Mapping, seed: int) -> Slowness:
+    """Set up this process to train without a server, as a worker of a `lab` (`labkit.runs.config.describe_lab`); its emulated slowness."""
     prepare(worker.device, worker.threads)
-    if config["kind"] != "threads":  # dropout and the like; threads share one generator
+    if not lab["one_process"]:  # dropout and the like; threads share one generator
         torch.manual_seed(seed)
-    return Slowness(recorded(config, worker.index), seed, worker.index, worker.device)
+    uneven = Unevenness(worker.slowdown, lab["jitter"], lab["drift"], worker.drifts_to, lab["stalls"])
+    return Slowness(uneven, seed, worker.index, worker.device)

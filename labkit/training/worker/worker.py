@@ -29,6 +29,7 @@ import torch
 from labkit.cluster.emulation import Slowness, Unevenness
 from labkit.errors import WireError, WorkerError
 from labkit.problems.problem import Clock, Problem
+from labkit.runs.config import RunConfig
 from labkit.training.wire import compression, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S
 from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup
@@ -44,19 +45,15 @@ RETRY_S = 10.0  # how long a worker whose link is down tries to reach its server
 class WorkerSpec:
     """What one worker needs to know beside the problem."""
 
+    config: RunConfig
     index: int
     address: tuple[str, int]
     secret: bytes
-    seed: int
-    budget: int
     device: str = "cpu"
     threads: int = 1
     uneven: Unevenness = field(default_factory=Unevenness)
     collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
-    one_process: bool = False  # all workers are threads of one process
     generation: int = 0  # how often this worker has been started in this run before
-    exchange: str = "float32"  # how weights travel: `labkit.training.wire.compression`
-    overlap: int = 0  # batches that are computed while a push is under way
     scored: bool = True  # does the rule ask for Q?
 
 
@@ -86,7 +83,7 @@ class _Worker:
     def __init__(self, problem: Problem, spec: WorkerSpec) -> None:
         self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
         self.heartbeat = Heartbeat()
-        self.sender = ThreadPoolExecutor(1, "labkit-sender") if spec.overlap else None
+        self.sender = ThreadPoolExecutor(1, "labkit-sender") if spec.config.overlap else None
         self.broken = -1  # the latest group of an all-reduce that the server has called broken between two passes
 
     def run(self) -> dict:
@@ -101,7 +98,7 @@ class _Worker:
             "seconds_per_sample": speed,
             "device": spec.device,
             "threads": spec.threads,
-            "generator": "shared" if spec.one_process else "own",
+            "generator": "shared" if spec.config.one_process else "own",
             "about": f"pid {os.getpid()}, {spec.device}, {spec.threads} thread(s)",
         }
         self._build()
@@ -119,15 +116,17 @@ class _Worker:
 
     def _slow(self, uneven: Unevenness) -> None:
         spec = self.spec
-        self.slowness = Slowness(uneven, spec.seed, spec.index, spec.device, woken=lambda: self.heartbeat.interrupt)
+        self.slowness = Slowness(uneven, spec.config.seed, spec.index, spec.device, woken=lambda: self.heartbeat.interrupt)
 
     def _replica(self) -> Replica:
         spec = self.spec
-        return Replica(self.problem, spec.seed, spec.index, spec.budget, device=spec.device, after=self.slowness.after)
+        return Replica(
+            self.problem, spec.config.seed, spec.index, spec.config.budget, device=spec.device, after=self.slowness.after
+        )
 
     def _build(self) -> None:
         self.replica = self._replica()
-        self.buffers = WeightBuffers(self.replica, self.spec.exchange, apart=self.spec.overlap > 0)
+        self.buffers = WeightBuffers(self.replica, self.spec.config.exchange, apart=self.spec.config.overlap > 0)
 
     def _connect_again(self, error: WireError) -> None:
         """The link is down; the server may be there all the same. Where nothing listens any more, the run is over."""
@@ -188,7 +187,7 @@ class _Worker:
                 self._build()
                 self.replica.flat.copy_(weights)
                 self.replica.shard = shard
-            where = {"meeting": spec.collective, "device": spec.device, "one_process": spec.one_process}
+            where = {"meeting": spec.collective, "device": spec.device, "one_process": spec.config.one_process}
             self.group = ProcessGroup(spec.index, go["ranks"], go["group"], self.heartbeat, **where)
             self.wrapped = self.group.wrap(self.replica.module)
         return self.wrapped
@@ -220,7 +219,7 @@ class _Worker:
         indices = np.arange(min(self.problem.batch_size, len(replica.train_indices)))
         for _ in range(PROBE_STEPS):
             started = time.perf_counter()
-            replica.step(indices, Clock(0, self.spec.budget, 0.0))
+            replica.step(indices, Clock(0, self.spec.config.budget, 0.0))
             if self.spec.device != "cpu":  # there a step is only queued
                 torch.cuda.synchronize(self.spec.device)
             times.append((time.perf_counter() - started) / len(indices))
@@ -244,7 +243,7 @@ class _Worker:
         """The replica goes on from what was pulled."""
         self.version = go["version"]
         if self.replica.shard is None:
-            self.replica.begin(go["incarnation"], own_generator=not self.spec.one_process)
+            self.replica.begin(go["incarnation"], own_generator=not self.spec.config.one_process)
         self.buffers.unpack(go["carry"])
         self.replica.hold(go["keep"], self.new_indices)
 

@@ -13,6 +13,7 @@ from labkit.training.server.coordinator import Coordinator
 from labkit.training.server.grants import share
 from labkit.training.server.membership import standing
 from labkit.updates import AGWU, SGWU, AllReduce, make_update, names
+from tests.helpers import settings
 
 WORKERS, SAMPLES, SIZE = [0, 1, 2], 17, 5
 
@@ -41,20 +42,16 @@ class Course:
         else:
             update.start(np.zeros(SIZE, np.float32), workers, 1)
             partition.start(SAMPLES, workers, seed=3)
+        lengths = {"budget": budget, "checkpoints": checkpoints, "n_train": SAMPLES}
         self.it = Coordinator(
-            update=update,
-            partition=partition,
-            workers=list(workers),
-            budget=budget,
-            batch_size=batch_size,
-            local_steps=local_steps,
-            checkpoints=checkpoints,
+            settings(workers, **lengths, batch_size=batch_size, local_steps=local_steps, overlap=overlap),
+            update,
+            partition,
             deliver=lambda worker, answer: self.answers[worker].append(answer),
             record=lambda kind, **fields: self.rows.append({"kind": kind, **fields}),
             save=lambda version, weights, state: self.saved.append((version, weights)),
             clock=lambda: self.now,
             state=state,
-            overlap=overlap,
         )
         self.members, self.indices = {}, {w: [] for w in workers}
 

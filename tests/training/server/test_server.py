@@ -20,35 +20,26 @@ from labkit.errors import WireError
 from labkit.partition import IDPA, UDPA
 from labkit.runs import checkpoints
 from labkit.runs import events as record
+from labkit.runs.checkpoints import Layout
 from labkit.training import supervisor as session
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import transport as wire
 from labkit.updates import AGWU, SGWU, AllReduce
+from tests.helpers import settings
 
 SECRET = b"x" * 32
 SIZE = 5
 
 
-def spec(path, update=None, workers=(0, 1), **options):
+def spec(path, update=None, workers=(0, 1), partition=None, weights=None, n_buffers=2, **options):
     return ServerSpec(
-        **{
-            "path": str(path),
-            "secret": SECRET,
-            "update": update or AGWU(),
-            "partition": UDPA(),
-            "weights": np.zeros(SIZE, np.float32),
-            "n_buffers": 2,
-            "n_samples": 17,
-            "labels": None,
-            "workers": list(workers),
-            "budget": 34,
-            "local_steps": None,
-            "batch_size": 4,
-            "seed": 0,
-            "checkpoints": 4,
-            "patience": 10.0,
-            **options,
-        }
+        config=settings(workers, **options),
+        path=str(path),
+        secret=SECRET,
+        update=update or AGWU(),
+        partition=partition or UDPA(),
+        weights=np.zeros(SIZE, np.float32) if weights is None else weights,
+        layout=Layout((), (), SIZE - n_buffers, n_buffers),
     )
 
 
@@ -363,7 +354,7 @@ def test_who_is_lost_breaks_its_own_group_and_none_after_it(tmp_path):
 
 def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
     """The others go on; when it is heard again, what it brings is refused and written down, and it may join anew."""
-    with serving(spec(tmp_path, SGWU(), silence=1.0)) as (server, result, thread):
+    with serving(spec(tmp_path, SGWU(), heartbeat_timeout=1.0)) as (server, result, thread):
         frozen, there = join(server, 0, 1)
         there.push()
         there.pull()
@@ -386,7 +377,7 @@ def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
 
 
 def test_who_is_silent_while_it_is_held_is_not_waited_for(tmp_path):
-    with serving(spec(tmp_path, SGWU(), silence=1.0)) as (server, result, thread):
+    with serving(spec(tmp_path, SGWU(), heartbeat_timeout=1.0)) as (server, result, thread):
         frozen, there = join(server, 0, 1)
         frozen.push()
         for _ in range(15):
@@ -432,7 +423,7 @@ def test_a_member_who_does_not_speak_labkit_is_put_out_and_the_run_goes_on(tmp_p
 
 
 def test_a_heartbeat_is_a_sign_of_life_and_of_progress(tmp_path):
-    with serving(spec(tmp_path, workers=(0,), silence=0.6)) as (server, *_):
+    with serving(spec(tmp_path, workers=(0,), heartbeat_timeout=0.6)) as (server, *_):
         (worker,) = join(server, 0)
         for samples in (3, 5, 9):
             worker.connection.send({"op": "heartbeat", "samples": samples, "loss": 0.7})
@@ -444,7 +435,7 @@ def test_a_heartbeat_is_a_sign_of_life_and_of_progress(tmp_path):
 
 
 def test_all_workers_lost_is_an_end(tmp_path):
-    with serving(spec(tmp_path, patience=0.3)) as (server, result, thread):
+    with serving(spec(tmp_path, join_timeout=0.3)) as (server, result, thread):
         for client in join(server, 0, 1):
             client.connection.close()
         thread.join(10)
@@ -453,7 +444,7 @@ def test_all_workers_lost_is_an_end(tmp_path):
 
 
 def test_the_run_begins_without_a_worker_that_does_not_come_and_takes_it_when_it_does(tmp_path):
-    with serving(spec(tmp_path, SGWU(), budget=170, patience=0.3)) as (server, result, thread):
+    with serving(spec(tmp_path, SGWU(), budget=170, join_timeout=0.3)) as (server, result, thread):
         (there,) = join(server, 0)
         assert there.go["op"] == "go" and there.n_indices == 17
         late = Client(server.address, 1)
@@ -469,7 +460,7 @@ def test_the_run_begins_without_a_worker_that_does_not_come_and_takes_it_when_it
 
 
 def test_no_worker_comes(tmp_path):
-    with serving(spec(tmp_path, patience=0.3)) as (_, result, thread):
+    with serving(spec(tmp_path, join_timeout=0.3)) as (_, result, thread):
         thread.join(10)
     assert (result["state"], result["reason"]) == ("failed", "no worker joined within 0.3 s.")
 
@@ -549,7 +540,7 @@ def test_importing_the_server_stays_light():
 def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
     """10 MB of weights, two workers, asynchronous: the rule keeps a base for each."""
     n = 2_500_000
-    big = spec(tmp_path, weights=np.zeros(n, np.float32), n_buffers=0, budget=17 * 4, patience=2.0)
+    big = spec(tmp_path, weights=np.zeros(n, np.float32), n_buffers=0, budget=17 * 4, join_timeout=2.0)
     process, address = session._start_server(big, tmp_path)
     try:
         clients = [Client(address, index, size=n) for index in (0, 1)]

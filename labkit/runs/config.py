@@ -1,0 +1,175 @@
+"""The settings of a run: what `config.json` holds, spelt out once, whatever format it was written in.
+
+    train(...)  ->  RunConfig  ->  config.json, server, workers          live
+    config.json ->  RunConfig  ->  figures, replay, simulation, resume   afterwards
+
+What earlier formats did not have is filled in by `RunConfig.load`; nobody else needs to know of them:
+
+    1    no replays: probed speeds and threads of the workers are missing
+    2    classes by the module that they stood in, `silence` and `patience` for the two time limits
+    3    public names (labkit:Classifier), batch_size, one_process
+
+Used by whoever starts, drives or reads a run. Imports numpy alone, so that the server stays small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labkit.cluster.emulation import Unevenness
+from labkit.errors import RunError
+from labkit.runs.events import read_json, write_json
+
+if TYPE_CHECKING:
+    from labkit.cluster.lab import Lab
+
+FORMAT = 3  # of the run directory; what is newer is refused
+REPLAYABLE = 2  # the first format that holds all that a replay needs
+FILE = "config.json"
+PACKAGES = ("labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot")
+PUBLIC = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}  # of format 2 and before
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Mapping[str, Any]):
+    """The settings of one run. Users may read them like the dict in `config.json`: `run.config["seed"]`.
+
+    `update`, `partition` and `problem` are the `config()` of each; `workers` the fields of `labkit.cluster.lab.Worker`, one dict
+    each. `budget` are the samples to train on, all workers together, `n_train` those of the data set.
+    """
+
+    format: int = FORMAT
+    id: str = ""  # its checkpoints bear it, so that those of another run are told apart
+    labkit: str | None = None  # the version that wrote it
+    name: str = ""
+    created: str = ""
+    # what is trained, and how
+    problem: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    update: Mapping[str, Any]
+    partition: Mapping[str, Any]
+    passes: float
+    local_steps: int | None = None
+    seed: int = 0
+    budget: int
+    checkpoints: int
+    n_train: int
+    batch_size: int | None  # None: an earlier format, and a problem that sets its own
+    exchange: str = "float32"  # how weights travel: `labkit.training.wire.compression`
+    overlap: int = 0  # batches that a worker computes while its push is under way
+    heartbeat_timeout: float = 4.0  # seconds
+    join_timeout: float = 60.0  # seconds
+    synthetic: bool = False  # are the data generated?
+    data_note: str = ""
+    # where
+    kind: str = "threads"
+    n_workers: int
+    workers: Sequence[Mapping[str, Any]]
+    one_process: bool = False  # are all workers threads of one process?
+    jitter: float = 0.0
+    drift: float = 0.0
+    stalls: Sequence[float] | None = None  # mean seconds of work between two, seconds of each
+    emulated: bool = False  # are some workers slower than they are?
+    # its history
+    origin: Mapping[str, Any] | None = None  # of a run that no cluster has made: its kind, and the run that it comes from
+    scenario: Mapping[str, Any] | None = None  # of a simulation: what was asked beside these settings
+    resumed: Sequence[Mapping[str, Any]] = ()  # of each time: version, samples, when, and where the run was before
+
+    @classmethod
+    def load(cls, run: Path) -> RunConfig:
+        """The settings in a run directory; RunError where there are none, or those of a later labkit."""
+        file = Path(run) / FILE
+        stored = read_json(file)
+        try:
+            if stored.get("format", 0) > FORMAT:
+                raise RunError(f"{run} was written by a later labkit ({stored.get('labkit')}). Update labkit to read it.")
+            return cls(**{key: value for key, value in _present(stored).items() if key in cls.__dataclass_fields__})
+        except (TypeError, ValueError, KeyError) as error:
+            raise RunError(f"{file} is not whole: {error}. Is it the file of a run?") from error
+
+    def save(self, run: Path) -> None:
+        """Write `config.json`, in the present format. What a run has no history of is left out."""
+        stored = {key: value for key, value in self.items() if value or key not in ("origin", "scenario", "resumed")}
+        write_json(Path(run) / FILE, stored | {"format": FORMAT})
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """The same settings but for these."""
+        return dataclasses.replace(self, **changes)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__dataclass_fields__:
+            raise KeyError(f"a run has no setting {name!r}. It has: {', '.join(self.__dataclass_fields__)}.")
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dataclass_fields__)
+
+    def __len__(self) -> int:
+        return len(self.__dataclass_fields__)
+
+    @property
+    def indices(self) -> list[int]:
+        """Of the workers that the run begins with."""
+        return sorted(int(worker["index"]) for worker in self.workers)
+
+    def unevenness(self, worker: int) -> Unevenness:
+        """How a worker was made slower than it is; newcomers have no slowdown, as on a live lab."""
+        slow = next((about for about in self.workers if about["index"] == worker), {"slowdown": 1.0})
+        here, there = float(slow["slowdown"]), float(slow.get("drifts_to", slow["slowdown"]))
+        return Unevenness(here, self.jitter, self.drift, there, tuple(self.stalls) if self.stalls else None)
+
+
+def _present(stored: dict[str, Any]) -> dict[str, Any]:
+    """Settings of any format as the present one has them."""
+    config = {"format": 0, **stored}
+    if config["format"] < 3:
+        problem = config["problem"]
+        config["problem"] = {**problem, "kind": PUBLIC.get(problem["kind"], problem["kind"])}
+        config["batch_size"] = problem.get("batch_size")
+        for now, before in (("heartbeat_timeout", "silence"), ("join_timeout", "patience")):
+            if before in config:
+                config[now] = config[before]
+        processes = {(worker["host"], worker["pid"]) for worker in config["workers"]}
+        config["one_process"] = len(processes) == 1 < len(config["workers"])
+    return config
+
+
+def describe_lab(lab: Lab, workers: Sequence[int]) -> dict[str, Any]:
+    """Where a run goes, by the names of its settings."""
+    return {
+        "kind": lab.kind,
+        "n_workers": len(workers),
+        "workers": [dataclasses.asdict(lab.workers[index]) for index in workers],
+        "one_process": lab.one_process,
+        "jitter": lab.jitter,
+        "drift": lab.drift,
+        "stalls": lab.stalls,
+        "emulated": lab.emulated,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what a run was made: versions, machine, load."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": {package: _version(package) for package in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
