@@ -260,11 +260,11 @@ def message(title: str, text: str) -> Any:
 
 def caption(runs: Sequence[Any], *more: str) -> str:
     """What a reader must know to believe a figure of `runs`: emulated slowness, synthetic data, and `more`."""
-    slow = dict.fromkeys(emulated(list(slowdowns(run).values())) for run in runs if run.config.emulated)
+    slow = dict.fromkeys(emulated(list(slowdowns(run).values())) for run in runs if run.config["emulated"])
     slow = " or ".join(filter(None, slow)).replace(" or slowness emulated:", " or")
-    made = ["synthetic data"] if any(run.config.synthetic for run in runs) else []
-    made += sorted({NEVER_WAS[kind] for run in runs if (kind := run.origin) in NEVER_WAS})
-    unsteady = dict.fromkeys(unsteadiness(run.config.jitter, run.config.drift, run.config.stalls) for run in runs)
+    made = ["synthetic data"] if any(run.config["synthetic"] for run in runs) else []
+    made += sorted({NEVER_WAS[kind] for run in runs if (kind := (run.config.get("origin") or {}).get("kind")) in NEVER_WAS})
+    unsteady = dict.fromkeys(unsteadiness(*(run.config[key] for key in ("jitter", "drift", "stalls"))) for run in runs)
     words = " or ".join(filter(None, unsteady))
     return "; ".join(filter(None, [slow, words and f"emulated {words}", *made, *more]))
 
@@ -280,7 +280,7 @@ def emulated(factors: Sequence[float]) -> str:
 
 def slowdowns(run: Any) -> dict[int, float]:
     """The emulated slowness of each worker, 1 for none."""
-    return {int(w["index"]): float(w.get("slowdown") or 1) for w in run.config.workers}
+    return {int(w["index"]): float(w.get("slowdown") or 1) for w in run.config["workers"]}
 
 
 def _columns(legend: Sequence[tuple[str, int, str]]) -> int:

@@ -43,6 +43,7 @@ KEYS = ("problem", "decomposition", "shape", "n_classes", "centre", "rate", "par
 LENGTH = {"epochs": 100, "patience": 15}  # of the training of a coarse network, which takes a second or two
 LR = 1e-3  # of its Adam
 RENAMED = {"rivals": "baselines"}  # keys of config.json, as they were called before format 3
+ADDED = {"drift": 0.0, "stalls": None}  # keys that the first records did not have
 NAMES = {"coarse": "CNN-DNN", "average": "average probability", "majority": "majority vote"}
 BASELINES = {
     "global": "global CNN",
@@ -152,9 +153,7 @@ class Subnets:
         try:
             (path / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
             fresh = {"id": secrets.token_hex(8), "rows": self.rows, "parts": self.part_rows}  # a mix of two saves is refused
-            record.write_json(
-                path / "config.json", self.config | fresh | {"format": record.FORMAT, "baselines": list(self.baselines)}
-            )
+            record.write_json(path / "config.json", self.config | fresh | {"format": FORMAT, "baselines": list(self.baselines)})
             for number, module in enumerate([self.module, *self.baselines.values()]):
                 checkpoints.write(path, number, flatten(module)[0].numpy())
         except OSError as error:
@@ -186,7 +185,7 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
     """
     path = Path(path).absolute()
     config = record.read_json(path / "config.json")
-    config = {RENAMED.get(key, key): value for key, value in config.items()}
+    config = ADDED | {RENAMED.get(key, key): value for key, value in config.items()}
     if config.get("what") != "subnets":
         raise RunError(f"{path} does not hold subnets. A run of labkit.train is read by labkit.load_run.")
     if not isinstance(config.get("format"), int) or config["format"] > FORMAT:

@@ -116,23 +116,23 @@ def train(
     newcomers = workers is None
     workers = choose(lab, workers, name)
     check_shards(problem, workers, partition)
-    config = configure(
-        problem,
-        lab,
-        workers,
-        update,
-        partition,
-        name=name,
-        passes=passes,
-        local_steps=local_steps,
-        seed=seed,
-        checkpoints=checkpoints,
-        exchange=exchange,
-        overlap=int(overlap),
-        heartbeat_timeout=float(heartbeat_timeout),
-        join_timeout=float(join_timeout),
-    )
     with leased(lab, workers, name):
+        config = configure(
+            problem,
+            lab,
+            workers,
+            update,
+            partition,
+            name=name,
+            passes=passes,
+            local_steps=local_steps,
+            seed=seed,
+            checkpoints=checkpoints,
+            exchange=exchange,
+            overlap=int(overlap),
+            heartbeat_timeout=float(heartbeat_timeout),
+            join_timeout=float(join_timeout),
+        )
         return launch(problem, lab, config, update, partition, runs, takes_newcomers=newcomers)
 
 

@@ -17,6 +17,7 @@ from labkit import plots
 from labkit.plots import style as canvas
 from labkit.plots.live import Tail
 from labkit.runs.events import COLUMNS, effective
+from tests.helpers import settings
 
 
 class Recorded:
@@ -24,11 +25,9 @@ class Recorded:
 
     def __init__(self, path: Path, name="small", update="AGWU", slowdown=(1, 4), passes=7, seed=0, emulated=True):
         self.name, self.path, self.label, self.state = name, path / name, f"{update} + IDPA", "done"
-        self.config = {
-            "name": name, "update": {"name": update.lower()}, "partition": {"name": "idpa"}, "passes": passes,
-            "n_workers": len(slowdown), "seed": seed, "emulated": emulated, "synthetic": False, "jitter": 0.0,
-            "workers": [{"index": i, "slowdown": s} for i, s in enumerate(slowdown)], "problem": {"model": "lenet"},
-        }  # fmt: skip
+        about = {"passes": passes, "seed": seed, "emulated": emulated, "problem": {"model": "lenet"}}
+        about |= {"update": {"name": update.lower()}, "partition": {"name": "idpa"}, "n_workers": len(slowdown)}
+        self.config = settings().replace(name=name, workers=[{"index": i, "slowdown": s} for i, s in enumerate(slowdown)], **about)
         self.rows, self.barrier = [], update == "SGWU"
         if passes:
             self._play(np.random.default_rng(seed), passes, slowdown)
@@ -229,7 +228,7 @@ def test_seeds_share_a_line_and_other_settings_do_not(tmp_path):
 
 def test_what_a_reader_must_know_is_said(tmp_path):
     emulated, even = Recorded(tmp_path), Recorded(tmp_path, "even", slowdown=(1, 1), emulated=False)
-    even.config["synthetic"] = True
+    even.config = even.config.replace(synthetic=True)
     assert canvas.caption([emulated]) == "slowness emulated: 1x, 4x"
     assert canvas.caption([even], "1 seed") == "synthetic data; 1 seed"
     assert canvas.emulated([1, 1, 1, 4, 4]) == "slowness emulated: 3 at 1x, 2 at 4x"

@@ -32,7 +32,15 @@ def joined(grid=(2, 3), shape=(1, 12, 15), baselines=("global CNN",)):
     parts = [{"part": i, "accuracy": 0.5 + 0.01 * i, "seconds": 3.0 + 0.1 * i} for i in range(decomposition.n_parts)]
     times = {"CNN-DNN": parts[-1]["seconds"] + 0.5} | dict.fromkeys(baselines, 20.0)
     rows = [{"model": model, "seconds": seconds, "wall_s": 2 * seconds} for model, seconds in times.items()]
-    config = {"shape": list(shape), "n_workers": 2, "synthetic": True, "emulated": True}
+    config = {
+        "shape": list(shape),
+        "n_workers": 2,
+        "synthetic": True,
+        "emulated": True,
+        "jitter": 0.0,
+        "drift": 0.0,
+        "stalls": None,
+    }
     config["workers"] = [{"index": 0, "slowdown": 1.0}, {"index": 1, "slowdown": 4.0}]
     return SimpleNamespace(
         decomposition=decomposition, part_rows=parts, rows=rows, config=config, summary=lambda: {"accuracy": 0.93}

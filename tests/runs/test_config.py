@@ -73,4 +73,5 @@ def test_how_a_worker_was_slowed_down():
 
 def test_where_a_run_was_made():
     about = environment()
+    assert json.loads(json.dumps(about)) == about and about["versions"]["torch"] and about["versions"]["labkit"]
     assert about["cpus"] >= 1 and about["versions"]["numpy"] and set(about) >= {"python", "platform", "machine", "load_1min"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 
 import numpy as np
@@ -13,6 +12,7 @@ import labkit
 from labkit.errors import RunError
 from labkit.runs import events as record
 from labkit.runs.events import COLUMNS, Recorder
+from tests.helpers import settings
 
 WEIGHTS = np.linspace(-1, 1, 17, dtype=np.float32)
 
@@ -275,7 +275,7 @@ def test_who_was_lost_and_has_not_come_back():
 
 def test_the_balance_of_a_pass_is_that_of_the_workers_who_were_here(tmp_path):
     """Worker 0 is there always; 1 is lost after pass 2, 2 comes with pass 3 and is away in pass 5; pass 7 is not ended by 2."""
-    record.write_json(tmp_path / "config.json", {"name": "r"})
+    settings().save(tmp_path)
     recorder = Recorder(tmp_path)
     seconds = {0: dict.fromkeys(range(1, 8), 1.0), 1: dict.fromkeys((1, 2), 2.0), 2: dict.fromkeys((3, 4, 6), 4.0)}
     for number in range(1, 8):
@@ -289,9 +289,3 @@ def test_the_balance_of_a_pass_is_that_of_the_workers_who_were_here(tmp_path):
     recorder.close()
     table = labkit.load_run(tmp_path).balance()
     assert dict(zip(table["pass"], table.ratio, strict=True)) == {1: 0.75, 2: 0.75, 3: 0.625, 4: 0.625, 6: 0.625}
-
-
-def test_the_environment_says_with_what_a_run_was_made():
-    found = record.environment()
-    assert json.loads(json.dumps(found)) == found
-    assert found["versions"]["torch"] and found["versions"]["labkit"] and found["cpus"] >= 1

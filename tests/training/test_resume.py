@@ -145,7 +145,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_set_aside(cut, lab, begun, cap
 def test_without_a_lab_the_one_of_this_kernel_is_taken_or_one_as_before(cut, lab, begun):
     run = cut()
     labkit.resume(run.path)
-    assert connecting.current() is lab and begun[-1][0].workers == [0, 1]
+    assert connecting.current() is lab and begun[-1][0].config.indices == [0, 1]
     lab.close()
     labkit.resume(run.path)
     with connecting.current() as made:

@@ -542,13 +542,13 @@ def test_a_connection_to_the_server_that_breaks_is_made_again(train, monkeypatch
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("update", ["sgwu", "agwu"])
 def test_a_full_disk_fails_the_run_and_says_so(update, train, monkeypatch):
-    begin = training._write_beginning
+    begin = training.begin
 
     def on_a_full_disk(path, *rest):
-        begin(path, *rest)
         (path / "events.jsonl").symlink_to("/dev/full")
+        return begin(path, *rest)
 
-    monkeypatch.setattr(training, "_write_beginning", on_a_full_disk)
+    monkeypatch.setattr(training, "begin", on_a_full_disk)
     run = train(problem(), update=update, passes=2)
     with pytest.raises(LabError, match=r"cannot be written: .*No space left on device"):
         run.wait(20)
@@ -736,7 +736,7 @@ def test_a_worker_that_is_slow_to_answer_is_not_taken_to_be_gone(train):
 
 
 @pytest.mark.parametrize(
-    ("wait", "words"), [({"heartbeat_timeout": 0.3}, "give them 1 s at least"), ({"join_timeout": 0}, "join_timeoue=0")]
+    ("wait", "words"), [({"heartbeat_timeout": 0.3}, "give them 1 s at least"), ({"join_timeout": 0}, "join_timeout=0")]
 )
 def test_waits_that_make_no_sense(train, wait, words):
     with pytest.raises(ValueError, match=words):

@@ -11,7 +11,7 @@ import torch
 
 from labkit.training.worker.process import keep_memory, prepare, prepare_alone
 
-CONFIG = {"workers": [{"index": 1, "slowdown": 3.0}], "jitter": 0.0, "drift": 0.0, "stalls": None}
+UNEVEN = {"jitter": 0.0, "drift": 0.0, "stalls": None}
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +48,11 @@ def test_another_c_library_is_no_error(missing, monkeypatch):
 
 def test_to_train_alone_a_process_has_its_seed_and_its_slowness():
     """Threads of one process share a generator, so nobody may seed it."""
-    worker = SimpleNamespace(index=1, device="cpu", threads=1)
+    worker = SimpleNamespace(index=1, device="cpu", threads=1, slowdown=3.0, drifts_to=3.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         before = torch.get_rng_state()
-        slowness = prepare_alone(worker, {"kind": "threads", **CONFIG}, 7)
+        slowness = prepare_alone(worker, {"one_process": True, **UNEVEN}, 7)
         assert torch.equal(before, torch.get_rng_state()) and slowness.uneven.slowdown == 3.0
-        prepare_alone(worker, {"kind": "dask", **CONFIG}, 7)
+        prepare_alone(worker, {"one_process": False, **UNEVEN}, 7)
         assert torch.initial_seed() == 7
