@@ -1,19 +1,26 @@
-"""Things that are found again by an import path: what a record names, and what a user gives by name.
+"""What a record says of an object, and how it is found again: a name or an import path, and its settings as JSON.
 
     "my_module:make_model"      something of the user's own
     "labkit:Classifier"         something of labkit, by its public name: a file that moves takes no record with it
+    {"by_value": "my_net"}      what cannot be imported, as it was defined in a notebook cell, say: its name alone
 
-Used wherever a problem, a model, a rule or a partition is written into a record or read back from one.
+The settings of a problem, an update or a partition are the arguments of its constructor, each stored as an attribute of its name.
+
+Used wherever a problem, a model, an update or a partition is written into a record or made again from one.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from labkit.errors import ProblemError, did_you_mean
+import numpy as np
+
+from labkit.errors import ProblemError, did_you_mean, known
 
 
 def import_path(value: Any) -> str | dict[str, str]:
@@ -37,23 +44,108 @@ def _find(module: str, name: str) -> Any:
     return found
 
 
-def imported(path: str) -> Any:
-    """What "module:name" stands for; ProblemError where it cannot be found."""
+def imported(path: str, error: type[Exception] = ProblemError) -> Any:
+    """What "module:name" stands for; `error` where it cannot be found."""
     module_name, _, name = path.partition(":")
     try:
         found = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{module_name}.".startswith(f"{missing.name}."):
             raise  # the module is there; something that it imports is not
-        raise ProblemError(
+        raise error(
             f"{path!r}: no module {module_name!r} can be imported in process {os.getpid()}. Put its folder on "
-            "PYTHONPATH on every machine of the lab, or give the function itself."
-        ) from error
+            "PYTHONPATH on every machine of the lab, or give the function or the object itself."
+        ) from missing
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ProblemError(f"{path!r}: {module_name!r} has no {name!r}.{did_you_mean(part, dir(found))}")
+            raise error(f"{path!r}: {module_name!r} has no {name!r}.{did_you_mean(part, dir(found))}")
         found = getattr(found, part)
     return found
+
+
+def argument_names(cls: type) -> list[str]:
+    """The arguments of the constructor of a class, also those that it hands on to a base class as **keywords."""
+    names: list[str] = []
+    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
+def constructor_arguments(thing: Any, error: type[Exception] = ProblemError) -> dict[str, Any]:
+    """What `thing` was made with, by name; `error` where an argument was not stored as an attribute of its name."""
+    for name in (names := argument_names(type(thing))):
+        if not hasattr(thing, name):
+            raise error(
+                f"{type(thing).__name__} does not store its argument {name!r}. Write self.{name} = {name} in its "
+                "constructor, so that the record of a run can name it."
+            )
+    return {name: getattr(thing, name) for name in names}
+
+
+def plain(value: Any) -> Any:
+    """`value` with nothing in it that JSON cannot hold."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return {"by_value": short(value)}
+
+
+def by_value(value: Any) -> str | None:
+    """The name of something in `value` that JSON could not hold, if there is one."""
+    if isinstance(value, Mapping):
+        if "by_value" in value:
+            return str(value["by_value"])
+        value = value.values()
+    elif not isinstance(value, list):
+        return None
+    return next((name for name in map(by_value, value) if name is not None), None)
+
+
+def rule_config(rule: Any, error: type[Exception]) -> dict[str, Any]:
+    """Name and settings of an update or a partition, as JSON; the name of a class of the user's own is its import path."""
+    own = type(rule).__module__.partition(".")[0] != "labkit"
+    return {"name": import_path(type(rule)) if own else rule.name, **plain(constructor_arguments(rule, error))}
+
+
+def make_rule(what: str, given: str | Mapping[str, Any], rules: Mapping[str, type], base: type) -> Any:
+    """An update or a partition from a name of `rules`, an import path, or one of these and settings (`rule_config`).
+
+    ValueError where the name or a setting does not exist, with the known ones, or where the class cannot be imported.
+    """
+    settings = dict(given) if isinstance(given, Mapping) else {"name": given}
+    if (lost := by_value(settings)) is not None:
+        raise ValueError(f"{what}: {lost!r} cannot be imported. Give the object itself, or put its class into a module.")
+    name = str(settings.pop("name", ""))
+    if ":" in name:
+        cls = imported(name, ValueError)
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise ValueError(f"{what}={name!r} is not a class derived from labkit's {base.__name__}.")
+    else:
+        advice = f' A class of your own is named by its import path: "my_module:My{base.__name__}".'
+        cls = rules[known(what, name.lower(), rules, advice)]
+    options = argument_names(cls)
+    for setting in settings:
+        if setting not in options:
+            listed = f"It has: {', '.join(options) or 'none'}.{did_you_mean(setting, options)}"
+            raise ValueError(f"{name} has no setting {setting!r}. {listed}")
+    return cls(**settings)
+
+
+def rule_title(config: Mapping[str, Any]) -> str:
+    """An update or a partition for figures, tables and folders: "agwu", or the name of a class of the user's own."""
+    name = config["name"]
+    path = str(name["by_value"] if isinstance(name, Mapping) else name)
+    return path.replace(":", ".").rpartition(".")[2]
 
 
 def short(value: Any) -> str:

@@ -21,7 +21,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from labkit.errors import PartitionError, known
+from labkit.errors import PartitionError
+from labkit.imports import make_rule, rule_config
 
 
 def largest_remainder(total: int, shares: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -167,8 +168,11 @@ class Partition:
         self._members_changed()
 
     def config(self) -> dict:
-        """Name and settings, as JSON; `make_partition` reads it back."""
-        return {"name": self.name, "stratified": self.stratified}
+        """Name and settings, as JSON; `make_partition` reads it back. Settings are attributes of their names.
+
+        The name of a class that is not labkit's is its import path, "my_module:Mine", so that a run with it can be resumed.
+        """
+        return rule_config(self, PartitionError)
 
     def _learn(self, seconds: Mapping[int, float]) -> None:
         """Take in measured (or, before a worker's first allocation, probed) seconds per sample; a rule may ignore them."""
@@ -296,9 +300,6 @@ class IDPA(Partition):
             seconds = 1 / self.speeds[worker]
         super().join(worker, seconds)
 
-    def config(self) -> dict:
-        return {**super().config(), "batches": self.batches, "speeds": self.speeds, "smoothing": self.smoothing}
-
     def leave(self, worker: int) -> None:
         super().leave(worker)
         self._measured.pop(worker, None)
@@ -333,8 +334,8 @@ PARTITIONS = {rule.name: rule for rule in (UDPA, IDPA)}
 
 
 def make_partition(partition: str | dict | Partition) -> Partition:
-    """A partition from its name ("idpa"), its `config()`, or itself; an unknown name is a `ValueError` with the known ones."""
-    if isinstance(partition, Partition):
-        return partition
-    settings = dict(partition) if isinstance(partition, dict) else {"name": partition}
-    return PARTITIONS[known("partition", str(settings.pop("name", "")).lower(), PARTITIONS)](**settings)
+    """A partition from its name ("idpa"), an import path ("my_module:Mine"), name and settings (its `config()`), or itself.
+
+    A name or a setting that does not exist is a `ValueError` with the known ones.
+    """
+    return partition if isinstance(partition, Partition) else make_rule("partition", partition, PARTITIONS, Partition)

@@ -23,9 +23,8 @@ from torch import nn
 from labkit.data import Dataset, open_dataset
 from labkit.data import names as data_names
 from labkit.errors import DataError, LabError, ProblemError, RunError, known, whole
-from labkit.imports import import_path, imported
+from labkit.imports import by_value, constructor_arguments, import_path, imported, plain
 from labkit.models import seeded
-from labkit.problems.settings import by_value, kept_arguments, plain
 from labkit.problems.splits import batches, first, hold_out, shuffled
 
 Optimisers = tuple[torch.optim.Optimizer, ...]
@@ -226,7 +225,7 @@ class Problem:
 
     def config(self) -> dict[str, Any]:
         """The settings as JSON would keep them; `problem_from_config` makes the problem again."""
-        settings = {name: v.path if isinstance(v, Dataset) else plain(v) for name, v in kept_arguments(self).items()}
+        settings = {name: v.path if isinstance(v, Dataset) else plain(v) for name, v in constructor_arguments(self).items()}
         return {"kind": import_path(type(self)), **settings}
 
     def __getstate__(self) -> dict[str, Any]:

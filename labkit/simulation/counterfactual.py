@@ -20,7 +20,7 @@ import numpy as np
 
 from labkit.errors import RunError
 from labkit.models.flat import flatten
-from labkit.partition import make_partition
+from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.simulation.exact import STAMPS, Lives
 from labkit.simulation.offline import Ledger, Replicas, begin_course
@@ -35,7 +35,14 @@ class Arrivals:
     """The arrivals of a run under another update."""
 
     def __init__(
-        self, run: Run, problem: Problem, update: Update, ledger: Ledger, lives: Lives, told: Callable[[int], None]
+        self,
+        run: Run,
+        problem: Problem,
+        update: Update,
+        partition: Partition,
+        ledger: Ledger,
+        lives: Lives,
+        told: Callable[[int], None],
     ) -> None:
         if len(lives.parts) > 1:
             raise RunError(
@@ -53,7 +60,7 @@ class Arrivals:
         self.it: Coordinator = begin_course(
             run.config.replace(workers=workers, batch_size=problem.batch_size),
             update,
-            partition := make_partition(run.config.partition),
+            partition,
             weights.numpy(),
             layout.n_buffers,
             blocks=layout.blocks,

@@ -21,7 +21,7 @@ import numpy as np
 
 from labkit.errors import RunError
 from labkit.models.flat import flatten
-from labkit.partition import make_partition
+from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
 from labkit.runs import events as record
@@ -71,7 +71,15 @@ class Course:
     """The course of one server, driven by its rows and compared with them."""
 
     def __init__(
-        self, run: Run, problem: Problem, update: Update, ledger: Ledger, lives: Lives, part: int, told: Callable[[int], None]
+        self,
+        run: Run,
+        problem: Problem,
+        update: Update,
+        partition: Partition,
+        ledger: Ledger,
+        lives: Lives,
+        part: int,
+        told: Callable[[int], None],
     ) -> None:
         self.run, self.ledger, self.told = run, ledger, told
         workers, version, self.rows = lives.parts[part]
@@ -89,7 +97,7 @@ class Course:
         self.it = begin_course(
             run.config.replace(workers=workers, batch_size=problem.batch_size),
             update,
-            partition := make_partition(run.config.partition),
+            partition,
             weights,
             layout.n_buffers,
             blocks=layout.blocks,

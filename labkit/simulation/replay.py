@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from labkit.errors import RunError
+from labkit.imports import rule_title
+from labkit.partition import Partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
 from labkit.runs import events as record
@@ -23,15 +25,18 @@ from labkit.runs.config import REPLAYABLE
 from labkit.simulation.counterfactual import Arrivals
 from labkit.simulation.exact import Course, Lives
 from labkit.simulation.offline import Ledger
-from labkit.training.resume import problem_of
+from labkit.training.resume import is_rule_of, problem_of, rule_of
 from labkit.training.run import Run
 from labkit.updates import Update, make_update
+
+GIVEN = "replay(run, {what}={what})"  # where what was written in a notebook is missing
 
 
 def replay(
     run: Run,
     *,
     update: str | dict | Update | None = None,
+    partition: Partition | None = None,
     problem: Problem | None = None,
     name: str | None = None,
     runs: str | Path | None = None,
@@ -51,9 +56,9 @@ def replay(
     run
         A run that has ended, however: done, stopped, failed, cut off, resumed.
     update
-        Another rule, by name or as an object.
-    problem
-        The problem as it was given to `train`, where its model was written in a notebook cell of another kernel.
+        Another rule, by name or as an object; or the run's own, where its class was written in a notebook cell.
+    partition, problem
+        As they were given to `train`, where its class or its model was written in a notebook cell (of another kernel).
     name, runs
         Recorded in `runs/name`, by default beside the run as "<its name>-replay" or "<its name>-replay-<update>".
 
@@ -64,25 +69,26 @@ def replay(
         the steps), was computed on a GPU, or by threads that shared a generator of random numbers. Or the replay differs from it:
         the first difference, with its event and worker.
     """
-    rule = copy.deepcopy(make_update(update if update is not None else run.config.update))
-    exact = update is None or rule.config() == run.config.update
+    rule = rule_of(run, "update", call=GIVEN) if update is None else copy.deepcopy(make_update(update))
+    exact = update is None or is_rule_of(run, "update", rule)
     _check_replayable(run, rule)
     problem = problem_of(run, problem or run._problem, "replay(run, problem=problem)")
+    partition = rule_of(run, "partition", partition, GIVEN)
     lives = Lives(run)
     origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.id}
     config = run.config if exact else run.config.replace(update=rule.config())
     layout = record.read_json(run.path / "layout.json")
-    name = name or f"{run.name}-replay" + ("" if exact else f"-{rule.name}")
+    name = name or f"{run.name}-replay" + ("" if exact else f"-{rule_title(rule.config())}")
     ledger = Ledger(Path(runs or run.path.parent), name, config, layout, origin)
     status = {"state": "failed", "reason": f"the {origin['kind']} of {run.name} was cut off."}
     try:
         with meter(f"{origin['kind']} of {run.name}", run.config.budget) as told:
             if exact:
-                courses = _drive_again(run, problem, rule, ledger, lives, told)
+                courses = _drive_again(run, problem, rule, partition, ledger, lives, told)
                 reason = f"{sum(course.passes for course in courses)} local passes and "
                 reason += f"{sum(course.compared for course in courses)} kept versions are bit for bit the same"
             else:
-                courses = [Arrivals(run, problem, rule, ledger, lives, told)]
+                courses = [Arrivals(run, problem, rule, partition, ledger, lives, told)]
                 courses[0].drive()
                 reason = ""
         last = courses[-1].it
@@ -98,11 +104,11 @@ def replay(
 
 
 def _drive_again(
-    run: Run, problem: Problem, rule: Update, ledger: Ledger, lives: Lives, told: Callable[[int], None]
+    run: Run, problem: Problem, rule: Update, partition: Partition, ledger: Ledger, lives: Lives, told: Callable[[int], None]
 ) -> list[Course]:
     courses = []
     for part in range(len(lives.parts)):
-        courses.append(Course(run, problem, copy.deepcopy(rule), ledger, lives, part, told))
+        courses.append(Course(run, problem, copy.deepcopy(rule), copy.deepcopy(partition), ledger, lives, part, told))
         courses[-1].drive()
     return courses
 
@@ -117,7 +123,7 @@ def _check_replayable(run: Run, rule: Update) -> None:
             f"run {run.name} was recorded by labkit {run.config.labkit} before there were replays (format "
             f"{run.config.format}): probed speeds and threads of its workers are not in the record. Train it again."
         )
-    if "allreduce" in (rule.name, run.config.update["name"]):
+    if rule.collective or run.config.update["name"] == "allreduce":
         raise RunError(
             "an all-reduce cannot be replayed: torch averages gradients among the workers within every step, and in which order it "
             "adds them up is not in the record. With update='sgwu' a run with the same seed gives the same weights."

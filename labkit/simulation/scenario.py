@@ -19,6 +19,7 @@ from labkit.partition import Partition, make_partition
 from labkit.runs.config import RunConfig
 from labkit.simulation.cost_model import Line, Pace, Timing, fit
 from labkit.simulation.simulator import Change, Simulation
+from labkit.training.resume import is_rule_of, rule_of
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
 from labkit.training.train import check_traffic
@@ -153,27 +154,34 @@ def recorded_changes(run: Run) -> list[Change]:
     return made
 
 
-def compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float | None:
+def compared(run: Run, timing: Timing, update: Update, partition: Partition, batch_size: int) -> float | None:
     """Simulated against measured wall time of the run as it was: the relative error; None where it has no end. It is printed once.
 
-    `rule` is used where it is the run's own, which may be one that only its user knows.
+    `update` and `partition` are used where they are the run's own, which may be of classes that only their user has.
     """
     if _errors.get(run, (None, None))[0] != timing:
-        _errors[run] = timing, _compared(run, timing, rule, batch_size)
+        _errors[run] = timing, _compared(run, timing, update, partition, batch_size)
     return _errors[run][1]
 
 
-def _compared(run: Run, timing: Timing, rule: Update, batch_size: int) -> float | None:
+def _compared(run: Run, timing: Timing, update: Update, partition: Partition, batch_size: int) -> float | None:
     if run.state != "done" or run.config.resumed:
         print(f"Run {run.name} was not made from start to end, so there is no wall time to compare the simulation with.")
+        return None
+    try:
+        own = {
+            what: copy.deepcopy(rule) if is_rule_of(run, what, rule) else rule_of(run, what, call="simulate(run, {what}={what})")
+            for what, rule in (("update", update), ("partition", partition))
+        }
+    except RunError as error:
+        print(f"There is no comparison with the run as it was: {error}")
         return None
     measured = float(run.events.query("kind == 'merge'").seconds.max())
     again = Simulation(
         run.config.replace(batch_size=batch_size),
         timing,
         run.layout.size,
-        update=copy.deepcopy(rule) if rule.config() == run.config.update else make_update(run.config.update),
-        partition=make_partition(run.config.partition),
+        **own,
         changes=recorded_changes(run),
     ).run()
     error = again.merged_at / measured - 1

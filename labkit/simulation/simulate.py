@@ -22,9 +22,11 @@ from labkit.runs import events as record
 from labkit.simulation import scenario as scenarios
 from labkit.simulation.offline import Ledger
 from labkit.simulation.simulator import Simulation
-from labkit.training.resume import problem_of
+from labkit.training.resume import problem_of, rule_of
 from labkit.training.run import Run
 from labkit.updates import Update, make_update
+
+GIVEN = "simulate(run, {what}={what})"  # where what was written in a notebook is missing
 
 
 def simulate(
@@ -100,12 +102,16 @@ def simulate(
         raise ValueError("simulate() needs a run, several, or the samples/s of at least one worker.")
     base = measured[0] if isinstance(measured[0], Run) else None
     timing, recorded = scenarios.of_runs(measured) if base else scenarios.of_speeds(measured)
-    rule = copy.deepcopy(make_update(update if update is not None else recorded.update))
-    parts = copy.deepcopy(make_partition(partition if partition is not None else recorded.partition))
+    if base and update is None:
+        update = rule_of(base, "update", call=GIVEN)
+    if base and partition is None:
+        partition = rule_of(base, "partition", call=GIVEN)
+    update = copy.deepcopy(make_update(recorded.update if update is None else update))
+    partition = copy.deepcopy(make_partition(recorded.partition if partition is None else partition))
     workers = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls}
     lengths = {"passes": passes, "local_steps": local_steps, "samples": samples, "seed": seed}
     traffic = {"exchange": exchange, "overlap": overlap}
-    config = scenarios.changed(recorded, update=rule, partition=parts, **workers, **lengths, **traffic)
+    config = scenarios.changed(recorded, update=update, partition=partition, **workers, **lengths, **traffic)
     if numerics and (base is None or samples is not None or n_weights is not None):
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
     problem = problem_of(base, problem or base._problem, "simulate(run, problem=problem)") if numerics else None
@@ -118,7 +124,7 @@ def simulate(
         changes = scenarios.recorded_changes(base)
     else:
         changes = scenarios.changes(failures or (), config.n_workers)
-    error = scenarios.compared(base, timing, rule, batch_size) if base else None
+    error = scenarios.compared(base, timing, update, partition, batch_size) if base else None
     origin = {"kind": "simulated", "run": base.name if base else None, "numerics": bool(numerics), "error": error}
     asked = {"bandwidth": bandwidth, "latency": latency, "servers": servers, "n_weights": n_weights}
     asked |= {"failures": [list(failure) for failure in failures] if failures is not None else None}
@@ -128,7 +134,7 @@ def simulate(
     status = {"state": "failed", "reason": "the simulation was cut off."}
     try:
         with meter(f"simulation of {config.n_workers} workers", config.budget) as told:
-            rules = {"update": rule, "partition": parts, "changes": changes, "problem": problem}
+            rules = {"update": update, "partition": partition, "changes": changes, "problem": problem}
             there = timing.with_links(bandwidth, latency).on_servers(servers)
             made = Simulation(config, there, size, **rules, ledger=ledger, told=told).run()
         it = made.it

@@ -43,11 +43,11 @@ from torch import nn
 
 from labkit.cluster.lab import Worker
 from labkit.errors import ProblemError
+from labkit.imports import constructor_arguments
 from labkit.models import MODELS, describe
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import flatten
 from labkit.problems import Classifier
-from labkit.problems.settings import kept_arguments
 from labkit.runs import checkpoints
 from labkit.subnets.decomposition import Decomposition
 from labkit.subnets.problem import subnet_seed
@@ -163,7 +163,7 @@ def channel_groups(problem: Classifier, n: int) -> list[Classifier]:
         )
     i, of = problem.model_args.get("piece", (0, 1))  # a group may be cut again
     return [
-        Classifier(**{**kept_arguments(problem), "model_args": {**problem.model_args, "piece": [i + of * group, of * n]}})
+        Classifier(**{**constructor_arguments(problem), "model_args": {**problem.model_args, "piece": [i + of * group, of * n]}})
         for group in range(n)
     ]
 

@@ -21,9 +21,9 @@ import numpy as np
 from torch import nn
 
 from labkit.errors import ProblemError, known
+from labkit.imports import constructor_arguments
 from labkit.models import describe, make_model
 from labkit.problems import Classifier
-from labkit.problems.settings import kept_arguments
 from labkit.problems.splits import folds, hold_out
 from labkit.subnets.coarse import STACKING
 from labkit.subnets.decomposition import Decomposition
@@ -76,11 +76,11 @@ class Subnet(Classifier):
     ) -> Subnet:
         """The problem of one subdomain of `problem`, with its settings."""
         own = {"decomposition": decomposition, "part": part, "width_rule": width_rule, "stacking": stacking}
-        return cls(**kept_arguments(problem), **own)
+        return cls(**constructor_arguments(problem), **own)
 
     def without(self, fold: int | None) -> Subnet:
         """The copy of this subnet that is trained without a fold."""
-        return type(self)(**kept_arguments(self) | {"fold": fold})
+        return type(self)(**constructor_arguments(self) | {"fold": fold})
 
     @property
     def number(self) -> int:

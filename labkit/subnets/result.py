@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from labkit.errors import ProblemError, RunError, known
+from labkit.imports import by_value
 from labkit.models import make_model
 from labkit.models.flat import flatten
 from labkit.problems import Classifier, evaluating
-from labkit.problems.settings import by_value
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.runs.config import FORMAT

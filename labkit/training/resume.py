@@ -5,33 +5,35 @@
 Everything after that checkpoint is made again; `labkit.runs.events.effective` leaves what it led to before out of the curve and the
 counts. Another kind of lab or another number of workers is fine: the samples of those who are gone go to the others.
 
-Used from notebooks; `problem_of` also by `labkit.simulation`.
+Used from notebooks; `problem_of` and `rule_of` also by `labkit.simulation`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from labkit.cluster.connect import connect, current
 from labkit.cluster.lab import Lab
-from labkit.errors import PartitionError, RunError
-from labkit.partition import make_partition
+from labkit.errors import LabError, PartitionError, RunError
+from labkit.imports import by_value
+from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
-from labkit.problems.settings import by_value
 from labkit.runs import checkpoints
 from labkit.runs import server_file as presence
 from labkit.runs.config import RunConfig, describe_lab
 from labkit.training.run import Run, load_run
 from labkit.training.supervisor import MEETING
 from labkit.training.train import begin, choose, leased, server_spec
-from labkit.updates import make_update
+from labkit.updates import Update, make_update
 
 ENDING_S = 5.0  # a server that has ended the run has so long to go
 
@@ -41,6 +43,8 @@ def resume(
     lab: Lab | None = None,
     *,
     problem: Problem | None = None,
+    update: Update | None = None,
+    partition: Partition | None = None,
     workers: Sequence[int] | None = None,
 ) -> Run:
     """Go on with a run from its newest whole checkpoint; returns at once with its `Run`.
@@ -53,13 +57,16 @@ def resume(
         Where: any kind, any number of workers. By default the lab of this kernel, or one such as the run had.
     problem
         The problem as it was given to `train`, where its model was written in a notebook cell.
+    update, partition
+        As they were given to `train`, where their class was written in a notebook cell.
     workers
         Indices of the workers to go on with; by default all that no other run holds.
 
     Raises
     ------
     RunError
-        The run still goes, is done, or has no whole checkpoint; or the problem is not the one of the run.
+        The run still goes, is done, or has no whole checkpoint; or problem, update or partition are not those of the run, or
+        were written in a notebook cell and are not given.
     """
     run = load_run(path, problem=problem)
     _check_ended(run)
@@ -71,7 +78,7 @@ def resume(
     layout = run.layout
     if len(weights) != layout.size:
         raise RunError(f"version {version} holds {len(weights)} weights, and layout.json of {run.path} says {layout.size}.")
-    update, partition = make_update(run.config.update), make_partition(run.config.partition)
+    update, partition = rule_of(run, "update", update), rule_of(run, "partition", partition)
     lab = lab or current() or _lab_like(run)
     newcomers = workers is None
     workers = choose(lab, workers, run.name)
@@ -125,6 +132,29 @@ def problem_of(run: Run, given: Problem | None, call: str = "resume({path!r}, pr
     if checkpoints.Layout.of(*flatten(given.build(run.config.seed))[1:]) != run.layout:
         raise RunError(f"the model of this problem has other tensors than run {run.name} was begun with (layout.json).")
     return given
+
+
+def rule_of(run: Run, what: str, given: Any = None, call: str = "resume({path!r}, {what}={what})") -> Update | Partition:
+    """The "update" or the "partition" of a run: made again as recorded, or `given`, which must be what is recorded."""
+    make, recorded = {"update": make_update, "partition": make_partition}[what], run.config[what]
+    if given is not None:
+        if not is_rule_of(run, what, rule := make(given)):
+            raise RunError(f"this {what} is not the one of run {run.name}: {rule.config()} for {dict(recorded)}.")
+        return copy.deepcopy(rule)
+    try:
+        return make(recorded)
+    except (LabError, ValueError, TypeError, ImportError) as error:
+        call = call.format(path=str(run.path), what=what)
+        raise RunError(
+            f"the {what} of run {run.name} is not known here: {str(error).rstrip('.')}. Make it again as it was and give it: "
+            f"labkit.{call}. A class in a module that can be imported is found without."
+        ) from error
+
+
+def is_rule_of(run: Run, what: str, rule: Update | Partition) -> bool:
+    """Is this update or partition what is recorded? Before format 3 a class of the user's own was recorded by its `name`."""
+    now = rule.config()
+    return now == run.config[what] or (run.config.format < 3 and {**now, "name": rule.name} == run.config[what])
 
 
 def _lab_like(run: Run) -> Lab:

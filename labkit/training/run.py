@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.errors import RunError
+from labkit.imports import rule_title
+from labkit.partition import PARTITIONS
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.runs import server_file as presence
@@ -141,9 +143,10 @@ class Run:
 
     @property
     def _strategy(self) -> str:
-        update, partition = self.config.update["name"], self.config.partition["name"]
+        update, partition = (rule_title(self.config[what]) for what in ("update", "partition"))
         label = UPDATES[update].__name__ if update in UPDATES else update  # a rule of the user's own
-        return label if update == "allreduce" and partition == "udpa" else f"{label} + {partition.upper()}"
+        shares = PARTITIONS[partition].__name__ if partition in PARTITIONS else partition
+        return label if update == "allreduce" and partition == "udpa" else f"{label} + {shares}"
 
     @property
     def origin(self) -> str:
@@ -228,8 +231,8 @@ class Run:
         total = float(coefficients.sum())
         return {
             "name": self.name,
-            "update": self.config.update["name"],
-            "partition": self.config.partition["name"],
+            "update": rule_title(self.config.update),
+            "partition": rule_title(self.config.partition),
             "state": self.state,
             "origin": self.origin,
             "score": None if curve is None or curve.empty else float(curve.score.iloc[-1]),

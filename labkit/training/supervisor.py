@@ -267,6 +267,8 @@ def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[
 
     message = cloudpickle.dumps(spec)
     environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # A rule of the user's own may be in any module that can be imported here.
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(folder or os.getcwd() for folder in sys.path))
     with open(path / "server.log", "ab") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", "import labkit.training.server.server; labkit.training.server.server.main()"],

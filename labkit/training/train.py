@@ -27,6 +27,7 @@ import numpy as np
 
 from labkit.cluster.lab import Lab
 from labkit.errors import ClusterError, RunError
+from labkit.imports import rule_title
 from labkit.models.flat import flatten
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
@@ -67,7 +68,7 @@ def train(
         What to train, and where.
     partition, update
         Objects or names: `IDPA(batches=4)` or "idpa"; `AGWU()` or "agwu" (`labkit.updates.names()` lists all). Or a dict of name
-        and settings: {"name": "fedbuff", "size": 4}.
+        and settings: {"name": "fedbuff", "size": 4}. A class of your own is named by its import path, "my_module:Mine".
     passes
         Length of the run: all workers together train on `passes` times the training samples. (BPT-CNN counts iterations K; with A
         allocation batches the same number of sample visits takes K + (A-1)/2 local passes.)
@@ -112,7 +113,7 @@ def train(
     problem.check(seed)
     if update.collective:
         check_problem(problem, seed)
-    name = name or "-".join([update.name, partition.name, f"seed{seed}"])
+    name = name or "-".join([*(rule_title(rule.config()) for rule in (update, partition)), f"seed{seed}"])
     newcomers = workers is None
     workers = choose(lab, workers, name)
     check_shards(problem, workers, partition)

@@ -14,16 +14,16 @@ a version and the weights of that version. A barrier is nothing but "no replies 
 Every vector is [parameters | buffers]: buffers (BatchNorm's running statistics) are mixed as convex averages under every rule,
 because a variance must not be extrapolated below zero; AllReduce takes those of its first worker, as DDP does.
 
-`names()` lists the rules; `make_update` makes one from its name or from a dict of its settings.
+`names()` lists the rules; `make_update` makes one from its name, an import path, or a dict of name and settings.
 
 Used by `labkit.training.server.coordinator` (live) and by anybody who tests or invents a rule.
 """
 
 from __future__ import annotations
 
-from labkit.errors import did_you_mean, known
+from labkit.imports import make_rule
 from labkit.updates.asynchronous import AGWU, Downpour, FedAsync, FedBuff
-from labkit.updates.base import Changes, Merge, Push, Reply, Update, settings
+from labkit.updates.base import Changes, Merge, Push, Reply, Update
 from labkit.updates.bounded import SSP, Rescaled, Ringmaster
 from labkit.updates.elastic import EASGD, GEM
 from labkit.updates.outer import DelayedNesterov, DiLoCo, HeLoCo
@@ -43,17 +43,8 @@ def names() -> list[str]:
 
 
 def make_update(update: str | dict | Update) -> Update:
-    """An update from its name ("agwu"), from a dict of name and settings (its `config()`), or itself.
+    """An update from its name ("agwu"), an import path ("my_module:Mine"), name and settings (its `config()`), or itself.
 
     A name or a setting that does not exist is a `ValueError` with the known ones.
     """
-    if isinstance(update, Update):
-        return update
-    given = dict(update) if isinstance(update, dict) else {"name": update}
-    name = known("update", str(given.pop("name", "")).lower(), UPDATES)
-    options = settings(UPDATES[name])
-    for setting in given:
-        if setting not in options:
-            listed = f"It has: {', '.join(options) or 'none'}.{did_you_mean(setting, options)}"
-            raise ValueError(f"{name} has no setting {setting!r}. {listed}")
-    return UPDATES[name](**given)
+    return update if isinstance(update, Update) else make_rule("update", update, UPDATES, Update)

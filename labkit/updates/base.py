@@ -10,7 +10,6 @@ Used by the other rooms of `labkit.updates`, and by `labkit.training.server.coor
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from labkit.errors import UpdateError, known, real, whole
+from labkit.imports import rule_config
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,11 @@ class Update:
         self.bases = dict.fromkeys(self.bases, self.version)
 
     def config(self) -> dict:
-        """Name and settings, as JSON; `make_update` reads it back. Settings are attributes of their names."""
-        return {"name": self.name, **{name: getattr(self, name) for name in settings(type(self))}}
+        """Name and settings, as JSON; `make_update` reads it back. Settings are attributes of their names.
+
+        The name of a class that is not labkit's is its import path, "my_module:Mine", so that a run with it can be resumed.
+        """
+        return rule_config(self, UpdateError)
 
     def _begin(self) -> None:
         """Set up what the rule keeps beside weights and members."""
@@ -250,11 +253,6 @@ def weighted_sum(vectors: list[np.ndarray], factors: list[float]) -> np.ndarray:
         for vector, factor in zip(vectors[1:], factors[1:], strict=True):
             into += np.multiply(vector[part], np.float32(factor), out=product[: len(into)])
     return total
-
-
-def settings(rule: type[Update]) -> list[str]:
-    """The names of the settings of a rule."""
-    return list(inspect.signature(rule).parameters)
 
 
 def number(rule: Update, name: str, value: float, **bounds: float) -> float:
