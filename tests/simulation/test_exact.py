@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import time
 
 import numpy as np
@@ -18,6 +20,7 @@ from labkit.plots.progress import meter
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.training import supervisor as session
+from labkit.updates import make_update
 from tests.training.test_train import ended, net_with_statistics, problem, until
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -44,22 +47,49 @@ def _quick(monkeypatch):
     monkeypatch.setattr(session, "POLL_S", 0.02)
 
 
+def two_threads():
+    return labkit.connect("threads", 2, slowdown=[1, 3])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _opened():
+    """One lab for the file, opened before its tests, so that it is not taken for something that a test has left behind."""
+    two_threads()
+    yield
+    two_threads().close()
+
+
 @pytest.fixture
 def lab():
-    with labkit.connect("threads", 2, slowdown=[1, 3]) as lab:
-        yield lab
+    """The lab of the file; a new one where a test has connected another in between."""
+    return two_threads()
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The runs of this file by their settings: what each test gets is a copy."""
+    return {}
 
 
 @pytest.fixture
-def train(lab, tmp_path):
-    """A run on two threads, the second three times as slow; ended."""
+def train(lab, made, tmp_path, tmp_path_factory):
+    """A run on two threads, the second three times as slow; ended, and the test's own to be changed."""
 
-    def begin(a_problem=None, **options):
-        options = {"runs": tmp_path, "seed": 5, "passes": 4, "name": "r", "partition": "idpa", **options}
-        options["partition"] = PARTITIONS[options["partition"]]
-        return ended(labkit.train(a_problem or problem(net_with_statistics), options.pop("lab", lab), **options))
+    def get(a_problem=None, *, name="r", **options):
+        a_problem = a_problem or problem(net_with_statistics)
+        options = {"seed": 5, "passes": 4, "partition": "idpa", "update": "agwu", **options}
+        if isinstance(options["partition"], str):
+            options["partition"] = PARTITIONS[options["partition"]]
+        configs = [a_problem.config(), make_update(options["update"]).config(), options["partition"].config()]
+        settings = repr([*configs, options["passes"], options.get("local_steps")])
+        if settings not in made:
+            folder = tmp_path_factory.mktemp("made")
+            made[settings] = ended(labkit.train(a_problem, lab, runs=folder, name="made", **options)).path
+        shutil.copytree(made[settings], tmp_path / name)
+        record.write_json(tmp_path / name / "config.json", record.read_json(made[settings] / "config.json") | {"name": name})
+        return labkit.load_run(tmp_path / name, problem=a_problem)
 
-    return begin
+    return get
 
 
 def same(run, again):
@@ -103,7 +133,8 @@ def test_a_replay_has_the_same_bits(update, partition, train):
 
 
 RULES = [
-    *("delayed-nesterov", "heloco", "easgd", "gem", "ssp", "diloco", "fedbuff"),
+    *("delayed-nesterov", "easgd"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("heloco", "gem", "ssp", "diloco", "fedbuff")),
     pytest.param({"name": "fedbuff", "size": 5}, id="fedbuff-5"),
     pytest.param({"name": "ringmaster", "limit": 1}, id="ringmaster-1"),
     pytest.param({"name": "sgwu", "quorum": 0.5, "grace": 0.01}, id="sgwu-quorum"),
@@ -111,9 +142,10 @@ RULES = [
 
 
 @pytest.mark.parametrize("update", RULES)
-def test_every_kind_of_rule_is_replayed_with_the_same_bits(update, train):
+def test_every_kind_of_rule_is_replayed_with_the_same_bits(update, train, monkeypatch):
     """What was thrown away, whom the rule did not wait for any longer, and what it kept back for the end."""
     run = train(problem(net_with_statistics, kind=Slow), update=update, partition="udpa", local_steps=3, passes=3)
+    monkeypatch.setattr(Slow, "pause", 0.0)  # nobody waits in a replay
     kinds = set(run.events.kind)
     assert same(run, labkit.replay(run))
     if "limit" in update or "quorum" in update:
@@ -124,7 +156,8 @@ def test_every_kind_of_rule_is_replayed_with_the_same_bits(update, train):
 
 
 def test_an_end_of_a_wait_that_is_not_in_the_record_is_missed(train):
-    run = train(problem(kind=Slow), update=labkit.SGWU(quorum=0.5, grace=0.01), partition="udpa", local_steps=3)
+    quorum = {"name": "sgwu", "quorum": 0.5, "grace": 0.01}
+    run = train(problem(net_with_statistics, kind=Slow), update=quorum, partition="udpa", local_steps=3, passes=3)
     run = rewrite(run, lambda rows: nth(rows, "expire", 0).update(kind="hold"))
     with pytest.raises(RunError, match=r"differs at event \d+ \(hold\): 'hold' does not follow|by the record, and"):
         labkit.replay(run)
@@ -170,6 +203,265 @@ def test_a_run_that_was_cut_off_and_resumed_is_replayed(lab, tmp_path, capsys):
     assert same(again, labkit.replay(again))
     with pytest.raises(RunError, match="run r was resumed"):
         labkit.replay(again, update="sgwu")
+
+
+class Cautious(labkit.AGWU):
+    """A rule of the user's own, with a setting and a memory, and without a name."""
+
+    def __init__(self, share=0.5, **options):
+        super().__init__(**options)
+        self.share = share
+
+    def _begin(self):
+        super()._begin()
+        self.steps = 0
+
+    def _merge(self, push):
+        self.steps += 1
+        shrunk = push.weights * np.float32(self.share) + self.weights * np.float32(1 - self.share)
+        return super()._merge(dataclasses.replace(push, weights=shrunk))
+
+
+class Backwards(labkit.UDPA):
+    """A partition of the user's own: the later workers are given more."""
+
+    def __init__(self, step=1.0, *, stratified=False):
+        super().__init__(stratified=stratified)
+        self.step = step
+
+    def _speeds(self):
+        return 1 + self.step * np.arange(len(self.workers))
+
+
+def in_a_notebook(base):
+    """A class such as `base`, as a notebook cell defines it."""
+    cell = {"__name__": "__main__", "base": base}
+    exec(f"class {base.__name__}(base):\n    pass", cell)
+    return cell[base.__name__]
+
+
+@pytest.fixture(params=[lambda base: base, in_a_notebook], ids=["module", "notebook"])
+def own(request):
+    """Update and partition of the user's own, and how they are given again where the record holds no import path."""
+
+    def rules():
+        return {"update": request.param(Cautious)(0.3, quality="raw"), "partition": request.param(Backwards)(step=2.0)}
+
+    return rules, rules if request.param is in_a_notebook else dict
+
+
+def test_a_run_with_an_update_and_a_partition_of_the_users_own_is_resumed_and_replayed(own, lab, tmp_path, monkeypatch):
+    rules, given = own
+    run = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=3, local_steps=2, **rules())
+    until(lambda: run.status()["version"] >= 4)
+    run.stop()
+    assert run.name == "Cautious-Backwards-seed0" and run.label == "Cautious + Backwards"
+    if given is rules:
+        for what in ("update", "partition"):
+            with pytest.raises(
+                RunError, match=rf"the {what} of run .* Give the object itself.* labkit.resume\(.*, {what}={what}\)"
+            ):
+                labkit.resume(run.path, lab, problem=run.problem(), **{key: rule for key, rule in rules().items() if key != what})
+    with pytest.raises(RunError, match=r"this update is not the one of run .*'share': 0\.4"):
+        labkit.resume(run.path, lab, problem=run.problem(), update=type(rules()["update"])(0.4, quality="raw"))
+    run = ended(labkit.resume(run.path, lab, problem=run.problem(), **given()))
+    events = run.events
+    assert events.query("kind == 'merge'").version.max() > 10 and chaos.audit(run) == []
+    held = events.query("kind == 'allocate'").groupby("worker").total.max()
+    assert held[1] > 2 * held[0], "the partition of the user's own was forgotten"
+    monkeypatch.setattr(Slow, "pause", 0.0)
+    run = labkit.load_run(run.path, problem=run.problem())
+    assert same(run, labkit.replay(run, **given()))
+    assert run.summary()["update"] == "Cautious" and labkit.compare([run]).index.tolist() == ["Cautious + Backwards"]
+    assert "Cautious + Backwards" in repr(run)
+
+
+def test_what_else_would_have_been_and_what_would_be_with_rules_of_a_notebook(train, capsys):
+    run = train(update=in_a_notebook(Cautious)(0.3), partition=in_a_notebook(Backwards)())
+    rules = {"update": in_a_notebook(Cautious)(0.3), "partition": in_a_notebook(Backwards)()}
+    for what in rules:
+        for again in ("replay", "simulate"):
+            with pytest.raises(RunError, match=rf"the {what} of run r is not known here.* labkit.{again}\(run, {what}={what}\)"):
+                getattr(labkit, again)(run, **{key: rule for key, rule in rules.items() if key != what})
+    other = labkit.replay(run, update="sgwu", partition=rules["partition"])
+    assert other.origin == "counterfactual" and other.label == "SGWU + Backwards (counterfactual)"
+    assert labkit.replay(train(name="other"), update=rules["update"]).name == "other-replay-Cautious"
+    again = labkit.simulate(run, **rules, n_workers=3)
+    assert again.config["origin"]["error"] is not None and again.label == "Cautious + Backwards (simulated)"
+    capsys.readouterr()
+    run = labkit.load_run(run.path)
+    assert labkit.simulate(run, update="sgwu", partition="idpa").config["origin"]["error"] is None
+    assert "There is no comparison with the run as it was: the update of run r is not known here" in capsys.readouterr().out
+
+
+class Named(labkit.AGWU):
+    name = "named"
+
+
+def test_a_rule_that_was_recorded_by_its_own_name_is_replayed_with_its_object(train):
+    """As labkit did before format 3."""
+    run = train()
+    config = record.read_json(run.path / "config.json")
+    record.write_json(run.path / "config.json", {**config, "format": 2, "update": {"name": "named", "quality": "normalised"}})
+    run = labkit.load_run(run.path, problem=run.problem())
+    assert run.label == "named + IDPA" and same(run, labkit.replay(run, update=Named()))
+    with pytest.raises(RunError, match="update='named' is not known"):
+        labkit.replay(run)
+
+
+# -- or where it differs -----------------------------------------------------------------------------------------------
+
+
+def nth(rows, kind, n=2):
+    return [row for row in rows if row["kind"] == kind][n]
+
+
+TAMPERED = {
+    "score": (
+        lambda rows: nth(rows, "push").update(score=0.123),
+        r"differs at event \d+ \(push of worker \d\): its score is 0.123",
+    ),
+    "coefficient": (
+        lambda rows: nth(rows, "merge").update(coefficient=0.5),
+        r"event \d+ \(merge .*coefficient is 0.5 by the record",
+    ),
+    "samples": (lambda rows: nth(rows, "push").update(samples=7), r"event \d+ \(push of worker \d\): its samples is 7"),
+    "worker": (lambda rows: nth(rows, "push").update(worker=9), r"event \d+ \(push of worker 9\): worker 9 is not there"),
+    "pace": (lambda rows: nth(rows, "push", 0).update(compute_s=50.0), r"differs at event \d+ "),
+    "hole": (lambda rows: rows.remove(nth(rows, "push")), r"event \d+ is missing or out of place"),
+    "end": (lambda rows: rows.__delitem__(slice(len(rows) // 2, None)), "the end of events.jsonl is missing|the record ends"),
+    "nothing": (lambda rows: rows.clear(), "its record has no start"),
+    "alien": (lambda rows: nth(rows, "merge").update(kind="merger"), "by the record, and 'merge' now"),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_record_that_was_tampered_with_is_told_from_a_true_one(what, train):
+    change, words = TAMPERED[what]
+    run = rewrite(train(), change)
+    with pytest.raises(RunError, match=words):
+        labkit.replay(run)
+
+
+def test_a_version_that_the_run_did_not_make_is_found(train):
+    run = train()
+    version = checkpoints.versions(run.path)[2]
+    weights, state = checkpoints.read_state(run.path, version)
+    weights = np.array(weights)
+    weights[3] = np.nextafter(weights[3], np.float32(9))
+    checkpoints.write(run.path, version, weights, state)
+    with pytest.raises(RunError, match=rf"1 of \d+ weights of version {version} differ, by .*e-"):
+        labkit.replay(run)
+    assert "differs" in labkit.load_run(run.path.with_name("r-replay"), problem=run.problem()).status()["reason"]
+
+
+def test_another_machine_is_named_where_bits_differ(train):
+    run = train()
+    environment = record.read_json(run.path / "environment.json")
+    environment["versions"]["torch"] = "0.4.1"
+    record.write_json(run.path / "environment.json", environment)
+    with pytest.raises(RunError, match=r"It was made with torch 0\.4\.1, which is not what is here"):
+        labkit.replay(rewrite(run, lambda rows: nth(rows, "push").update(loss=0.1)))
+
+
+def test_what_cannot_be_replayed_says_why(train, lab, tmp_path):
+    with pytest.raises(RunError, match="threads that shared one generator"):
+        labkit.replay(train(problem(net_with_chance), name="chance"))
+    run = train()
+    with pytest.raises(RunError, match="torch averages gradients"):
+        labkit.replay(run, update="allreduce")
+    with pytest.raises(RunError, match="torch averages gradients"):
+        labkit.replay(train(update="allreduce", name="ddp", passes=1))
+    with pytest.raises(RunError, match="run r-replay is a replay itself"):
+        labkit.replay(labkit.replay(run))
+    with pytest.raises(RunError, match="this problem is not the one of run r: lr"):
+        labkit.replay(run, problem=problem(net_with_statistics, lr=0.1))
+    with pytest.raises(RunError, match=r"computed on cuda:0, .*cannot be replayed bit for bit"):
+        labkit.replay(rewrite(run, lambda rows: nth(rows, "join", 1).update(device="cuda:0")))
+    record.write_json(run.path / "config.json", {**run.config, "format": 1})
+    with pytest.raises(RunError, match=r"before there were replays \(format 1\): .* Train it again"):
+        labkit.replay(labkit.load_run(run.path, problem=run.problem()))
+    goes = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=1000, name="goes")
+    with pytest.raises(RunError, match="run goes still goes"):
+        labkit.replay(goes)
+    goes.stop()
+
+
+def test_progress_is_told(train, capsys, monkeypatch):
+    monkeypatch.setattr("labkit.plots.progress.EVERY_S", 0.0)
+    labkit.replay(train())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("replay of r: ")]
+    assert len(lines) > 2 and "100%, 748 of 748 samples" in lines[-1]
+
+
+def test_a_bar_comes_only_for_what_takes_its_time(monkeypatch):
+    class Thing:
+        value = None
+
+    made = []
+    monkeypatch.setattr("labkit.plots.style.interactive", lambda: True)
+    monkeypatch.setattr("labkit.plots.progress._bar", lambda: made.append((Thing(), Thing())) or made[-1])
+    for soon, bars in ((60.0, 0), (0.0, 1)):
+        monkeypatch.setattr("labkit.plots.progress.SOON_S", soon)
+        with meter("work", 10) as told:
+            told(4)
+            told(10)
+        assert len(made) == bars
+    assert made[0][0].value == 1.0 and made[0][1].value == "work: 100%, 10 of 10 samples"
+
+
+# -- another rule on the same arrivals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["sgwu", "agwu"])
+def test_a_counterfactual_says_so_and_trains_on_the_whole_budget(update, train):
+    run = train(update=update)
+    other = labkit.replay(run, update={"sgwu": "agwu", "agwu": "sgwu"}[update])
+    assert other.state == "done" and other.origin == other.summary()["origin"] == "counterfactual"
+    assert other.label.endswith("+ IDPA (counterfactual)") and f"(counterfactual of {run.name}), done" in repr(other)
+    assert "counterfactual" in canvas.caption([other]) and other.name == f"r-replay-{other.config['update']['name']}"
+    assert other.summary()["samples"] == run.summary()["samples"] == run.config["budget"]
+    assert not np.array_equal(run.flat(), other.flat()) and len(other.curve()) > 2
+    merges = other.events.query("kind == 'merge'")
+    assert list(other.events.seq) == list(range(len(other.events))) and other.events.seconds.dropna().is_monotonic_increasing
+    assert merges.version.drop_duplicates().tolist() == list(range(1, int(merges.version.max()) + 1))
+    if update == "agwu":  # now with a barrier: all workers in each version, until only one has anything left
+        assert (merges.staleness == 0).all() and (merges.groupby("version").worker.count().iloc[:-1] == 2).all()
+    else:
+        assert merges.version.is_unique and merges.staleness.max() >= 1
+
+
+def test_without_barriers_another_rule_has_the_very_same_arrivals(train):
+    """Who pushes when, how much and from which version: only the weights differ."""
+    run = train(update="agwu")
+    other = labkit.replay(run, update=labkit.AGWU("raw"))
+    columns = ["worker", "incarnation", "pass", "base_version", "staleness", "samples", "total", "compute_s"]
+    for kind in ("push", "allocate", "merge"):
+        then, now = (r.events[r.events.kind == kind][columns].reset_index(drop=True) for r in (run, other))
+        assert then.equals(now), kind
+    assert not np.array_equal(run.flat(), other.flat())
+    assert same(run, labkit.replay(run, update=run.config["update"])), "its own rule is no other rule"
+
+
+@pytest.mark.parametrize(
+    "update", ["fedbuff", "delayed-nesterov", {"name": "ringmaster", "limit": 1}, {"name": "sgwu", "quorum": 0.5, "grace": 0.01}]
+)
+def test_what_another_rule_throws_away_is_trained_on_again(update, train):
+    run = train(update="agwu", partition="udpa", local_steps=3)
+    other = labkit.replay(run, update=update)
+    merges, drops = other.events.query("kind == 'merge'"), other.events.query("kind == 'drop'")
+    assert other.state == "done" and merges.samples.sum() == run.config["budget"] == other.summary()["samples"]
+    assert len(other.events.query("kind == 'push'")) == len(merges) + len(drops) and (drops.staleness > 0).all()
+    assert bool(len(drops)) == isinstance(update, dict)
+
+
+def test_a_counterfactual_can_be_made_again(train):
+    run = train(problem(net_with_chance))
+    first, second = (labkit.replay(run, update="sgwu", name=name) for name in "ab")
+    np.testing.assert_array_equal(first.flat(), second.flat())
+
+
+# -- processes: these close the lab of the file -------------------------------------------------------------------------
 
 
 @pytest.mark.cluster
@@ -223,166 +515,3 @@ def test_kills_joins_and_refusals_are_replayed(tmp_path, monkeypatch):
     assert same(run, labkit.replay(run))
     other = labkit.replay(run, update="sgwu")
     assert other.origin == "counterfactual" and other.summary()["samples"] > 0
-
-
-# -- or where it differs -----------------------------------------------------------------------------------------------
-
-
-def nth(rows, kind, n=2):
-    return [row for row in rows if row["kind"] == kind][n]
-
-
-TAMPERED = {
-    "score": (
-        lambda rows: nth(rows, "push").update(score=0.123),
-        r"differs at event \d+ \(push of worker \d\): its score is 0.123",
-    ),
-    "coefficient": (
-        lambda rows: nth(rows, "merge").update(coefficient=0.5),
-        r"event \d+ \(merge .*coefficient is 0.5 by the record",
-    ),
-    "samples": (lambda rows: nth(rows, "push").update(samples=7), r"event \d+ \(push of worker \d\): its samples is 7"),
-    "worker": (lambda rows: nth(rows, "push").update(worker=9), r"event \d+ \(push of worker 9\): worker 9 is not there"),
-    "pace": (lambda rows: nth(rows, "push", 0).update(compute_s=50.0), r"differs at event \d+ "),
-    "hole": (lambda rows: rows.remove(nth(rows, "push")), r"event \d+ is missing or out of place"),
-    "end": (lambda rows: rows.__delitem__(slice(len(rows) // 2, None)), "the end of events.jsonl is missing|the record ends"),
-    "nothing": (lambda rows: rows.clear(), "its record has no start"),
-    "alien": (lambda rows: nth(rows, "merge").update(kind="merger"), "by the record, and 'merge' now"),
-}
-
-
-@pytest.mark.parametrize("what", TAMPERED)
-def test_a_record_that_was_tampered_with_is_told_from_a_true_one(what, train):
-    change, words = TAMPERED[what]
-    run = rewrite(train(passes=5), change)
-    with pytest.raises(RunError, match=words):
-        labkit.replay(run)
-
-
-def test_a_version_that_the_run_did_not_make_is_found(train):
-    run = train()
-    version = checkpoints.versions(run.path)[2]
-    weights, state = checkpoints.read_state(run.path, version)
-    weights = np.array(weights)
-    weights[3] = np.nextafter(weights[3], np.float32(9))
-    checkpoints.write(run.path, version, weights, state)
-    with pytest.raises(RunError, match=rf"1 of \d+ weights of version {version} differ, by .*e-"):
-        labkit.replay(run)
-    assert "differs" in labkit.load_run(run.path.with_name("r-replay"), problem=run.problem()).status()["reason"]
-
-
-def test_another_machine_is_named_where_bits_differ(train):
-    run = train()
-    environment = record.read_json(run.path / "environment.json")
-    environment["versions"]["torch"] = "0.4.1"
-    record.write_json(run.path / "environment.json", environment)
-    with pytest.raises(RunError, match=r"It was made with torch 0\.4\.1, which is not what is here"):
-        labkit.replay(rewrite(run, lambda rows: nth(rows, "push").update(loss=0.1)))
-
-
-def test_what_cannot_be_replayed_says_why(train, lab, tmp_path):
-    with pytest.raises(RunError, match="threads that shared one generator"):
-        labkit.replay(train(problem(net_with_chance)))
-    run = train()
-    with pytest.raises(RunError, match="torch averages gradients"):
-        labkit.replay(run, update="allreduce")
-    with pytest.raises(RunError, match="torch averages gradients"):
-        labkit.replay(train(update="allreduce", name="ddp", passes=1))
-    with pytest.raises(RunError, match="run r-replay is a replay itself"):
-        labkit.replay(labkit.replay(run))
-    with pytest.raises(RunError, match="this problem is not the one of run r: lr"):
-        labkit.replay(run, problem=problem(net_with_statistics, lr=0.1))
-    with pytest.raises(RunError, match=r"computed on cuda:0, .*cannot be replayed bit for bit"):
-        labkit.replay(rewrite(run, lambda rows: nth(rows, "join", 1).update(device="cuda:0")))
-    record.write_json(run.path / "config.json", {**run.config, "format": 1})
-    with pytest.raises(RunError, match=r"before there were replays \(format 1\): .* Train it again"):
-        labkit.replay(labkit.load_run(run.path, problem=run.problem()))
-    goes = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=1000, name="goes")
-    with pytest.raises(RunError, match="run goes still goes"):
-        labkit.replay(goes)
-    goes.stop()
-
-
-def test_progress_is_told(train, capsys, monkeypatch):
-    monkeypatch.setattr("labkit.plots.progress.EVERY_S", 0.0)
-    run = train(passes=2)
-    labkit.replay(run)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("replay of r: ")]
-    assert len(lines) > 2 and "100%, 374 of 374 samples" in lines[-1]
-
-
-def test_a_bar_comes_only_for_what_takes_its_time(monkeypatch):
-    class Thing:
-        value = None
-
-    made = []
-    monkeypatch.setattr("labkit.plots.style.interactive", lambda: True)
-    monkeypatch.setattr("labkit.plots.progress._bar", lambda: made.append((Thing(), Thing())) or made[-1])
-    for soon, bars in ((60.0, 0), (0.0, 1)):
-        monkeypatch.setattr("labkit.plots.progress.SOON_S", soon)
-        with meter("work", 10) as told:
-            told(4)
-            told(10)
-        assert len(made) == bars
-    assert made[0][0].value == 1.0 and made[0][1].value == "work: 100%, 10 of 10 samples"
-
-
-# -- another rule on the same arrivals ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("update", ["sgwu", "agwu"])
-def test_a_counterfactual_says_so_and_trains_on_the_whole_budget(update, train):
-    run = train(update=update, passes=5)
-    other = labkit.replay(run, update={"sgwu": "agwu", "agwu": "sgwu"}[update])
-    assert other.state == "done" and other.origin == other.summary()["origin"] == "counterfactual"
-    assert other.label.endswith("+ IDPA (counterfactual)") and f"(counterfactual of {run.name}), done" in repr(other)
-    assert "counterfactual" in canvas.caption([other]) and other.name == f"r-replay-{other.config['update']['name']}"
-    assert other.summary()["samples"] == run.summary()["samples"] == run.config["budget"]
-    assert not np.array_equal(run.flat(), other.flat()) and len(other.curve()) > 2
-    merges = other.events.query("kind == 'merge'")
-    assert list(other.events.seq) == list(range(len(other.events))) and other.events.seconds.dropna().is_monotonic_increasing
-    assert merges.version.drop_duplicates().tolist() == list(range(1, int(merges.version.max()) + 1))
-    if update == "agwu":  # now with a barrier: all workers in each version, until only one has anything left
-        assert (merges.staleness == 0).all() and (merges.groupby("version").worker.count().iloc[:-1] == 2).all()
-    else:
-        assert merges.version.is_unique and merges.staleness.max() >= 1
-
-
-def test_without_barriers_another_rule_has_the_very_same_arrivals(train):
-    """Who pushes when, how much and from which version: only the weights differ."""
-    run = train(update="agwu", passes=5)
-    other = labkit.replay(run, update=labkit.AGWU("raw"))
-    columns = ["worker", "incarnation", "pass", "base_version", "staleness", "samples", "total", "compute_s"]
-    for kind in ("push", "allocate", "merge"):
-        then, now = (r.events[r.events.kind == kind][columns].reset_index(drop=True) for r in (run, other))
-        assert then.equals(now), kind
-    assert not np.array_equal(run.flat(), other.flat())
-    assert same(run, labkit.replay(run, update=run.config["update"])), "its own rule is no other rule"
-
-
-def test_a_rule_that_only_its_user_knows_is_replayed_with_its_object(train):
-    cell = {"__name__": "__main__", "labkit": labkit}  # a class as a notebook cell defines it
-    exec("class MyOwn(labkit.AGWU):\n    name = 'my-own'", cell)
-    run = train(update=cell["MyOwn"]("raw"))
-    assert same(run, labkit.replay(run, update=cell["MyOwn"]("raw")))
-    assert labkit.simulate(run, update=cell["MyOwn"]("raw")).config["origin"]["error"] is not None
-    with pytest.raises(ValueError, match="update='my-own' is not known"):
-        labkit.replay(run)
-
-
-@pytest.mark.parametrize(
-    "update", ["fedbuff", "delayed-nesterov", {"name": "ringmaster", "limit": 1}, {"name": "sgwu", "quorum": 0.5, "grace": 0.01}]
-)
-def test_what_another_rule_throws_away_is_trained_on_again(update, train):
-    run = train(update="agwu", partition="udpa", local_steps=3)
-    other = labkit.replay(run, update=update)
-    merges, drops = other.events.query("kind == 'merge'"), other.events.query("kind == 'drop'")
-    assert other.state == "done" and merges.samples.sum() == run.config["budget"] == other.summary()["samples"]
-    assert len(other.events.query("kind == 'push'")) == len(merges) + len(drops) and (drops.staleness > 0).all()
-    assert bool(len(drops)) == isinstance(update, dict)
-
-
-def test_a_counterfactual_can_be_made_again(train):
-    run = train(problem(net_with_chance), update="agwu", passes=3)
-    first, second = (labkit.replay(run, update="sgwu", name=name) for name in "ab")
-    np.testing.assert_array_equal(first.flat(), second.flat())
