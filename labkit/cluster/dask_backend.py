@@ -1,21 +1,9 @@
-"""Dask's side of a lab: a client, the workers behind it, tasks pinned to one of them, and leases that other notebooks respect.
+"""Dask as a back end: a client, the workers behind it, tasks pinned to one of them, and leases that other notebooks respect.
 
-A back end is what `labkit.cluster.lab.Lab` stands on. It knows workers by an id that no second worker ever gets (here the address
-and the folder of the process, as an address may be had again) and answers these, none of which waits without a limit:
+Workers run in threads of this process (kind "threads"), in processes on this machine (kind "dask"), or wherever a running
+scheduler has them. The id of a worker is its address and the folder of its process, as an address may be had again.
 
-    alive() -> {id: name}                   who is there now; a second old at most
-    describe(id) -> future                  of (host, process id, number of GPUs, which of them it may see, rank under MPI)
-    submit(id, pid, fn, args) -> future     that fn runs on this worker, in this process, and never twice
-    add(n)                                  start n more workers; a ClusterError where this lab started none
-    lease(ids, holder) -> {id: holder}      take them in the sight of other notebooks; who holds them, if somebody does
-    release(holder), dashboard, client, close()
-    keeps_names                             does a worker that was killed come back by itself, under its old name?
-    trouble() -> str                        why nobody comes, if it knows
-
-A future has `done()` and `result(timeout)`; that of a task also `exception(timeout)` and `release()`, which takes it back if it has
-not begun.
-
-Used by `labkit.cluster.connect`; Dask loads it in each local worker process (`dask_setup`).
+Found by `labkit.cluster.connect`; used by `labkit.cluster.slurm`, and loaded by Dask in each worker process (`dask_setup`).
 """
 
 from __future__ import annotations
@@ -23,34 +11,40 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import glob
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from labkit.cluster.backend import THREAD_VARIABLES, About, Again, Request, describe, made_by, quiet
 from labkit.errors import ClusterError
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 ASK_S = 0.5  # how old the list of workers may be before the scheduler is asked again
 SILENT_S = 15.0  # a scheduler that has not answered for so long is gone
-LEASE_S = 5.0  # the longest wait for the scheduler's word on a lease
+LEASE_S = 5.0  # the longest wait for the scheduler's answer about a lease
 _begun: set[str] = set()  # tasks that have begun in this process
 
 
 class DaskWorkers:
-    """The workers of a Dask cluster, which `close` ends if they were started here (`owned`: what to close, the client first)."""
+    """The workers of a Dask cluster, which `close` ends if they were started here.
 
-    def __init__(self, client: Any, cluster: Any = None, owned: Iterable[Any] = (), resources: dict | None = None) -> None:
-        self.client, self.cluster, self.owned, self.resources = client, cluster, list(owned), resources
+    `owned` is what to close, the client first; `scratch` is a folder that goes with them.
+    """
+
+    def __init__(
+        self, client: Any, cluster: Any = None, owned: Iterable[Any] = (), resources: Mapping | None = None, scratch: str = ""
+    ) -> None:
+        self.client, self.cluster, self.owned, self.resources, self.scratch = client, cluster, list(owned), resources, scratch
+        self.closed = False
         self._known: dict[str, str] = {}
         self._question: tuple[concurrent.futures.Future, float] | None = None
         self._asked = -ASK_S
@@ -80,6 +74,8 @@ class DaskWorkers:
         return link
 
     def alive(self) -> dict[str, str]:
+        if self.closed:
+            return {}
         if self.in_process:
             for _ in range(3):
                 with contextlib.suppress(RuntimeError):  # it changed while it was read
@@ -113,7 +109,7 @@ class DaskWorkers:
         return self._known
 
     def describe(self, id: str) -> concurrent.futures.Future:
-        async def ask() -> tuple:  # it is the event loop of the worker that answers, so a busy one does too
+        async def ask() -> About:  # it is the event loop of the worker that answers, so a busy one does too
             return (await self.client._run(describe, workers=[_address(id)]))[_address(id)]
 
         self._describing = [future for future in self._describing if not future.done()] + [self._ask(ask())]
@@ -139,10 +135,10 @@ class DaskWorkers:
             raise ClusterError("this lab did not start its cluster, so it cannot add workers. Start them there: they are noticed.")
         import dask
 
-        with dask.config.set(settings(None)):
+        with dask.config.set(settings()):
             self.cluster.scale(len(self.cluster.plan) + n)
 
-    def lease(self, ids: Iterable[str], holder: str) -> dict[str, str]:
+    def lease(self, ids: Iterable[str], holder: str, name: str) -> dict[str, str]:
         # A semaphore that its client refreshes: when a kernel dies, its leases end after Dask's locks.lease-timeout (30 s).
         # Nobody waits while holding one, so two runs cannot wait for each other.
         if self.client.scheduler.address.startswith("inproc"):
@@ -160,7 +156,7 @@ class DaskWorkers:
                     )
                     self._give_back(taken)
                     return {id: other or "another notebook"}
-                words = f"{holder} (another notebook, process {os.getpid()} on {socket.gethostname()})"
+                words = f"{name} (another notebook, process {os.getpid()} on {socket.gethostname()})"
                 self.client.sync(
                     self.client.scheduler.set_metadata, keys=["labkit", _address(id)], value=words, callback_timeout=LEASE_S
                 )
@@ -184,17 +180,21 @@ class DaskWorkers:
         return ""
 
     def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
         for holder in list(self._locks):
             self.release(holder)
         for future in [*self._describing, *(self._question or ())[:1]]:
             future.cancel()
-        for nanny in getattr(self.cluster, "workers", {}).values():  # a frozen worker would not hear that it should end
+        for nanny in getattr(self.cluster, "workers", {}).values():  # a frozen worker does not handle the request to end
             if pid := getattr(getattr(nanny, "process", None), "pid", None):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGCONT)
         with quiet():
             for thing in self.owned:
                 thing.close(timeout=10)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _has_resources(self, has: dict) -> bool:
         return all(has.get(name, 0) >= amount for name, amount in (self.resources or {}).items())
@@ -207,10 +207,6 @@ class DaskWorkers:
             raise
 
 
-class Again(ClusterError):
-    """Dask was about to run a task a second time, after its worker was lost."""
-
-
 def _id(address: str, folder: str) -> str:
     return f"{address} {folder}"
 
@@ -219,77 +215,99 @@ def _address(id: str) -> str:
     return id.split(" ", 1)[0]
 
 
-def settings(scratch: str | None) -> dict[str, Any]:
+def settings() -> dict[str, Any]:
     """What Dask should do otherwise in a cluster of ours."""
-    changes = {
+    return {
         "distributed.worker.profile.enabled": False,  # it samples every 10 ms and would be timed too
         "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.scheduler.worker-ttl": None,  # a long step that holds the GIL is no dead worker
     }
-    return changes | ({"temporary-directory": scratch} if scratch else {})  # the scheduler's too
 
 
-def start_local(
-    n_workers: int, threads: int, *, processes: bool, resources: dict | None, timeout: float, scratch: str
-) -> DaskWorkers:
+def check(request: Request) -> None:
+    """Does this request make sense to Dask?"""
+    if request.profile is not None or made_by(request.client, "ipyparallel") or request.engines != "local":
+        raise ClusterError(f"profile, engines and an ipyparallel Client go with kind='ipyparallel', not with {request.kind!r}.")
+    if request.security is not None and request.address is None:
+        raise ClusterError("security goes with address='tls://...'; a Client or cluster object has its own.")
+    request.refuse_job()
+
+
+def open(request: Request) -> DaskWorkers:
+    """The workers of a running cluster, or of one that is started on this machine, in threads or in processes of their own."""
+    return join_cluster(request) if request.joins else start_local(request)
+
+
+def start_local(request: Request) -> DaskWorkers:
     """A cluster on this machine, in threads of this process or in processes of its own."""
     import dask
     from distributed import LocalCluster
 
-    with dask.config.set(settings(scratch) | {"distributed.comm.timeouts.connect": f"{timeout:g}s"}):
-        apart = {
-            "host": "127.0.0.1",
-            "env": dict.fromkeys(THREAD_VARIABLES, str(threads)),
-            "preload": ["labkit.cluster.dask_backend"],  # calls dask_setup there
-        }
-        cluster = LocalCluster(
-            n_workers=n_workers,
-            threads_per_worker=1,  # one task at a time; torch's threads are set by the worker
-            processes=processes,
-            dashboard_address="127.0.0.1:0",
-            memory_limit=None,
-            local_directory=scratch,
-            silence_logs=logging.CRITICAL,
-            resources=resources,
-            **(apart if processes else {}),
-        )
-        return own_cluster(cluster, resources=resources, timeout=timeout)
+    scratch = tempfile.mkdtemp(prefix="labkit-")
+    changes = {
+        "distributed.comm.timeouts.connect": f"{request.timeout:g}s",
+        "temporary-directory": scratch,  # the scheduler's; the workers' is local_directory
+    }
+    processes = request.kind != "threads"
+    apart = {
+        "host": "127.0.0.1",
+        "env": dict.fromkeys(THREAD_VARIABLES, str(request.threads)),
+        "preload": ["labkit.cluster.dask_backend"],  # calls dask_setup there
+    }
+    try:
+        with dask.config.set(settings() | changes):
+            cluster = LocalCluster(
+                n_workers=request.n_workers,
+                threads_per_worker=1,  # one task at a time; torch's threads are set by the worker
+                processes=processes,
+                dashboard_address="127.0.0.1:0",
+                memory_limit=None,
+                local_directory=scratch,
+                silence_logs=logging.CRITICAL,
+                resources=request.resources,
+                **(apart if processes else {}),
+            )
+            return own_cluster(cluster, request, scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
-def own_cluster(cluster: Any, *, resources: dict | None, timeout: float) -> DaskWorkers:
+def own_cluster(cluster: Any, request: Request, scratch: str = "") -> DaskWorkers:
     """A cluster object that was made for this lab and ends with it."""
     from distributed import Client
 
     try:
-        client = Client(cluster, timeout=timeout, set_as_default=False)
+        client = Client(cluster, timeout=request.timeout, set_as_default=False)
     except BaseException:
         cluster.close()
         raise
-    return DaskWorkers(client, cluster, [client, cluster], resources)
+    return DaskWorkers(client, cluster, [client, cluster], request.resources, scratch)
 
 
-def join_cluster(address: str | None, client: Any, *, security: Any, resources: dict | None, timeout: float) -> DaskWorkers:
+def join_cluster(request: Request) -> DaskWorkers:
     """A cluster that is there already: by the address of its scheduler, by a file with it, by a Client or cluster object."""
     from distributed import Client
 
-    if isinstance(client, Client):
-        return DaskWorkers(client, resources=resources)
-    place = client if client is not None else address
+    if isinstance(request.client, Client):
+        return DaskWorkers(request.client, resources=request.resources)
+    address, security, timeout = request.address, request.security, request.timeout
+    target = request.client if request.client is not None else address
     if address and address.endswith(".json"):
-        place, limit = None, time.monotonic() + timeout
-        while place is None:
+        target, limit = None, time.monotonic() + timeout
+        while target is None:
             with contextlib.suppress(OSError, ValueError, KeyError):  # not written yet, or half
-                place = json.loads(Path(address).read_text())["address"]
-            if place is None and time.monotonic() > limit:
+                target = json.loads(Path(address).read_text())["address"]
+            if target is None and time.monotonic() > limit:
                 raise ClusterError(f"no scheduler file appeared at {Path(address).absolute()} in {timeout:g} s. Is the cluster up?")
             time.sleep(0.05)
-    if security is None and isinstance(place, str) and place.startswith("tls://"):
-        raise ClusterError(f"{place} speaks TLS. Give connect() its certificates: security=distributed.Security(...).")
+    if security is None and isinstance(target, str) and target.startswith("tls://"):
+        raise ClusterError(f"{target} speaks TLS. Give connect() its certificates: security=distributed.Security(...).")
     try:
-        made = Client(place, timeout=timeout, set_as_default=False, **({"security": security} if security is not None else {}))
+        client = Client(target, timeout=timeout, set_as_default=False, **({"security": security} if security is not None else {}))
     except (OSError, ValueError) as error:
-        raise ClusterError(f"no Dask scheduler answers at {place}: {error}.") from error
-    return DaskWorkers(made, owned=[made], resources=resources)
+        raise ClusterError(f"no Dask scheduler answers at {target}: {error}.") from error
+    return DaskWorkers(client, owned=[client], resources=request.resources)
 
 
 def dask_setup(worker: Any) -> None:
@@ -298,36 +316,9 @@ def dask_setup(worker: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def describe() -> tuple[str, int, int, str, int]:
-    """Runs on a worker: host, process id, number of GPUs, which it may see, rank. torch is asked only with a GPU driver there."""
-    gpus = 0
-    if glob.glob("/dev/nvidia[0-9]*"):
-        import torch
-
-        gpus = torch.cuda.device_count()
-    rank = next((int(os.environ[name]) for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK") if name in os.environ), 0)
-    return socket.gethostname(), os.getpid(), gpus, os.environ.get("CUDA_VISIBLE_DEVICES", ""), rank
-
-
 def _only_once(token: str, pid: int, fn: Any, *args: Any) -> Any:
     """Runs on a worker. Dask runs a task again when its worker was lost; for a long task with effects that would be wrong."""
     if token in _begun or os.getpid() != pid:
         raise Again(f"process {pid} was lost while its task ran; it is not run again.")
     _begun.add(token)
     return fn(*args)
-
-
-@contextmanager
-def quiet():
-    """Dask says a lot about workers that come and go; in a notebook that reads like failure."""
-    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "asyncio", "bokeh")]
-    names = [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
-    loggers += [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -94,11 +94,12 @@ class Slowness:
         uneven: Unevenness,
         seed: int,
         worker: int,
-        device: str = "cpu",
+        synchronise: Callable[[], object] = lambda: None,
         woken: Callable[[], object] = lambda: False,
     ) -> None:
-        """`woken()` is asked again and again while the worker sleeps: is there something that cannot wait?"""
-        self.uneven, self.device, self.woken, self.born = uneven, device, woken, None
+        """`synchronise()` is called before work is timed: it returns when the device has done it. `woken()` is asked again and
+        again while the worker sleeps: is there something that cannot wait?"""
+        self.uneven, self.synchronise, self.woken, self.born = uneven, synchronise, woken, None
         self.on = uneven.on
         self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 20]))
         if uneven.stalls:
@@ -130,10 +131,7 @@ class Slowness:
         """Sleep for work that began at `started` (perf_counter), of which `waited` seconds were spent on others."""
         if not self.on:
             return
-        if self.device != "cpu":
-            import torch
-
-            torch.cuda.synchronize(self.device)
+        self.synchronise()
         self.born = started if self.born is None else self.born
         work = max(0.0, time.perf_counter() - started - waited)
         left = self.stretched(work, started - self.born) - work

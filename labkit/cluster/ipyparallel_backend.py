@@ -1,16 +1,17 @@
-"""ipyparallel's side of a lab: engines of our own, under MPI or not, or those of a running cluster.
+"""ipyparallel as a back end: engines of our own, under MPI or not, or those of a running cluster.
 
 A task runs in a thread of its engine, one after the other, and is asked for its outcome now and then. So the main thread of the
 engine stays free, and `%%px` works beside a run. Functions travel as cloudpickle bytes; exceptions come back as themselves, with
 the traceback of the engine as a note. Weights never pass the controller: workers talk to the run's server.
 
-Answers the same as `labkit.cluster.dask_backend.DaskWorkers` does. Used by `labkit.cluster.connect`.
+Found by `labkit.cluster.connect`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import tempfile
 import threading
 import time
 import traceback
@@ -19,10 +20,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from labkit.cluster.dask_backend import describe
+from labkit.cluster.backend import Request, describe, made_by
 from labkit.cluster.ipyparallel_local import LocalEngines, mpiexec
-from labkit.errors import ClusterError, WorkerError
+from labkit.errors import ClusterError, WorkerError, known
 
+ENGINES = ("local", "mpi")
 SHORT_S = 0.02  # what a new task may take before the engine answers that it is at work
 POLL_S = (0.01, 0.5)  # pause before a task is asked for again: it grows from the first to the second
 
@@ -34,7 +36,7 @@ class Engines:
     dashboard = ""
 
     def __init__(self, client: Any, local: LocalEngines | None = None, *, own_client: bool = True) -> None:
-        self.client, self._local, self._own_client = client, local, own_client
+        self.client, self._local, self._own_client, self._closed = client, local, own_client, False
         self._lock = threading.RLock()  # the kernel's cells and the threads that follow runs share the client
         with contextlib.suppress(ImportError):
             from IPython import get_ipython
@@ -43,7 +45,7 @@ class Engines:
                 client.direct_view("all", block=True).activate()  # %px and %%px
 
     def alive(self) -> dict[int, str]:
-        if self._local and self._local.ended():
+        if self._closed or (self._local and self._local.ended()):
             return {}
         with self._lock:
             return {} if self.client._closed else {id: str(id) for id in self.client.ids}
@@ -59,8 +61,8 @@ class Engines:
             raise ClusterError("this lab did not start its engines, so it cannot add any. Start them there: they are noticed.")
         self._local.start(n)
 
-    def lease(self, ids: Iterable[int], holder: str) -> dict[int, str]:
-        return {}  # a controller has no word for it; within one kernel the lab keeps the leases
+    def lease(self, ids: Iterable[int], holder: str, name: str) -> dict[int, str]:
+        return {}  # a controller knows no leases; within one kernel those of the lab hold
 
     def release(self, holder: str) -> None:
         pass
@@ -70,6 +72,7 @@ class Engines:
         return self._local.log() if self._local else ""
 
     def close(self) -> None:
+        self._closed = True
         with self._lock:
             if self._own_client:
                 self.client.close(linger=0)
@@ -92,7 +95,7 @@ class Engines:
 
 
 class _Answer:
-    """What an engine says at once, also when a task is at work there."""
+    """What an engine answers at once, also when a task is at work there."""
 
     def __init__(self, answer: Any, id: int) -> None:
         self.answer, self.id = answer, id
@@ -136,7 +139,7 @@ class _Task:
             answer, self._answer = self._answer, None
             try:
                 said = answer.get(timeout=5)
-            except ipyparallel.error.EngineError:  # it died: the lab tells of that
+            except ipyparallel.error.EngineError:  # it died: the lab reports that
                 self._next = float("inf")
                 return False
             except Exception as error:
@@ -192,30 +195,49 @@ def _unpack(said: bytes, id: int) -> tuple[bool, Any]:
     return False, error
 
 
-def start_engines(n: int, threads: int, *, mpi: bool, timeout: float, scratch: str) -> Engines:
-    """A controller and n engines on this machine."""
+def check(request: Request) -> None:
+    """Does this request make sense to ipyparallel?"""
+    known("engines", request.engines, ENGINES, error=ClusterError)
+    if request.address is not None or (request.client is not None and not made_by(request.client, "ipyparallel")):
+        raise ClusterError("kind='ipyparallel' finds a running cluster by profile='...', or by an ipyparallel Client: client=...")
+    if request.security is not None:
+        raise ClusterError("security goes with address='tls://...', and that with kind='dask'.")
+    if request.resources is not None:
+        raise ClusterError("ipyparallel's engines have no resources; they go with kind='dask'.")
+    request.refuse_job()
+
+
+def open(request: Request) -> Engines:
+    """The engines of a running cluster, or those of one that is started on this machine."""
+    return join_engines(request) if request.joins else start_engines(request)
+
+
+def start_engines(request: Request) -> Engines:
+    """A controller and engines on this machine."""
     from ipyparallel import Client
 
+    mpi = request.engines == "mpi"
     if mpi:
-        mpiexec(n)  # is there one?
-    local = LocalEngines(Path(scratch), threads, mpi)
+        mpiexec(request.n_workers)  # is there one?
+    local = LocalEngines(Path(tempfile.mkdtemp(prefix="labkit-")), request.threads, mpi)
     try:
-        local.start_controller(timeout)
-        local.start(n)
-        return Engines(Client(str(local.connection), profile_dir=scratch, timeout=timeout), local)
+        local.start_controller(request.timeout)
+        local.start(request.n_workers)
+        return Engines(Client(str(local.connection), profile_dir=str(local.folder), timeout=request.timeout), local)
     except BaseException:
         local.close()
         raise
 
 
-def join_engines(profile: str | None, client: Any, timeout: float) -> Engines:
+def join_engines(request: Request) -> Engines:
     """Engines of a cluster that runs already: by its profile, or by a Client, which stays open."""
-    if client is not None:
-        return Engines(client, own_client=False)
+    if request.client is not None:
+        return Engines(request.client, own_client=False)
     from ipyparallel import Client
 
+    profile = request.profile
     try:
-        return Engines(Client(profile=profile, timeout=timeout))
+        return Engines(Client(profile=profile, timeout=request.timeout))
     except (OSError, TimeoutError) as error:
         raise ClusterError(f"no controller answers for profile {profile!r}: {error}. Start one: ipcluster start.") from error
 

@@ -17,15 +17,15 @@ import sys
 import time
 from pathlib import Path
 
-from labkit.cluster.dask_backend import THREAD_VARIABLES
+from labkit.cluster.backend import THREAD_VARIABLES
 from labkit.errors import ClusterError
 
 CONTROLLER = (
     "--nodb",  # the controller keeps no results
     "--usethreads",  # its schedulers are threads: one process and 300 MB less
     "--ip=127.0.0.1",
-    "--HeartMonitor.period=300",  # milliseconds; an engine is there after its second beat
-    "--HeartMonitor.max_heartmonitor_misses=2000",  # an engine that was frozen may thaw; one that died is told of by its nanny
+    "--HeartMonitor.period=300",  # milliseconds; an engine is there after its second heartbeat
+    "--HeartMonitor.max_heartmonitor_misses=2000",  # an engine that was frozen may thaw; one that died is reported by its nanny
     "--log-level=40",
 )
 ENGINE = ("--log-level=40", "--IPEngine.wait_for_url_file=60")
@@ -36,7 +36,7 @@ MPI_AS_ROOT = {
     "OMPI_MCA_rmaps_base_oversubscribe": "1",  # Open MPI 4
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # Open MPI 5
 }
-# Reads the ids of process groups, a line each. The pipe ends without a last word when the kernel dies: then they are killed.
+# Reads the ids of process groups, a line each. The pipe ends when the kernel dies: then they are killed.
 _KEEPER = """
 import os, signal, sys
 groups = []
@@ -98,7 +98,7 @@ class LocalEngines:
         """End everybody, frozen or not; they hold nothing that has to be saved. Twice is fine."""
         import psutil
 
-        below = []  # each engine has a nanny in a session of its own, which would spend seconds on saying goodbye
+        below = []  # each engine has a nanny in a session of its own, which would spend seconds on deregistering
         for process in self.processes:
             with contextlib.suppress(psutil.Error):
                 below += psutil.Process(process.pid).children(recursive=True)
@@ -159,5 +159,5 @@ def mpiexec(n: int) -> list[str]:
     except ImportError as error:
         raise ClusterError(f"engines='mpi' needs mpi4py, which is not installed. {MPI_ADVICE}") from error
     said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30).stdout
-    mourner = ["sh", "-c", '"$0" "$@" || exec sleep 100000000'] if "HYDRA" in said else []
-    return [found, "-n", str(n), *mourner]
+    shell = ["sh", "-c", '"$0" "$@" || exec sleep 100000000'] if "HYDRA" in said else []
+    return [found, "-n", str(n), *shell]

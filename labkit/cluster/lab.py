@@ -2,9 +2,10 @@
 
 A lab can do a few things and no more: list its workers, start a long task pinned to one of them, map independent tasks over
 them, tell which are lost and which have come, and lease workers to a run. Whatever else a back end can do stays behind this
-(`labkit.cluster.dask_backend` says what a back end is).
+(`labkit.cluster.backend` says what a back end is).
 
-A worker that comes takes the place of one that was lost, index, slowness and lease included, or else gets a new index.
+A worker that comes takes the index of one that was lost, its emulated slowdown and its lease included, or else gets a new index.
+A lease is held under the id of a run, as two runs may have one name; messages say the name.
 
 Made by `labkit.cluster.connect`; used by `labkit.training.train`, `labkit.training.supervisor`, `labkit.experiments.sweep` and
 every notebook.
@@ -12,14 +13,13 @@ every notebook.
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from labkit.cluster.dask_backend import quiet
+from labkit.cluster.backend import About, Answer, Backend, quiet
 from labkit.cluster.emulation import Unevenness, opposite, unsteadiness
 from labkit.cluster.tasks import Task, spread
 from labkit.errors import ClusterError
@@ -47,25 +47,25 @@ class Lab:
     def __init__(
         self,
         kind: str,
-        backend: Any,
+        backend: Backend,
         *,
         threads: int = 1,
         jitter: float = 0.0,
         drift: float = 0.0,
         stalls: tuple[float, float] | None = None,
         limit: int | None = None,
-        scratch: str | None = None,
     ) -> None:
         self.kind, self.workers, self.closed = kind, [], False
         self.jitter, self.drift, self.stalls = jitter, drift, stalls
         self.runs: list[Any] = []  # the runs that train here now, set by labkit.training.train
-        self._backend, self._threads, self._limit, self._scratch = backend, threads, limit, scratch
-        self._ids: list[Any] = []  # of the back end, by index
+        self._backend, self._threads, self._limit = backend, threads, limit
+        self._ids: list[Hashable] = []  # of the back end, by index
         self._visible: list[tuple[str, str]] = []  # host and visible GPUs, by index: who shares them counts devices together
         self._leases: dict[int, str] = {}  # index -> holder
+        self._names: dict[str, str] = {}  # holder -> what messages call it
         self._arrivals: list[int] = []
-        self._seen: dict[str, int] = {}  # holder -> how many arrivals it has heard of
-        self._asked: dict[Any, Any] = {}  # newcomers that were asked who they are
+        self._seen: dict[str, int] = {}  # holder -> how many arrivals it has been given
+        self._asked: dict[Hashable, Answer | None] = {}  # newcomers that were asked who they are
         self._lock = threading.RLock()
 
     @property
@@ -102,7 +102,8 @@ class Lab:
         if worker in self.lost():
             raise ClusterError(f"worker {worker} was lost. connect() again for a full lab.")
         with self._lock:
-            return Task(self._backend.submit(self._ids[worker], self.workers[worker].pid, fn, args), worker, self)
+            id = self._ids[worker]
+            return Task(self._backend.submit(id, self.workers[worker].pid, fn, args), worker, self._backend, id)
 
     def map(
         self,
@@ -121,19 +122,26 @@ class Lab:
         called here as `each(number, result)` when an item is done, once for each.
         """
         self._check_open()
-        return spread(self, fn, list(items), timeout, workers, placed, each)
+
+        def idle() -> set[int]:
+            return set(workers if workers is not None else self.free() or range(len(self))) - set(self.lost())
+
+        def start(worker: int, item: Any) -> Task:
+            return self.start(worker, fn, item, *((self.workers[worker],) if placed else ()))
+
+        return spread(list(items), idle, start, timeout, each)
 
     # -- who is there --------------------------------------------------------------------------------------------
 
     def lost(self) -> list[int]:
         """Indices of workers that are gone."""
-        alive = {} if self.closed else self._backend.alive()
+        alive = self._backend.alive()
         return [index for index, id in enumerate(self._ids) if id not in alive]
 
     def refresh(self, holder: str = "") -> list[int]:
         """Look for workers that have come; the indices of those that are new or back since `holder` looked last.
 
-        A run asks under the name that holds its lease, and hears of workers that are free or its own. It never waits for long.
+        A run asks as the holder of its lease, and is given workers that are free or its own. It never waits for long.
         """
         if self.closed:
             return []
@@ -150,7 +158,7 @@ class Lab:
         if int(n) != n or n < 1:
             raise ClusterError(f"add({n}): one worker at least.")
         before, limit = len(self._arrivals), time.monotonic() + timeout
-        known = len(self) if self._backend.keeps_names else 0  # who comes back to an old place meanwhile is not new
+        known = len(self) if self._backend.keeps_names else 0  # who comes back to an old index meanwhile is not new
         with quiet():
             self._backend.add(int(n))
             while len(came := [index for index in self._arrivals[before:] if index >= known]) < n:
@@ -160,10 +168,6 @@ class Lab:
                 with self._lock:
                     self._admit(DESCRIBE_S)
         return came
-
-    def broken(self) -> bool:
-        """Is a worker lost, or the connection to all of them?"""
-        return bool(self.lost())
 
     def admit(self, wanted: int, slowdown: Sequence[float] | None, timeout: float) -> None:
         """Wait for the first workers and number them in the order of their names, or of their ranks under MPI."""
@@ -186,12 +190,12 @@ class Lab:
             about = {id: asked[id].result(timeout=max(1.0, limit - time.monotonic())) for id in order}
         except TimeoutError as error:
             raise ClusterError(f"a worker is there but did not say who it is within {timeout:g} s. Is it frozen?") from error
-        for number, id in enumerate(sorted(order, key=lambda id: about[id][4])):  # stable: without MPI all ranks are 0
-            self._place(number, id, alive[id], about[id], slow[number])
+        for number, id in enumerate(sorted(order, key=lambda id: about[id].rank)):  # stable: without MPI all ranks are 0
+            self._list(number, id, alive[id], about[id], slow[number])
         self._arrivals.clear()
 
     def _admit(self, patience: float) -> None:
-        """Give the workers that have come a place."""
+        """Give the workers that have come an index."""
         alive = self._backend.alive()
         unknown = [id for id in alive if id not in self._ids]
         self._asked = {id: asked for id, asked in self._asked.items() if id in unknown}
@@ -222,20 +226,20 @@ class Lab:
                 self._asked[id] = None
                 continue
             holder = self._leases.get(index)
-            if holder and self._backend.lease([id], holder):
+            if holder and self._backend.lease([id], holder, self._names[holder]):
                 continue  # another notebook was quicker
             before = self.workers[index] if index < len(self) else None
-            self._place(index, id, name, about, (before.slowdown, before.drifts_to) if before else (1.0, 1.0))
-            lost = [place for place in lost if place != index]
+            self._list(index, id, name, about, (before.slowdown, before.drifts_to) if before else (1.0, 1.0))
+            lost = [other for other in lost if other != index]
             by_name.pop(name, None)
 
-    def _place(self, index: int, id: Any, name: Any, about: tuple, slow: tuple[float, float]) -> None:
+    def _list(self, index: int, id: Hashable, name: Any, about: About, slow: tuple[float, float]) -> None:
         host, pid, gpus, visible, _ = about
         old = self._visible[index] if index < len(self) else None
         if old == (host, visible):
             device = self.workers[index].device
         else:
-            rank = sum(sees == (host, visible) for place, sees in enumerate(self._visible) if place != index)
+            rank = sum(sees == (host, visible) for other, sees in enumerate(self._visible) if other != index)
             device = f"cuda:{rank % gpus}" if gpus else "cpu"
         worker = Worker(index, str(name), host, device, self._threads, pid, *slow)
         if index == len(self):
@@ -248,21 +252,26 @@ class Lab:
 
     # -- leases --------------------------------------------------------------------------------------------------
 
-    def lease(self, workers: Iterable[int], holder: str) -> None:
-        """Take workers for one holder, all of them or, with a `ClusterError` that says who has them, none."""
+    def lease(self, workers: Iterable[int], holder: str, name: str = "") -> None:
+        """Lease workers to one holder, all of them or, with a `ClusterError` that says who has them, none.
+
+        `holder` is the id of a run, `name` what messages call it.
+        """
         self._check_open()
         workers = sorted(set(workers))
         self._check_known(workers)
         with self._lock:
-            held = {index: other for index in workers if (other := self._leases.get(index, holder)) != holder}
+            name = name or self._names.get(holder, holder)
+            held = {index: self._names[other] for index in workers if (other := self._leases.get(index, holder)) != holder}
             if not held:
                 gone = set(self.lost())
-                others = self._backend.lease([self._ids[index] for index in workers if index not in gone], holder)
+                others = self._backend.lease([self._ids[index] for index in workers if index not in gone], holder, name)
                 held = {index: others[id] for index in workers if (id := self._ids[index]) in others}
             if held:
                 who = ", ".join(f"worker {index} by {other!r}" for index, other in held.items())
                 raise ClusterError(f"workers are held: {who}. Wait for that run, stop it, or train on others: workers=[...].")
             self._seen.setdefault(holder, len(self._arrivals))
+            self._names[holder] = name
             self._leases.update(dict.fromkeys(workers, holder))
 
     def release(self, holder: str) -> None:
@@ -270,6 +279,7 @@ class Lab:
         with self._lock:
             self._leases = {index: other for index, other in self._leases.items() if other != holder}
             self._seen.pop(holder, None)
+            self._names.pop(holder, None)
             if not self.closed:
                 self._backend.release(holder)
 
@@ -288,8 +298,6 @@ class Lab:
             run.stop()
         self.closed = True
         self._backend.close()
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __len__(self) -> int:
         return len(self.workers)
@@ -312,6 +320,19 @@ class Lab:
                 f"  worker {worker.index}: {worker.host}, pid {worker.pid}, {worker.device}, {worker.threads} torch thread(s){slow}"
             )
         return "\n".join(lines)
+
+    def settings(self, workers: Sequence[int]) -> dict[str, Any]:
+        """Where a run on these workers goes, by the names of `labkit.runs.config.RunConfig`."""
+        return {
+            "kind": self.kind,
+            "n_workers": len(workers),
+            "workers": [asdict(self.workers[index]) for index in workers],
+            "one_process": self.one_process,
+            "jitter": self.jitter,
+            "drift": self.drift,
+            "stalls": self.stalls,
+            "emulated": self.emulated,
+        }
 
     def table(self):
         """The workers as a DataFrame, one row each."""

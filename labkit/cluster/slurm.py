@@ -4,11 +4,12 @@ dask-jobqueue writes and submits the job scripts; here it is given what labkit's
 no sampling profiler, an end that a lab can wait for. Dask's own traffic is TLS with a key made for this cluster, unless it
 stays on loopback, because the ports are reached by whoever shares the machines. When workers do not come, SLURM is asked why.
 
-Used by `labkit.cluster.connect` for kind="slurm".
+Found by `labkit.cluster.connect`; everything but the start is `labkit.cluster.dask_backend`.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -19,11 +20,13 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from labkit.cluster.dask_backend import THREAD_VARIABLES
-from labkit.errors import ClusterError
+from labkit.cluster import dask_backend
+from labkit.cluster.backend import THREAD_VARIABLES, Request
+from labkit.errors import ClusterError, known
 
 LOGS = "runs/slurm"  # where the logs of the jobs go, seen from the folder of the notebook; on a disk that all machines share
 POLL_S = 0.1
@@ -41,6 +44,21 @@ WORKER_SETTINGS = {
 # The last of two equal options counts: one task at a time on however many cores, and the memory is for SLURM to watch.
 WORKER_OPTIONS = ["--nthreads", "1", "--memory-limit", "0", "--preload", "labkit.cluster.dask_backend"]
 WORKER_OPTIONS += ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
+
+
+def check(request: Request) -> None:
+    """Does this request make sense to SLURM?"""
+    for name in request.job:
+        known("connect(kind='slurm') argument", name, inspect.signature(start_cluster).parameters, error=ClusterError)
+    dask_backend.check(replace(request, job={}))
+
+
+def open(request: Request) -> dask_backend.DaskWorkers:
+    """The workers of a running Dask cluster, or those of jobs that are submitted now."""
+    if request.joins:
+        return dask_backend.join_cluster(request)
+    cluster = start_cluster(request.n_workers, threads=request.threads, timeout=request.timeout, **request.job)
+    return dask_backend.own_cluster(cluster, request)
 
 
 def start_cluster(

@@ -1,4 +1,4 @@
-"""Work on a lab: one function at work on one worker, and many spread over the workers.
+"""Tasks: one function at work on one worker, and many spread over the workers.
 
 Used by `labkit.cluster.lab`.
 """
@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
-from labkit.cluster.dask_backend import Again
+from labkit.cluster.backend import Again, Backend, TaskAnswer
 from labkit.errors import ClusterError
 
-if TYPE_CHECKING:
-    from labkit.cluster.lab import Lab
-
-DEATHS = 3  # an item that has lost so many workers is not tried again
+LOSSES = 3  # an item that has lost so many workers is not tried again
 
 
 class Task:
     """A function at work on one worker. It stays on the process where it began: when that is lost, so is the task."""
 
-    def __init__(self, future: Any, worker: int, lab: Lab) -> None:
-        self.future, self.worker, self._lab, self._id = future, worker, lab, lab._ids[worker]
+    def __init__(self, future: TaskAnswer, worker: int, backend: Backend, id: Hashable) -> None:
+        self.future, self.worker, self._backend, self._id = future, worker, backend, id
 
     @property
     def done(self) -> bool:
@@ -32,7 +29,7 @@ class Task:
     @property
     def lost(self) -> bool:
         """Is the process gone on which it began?"""
-        return self._lab.closed or self._id not in self._lab._backend.alive()
+        return self._id not in self._backend.alive()
 
     def result(self, timeout: float = 60.0) -> Any:
         """What the function returned; its own exception if it raised; `ClusterError` when the worker is lost or time is up."""
@@ -67,28 +64,29 @@ class Task:
 
 
 def spread(
-    lab: Lab,
-    fn: Callable,
-    items: list,
+    items: Sequence[Any],
+    idle: Callable[[], set[int]],
+    start: Callable[[int, Any], Task],
     timeout: float,
-    workers: Sequence[int] | None,
-    placed: bool = False,
     each: Callable[[int, Any], None] | None = None,
 ) -> list[Any]:
-    """`[fn(item) for item in items]`, one item on each worker at a time; see `Lab.map`."""
+    """The result of each item, in their order, one item on each worker at a time; the first exception is raised here.
+
+    `idle()` tells which workers may be given an item now, apart from those that are at work on one; `start(worker, item)` gives it.
+    An item whose worker is lost goes to another one. `each(number, result)` is called when an item is done, once for each.
+    """
     limit = time.monotonic() + timeout
-    todo, results, deaths = deque(range(len(items))), {}, [0] * len(items)
+    todo, results, losses = deque(range(len(items))), {}, [0] * len(items)
     working: dict[int, tuple[int, Task]] = {}
     try:
         while len(results) < len(items):
-            idle = set(workers if workers is not None else lab.free() or range(len(lab))) - set(lab.lost())
-            if not idle and not working:
+            workers = idle()
+            if not workers and not working:
                 raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
-            for worker in sorted(idle - set(working))[: len(todo)]:
+            for worker in sorted(workers - set(working))[: len(todo)]:
                 number = todo.popleft()
                 try:
-                    about = (lab.workers[worker],) if placed else ()
-                    working[worker] = number, lab.start(worker, fn, items[number], *about)
+                    working[worker] = number, start(worker, items[number])
                 except ClusterError:  # lost just now
                     todo.appendleft(number)
             for worker, (number, task) in list(working.items()):
@@ -99,9 +97,9 @@ def spread(
                         each(number, results[number])
                 elif task.lost:
                     task.cancel()
-                    deaths[number] += 1
-                    if deaths[number] == DEATHS:
-                        raise ClusterError(f"item {number} was given to {DEATHS} workers, and each was lost.")
+                    losses[number] += 1
+                    if losses[number] == LOSSES:
+                        raise ClusterError(f"item {number} was given to {LOSSES} workers, and each was lost.")
                     todo.append(number)
                     del working[worker]
             if time.monotonic() > limit and len(results) < len(items):

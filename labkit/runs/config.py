@@ -22,14 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError
 from labkit.runs.events import read_json, write_json
-
-if TYPE_CHECKING:
-    from labkit.cluster.lab import Lab
 
 FORMAT = 3  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs
@@ -139,20 +136,6 @@ def _present(stored: dict[str, Any]) -> dict[str, Any]:
         processes = {(worker["host"], worker["pid"]) for worker in config["workers"]}
         config["one_process"] = len(processes) == 1 < len(config["workers"])
     return config
-
-
-def describe_lab(lab: Lab, workers: Sequence[int]) -> dict[str, Any]:
-    """Where a run goes, by the names of its settings."""
-    return {
-        "kind": lab.kind,
-        "n_workers": len(workers),
-        "workers": [dataclasses.asdict(lab.workers[index]) for index in workers],
-        "one_process": lab.one_process,
-        "jitter": lab.jitter,
-        "drift": lab.drift,
-        "stalls": lab.stalls,
-        "emulated": lab.emulated,
-    }
 
 
 def environment() -> dict[str, Any]:

@@ -41,7 +41,7 @@ from labkit.plots.progress import following
 from labkit.problems import Classifier
 from labkit.runs import checkpoints
 from labkit.runs import events as record
-from labkit.runs.config import describe_lab, environment
+from labkit.runs.config import environment
 from labkit.subnets.baselines import channel_groups, train_baselines
 from labkit.subnets.coarse import INPUTS, STACKING, VOTES, CoarseProblem, Joined, Scaled, gather, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
@@ -154,20 +154,21 @@ def train_subnets(
     if "width" in baselines:
         channel_groups(problem, len(subnets))[-1].build(seed)  # refused now, not when all subnets are trained
     name = name or f"subnets-{'x'.join(map(str, decomposition.grid))}-{width_rule}-seed{seed}"
-    workers = choose(lab, workers, name)
+    id, path = secrets.token_hex(8), Path(runs) / name
+    workers = choose(lab, workers, path)
     team = None if team is None else _complete(team, subnets[0], workers)
-    with leased(lab, workers, name):
+    with leased(lab, workers, id, path):
         try:
             path = claim(Path(runs), name)
             config = {
-                "id": secrets.token_hex(8),
+                "id": id,
                 "name": name,
                 **describe_problem(problem),
                 "decomposition": decomposition.config(),
                 "seed": seed,
             }
             config |= {"width_rule": width_rule, "epochs": epochs, "patience": patience, "stacking": stacking, "inputs": inputs}
-            config |= {"hidden": hidden, "dropout": float(dropout), "team": team, "batched": batched, **describe_lab(lab, workers)}
+            config |= {"hidden": hidden, "dropout": float(dropout), "team": team, "batched": batched, **lab.settings(workers)}
             record.write_json(path / "config.json", config)
             record.write_json(path / "environment.json", environment())
             run = partial(_map, lab, workers=workers, timeout=timeout)
@@ -181,7 +182,7 @@ def train_subnets(
                     joined.save(path)
             return joined
         finally:
-            lab.release(name)
+            lab.release(id)
 
 
 def _map(lab: Lab, fn: Callable, items: Sequence[Any], *, workers: list[int], timeout: float, each: Any = None) -> list[Any]:

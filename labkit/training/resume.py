@@ -29,7 +29,7 @@ from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
 from labkit.runs import server_file as presence
-from labkit.runs.config import RunConfig, describe_lab
+from labkit.runs.config import RunConfig
 from labkit.training.run import Run, load_run
 from labkit.training.supervisor import MEETING
 from labkit.training.train import begin, choose, leased, server_spec
@@ -81,14 +81,14 @@ def resume(
     update, partition = rule_of(run, "update", update), rule_of(run, "partition", partition)
     lab = lab or current() or _lab_like(run)
     newcomers = workers is None
-    workers = choose(lab, workers, run.name)
+    workers = choose(lab, workers, run.path)
     if len(workers) > run.config.n_train:
         raise PartitionError(f"{run.config.n_train} samples cannot fill {len(workers)} shards. Use fewer workers.")
-    with leased(lab, workers, run.name):
+    with leased(lab, workers, run.config.id, run.path):
         for reason in refused:
             print(f"Not used: {reason}")
         print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config.budget:,} samples.")
-        config = _clear(run, describe_lab(lab, workers), version, state["done"])
+        config = _clear(run, lab.settings(workers), version, state["done"])
         spec = server_spec(run.path, config, problem, lab, update, partition, np.array(weights), layout, state)
         return begin(run.path, lab, problem, spec, newcomers)
 

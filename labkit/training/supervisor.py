@@ -178,11 +178,11 @@ class Session:
 
     def _mind_workers(self) -> list[int]:
         """Start whoever has come back, or come anew and is free; returns who is here."""
-        came = self.lab.refresh(self.run.name)
+        came = self.lab.refresh(self.run.config.id)
         lost = set(self.lab.lost())
         if self.takes_newcomers and (new := [index for index in came if index not in self.tasks]):
             with contextlib.suppress(ClusterError):  # another run was quicker
-                self.lab.lease(new, self.run.name)
+                self.lab.lease(new, self.run.config.id, self.run.name)
                 for index in new:
                     self._try_worker(index)
         for index, task in list(self.tasks.items()):
@@ -245,7 +245,7 @@ class Session:
                 record.write_json(self.path / "status.json", {**self._status, "state": "failed"})
         for file in self.path.glob(f"{self.meeting}*"):
             file.unlink(missing_ok=True)
-        self.lab.release(self.run.name)
+        self.lab.release(self.run.config.id)
         if self.run in self.lab.runs:
             self.lab.runs.remove(self.run)
         self.state = state

@@ -33,7 +33,7 @@ from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import events as record
 from labkit.runs.checkpoints import Layout
-from labkit.runs.config import RunConfig, describe_lab, environment
+from labkit.runs.config import RunConfig, environment
 from labkit.training.run import Run, moved
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import Session
@@ -115,15 +115,18 @@ def train(
         check_problem(problem, seed)
     name = name or "-".join([*(rule_title(rule.config()) for rule in (update, partition)), f"seed{seed}"])
     newcomers = workers is None
-    workers = choose(lab, workers, name)
+    path = Path(runs) / name
+    workers = choose(lab, workers, path)
     check_shards(problem, workers, partition)
-    with leased(lab, workers, name):
+    id = secrets.token_hex(8)
+    with leased(lab, workers, id, path):
         config = configure(
             problem,
             lab,
             workers,
             update,
             partition,
+            id=id,
             name=name,
             passes=passes,
             local_steps=local_steps,
@@ -138,12 +141,20 @@ def train(
 
 
 def configure(
-    problem: Problem, lab: Lab, workers: list[int], update: Update, partition: Partition, *, passes: float, **settings: Any
+    problem: Problem,
+    lab: Lab,
+    workers: list[int],
+    update: Update,
+    partition: Partition,
+    *,
+    passes: float,
+    id: str = "",
+    **settings: Any,
 ) -> RunConfig:
-    """The settings of a new run; `settings` are further fields of `RunConfig`, as `train` has them."""
+    """The settings of a new run, with a new id unless it has one; `settings` are further fields of `RunConfig`, as in `train`."""
     n_train = len(problem.train_indices())
     return RunConfig(
-        id=secrets.token_hex(8),
+        id=id or secrets.token_hex(8),
         labkit=metadata.version("labkit"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         problem=problem.config(),
@@ -156,7 +167,7 @@ def configure(
         synthetic=problem.dataset.synthetic,
         data_note=problem.dataset.note,
         **settings,
-        **describe_lab(lab, workers),
+        **lab.settings(workers),
     )
 
 
@@ -267,15 +278,16 @@ def check_shards(problem: Problem, workers: list[int], partition: Partition) -> 
     copy.deepcopy(partition).start(len(samples), workers, labels=labels)
 
 
-def choose(lab: Lab, workers: Sequence[int] | None, name: str) -> list[int]:
-    """The workers of a run: those asked for, or all that no other run holds."""
+def choose(lab: Lab, workers: Sequence[int] | None, path: Path) -> list[int]:
+    """The workers of a run in `path`: those asked for, or all that no other run holds."""
     if lab.closed:
         raise ClusterError("this lab is closed. Run the cell with connect() again.")
     lab.refresh()
     gone = set(lab.lost()) & set(range(len(lab)) if workers is None else workers)
     if gone:
         raise ClusterError(f"workers {sorted(gone)} of this lab are lost. connect() again for a full lab, or train(workers=[...]).")
-    chosen = lab.free(name) if workers is None else sorted(set(workers))
+    earlier = _earlier(lab, path)
+    chosen = lab.free(earlier.config.id if earlier else "") if workers is None else sorted(set(workers))
     if not chosen and workers is None:
         names = " and ".join(repr(run.name) for run in lab.runs) or "another run"
         raise ClusterError(f"this lab still trains {names}. Call run.wait() or run.stop() on it first.")
@@ -285,23 +297,23 @@ def choose(lab: Lab, workers: Sequence[int] | None, name: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def leased(lab: Lab, workers: list[int], name: str) -> Iterator[None]:
-    """The workers belong to this run from here on; they are free again if it cannot begin."""
-    _stop_earlier(lab, name)
-    lab.lease(workers, name)
+def leased(lab: Lab, workers: list[int], id: str, path: Path) -> Iterator[None]:
+    """The workers belong to the run of this id from here on; they are free again if it cannot begin."""
+    if earlier := _earlier(lab, path):
+        print(f"Stopping {path.name!r}, which is begun again.")
+        if earlier.stop().state == "running":
+            raise ClusterError(f"{path.name!r} does not end. Call run.wait() on it, or connect() again for a fresh lab.")
+    lab.lease(workers, id, path.name)
     try:
         yield
     except BaseException:
-        lab.release(name)
+        lab.release(id)
         raise
 
 
-def _stop_earlier(lab: Lab, name: str) -> None:
-    """Running a cell again means to begin again; another run is not cut off silently."""
-    for run in [run for run in lab.runs if run.name == name and run.state == "running"]:
-        print(f"Stopping {name!r}, which is begun again.")
-        if run.stop().state == "running":
-            raise ClusterError(f"{name!r} does not end. Call run.wait() on it, or connect() again for a fresh lab.")
+def _earlier(lab: Lab, path: Path) -> Run | None:
+    """The run that goes in this directory. Running a cell again means to begin again; a run elsewhere of this name is another."""
+    return next((run for run in lab.runs if run.path.resolve() == path.resolve() and run.state == "running"), None)
 
 
 def claim(runs: Path, name: str) -> Path:

@@ -38,6 +38,12 @@ def test_slowness_sleeps_in_proportion_to_the_work(monkeypatch):
     assert slept(monkeypatch, Slowness(Unevenness(4.0), 0, 0, woken=lambda: True)) == [0.0], "it is wanted"
 
 
+def test_what_a_device_has_begun_is_waited_for_before_it_is_timed(monkeypatch):
+    calls = []
+    assert slept(monkeypatch, Slowness(Unevenness(4.0), 0, 0, lambda: calls.append(1)), n=2) == pytest.approx([3.0, 3.0])
+    assert slept(monkeypatch, Slowness(Unevenness(), 0, 0, lambda: calls.append(1))) == [0.0] and len(calls) == 2, "none: no wait"
+
+
 def test_none_is_the_default_and_costs_nothing(monkeypatch):
     assert not Unevenness().on and slept(monkeypatch, Slowness(Unevenness(), 0, 0), n=3) == [0.0] * 3
     assert not Unevenness(drift=20.0).on, "with nowhere to go"

@@ -412,6 +412,23 @@ def test_two_runs_at_once_hold_workers_of_their_own(train, lab):
     assert {*first.events.query("kind == 'push'").worker} == {1} and len(first.curve())
 
 
+def test_two_runs_of_one_name_in_two_folders_do_not_stop_each_other(train, lab, tmp_path, capsys):
+    first = train(problem(kind=Slow), passes=1000, workers=[0], name="same", runs=tmp_path / "x")
+    second = train(problem(kind=Slow), passes=1000, name="same", runs=tmp_path / "y")  # what is free
+    assert [[w["index"] for w in run.config["workers"]] for run in (first, second)] == [[0], [1]] and lab.free() == []
+    until(lambda: min(first.status()["version"], second.status()["version"]) >= 1)
+    with pytest.raises(ClusterError, match=r"still trains 'same' and 'same'\."):
+        train(problem(), name="same", runs=tmp_path / "z")
+    with pytest.raises(ClusterError, match=r"worker 0 by 'same', worker 1 by 'same'\. Wait for that run"):
+        train(problem(), workers=[0, 1], name="same", runs=tmp_path / "z")
+    assert first.state == second.state == "running" and capsys.readouterr().out == ""
+    third = train(problem(kind=Slow), passes=1000, name="same", runs=tmp_path / "x" / ".." / "x")  # the cell again
+    assert (first.state, second.state, third.state) == ("stopped", "running", "running") and lab.runs == [second, third]
+    assert [w["index"] for w in third.config["workers"]] == [0] and capsys.readouterr().out.startswith("Stopping 'same'")
+    assert second.stop().state == "stopped" and third.state == "running" and lab.free() == [1]
+    assert third.stop().state == "stopped" and lab.free() == [0, 1]
+
+
 def test_an_interrupt_while_waiting_stops_the_run(train):
     run = train(problem(kind=Slow), passes=1000)
     until(lambda: run.status()["version"] >= 1)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -40,9 +41,14 @@ def keep_memory() -> None:
 
 
 def prepare_alone(worker: Worker, lab: Mapping, seed: int) -> Slowness:
-    """Set up this process to train without a server, as a worker of a `lab` (`labkit.runs.config.describe_lab`); its emulated slowness."""
+    """Set up this process to train without a server, as a worker of a lab with these `Lab.settings`; its emulated slowness."""
     prepare(worker.device, worker.threads)
     if not lab["one_process"]:  # dropout and the like; threads share one generator
         torch.manual_seed(seed)
     uneven = Unevenness(worker.slowdown, lab["jitter"], lab["drift"], worker.drifts_to, lab["stalls"])
-    return Slowness(uneven, seed, worker.index, worker.device)
+    return Slowness(uneven, seed, worker.index, synchroniser(worker.device))
+
+
+def synchroniser(device: str) -> Callable[[], object]:
+    """Waits until the device has done what it was given; what is timed on a CPU is done when it returns."""
+    return partial(torch.cuda.synchronize, device) if device != "cpu" else lambda: None

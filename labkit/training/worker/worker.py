@@ -34,7 +34,7 @@ from labkit.training.wire import compression, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S
 from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup
 from labkit.training.worker.heartbeat import Heartbeat
-from labkit.training.worker.process import prepare
+from labkit.training.worker.process import prepare, synchroniser
 from labkit.training.worker.replica import Replica
 
 PROBE_STEPS = 4
@@ -116,7 +116,8 @@ class _Worker:
 
     def _slow(self, uneven: Unevenness) -> None:
         spec = self.spec
-        self.slowness = Slowness(uneven, spec.config.seed, spec.index, spec.device, woken=lambda: self.heartbeat.interrupt)
+        synchronise = synchroniser(spec.device)
+        self.slowness = Slowness(uneven, spec.config.seed, spec.index, synchronise, woken=lambda: self.heartbeat.interrupt)
 
     def _replica(self) -> Replica:
         spec = self.spec

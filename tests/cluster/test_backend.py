@@ -1,21 +1,25 @@
-"""The same promises of a lab, on every back end: threads, Dask, ipyparallel, ipyparallel under MPI."""
+"""The same promises of a lab, on every back end: threads, Dask, ipyparallel, ipyparallel under MPI, and one written here."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+import tempfile
 import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from torch import nn
 
 import labkit
 from labkit import chaos
+from labkit.cluster import connect as connecting
 from labkit.errors import ClusterError, WorkerError
 from labkit.runs import checkpoints
 
@@ -62,6 +66,24 @@ class Odd(Exception):
 
 def odd():
     raise Odd(1, 2)
+
+
+def until(condition, limit=30.0):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"not within {limit:g} s"
+        time.sleep(0.02)
+
+
+def work(path, seconds):
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(seconds)
+
+
+def has_begun(path):
+    """Has `work` begun, and said so to the end of the line?"""
+    return path.exists() and path.read_text().endswith("\n")
 
 
 def slow(x):
@@ -195,6 +217,26 @@ def test_several_threads_use_a_lab_at_once(lab):
     assert results == {number: [number] * 7 for number in range(1, 5)}
 
 
+def test_a_back_end_is_a_file_and_a_line(monkeypatch, tmp_path, cache):
+    """`tests/cluster/one_file.py` is all that it takes: it is found by its kind, checks its requests, and runs train on it."""
+    monkeypatch.setitem(connecting.BACKENDS, "one-file", "tests.cluster.one_file")
+    with pytest.raises(ClusterError, match="no threads of others"):
+        labkit.connect("one-file", address="tcp://x:1")
+    with pytest.raises(TypeError, match=r"connect\(\) has no argument 'queue'"):
+        labkit.connect("one-file", queue="long")
+    with labkit.connect("one-file", 2, slowdown=[1, 3]) as lab:
+        assert labkit.connect("one-file", 2, slowdown=[1, 3]) is lab and lab.kind == "one-file" and lab.one_process
+        assert lab.map(abs, range(-7, 0)) == [7, 6, 5, 4, 3, 2, 1]
+        run = labkit.train(problem(), lab, update="sgwu", partition="udpa", passes=5, runs=tmp_path, name="r").wait(60)
+        assert run.state == "done" and run.config["kind"] == "one-file" and set(run.events.worker.dropna()) == {0, 1}
+        np.testing.assert_array_equal(run.flat(), WEIGHTS.setdefault("sgwu", run.flat()))
+        assert lab.add() == [2] and lab.free() == [0, 1, 2]
+        with pytest.raises(ZeroDivisionError, match="no 0"):
+            lab.start(2, boom).result(10)
+        task = lab.start(0, time.sleep, 0.2)
+    assert lab.lost() == [0, 1, 2] and task.lost
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = {}  # of the first back end: the others must make the same ones
@@ -202,13 +244,6 @@ WEIGHTS = {}  # of the first back end: the others must make the same ones
 
 def net(shape, n_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(shape)), 7), nn.ReLU(), nn.Linear(7, n_classes))
-
-
-def until(condition, limit=30.0):
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit:g} s"
-        time.sleep(0.01)
 
 
 def problem(kind=labkit.Classifier, n=231):
@@ -264,3 +299,53 @@ def test_a_worker_is_killed_in_mid_run(place, tmp_path, cache):
             until(lambda: len(lab.free()) == 3 or place != "dask")
             if len(lab.free()) < 3:
                 lab.add(1)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("place", ["dask", "ipyparallel", "mpi"])
+def test_real_processes(place, capfd, monkeypatch, tmp_path):
+    """Killed, back, joined by another, frozen, closed: no wait without a limit, nothing run twice, nothing left, not a word."""
+    skip_without(place)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    request = {"n_workers": 2, "slowdown": [1, 4], **PLACES[place]}
+    lab = labkit.connect(**request)
+    pids = [worker.pid for worker in lab.workers]
+    assert len({*pids, os.getpid()}) == 3 and labkit.connect(**request) is lab
+    lab.lease([0, 1], "run")
+
+    task, begun = lab.start(1, work, tmp_path / "begun", 60), time.monotonic()
+    until(lambda: has_begun(tmp_path / "begun"))
+    os.kill(pids[1], signal.SIGKILL)
+    until(lambda: lab.lost() == [1])
+    with pytest.raises(ClusterError, match=r"worker 1 was lost while its task ran"):
+        task.result(20)
+    assert task.done and task.lost and task.error() is None
+    with pytest.raises(ClusterError, match=r"worker 1 was lost\. connect\(\) again"):
+        lab.start(1, os.getpid)
+    assert lab.map(os.getenv, ["HOME"], timeout=20) == [os.getenv("HOME")]
+    assert time.monotonic() - begun < 30
+
+    if place == "dask":  # its nanny starts a new process under the old name
+        until(lambda: lab.refresh("run") == [1], 30)
+    else:
+        assert lab.add() == [1] and lab.refresh("run") == [1]
+    assert lab.lost() == lab.refresh("run") == lab.free() == [] and lab.workers[1].slowdown == 4
+    assert lab.start(1, os.getpid).result(20) == lab.workers[1].pid != pids[1] and task.lost
+    assert lab.add() == [2] and lab.refresh("run") == lab.free() == [2] and lab.workers[2].slowdown == 1
+    assert lab.start(2, os.getpid).result(20) == lab.workers[2].pid
+    assert (tmp_path / "begun").read_text() == f"{pids[1]}\n"  # and never again
+
+    os.kill(lab.workers[0].pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    assert lab.lost() == [] and lab.refresh() == [2]  # who asks under no name hears of those that are free
+    with pytest.raises(ClusterError, match=r"worker 0 did not finish within 0\.2 s"):
+        lab.start(0, os.getpid).result(0.2)
+    assert time.monotonic() - begun < 5
+    pids += [worker.pid for worker in lab.workers]
+    lab.close()
+    lab.close()
+    assert time.monotonic() - begun < 25
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert not list(scratch.iterdir()) and capfd.readouterr() == ("", "")

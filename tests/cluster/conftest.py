@@ -1,0 +1,24 @@
+"""What tests of the cluster share: no lab outlives a test that asks for `closed`; a Dask cluster of somebody else."""
+
+import logging
+
+import pytest
+
+from labkit.cluster import connect as connecting
+
+
+@pytest.fixture
+def closed():
+    yield
+    if connecting._current:
+        connecting._current[1].close()
+
+
+@pytest.fixture
+def cluster():
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None, silence_logs=logging.CRITICAL
+    ) as made:
+        yield made

@@ -1,0 +1,130 @@
+"""connect(): one lab in a process, requests that make no sense, clusters that are there already."""
+
+from __future__ import annotations
+
+import tempfile
+
+import pytest
+
+import labkit
+from labkit.cluster import connect as connecting
+from labkit.errors import ClusterError
+from tests.cluster.test_backend import where
+
+pytestmark = pytest.mark.usefixtures("closed")
+
+
+def connected():
+    return connecting._current is not None and not connecting._current[1].closed
+
+
+def test_the_same_request_gives_the_same_lab_and_a_changed_one_closes_it():
+    first = labkit.connect("threads", 2)
+    assert labkit.connect("threads", 2) is first and labkit.connect("threads", 2, slowdown=None) is first
+    second = labkit.connect("threads", 2, slowdown=[1, 3])
+    assert second is not first and first.closed and not second.closed
+    assert labkit.connect("threads", 2, slowdown=(1, 3)) is second
+    second.close()
+    second.close()
+    third = labkit.connect("threads", 2, slowdown=[1, 3])
+    assert third is not second and second.closed
+    unsteady = {"slowdown": [1, 3], "jitter": 0.1, "drift": 20, "stalls": (20, 1)}
+    for change in ({"jitter": 0.2}, {"drift": 30}, {"stalls": (20, 2)}, {"stalls": None}):
+        fourth = labkit.connect("threads", 2, **unsteady)
+        assert labkit.connect("threads", 2, **{**unsteady, "stalls": [20, 1]}) is fourth and not fourth.closed
+        assert labkit.connect("threads", 2, **{**unsteady, **change}) is not fourth and fourth.closed
+    connecting.current().close()
+    for use in (lambda: third.start(0, where), lambda: third.map(abs, [1])):
+        with pytest.raises(ClusterError, match=r"this lab is closed\. Run the cell with connect\(\) again"):
+            use()
+
+
+REQUESTS = {
+    "kind='thread' is not known. Known: threads, dask, ipyparallel, slurm. Did you mean 'threads'?": {"kind": "thread"},
+    "kind='mpi' is not known. Known: threads, dask, ipyparallel, slurm.": {"kind": "mpi"},
+    "n_workers=0: a lab needs at least one worker.": {"n_workers": 0},
+    "n_workers=1.5: a lab needs": {"n_workers": 1.5},
+    "threads_per_worker=0: at least one thread": {"threads_per_worker": 0},
+    "jitter=-1 must not be negative": {"jitter": -1},
+    "slowdown has 3 entries for 2 workers. Give one factor for each worker.": {"slowdown": [1, 2, 3]},
+    "slowdown=[1, 0.5]: a factor below 1 would be a speed-up": {"slowdown": [1, 0.5]},
+    "jitter=nan must be finite": {"jitter": float("nan")},
+    "drift=-5 must not be negative": {"slowdown": [1, 4], "drift": -5},
+    "drift=9 moves each worker to the slowdown of the one at the other end of the list, and [1.0] is the same": {"drift": 9},
+    "and [4, 4] is the same from both ends. Give uneven ones": {"slowdown": [4, 4], "drift": 9},
+    "stalls=(5, 0): give (every, seconds), such as (20, 1)": {"stalls": (5, 0)},
+    "slowdown=[1, nan]": {"slowdown": [1, float("nan")]},
+    "give address or client, not both.": {"kind": "dask", "address": "tcp://x:1", "client": object()},
+    "engines='mip' is not known. Known: local, mpi. Did you mean 'mpi'?": {"kind": "ipyparallel", "engines": "mip"},
+    "profile, engines and an ipyparallel Client go with kind='ipyparallel', not with 'dask'.": {"kind": "dask", "profile": "x"},
+    "kind='ipyparallel' finds a running cluster by profile": {"kind": "ipyparallel", "address": "tcp://x:1"},
+    "security goes with address": {"kind": "dask", "security": object()},
+    "engines have no resources": {"kind": "ipyparallel", "resources": {"GPU": 1}},
+}
+
+
+@pytest.mark.parametrize("message", REQUESTS)
+def test_bad_requests_start_nothing(message):
+    request = {"kind": "threads", "n_workers": None if "client" in REQUESTS[message] else 2, **REQUESTS[message]}
+    with pytest.raises(ClusterError) as caught:
+        labkit.connect(**request)
+    assert message in str(caught.value) and not connected()
+
+
+def test_a_bad_request_leaves_the_lab_that_is_there():
+    lab = labkit.connect("threads", 1)
+    with pytest.raises(ClusterError):
+        labkit.connect("threads", 0)
+    assert not lab.closed and labkit.connect("threads", 1) is lab
+
+
+def test_an_address_where_nobody_answers():
+    with pytest.raises(ClusterError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
+        labkit.connect("dask", address="tcp://127.0.0.1:9", timeout=0.5)
+
+
+def test_workers_that_do_not_come(cluster):
+    with pytest.raises(ClusterError, match=r"2 of 5 workers arrived in 0\.3 s\. Try connect\(n_workers=1, kind='threads'\)"):
+        labkit.connect("dask", 5, client=cluster, timeout=0.3)
+    assert cluster.scheduler.workers and not connected()
+
+
+def test_scratch_folders_go_with_the_lab(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with labkit.connect("threads", 1):
+        assert [path.name.startswith("labkit-") for path in tmp_path.iterdir()] == [True]
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("distributed.Client", boom_client)
+    with pytest.raises(ZeroDivisionError):
+        labkit.connect("threads", 1)
+    assert not list(tmp_path.iterdir())
+
+
+def boom_client(*args, **options):
+    raise ZeroDivisionError
+
+
+def test_a_cluster_and_a_client_that_are_handed_in_stay_open(cluster):
+    from distributed import Client
+
+    with labkit.connect(client=cluster, slowdown=[2, 1]) as lab:
+        assert lab.kind == "dask" and len(lab) == 2 and lab.map(abs, [-1]) == [1] and lab.emulated
+        mine = lab.client
+    assert mine.status == "closed" and cluster.status.name == "running"
+    with Client(cluster, set_as_default=False) as client:
+        with labkit.connect(client=client) as lab:
+            assert lab.client is client and labkit.connect(client=client) is lab and len(lab) == 2
+            assert lab.lost() == []
+        assert client.status == "running" and client.submit(abs, -3).result(10) == 3
+        with pytest.raises(ClusterError, match=r"2 of 3 workers arrived in 0\.3 s"):
+            labkit.connect(client=client, slowdown=[1, 1, 1], timeout=0.3)
+        with pytest.raises(ClusterError, match="slowdown has 1 entries for 2 workers"):
+            labkit.connect(client=client, slowdown=[1])
+
+
+def test_a_scheduler_by_its_address(cluster):
+    with labkit.connect("dask", 1, address=cluster.scheduler_address) as lab:
+        assert len(lab) == 1 and lab.map(abs, [-2, -3]) == [2, 3]
+    with labkit.connect(address=cluster.scheduler_address) as lab:
+        assert lab.lost() == []
+    assert cluster.status.name == "running"

@@ -1,0 +1,214 @@
+"""Dask as a back end: what it alone promises (`test_backend` has what all do)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+import labkit
+from labkit.cluster.backend import quiet
+from labkit.cluster.dask_backend import DaskWorkers
+from labkit.cluster.ipyparallel_local import mpiexec
+from labkit.errors import ClusterError
+from tests.cluster.test_backend import has_begun, skip_without, until, work
+
+pytestmark = pytest.mark.usefixtures("closed")
+
+
+SCRIPT = """
+import os, signal, sys, time
+import labkit
+
+if __name__ == "__main__":
+    lab = labkit.connect("dask", 2)
+    try:
+        print(*(worker.pid for worker in lab.workers), flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", lab.map(abs, [-1, -2], timeout=20), lab.lost(), flush=True)
+    # no close: the end of the process has to do
+"""
+
+
+@pytest.mark.cluster
+def test_an_interrupt_of_the_whole_group_is_for_the_kernel_alone(tmp_path):
+    """As Jupyter sends it; and a process that ends without close() leaves nothing, and says nothing."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (out, err, process.returncode) == ("interrupted [1, 2] []\n", "", 0)
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def certified(security, folder):
+    """What Security.temporary() makes, without the package that it needs."""
+    certificate, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate, and there is none")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=lab"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=60)
+    roles = {
+        f"tls_{role}_{what}": file
+        for role in ("client", "scheduler", "worker")
+        for what, file in (("cert", certificate), ("key", key))
+    }
+    return security(tls_ca_file=certificate, require_encryption=True, **roles)
+
+
+@pytest.mark.cluster
+def test_a_dask_cluster_elsewhere(tmp_path):
+    """TLS, a scheduler file, resources, leases that two notebooks respect, other people's tasks beside ours."""
+    from distributed import Client, LocalCluster
+    from distributed.security import Security
+
+    security = certified(Security, tmp_path)
+    with (
+        quiet(),
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, security=security, dashboard_address=None, resources={"GPU": 1}, protocol="tls://"
+        ) as cluster,
+    ):
+        address = cluster.scheduler_address
+        assert address.startswith("tls://")
+        with pytest.raises(ClusterError, match=r"speaks TLS\. Give connect\(\) its certificates"):
+            labkit.connect(address=address, timeout=1)
+        with pytest.raises(ClusterError, match="0 of 1 workers arrived"):
+            labkit.connect(address=address, security=security, resources={"GPU": 2}, timeout=0.5)
+        file = tmp_path / "scheduler.json"
+        with pytest.raises(ClusterError, match=r"no scheduler file appeared at .* in 0\.1 s"):
+            labkit.connect(address=str(file), security=security, timeout=0.1)
+        file.write_text(json.dumps({"address": address}))
+        with Client(address, security=security, set_as_default=False) as theirs:
+            other = theirs.submit(time.sleep, 0.5)
+            with labkit.connect(address=str(file), security=security, resources={"GPU": 1}) as lab:
+                assert len(lab) == 1 and lab.start(0, abs, -3).result(20) == 3 and other.result(20) is None
+                with pytest.raises(ClusterError, match="did not start its cluster"):
+                    lab.add()
+                lab.lease([0], "1a", "mine")
+                stranger = DaskWorkers(theirs)  # as in another notebook
+                held = stranger.lease(stranger.alive(), "2b", "theirs")
+                assert list(held.values()) == [f"mine (another notebook, process {os.getpid()} on {socket.gethostname()})"]
+                lab.release("1a")
+                assert stranger.lease(stranger.alive(), "2b", "theirs") == {}
+                with pytest.raises(ClusterError, match=r"worker 0 by 'theirs \(another notebook"):
+                    lab.lease([0], "1a", "mine")
+                assert lab.free() == [0]  # nobody here holds it
+                stranger.release("2b")
+                lab.lease([0], "1a", "mine")
+
+
+@pytest.mark.cluster
+def test_a_worker_that_comes_back_at_its_old_address_is_another_one(tmp_path):
+    """Dask gives it the task again; a long task with effects must not run twice."""
+    from distributed import LocalCluster
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        quiet(),
+        LocalCluster(n_workers=1, threads_per_worker=1, worker_port=port, dashboard_address=None) as cluster,
+        labkit.connect(address=cluster.scheduler_address) as lab,
+    ):
+        task, pid = lab.start(0, work, tmp_path / "begun", 60), lab.workers[0].pid
+        until(lambda: has_begun(tmp_path / "begun"))
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: lab.refresh() == [0])
+        assert lab.workers[0].pid != pid and [*cluster.scheduler_info["workers"]] == [f"tcp://127.0.0.1:{port}"]
+        assert lab.start(0, abs, -1).result(20) == 1  # in turn: by now Dask has tried
+        assert task.lost and task.done and task.error() is None and (tmp_path / "begun").read_text() == f"{pid}\n"
+        with pytest.raises(ClusterError, match="was lost while its task ran"):
+            task.result(5)
+
+
+@pytest.mark.cluster
+def test_local_workers_with_resources():
+    with labkit.connect("threads", 2, resources={"GPU": 1}) as lab:
+        assert len(lab) == 2 and lab.map(abs, [-1, -2]) == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_dask_under_mpi_is_found_by_its_scheduler_file(tmp_path):
+    skip_without("mpi")
+    pytest.importorskip("dask_mpi", reason="needs dask-mpi, which is not installed")
+    file = tmp_path / "scheduler.json"
+    service = ["-c", "from dask_mpi.cli import main; main()", "--scheduler-file", str(file), "--scheduler-port", "0"]
+    process = subprocess.Popen(
+        [*mpiexec(3)[:3], sys.executable, *service, "--interface", "lo", "--worker-class", "distributed.Worker", "--no-dashboard"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    try:
+        with labkit.connect(address=str(file), n_workers=2, slowdown=[1, 2]) as lab:
+            assert lab.map(os.getenv, ["PMI_SIZE"] * 2, timeout=20) == ["3", "3"]
+            lab.lease([0, 1], "run")
+            os.kill(lab.workers[1].pid, signal.SIGSTOP)
+            assert lab.lost() == lab.refresh() == []
+            os.kill(lab.workers[1].pid, signal.SIGCONT)
+            lab.client.shutdown()  # ends all ranks
+            until(lambda: lab.lost() == [0, 1], 30)
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+HOLDER = """
+import sys, time
+import labkit
+
+if __name__ == "__main__":
+    lab = labkit.connect(address=sys.argv[1])
+    lab.lease([0], "2b", "theirs")
+    print("leased", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_leases_of_a_notebook_that_died_end_by_themselves(tmp_path):
+    from distributed import LocalCluster
+
+    (tmp_path / "script.py").write_text(HOLDER)
+    with quiet(), LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        command = [sys.executable, str(tmp_path / "script.py"), cluster.scheduler_address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "leased\n"
+            with labkit.connect(address=cluster.scheduler_address) as lab:
+                with pytest.raises(ClusterError, match=r"worker 0 by 'theirs \(another notebook, process \d+ on "):
+                    lab.lease([0, 1], "ours")
+                lab.lease([1], "ours")
+                process.kill()
+
+                def ours():
+                    with contextlib.suppress(ClusterError):
+                        lab.lease([0, 1], "ours")
+                    return lab.free() == []
+
+                until(ours, 60)

@@ -1,0 +1,100 @@
+"""Tasks: on their workers, spread over all of them, and what becomes of those whose worker is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+
+import labkit
+from labkit.cluster.backend import Again
+from labkit.cluster.tasks import Task, spread
+from labkit.errors import ClusterError
+from tests.cluster.test_backend import boom
+
+pytestmark = pytest.mark.usefixtures("closed")
+
+
+def where():
+    return threading.current_thread().name
+
+
+def test_map_tells_who_works_and_what_is_done():
+    told = []
+    with labkit.connect("threads", 2, slowdown=[1, 3]) as lab:
+        places = lab.map(
+            lambda item, worker: (item, worker.index, worker.slowdown), range(5), placed=True, each=lambda *row: told.append(row)
+        )
+        assert [item for item, *_ in places] == list(range(5)) and {row[1:] for row in places} <= {(0, 1), (1, 3)}
+        assert sorted(told) == list(enumerate(places))
+
+
+def test_a_task_runs_on_its_worker_and_errors_come_back():
+    with labkit.connect("threads", 2) as lab:
+        names = [{lab.start(index, where).result(10) for _ in range(3)} for index in (0, 1)]
+        assert not names[0] & names[1]
+        with pytest.raises(ZeroDivisionError, match="no 0"):
+            lab.start(1, boom).result(10)
+        with pytest.raises(ZeroDivisionError, match="no 3"):
+            lab.map(boom, [3])
+        task = lab.start(0, time.sleep, 1.0)
+        with pytest.raises(ClusterError, match=r"worker 0 did not finish within 0\.1 s"):
+            task.result(0.1)
+        assert not task.done
+        with pytest.raises(ClusterError, match=r"2 of 2 tasks were not done within 0\.1 s; they were cancelled"):
+            lab.map(time.sleep, [1.0, 1.0], timeout=0.1)
+        with pytest.raises(ClusterError, match=r"there is no worker 2; this lab has workers 0 to 1"):
+            lab.start(2, where)
+        with pytest.raises(ClusterError, match="there is no worker -1"):
+            lab.start(-1, where)
+
+
+class Workers:
+    """A back end whose workers answer when a test says so."""
+
+    def __init__(self, *ids):
+        self.ids, self.submitted = set(ids), []
+
+    def alive(self):
+        return {id: id for id in self.ids}
+
+    def start(self, worker, item):
+        future = Future()
+        future.release = future.cancel
+        self.submitted.append((worker, item, future))
+        return Task(future, worker, self, worker)
+
+
+def test_an_item_whose_worker_is_lost_goes_to_another_one_at_most_three_times():
+    workers = Workers(0, 1)
+
+    def idle():  # asked once a round: the end of a worker, or of a task
+        for worker, item, future in workers.submitted:
+            if item == "dies" and len(workers.submitted) < 4:
+                workers.ids.discard(worker)
+            elif not future.done() and worker in workers.ids:
+                future.set_result(item.upper())
+        workers.ids |= {len(workers.submitted) + 10}  # somebody comes
+        return set(workers.ids)
+
+    assert spread(["dies", "lives"], idle, workers.start, 10) == ["DIES", "LIVES"]
+    assert [item for _, item, _ in workers.submitted].count("dies") > 1
+    workers = Workers(0)
+
+    def all_die():
+        workers.ids = {len(workers.submitted)}
+        return set(workers.ids)
+
+    with pytest.raises(ClusterError, match="item 0 was given to 3 workers, and each was lost"):
+        spread(["dies"], all_die, workers.start, 10)
+    with pytest.raises(ClusterError, match="every worker of this lab is lost"):
+        spread(["waits"], set, workers.start, 10)
+
+
+def test_a_task_that_would_have_run_twice_is_lost_and_not_failed():
+    workers = Workers(0)
+    task = workers.start(0, "x")
+    task.future.set_exception(Again("it is not run again"))
+    assert task.done and task.error() is None and not task.lost
