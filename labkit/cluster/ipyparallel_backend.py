@@ -127,8 +127,6 @@ class _Task:
         self._answer = engines.ask(id, _begin, self.token, cloudpickle.dumps((fn, args)))
 
     def done(self) -> bool:
-        import ipyparallel
-
         with self._lock:
             if self._outcome is not None:
                 return True
@@ -139,10 +137,10 @@ class _Task:
             answer, self._answer = self._answer, None
             try:
                 said = answer.get(timeout=5)
-            except ipyparallel.error.EngineError:  # it died: the lab reports that
-                self._next = float("inf")
-                return False
             except Exception as error:
+                if getattr(error, "ename", "") == "EngineError":  # it died, and its client says so: the lab reports that
+                    self._next = float("inf")
+                    return False
                 self._outcome = False, WorkerError(f"engine {self.id} cannot run labkit's tasks: {_plain(error)}", None, "")
                 return True
             if said is None:

@@ -22,6 +22,7 @@ from labkit import chaos
 from labkit.cluster import connect as connecting
 from labkit.errors import ClusterError, WorkerError
 from labkit.runs import checkpoints
+from tests.cluster.work import boom, odd, slow, where, work, worker_error
 
 PLACES = {
     "threads": {"kind": "threads"},
@@ -39,33 +40,17 @@ def skip_without(place):
             pytest.skip("needs mpi4py (pip install labkit[mpi]), which is not installed")
 
 
+real, rare = pytest.mark.cluster, (pytest.mark.cluster, pytest.mark.slow)  # engines are engines, however they were started
+
+
 @pytest.fixture(
-    scope="module", params=["threads", *(pytest.param(p, marks=pytest.mark.cluster) for p in ("dask", "ipyparallel", "mpi"))]
+    scope="module",
+    params=["threads", pytest.param("dask", marks=real), pytest.param("ipyparallel", marks=real), pytest.param("mpi", marks=rare)],
 )
 def lab(request):
     skip_without(request.param)
     with labkit.connect(n_workers=2, slowdown=[1, 4], **PLACES[request.param]) as lab:
         yield lab
-
-
-def where():
-    return os.getpid() if threading.current_thread().name == "labkit-tasks" else (os.getpid(), threading.current_thread().name)
-
-
-def boom(x=0):
-    raise ZeroDivisionError(f"no {x}")
-
-
-class Odd(Exception):
-    """One that cannot be pickled."""
-
-    def __init__(self, a, b):
-        super().__init__(a)
-        self.lock = threading.Lock()
-
-
-def odd():
-    raise Odd(1, 2)
 
 
 def until(condition, limit=30.0):
@@ -75,21 +60,9 @@ def until(condition, limit=30.0):
         time.sleep(0.02)
 
 
-def work(path, seconds):
-    with open(path, "a") as file:
-        file.write(f"{os.getpid()}\n")
-    time.sleep(seconds)
-
-
 def has_begun(path):
     """Has `work` begun, and said so to the end of the line?"""
     return path.exists() and path.read_text().endswith("\n")
-
-
-def slow(x):
-    begun = time.time()
-    time.sleep(0.3)
-    return begun, time.time()
 
 
 def test_workers_are_listed(lab):
@@ -131,10 +104,6 @@ def test_errors_come_back_as_themselves_with_the_traceback_from_there(lab):
     with pytest.raises(WorkerError, match="worker 3 failed") as caught:
         lab.start(0, worker_error).result(20)
     assert caught.value.worker == 3 and "over there" in str(caught.value)
-
-
-def worker_error():
-    raise WorkerError("worker 3 failed", 3, "over there")
 
 
 def test_map_keeps_the_order_and_arrays_travel(lab):
@@ -262,8 +231,7 @@ class Slow(labkit.Classifier):
         return super().step(*args)
 
 
-@pytest.mark.parametrize("partition", ["udpa", "idpa"])
-@pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce"])
+@pytest.mark.parametrize(("update", "partition"), [("sgwu", "udpa"), ("agwu", "idpa"), ("allreduce", "idpa")])
 def test_a_run_is_the_same_everywhere(lab, update, partition, tmp_path, cache):
     run = labkit.train(problem(), lab, update=update, partition=partition, passes=5, runs=tmp_path, name="r").wait(60)
     merges, budget = run.events.query("kind == 'merge'"), run.config["budget"]
@@ -273,7 +241,7 @@ def test_a_run_is_the_same_everywhere(lab, update, partition, tmp_path, cache):
     state = checkpoints.read_state(run.path, checkpoints.newest(run.path)[0])[1]
     held = np.concatenate([state["partition"]["pool"], *state["partition"]["shards"].values()])
     assert sorted(held.tolist()) == list(range(run.config["n_train"]))
-    if (update, partition) == ("sgwu", "udpa"):  # nothing in it depends on time
+    if update == "sgwu":  # nothing in it depends on time
         flat = run.flat()
         np.testing.assert_array_equal(flat, WEIGHTS.setdefault(update, flat))
 

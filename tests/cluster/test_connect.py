@@ -9,7 +9,7 @@ import pytest
 import labkit
 from labkit.cluster import connect as connecting
 from labkit.errors import ClusterError
-from tests.cluster.test_backend import where
+from tests.cluster.work import where
 
 pytestmark = pytest.mark.usefixtures("closed")
 

@@ -20,7 +20,8 @@ from labkit.cluster.backend import quiet
 from labkit.cluster.dask_backend import DaskWorkers
 from labkit.cluster.ipyparallel_local import mpiexec
 from labkit.errors import ClusterError
-from tests.cluster.test_backend import has_begun, skip_without, until, work
+from tests.cluster.test_backend import has_begun, skip_without, until
+from tests.cluster.work import work
 
 pytestmark = pytest.mark.usefixtures("closed")
 

@@ -9,7 +9,7 @@ import pytest
 
 import labkit
 from labkit.cluster.backend import Request
-from labkit.cluster.ipyparallel_backend import start_engines
+from labkit.cluster.ipyparallel_backend import _Task, start_engines
 from labkit.errors import ClusterError
 from tests.cluster.test_backend import until
 
@@ -35,3 +35,22 @@ def test_a_running_ipyparallel_cluster_and_its_client_stay_as_they_were():
             labkit.connect(client=client, n_workers=3, timeout=0.5)
     finally:
         engines.close()
+
+
+def test_a_task_whose_engine_dies_before_it_has_answered_is_lost_and_not_failed():
+    from ipyparallel.error import RemoteError
+
+    class Dies:
+        """What ipyparallel's client answers in the place of an engine that is gone."""
+
+        def ask(self, *args):
+            return self
+
+        def ready(self):
+            return True
+
+        def get(self, timeout):
+            raise RemoteError("EngineError", "Engine 1 died while running task", "", {})
+
+    task = _Task(Dies(), 1, abs, (-1,))
+    assert not task.done() and not task.done()

@@ -1,9 +1,7 @@
-"""Tasks: on their workers, spread over all of them, and what becomes of those whose worker is lost."""
+"""Tasks: spread over workers, and what becomes of those whose worker is lost (`test_backend`: on their workers, errors, limits)."""
 
 from __future__ import annotations
 
-import threading
-import time
 from concurrent.futures import Future
 
 import pytest
@@ -12,13 +10,8 @@ import labkit
 from labkit.cluster.backend import Again
 from labkit.cluster.tasks import Task, spread
 from labkit.errors import ClusterError
-from tests.cluster.test_backend import boom
 
 pytestmark = pytest.mark.usefixtures("closed")
-
-
-def where():
-    return threading.current_thread().name
 
 
 def test_map_tells_who_works_and_what_is_done():
@@ -29,26 +22,6 @@ def test_map_tells_who_works_and_what_is_done():
         )
         assert [item for item, *_ in places] == list(range(5)) and {row[1:] for row in places} <= {(0, 1), (1, 3)}
         assert sorted(told) == list(enumerate(places))
-
-
-def test_a_task_runs_on_its_worker_and_errors_come_back():
-    with labkit.connect("threads", 2) as lab:
-        names = [{lab.start(index, where).result(10) for _ in range(3)} for index in (0, 1)]
-        assert not names[0] & names[1]
-        with pytest.raises(ZeroDivisionError, match="no 0"):
-            lab.start(1, boom).result(10)
-        with pytest.raises(ZeroDivisionError, match="no 3"):
-            lab.map(boom, [3])
-        task = lab.start(0, time.sleep, 1.0)
-        with pytest.raises(ClusterError, match=r"worker 0 did not finish within 0\.1 s"):
-            task.result(0.1)
-        assert not task.done
-        with pytest.raises(ClusterError, match=r"2 of 2 tasks were not done within 0\.1 s; they were cancelled"):
-            lab.map(time.sleep, [1.0, 1.0], timeout=0.1)
-        with pytest.raises(ClusterError, match=r"there is no worker 2; this lab has workers 0 to 1"):
-            lab.start(2, where)
-        with pytest.raises(ClusterError, match="there is no worker -1"):
-            lab.start(-1, where)
 
 
 class Workers:
