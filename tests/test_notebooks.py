@@ -1,4 +1,10 @@
-"""Every notebook runs top to bottom through the sweep, with tiny parameters, and keeps the conventions."""
+"""Every notebook runs top to bottom through the sweep, with tiny parameters, and keeps the conventions.
+
+A kernel needs longer for its imports than a tiny notebook for its work. So the quick tests give several notebooks to one kernel,
+with a namespace of its own each; the slow ones give each a kernel, as a user would.
+
+Used by pytest.
+"""
 
 import json
 from pathlib import Path
@@ -12,15 +18,18 @@ SMALL = {"kind": "threads", "data": "digits"}
 TINY = {
     "01-start-a-lab": SMALL | {"train_samples": 200},
     "02-partition-the-data": SMALL | {"train_samples": 400, "passes": 3.0},
-    "03-update-the-weights": SMALL | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
+    "03-update-the-weights": SMALL
+    | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2}
+    | {"strategy": "sgwu+idpa agwu+udpa allreduce+udpa"},
     "04-train-in-parts": SMALL
     | {"train_samples": 400, "test_samples": 100, "epochs": 1, "grid": [1, 2], "overlap": 1, "baselines": ["global", "coherent"]},
     "05-compare-the-updates": SMALL
     | {"updates": ["sgwu", "fedbuff"], "train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
     "06-scale-the-cluster": SMALL
-    | {"train_samples": 300, "passes": 2.0, "local_steps": 4, "data_sizes": [500, 1000], "node_counts": [1, 4], "crowds": [4, 30]}
-    | {"long": 2.0, "larger": [1, 100], "per_worker": 2},
-    "07-kill-a-worker": SMALL | {"train_samples": 400, "test_samples": 100, "passes": 12.0, "local_steps": 4, "every": 0.3},
+    | {"train_samples": 300, "passes": 2.0, "local_steps": 4, "data_sizes": [500, 1000], "node_counts": [1, 4], "crowds": [4, 12]}
+    | {"rivals": [["sgwu", "idpa"]], "long": 2.0, "larger": [1, 100], "per_worker": 2},
+    "07-kill-a-worker": SMALL
+    | {"train_samples": 400, "test_samples": 100, "passes": 6.0, "local_steps": 4, "every": 0.2, "most": 2},
     "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
     "benchmarks/01-overhead": SMALL
     | {"batch_sizes": [16], "updates": ["sgwu", "gem"], "rounds": 1, "samples": 600, "local_steps": 5},
@@ -78,6 +87,9 @@ FIGURES = {
     "benchmarks/10-server": ["server.png"],
 }
 LONG = {"benchmarks/04-chaos": 600}  # seconds; six storms, and real processes
+ALONE = "01-start-a-lab"  # in the quick tests, too
+TOGETHER = [["02-partition-the-data", "04-train-in-parts", "07-kill-a-worker"]]
+TOGETHER += [["03-update-the-weights", "05-compare-the-updates", "06-scale-the-cluster"]]
 
 
 def path_of(name):
@@ -88,19 +100,56 @@ def test_every_notebook_is_here():
     assert {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("[0-9]*.ipynb")} == set(TINY)
 
 
+def left(name, folder):
+    """Results and figures are there, and each figure is a picture."""
+    for figure in FIGURES.get(name, []):
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "results.json").read_text())
+
+
+def run(path, parameters, out, timeout):
+    table = labkit.sweep(path, [parameters], out=out, timeout=timeout, progress=False)
+    assert set(table.status) == {"done"}, table[["error", "notebook"]].to_dict("records")
+    return Path(table.notebook.iloc[0]).parent
+
+
 def marks(name):
     limit = [pytest.mark.timeout(LONG[name] + 20), pytest.mark.cluster] if name in LONG else []
-    return limit + ([pytest.mark.slow] if "bench" in name else [])
+    return limit + ([] if name == ALONE else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TINY])
 def test_it_runs_and_leaves_results_and_figures(name, tmp_path, cache):
-    table = labkit.sweep(path_of(name), [TINY[name]], out=tmp_path / "sweep", timeout=LONG.get(name, 110), progress=False)
-    assert set(table.status) == {"done"}, table[["error", "notebook"]].to_dict("records")
-    folder = Path(table.notebook.iloc[0]).parent
-    for figure in FIGURES.get(name, []):
-        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
-    assert json.loads((folder / "results.json").read_text())
+    left(name, run(path_of(name), TINY[name], tmp_path / "sweep", LONG.get(name, 110)))
+
+
+@pytest.mark.timeout(320)
+@pytest.mark.parametrize("names", TOGETHER, ids=" ".join)
+def test_several_run_in_one_kernel_and_leave_results_and_figures(names, tmp_path, cache):
+    book, cells = json.loads(path_of(names[0]).read_text()), []
+
+    def add(source, *tags):
+        about = {"cell_type": "code", "id": f"cell-{len(cells)}", "metadata": {"tags": tags}}
+        cells.append(about | {"source": source, "outputs": [], "execution_count": None})
+
+    add('run_dir: str = "runs"', "parameters")
+    for name in names:
+        values = TINY[name] | {"run_dir": str(tmp_path / name)}
+        assert {*values} <= {parameter.name for parameter in labkit.parameters(path_of(name))}
+        for cell in json.loads(path_of(name).read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                add("".join(cell["source"]))
+            if "parameters" in cell["metadata"].get("tags", []):
+                add("\n".join(f"{key} = {value!r}" for key, value in values.items()))
+        add("%reset -f")
+    (tmp_path / "several.ipynb").write_text(json.dumps(book | {"cells": cells}))
+    run(tmp_path / "several.ipynb", {}, tmp_path / "sweep", 300)
+    for name in names:
+        left(name, tmp_path / name)
+
+
+def test_every_notebook_runs_in_the_quick_tests_or_is_a_benchmark():
+    assert {ALONE, *TOGETHER[0], *TOGETHER[1]} == {name for name in TINY if not name.startswith("benchmarks")}
 
 
 @pytest.mark.parametrize("name", TINY)
