@@ -64,7 +64,7 @@ class Request:
 
 
 class About(NamedTuple):
-    """What a worker says of itself."""
+    """What is known of a worker, as `describe` finds it there."""
 
     host: str
     pid: int
@@ -97,7 +97,7 @@ class Backend(Protocol):
     keeps_names: bool  # does a worker that was killed come back by itself, under its old name?
 
     def alive(self) -> Mapping[Hashable, str]:
-        """{id: name} of the workers that are there now, a second old at most; nobody after `close`."""
+        """{id: name} of the workers that are there now, a second old at most; none after `close`."""
 
     def describe(self, id: Hashable) -> Answer:
         """An `About`: what `describe` returns there, also while a task is at work."""
@@ -111,14 +111,14 @@ class Backend(Protocol):
     def lease(self, ids: Iterable[Hashable], holder: str, name: str) -> Mapping[Hashable, str]:
         """Lease workers to a holder in the sight of other notebooks, all or none; {id: who holds it}, if others do.
 
-        `holder` is what tells holders apart, `name` what others read of this one.
+        `holder` identifies the holder, `name` is what others read of it.
         """
 
     def release(self, holder: str) -> None:
         """Give back what the holder has leased; twice is fine."""
 
     def trouble(self) -> str:
-        """Why nobody comes, if it knows; else ""."""
+        """Why no workers come, if that is known; else ""."""
 
     def close(self) -> None:
         """End what was started here, and nothing else; twice is fine."""

@@ -142,28 +142,28 @@ class DaskWorkers:
         # A semaphore that its client refreshes: when a kernel dies, its leases end after Dask's locks.lease-timeout (30 s).
         # Nobody waits while holding one, so two runs cannot wait for each other.
         if self.client.scheduler.address.startswith("inproc"):
-            return {}  # nobody else can reach it
+            return {}  # no other process can reach it
         from distributed import Semaphore
 
-        taken: dict[str, Any] = {}
+        leased: dict[str, Any] = {}
         try:
             for id in sorted(set(ids) - set(self._locks.get(holder, {}))):
                 lock = Semaphore(1, f"labkit-{_address(id)}", scheduler_rpc=self.client.scheduler, loop=self.client.loop)
-                taken[id] = lock
+                leased[id] = lock
                 if not self.client.sync(lock._acquire, timeout=0, callback_timeout=LEASE_S):
                     other = self.client.sync(
                         self.client.scheduler.get_metadata, keys=["labkit", _address(id)], default=None, callback_timeout=LEASE_S
                     )
-                    self._give_back(taken)
+                    self._give_back(leased)
                     return {id: other or "another notebook"}
-                words = f"{name} (another notebook, process {os.getpid()} on {socket.gethostname()})"
+                label = f"{name} (another notebook, process {os.getpid()} on {socket.gethostname()})"
                 self.client.sync(
-                    self.client.scheduler.set_metadata, keys=["labkit", _address(id)], value=words, callback_timeout=LEASE_S
+                    self.client.scheduler.set_metadata, keys=["labkit", _address(id)], value=label, callback_timeout=LEASE_S
                 )
         except (OSError, RuntimeError) as error:
-            self._give_back(taken)
+            self._give_back(leased)
             raise ClusterError(f"the Dask scheduler does not answer: {error or type(error).__name__}.") from error
-        self._locks.setdefault(holder, {}).update(taken)
+        self._locks.setdefault(holder, {}).update(leased)
         return {}
 
     def release(self, holder: str) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-PIECES = 16  # of a local pass, in which drift is taken to stand still, where only its length is asked for
-NAP_S = 0.2  # sleep is cut into such pieces
+SEGMENTS = 16  # of a local pass, in which drift is taken as constant, where only its length is asked for
+NAP_S = 0.2  # sleep is cut into such intervals
 LONGEST_S = 30.0  # of a stall: an exchange of an all-reduce waits for 60 s
 
 
@@ -57,10 +57,10 @@ class Unevenness:
 
 def unsteadiness(jitter: float, drift: float, stalls: Sequence[float] | None) -> str:
     """For readers: "jitter 0.3, drift with a period of 20 s, stalls of 1 s every 20 s"; empty where there is none."""
-    words = [f"jitter {jitter:g}"] if jitter else []
-    words += [f"drift with a period of {drift:g} s"] if drift else []
-    words += [f"stalls of {stalls[1]:g} s every {stalls[0]:g} s"] if stalls else []
-    return ", ".join(words)
+    ways = [f"jitter {jitter:g}"] if jitter else []
+    ways += [f"drift with a period of {drift:g} s"] if drift else []
+    ways += [f"stalls of {stalls[1]:g} s every {stalls[0]:g} s"] if stalls else []
+    return ", ".join(ways)
 
 
 def opposite(slowdown: Sequence[float], drift: float) -> list[float]:
@@ -121,10 +121,10 @@ class Slowness:
 
     def _unsteady(self, work: float, age: float, steps: int) -> float:
         noise = np.exp(self.uneven.jitter * self.generator.standard_normal(steps)) if self.uneven.jitter else np.ones(steps)
-        pieces = np.array_split(noise, min(steps, PIECES)) if self.uneven.drifting else [noise]
+        segments = np.array_split(noise, min(steps, SEGMENTS)) if self.uneven.drifting else [noise]
         seconds = 0.0
-        for piece in pieces:
-            seconds += work / steps * float(np.maximum(1.0, self.uneven.at(age + seconds) * piece).sum())
+        for segment in segments:
+            seconds += work / steps * float(np.maximum(1.0, self.uneven.at(age + seconds) * segment).sum())
         return seconds
 
     def after(self, started: float, waited: float = 0.0) -> None:

@@ -136,18 +136,18 @@ class _Task:
                 return False
             answer, self._answer = self._answer, None
             try:
-                said = answer.get(timeout=5)
+                reply = answer.get(timeout=5)
             except Exception as error:
-                if getattr(error, "ename", "") == "EngineError":  # it died, and its client says so: the lab reports that
+                if getattr(error, "ename", "") == "EngineError":  # it died, by its client's account: the lab reports that
                     self._next = float("inf")
                     return False
                 self._outcome = False, WorkerError(f"engine {self.id} cannot run labkit's tasks: {_plain(error)}", None, "")
                 return True
-            if said is None:
+            if reply is None:
                 self._next = time.monotonic() + self._pause
                 self._pause = min(POLL_S[1], 1.5 * self._pause)
                 return False
-            self._outcome = _unpack(said, self.id)
+            self._outcome = _unpack(reply, self.id)
             return True
 
     def result(self, timeout: float = 30.0) -> Any:
@@ -178,10 +178,10 @@ def _plain(error: BaseException) -> str:
     return f"{name}: {value}"
 
 
-def _unpack(said: bytes, id: int) -> tuple[bool, Any]:
+def _unpack(reply: bytes, id: int) -> tuple[bool, Any]:
     import cloudpickle
 
-    good, payload, text = cloudpickle.loads(said)
+    good, payload, text = cloudpickle.loads(reply)
     if good:
         return True, cloudpickle.loads(payload)
     try:
@@ -272,9 +272,9 @@ def _work() -> None:
     while True:
         token = _tasks.get()
         if payload := _waiting.pop(token, None):
-            said = _run(payload)
+            reply = _run(payload)
             with _finished:
-                _done[token] = said
+                _done[token] = reply
                 _finished.notify_all()
 
 

@@ -158,6 +158,6 @@ def mpiexec(n: int) -> list[str]:
         import mpi4py  # noqa: F401
     except ImportError as error:
         raise ClusterError(f"engines='mpi' needs mpi4py, which is not installed. {MPI_ADVICE}") from error
-    said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30).stdout
-    shell = ["sh", "-c", '"$0" "$@" || exec sleep 100000000'] if "HYDRA" in said else []
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30).stdout
+    shell = ["sh", "-c", '"$0" "$@" || exec sleep 100000000'] if "HYDRA" in version else []
     return [found, "-n", str(n), *shell]

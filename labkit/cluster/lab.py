@@ -2,10 +2,10 @@
 
 A lab can do a few things and no more: list its workers, start a long task pinned to one of them, map independent tasks over
 them, tell which are lost and which have come, and lease workers to a run. Whatever else a back end can do stays behind this
-(`labkit.cluster.backend` says what a back end is).
+(`labkit.cluster.backend` defines a back end).
 
 A worker that comes takes the index of one that was lost, its emulated slowdown and its lease included, or else gets a new index.
-A lease is held under the id of a run, as two runs may have one name; messages say the name.
+A lease is held under the id of a run, as two runs may have one name; messages show the name.
 
 Made by `labkit.cluster.connect`; used by `labkit.training.train`, `labkit.training.supervisor`, `labkit.experiments.sweep` and
 every notebook.
@@ -24,7 +24,7 @@ from labkit.cluster.emulation import Unevenness, opposite, unsteadiness
 from labkit.cluster.tasks import Task, spread
 from labkit.errors import ClusterError
 
-DESCRIBE_S = 1.0  # how long `refresh` waits for a newcomer to say who it is; it is asked again the next time
+DESCRIBE_S = 1.0  # how long `refresh` waits for a newcomer's description; the next time it looks again
 
 
 @dataclass(frozen=True)
@@ -194,14 +194,14 @@ class Lab:
             self._list(number, id, alive[id], about[id], slow[number])
         self._arrivals.clear()
 
-    def _admit(self, patience: float) -> None:
+    def _admit(self, timeout: float) -> None:
         """Give the workers that have come an index."""
         alive = self._backend.alive()
         unknown = [id for id in alive if id not in self._ids]
         self._asked = {id: asked for id, asked in self._asked.items() if id in unknown}
         lost = [index for index, id in enumerate(self._ids) if id not in alive]
         by_name = {self.workers[index].name: index for index in lost}
-        limit = time.monotonic() + patience
+        limit = time.monotonic() + timeout
         for id in unknown:
             name = str(alive[id])
             if name in by_name:
@@ -212,11 +212,11 @@ class Lab:
                 index = len(self)
             else:
                 continue  # on a cluster of others a lab has as many workers as it asked for
-            asked, patient = self._asked.get(id), False
+            asked, first = self._asked.get(id), False
             if asked is None:
-                asked, patient = self._backend.describe(id), True
+                asked, first = self._backend.describe(id), True
                 self._asked[id] = asked
-            while patient and not asked.done() and time.monotonic() < limit:
+            while first and not asked.done() and time.monotonic() < limit:
                 time.sleep(0.01)
             if not asked.done():
                 continue  # perhaps it is frozen; it is looked at again the next time
@@ -253,7 +253,7 @@ class Lab:
     # -- leases --------------------------------------------------------------------------------------------------
 
     def lease(self, workers: Iterable[int], holder: str, name: str = "") -> None:
-        """Lease workers to one holder, all of them or, with a `ClusterError` that says who has them, none.
+        """Lease workers to one holder, all of them or, with a `ClusterError` that names the holders, none.
 
         `holder` is the id of a run, `name` what messages call it.
         """
@@ -312,7 +312,7 @@ class Lab:
         if self.closed:
             return f"<Lab {self.kind}, closed>"
         lines = [f"Lab: {len(self.workers)} workers ({self.kind})" + (f", dashboard {self.dashboard}" if self.dashboard else "")]
-        lines += [f"  emulated: {words}" for words in [unsteadiness(self.jitter, self.drift, self.stalls)] if words]
+        lines += [f"  emulated: {ways}" for ways in [unsteadiness(self.jitter, self.drift, self.stalls)] if ways]
         for worker in self.workers:
             drifts = f", drifting to {worker.drifts_to:g}x" if worker.drifts_to != worker.slowdown else ""
             slow = f", emulated {worker.slowdown:g}x slower{drifts}" if worker.slowdown != 1 or drifts else ""

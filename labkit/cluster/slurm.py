@@ -93,7 +93,7 @@ def start_cluster(
     threads
         For OMP_NUM_THREADS and its like in the jobs.
     timeout
-        Seconds until all workers must be there. How long a job waits in the queue is for SLURM to say.
+        Seconds until all workers must be there. How long a job waits in the queue is decided by SLURM.
 
     Raises
     ------
@@ -196,14 +196,16 @@ def _keys(logs: Path) -> Any:
 
 
 def _submit(cluster: Any, n_workers: int) -> None:
-    # Not cluster.scale(): that submits in the background, and what sbatch says against it is lost.
+    # Not cluster.scale(): that submits in the background, and the error message of sbatch is lost.
     while len(cluster.worker_spec) < n_workers:
         cluster.worker_spec.update(cluster.new_worker_spec())
     try:
         cluster.sync(cluster._correct_state)
     except RuntimeError as error:
-        said = str(error).partition("stderr:")[2].strip() or str(error)
-        raise ClusterError(f"sbatch refused the job: {said}. Its script is printed above; `sinfo` shows what there is.") from error
+        reason = str(error).partition("stderr:")[2].strip() or str(error)
+        raise ClusterError(
+            f"sbatch refused the job: {reason}. Its script is printed above; `sinfo` shows what there is."
+        ) from error
 
 
 def _wait(cluster: Any, n_workers: int, logs: Path, timeout: float) -> None:
@@ -233,14 +235,14 @@ def _states(ids: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def _why(ids: Sequence[str], logs: Path) -> str:
-    """What SLURM says about the jobs, and the end of the newest log among them."""
-    said = [f"  job {job}: {state}, reason: {reason}" for job, state, reason in _states(ids)]
-    said = said or ["  SLURM knows nothing of jobs " + ", ".join(ids)]
+    """The states of the jobs, by SLURM, and the end of the newest log among them."""
+    lines = [f"  job {job}: {state}, reason: {reason}" for job, state, reason in _states(ids)]
+    lines = lines or ["  SLURM knows nothing of jobs " + ", ".join(ids)]
     written = [file for job in ids for file in logs.glob(f"*-{job}.*") if file.stat().st_size]
     if written:
         newest = max(written, key=lambda file: file.stat().st_mtime)
-        lines = newest.read_text(errors="replace").splitlines()[-TAIL:]
-        said += [f"The last lines of {newest}:", *(f"  {line}" for line in lines)]
+        tail = newest.read_text(errors="replace").splitlines()[-TAIL:]
+        lines += [f"The last lines of {newest}:", *(f"  {line}" for line in tail)]
     else:
-        said.append(f"No job has written a log to {logs}.")
-    return "\n".join(said)
+        lines.append(f"No job has written a log to {logs}.")
+    return "\n".join(lines)

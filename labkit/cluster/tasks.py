@@ -42,7 +42,7 @@ class Task:
                     if self.future.done() and self.error() is not None:
                         raise
             elif self.lost:
-                self.cancel()  # Dask would keep it for an address that may never come back
+                self.cancel()  # Dask would hold it for an address that may never come back
                 raise ClusterError(f"worker {self.worker} was lost while its task ran. connect() again for a full lab.")
             if time.monotonic() > limit:
                 raise ClusterError(f"worker {self.worker} did not finish within {timeout:g} s. Give result() a longer timeout.")
@@ -72,8 +72,9 @@ def spread(
 ) -> list[Any]:
     """The result of each item, in their order, one item on each worker at a time; the first exception is raised here.
 
-    `idle()` tells which workers may be given an item now, apart from those that are at work on one; `start(worker, item)` gives it.
-    An item whose worker is lost goes to another one. `each(number, result)` is called when an item is done, once for each.
+    `idle()` returns the workers that may be given an item now, apart from those that are at work on one; `start(worker, item)`
+    gives it. An item whose worker is lost goes to another one. `each(number, result)` is called when an item is done, once for
+    each.
     """
     limit = time.monotonic() + timeout
     todo, results, losses = deque(range(len(items))), {}, [0] * len(items)

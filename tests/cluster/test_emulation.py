@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from labkit.cluster.emulation import NAP_S, PIECES, Slowness, Unevenness, make_stalls, opposite, unsteadiness
+from labkit.cluster.emulation import NAP_S, SEGMENTS, Slowness, Unevenness, make_stalls, opposite, unsteadiness
 
 JITTERY, STALLING = Unevenness(4.0, 0.3), Unevenness(2.0, stalls=(5.0, 1.0))
 DRIFTING = Unevenness(1.0, drift=20.0, drifts_to=4.0)
@@ -88,7 +88,7 @@ def test_a_long_pass_drifts_as_its_steps_do():
     for _ in range(200):
         seconds += steps.stretched(0.02, 3.0 + seconds)
     assert at_once.stretched(4.0, 3.0, steps=200) == pytest.approx(seconds, rel=0.03) and seconds > 1.5 * 4
-    assert at_once.stretched(0.1, 3.0, steps=PIECES + 1) == pytest.approx(0.1 * DRIFTING.at(3.0), rel=0.05)
+    assert at_once.stretched(0.1, 3.0, steps=SEGMENTS + 1) == pytest.approx(0.1 * DRIFTING.at(3.0), rel=0.05)
 
 
 # -- stalls ------------------------------------------------------------------------------------------------------------
