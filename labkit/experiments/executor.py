@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from typing import Any
 
 from labkit.errors import SweepError
 from labkit.experiments.notebook import quiet
-from labkit.runs.events import replacing, write_json
+from labkit.runs.files import find_json, replacing, write_json
 
 SCHEME = "labkit://"  # papermill's own file handler changes the directory of the whole process at each write
 GRACE = 5.0  # seconds that an interrupted kernel has for closing what it opened, before it is killed
@@ -46,19 +45,11 @@ _starting = threading.Lock()  # kernels start one after another, a little apart
 # -- the state of a run ------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Any:
-    """A JSON file of a run, or None where it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def state(folder: Path) -> dict:
     """status.json of a run; one that is said to run, but whose process is gone, was interrupted."""
     import psutil
 
-    status = read(folder / "status.json")
+    status = find_json(folder / "status.json")
     if not isinstance(status, dict) or "state" not in status:
         return {"state": "interrupted"}
     if status["state"] == "running":
@@ -263,7 +254,7 @@ def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
     """(one line, everything) about an exception of papermill; of a cluster's errors the first engine's."""
     from papermill.exceptions import PapermillExecutionError, strip_color
 
-    cells = (read(folder / "notebook.ipynb") or {}).get("cells", [])
+    cells = (find_json(folder / "notebook.ipynb") or {}).get("cells", [])
     if not isinstance(error, PapermillExecutionError):
         code = [cell for cell in cells if cell["cell_type"] == "code"]
         began = [n for n, cell in enumerate(code, 1) if cell["metadata"].get("papermill", {}).get("start_time")]
@@ -302,7 +293,7 @@ def _tail(log: Path, lines: int = 15) -> str:
 def _tidy(folder: Path, source: str) -> None:
     """The notebook as it is stored: with the path of its source, and long streams in files beside it."""
     path = folder / "notebook.ipynb"
-    content = read(path)
+    content = find_json(path)
     content["metadata"].setdefault("papermill", {}).update(input_path=source, output_path=str(path))
     for number, cell in enumerate(content["cells"], 1):
         for output in cell.get("outputs", []):

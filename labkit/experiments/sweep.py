@@ -27,9 +27,9 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from labkit.errors import SweepError, did_you_mean
-from labkit.experiments.executor import GRACE, check_kernel, execute, read, state
+from labkit.experiments.executor import GRACE, check_kernel, execute, state
 from labkit.experiments.notebook import conform, load, plain, read_parameters
-from labkit.runs.events import write_json
+from labkit.runs.files import find_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +95,7 @@ def sweep(
     before = {job["id"]: _state(job) for job in jobs}
     again = {"", "interrupted"} | ({"failed"} if retry_failed else set()) | ({"failed", "done"} if fresh else set())
     todo = [job for job in jobs if before[job["id"]] in again]
-    order = (read(folder / "sweep.json") or {}).get("runs", [])
+    order = (find_json(folder / "sweep.json") or {}).get("runs", [])
     ids = [job["id"] for job in jobs]
     write_json(folder / "sweep.json", {"notebook": str(path), "runs": ids + [run for run in order if run not in ids]})
     if todo:
@@ -116,8 +116,8 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     out = Path(out).absolute()
     if not out.is_dir():
         raise SweepError(f"there is no folder {out}; sweep(..., out=...) makes it.")
-    order = {run: number for number, run in enumerate((read(out / "sweep.json") or {}).get("runs", []))}
-    runs = [(path.parent, read(path)) for path in sorted(out.glob("*/params.json"))]
+    order = {run: number for number, run in enumerate((find_json(out / "sweep.json") or {}).get("runs", []))}
+    runs = [(path.parent, find_json(path)) for path in sorted(out.glob("*/params.json"))]
     runs = [(folder, record) for folder, record in runs if isinstance(record, dict) and "parameters" in record]
     runs.sort(key=lambda run: order.get(run[1]["id"], len(order)))
     given = list(dict.fromkeys(name for _, record in runs for name in record["given"]))
@@ -128,7 +128,7 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
         row = {name: record["parameters"].get(name) for name in given}
         tail = [status["state"], status.get("error", ""), status.get("seconds", math.nan), folder / "notebook.ipynb"]
         ending = dict(zip(last, [*tail[:3], str(tail[3]), record["id"]], strict=True))
-        for reported in read(folder / "results.json") or [{}]:
+        for reported in find_json(folder / "results.json") or [{}]:
             named = {name + "_result" * (name in given or name in last): value for name, value in reported.items()}
             results |= dict.fromkeys(named)
             table.append(row | named | ending)
@@ -226,7 +226,7 @@ def _check_folder(folder: Path) -> None:
 
 def _state(job: dict) -> str:
     """The recorded state of a run, or "" where there is none yet."""
-    record = read(Path(job["folder"]) / "params.json")
+    record = find_json(Path(job["folder"]) / "params.json")
     if not isinstance(record, dict):
         return ""
     if record.get("hash") != job["record"]["hash"]:
@@ -294,7 +294,7 @@ def _print_changes(jobs: list[dict], ended: threading.Event) -> None:
         for number, job in enumerate(jobs, 1):
             if printed[job["id"]] not in ("", "running"):
                 continue
-            status = read(Path(job["folder"]) / "status.json") or {}
+            status = find_json(Path(job["folder"]) / "status.json") or {}
             if (now := status.get("state", "")) == printed[job["id"]]:
                 continue
             printed[job["id"]] = now
@@ -309,7 +309,7 @@ def _ending(status: dict, folder: Path) -> str:
     after = f"{status['seconds']:.{0 if status['seconds'] >= 10 else 1}f} s"
     if status["state"] != "done":
         return f"{status['state']} after {after}: {status['error']}"
-    reported = (read(folder / "results.json") or [{}])[-1]
+    reported = (find_json(folder / "results.json") or [{}])[-1]
     numbers = {name: value for name, value in reported.items() if isinstance(value, (int, float))}
     name = "score" if "score" in numbers else next(iter(numbers), None)
     return f"done in {after}" + (f"  {name} {numbers[name]:.4g}" if name else "")

@@ -9,15 +9,14 @@ Used through `labkit.plots` and `Run.live`.
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from labkit.plots import style as canvas
+from labkit.runs.events import Tail
 
 if TYPE_CHECKING:
     import holoviews as hv
@@ -46,12 +45,12 @@ def live(run: Run, timeout: float = 86400) -> hv.Layout:
     that blocks it, only the last picture comes. In static mode nothing can move: this then waits for the end of the
     run, and returns the final picture.
     """
-    tail = Tail(run)
+    watch = Watch(run)
     if canvas.extension() == "static":
         limit = time.monotonic() + timeout
         while run.state == "running" and time.monotonic() < limit:
             time.sleep(PERIOD_S)
-        return canvas.stack([draw(run, tail.read()) for draw in VIEWS])
+        return canvas.stack([draw(run, watch.look()) for draw in VIEWS])
     import holoviews as hv
 
     pipe = hv.streams.Pipe(data=Seen({}, [], frozenset()))
@@ -61,31 +60,24 @@ def live(run: Run, timeout: float = 86400) -> hv.Layout:
         asyncio.get_running_loop().call_later(PERIOD_S, free.set)  # the kernel's, which runs between its cells
     except RuntimeError:
         free.set()
-    feed = threading.Thread(target=_feed, args=(run, tail, pipe, free, timeout), name=f"live-{run.name}", daemon=True)
+    feed = threading.Thread(target=_feed, args=(run, watch, pipe, free, timeout), name=f"live-{run.name}", daemon=True)
     feed.start()
     return canvas.stack(views)
 
 
-class Tail:
-    """Pushes and membership of a run so far; `read` takes in what was appended to the record since it was last called."""
+class Watch:
+    """Pushes and membership of a run so far; `look` takes in what was appended to its record since it was last called."""
 
     def __init__(self, run: Run) -> None:
-        self.path, self.offset = Path(run.path) / "events.jsonl", 0
+        self.tail = Tail(run.path)
         self.series: Series = {}
         self.here: list[tuple[float, int]] = []
         self.workers: set[int] = set()
         self.last: dict[int, float] = {}  # worker: seconds of its last push, or of the release that it started with
 
-    def read(self) -> Seen:
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                whole = file.read().rpartition(b"\n")[0]  # the last line may still be on its way
-        except FileNotFoundError:
-            whole = b""
-        self.offset += len(whole) + 1 if whole else 0
-        for line in whole.splitlines():
-            self._take(json.loads(line))
+    def look(self) -> Seen:
+        for row in self.tail.read():
+            self._take(row)
         series = {worker: points[:: len(points) // POINTS + 1] for worker, points in self.series.items()}
         return Seen(series, self.here[-POINTS:], frozenset(self.workers))
 
@@ -114,7 +106,7 @@ class Tail:
             self.series[worker][-1] = (pushed, event["score"], rate)
 
 
-def _feed(run: Run, tail: Tail, pipe: Any, free: threading.Event, timeout: float) -> None:
+def _feed(run: Run, watch: Watch, pipe: Any, free: threading.Event, timeout: float) -> None:
     """Hand the figure what is new until the run ends; the state is read first, so that the last push is drawn too.
 
     What is sent before the browser has asked for the figure is lost, and a kernel hears it ask only when it is `free`.
@@ -126,9 +118,9 @@ def _feed(run: Run, tail: Tail, pipe: Any, free: threading.Event, timeout: float
         time.sleep(ASKING_S)
     while time.monotonic() < limit:
         ended = run.state != "running"
-        data = tail.read()
-        if tail.offset != seen:
-            seen = tail.offset
+        data = watch.look()
+        if watch.tail.offset != seen:
+            seen = watch.tail.offset
             pipe.send(data)
         if ended:
             return

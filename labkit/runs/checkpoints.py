@@ -9,10 +9,10 @@
 A file takes its place only when it is on the disk. Reading checks the length of every member, the CRC-32 of the archive and the
 digest, so a file that is cut short, damaged, mixed from two or of another run is never taken for a checkpoint. Nothing is pickled.
 
-Which files stay is decided by number and age (`retained`): snapshots spread evenly over the run, from which its curve is
-measured, and the newest few to go on from.
+One policy says which versions are due (`Policy`) and which files stay (`retained`): snapshots spread evenly over the run, from
+which its curve is measured, and the newest few to go on from.
 
-Written by `labkit.runs.events.Recorder`; read by whoever measures, resumes or replays a run. Imports numpy alone.
+Written by `labkit.training.server.server`; read by whoever measures, resumes or replays a run. Imports numpy alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import itertools
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +31,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from labkit.errors import RunError
-from labkit.runs.events import read_json, replacing
+from labkit.runs.events import Recorder
+from labkit.runs.files import read_json, replacing
 
+AGE_S = 30.0  # at least so often a version is saved, if there is a new one
 FORMAT = 1  # of a checkpoint; a reader refuses what is newer
 FOLDER = "checkpoints"
 ARRAY, ITEMS = "__array__", "__items__"  # in the JSON: a reference to a member; a dict whose keys are not all text
@@ -77,6 +79,21 @@ class Layout:
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def prepare(path: Path) -> None:
+    """A folder for the checkpoints of a run that is about to be written; what a killed writer left half-written is deleted."""
+    folder = Path(path) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for draft in folder.glob(".*"):
+        draft.unlink(missing_ok=True)
+
+
+def save(recorder: Recorder, version: int, weights: np.ndarray, state: dict | None = None) -> None:
+    """Save a version and the state to go on from, whole or not at all, and record it; `state["done"]` is in samples."""
+    recorder.sync()  # no checkpoint is ahead of the record
+    size = write(recorder.path, version, weights, state)
+    recorder.event("checkpoint", version=version, total=(state or {}).get("done"), bytes=size)
 
 
 class _Member(NamedTuple):
@@ -288,7 +305,35 @@ def _resolved(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     return {key: _resolved(part, arrays) for key, part in value.items()}
 
 
-# -- which ones stay ---------------------------------------------------------------------------------------------------
+# -- which ones are due, and which ones stay ---------------------------------------------------------------------------
+
+
+class Policy:
+    """Which versions of a run are saved: evenly over its `budget`, and in between when the newest has become too old.
+
+    `snapshots` is how many the curve needs. Twice as many are due: a server that is killed while it writes one then loses one
+    interval of the curve at most. `age` is in seconds of `clock`; `merged` counts the samples that are part of a version.
+    """
+
+    def __init__(self, budget: int, snapshots: int, clock: Callable[[], float], age: float = AGE_S) -> None:
+        self.budget, self.snapshots, self.clock, self.age = budget, snapshots, clock, age
+        self.newest, self.at, self.number = -1, clock(), -1  # the newest version saved; when, and how many were due by then
+
+    def go_on(self, merged: int, version: int) -> None:
+        """The run goes on from a version that is saved already."""
+        self.newest, self.number = version, self._due(merged)
+
+    def is_due(self, merged: int) -> bool:
+        return self._due(merged) > self.number or self.clock() - self.at > self.age
+
+    def admits(self, merged: int, version: int) -> bool:
+        """Each version once: is this one to be saved now? From here on it counts as saved."""
+        self.number, self.at = self._due(merged), self.clock()
+        before, self.newest = self.newest, version
+        return version != before
+
+    def _due(self, merged: int) -> int:
+        return 2 * merged * self.snapshots // self.budget
 
 
 def retained(done: Mapping[int, int], budget: int, snapshots: int = 32, points: int = 2) -> set[int]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError
-from labkit.runs.events import read_json, write_json
+from labkit.runs.files import read_json, write_json
 
 FORMAT = 3  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs

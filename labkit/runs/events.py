@@ -1,34 +1,30 @@
-"""The run directory: what happened in a run, written while it happens and read afterwards.
-
-    config.json  environment.json  layout.json  events.jsonl  status.json  checkpoints/<version>.npz  metrics.parquet
-    server.json  while the run goes (`labkit.runs.server_file`)
+"""Events: what happened in a run, written while it happens and read afterwards.
 
 `events.jsonl` is append-only and is the truth: one JSON object a line, one line an event; every table and figure comes from it.
 A run that was cut off goes on in the same file: seq and the clock continue, and an event "resume" says from which version, so
-what came after that version does not count (`effective`). Weights are kept in checkpoints (`labkit.runs.checkpoints`);
-`layout.json` says which of their entries belong to which tensor. Files that are replaced are written beside their place and
-renamed, so that a reader never sees half of one. Nothing here is pickled.
+what came after that version does not count (`effective`). There are three readers: all rows (`read_rows`, or as a table
+`read_events`), and those that have been added since (`Tail`). Nothing here is pickled.
 
-Written by the server of a run (events, checkpoints) and by `labkit.training.train` (the rest); read by `labkit.training.run`.
-Imports numpy alone, so that the server stays small; pandas and pyarrow come with the reading functions.
+Written by `labkit.training.server.server` and, without a cluster, by `labkit.simulation.offline`; read by `labkit.runs.record` and
+`labkit.plots.live`. Imports numpy alone, so that the server stays small; pandas comes with the reading functions.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from labkit.errors import RunError
+from labkit.runs.files import read_lines_since
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,26 +59,28 @@ COLUMNS = [
 ]
 TEXT_COLUMNS = ("kind", "device", "generator", "message")
 KNOWN = frozenset(COLUMNS)
-in_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one for each row
+FILE = "events.jsonl"
+_in_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one for each row
 
 
 class Recorder:
-    """Appends events and saves checkpoints of one run; safe from several threads; closing twice is fine.
+    """Appends events to the record of one run; safe from several threads; closing twice is fine.
 
     A record that exists goes on: what a writer that was killed left half-written is cut off, seq goes on, and the clock stands
     where it was until the next event "start". `kept` says of each checkpoint how many samples were trained on by then.
 
+    A driver without a cluster brings its own `clock`, which returns what `time` and `seconds` of the next event are.
+
     Raises `RunError` while another process writes the same record.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, clock: Callable[[], tuple[float, float | None]] | None = None) -> None:
+        self.path, self.clock = Path(path), clock
         self.started: float | None = None  # Unix time at which the clock of the run was 0; None while it stands
         self.kept: dict[int, int] = {}  # version: samples
         self.resumed: set[int] = set()  # versions from which the run went on: a replay goes on from them too
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         # One line is on its way at once; open until `close`.
-        self._file = open(self.path / "events.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._file = open(self.path / FILE, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._lock = threading.Lock()
         self._seq, self._before = 0, None  # seconds on the clock of the earlier writer
         try:
@@ -96,37 +94,41 @@ class Recorder:
         """Append one row; `fields` are columns of `COLUMNS`. The clock of the run begins, or goes on, with the event "start"."""
         assert KNOWN.issuperset(fields), f"events have no column {set(fields) - KNOWN}"
         with self._lock:
-            now = time.time()
-            if kind == "start":
-                self.started = now - (self._before or 0.0)
-            seconds = self._before if self.started is None else round(now - self.started, 6)
-            row = {"seq": self._seq, "time": round(now, 6), "seconds": seconds, "kind": kind, **fields}
-            self._file.write(in_json(row) + "\n")
-            self._seq += 1
-            self._count(row)
+            now, seconds = self.clock() if self.clock else self._time(kind)
+            self._append({"time": now, "seconds": seconds, "kind": kind, **fields})
 
-    def checkpoint(self, version: int, weights: np.ndarray, state: dict | None = None) -> None:
-        """Save a version and the state to go on from, whole or not at all, and record it; `state["done"]` is in samples."""
-        from labkit.runs import checkpoints  # which uses this room
+    def copy(self, row: dict) -> None:
+        """Append an event of another record with the time that it had there; its number is a new one."""
+        with self._lock:
+            self._append(row)
 
+    def sync(self) -> None:
+        """All events are on the disk: no checkpoint may be ahead of the record."""
         with self._lock:
             try:
-                os.fsync(self._file.fileno())  # no checkpoint is ahead of the record
+                os.fsync(self._file.fileno())
             except OSError as error:
                 if error.errno != errno.EINVAL:  # what lies on no disk cannot be synchronised
                     raise
-        size = checkpoints.write(self.path, version, weights, state)
-        self.event("checkpoint", version=version, total=(state or {}).get("done"), bytes=size)
 
     def close(self) -> None:
         with self._lock:
             if not self._file.closed:
                 self._file.close()
 
+    def _time(self, kind: str) -> tuple[float, float | None]:
+        now = time.time()
+        if kind == "start":
+            self.started = now - (self._before or 0.0)
+        return round(now, 6), self._before if self.started is None else round(now - self.started, 6)
+
+    def _append(self, row: dict) -> None:
+        self._file.write(_in_json({"seq": self._seq} | row | {"seq": self._seq}) + "\n")  # first, wherever it stood
+        self._seq += 1
+        self._count(row)
+
     def _go_on(self) -> None:
-        for draft in (self.path / "checkpoints").glob(".*"):
-            draft.unlink(missing_ok=True)  # half a checkpoint
-        file, size = self.path / "events.jsonl", os.fstat(self._file.fileno()).st_size
+        file, size = self.path / FILE, os.fstat(self._file.fileno()).st_size
         if not size:
             return
         lines = file.read_bytes().split(b"\n")
@@ -170,64 +172,35 @@ def _row(line: bytes) -> dict:
     return row if isinstance(row, dict) and isinstance(row.get("seq"), int) else {}
 
 
-@contextlib.contextmanager
-def replacing(path: Path, mode: int = 0o666) -> Iterator[Any]:
-    """A binary file that takes the place of `path` only once it is written and on the disk; `mode` holds from its first moment."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    draft.unlink(missing_ok=True)
-    try:
-        with open(draft, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # its new name, too, is on the disk
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: dict) -> None:
-    with replacing(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object of a run directory; what is missing or damaged is refused by name."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunError(f"{path} is missing: is {Path(path).parent} a run directory?") from error
-    except (ValueError, OSError) as error:
-        raise RunError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} holds a {type(value).__name__}, not a JSON object: it was not written by labkit.")
-    return value
-
-
 def read_rows(path: Path) -> list[dict]:
     """The events of a run as they were written; a line that is still being written is left out."""
-    file = Path(path) / "events.jsonl"
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        text = ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} cannot be read: {error}.") from error
-    lines = text.split("\n")[:-1]  # whatever follows the last newline is not finished
-    rows = []
-    for number, line in enumerate(lines, 1):
+    return Tail(path).read()
+
+
+class Tail:
+    """The events of a run as they come: `read` returns those that were written since it was last called."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = Path(path) / FILE
+        self.offset = self.lines = 0  # bytes and lines that have been read
+
+    def read(self) -> list[dict]:
+        """Raises `RunError` for a file that cannot be read, and for a damaged line, by its number."""
         try:
-            rows.append(json.loads(line))
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"it holds {line[:40]!r}, not an event")
-        except ValueError as error:
-            raise RunError(f"{file}, line {number} is damaged: {error}. Remove the line to read the rest.") from error
-    return rows
+            lines, offset = read_lines_since(self.file, self.offset)
+            text = [line.decode() for line in lines]
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{self.file} cannot be read: {error}.") from error
+        rows = []
+        for number, line in enumerate(text, self.lines + 1):
+            try:
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"it holds {line[:40]!r}, not an event")
+            except ValueError as error:
+                raise RunError(f"{self.file}, line {number} is damaged: {error}. Remove the line to read the rest.") from error
+        self.offset, self.lines = offset, self.lines + len(lines)
+        return rows
 
 
 def read_events(path: Path) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import socket
 from pathlib import Path
 
 from labkit.errors import RunError
-from labkit.runs.events import replacing
+from labkit.runs.files import replacing
 
 FORMAT = 1
 FILE = "server.json"

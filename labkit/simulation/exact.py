@@ -26,6 +26,7 @@ from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.runs.config import environment
+from labkit.runs.files import read_json
 from labkit.simulation.offline import Ledger, Replicas, begin_course
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
@@ -224,7 +225,7 @@ class Course:
 
     def _differs(self, row: dict, what: str) -> RunError:
         who = f" of worker {row['worker']}" if "worker" in row else ""
-        then, now = record.read_json(self.run.path / "environment.json"), environment()
+        then, now = read_json(self.run.path / "environment.json"), environment()
         other = [
             f"{name} {then['versions'].get(name)}"
             for name in ("torch", "numpy")

@@ -26,8 +26,8 @@ from labkit.errors import RunError
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
-from labkit.runs import events as record
 from labkit.runs.config import RunConfig, environment
+from labkit.runs.files import replacing, write_json
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.server.membership import Answer
 from labkit.training.train import claim
@@ -126,8 +126,8 @@ class Ledger:
         self.path = claim(runs, name)
         try:
             self.config.save(self.path)
-            record.write_json(self.path / "environment.json", environment())
-            record.write_json(self.path / "layout.json", layout)
+            write_json(self.path / "environment.json", environment())
+            write_json(self.path / "layout.json", layout)
             self._file = open(self.path / "events.jsonl", "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise RunError(f"nothing can be written in {self.path}: {error}. Give another folder: runs=...") from error
@@ -145,14 +145,14 @@ class Ledger:
         """There are no weights to measure, so the curve is empty."""
         import pandas as pd
 
-        with record.replacing(self.path / "metrics.parquet") as file:
+        with replacing(self.path / "metrics.parquet") as file:
             pd.DataFrame(columns=["seconds", "samples", "version", "loss", "score"], dtype=float).to_parquet(file)
 
     def close(self, status: dict) -> None:
         """Say how it ended; twice is fine, the first word counts."""
         if not self._file.closed:
             self._file.close()
-            record.write_json(self.path / "status.json", status)
+            write_json(self.path / "status.json", status)
 
 
 def begin_course(

@@ -20,8 +20,8 @@ from labkit.imports import rule_title
 from labkit.partition import Partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
-from labkit.runs import events as record
 from labkit.runs.config import REPLAYABLE
+from labkit.runs.files import read_json
 from labkit.simulation.counterfactual import Arrivals
 from labkit.simulation.exact import Course, Lives
 from labkit.simulation.offline import Ledger
@@ -77,7 +77,7 @@ def replay(
     lives = Lives(run)
     origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.id}
     config = run.config if exact else run.config.replace(update=rule.config())
-    layout = record.read_json(run.path / "layout.json")
+    layout = read_json(run.path / "layout.json")
     name = name or f"{run.name}-replay" + ("" if exact else f"-{rule_title(rule.config())}")
     ledger = Ledger(Path(runs or run.path.parent), name, config, layout, origin)
     status = {"state": "failed", "reason": f"the {origin['kind']} of {run.name} was cut off."}

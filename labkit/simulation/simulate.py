@@ -18,7 +18,7 @@ from labkit.errors import whole
 from labkit.partition import Partition, make_partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
-from labkit.runs import events as record
+from labkit.runs.files import read_json
 from labkit.simulation import scenario as scenarios
 from labkit.simulation.offline import Ledger
 from labkit.simulation.simulator import Simulation
@@ -119,7 +119,7 @@ def simulate(
     servers = whole("servers", servers)
     size = base.layout.size if base else scenarios.UNKNOWN["n_weights"]
     size = size if n_weights is None else whole("n_weights", n_weights)
-    layout = record.read_json(base.path / "layout.json") if base else {"names": [], "shapes": [], "n_params": size, "n_buffers": 0}
+    layout = read_json(base.path / "layout.json") if base else {"names": [], "shapes": [], "n_params": size, "n_buffers": 0}
     if failures is None and base and n_workers is None and slowdown is None:
         changes = scenarios.recorded_changes(base)
     else:

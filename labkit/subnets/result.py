@@ -29,8 +29,8 @@ from labkit.models import make_model
 from labkit.models.flat import flatten
 from labkit.problems import Classifier, evaluating
 from labkit.runs import checkpoints
-from labkit.runs import events as record
 from labkit.runs.config import FORMAT
+from labkit.runs.files import read_json, write_json
 from labkit.subnets.coarse import VOTES, Joined, coarse_net, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
 from labkit.subnets.problem import make_subnet, narrowed, subnet_seed
@@ -148,12 +148,12 @@ class Subnets:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write all of it to a folder, whole or not at all; what another model left there is not touched: RunError."""
         path = Path(path).absolute()
-        if (path / "config.json").exists() and record.read_json(path / "config.json").get("what") != "subnets":
+        if (path / "config.json").exists() and read_json(path / "config.json").get("what") != "subnets":
             raise RunError(f"{path} holds something else than subnets. Save to a new folder.")
         try:
             (path / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
             fresh = {"id": secrets.token_hex(8), "rows": self.rows, "parts": self.part_rows}  # a mix of two saves is refused
-            record.write_json(path / "config.json", self.config | fresh | {"format": FORMAT, "baselines": list(self.baselines)})
+            write_json(path / "config.json", self.config | fresh | {"format": FORMAT, "baselines": list(self.baselines)})
             for number, module in enumerate([self.module, *self.baselines.values()]):
                 checkpoints.write(path, number, flatten(module)[0].numpy())
         except OSError as error:
@@ -184,7 +184,7 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
     A model that was written in a notebook is not in the file: give its function as `model`.
     """
     path = Path(path).absolute()
-    config = record.read_json(path / "config.json")
+    config = read_json(path / "config.json")
     config = ADDED | {RENAMED.get(key, key): value for key, value in config.items()}
     if config.get("what") != "subnets":
         raise RunError(f"{path} does not hold subnets. A run of labkit.train is read by labkit.load_run.")

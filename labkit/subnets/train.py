@@ -40,8 +40,8 @@ from labkit.partition import make_partition
 from labkit.plots.progress import following
 from labkit.problems import Classifier
 from labkit.runs import checkpoints
-from labkit.runs import events as record
 from labkit.runs.config import environment
+from labkit.runs.files import write_json
 from labkit.subnets.baselines import channel_groups, train_baselines
 from labkit.subnets.coarse import INPUTS, STACKING, VOTES, CoarseProblem, Joined, Scaled, gather, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
@@ -169,8 +169,8 @@ def train_subnets(
             }
             config |= {"width_rule": width_rule, "epochs": epochs, "patience": patience, "stacking": stacking, "inputs": inputs}
             config |= {"hidden": hidden, "dropout": float(dropout), "team": team, "batched": batched, **lab.settings(workers)}
-            record.write_json(path / "config.json", config)
-            record.write_json(path / "environment.json", environment())
+            write_json(path / "config.json", config)
+            write_json(path / "environment.json", environment())
             run = partial(_map, lab, workers=workers, timeout=timeout)
             way = partial(_on_blocks, lab, workers, timeout, run) if team else partial(_in_batches, run, len(workers))
             (folder := path / "parts").joinpath(checkpoints.FOLDER).mkdir(parents=True)

@@ -18,6 +18,7 @@ import torch
 from labkit.models.flat import flatten
 from labkit.runs import checkpoints
 from labkit.runs import events as record
+from labkit.runs.files import replacing
 from labkit.training.worker.process import prepare
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def measure(run: Run, problem: Problem, lab: Lab | None = None, workers: Sequenc
     table["seconds"] = table.version.map(merges.seconds)
     table["samples"] = table.version.map(merges.total).astype("int64")
     table = table[["seconds", "samples", "version", "loss", "score"]]
-    with record.replacing(run.path / "metrics.parquet") as file:
+    with replacing(run.path / "metrics.parquet") as file:
         table.to_parquet(file)
     return table
 

@@ -22,6 +22,7 @@ from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.runs import server_file as presence
 from labkit.runs.config import RunConfig
+from labkit.runs.files import read_json
 from labkit.updates import UPDATES
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Run:
         if not status.exists() and presence.alive(self.path) is not False:
             return {"state": "running", "reason": ""}
         if status.exists():  # also if it ended just now
-            return record.read_json(status)
+            return read_json(status)
         return {"state": "failed", "reason": f"cut off; labkit.resume({str(self.path)!r}) goes on"}
 
     def attach(self) -> Run:
@@ -275,7 +276,7 @@ class Run:
     @property
     def layout(self) -> Any:
         """Which entries of the flat vector belong to which tensor (`labkit.runs.checkpoints.Layout`)."""
-        stored = record.read_json(self.path / "layout.json")
+        stored = read_json(self.path / "layout.json")
         return checkpoints.Layout(
             tuple(stored["names"]), tuple(tuple(s) for s in stored["shapes"]), stored["n_params"], stored["n_buffers"]
         )

@@ -22,7 +22,7 @@ from pathlib import Path
 from labkit.cluster.lab import Lab, Task, Worker
 from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError
 from labkit.problems.problem import Problem
-from labkit.runs import events as record
+from labkit.runs.files import write_json
 from labkit.training.evaluation import measure
 from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
@@ -242,7 +242,7 @@ class Session:
         self._status = {**self._status, "reason": reason}
         if state == "failed":
             with contextlib.suppress(OSError):  # an unwritable folder may be why it failed
-                record.write_json(self.path / "status.json", {**self._status, "state": "failed"})
+                write_json(self.path / "status.json", {**self._status, "state": "failed"})
         for file in self.path.glob(f"{self.meeting}*"):
             file.unlink(missing_ok=True)
         self.lab.release(self.run.config.id)

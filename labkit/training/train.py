@@ -31,9 +31,9 @@ from labkit.imports import rule_title
 from labkit.models.flat import flatten
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
-from labkit.runs import events as record
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig, environment
+from labkit.runs.files import write_json
 from labkit.training.run import Run, moved
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import Session
@@ -187,8 +187,8 @@ def launch(
     path = claim(Path(runs), config.name)
     try:
         config.save(path)
-        record.write_json(path / "environment.json", environment())
-        record.write_json(path / "layout.json", asdict(layout))
+        write_json(path / "environment.json", environment())
+        write_json(path / "layout.json", asdict(layout))
     except OSError as error:
         raise _unrecordable(path, error) from error
     spec = server_spec(path, config, problem, lab, update, partition, flat.numpy(), layout)

@@ -15,7 +15,7 @@ import pytest
 
 from labkit import plots
 from labkit.plots import style as canvas
-from labkit.plots.live import Tail
+from labkit.plots.live import Watch
 from labkit.runs.events import COLUMNS, effective
 from tests.helpers import settings
 
@@ -363,16 +363,16 @@ def test_bad_arguments_are_refused(run):
 # -- live --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_tail_reads_each_line_once_and_whole(run):
+def test_the_watch_takes_in_each_line_once_and_whole(run):
     file = run.path / "events.jsonl"
     lines = file.read_bytes()
     cut = len(lines) // 2
     file.write_bytes(lines[:cut])
-    tail = Tail(run)
-    before = sum(map(len, tail.read().series.values()))
-    assert sum(map(len, tail.read().series.values())) == before
+    watch = Watch(run)
+    before = sum(map(len, watch.look().series.values()))
+    assert sum(map(len, watch.look().series.values())) == before
     file.write_bytes(lines)
-    (series, here, workers), pushes = tail.read(), run.events[run.events["kind"] == "push"]
+    (series, here, workers), pushes = watch.look(), run.events[run.events["kind"] == "push"]
     for worker, own in pushes.groupby("worker"):
         seconds, score, rate = np.array(series[worker]).T
         assert np.array_equal(seconds, own["seconds"]) and np.array_equal(score, own["score"])
@@ -380,7 +380,7 @@ def test_the_tail_reads_each_line_once_and_whole(run):
     assert workers == {0, 1} and [n for _, n in here] == [1, 2]
     with open(file, "a") as more:
         more.write('{"kind": "leave", "worker": 1, "seconds": 90.0, "message": "it broke."}\n')
-    assert tail.read()[1:] == ([(0.0, 1), (0.0, 2), (90.0, 1)], {0})
+    assert watch.look()[1:] == ([(0.0, 1), (0.0, 2), (90.0, 1)], {0})
 
 
 def test_a_push_without_a_score_keeps_the_latest_and_a_late_score_is_that_of_its_push(run):
@@ -391,7 +391,7 @@ def test_a_push_without_a_score_keeps_the_latest_and_a_late_score_is_that_of_its
             for kind, now, score in rows
         )
     )
-    assert [score for _, score, _ in Tail(run).read().series[0]] == [0.3, 0.3, 0.6, 0.6]
+    assert [score for _, score, _ in Watch(run).look().series[0]] == [0.3, 0.3, 0.6, 0.6]
 
 
 def test_live_static_waits_for_the_end(run):

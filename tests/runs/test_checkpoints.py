@@ -14,6 +14,8 @@ import pytest
 from labkit.errors import RunError
 from labkit.runs import checkpoints
 from labkit.runs import events as record
+from labkit.runs.events import Recorder
+from labkit.runs.files import write_json
 from labkit.updates import AGWU, SGWU, Push
 
 WEIGHTS = np.linspace(-1, 1, 17, dtype=np.float32)
@@ -35,7 +37,7 @@ STATE = {
 @pytest.fixture
 def path(tmp_path):
     """A run directory with one checkpoint."""
-    record.write_json(tmp_path / "config.json", {"id": "mine"})
+    write_json(tmp_path / "config.json", {"id": "mine"})
     (tmp_path / "checkpoints").mkdir()
     checkpoints.write(tmp_path, 3, WEIGHTS, STATE)
     return tmp_path
@@ -256,9 +258,9 @@ def damaged(what, path):
         checkpoints.write(path, 4, WEIGHTS, STATE)
         file(path, 4).replace(place)
     elif what == "another run":
-        record.write_json(path / "config.json", {"id": "theirs"})
+        write_json(path / "config.json", {"id": "theirs"})
         checkpoints.write(path, 3, WEIGHTS, STATE)
-        record.write_json(path / "config.json", {"id": "mine"})
+        write_json(path / "config.json", {"id": "mine"})
     elif what == "folder":
         place.unlink()
         place.mkdir()
@@ -353,10 +355,12 @@ def test_a_writer_that_is_killed_leaves_only_whole_files(tmp_path):
     """Killed at random moments of writing, again and again: the newest version can always be read."""
     code = (
         "import sys, numpy as np; from labkit.runs import checkpoints; from labkit.runs.events import Recorder\n"
-        "recorder = Recorder(sys.argv[1]); version = max([0, *checkpoints.versions(sys.argv[1])])\n"
+        "recorder = Recorder(sys.argv[1]); checkpoints.prepare(sys.argv[1])\n"
+        "version = max([0, *checkpoints.versions(sys.argv[1])])\n"
         "while True:\n"
         "    version += 1\n"
-        "    recorder.checkpoint(version, np.full(100_000, version, np.float32), {'done': version, 'a': np.arange(version)})\n"
+        "    weights = np.full(100_000, version, np.float32)\n"
+        "    checkpoints.save(recorder, version, weights, {'done': version, 'a': np.arange(version)})\n"
         "    checkpoints.prune(sys.argv[1], sorted(recorder.kept)[-3:]); print(version, flush=True)\n"
     )
     rng, last = np.random.default_rng(0), 0
@@ -372,6 +376,31 @@ def test_a_writer_that_is_killed_leaves_only_whole_files(tmp_path):
         last = version
     assert 1 <= len(checkpoints.versions(tmp_path)) <= 4
     assert record.read_events(tmp_path).query("kind == 'checkpoint'").version.max() >= last - 1
+
+
+def test_checkpoints_are_recorded_and_what_was_done_by_each_is_known_again(tmp_path):
+    recorder = Recorder(tmp_path)
+    checkpoints.prepare(tmp_path)
+    for version, done in ((0, 0), (3, 30), (5, 50)):
+        checkpoints.save(recorder, version, WEIGHTS, {"done": done})
+    assert recorder.kept == {0: 0, 3: 30, 5: 50}
+    recorder.close()
+    table = record.read_events(tmp_path)
+    assert list(table.version) == [0, 3, 5] and list(table.total) == [0, 30, 50] and (table.bytes > WEIGHTS.nbytes).all()
+    other = Recorder(tmp_path)
+    assert other.kept == {0: 0, 3: 30, 5: 50}
+    other.event("resume", version=3, total=30)
+    assert other.kept == {0: 0, 3: 30}
+    other.close()
+    again = Recorder(tmp_path)
+    assert again.kept == {0: 0, 3: 30}
+    again.close()
+
+
+def test_half_a_checkpoint_of_a_writer_that_was_killed_is_deleted(path):
+    (path / "checkpoints" / ".00000001.npz.7.7").write_bytes(b"half")
+    checkpoints.prepare(path)
+    assert [file.name for file in (path / "checkpoints").iterdir()] == ["00000003.npz"]
 
 
 # -- which ones stay ---------------------------------------------------------------------------------------------------
@@ -414,3 +443,19 @@ def test_a_layout_splits_scalars_and_empty_tensors():
     parts = layout.split(np.arange(5, dtype=np.float32))
     assert [part.shape for part in parts.values()] == [(), (0, 3), (2, 2)]
     assert parts["a"] == 0 and parts["c"].tolist() == [[1, 2], [3, 4]]
+
+
+def test_versions_are_due_evenly_over_the_budget_and_when_the_newest_is_too_old():
+    now = [0.0]
+    policy = checkpoints.Policy(budget=100, snapshots=2, clock=lambda: now[0], age=30.0)
+    assert policy.is_due(0) and policy.admits(0, 0) and not policy.is_due(24)  # four are due: 0, 25, 50, 75 samples
+    assert not policy.admits(24, 0)  # each version once
+    assert policy.is_due(25) and policy.admits(30, 3) and not policy.is_due(49)
+    now[0] = 30.5
+    assert policy.is_due(31) and policy.admits(31, 4) and not policy.is_due(32)
+
+
+def test_a_run_that_goes_on_has_saved_the_version_that_it_goes_on_from():
+    policy = checkpoints.Policy(budget=100, snapshots=2, clock=lambda: 0.0)
+    policy.go_on(50, 7)
+    assert not policy.is_due(50) and not policy.admits(50, 7) and policy.is_due(75) and policy.admits(75, 8)

@@ -1,4 +1,4 @@
-"""The run directory: nothing half-written is read, and nothing foreign is loaded."""
+"""Events: nothing half-written is read, a record that was cut off goes on, and what a resume has undone does not count."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from labkit.errors import RunError
 from labkit.runs import events as record
 from labkit.runs.events import COLUMNS, Recorder
 from tests.helpers import settings
-
-WEIGHTS = np.linspace(-1, 1, 17, dtype=np.float32)
 
 
 @pytest.fixture
@@ -92,57 +90,33 @@ def test_events_that_are_no_text_are_refused(tmp_path):
         record.read_events(tmp_path)
 
 
-# -- files that are replaced -------------------------------------------------------------------------------------------
+def test_a_tail_gives_each_event_once_and_whole(recorder, tmp_path):
+    tail = record.Tail(tmp_path)
+    assert tail.read() == []  # there is nothing yet
+    recorder.event("join", worker=0)
+    recorder.event("start")
+    assert [row["kind"] for row in tail.read()] == ["join", "start"] and tail.read() == []
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"seq": 2, "kind":')
+    assert tail.read() == []
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write(' "ä"}\n17\n')
+    with pytest.raises(RunError, match=r"line 4 is damaged"):
+        tail.read()
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "config.json"
-    record.write_json(file, {"a": 1})
-
-    def half():
-        with record.replacing(file) as out:
-            out.write(b"{")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        half()
-    assert record.read_json(file) == {"a": 1} and [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    record.write_json(file, {"b": [2.5, None, "ä"]})
-    assert record.read_json(file) == {"b": [2.5, None, "ä"]}
-
-
-def test_a_reader_never_sees_half_a_file(tmp_path):
-    file, over = tmp_path / "status.json", threading.Event()
-    record.write_json(file, {"n": 0, "filler": "x" * 5000})
-
-    def write():
-        n = 0
-        while not over.is_set():
-            n += 1
-            record.write_json(file, {"n": n, "filler": "x" * 5000})
-
-    threads = [threading.Thread(target=write) for _ in range(2)]
-    [thread.start() for thread in threads]
-    seen = {record.read_json(file)["n"] for _ in range(300)}
-    over.set()
-    [thread.join() for thread in threads]
-    assert seen and [path.name for path in tmp_path.iterdir()] == ["status.json"]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"), [("{", "cannot be read"), ("[1]", "holds a list, not a JSON object"), ("", "cannot be read")]
-)
-def test_json_that_is_damaged_or_foreign_is_refused_by_name(tmp_path, text, words):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(RunError, match=rf"config\.json {words}"):
-        record.read_json(tmp_path / "config.json")
-
-
-def test_json_that_is_missing_or_a_folder(tmp_path):
-    with pytest.raises(RunError, match=r"config\.json is missing: is .* a run directory\?"):
-        record.read_json(tmp_path / "config.json")
-    with pytest.raises(RunError, match="cannot be read"):
-        record.read_json(tmp_path)
+def test_another_clock_says_when_things_happen_and_a_copy_keeps_its_time(tmp_path):
+    moments = iter([(7.0, None), (8.5, 0.5)])
+    recorder = Recorder(tmp_path, clock=lambda: next(moments))
+    recorder.event("join", worker=1)
+    recorder.event("start")
+    recorder.copy({"time": 3.0, "seconds": 2.0, "seq": 99, "kind": "push", "worker": 1})
+    recorder.close()
+    assert (tmp_path / "events.jsonl").read_text().splitlines() == [
+        '{"seq":0,"time":7.0,"seconds":null,"kind":"join","worker":1}',
+        '{"seq":1,"time":8.5,"seconds":0.5,"kind":"start"}',
+        '{"seq":2,"time":3.0,"seconds":2.0,"kind":"push","worker":1}',
+    ]
 
 
 # -- a record that goes on ----------------------------------------------------------------------------------------------
@@ -180,9 +154,8 @@ def test_what_a_crash_left_half_written_is_cut_off(recorder, tmp_path, half):
     whole = (tmp_path / "events.jsonl").read_bytes()
     with open(tmp_path / "events.jsonl", "a") as file:
         file.write(half)
-    (tmp_path / "checkpoints" / ".00000001.npz.7.7").write_bytes(b"half")
     other = Recorder(tmp_path)
-    assert (tmp_path / "events.jsonl").read_bytes() == whole and list((tmp_path / "checkpoints").iterdir()) == []
+    assert (tmp_path / "events.jsonl").read_bytes() == whole
     other.event("resume", version=0)
     other.close()
     assert list(record.read_events(tmp_path).seq) == [0, 1, 2]
@@ -201,23 +174,6 @@ def test_a_record_has_one_writer(recorder, tmp_path):
         Recorder(tmp_path)
     recorder.event("join")  # undisturbed
     assert list(record.read_events(tmp_path).kind) == ["join"]
-
-
-def test_checkpoints_are_recorded_and_what_was_done_by_each_is_known_again(recorder, tmp_path):
-    for version, done in ((0, 0), (3, 30), (5, 50)):
-        recorder.checkpoint(version, WEIGHTS, {"done": done})
-    assert recorder.kept == {0: 0, 3: 30, 5: 50}
-    recorder.close()
-    table = record.read_events(tmp_path)
-    assert list(table.version) == [0, 3, 5] and list(table.total) == [0, 30, 50] and (table.bytes > WEIGHTS.nbytes).all()
-    other = Recorder(tmp_path)
-    assert other.kept == {0: 0, 3: 30, 5: 50}
-    other.event("resume", version=3, total=30)
-    assert other.kept == {0: 0, 3: 30}
-    other.close()
-    again = Recorder(tmp_path)
-    assert again.kept == {0: 0, 3: 30}
-    again.close()
 
 
 def table(*rows):
@@ -275,7 +231,7 @@ def test_who_was_lost_and_has_not_come_back():
 
 def test_the_balance_of_a_pass_is_that_of_the_workers_who_were_here(tmp_path):
     """Worker 0 is there always; 1 is lost after pass 2, 2 comes with pass 3 and is away in pass 5; pass 7 is not ended by 2."""
-    settings().save(tmp_path)
+    settings([0, 1, 2]).save(tmp_path)
     recorder = Recorder(tmp_path)
     seconds = {0: dict.fromkeys(range(1, 8), 1.0), 1: dict.fromkeys((1, 2), 2.0), 2: dict.fromkeys((3, 4, 6), 4.0)}
     for number in range(1, 8):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from labkit.errors import RunError
-from labkit.runs import events as record
 from labkit.runs import server_file as presence
+from labkit.runs.files import replacing, write_json
 
 SECRET = b"s" * 32
 
@@ -46,11 +46,11 @@ def test_the_secret_is_closed_to_others_from_the_first_moment(tmp_path):
     mask = os.umask(0)
     try:
         (tmp_path / presence.FILE).touch(0o666)  # also in place of one that was open
-        with record.replacing(tmp_path / "draft", mode=0o600) as file:
+        with replacing(tmp_path / "draft", mode=0o600) as file:
             assert os.fstat(file.fileno()).st_mode & 0o777 == 0o600
         presence.announce(tmp_path, ("127.0.0.1", 4321), SECRET)
         assert (tmp_path / presence.FILE).stat().st_mode & 0o777 == 0o600
-        record.write_json(tmp_path / "config.json", {})
+        write_json(tmp_path / "config.json", {})
         assert (tmp_path / "config.json").stat().st_mode & 0o777 == 0o666  # the others as before
     finally:
         os.umask(mask)

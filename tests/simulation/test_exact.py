@@ -19,6 +19,7 @@ from labkit.plots import style as canvas
 from labkit.plots.progress import meter
 from labkit.runs import checkpoints
 from labkit.runs import events as record
+from labkit.runs.files import read_json, write_json
 from labkit.training import supervisor as session
 from labkit.updates import make_update
 from tests.training.test_train import ended, net_with_statistics, problem, until
@@ -86,7 +87,7 @@ def train(lab, made, tmp_path, tmp_path_factory):
             folder = tmp_path_factory.mktemp("made")
             made[settings] = ended(labkit.train(a_problem, lab, runs=folder, name="made", **options)).path
         shutil.copytree(made[settings], tmp_path / name)
-        record.write_json(tmp_path / name / "config.json", record.read_json(made[settings] / "config.json") | {"name": name})
+        write_json(tmp_path / name / "config.json", read_json(made[settings] / "config.json") | {"name": name})
         return labkit.load_run(tmp_path / name, problem=a_problem)
 
     return get
@@ -301,8 +302,8 @@ class Named(labkit.AGWU):
 def test_a_rule_that_was_recorded_by_its_own_name_is_replayed_with_its_object(train):
     """As labkit did before format 3."""
     run = train()
-    config = record.read_json(run.path / "config.json")
-    record.write_json(run.path / "config.json", {**config, "format": 2, "update": {"name": "named", "quality": "normalised"}})
+    config = read_json(run.path / "config.json")
+    write_json(run.path / "config.json", {**config, "format": 2, "update": {"name": "named", "quality": "normalised"}})
     run = labkit.load_run(run.path, problem=run.problem())
     assert run.label == "named + IDPA" and same(run, labkit.replay(run, update=Named()))
     with pytest.raises(RunError, match="update='named' is not known"):
@@ -357,9 +358,9 @@ def test_a_version_that_the_run_did_not_make_is_found(train):
 
 def test_another_machine_is_named_where_bits_differ(train):
     run = train()
-    environment = record.read_json(run.path / "environment.json")
+    environment = read_json(run.path / "environment.json")
     environment["versions"]["torch"] = "0.4.1"
-    record.write_json(run.path / "environment.json", environment)
+    write_json(run.path / "environment.json", environment)
     with pytest.raises(RunError, match=r"It was made with torch 0\.4\.1, which is not what is here"):
         labkit.replay(rewrite(run, lambda rows: nth(rows, "push").update(loss=0.1)))
 
@@ -378,7 +379,7 @@ def test_what_cannot_be_replayed_says_why(train, lab, tmp_path):
         labkit.replay(run, problem=problem(net_with_statistics, lr=0.1))
     with pytest.raises(RunError, match=r"computed on cuda:0, .*cannot be replayed bit for bit"):
         labkit.replay(rewrite(run, lambda rows: nth(rows, "join", 1).update(device="cuda:0")))
-    record.write_json(run.path / "config.json", {**run.config, "format": 1})
+    write_json(run.path / "config.json", {**run.config, "format": 1})
     with pytest.raises(RunError, match=r"before there were replays \(format 1\): .* Train it again"):
         labkit.replay(labkit.load_run(run.path, problem=run.problem()))
     goes = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=1000, name="goes")

@@ -22,6 +22,7 @@ from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.runs import server_file as presence
 from labkit.runs.events import Recorder
+from labkit.runs.files import write_json
 from labkit.training import resume as resuming
 from labkit.training import supervisor as session
 from tests.training.test_train import data, net
@@ -89,7 +90,7 @@ def cut(lab, tmp_path):
         checkpoints.prune(run.path, ())
         recorder, weights = Recorder(run.path), np.arange(run.layout.size, dtype=np.float32)
         for version in versions:
-            recorder.checkpoint(version, weights + np.float32(version), state(run, 10 * version))
+            checkpoints.save(recorder, version, weights + np.float32(version), state(run, 10 * version))
         recorder.close()
         return labkit.load_run(run.path)
 
@@ -120,7 +121,7 @@ def test_the_server_is_told_all_that_it_was_told_at_first_and_where_to_go_on(cut
 
 def test_what_said_that_the_run_had_ended_is_gone_and_the_settings_say_where_it_goes_on(cut, begun):
     run = cut()
-    record.write_json(run.path / "status.json", {"state": "stopped", "reason": ""})
+    write_json(run.path / "status.json", {"state": "stopped", "reason": ""})
     (run.path / "metrics.parquet").write_bytes(b"of then")
     (run.path / ".ranks-12ab-1").write_bytes(b"of a kernel that was killed")
     with labkit.connect("threads", 3) as other:
@@ -153,7 +154,7 @@ def test_without_a_lab_the_one_of_this_kernel_is_taken_or_one_as_before(cut, lab
     assert connecting.current() is None
     workers = [{**worker, "slowdown": slow} for worker, slow in zip(run.config["workers"], (1.0, 3.0), strict=True)]
     config = {**run.config, "workers": workers, "jitter": 0.1, "drift": 9.0, "stalls": [20.0, 1.0]}
-    record.write_json(run.path / "config.json", config)
+    write_json(run.path / "config.json", config)
     labkit.resume(run.path)
     with connecting.current() as made:
         assert made.unevenness(1) == Unevenness(3.0, 0.1, 9.0, 1.0, (20.0, 1.0))
@@ -162,7 +163,7 @@ def test_without_a_lab_the_one_of_this_kernel_is_taken_or_one_as_before(cut, lab
 def test_a_lab_that_was_elsewhere_must_be_given(cut, lab, begun):
     run = cut()
     config = {**run.config, "workers": [{**worker, "host": "node7"} for worker in run.config["workers"]]}
-    record.write_json(run.path / "config.json", config)
+    write_json(run.path / "config.json", config)
     lab.close()
     with pytest.raises(RunError, match=r"had a lab of kind 'threads' elsewhere.*labkit\.resume\(path, lab\)"):
         labkit.resume(run.path)
@@ -189,14 +190,14 @@ def test_a_run_that_goes_or_may_go_or_is_done_is_not_begun_again(cut, refused, m
     presence.announce(run.path, ("127.0.0.1", 1), b"x")
     refused(run, r"run cut still goes\. Use labkit\.load_run\(.*\)\.attach\(\)")
     monkeypatch.setattr(resuming, "ENDING_S", 0.1)
-    record.write_json(run.path / "status.json", {"state": "failed", "reason": "its kernel gave it up"})
+    write_json(run.path / "status.json", {"state": "failed", "reason": "its kernel gave it up"})
     refused(run, "run cut still goes")  # its server does not know
     (run.path / "status.json").unlink()
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     refused(run, r"run cut may still go on another machine\. Look there; delete .*server\.json")
     monkeypatch.undo()
     presence.withdraw(run.path)
-    record.write_json(run.path / "status.json", {"state": "done", "reason": ""})
+    write_json(run.path / "status.json", {"state": "done", "reason": ""})
     refused(run, r"run cut is done: all of its 748 samples")
 
 
@@ -211,7 +212,7 @@ def test_a_run_without_a_whole_checkpoint_or_without_state(cut, refused):
 
 def test_another_run_s_checkpoint_is_not_taken(cut, refused, tmp_path):
     run = cut(versions=(4,))
-    record.write_json(run.path / "config.json", {**run.config, "id": "of-another"})
+    write_json(run.path / "config.json", {**run.config, "id": "of-another"})
     refused(run, r"(?s)no whole checkpoint.*belongs to another run")
 
 
@@ -363,7 +364,7 @@ def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(l
             notebook.kill()
     assert run.stop(20).state == "stopped"
     done = run.summary()["samples"]
-    record.write_json(path / "config.json", {**run.config, "budget": done + 1000})  # not all of it here
+    write_json(path / "config.json", {**run.config, "budget": done + 1000})  # not all of it here
     again = labkit.resume(path, lab).wait(60)
     assert again.state == "done"
     assert_whole(again)

@@ -14,7 +14,7 @@ import pytest
 import labkit
 from labkit.errors import UpdateError
 from labkit.runs import checkpoints
-from labkit.runs import events as record
+from labkit.runs.files import write_json
 from labkit.updates import AGWU, SGWU, UPDATES, FedBuff, Push, base, make_update, names
 
 OTHERS = [{"name": "sgwu", "quorum": 0.5}, {"name": "sgwu", "quorum": 0.5, "grace": 3.0}, {"name": "ssp", "bound": 0}]
@@ -214,7 +214,7 @@ def test_a_state_that_is_saved_half_way_has_the_same_future_bit_for_bit(rule):
 @every_rule
 def test_a_run_that_goes_on_from_a_checkpoint_has_the_same_future_bit_for_bit(rule, tmp_path):
     """One worker, so that nothing is under way between two pushes; what EASGD and GEM keep of a worker is lost with it."""
-    record.write_json(tmp_path / "config.json", {"id": "mine"})
+    write_json(tmp_path / "config.json", {"id": "mine"})
     (tmp_path / "checkpoints").mkdir()
     life = Life(make_update(rule), 3, workers=[0])
     for _ in range(9):

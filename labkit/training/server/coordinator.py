@@ -28,9 +28,9 @@ import numpy as np
 
 from labkit.errors import ClusterError, PartitionError, UpdateError
 from labkit.partition import Partition
+from labkit.runs.checkpoints import AGE_S, Policy
 from labkit.runs.config import RunConfig
 from labkit.training.server.grants import Allotment, Part
-from labkit.training.server.keeping import AGE_S, Keeper
 from labkit.training.server.membership import Answer, Member
 from labkit.updates import Push, Reply, Update
 
@@ -64,7 +64,7 @@ class Coordinator:
         joint = config.local_steps and config.local_steps * config.batch_size
         ahead = config.overlap * config.batch_size if update.ahead else 0
         self.samples = Allotment(partition, config.budget, joint, update, self.members, record, ahead)
-        self.keeper = Keeper(update, self.samples, config.checkpoints, save, clock, age)
+        self.policy, self.save = Policy(config.budget, config.checkpoints, clock, age), save
         self.incarnations: dict[int, int] = {}
         self.round = 0  # local passes of the quickest worker; who comes counts on from there, so that no number comes twice
         self.idle: set[int] = set()  # workers for whom the budget leaves nothing, unless another one is lost
@@ -221,8 +221,9 @@ class Coordinator:
         self.record("error" if state == "failed" else "stop", message=reason)
 
     def keep(self) -> None:
-        """Keep the newest version, with all that is needed to go on from it."""
-        self.keeper.keep(self.state_dict)
+        """Save the newest version, if it is not saved yet, with all that is needed to go on from it."""
+        if self.policy.admits(self.samples.merged, self.update.version):
+            self.save(self.update.version, self.update.weights, self.state_dict())
 
     def state_dict(self) -> dict:
         """What a run goes on from: what is merged, and who holds what. Local passes under way are left out."""
@@ -240,7 +241,7 @@ class Coordinator:
         self.samples.go_on(int(state["done"]), self.workers)
         self.incarnations = {int(worker): int(n) for worker, n in state["incarnations"].items()}
         self.round = int(state["round"])
-        self.keeper.begin()
+        self.policy.go_on(self.samples.merged, self.update.version)
         self.record("resume", version=self.update.version, total=self.samples.done)
 
     # -- how they are answered -------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ class Coordinator:
     def _settle(self) -> bool:
         """What the latest call of the rule has done is counted, and its version kept if that is due; was anything dropped?"""
         dropped = self.samples.settle()
-        if self.update.merges and self.keeper.is_due():
+        if self.update.merges and self.policy.is_due(self.samples.merged):
             self.keep()
         return dropped
 

@@ -29,10 +29,10 @@ from labkit.runs import checkpoints
 from labkit.runs import server_file as presence
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
-from labkit.runs.events import Recorder, write_json
+from labkit.runs.events import Recorder
+from labkit.runs.files import write_json
 from labkit.training.server.connection import Conversation, tell
 from labkit.training.server.coordinator import Coordinator
-from labkit.training.server.keeping import AGE_S
 from labkit.training.server.membership import Answer, Member, standing
 from labkit.training.wire import compression as exchange
 from labkit.training.wire import transport as wire
@@ -53,7 +53,7 @@ class ServerSpec:
     layout: Layout
     labels: np.ndarray | None = None  # int64 (n_train,), for a stratified partition
     host: str = "127.0.0.1"
-    age: float = AGE_S  # seconds after which the newest version is kept, also between the checkpoints
+    age: float = checkpoints.AGE_S  # seconds after which the newest version is kept, also between the checkpoints
     state: dict | None = None  # of the checkpoint that a run goes on from (`labkit.runs.checkpoints.read_state`)
 
 
@@ -64,6 +64,7 @@ class Server:
         self.spec, self.config = spec, spec.config
         self.lock = threading.RLock()
         self.recorder = Recorder(Path(spec.path))
+        checkpoints.prepare(self.recorder.path)
         self.listener, self.strangers = wire.listen(spec.host), wire.Strangers()
         self.outboxes: dict[int, queue.SimpleQueue[Answer]] = {}
         self.connections: dict[int, wire.Connection] = {}
@@ -252,7 +253,7 @@ class Server:
         path = Path(self.spec.path)
         while (item := self.versions.get()) is not None:
             try:
-                self.recorder.checkpoint(*item)
+                checkpoints.save(self.recorder, *item)
                 retained = checkpoints.retained(self.recorder.kept, self.config.budget, self.config.checkpoints)
                 checkpoints.prune(path, retained | self.recorder.resumed)
             except Exception as error:  # whatever it is: without its versions a run is not whole

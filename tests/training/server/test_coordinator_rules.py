@@ -79,7 +79,7 @@ def test_what_is_kept_back_counts_when_it_is_merged_and_at_the_end_at_the_latest
 def test_a_checkpoint_holds_what_is_merged():
     course = Course(FedBuff(2), budget=5 * SAMPLES, checkpoints=20).join(*WORKERS)
     states = []
-    course.it.keeper.save = lambda version, weights, state: states.append((version, state["done"]))
+    course.it.save = lambda version, weights, state: states.append((version, state["done"]))
     course.finish()
     course.it.keep()
     totals = {row["version"]: row["total"] for row in course.of("merge")}

@@ -21,6 +21,7 @@ from labkit.partition import IDPA, UDPA
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.runs.checkpoints import Layout
+from labkit.runs.files import read_json
 from labkit.training import supervisor as session
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import transport as wire
@@ -104,7 +105,7 @@ def serving(a_spec, change=lambda server: None):
             server.stop("stopped", "the test is over")
         thread.join(15)
         assert not thread.is_alive(), "the server does not end"
-        assert record.read_json(server.recorder.path / "status.json") == result
+        assert read_json(server.recorder.path / "status.json") == result
 
 
 def join(server, *indices, **options):
@@ -512,18 +513,16 @@ def test_a_full_disk_fails_the_run_and_frees_everyone(when, tmp_path):
     assert result["state"] == "failed" and "cannot be written: [Errno 28] No space left" in result["reason"]
 
 
-def test_a_version_that_cannot_be_saved_fails_the_run_even_if_it_is_the_last(tmp_path):
-    def fill(server):
-        save = server.recorder.checkpoint
+def test_a_version_that_cannot_be_saved_fails_the_run_even_if_it_is_the_last(tmp_path, monkeypatch):
+    write = checkpoints.write
 
-        def checkpoint(version, weights, state):
-            if version >= 2:
-                raise OSError(28, "No space left on device")
-            save(version, weights, state)
+    def full(path, version, weights, state):
+        if version >= 2:
+            raise OSError(28, "No space left on device")
+        return write(path, version, weights, state)
 
-        server.recorder.checkpoint = checkpoint
-
-    with serving(spec(tmp_path, workers=(0,)), fill) as (server, result, thread):
+    monkeypatch.setattr(checkpoints, "write", full)
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         (worker,) = join(server, 0)
         worker.train()
         thread.join(10)
@@ -570,5 +569,5 @@ def test_a_server_whose_parent_is_gone_serves_to_the_end(tmp_path):
     client.pull()
     client.train()
     assert process.wait(10) == 0
-    assert record.read_json(tmp_path / "status.json")["state"] == "done"
+    assert read_json(tmp_path / "status.json")["state"] == "done"
     assert (tmp_path / "server.log").read_text() == ""
