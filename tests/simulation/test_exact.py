@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
@@ -22,6 +21,7 @@ from labkit.runs import events as record
 from labkit.runs.files import read_json, write_json
 from labkit.training import supervisor as session
 from labkit.updates import make_update
+from tests.simulation.own_rules import Backwards, Cautious
 from tests.training.test_train import ended, net_with_statistics, problem, until
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -77,7 +77,7 @@ def train(lab, made, tmp_path, tmp_path_factory):
     """A run on two threads, the second three times as slow; ended, and the test's own to be changed."""
 
     def get(a_problem=None, *, name="r", **options):
-        a_problem = a_problem or problem(net_with_statistics)
+        a_problem = a_problem or problem(net_with_statistics, schedule="cosine")
         options = {"seed": 5, "passes": 4, "partition": "idpa", "update": "agwu", **options}
         if isinstance(options["partition"], str):
             options["partition"] = PARTITIONS[options["partition"]]
@@ -119,7 +119,7 @@ def rewrite(run, change):
 @pytest.mark.parametrize("partition", ["udpa", "idpa"])
 def test_a_replay_has_the_same_bits(update, partition, train):
     local_steps = 3 if partition == "udpa" else None
-    run = train(problem(net_with_statistics, schedule="cosine"), update=update, partition=partition, local_steps=local_steps)
+    run = train(update=update, partition=partition, local_steps=local_steps)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     again = labkit.replay(run)
     assert same(run, again)
@@ -204,34 +204,6 @@ def test_a_run_that_was_cut_off_and_resumed_is_replayed(lab, tmp_path, capsys):
     assert same(again, labkit.replay(again))
     with pytest.raises(RunError, match="run r was resumed"):
         labkit.replay(again, update="sgwu")
-
-
-class Cautious(labkit.AGWU):
-    """A rule of the user's own, with a setting and a memory, and without a name."""
-
-    def __init__(self, share=0.5, **options):
-        super().__init__(**options)
-        self.share = share
-
-    def _begin(self):
-        super()._begin()
-        self.steps = 0
-
-    def _merge(self, push):
-        self.steps += 1
-        shrunk = push.weights * np.float32(self.share) + self.weights * np.float32(1 - self.share)
-        return super()._merge(dataclasses.replace(push, weights=shrunk))
-
-
-class Backwards(labkit.UDPA):
-    """A partition of the user's own: the later workers are given more."""
-
-    def __init__(self, step=1.0, *, stratified=False):
-        super().__init__(stratified=stratified)
-        self.step = step
-
-    def _speeds(self):
-        return 1 + self.step * np.arange(len(self.workers))
 
 
 def in_a_notebook(base):
@@ -372,11 +344,11 @@ def test_what_cannot_be_replayed_says_why(train, lab, tmp_path):
     with pytest.raises(RunError, match="torch averages gradients"):
         labkit.replay(run, update="allreduce")
     with pytest.raises(RunError, match="torch averages gradients"):
-        labkit.replay(train(update="allreduce", name="ddp", passes=1))
+        labkit.replay(train(problem(net_with_statistics), update="allreduce", name="ddp", passes=1))
     with pytest.raises(RunError, match="run r-replay is a replay itself"):
         labkit.replay(labkit.replay(run))
     with pytest.raises(RunError, match="this problem is not the one of run r: lr"):
-        labkit.replay(run, problem=problem(net_with_statistics, lr=0.1))
+        labkit.replay(run, problem=problem(net_with_statistics, schedule="cosine", lr=0.1))
     with pytest.raises(RunError, match=r"computed on cuda:0, .*cannot be replayed bit for bit"):
         labkit.replay(rewrite(run, lambda rows: nth(rows, "join", 1).update(device="cuda:0")))
     write_json(run.path / "config.json", {**run.config, "format": 1})

@@ -1,0 +1,41 @@
+"""An update and a partition as a user writes them, in a module that the server can import, and as quickly as its own.
+
+Used by `test_exact.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from labkit.partition import UDPA
+from labkit.updates import AGWU
+
+
+class Cautious(AGWU):
+    """A rule of the user's own, with a setting and a memory, and without a name."""
+
+    def __init__(self, share=0.5, **options):
+        super().__init__(**options)
+        self.share = share
+
+    def _begin(self):
+        super()._begin()
+        self.steps = 0
+
+    def _merge(self, push):
+        self.steps += 1
+        shrunk = push.weights * np.float32(self.share) + self.weights * np.float32(1 - self.share)
+        return super()._merge(dataclasses.replace(push, weights=shrunk))
+
+
+class Backwards(UDPA):
+    """A partition of the user's own: the later workers are given more."""
+
+    def __init__(self, step=1.0, *, stratified=False):
+        super().__init__(stratified=stratified)
+        self.step = step
+
+    def _speeds(self):
+        return 1 + self.step * np.arange(len(self.workers))
