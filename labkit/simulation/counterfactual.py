@@ -11,7 +11,6 @@ Used by `labkit.simulation.replay`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from labkit.errors import RunError
 from labkit.models.flat import flatten
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
-from labkit.simulation.exact import STAMPS, Lives
+from labkit.simulation.exact import Lives
 from labkit.simulation.offline import Ledger, Replicas, begin_course
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN, Coordinator
@@ -51,6 +50,7 @@ class Arrivals:
         self.run, self.ledger, self.told = run, ledger, told
         workers, _, self.rows = lives.parts[0]
         self.row, self.paces, self.done = self.rows[0], {}, {}
+        ledger.recorder.clock = lambda: (self.row["time"], self.row["seconds"])
         self.queue: list[dict] = []  # pushes that came while their worker was held
         self.work: dict[int, Answer] = {}  # who is at work, in the order of release
         self.replicas = Replicas(problem, run.config)
@@ -149,8 +149,8 @@ class Arrivals:
             self.done[worker] = answer
 
     def _write(self, kind: str, **fields: Any) -> None:
-        self.ledger.write({**{key: self.row[key] for key in STAMPS}, **json.loads(json.dumps({"kind": kind, **fields}))})
+        self.ledger.recorder.event(kind, **fields)
 
     def _keep(self, version: int, weights: np.ndarray, state: dict) -> None:
-        size = self.ledger.keep(version, weights)
+        size = self.ledger.save(version, weights)
         self._write("checkpoint", version=version, total=state["done"], bytes=size)

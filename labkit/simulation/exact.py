@@ -190,7 +190,7 @@ class Course:
         row = self.rows[self.at]
         if row["kind"] == "score":
             self._agrees(row, "score", self.replicas.score(row["worker"]))
-        self.ledger.write(row)
+        self.ledger.recorder.copy(row)
         self.at += 1
 
     def _agrees(self, row: dict, key: str, value: Any) -> None:
@@ -221,7 +221,7 @@ class Course:
                 raise self._differs(row, f"{n} of {len(weights)} weights of version {version} differ, by {apart:.3g} at most")
             self.compared += 1
         if version in self.kept or (self.last and version == self.newest):
-            self.ledger.keep(version, weights)
+            self.ledger.save(version, weights)
 
     def _differs(self, row: dict, what: str) -> RunError:
         who = f" of worker {row['worker']}" if "worker" in row else ""

@@ -11,7 +11,6 @@ Used by `labkit.simulation.exact` and `labkit.simulation.simulator`.
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
 from labkit.runs.config import RunConfig, environment
+from labkit.runs.events import Recorder
 from labkit.runs.files import replacing, write_json
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.server.membership import Answer
@@ -34,8 +34,6 @@ from labkit.training.train import claim
 from labkit.training.wire import compression as exchange
 from labkit.training.worker.replica import Replica
 from labkit.updates import Update
-
-_as_line = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass
@@ -118,7 +116,7 @@ class Replicas:
 
 
 class Ledger:
-    """A new run directory beside no cluster; `origin` says what kind of run it holds."""
+    """A new run directory beside no cluster; `origin` says what kind of run it holds. Its driver sets the clock of the recorder."""
 
     def __init__(self, runs: Path, name: str, config: RunConfig, layout: dict, origin: dict) -> None:
         created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -128,17 +126,12 @@ class Ledger:
             self.config.save(self.path)
             write_json(self.path / "environment.json", environment())
             write_json(self.path / "layout.json", layout)
-            self._file = open(self.path / "events.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+            self.recorder = Recorder(self.path)
         except OSError as error:
             raise RunError(f"nothing can be written in {self.path}: {error}. Give another folder: runs=...") from error
-        self.seq = 0
 
-    def write(self, row: dict) -> None:
-        """A row as it is, numbered anew."""
-        self._file.write(_as_line({**row, "seq": self.seq}) + "\n")
-        self.seq += 1
-
-    def keep(self, version: int, weights: np.ndarray) -> int:
+    def save(self, version: int, weights: np.ndarray) -> int:
+        """A checkpoint without state, as nothing goes on from it; returns its size in bytes."""
         return checkpoints.write(self.path, version, weights)
 
     def no_curve(self) -> None:
@@ -149,10 +142,9 @@ class Ledger:
             pd.DataFrame(columns=["seconds", "samples", "version", "loss", "score"], dtype=float).to_parquet(file)
 
     def close(self, status: dict) -> None:
-        """Say how it ended; twice is fine, the first word counts."""
-        if not self._file.closed:
-            self._file.close()
-            write_json(self.path / "status.json", status)
+        """No event comes any more; `status` says how the run ended."""
+        self.recorder.close()
+        write_json(self.path / "status.json", status)
 
 
 def begin_course(

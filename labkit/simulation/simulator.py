@@ -68,6 +68,8 @@ class Simulation:
         self.slowness: dict[int, tuple[Slowness, float]] = {}  # of each incarnation, and when it came
         self.now, self.busy, self.merged_at = 0.0, 0.0, 0.0
         self.queue: list[tuple[float, int, Callable, tuple]] = []
+        if ledger:
+            ledger.recorder.clock = lambda: (round(self.now, 6),) * 2
         self.numbers, self.chance = itertools.count(), {}
         # When a worker is done with what it computes while its push is under way, and how long it computes there.
         self.free: dict[int, tuple[float, float]] = {}
@@ -209,10 +211,9 @@ class Simulation:
             self.now += self.merge_s
             self.merged_at = self.now
         if self.ledger:
-            row = {"seq": 0, "time": round(self.now, 6), "seconds": round(self.now, 6), "kind": kind, **fields}
-            self.ledger.write(row)
+            self.ledger.recorder.event(kind, **fields)
 
     def _keep(self, version: int, weights: np.ndarray, state: dict) -> None:
         if self.ledger and self.replicas:
-            size = self.ledger.keep(version, weights)
+            size = self.ledger.save(version, weights)
             self._write("checkpoint", version=version, total=state["done"], bytes=size)
