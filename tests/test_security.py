@@ -20,7 +20,7 @@ import pytest
 import labkit
 from labkit.errors import WireError
 from labkit.training.wire import transport as wire
-from labkit.training.wire.protocol import checked
+from labkit.training.wire.protocol import check_request
 from labkit.updates import SGWU
 from tests.training.server.test_server import SECRET, SIZE, ask, events, join, serving, spec, until
 
@@ -107,7 +107,7 @@ def obeyed(data):
     try:
         n, _ = wire.PREFIX.unpack_from(data)
         header = json.loads(data[wire.PREFIX.size : wire.PREFIX.size + n])
-        checked(header)
+        check_request(header)
     except Exception:  # no message at all
         return False
     return header["op"] in ("join", "stop", "expect", "drop")
@@ -233,7 +233,7 @@ def test_a_mistaken_member_is_taken_out_and_the_others_go_on(what, tmp_path):
         other.push()
         mistaken.connection.send(MISTAKES[what], memoryview(mistaken.weights))
         other.pull()
-        assert other.go["op"] == "go"
+        assert other.message["op"] == "grant"
         other.train()
         thread.join(10)
     assert (result["state"], result["samples"]) == ("done", 34)

@@ -25,8 +25,8 @@ from labkit.simulation.exact import Lives
 from labkit.simulation.offline import Ledger, Replicas, begin_course
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN, Coordinator
-from labkit.training.server.membership import Answer
 from labkit.training.wire import compression as exchange
+from labkit.training.wire.protocol import Answer
 from labkit.updates import Update
 
 
@@ -129,7 +129,7 @@ class Arrivals:
         done, weights = self.replicas.work(worker, go)
         score = self.replicas.score(worker) if self.it.update.scored else None
         pace = done["samples"] / max(1, row["samples"])
-        header = {"op": "push", "version": go.header["version"], "score": score, **done, "wait_s": 0.0}
+        header = {"op": "push", "version": go.grant.version, "score": score, **done, "wait_s": 0.0}
         header |= {key: row[key] for key in ("score_s", "send_s", "hidden_s") if key in row}
         header |= {"compute_s": round(row["compute_s"] * pace, 6)}
         self.it.push(self.it.members[worker], header, weights, self.n_bytes)
@@ -141,10 +141,10 @@ class Arrivals:
         return {"worker": worker, "samples": 1, "compute_s": joined.get("probe_s") or 0.0, "score_s": 0.0, "send_s": 0.0}
 
     def _deliver(self, worker: int, answer: Answer) -> None:
-        if answer.header["op"] == "go":
+        if grant := answer.grant:
             self.work[worker] = answer
-            who = {"worker": worker, "incarnation": answer.header["incarnation"], "version": answer.header["version"]}
-            self._write("release", **who, wait_s=answer.header["wait_s"], bytes=self.n_bytes)
+            who = {"worker": worker, "incarnation": grant.incarnation, "version": grant.version}
+            self._write("release", **who, wait_s=grant.wait_s, bytes=self.n_bytes)
         else:
             self.done[worker] = answer
 

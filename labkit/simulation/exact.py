@@ -165,7 +165,7 @@ class Course:
 
     def _push(self, row: dict) -> None:
         worker, go = row["worker"], self.answers.pop(row["worker"], None)
-        if go is None or go.header["op"] != "go":
+        if go is None or not go.grant:
             raise self._differs(row, f"worker {worker} has nothing to push")
         done, weights = self.replicas.work(worker, go)
         self._agrees(row, "samples", done["samples"])

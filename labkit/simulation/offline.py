@@ -29,9 +29,9 @@ from labkit.runs.config import RunConfig, environment
 from labkit.runs.events import Recorder
 from labkit.runs.files import replacing, write_json
 from labkit.training.server.coordinator import Coordinator
-from labkit.training.server.membership import Answer
 from labkit.training.train import claim
 from labkit.training.wire import compression as exchange
+from labkit.training.wire.protocol import Answer, Grant
 from labkit.training.worker.replica import Replica
 from labkit.updates import Update
 
@@ -44,7 +44,7 @@ class _Place:
     threads: int
     shared: bool
     random: torch.Tensor | None = None
-    went: dict | None = None  # the header of its latest answer
+    went: Grant | None = None  # its latest
 
 
 class Replicas:
@@ -68,16 +68,16 @@ class Replicas:
         replica = place.replica
         with self._as(place):
             if replica.shard is None:
-                replica.begin(go.header["incarnation"])
+                replica.begin(go.grant.incarnation)
             began = torch.get_rng_state() if place.shared else None
             if place.went:  # what it did while its push was under way
                 replica.ahead(place.went)
             given, taken = exchange.pack(go.weights, self.exchange), np.array(go.weights)
             if self.exchange != "float32":
                 exchange.unpack(given, self.exchange, taken)
-            replica.pull(torch.from_numpy(taken), go.header["carry"])
-            replica.hold(go.header["keep"], go.indices)
-            done, place.went = replica.local_pass(go.header), go.header
+            replica.pull(torch.from_numpy(taken), go.grant.carry)
+            replica.hold(go.grant.retain, go.indices)
+            done, place.went = replica.local_pass(go.grant), go.grant
             if began is not None and not torch.equal(began, torch.get_rng_state()):
                 raise RunError(
                     "the model or the problem draws random numbers (dropout, say), and the workers of this run were threads that "

@@ -29,9 +29,8 @@ from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
 from labkit.simulation.cost_model import Pace, Timing, stretch
 from labkit.simulation.offline import Ledger, Replicas, begin_course
-from labkit.training.server.membership import Answer
 from labkit.training.wire.compression import n_bytes
-from labkit.training.wire.protocol import SCORE_EVERY_S
+from labkit.training.wire.protocol import SCORE_EVERY_S, Answer, Grant
 from labkit.updates import Update
 
 STEP = np.float32(1e-3)  # what a local pass changes where nothing is trained: no rule has to divide by nothing
@@ -151,25 +150,24 @@ class Simulation:
         late = {"score": score, "score_s": times["score_s"]}
         done["score"] = None if self.late_score else score
         times |= {"score_s": 0.0} if self.late_score else {}
-        self.it.push(member, {"op": "push", "version": go.header["version"], **done, **times}, weights, self.n_bytes)
+        self.it.push(member, {"op": "push", "version": go.grant.version, **done, **times}, weights, self.n_bytes)
         if self.late_score and score is not None:
             self._write("score", worker=worker, incarnation=incarnation, **{"pass": member.passes}, **late)
         self.told(self.it.samples.done)
 
     def _deliver(self, worker: int, answer: Answer) -> None:
-        if answer.header["op"] != "go":
+        if not (grant := answer.grant):
             self._at(self.now, self._leave, worker, self.it.members[worker].incarnation)
             return
-        header = answer.header
         self._write(
             "release",
             worker=worker,
-            incarnation=header["incarnation"],
-            version=header["version"],
-            wait_s=header["wait_s"],
+            incarnation=grant.incarnation,
+            version=grant.version,
+            wait_s=grant.wait_s,
             bytes=self.n_bytes,
         )
-        trip, compute, ahead, score = self.timing.exchange(self.n_bytes), *self._work(worker, header)
+        trip, compute, ahead, score = self.timing.exchange(self.n_bytes), *self._work(worker, grant)
         here = self.now + trip / 2
         free, carried = self.free.get(worker, (here - trip, 0.0))  # of its latest push, if it has made one
         stood = min(trip, max(0.0, here - free))
@@ -178,15 +176,15 @@ class Simulation:
         times = {"compute_s": carried + compute, "score_s": score, "wait_s": 0.0, "send_s": stood}
         times |= {"hidden_s": trip - stood} if self.config.overlap else {}
         times = {key: round(seconds, 6) for key, seconds in times.items()}
-        self._at(sent + trip / 2, self._push, worker, header["incarnation"], answer, times)
+        self._at(sent + trip / 2, self._push, worker, grant.incarnation, answer, times)
 
-    def _work(self, worker: int, header: dict) -> tuple[float, float, float]:
+    def _work(self, worker: int, grant: Grant) -> tuple[float, float, float]:
         """Seconds of a local pass, up to its push and while that is under way, and of a score."""
-        pace, chance, samples = self._pace(worker), self.chance[worker], header["samples"]
+        pace, chance, samples = self._pace(worker), self.chance[worker], grant.samples
         steps, (slowness, came) = max(1, round(samples / self.config.batch_size)), self.slowness[worker]
         compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))]
         compute = slowness.stretched(compute, self.now - came, steps)
-        ahead, score = compute * header["ahead"] / max(1, samples), 0.0
+        ahead, score = compute * grant.ahead / max(1, samples), 0.0
         if self.it.update.scored or self.now - self.scored.get(worker, -math.inf) >= SCORE_EVERY_S:
             score, self.scored[worker] = slowness.stretched(pace.score_s, self.now - came + compute), self.now
         return compute - ahead, ahead, score

@@ -108,7 +108,7 @@ class Session:
             device=worker.device,
             threads=worker.threads,
             uneven=self.lab.unevenness(worker.index),
-            collective=str(self.path / self.meeting) if self.spec.update.collective else None,
+            meeting=str(self.path / self.meeting) if self.spec.update.collective else None,
             scored=self.spec.update.scored,
         )
 

@@ -70,7 +70,7 @@ def other_side(kind: str, n_bytes: int) -> None:
             connection = wire.accept(sock, SECRET, timeout=PATIENCE_S, max_body=n_bytes)
             while True:
                 connection.receive(lambda header, n: [view])
-                connection.send({"op": "go"}, view)
+                connection.send({"op": "grant"}, view)
         plain(sock, kind)
         while True:
             fill(sock, view)

@@ -58,11 +58,11 @@ class Sleeper:
         """Wait for the next version; False when the run has ended."""
         while (word := self.connection.receive(self._place)[0])["op"] == "hold":
             self.connection.send({"op": "heartbeat"})
-        self.go = word
-        return word["op"] == "go"
+        self.grant = word
+        return word["op"] == "grant"
 
     def push(self, slept: float = 0.0) -> None:
-        header = {"op": "push", "version": self.go["version"], "samples": self.go["samples"], "score": 0.5, "loss": 1.0}
+        header = {"op": "push", "version": self.grant["version"], "samples": self.grant["samples"], "score": 0.5, "loss": 1.0}
         self.connection.send({**header, "compute_s": slept, "score_s": 0.0, "wait_s": 0.0, "send_s": 0.0}, self.vector)
 
     def work(self, nap: float, after: Callable[[], None] = lambda: None) -> None:
@@ -81,7 +81,7 @@ class Sleeper:
         self.connection.close()
 
     def _place(self, header: dict, n: int) -> list[memoryview]:
-        return [self.place, memoryview(bytearray(8 * header["indices"]))]
+        return [self.place, memoryview(bytearray(8 * header["n_indices"]))]
 
 
 @contextlib.contextmanager

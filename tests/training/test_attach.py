@@ -68,7 +68,7 @@ def train(server):
             header, _ = connection.receive(lambda header, n: [memoryview(weights), bytearray(n - weights.nbytes)])
             if header["op"] == "stop":
                 return connection.send({"op": "leave"})
-            if header["op"] == "go":
+            if header["op"] == "grant":
                 push = {"op": "push", "version": header["version"], "samples": header["samples"], "score": 0.5, "loss": 1.0}
                 push |= dict.fromkeys(("compute_s", "score_s", "wait_s", "send_s"), 0.01)
                 connection.send(push, memoryview(weights + np.float32(1)))

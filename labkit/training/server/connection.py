@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from labkit.errors import UpdateError, WireError
-from labkit.training.server.membership import Answer, Member
+from labkit.training.server.membership import Member
 from labkit.training.wire import compression as exchange
 from labkit.training.wire import transport as wire
-from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S
+from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S, Answer
 
 if TYPE_CHECKING:
     from labkit.training.server.server import Server
@@ -143,15 +143,14 @@ class Conversation:
                 heard = time.monotonic()
             if time.monotonic() - heard > self.heartbeat_timeout:
                 raise self._no_sign_of_life()
-        n = self.connection.send(answer.header, *self._packed(answer))
-        if answer.header["op"] == "go":
+        n = self.connection.send(answer.header(), *self._packed(answer))
+        if grant := answer.grant:
             who = {"worker": member.index, "incarnation": member.incarnation}
-            told = {"version": answer.header["version"], "wait_s": answer.header["wait_s"]}
-            self.server.recorder.event("release", bytes=n, **who, **told)
+            self.server.recorder.event("release", bytes=n, **who, version=grant.version, wait_s=grant.wait_s)
 
     def _packed(self, answer: Answer) -> list[np.ndarray]:
         """What goes over the wire with this answer."""
-        if answer.weights is None:
+        if not answer.grant:
             return []
         if self.exchange != "float32":
             self.given = answer.weights
@@ -159,7 +158,7 @@ class Conversation:
             return [self.server.packed(answer.weights), answer.indices]
         except UpdateError as error:
             with self.server.lock:
-                self.server.stop("failed", f"version {answer.header['version']}: {error}")
+                self.server.stop("failed", f"version {answer.grant.version}: {error}")
             raise WireError(str(error)) from error
 
     def _pushed(self, n: int, shift: int) -> np.ndarray | None:

@@ -31,7 +31,8 @@ from labkit.partition import Partition
 from labkit.runs.checkpoints import AGE_S, Policy
 from labkit.runs.config import RunConfig
 from labkit.training.server.grants import Allotment, Part
-from labkit.training.server.membership import Answer, Member
+from labkit.training.server.membership import Member
+from labkit.training.wire.protocol import Answer
 from labkit.updates import Push, Reply, Update
 
 TOLD = ("samples", "loss", "score", "compute_s", "score_s", "wait_s", "send_s", "hidden_s")  # by a worker, of its local pass
@@ -330,7 +331,7 @@ class Coordinator:
 
     def _dismiss(self, member: Member) -> None:
         member.waited = self._waited(member)
-        self.deliver(member.index, Answer({"op": "stop", "reason": self.reason, "wait_s": member.waited}))
+        self.deliver(member.index, Answer(None, reason=self.reason, wait_s=member.waited))
 
     def _hold(self, member: Member) -> None:
         self._row("hold", member, version=self.update.version)

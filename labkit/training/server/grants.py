@@ -21,7 +21,8 @@ import numpy as np
 
 from labkit.errors import ClusterError
 from labkit.partition import Partition, largest_remainder
-from labkit.training.server.membership import FRUITLESS, Answer, Group, Member
+from labkit.training.server.membership import FRUITLESS, Group, Member
+from labkit.training.wire.protocol import Answer, Grant
 from labkit.updates import Reply, Update
 
 
@@ -169,23 +170,22 @@ class Allotment:
         ahead = ahead_of(samples, carry + part.more) if self.remaining else 0
         member.granted, member.ahead = carry + samples, ahead
         member.group, member.held, member.busy = self.group.number, held, True
-        header = {
-            "op": "go",
-            "incarnation": member.incarnation,
-            "version": reply.version,
-            "wait_s": wait_s,
-            "keep": keep,
-            "indices": len(indices),
-            "samples": samples,
-            "ahead": ahead,
-            "carry": carry,
-            "grants": part.parts,
-            "ranks": [index for index, _ in self.group.ranks],
-            "group": self.group.number,
-            "done": self.done,
-            "pace": part.pace,
-        }
-        return Answer(header, reply.weights, indices)
+        grant = Grant(
+            incarnation=member.incarnation,
+            version=reply.version,
+            wait_s=wait_s,
+            retain=keep,
+            n_indices=len(indices),
+            samples=samples,
+            ahead=ahead,
+            carry=carry,
+            ranks=tuple(index for index, _ in self.group.ranks),
+            rank_samples=tuple(part.parts) if self.group.ranks else (),
+            group=self.group.number,
+            done=self.done,
+            pace=part.pace,
+        )
+        return Answer(grant, reply.weights, indices)
 
     def _shares(self) -> Mapping[int, int]:
         """In what proportion the workers train: as their shards, or for a paced rule as their speeds."""

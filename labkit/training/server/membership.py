@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from labkit.training.server.coordinator import Coordinator
 
@@ -67,12 +65,3 @@ def standing(course: Coordinator) -> dict:
         "budget": course.samples.budget,
         "workers": {m.index: {"loss": m.loss, "score": m.score, "passes": m.passes} for m in course.members.values()},
     }
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a worker is told: "go" with weights and new indices, or "stop"."""
-
-    header: dict
-    weights: np.ndarray | None = None
-    indices: np.ndarray | None = None

@@ -33,10 +33,10 @@ from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
 from labkit.training.server.connection import Conversation, tell
 from labkit.training.server.coordinator import Coordinator
-from labkit.training.server.membership import Answer, Member, standing
+from labkit.training.server.membership import Member, standing
 from labkit.training.wire import compression as exchange
 from labkit.training.wire import transport as wire
-from labkit.training.wire.protocol import SERVER_TIMEOUT_S, checked
+from labkit.training.wire.protocol import SERVER_TIMEOUT_S, Answer, check_request
 from labkit.updates import Update
 
 
@@ -178,7 +178,7 @@ class Server:
     def _talk(self, sock) -> None:
         try:
             limits = {"timeout": SERVER_TIMEOUT_S, "max_body": self.spec.weights.nbytes, "strangers": self.strangers}
-            with wire.accept(sock, self.spec.secret, check=checked, **limits) as connection:
+            with wire.accept(sock, self.spec.secret, check=check_request, **limits) as connection:
                 hello, _ = connection.receive()
                 if hello["op"] == "watch":
                     self._serve_watcher(connection)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from labkit.errors import WireError
 
-MAGIC = b"labkit1\n"
+MAGIC = b"labkit2\n"  # with the version of the protocol
 PREFIX = struct.Struct("!IQ")
 MAX_HEADER = 1 << 20
 HANDSHAKE_S = 5.0  # a stranger gets this long to prove that it belongs here
@@ -246,14 +246,21 @@ def accept(
         strangers.remove(sock)
 
 
-def connect(address: tuple[str, int], secret: bytes, *, timeout: float = 60.0, max_body: int = 1 << 40) -> Connection:
+def connect(
+    address: tuple[str, int],
+    secret: bytes,
+    *,
+    timeout: float = 60.0,
+    max_body: int = 1 << 40,
+    check: Callable[[dict], None] | None = None,
+) -> Connection:
     """Connect to the server of a run; both sides prove that they know `secret`."""
     host, port = address
     try:
         sock = socket.create_connection((host, port), timeout=min(timeout, 30.0))
     except OSError as error:
         raise WireError(f"no server answers at {host}:{port} ({error}). Has the run ended?") from error
-    connection = Connection(sock, timeout, max_body)
+    connection = Connection(sock, timeout, max_body, check)
     try:
         hello = connection._read(len(MAGIC) + NONCE)
         if not hello.startswith(MAGIC):

@@ -29,6 +29,7 @@ from labkit.models.flat import flatten
 from labkit.problems.problem import Clock, Problem
 from labkit.problems.splits import batches
 from labkit.runs.checkpoints import Layout
+from labkit.training.wire.protocol import Grant
 from labkit.training.worker.allreduce import ProcessGroup
 from labkit.training.worker.sampler import Shard, steps
 
@@ -99,46 +100,46 @@ class Replica:
 
     def local_pass(
         self,
-        go: dict,
+        grant: Grant,
         *,
         module: torch.nn.Module | None = None,
         group: ProcessGroup | None = None,
         halted: Callable[[], object] = lambda: False,
         progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
     ) -> dict | None:
-        """Train on the samples that `go` grants, but for those that it wants done `ahead`; None when it was `halted` in between.
+        """Train on the samples of this grant, but for those to be trained on ahead; None when it was `halted` in between.
 
         Returns samples, loss (their mean), compute_s and wait_s, with those that were trained on ahead before. After each step
         `progress` gets samples and summed loss so far.
         """
-        drawn, batch_size = self.shard.draw(go["samples"]), self.problem.batch_size
-        now, self.left = np.split(drawn, [len(drawn) - go.get("ahead", 0)])
+        drawn, batch_size = self.shard.draw(grant.samples), self.problem.batch_size
+        now, self.left = np.split(drawn, [len(drawn) - grant.ahead])
         if group:
-            sizes, weights = steps(go["grants"], group.rank, batch_size)
+            sizes, weights = steps(grant.rank_samples, group.rank, batch_size)
             parts = np.split(now, np.cumsum(sizes)[:-1])
         else:
             parts, weights = batches(now, batch_size), None
-        done = self._train(parts, go, 0, weights, module, group, halted, progress)
+        done = self._train(parts, grant, 0, weights, module, group, halted, progress)
         if done is None:
             return None
         (samples, loss, compute_s, wait_s), self.carried = _sums(self.carried, done), NOTHING
         mean_loss = loss / max(1, samples)
         return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(wait_s, 6)}
 
-    def ahead(self, go: dict, halted: Callable[[], object] = lambda: False) -> None:
-        """Train on what `go` wants done while the weights as they are now, which are being pushed, are under way.
+    def ahead(self, grant: Grant, halted: Callable[[], object] = lambda: False) -> None:
+        """Train ahead on samples of this grant, while the weights as they are now, which are being pushed, are under way.
 
-        Who is `halted` in between must not go on.
+        After it was `halted` in between, the replica must not go on.
         """
         if len(self.left):
             self.pushed = self.flat.clone() if self.pushed is None else self.pushed.copy_(self.flat)
             parts, self.left = batches(self.left, self.problem.batch_size), self.left[:0]
-            self.carried = self._train(parts, go, go["samples"] - go["ahead"], halted=halted) or NOTHING
+            self.carried = self._train(parts, grant, grant.samples - grant.ahead, halted=halted) or NOTHING
 
     def _train(
         self,
         parts: list[np.ndarray],
-        go: dict,
+        grant: Grant,
         before: int,
         weights: list | None = None,
         module: torch.nn.Module | None = None,
@@ -154,7 +155,7 @@ class Replica:
                 return None
             if group:
                 group.begin(weights[number])
-            seen = min(self.budget, go["done"] + int((before + samples) * go["pace"]))
+            seen = min(self.budget, grant.done + int((before + samples) * grant.pace))
             clock = Clock(seen, self.budget, seen / len(self.train_indices))
             loss += torch.as_tensor(self.step(part, clock, module, group), device=self.device).detach() * len(part)
             samples += len(part)

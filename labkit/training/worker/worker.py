@@ -31,7 +31,7 @@ from labkit.errors import WireError, WorkerError
 from labkit.problems.problem import Clock, Problem
 from labkit.runs.config import RunConfig
 from labkit.training.wire import compression, transport
-from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S
+from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S, Grant, Refused, check_reply
 from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.process import prepare, synchroniser
@@ -52,7 +52,7 @@ class WorkerSpec:
     device: str = "cpu"
     threads: int = 1
     uneven: Unevenness = field(default_factory=Unevenness)
-    collective: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
+    meeting: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     generation: int = 0  # how often this worker has been started in this run before
     scored: bool = True  # does the rule ask for Q?
 
@@ -68,12 +68,13 @@ def run_worker(problem: Problem, spec: WorkerSpec) -> dict:
     worker = _Worker(problem, spec)
     try:
         return worker.run()
-    except WireError as error:
-        failure = WorkerError(f"worker {spec.index} lost the server: {error}", spec.index)
     except Exception as error:
-        message = f"worker {spec.index} ({spec.device}) failed at version {worker.version}: {type(error).__name__}: {error}"
-        worker.notify_failure(message)
-        failure = WorkerError(message, spec.index, traceback.format_exc())
+        if isinstance(error, WireError) and not isinstance(error, Refused):
+            failure = WorkerError(f"worker {spec.index} lost the server: {error}", spec.index)
+        else:
+            message = f"worker {spec.index} ({spec.device}) failed at version {worker.version}: {type(error).__name__}: {error}"
+            worker.notify_failure(message)
+            failure = WorkerError(message, spec.index, traceback.format_exc())
     finally:
         worker.close()
     raise failure  # out here the frames of the error are gone, and with them what they held of the group
@@ -102,7 +103,7 @@ class _Worker:
             "about": f"pid {os.getpid()}, {spec.device}, {spec.threads} thread(s)",
         }
         self._build()
-        self.connection = transport.connect(spec.address, spec.secret, timeout=SERVER_TIMEOUT_S)
+        self.connection = self._connect()
         while True:
             try:
                 self.connection.send(join)
@@ -110,6 +111,8 @@ class _Worker:
                 if not self._serve():
                     self.connection.send({"op": "leave"})
                     return self.done
+            except Refused:
+                raise
             except WireError as error:
                 self._connect_again(error)
             self._build()
@@ -129,6 +132,9 @@ class _Worker:
         self.replica = self._replica()
         self.buffers = WeightBuffers(self.replica, self.spec.config.exchange, apart=self.spec.config.overlap > 0)
 
+    def _connect(self) -> transport.Connection:
+        return transport.connect(self.spec.address, self.spec.secret, timeout=SERVER_TIMEOUT_S, check=check_reply)
+
     def _connect_again(self, error: WireError) -> None:
         """The link is down; the server may be there all the same. Where nothing listens any more, the run is over."""
         self._close_group()
@@ -137,7 +143,7 @@ class _Worker:
         limit, pause = time.monotonic() + RETRY_S, 0.05
         while True:
             try:
-                self.connection = transport.connect(self.spec.address, self.spec.secret, timeout=SERVER_TIMEOUT_S)
+                self.connection = self._connect()
                 return
             except WireError as again:
                 if isinstance(again.__cause__, ConnectionRefusedError) or time.monotonic() > limit:
@@ -149,47 +155,47 @@ class _Worker:
         """Local passes of one incarnation: until the server says stop (False), or wants this worker to join anew (True)."""
         self.send_s = self.hidden_s = 0.0
         self.scored_at = -math.inf  # perf_counter
-        go = self._pull()
-        while go["op"] == "go":
-            self._begin(go)
+        message = self._pull()
+        while message["op"] == "grant":
+            grant = self._begin(message)
             done, broken = None, ""
             try:
-                with self.heartbeat.local_pass(go["group"]):
-                    if go["group"] <= self.broken:  # the message has overtaken the weights
+                with self.heartbeat.local_pass(grant.group):
+                    if grant.group <= self.broken:  # the message has overtaken the weights
                         raise Broken(GONE)
-                    done = self._local_pass(self._trained(go), go)
+                    done = self._local_pass(self._trained(grant), grant)
             except Broken as error:
                 broken = str(error)
-            message = self.heartbeat.pop_interrupt()
-            if message and message["op"] != "regroup":
-                go = message
+            interrupt = self.heartbeat.pop_interrupt()
+            if interrupt and interrupt["op"] != "regroup":
+                message = interrupt
                 break
             if done is None:  # one of the all-reduce is gone
                 self._close_group()
                 self.connection.send({"op": "regroup", "reason": broken})
-                go = self._pull()
+                message = self._pull()
                 continue
-            go = self._exchange(done, go)  # also when a regroup came too late: this pass is complete
+            message = self._exchange(done, grant)  # also when a regroup came too late: this pass is complete
             self.done = {"samples": self.done["samples"] + done["samples"], "passes": self.done["passes"] + 1}
-        if go["op"] == "lost":
-            raise WireError(go["reason"])
+        if message["op"] == "lost":
+            raise WireError(message["reason"])
         self._close_group()
-        return go["op"] == "rejoin"
+        return message["op"] == "rejoin"
 
-    def _trained(self, go: dict) -> torch.nn.Module:
+    def _trained(self, grant: Grant) -> torch.nn.Module:
         """The module to train: with an all-reduce it is wrapped, anew whenever the group has changed."""
         spec = self.spec
-        if not spec.collective:
+        if not spec.meeting:
             return self.replica.module
-        if self.group is None or self.group.number != go["group"]:
-            if self.group is not None or go["group"] > 1:  # others have another momentum, or none
+        if self.group is None or self.group.number != grant.group:
+            if self.group is not None or grant.group > 1:  # others have another momentum, or none
                 self._close_group()
                 weights, shard = self.replica.flat, self.replica.shard
                 self._build()
                 self.replica.flat.copy_(weights)
                 self.replica.shard = shard
-            where = {"meeting": spec.collective, "device": spec.device, "one_process": spec.config.one_process}
-            self.group = ProcessGroup(spec.index, go["ranks"], go["group"], self.heartbeat, **where)
+            where = {"meeting": spec.meeting, "device": spec.device, "one_process": spec.config.one_process}
+            self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where)
             self.wrapped = self.group.wrap(self.replica.module)
         return self.wrapped
 
@@ -228,27 +234,30 @@ class _Worker:
         return float(np.median(times[1:]))
 
     def _pull(self) -> dict:
-        """Wait for the next version, whose weights are received into their buffer; or for another message: stop, rejoin."""
+        """Wait for the next grant, whose weights are received into their buffer; or for another message: stop, rejoin."""
         while True:
-            header, _ = self.connection.receive(self._receive_into)
+            header, self.n_received = self.connection.receive(self._receive_into)
             if header["op"] == "regroup":
                 self.broken = header["group"]
             if header["op"] not in ("hold", "regroup"):
                 return header
 
     def _receive_into(self, header: dict, n: int) -> list[memoryview]:
-        self.new_indices = np.empty(header["indices"], np.int64)
+        self.new_indices = np.empty(max(0, n - self.buffers.received.nbytes) // 8, np.int64)
         return [self.buffers.received, memoryview(self.new_indices)]
 
-    def _begin(self, go: dict) -> None:
+    def _begin(self, message: dict) -> Grant:
         """The replica goes on from what was pulled."""
-        self.version = go["version"]
+        n_bytes = self.n_received - self.buffers.received.nbytes
+        grant = Grant.read(message, worker=self.spec.index, budget=self.spec.config.budget, n_bytes=n_bytes)
+        self.version = grant.version
         if self.replica.shard is None:
-            self.replica.begin(go["incarnation"], own_generator=not self.spec.config.one_process)
-        self.buffers.unpack(go["carry"])
-        self.replica.hold(go["keep"], self.new_indices)
+            self.replica.begin(grant.incarnation, own_generator=not self.spec.config.one_process)
+        self.buffers.unpack(grant.carry)
+        self.replica.hold(grant.retain, self.new_indices)
+        return grant
 
-    def _local_pass(self, module: torch.nn.Module, go: dict) -> dict | None:
+    def _local_pass(self, module: torch.nn.Module, grant: Grant) -> dict | None:
         """Train on the granted samples; None when the run was stopped in between."""
         updated = time.perf_counter()
 
@@ -259,9 +268,9 @@ class _Worker:
                 self.heartbeat.progress = {"samples": samples, "loss": float(loss) / samples}
 
         options = {"module": module, "group": self.group, "progress": progress}
-        return self.replica.local_pass(go, halted=lambda: self.heartbeat.interrupt, **options)
+        return self.replica.local_pass(grant, halted=lambda: self.heartbeat.interrupt, **options)
 
-    def _exchange(self, done: dict, go: dict) -> dict:
+    def _exchange(self, done: dict, grant: Grant) -> dict:
         """Score, push and pull; returns the next message. With `overlap` as much of it as possible is done at the same time."""
         late = self.sender is not None and not self.spec.scored
         score, score_s = (None, 0.0) if late else self._score()
@@ -274,10 +283,10 @@ class _Worker:
         else:
             answer = self.sender.submit(self._push_and_pull, header, body)
             score, score_s = self._score() if late else (None, 0.0)
-            self.replica.ahead(go, halted=lambda: self.heartbeat.interrupt)
+            self.replica.ahead(grant, halted=lambda: self.heartbeat.interrupt)
             free = time.perf_counter()
             message, ended = answer.result()
-            if score is not None and message["op"] in ("go", "stop"):
+            if score is not None and message["op"] in ("grant", "stop"):
                 self.connection.send({"op": "score", "score": score, "score_s": score_s})
         # What the round trip took, less the time that the server held us; and during how much of it this worker computed.
         trip = max(0.0, ended - started - message.get("wait_s", 0.0))
@@ -291,7 +300,7 @@ class _Worker:
         """Returns the next message and when it came (perf_counter)."""
         self.connection.send(header, body)
         message = self._pull()
-        if message["op"] != "go":
+        if message["op"] != "grant":
             self.heartbeat.interrupt = message  # what is computed meanwhile need not go on
         return message, time.perf_counter()
 

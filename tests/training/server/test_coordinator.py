@@ -65,15 +65,15 @@ class Course:
         """The one answer that has come for a worker, taken out; None if there is none."""
         assert len(self.answers[worker]) <= 1
         answer = self.answers[worker].pop() if self.answers[worker] else None
-        if answer and answer.header["op"] == "go":
-            assert len(answer.indices) == answer.header["indices"]
-            self.indices[worker] = self.indices[worker][: answer.header["keep"]] + answer.indices.tolist()
+        if answer and answer.grant:
+            assert len(answer.indices) == answer.grant.n_indices
+            self.indices[worker] = self.indices[worker][: answer.grant.retain] + answer.indices.tolist()
             assert self.indices[worker] == self.it.partition.shard(worker).tolist()
         return answer
 
     def push(self, worker, answer, seconds=1.0, **changes):
         weights = answer.weights + np.float32(1 if self.it.update.collective else 1 + worker)  # replicas are equal
-        header = {"samples": answer.header["samples"], "version": answer.header["version"], "loss": 1.0, "score": 0.5}
+        header = {"samples": answer.grant.samples, "version": answer.grant.version, "loss": 1.0, "score": 0.5}
         header |= {"compute_s": seconds, "score_s": 0.0, "wait_s": 0.0, "send_s": 0.0}
         self.it.push(self.members[worker], header | changes, weights, weights.nbytes)
 
@@ -87,20 +87,20 @@ class Course:
         for _ in range(10_000):
             for worker in list(self.it.members):
                 if worker not in working and (answer := self.answer(worker)):
-                    if answer.header["op"] == "stop":
+                    if answer.grant is None:
                         self.it.leave(self.members[worker])
                     else:
                         working[worker] = answer
             for worker, answer in working.items():
                 if worker not in ready:
-                    seconds = answer.header["samples"] * (speeds or {}).get(worker, 1.0)
+                    seconds = answer.grant.samples * (speeds or {}).get(worker, 1.0)
                     ready[worker] = (self.now + seconds, worker, seconds)
             if not working:
                 break
             self.now, worker, seconds = min(ready.values())
             del ready[worker]
             answer = working.pop(worker)
-            grants[worker].append(answer.header["samples"])
+            grants[worker].append(answer.grant.samples)
             self.push(worker, answer, seconds)
         assert self.it.over and not self.it.members
         return grants
@@ -140,10 +140,10 @@ def test_nobody_begins_before_everyone_is_there():
     course.join(1)
     assert course.it.started and len(course.of("start")) == 1
     answers = [course.answer(w) for w in WORKERS]
-    assert [a.header["op"] for a in answers] == ["go"] * 3
+    assert all(a.grant for a in answers)
     assert sorted(itertools.chain(*course.indices.values())) == list(range(SAMPLES))
-    assert [a.header["samples"] for a in answers] == [len(course.indices[w]) for w in WORKERS]
-    assert all(a.header["grants"] == [b.header["samples"] for b in answers] for a in answers)
+    assert [a.grant.samples for a in answers] == [len(course.indices[w]) for w in WORKERS]
+    assert all(a.grant.ranks == a.grant.rank_samples == () for a in answers)
     assert [row["kind"] for row in course.rows[:4]] == ["join", "join", "join", "start"]
 
 
@@ -156,7 +156,7 @@ def test_a_barrier_holds_until_all_have_pushed_and_then_releases_all():
     assert not any(course.answers.values()) and len(course.of("hold")) == 2 and not course.of("merge")
     course.now = 5.0
     course.push(1, work[1])
-    answers = [course.answer(w).header for w in WORKERS]
+    answers = [course.answer(w).header() for w in WORKERS]
     assert [a["wait_s"] for a in answers] == [5.0, 0.0, 3.0]
     assert {a["version"] for a in answers} == {1} and len(course.of("merge")) == 3 and len(course.of("hold")) == 2
     assert [row["total"] for row in course.of("merge")] == [SAMPLES] * 3
@@ -168,7 +168,7 @@ def test_an_asynchronous_push_is_answered_at_once():
     for number, worker in enumerate([2, 2, 0, 2, 1], 1):
         course.push(worker, work[worker])
         work[worker] = course.answer(worker)
-        assert work[worker].header["version"] == number and work[worker].header["wait_s"] == 0.0
+        assert work[worker].grant.version == number and work[worker].grant.wait_s == 0.0
     assert not course.of("hold")
     assert [row["staleness"] for row in course.of("merge")] == [0, 0, 2, 1, 4]
 
@@ -194,7 +194,7 @@ def test_who_leaves_while_the_others_wait_for_it_releases_them():
     course.push(0, work[0])
     course.push(2, work[2])
     course.it.leave(course.members[1])
-    assert [course.answer(w).header["version"] for w in (0, 2)] == [1, 1]
+    assert [course.answer(w).grant.version for w in (0, 2)] == [1, 1]
     assert [row["worker"] for row in course.of("merge")] == [0, 2]
 
 
@@ -229,7 +229,7 @@ def test_all_are_told_to_stop_when_the_last_push_has_come():
     for worker in WORKERS:
         assert not any(course.answers.values())
         course.push(worker, work[worker])
-    assert [course.answer(w).header for w in WORKERS] == [{"op": "stop", "reason": "", "wait_s": 0.0}] * 3
+    assert [course.answer(w).header() for w in WORKERS] == [{"op": "stop", "reason": "", "wait_s": 0.0}] * 3
     assert course.it.state == "running" and not course.it.over
     for worker in WORKERS:
         course.it.leave(course.members[worker])
@@ -274,7 +274,7 @@ def test_who_comes_back_gets_samples_at_once():
     course.indices[1] = []
     course.join(1)
     back = course.answer(1)
-    assert back.header["op"] == "go" and len(back.indices) == back.header["samples"] > 0
+    assert back.grant and len(back.indices) == back.grant.samples > 0
     work[1] = back
     course.finish(work)
     assert course.it.samples.done == 100
@@ -308,14 +308,14 @@ def test_stop_dismisses_who_waits_and_not_who_works(state):
     course.it.stop(state, "why")
     busy = [member for member in course.it.members.values() if member.granted]
     assert [member.index for member in busy] == [1, 2]
-    assert course.answer(0).header == {"op": "stop", "reason": "why", "wait_s": 2.0}
+    assert course.answer(0).header() == {"op": "stop", "reason": "why", "wait_s": 2.0}
     course.it.stop("failed", "later")
     assert course.it.reason == "why" and course.rows[-1] == {
         "kind": {"stopped": "stop", "failed": "error"}[state],
         "message": "why",
     }
     course.push(1, work[1])
-    assert course.answer(1).header["op"] == "stop" and not course.of("merge")
+    assert course.answer(1).grant is None and not course.of("merge")
     for worker in WORKERS:
         assert not course.it.over
         course.it.leave(course.members[worker])
@@ -340,7 +340,7 @@ def test_a_record_that_cannot_be_written_does_not_keep_the_word_from_who_waits()
     course.it.record = full
     with pytest.raises(OSError, match="No space"):
         course.it.stop("failed", "full")
-    assert course.answer(0).header["op"] == "stop" and course.it.state == "failed"
+    assert course.answer(0).grant is None and course.it.state == "failed"
 
 
 def test_a_bad_push_fails_the_run():
@@ -348,7 +348,7 @@ def test_a_bad_push_fails_the_run():
     work = course.answer(1)
     course.push(1, work, score=2.0)
     assert course.it.state == "failed" and course.it.reason.startswith("worker 1 at version 0: push of worker 1")
-    assert course.answer(1).header["op"] == "stop" and course.it.samples.done == 0
+    assert course.answer(1).grant is None and course.it.samples.done == 0
 
 
 def test_versions_are_kept_evenly_over_the_run():
@@ -380,7 +380,7 @@ def test_the_status_counts_what_is_under_way():
     assert (status["samples"], status["version"], status["state"], status["started"]) == (3, 0, "running", True)
     assert status["workers"][0] == {"loss": 0.25, "score": None, "passes": 0}
     course.push(0, answer)
-    assert standing(course.it)["samples"] == answer.header["samples"] and standing(course.it)["workers"][0]["passes"] == 1
+    assert standing(course.it)["samples"] == answer.grant.samples and standing(course.it)["workers"][0]["passes"] == 1
 
 
 def test_shares_are_exact_and_leave_nobody_with_one():
@@ -395,13 +395,13 @@ def test_a_time_is_measured_once_and_declared_speeds_stand_until_the_first_pass(
     course = Course(AGWU(), IDPA(batches=4, speeds=[1, 1], smoothing=2), budget=200, workers=[0, 1]).join(0, 1, seconds=9.0)
     work = {w: course.answer(w) for w in (0, 1)}
     for _ in range(3):
-        course.push(0, work[0], seconds=2.0 * work[0].header["samples"])
+        course.push(0, work[0], seconds=2.0 * work[0].grant.samples)
         work[0] = course.answer(0)
         assert course.it.partition.seconds == {0: 2.0, 1: 1.0}
     for estimate, measured in [(4.0, 4.0), (6.0, 8.0)]:  # the first pass counts alone; the median of two is their mean
-        course.push(1, work[1], seconds=measured * work[1].header["samples"])
+        course.push(1, work[1], seconds=measured * work[1].grant.samples)
         work[1] = course.answer(1)
-        course.push(0, work[0], seconds=2.0 * work[0].header["samples"])
+        course.push(0, work[0], seconds=2.0 * work[0].grant.samples)
         work[0] = course.answer(0)
         assert course.it.partition.seconds == {0: 2.0, 1: pytest.approx(estimate)}
 
@@ -427,7 +427,7 @@ def test_a_latecomer_does_not_hold_up_a_round_that_is_under_way():
     assert course.answer(2) is None
     course.push(0, work[0])
     course.push(1, work[1])
-    assert {w: course.answer(w).header["version"] for w in (0, 1, 2)} == {0: 1, 1: 1, 2: 1}
+    assert {w: course.answer(w).grant.version for w in (0, 1, 2)} == {0: 1, 1: 1, 2: 1}
 
 
 def test_the_run_begins_without_those_who_are_lost_before_the_start():
@@ -445,21 +445,22 @@ def test_the_run_begins_without_those_who_are_lost_before_the_start():
 def test_an_all_reduce_whose_group_breaks_begins_anew_from_the_latest_version():
     course = Course(AllReduce(), budget=100).join(*WORKERS)
     work = {w: course.answer(w) for w in WORKERS}
-    assert [work[w].header["group"] for w in WORKERS] == [1, 1, 1] and work[0].header["ranks"] == WORKERS
+    assert [work[w].grant.group for w in WORKERS] == [1, 1, 1] and work[0].grant.ranks == tuple(WORKERS)
+    assert all(a.grant.rank_samples == tuple(work[w].grant.samples for w in WORKERS) for a in work.values())
     for worker in WORKERS:
         course.push(worker, work[worker])
     work = {w: course.answer(w) for w in WORKERS}
-    assert [work[w].header["group"] for w in WORKERS] == [1, 1, 1]  # nobody has changed: the group stays
+    assert [work[w].grant.group for w in WORKERS] == [1, 1, 1]  # nobody has changed: the group stays
     course.it.regroup(course.members[0], "the connection was closed")
     assert course.answer(0) is None
     course.it.leave(course.members[1])
     course.it.regroup(course.members[2], "the connection was closed")
     work = {w: course.answer(w) for w in (0, 2)}
-    assert all(a.header["ranks"] == [0, 2] and a.header["group"] == 2 and a.header["version"] == 1 for a in work.values())
+    assert all(a.grant.ranks == (0, 2) and a.grant.group == 2 and a.grant.version == 1 for a in work.values())
     course.join(1)
     for worker in (0, 2):
         course.push(worker, work[worker])
-    assert {course.answer(w).header["group"] for w in WORKERS} == {3}
+    assert {course.answer(w).grant.group for w in WORKERS} == {3}
 
 
 def test_a_group_that_breaks_for_ever_ends_the_run():
@@ -468,7 +469,7 @@ def test_a_group_that_breaks_for_ever_ends_the_run():
         if course.it.state != "running":
             break
         for worker in WORKERS:
-            assert course.answer(worker).header["op"] == "go"
+            assert course.answer(worker).grant
         for worker in WORKERS:
             course.it.regroup(course.members[worker], "no luck")
     assert course.it.state == "failed" and "broke 10 times in a row at version 0" in course.it.reason
@@ -482,7 +483,7 @@ def test_a_run_that_goes_on_with_other_workers_gives_each_of_them_its_whole_shar
     for _ in range(3):
         work = {w: answer for w in WORKERS if (answer := first.answer(w))}
         for worker, answer in work.items():
-            first.push(worker, answer, answer.header["samples"] * (1.0 + worker))
+            first.push(worker, answer, answer.grant.samples * (1.0 + worker))
     state = first.it.state_dict()
     course = Course(rule(), partition(), budget=200, workers=workers, state=state).join(*workers, seconds=2.0)
     course.finish(speeds=dict.fromkeys(workers, 1.0))  # at every answer: what the worker holds is what the partition says
@@ -495,7 +496,7 @@ def test_a_run_that_goes_on_with_other_workers_gives_each_of_them_its_whole_shar
 def test_a_newcomer_s_probe_counts_also_when_a_run_goes_on():
     first = Course(AGWU(), IDPA(batches=1), budget=200, workers=[0, 1]).join(0, 1)
     for worker in (0, 1):
-        first.push(worker, work := first.answer(worker), 1.0 * work.header["samples"])
+        first.push(worker, work := first.answer(worker), 1.0 * work.grant.samples)
         first.answer(worker)
     course = Course(AGWU(), IDPA(batches=1), budget=200, workers=[0, 1, 2], state=first.it.state_dict()).join(0, 1, 2, seconds=4.0)
     assert course.it.partition.seconds[2] == 4.0
@@ -558,12 +559,12 @@ def test_whoever_comes_and_goes_the_budget_is_met_and_no_sample_is_lost_or_doubl
         elif working:
             worker = int(chance.choice(sorted(working)))
             answer = working.pop(worker)
-            if answer.header["op"] == "stop":
+            if answer.grant is None:
                 course.it.leave(course.members[worker])
-            elif rule.collective and any(i not in course.it.members for i in answer.header["ranks"]):
+            elif rule.collective and any(i not in course.it.members for i in answer.grant.ranks):
                 course.it.regroup(course.members[worker], "a rank is gone")
             else:
-                course.push(worker, answer, answer.header["samples"] * (1 + worker))
+                course.push(worker, answer, answer.grant.samples * (1 + worker))
         else:
             assert len(course.it.members) < len(WORKERS) or faults == 25 or rule.collective, "everybody waits"
         partition_now = course.it.partition

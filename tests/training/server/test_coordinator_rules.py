@@ -28,10 +28,10 @@ def test_what_a_rule_throws_away_is_recorded_and_is_for_somebody_to_train_on_aga
     course.push(1, work[1])  # one version late
     (drop,) = course.of("drop")
     assert drop["worker"] == 1 and (drop["version"], drop["staleness"], drop["coefficient"]) == (1, 1, 0.0)
-    assert drop["samples"] == work[1].header["samples"]
+    assert drop["samples"] == work[1].grant.samples
     assert drop["total"] == done == course.it.samples.done == course.it.samples.merged
     answer = course.answer(1)
-    assert answer.header["op"] == "go" and answer.header["version"] == 1 and course.it.samples.granted == granted
+    assert answer.grant and answer.grant.version == 1 and course.it.samples.granted == granted
 
 
 def test_a_budget_is_met_although_the_last_push_of_all_is_thrown_away():
@@ -39,7 +39,7 @@ def test_a_budget_is_met_although_the_last_push_of_all_is_thrown_away():
     course, work = begun(Ringmaster(1), budget=SAMPLES)
     course.push(0, work[0])
     course.push(1, work[1])
-    assert course.of("drop") and course.answer(1).header["op"] == "go"
+    assert course.of("drop") and course.answer(1).grant
     course.push(2, work[2])
     pending = {worker: answer for worker in WORKERS if (answer := course.answer(worker))}
     assert 2 in pending or 1 in pending
@@ -53,9 +53,9 @@ def test_a_late_push_under_a_quorum_releases_its_worker_into_the_round_under_way
     course, work = begun(SGWU(quorum=0.5), budget=200)
     course.push(0, work[0])
     course.push(1, work[1])
-    assert [course.answer(w).header["version"] for w in (0, 1)] == [1, 1]
+    assert [course.answer(w).grant.version for w in (0, 1)] == [1, 1]
     course.push(2, work[2])
-    assert course.answer(2).header["version"] == 1 and course.of("drop")[0]["worker"] == 2 and not course.of("hold", worker=2)
+    assert course.answer(2).grant.version == 1 and course.of("drop")[0]["worker"] == 2 and not course.of("hold", worker=2)
 
 
 # -- kept back ---------------------------------------------------------------------------------------------------------
@@ -65,10 +65,10 @@ def test_what_is_kept_back_counts_when_it_is_merged_and_at_the_end_at_the_latest
     course, work = begun(FedBuff(4), budget=3 * SAMPLES)
     course.push(0, work[0])
     assert not course.of("merge") and course.answers[0] and not course.of("hold")  # its worker goes on
-    assert course.it.state_dict()["done"] == 0 and standing(course.it)["samples"] == work[0].header["samples"]
+    assert course.it.state_dict()["done"] == 0 and standing(course.it)["samples"] == work[0].grant.samples
     course.answers[0].clear()
     course.it.leave(course.members[0])  # what it has pushed is in the buffer
-    assert course.it.samples.done == work[0].header["samples"]
+    assert course.it.samples.done == work[0].grant.samples
     del work[0]
     course.finish(work)
     merges = course.of("merge")
@@ -97,13 +97,13 @@ def test_who_comes_again_when_its_leave_was_the_end_is_told_to_stop():
     """The grants of a small budget leave worker 2 nothing to train on, and nobody else is under way."""
     course = Course(SGWU(), budget=2).join(*WORKERS)
     work = {w: course.answer(w) for w in WORKERS}
-    assert sorted(answer.header["samples"] for answer in work.values()) == [0, 1, 1]
-    (idle,) = (w for w in WORKERS if not work[w].header["samples"])
+    assert sorted(answer.grant.samples for answer in work.values()) == [0, 1, 1]
+    (idle,) = (w for w in WORKERS if not work[w].grant.samples)
     for worker in set(WORKERS) - {idle}:
         course.push(worker, work[worker])
     assert not course.it.finished
     course.join(idle)
-    assert course.it.finished and [course.answer(w).header["op"] for w in WORKERS] == ["stop"] * 3
+    assert course.it.finished and all(course.answer(w).grant is None for w in WORKERS)
     for worker in WORKERS:
         course.it.leave(course.members[worker])
     assert course.it.state == "done" and course.it.samples.merged == 2
@@ -127,7 +127,7 @@ def test_a_rule_that_waits_for_a_time_only_is_told_when_it_is_over():
     assert not any(course.answers.values())
     course.now = 13.25
     course.it.tick()
-    assert [course.answer(w).header["wait_s"] for w in (0, 2)] == [3.25, 1.25] and course.it.expires is None
+    assert [course.answer(w).grant.wait_s for w in (0, 2)] == [3.25, 1.25] and course.it.expires is None
     assert len(course.of("expire", version=0)) == 1 and {row["worker"] for row in course.of("merge")} == {0, 2}
     course.it.tick()
     assert len(course.of("expire")) == 1
@@ -140,7 +140,7 @@ def test_a_time_that_is_over_without_a_quorum_ends_with_the_push_that_makes_it()
     course.it.tick()
     assert not any(course.answers.values()) and course.it.expires is None and course.of("expire")
     course.push(1, work[1])
-    assert {course.answer(w).header["version"] for w in (0, 1)} == {1}
+    assert {course.answer(w).grant.version for w in (0, 1)} == {1}
 
 
 def test_nobody_is_told_of_a_time_when_the_run_has_ended():
@@ -186,17 +186,17 @@ def test_a_paced_rule_gives_passes_by_speed_where_shards_are_equal(local_steps, 
 def test_speeds_are_those_of_the_latest_passes():
     course, work = begun(DelayedNesterov(), partition=IDPA(batches=1), budget=60 * SAMPLES)
     assert [course.members[w].seconds for w in WORKERS] == [1.0, 1.0, 1.0]  # as probed
-    course.push(0, work[0], seconds=3.0 * work[0].header["samples"])
+    course.push(0, work[0], seconds=3.0 * work[0].grant.samples)
     assert course.members[0].seconds == 2.0
     answer = course.answer(0)
-    assert answer.header["pace"] == pytest.approx(SAMPLES / by_speed(course.it.partition.held, course.it.members)[0])
+    assert answer.grant.pace == pytest.approx(SAMPLES / by_speed(course.it.partition.held, course.it.members)[0])
 
 
 def test_under_easgd_each_worker_is_answered_with_its_own_weights_and_the_centre_is_kept():
     course, work = begun(EASGD(0.9), budget=200)
     course.push(1, work[1])  # 2 in every weight: alpha = 0.3
     answer = course.answer(1)
-    assert answer.weights == pytest.approx(np.full(5, 1.4)) and answer.header["version"] == 1
+    assert answer.weights == pytest.approx(np.full(5, 1.4)) and answer.grant.version == 1
     assert course.it.update.weights == pytest.approx(np.full(5, 0.6))
     course.it.keep()
     assert course.saved[-1][0] == 1 and course.saved[-1][1] is course.it.update.weights

@@ -57,7 +57,7 @@ class Client:
         while True:
             header, _ = self.connection.receive(self._place)
             if header["op"] != "hold":
-                self.go = header
+                self.message = header
                 return header
             self.connection.send({"op": "heartbeat"})
             self.holds += 1
@@ -65,23 +65,23 @@ class Client:
                 return None
 
     def _place(self, header, n):
-        self.indices = np.empty(header["indices"], np.int64)
+        self.indices = np.empty(header["n_indices"], np.int64)
         self.n_indices += len(self.indices)
         return [memoryview(self.weights), memoryview(self.indices)]
 
     def push(self, weights=None, **changes):
         weights = self.weights + np.float32(1) if weights is None else weights
-        header = {"op": "push", "version": self.go["version"], "samples": self.go["samples"], "score": 0.5, "loss": 1.0}
+        header = {"op": "push", "version": self.message["version"], "samples": self.message["samples"], "score": 0.5, "loss": 1.0}
         header |= {"compute_s": 0.1, "score_s": 0.01, "wait_s": 0.0, "send_s": 0.0}
         self.connection.send({**header, **changes}, memoryview(weights))
 
     def train(self):
         """Do as told until the end; returns the last word."""
-        while self.go["op"] == "go":
+        while self.message["op"] == "grant":
             self.push()
             self.pull()
         self.leave()
-        return self.go
+        return self.message
 
     def leave(self):
         self.connection.send({"op": "leave"})
@@ -160,8 +160,8 @@ def test_nobody_begins_before_everyone_is_there(tmp_path):
         assert first.pull(holds=2) is None  # held, and told so
         assert not ask(server)["started"]
         (second,) = join(server, 1)
-        assert first.pull()["op"] == second.go["op"] == "go"
-        assert first.go["wait_s"] == 0.0 and ask(server)["started"]
+        assert first.pull()["op"] == second.message["op"] == "grant"
+        assert first.message["wait_s"] == 0.0 and ask(server)["started"]
 
 
 def test_strangers_change_nothing(tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def drained(sock):
 def test_who_comes_again_replaces_its_earlier_self(tmp_path):
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         first, second = join(server, 0, 0)
-        assert second.go["op"] == "go" and second.n_indices == 17
+        assert second.message["op"] == "grant" and second.n_indices == 17
         with pytest.raises(WireError):  # its connection is closed
             first.push()
             first.pull()
@@ -235,7 +235,7 @@ def test_a_task_that_was_started_before_another_one_is_sent_away(tmp_path):
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         (second,) = join(server, 0, generation=1)
         (first,) = join(server, 0, generation=0)
-        assert first.go == {"op": "stop", "reason": "worker 0 has been started again elsewhere.", "wait_s": 0.0}
+        assert first.message == {"op": "stop", "reason": "worker 0 has been started again elsewhere.", "wait_s": 0.0}
         assert second.train()["op"] == "stop"
         thread.join(10)
     assert result["state"] == "done"
@@ -249,7 +249,7 @@ def test_a_worker_that_comes_late_is_told_that_the_run_has_ended(tmp_path):
         assert ask(server, op="stop", reason="enough")["state"] == "stopped"
         assert first.pull()["reason"] == "enough"
         (late,) = join(server, 1)
-        assert late.go["op"] == "stop" and late.go["reason"] == "the run has ended."
+        assert late.message["op"] == "stop" and late.message["reason"] == "the run has ended."
 
 
 BAD_PUSHES = {
@@ -272,7 +272,7 @@ def test_a_bad_push_fails_the_run_and_frees_the_others(what, tmp_path):
         until(lambda: len(events(server, "hold")) == 1)
         bad.push(**changes)
         assert bad.pull()["op"] == held.pull()["op"] == "stop"
-        assert held.go["wait_s"] >= 0 and f"worker {bad.index} at version" in held.go["reason"]
+        assert held.message["wait_s"] >= 0 and f"worker {bad.index} at version" in held.message["reason"]
         held.leave(), bad.leave()
         thread.join(10)
     assert result["state"] == "failed"
@@ -331,7 +331,7 @@ def test_the_last_pass_of_a_lost_worker_is_made_by_those_who_had_nothing_left_to
         idle.push()
         assert idle.pull(holds=2) is None  # no samples are left, but the other one is under way
         lost.connection.close()
-        assert idle.pull()["op"] == "go" and idle.go["samples"] == lost.go["samples"]
+        assert idle.pull()["op"] == "grant" and idle.message["samples"] == lost.message["samples"]
         idle.train()
         thread.join(10)
     assert (result["state"], result["samples"]) == ("done", 17)
@@ -349,7 +349,7 @@ def test_who_is_lost_breaks_its_own_group_and_none_after_it(tmp_path):
         clients[2].connection.close()
         for client in clients[:2]:
             words = sorted([client.pull(), client.pull()], key=lambda word: word["op"])  # the second may overtake the weights
-            assert [word["op"] for word in words] == ["go", "regroup"] and words[0]["ranks"] == [0, 1]
+            assert [word["op"] for word in words] == ["grant", "regroup"] and words[0]["ranks"] == [0, 1]
             assert words[1]["group"] < words[0]["group"]
 
 
@@ -359,13 +359,13 @@ def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
         frozen, there = join(server, 0, 1)
         there.push()
         there.pull()
-        assert there.go["op"] == "go" and there.go["wait_s"] > 0.3
+        assert there.message["op"] == "grant" and there.message["wait_s"] > 0.3
         frozen.push(samples=3)
         assert frozen.pull() == {"op": "rejoin"}
         frozen.connection.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01})
         until(lambda: len(events(server, "join")) == 3)
         there.push()
-        assert frozen.pull()["op"] == "go" and frozen.go["incarnation"] == 1 and there.pull()["op"] == "go"
+        assert frozen.pull()["op"] == "grant" and frozen.message["incarnation"] == 1 and there.pull()["op"] == "grant"
         threads = [threading.Thread(target=c.train) for c in (frozen, there)]
         [t.start() for t in threads]
         [t.join(10) for t in threads]
@@ -432,7 +432,7 @@ def test_a_heartbeat_is_a_sign_of_life_and_of_progress(tmp_path):
             time.sleep(0.3)
         assert ask(server)["workers"]["0"] == {"loss": 0.7, "score": None, "passes": 0}
         worker.push()
-        assert worker.pull()["op"] == "go"
+        assert worker.pull()["op"] == "grant"
 
 
 def test_all_workers_lost_is_an_end(tmp_path):
@@ -447,12 +447,12 @@ def test_all_workers_lost_is_an_end(tmp_path):
 def test_the_run_begins_without_a_worker_that_does_not_come_and_takes_it_when_it_does(tmp_path):
     with serving(spec(tmp_path, SGWU(), budget=170, join_timeout=0.3)) as (server, result, thread):
         (there,) = join(server, 0)
-        assert there.go["op"] == "go" and there.n_indices == 17
+        assert there.message["op"] == "grant" and there.n_indices == 17
         late = Client(server.address, 1)
         server.clients.append(late)
         until(lambda: len(events(server, "join")) == 2)
         there.push()
-        assert there.pull()["op"] == late.pull()["op"] == "go" and there.go["keep"] < 17
+        assert there.pull()["op"] == late.pull()["op"] == "grant" and there.message["retain"] < 17
         threads = [threading.Thread(target=c.train) for c in (there, late)]
         [t.start() for t in threads]
         [t.join(10) for t in threads]
@@ -477,7 +477,7 @@ def test_a_worker_may_come_back(tmp_path):
         second.connection.close()
         until(lambda: len(events(server, "leave")) == 2)
         (back,) = join(server, 1)
-        assert back.go["op"] == "go" and back.go["version"] == 0 and back.n_indices > 0
+        assert back.message["op"] == "grant" and back.message["version"] == 0 and back.n_indices > 0
         threads = [threading.Thread(target=c.train) for c in (first, back)]
         [t.start() for t in threads]
         [t.join(10) for t in threads]
@@ -506,7 +506,7 @@ def test_a_full_disk_fails_the_run_and_frees_everyone(when, tmp_path):
             second.push()
             assert second.pull()["op"] == "stop"
             second.leave()
-        assert first.go["op"] == "stop" or first.pull()["op"] == "stop"
+        assert first.message["op"] == "stop" or first.pull()["op"] == "stop"
         first.leave() if when == "held" else first.connection.close()
         thread.join(10)
         assert not thread.is_alive()

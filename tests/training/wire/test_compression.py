@@ -17,6 +17,7 @@ from labkit.training import supervisor as session
 from labkit.training.server.grants import ahead_of
 from labkit.training.server.membership import standing
 from labkit.training.wire import compression as exchange
+from labkit.training.wire.protocol import Grant
 from labkit.training.worker.replica import Replica
 from labkit.updates import AGWU, UPDATES, FedAsync, make_update
 from tests.simulation.test_exact import same
@@ -113,11 +114,11 @@ class Ahead(Course):
     """A course whose workers train on while their pushes are under way."""
 
     def push(self, worker, answer, seconds=1.0, **changes):
-        header = answer.header
-        samples = header["carry"] + header["samples"] - header["ahead"]
-        assert 0 <= header["ahead"] <= header["samples"]
-        assert header["samples"] == 1 or 1 not in (header["samples"] - header["ahead"], header["ahead"])
-        self.pushed.append((worker, samples, header))
+        grant = answer.grant
+        samples = grant.carry + grant.samples - grant.ahead
+        assert 0 <= grant.ahead <= grant.samples
+        assert grant.samples == 1 or 1 not in (grant.samples - grant.ahead, grant.ahead)
+        self.pushed.append((worker, samples, grant))
         super().push(worker, answer, seconds, samples=samples, **changes)
 
 
@@ -137,7 +138,7 @@ def test_every_sample_of_the_budget_is_pushed_once(rule, local_steps, budget):
     assert sum(samples for _, samples, _ in course.pushed) == budget == sum(row["samples"] for row in course.of("merge"))
     assert rule == "ssp" or all(samples >= 2 for _, samples, _ in course.pushed)  # BatchNorm
     for worker in WORKERS:  # what is left for the next push is carried into it
-        mine = [header for who, _, header in course.pushed if who == worker]
+        mine = [grant for who, _, grant in course.pushed if who == worker]
         assert mine[0]["carry"] == 0 == mine[-1]["ahead"]
         assert all(now["carry"] == before["ahead"] for before, now in itertools.pairwise(mine))
 
@@ -147,9 +148,9 @@ def test_after_the_first_each_grant_is_a_local_pass_and_so_is_each_push():
     first = course.answer(0)
     course.push(0, first)
     then = course.answer(0)
-    one_pass = then.header["samples"]
-    assert (first.header["samples"], first.header["ahead"], first.header["carry"]) == (one_pass + 2, 2, 0)
-    assert (then.header["ahead"], then.header["carry"]) == (2, 2) and one_pass == course.pushed[0][1] == 7  # of 18, with 6 of 17
+    one_pass = then.grant.samples
+    assert (first.grant.samples, first.grant.ahead, first.grant.carry) == (one_pass + 2, 2, 0)
+    assert (then.grant.ahead, then.grant.carry) == (2, 2) and one_pass == course.pushed[0][1] == 7  # of 18, with 6 of 17
 
 
 def test_who_has_not_measured_its_score_again_stands_with_the_latest():
@@ -164,7 +165,7 @@ def test_who_is_lost_loses_what_it_has_trained_on_ahead():
     course = ahead("agwu", budget=60, local_steps=2).join(*WORKERS)
     answers = {w: course.answer(w) for w in WORKERS}
     course.push(1, answers.pop(1))
-    assert course.answer(1).header["carry"] == 2
+    assert course.answer(1).grant.carry == 2
     course.it.leave(course.members.pop(1), "gone")
     course.finish(pending=answers)
     assert course.it.samples.done == 60 == sum(samples for _, samples, _ in course.pushed)
@@ -183,7 +184,7 @@ def test_whoever_comes_and_goes_each_sample_of_the_budget_is_pushed_once(rule, s
         for worker in list(course.it.members):
             if worker not in working and (answer := course.answer(worker)):
                 working[worker] = answer
-        stopped = [worker for worker, answer in working.items() if answer.header["op"] == "stop"]
+        stopped = [worker for worker, answer in working.items() if not answer.grant]
         if faults and chance.random() < 0.1 and not course.it.finished:
             faults, worker = faults - 1, chance.choice(WORKERS)
             working.pop(worker, None)
@@ -214,7 +215,7 @@ def test_no_single_sample_is_left_over():
 def test_a_rule_that_waits_for_all_has_nothing_done_ahead():
     course = ahead("localsgd", overlap=3, budget=50).join(*WORKERS)
     course.finish()
-    assert all(header["ahead"] == header["carry"] == 0 for _, _, header in course.pushed)
+    assert all(grant.ahead == grant.carry == 0 for _, _, grant in course.pushed)
 
 
 def test_steps_ahead_are_added_to_what_comes_and_belong_to_the_next_push():
@@ -222,16 +223,16 @@ def test_steps_ahead_are_added_to_what_comes_and_belong_to_the_next_push():
     one = Replica(problem(net_with_statistics), 5, 1, 400)
     one.begin(0)
     one.hold(0, np.arange(60))
-    go = {"samples": 48, "ahead": 16, "done": 0, "pace": 1.0}
-    first = one.local_pass(go)
+    grant = Grant(samples=48, ahead=16, pace=1.0)
+    first = one.local_pass(grant)
     pushed = one.flat.clone()
-    one.ahead(go)
+    one.ahead(grant)
     moved, n = one.flat - pushed, one.layout.n_params
     assert first["samples"] == 32 and moved[:n].abs().max() > 0
     news = torch.full_like(pushed, 0.5)
     one.pull(news, carry=16)
     assert torch.equal(one.flat[:n], moved[:n] + 0.5) and torch.equal(one.flat[n:], news[n:])
-    last = one.local_pass({"samples": 0, "ahead": 0, "done": 48, "pace": 1.0})
+    last = one.local_pass(Grant(done=48, pace=1.0))
     assert last["samples"] == 16 and last["loss"] > 0 and last["compute_s"] > 0
     one.pull(news, carry=0)
     assert torch.equal(one.flat, news)

@@ -77,10 +77,10 @@ def test_a_group_that_is_left_already_cannot_be_broken_any_more(ends):
 
 def test_between_two_passes_messages_are_for_the_worker(ends):
     server, client, beats = ends
-    server.send({"op": "go"})
+    server.send({"op": "grant"})
     for _ in range(3):
         server.receive()  # it has had the time
-    assert beats.interrupt is None and client.receive()[0] == {"op": "go"}
+    assert beats.interrupt is None and client.receive()[0] == {"op": "grant"}
 
 
 def test_a_connection_that_breaks_is_noticed_also_when_it_broke_before_the_pass(ends):

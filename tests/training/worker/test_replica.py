@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from labkit.problems.problem import Clock
+from labkit.training.wire.protocol import Grant
 from labkit.training.worker.replica import Replica
 from tests.training.test_train import net_with_statistics, problem
 
 pytestmark = pytest.mark.usefixtures("cache")
-GO = {"samples": 40, "done": 0, "pace": 2.0}
+GRANT = Grant(samples=40, pace=2.0)
 
 
 def net_with_chance(shape, n_classes):
@@ -29,7 +32,7 @@ def replica(incarnation=0, worker=1, kind=net_with_chance, **options):
 def test_passes_depend_on_seed_worker_and_incarnation_alone():
     def made(*who):
         one = replica(*who)
-        found = [one.local_pass(GO)["loss"], one.local_pass({**GO, "done": 80})["loss"], one.score()]
+        found = [one.local_pass(GRANT)["loss"], one.local_pass(replace(GRANT, done=80))["loss"], one.score()]
         return found, one.flat.clone()
 
     found, weights = made(0, 1)
@@ -41,12 +44,12 @@ def test_passes_depend_on_seed_worker_and_incarnation_alone():
 
 def test_a_pass_reports_step_by_step_and_can_be_halted():
     one, reported = replica(), []
-    done = one.local_pass(GO, progress=lambda samples, loss: reported.append((samples, float(loss))))
+    done = one.local_pass(GRANT, progress=lambda samples, loss: reported.append((samples, float(loss))))
     assert [samples for samples, _ in reported] == [16, 32, 40] and done["samples"] == 40
     assert done["loss"] == pytest.approx(reported[-1][1] / 40) and done["compute_s"] > 0 and done["wait_s"] == 0
     reported.clear()
     assert (
-        one.local_pass(GO, halted=lambda: len(reported) == 2, progress=lambda *step: reported.append(step)) is None
+        one.local_pass(GRANT, halted=lambda: len(reported) == 2, progress=lambda *step: reported.append(step)) is None
         and len(reported) == 2
     )
 
@@ -54,7 +57,7 @@ def test_a_pass_reports_step_by_step_and_can_be_halted():
 def test_every_piece_of_work_is_followed_by_its_slowness():
     pieces = []
     one = replica(after=lambda started, waited=0.0: pieces.append(waited))
-    one.local_pass(GO)
+    one.local_pass(GRANT)
     assert len(pieces) == 3
     one.score()
     assert len(pieces) == 4
@@ -63,6 +66,6 @@ def test_every_piece_of_work_is_followed_by_its_slowness():
 def test_the_schedule_follows_the_samples_of_all_workers(monkeypatch):
     one, seen = replica(kind=net_with_statistics), []
     monkeypatch.setattr(one.problem, "step", lambda module, batch, optimisers, clock: seen.append(clock) or {"loss": 0.0})
-    one.local_pass({"samples": 40, "done": 300, "pace": 4.0})
+    one.local_pass(Grant(samples=40, done=300, pace=4.0))
     n = len(one.train_indices)
     assert seen == [Clock(300, 400, 300 / n), Clock(364, 400, 364 / n), Clock(400, 400, 400 / n)]
