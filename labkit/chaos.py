@@ -28,10 +28,9 @@ import numpy as np
 import psutil
 
 from labkit.errors import ClusterError, LabError, RunError
-from labkit.runs import checkpoints
-from labkit.runs import server_file as presence
+from labkit.runs import checkpoints, server_file
 from labkit.runs.analysis import audit, losses
-from labkit.training.wire import transport as wire
+from labkit.training.attach import watch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +42,7 @@ __all__ = ["FAULTS", "Storm", "audit", "corrupt_checkpoint", "draw", "drop_link"
 __all__ += ["kill_server", "losses", "thaw"]
 
 FAULTS = ("kill", "freeze", "drop", "join")
-FROZEN_S = (0.5, 8.0)  # how long a storm freezes a worker: shorter and longer than the server's patience
+FROZEN_S = (0.5, 8.0)  # how long a storm freezes a worker: shorter and longer than heartbeat_timeout
 JOIN_S = 30.0  # how long a storm waits for a worker that it has added
 
 
@@ -64,11 +63,9 @@ def thaw(lab: Lab, worker: int) -> None:
 
 def drop_link(run: Run, worker: int) -> None:
     """Cut the connection between a worker and the server of a run that goes; both stay alive, and the worker comes again."""
-    place = _server(run)
-    with wire.connect((place["host"], place["port"]), place["secret"], timeout=10) as connection:
-        connection.send({"op": "watch"})
-        connection.send({"op": "drop", "workers": [int(worker)]})
-        here = sorted(int(index) for index in connection.receive()[0]["workers"])
+    server = _server(run)
+    with watch((server["host"], server["port"]), server["secret"]) as ask:
+        here = sorted(int(index) for index in ask("drop", workers=[int(worker)])["workers"])
     if worker not in here:
         raise ClusterError(f"worker {worker} has no link to run {run.name}; workers {here} have one.")
 
@@ -85,8 +82,8 @@ def corrupt_checkpoint(run: Run, version: int | None = None, seed: int = 0) -> P
         raise RunError(f"run {run.name} has no version {'at all' if version is None else version}; it keeps {kept}.")
     file = run.path / checkpoints.FOLDER / f"{kept[-1] if version is None else version:08d}.npz"
     data, chance = bytearray(file.read_bytes()), np.random.default_rng(seed)
-    place = chance.integers(len(data) // 4, 3 * len(data) // 4)  # amid the arrays: the frame of the archive has idle bits
-    data[place] ^= 1 << int(chance.integers(8))
+    at = chance.integers(len(data) // 4, 3 * len(data) // 4)  # amid the arrays: the frame of the archive has idle bits
+    data[at] ^= 1 << int(chance.integers(8))
     file.write_bytes(data)
     return file
 
@@ -102,10 +99,10 @@ def free_disk(run: Run) -> None:
 
 
 class Storm:
-    """Faults at random moments of a run, in a thread, from its start to `stop` or its end; whoever is frozen is thawed then.
+    """Faults at random moments of a run, in a thread, from its start to `stop` or its end; frozen workers are thawed then.
 
     The seed decides what is planned: moments, faults, and which of the workers that are there. One worker at least is always left
-    in peace.
+    alone.
 
     Parameters
     ----------
@@ -145,7 +142,7 @@ class Storm:
         self._rows: list[tuple[float, str, int]] = []
         self._frozen: dict[int, tuple[psutil.Process, float]] = {}  # worker: its process, when it is thawed
         self._over, self._joins = threading.Event(), []
-        self._thread = threading.Thread(target=self._rage, name="labkit-storm", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="labkit-storm", daemon=True)
         self._thread.start()
 
     @property
@@ -172,7 +169,7 @@ class Storm:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
-    def _rage(self) -> None:
+    def _run(self) -> None:
         try:
             while not self.run.status().get("started") and self.run.state == "running" and not self._over.wait(0.05):
                 pass
@@ -221,7 +218,7 @@ class Storm:
 
     def _thaw(self, workers: list[int]) -> None:
         for worker in workers:
-            process, _ = self._frozen.pop(worker)  # by process: the lab may have given it up, and its place to another one
+            process, _ = self._frozen.pop(worker)  # by process: the lab may have given it up, and its index to another one
             with contextlib.suppress(LabError):
                 _send(process, signal.SIGCONT)
                 self._rows.append((time.time(), "thaw", worker))
@@ -265,13 +262,13 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def _server(run: Run) -> dict:
-    """Where the server of a run is, on this machine."""
-    place = presence.find(run.path)
-    if place is None or presence.alive(run.path) is False:
+    """What the server of a run has announced, if it is on this machine."""
+    server = server_file.find(run.path)
+    if server is None or server_file.alive(run.path) is False:
         raise RunError(f"run {run.name} does not go: it has no server.")
-    if place["machine"] != socket.gethostname():
-        raise ClusterError(f"the server of run {run.name} is on {place['machine']}, not here.")
-    return place
+    if server["machine"] != socket.gethostname():
+        raise ClusterError(f"the server of run {run.name} is on {server['machine']}, not here.")
+    return server
 
 
 def _limit_files(run: Run, size: int) -> None:

@@ -20,7 +20,7 @@ from labkit import chaos
 from labkit.errors import ClusterError, LabError, RunError
 from labkit.runs import checkpoints
 from labkit.runs.events import COLUMNS
-from labkit.training import supervisor as session
+from labkit.training import supervisor
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -46,7 +46,7 @@ def until(condition, limit=20.0):
 
 @pytest.fixture
 def threads(monkeypatch):
-    monkeypatch.setattr(session, "POLL_S", 0.02)
+    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
     with labkit.connect("threads", 2) as lab:
         yield lab
 

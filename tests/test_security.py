@@ -268,11 +268,11 @@ def test_a_request_to_stop_in_an_unknown_way_is_refused(tmp_path):
 # -- strangers who take their time -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("places", [wire.STRANGERS, 20])
-def test_two_hundred_slow_strangers_delay_nobody(places, tmp_path, monkeypatch):
-    """One byte a second from each; also when there are more of them than places, and when none is dropped for being slow."""
+@pytest.mark.parametrize("slots", [wire.HANDSHAKES, 20])
+def test_two_hundred_slow_strangers_delay_nobody(slots, tmp_path, monkeypatch):
+    """One byte a second from each; also when there are more of them than slots, and when none is dropped for being slow."""
     monkeypatch.setattr(wire, "HANDSHAKE_S", 60.0)
-    with serving(spec(tmp_path), lambda server: setattr(server.strangers, "places", places)) as (server, result, thread):
+    with serving(spec(tmp_path), lambda server: setattr(server.handshakes, "slots", slots)) as (server, result, thread):
         before = threading.active_count()
         strangers = [socket.create_connection(server.address, timeout=5) for _ in range(200)]
         drip(strangers)
@@ -286,7 +286,7 @@ def test_two_hundred_slow_strangers_delay_nobody(places, tmp_path, monkeypatch):
         trained = time.monotonic() - begun
         thread.join(10)
         assert joined < 2 and trained < 2, (joined, trained)
-        until(lambda: threading.active_count() - before <= min(places, 200) + 5)
+        until(lambda: threading.active_count() - before <= min(slots, 200) + 5)
         for stranger in strangers:
             stranger.close()
         until(lambda: threading.active_count() <= before)

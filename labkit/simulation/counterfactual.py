@@ -89,7 +89,7 @@ class Arrivals:
             self.replicas.close()
         if self.it.state == "running":
             self.it.stop("stopped", "nobody is left to push.")
-        self.it.keep()
+        self.it.checkpoint()
 
     def _happens(self, row: dict) -> None:
         kind, worker = row["kind"], row.get("worker")
@@ -133,7 +133,7 @@ class Arrivals:
         header |= {key: row[key] for key in ("score_s", "send_s", "hidden_s") if key in row}
         header |= {"compute_s": round(row["compute_s"] * pace, 6)}
         self.it.push(self.it.members[worker], header, weights, self.n_bytes)
-        self.told(self.it.samples.done)
+        self.told(self.it.grants.done)
 
     def _unknown(self, worker: int) -> dict:
         """A worker that has never pushed: as the probe says."""

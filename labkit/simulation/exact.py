@@ -176,7 +176,7 @@ class Course:
         header = {**row, "op": "push", "version": row["base_version"]}
         fits = row["bytes"] == exchange.n_bytes(self.replicas.exchange, len(weights))
         self.it.push(self.it.members[worker], header, weights if fits else None, row["bytes"])
-        self.told(self.it.samples.done)
+        self.told(self.it.grants.done)
 
     # -- what follows ----------------------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ def replay(
         last = courses[-1].it
         ended = run.recorded() if exact else {"state": last.state, "reason": last.reason}
         reason = "; ".join(filter(None, [reason, ended.get("reason")]))
-        status = {"state": ended["state"], "reason": reason, "version": last.update.version, "samples": last.samples.done}
+        status = {"state": ended["state"], "reason": reason, "version": last.update.version, "samples": last.grants.done}
     except RunError as error:
         status["reason"] = str(error)
         raise

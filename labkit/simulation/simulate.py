@@ -138,7 +138,7 @@ def simulate(
             there = timing.with_links(bandwidth, latency).on_servers(servers)
             made = Simulation(config, there, size, **rules, ledger=ledger, told=told).run()
         it = made.it
-        status = {"state": it.state, "reason": it.reason, "version": it.update.version, "samples": it.samples.done}
+        status = {"state": it.state, "reason": it.reason, "version": it.update.version, "samples": it.grants.done}
         status |= {"server_busy": made.busy / made.merged_at if made.merged_at else 0.0}
         if not numerics:
             ledger.no_curve()

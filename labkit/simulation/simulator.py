@@ -108,8 +108,8 @@ class Simulation:
                 self.now = max(self.now, seconds)
                 what(*arguments)
             if self.it.state == "running":
-                self.it.stop("failed", f"every worker was lost after {self.it.samples.done} of {self.it.samples.budget} samples.")
-            self.it.keep()
+                self.it.stop("failed", f"every worker was lost after {self.it.grants.done} of {self.it.grants.budget} samples.")
+            self.it.checkpoint()
         finally:
             if self.replicas:
                 self.replicas.close()
@@ -153,7 +153,7 @@ class Simulation:
         self.it.push(member, {"op": "push", "version": go.grant.version, **done, **times}, weights, self.n_bytes)
         if self.late_score and score is not None:
             self._write("score", worker=worker, incarnation=incarnation, **{"pass": member.passes}, **late)
-        self.told(self.it.samples.done)
+        self.told(self.it.grants.done)
 
     def _deliver(self, worker: int, answer: Answer) -> None:
         if not (grant := answer.grant):

@@ -124,7 +124,7 @@ def fit_together(
         for number in list(training):
             check_loss(problems[number], loss := float(total[number]) / len(train), epoch, epochs)
             score, began = None, time.perf_counter()
-            if bests[number].asks(epoch):
+            if bests[number].measures(epoch):
                 measured = problems[number].measure(modules[number], held, device=device)
                 score, loss = measured["score"], measured["loss"]
             after(began)

@@ -1,1 +1,1 @@
-"""Training on a lab: `train`, `resume`, the parameter server, the workers, and what goes between them."""
+"""Training on a lab: `train`, `resume`, the parameter server, the workers, and the messages between them."""

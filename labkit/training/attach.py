@@ -1,9 +1,10 @@
-"""A run followed from another kernel than the one that started it: over a watcher's connection to its server.
+"""The client of a run's server: `watch` asks it for its status, or to stop, from any kernel of its owner.
 
-The server announces itself in the run directory (`labkit.runs.server_file`). Each question is a connection of its own, so nothing
-stays open and nothing runs in the background; how the run ended is read from its directory.
+A server announces itself in the run directory (`labkit.runs.server_file`). `Attached` follows a run that another kernel has
+started: each request has a connection of its own, so nothing stays open and nothing runs in the background; how the run ended is
+read from its directory.
 
-Used by `Run.attach`; it answers what `Run` asks of a `labkit.training.supervisor.Session`.
+`watch` is used by `labkit.training.supervisor` and `labkit.chaos`; `Attached` by `Run.attach`.
 """
 
 from __future__ import annotations
@@ -12,45 +13,63 @@ import contextlib
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from labkit.errors import RunError, WireError
-from labkit.runs import server_file as presence
-from labkit.training.wire import transport as wire
+from labkit.runs import server_file
+from labkit.training.wire import transport
+from labkit.training.wire.protocol import check_reply
 
 if TYPE_CHECKING:
     from labkit.training.run import Run
 
-POLL_S = 0.2  # between two questions to the server
-ANSWER_S = 10.0  # it has so long to answer
+POLL_S = 0.2  # between two requests for the status
+ANSWER_S = 10.0  # the server has so long to answer
+
+
+@contextlib.contextmanager
+def watch(address: tuple[str, int], secret: bytes, timeout: float = ANSWER_S) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A connection to the server of a run: `ask(op, **fields)` sends a request and returns its status.
+
+    Raises `WireError` when the server is gone, or is silent for `timeout` seconds.
+    """
+    with transport.connect(address, secret, timeout=timeout, check=check_reply) as connection:
+        connection.send({"op": "watch"})
+
+        def ask(op: str = "status", **fields: Any) -> dict[str, Any]:
+            connection.send({"op": op, **fields})
+            return connection.receive()[0]
+
+        yield ask
 
 
 class Attached:
-    """The server of a run that somebody else started.
+    """The server of a run that another kernel has started.
 
-    Raises `RunError` when the run does not go, or its server cannot be reached from here.
+    Raises `RunError` when the run has ended, or its server cannot be reached from here.
     """
 
-    lab = None  # the workers are somebody else's: the curve is measured here
+    lab = None  # the workers are those of another kernel: the curve is measured here
 
     def __init__(self, run: Run) -> None:
         self.run, self._lock = run, threading.Lock()
-        standing = run.recorded()
-        place = presence.find(run.path)
-        if place is None or standing["state"] != "running":
-            why = f": {standing['reason']}" if standing.get("reason") else ""
-            raise RunError(f"run {run.name} does not go any more, it is {standing['state']}{why}.")
+        recorded = run.recorded()
+        server = server_file.find(run.path)
+        if server is None or recorded["state"] != "running":
+            why = f": {recorded['reason']}" if recorded.get("reason") else ""
+            raise RunError(f"run {run.name} does not go any more, it is {recorded['state']}{why}.")
         here = socket.gethostname()
-        if place["machine"] != here and presence.loopback(place["host"]):
+        if server["machine"] != here and server_file.loopback(server["host"]):
             raise RunError(
-                f"run {run.name} goes on {place['machine']} and listens there alone, and this is {here}. Attach from there, or "
-                f"delete {run.path / presence.FILE} if it goes no more."
+                f"run {run.name} goes on {server['machine']} and listens there alone, and this is {here}. Attach from there, or "
+                f"delete {run.path / server_file.FILE} if it goes no more."
             )
-        self._place = place
+        self._server = server
         try:
             self._status, self._asked = self._ask(), time.monotonic()
         except WireError as error:
-            where = f"process {place['pid']} on {place['machine']}"
+            where = f"process {server['pid']} on {server['machine']}"
             raise RunError(f"the server of run {run.name} ({where}) does not let us in: {error}") from error
 
     @property
@@ -61,7 +80,7 @@ class Attached:
         """What the server says, at most so old as `POLL_S`; "running" until the record says how the run ended."""
         with self._lock:
             if self._status["state"] == "running" and time.monotonic() - self._asked > POLL_S:
-                with contextlib.suppress(WireError):  # busy, or just ended: then the record tells
+                with contextlib.suppress(WireError):  # busy, or just ended: then the record says so
                     self._status = self._ask()
                 recorded = self.run.recorded()
                 self._status = {**self._status, **recorded} if recorded["state"] != "running" else self._status
@@ -79,7 +98,7 @@ class Attached:
     def stop(self, timeout: float) -> None:
         if self.state == "running":
             with contextlib.suppress(WireError):  # it may end by itself this moment
-                self._ask(op="stop", reason="")
+                self._ask("stop", reason="")
             self.wait(timeout)
 
     def raise_error(self) -> None:
@@ -87,9 +106,6 @@ class Attached:
         if status["state"] == "failed":
             raise RunError(f"run {self.run.name} failed: {status.get('reason')}")
 
-    def _ask(self, **request: str) -> dict:
-        address = (self._place["host"], self._place["port"])
-        with wire.connect(address, self._place["secret"], timeout=ANSWER_S) as connection:
-            connection.send({"op": "watch"})
-            connection.send({"op": "status", **request})
-            return {**connection.receive()[0], "state": "running", "reason": ""}
+    def _ask(self, op: str = "status", **fields: str) -> dict:
+        with watch((self._server["host"], self._server["port"]), self._server["secret"]) as ask:
+            return {**ask(op, **fields), "state": "running", "reason": ""}

@@ -29,7 +29,7 @@ BATCH = 256  # samples measured at once
 
 @dataclass(frozen=True)
 class Fit:
-    """How a training went. `best` is the epoch whose weights were kept, `seconds` what training and held-out measuring took."""
+    """How a training went. `best` is the epoch whose weights stay, `seconds` what training and held-out measuring took."""
 
     epochs: int
     best: int
@@ -73,7 +73,7 @@ def fit(
         check_loss(problem, loss := float(total) / len(train), epoch, epochs)
         began = time.perf_counter()
         score = None
-        if best.asks(epoch):
+        if best.measures(epoch):
             measured = problem.measure(module, held, device=device)
             score, loss = measured["score"], measured["loss"]
         after(began)
@@ -85,32 +85,32 @@ def fit(
 
 
 class Best:
-    """The epoch to keep of one training, and whether it is at its end: without a `patience` both are the last.
+    """The best epoch of one training, and whether the training is at its end: without a `patience` both are the last.
 
     `tensors` are all that the training changes; what they held in the best epoch is put back in the end.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], epochs: int, patience: int | None) -> None:
         self.tensors, self.epochs, self.patience = tensors, epochs, patience
-        self.epoch, self.best, self.score, self.loss, self.kept = 0, 0, -1.0, math.inf, None
+        self.epoch, self.best, self.score, self.loss, self.weights = 0, 0, -1.0, math.inf, None
 
-    def asks(self, epoch: int) -> bool:
+    def measures(self, epoch: int) -> bool:
         """Must the score after this epoch be known?"""
         return self.patience is not None or epoch == self.epochs
 
     def over(self, epoch: int, score: float | None, loss: float) -> bool:
-        """Take in an epoch; is it the last one?"""
+        """Count an epoch; is it the last one?"""
         self.epoch, end = epoch, epoch == self.epochs
-        if self.asks(epoch) and (self.patience is None or (score, -loss) > (self.score, -self.loss)):
+        if self.measures(epoch) and (self.patience is None or (score, -loss) > (self.score, -self.loss)):
             self.best, self.score, self.loss = epoch, score, loss
-            self.kept = [tensor.clone() for tensor in self.tensors] if not end else None
+            self.weights = [tensor.clone() for tensor in self.tensors] if not end else None
         return end or (self.patience is not None and epoch - self.best >= self.patience)
 
     def fit(self, seconds: float) -> Fit:
         """Put the best weights back; how it went."""
-        if self.kept:
-            for tensor, kept in zip(self.tensors, self.kept, strict=True):
-                tensor.copy_(kept)
+        if self.weights:
+            for tensor, weights in zip(self.tensors, self.weights, strict=True):
+                tensor.copy_(weights)
         return Fit(self.epoch, self.best, self.loss, self.score, seconds)
 
 

@@ -2,8 +2,8 @@
 
     not alive?  ->  newest whole checkpoint  ->  problem, update and partition as recorded  ->  server and workers, as in `train`
 
-Everything after that checkpoint is made again; `labkit.runs.events.effective` leaves what it led to before out of the curve and the
-counts. Another kind of lab or another number of workers is fine: the samples of those who are gone go to the others.
+Everything after that checkpoint is made again; `labkit.runs.events.effective` leaves what was made before out of the curve and the
+counts. Another kind of lab or another number of workers is fine: the samples of missing workers go to the others.
 
 Used from notebooks; `problem_of` and `rule_of` also by `labkit.simulation`.
 """
@@ -27,8 +27,7 @@ from labkit.errors import LabError, PartitionError, RunError
 from labkit.imports import by_value
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
-from labkit.runs import checkpoints
-from labkit.runs import server_file as presence
+from labkit.runs import checkpoints, server_file
 from labkit.runs.config import RunConfig
 from labkit.training.run import Run, load_run
 from labkit.training.supervisor import MEETING
@@ -94,14 +93,14 @@ def resume(
 
 
 def _check_ended(run: Run) -> None:
-    """One server for a run. Where nobody can tell from here, nothing is begun."""
-    if presence.alive(run.path) is None:
-        file = run.path / presence.FILE
+    """One server for a run. Where that cannot be seen from here, nothing is begun."""
+    if server_file.alive(run.path) is None:
+        file = run.path / server_file.FILE
         raise RunError(f"run {run.name} may still go on another machine. Look there; delete {file} if it does not.")
     limit = time.monotonic() + ENDING_S
-    while run.state != "running" and presence.alive(run.path) and time.monotonic() < limit:
-        time.sleep(0.02)  # it has said how it ended, and is about to be gone
-    if run.state == "running" or presence.alive(run.path):
+    while run.state != "running" and server_file.alive(run.path) and time.monotonic() < limit:
+        time.sleep(0.02)  # it has recorded how it ended, and is about to exit
+    if run.state == "running" or server_file.alive(run.path):
         raise RunError(f"run {run.name} still goes. Use labkit.load_run({str(run.path)!r}).attach() to follow or stop it.")
     if run.state == "done":
         raise RunError(f"run {run.name} is done: all of its {run.config.budget:,} samples were trained on.")
@@ -122,8 +121,10 @@ def problem_of(run: Run, given: Problem | None, call: str = "resume({path!r}, pr
     settings = json.loads(json.dumps(given.config()))
     other = [name for name in {**recorded, **settings} if name != "data" and settings.get(name) != recorded.get(name)]
     if other:
-        told = ", ".join(f"{name}={settings.get(name)!r} for {recorded.get(name)!r}" for name in other)
-        raise RunError(f"this problem is not the one of run {run.name}: {told}. A changed problem is a new run: labkit.train(...).")
+        other = ", ".join(f"{name}={settings.get(name)!r} for {recorded.get(name)!r}" for name in other)
+        raise RunError(
+            f"this problem is not the one of run {run.name}: {other}. A changed problem is a new run: labkit.train(...)."
+        )
     n_train = len(given.train_indices())
     if n_train != run.config.n_train:
         raise RunError(f"the data have {n_train} training samples, and run {run.name} was begun with {run.config.n_train}.")
@@ -174,14 +175,14 @@ def _lab_like(run: Run) -> Lab:
     )
 
 
-def _clear(run: Run, place: dict, version: int, done: int) -> RunConfig:
-    """What says that the run has ended goes; the settings, which are returned, say where it goes on."""
-    earlier = {key: run.config[key] for key in place}
+def _clear(run: Run, where: dict, version: int, done: int) -> RunConfig:
+    """Remove what says that the run has ended; the settings, which are returned, say from where it is resumed."""
+    earlier = {key: run.config[key] for key in where}
     note = {"version": version, "samples": done, "resumed": datetime.now(UTC).isoformat(timespec="seconds"), "before": earlier}
-    config = run.config.replace(**place, resumed=[*run.config.resumed, note])
+    config = run.config.replace(**where, resumed=[*run.config.resumed, note])
     try:
         checkpoints.rewind(run.path, version)
-        presence.withdraw(run.path)  # of the server that was killed
+        server_file.withdraw(run.path)  # of the server that was killed
         config.save(run.path)
         for name in ("metrics.parquet", "status.json"):
             (run.path / name).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from labkit.problems.problem import Problem
     from labkit.training.attach import Attached
-    from labkit.training.supervisor import Session
+    from labkit.training.supervisor import Supervisor
 
 _handles: weakref.WeakSet[Run] = weakref.WeakSet()
 
@@ -45,12 +45,12 @@ class Run:
         The name, the directory and the settings of the run.
     """
 
-    def __init__(self, path: str | Path, *, problem: Problem | None = None, session: Session | None = None) -> None:
+    def __init__(self, path: str | Path, *, problem: Problem | None = None, session: Supervisor | None = None) -> None:
         self.path = Path(path)
         self.config = RunConfig.load(self.path)
         self.name = self.config.name or self.path.name
         self._problem = problem
-        self._session: Session | Attached | None = session
+        self._session: Supervisor | Attached | None = session
         self._events: tuple[int, pd.DataFrame] | None = None
         _handles.add(self)
 

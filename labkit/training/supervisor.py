@@ -1,10 +1,10 @@
-"""A run that goes: its server process, its workers' tasks, and the thread of the kernel that follows them to the end.
+"""The supervisor of a run: its server process, its workers' tasks, and the thread of the kernel that follows them to the end.
 
-Workers may be lost and come back, or come for the first time, while the run goes: each gets its task. Every wait in here has a
+Workers may be lost and come back, or come for the first time, in mid-run: each gets its task. Every wait in here has a
 limit, and whatever goes wrong ends the run with a reason: a worker's own error with its traceback, a server that did not start or
 died, a folder that cannot be written.
 
-Used by `labkit.training.train`; a `Run` asks it for its state while it goes.
+Used by `labkit.training.train`; a `Run` follows it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from labkit.cluster.lab import Lab, Task, Worker
 from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError
 from labkit.problems.problem import Problem
 from labkit.runs.files import write_json
+from labkit.training.attach import watch
 from labkit.training.evaluation import measure
 from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
-from labkit.training.wire import transport as wire
 from labkit.training.worker.worker import WorkerSpec, run_worker
 
 POLL_S = 0.2
 MEETING = ".ranks-"  # how the names of these files begin
-ATTEMPTS = 3  # how often a worker is started again that is alive and could not talk to the server
-RETRY_S = 10.0  # how long a server that has hung up may take to end before it is asked again
+ATTEMPTS = 3  # how often a worker is started again that is alive and could not reach the server
+RETRY_S = 10.0  # how long a server that has closed the connection may take to end before another is made
 # A version is a new array, and the one before it is free again soon. Without this glibc hands 100 MB back to the system and fetches
-# them again at every merge, page by page, which takes longer than the merge. One arena: others cannot hold so large a piece.
+# them again at every merge, page by page, which takes longer than the merge. One arena: others cannot hold so large a block.
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1"} | dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 30))
 ENDING_S = 10.0  # how long the workers' tasks may take to end after the server; one that is frozen does not
 
 
-class Session:
-    """A run that goes: its server process, its workers' tasks and the thread that follows them to the end."""
+class Supervisor:
+    """One run in the kernel that has started it, from `start` to its end."""
 
     def __init__(self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, *, takes_newcomers: bool) -> None:
         self.path, self.lab, self.problem, self.spec, self.takes_newcomers = path, lab, problem, spec, takes_newcomers
@@ -48,10 +48,10 @@ class Session:
         self._raised: dict[int, BaseException] = {}  # by worker
         self.state = "running"
         self.tasks: dict[int, Task] = {}  # by worker: the latest
-        self.started_on: dict[int, Worker] = {}  # the worker as it was then: who comes back is another process
+        self.started_on: dict[int, Worker] = {}  # the worker as it was then: one that comes back is another process
         self.generations: dict[int, int] = {}  # how often it was started
         self.meeting = f"{MEETING}{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
-        self._lonely_since: float | None = None  # before the start: since when all are lost
+        self._all_lost_at: float | None = None  # before the start: since when all are lost
         self._status: dict = {"state": "running", "samples": 0, "budget": spec.config.budget, "version": 0}
         self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
 
@@ -73,7 +73,7 @@ class Session:
 
     def wait(self, timeout: float) -> bool:
         limit = time.monotonic() + timeout
-        while not self._over.wait(0.1):  # short waits, so that an interrupt is heard
+        while not self._over.wait(0.1):  # short waits, so that an interrupt comes through
             if time.monotonic() > limit:
                 return False
         return True
@@ -113,19 +113,19 @@ class Session:
         )
 
     def _follow(self) -> None:
-        """Ask the server how things are until everyone is done; then say how the run ended and measure its curve."""
+        """Poll the server until the run has ended; then record how, and measure its curve."""
         try:
             self._watch()
             state, reason = self._ending()
             if state == "done":
                 reason = self._measure()
-        except BaseException as error:  # whatever it is, whoever waits must hear of it
+        except BaseException as error:  # whatever it is, `wait` must end and raise it
             _end(self.server)
             state, reason, self.error = "failed", str(error), self.error or error
         self._finish(state, reason)
 
     def _measure(self) -> str:
-        """The curve, on the workers that were heard to the end, or else here: a frozen one would keep it waiting.
+        """The curve, on the workers whose tasks have ended, or else here: a frozen one would keep it waiting.
 
         A run is done also when that fails; `Run.curve` then tries again and says why.
         """
@@ -141,43 +141,39 @@ class Session:
         failures = 0
         while self.server.poll() is None and failures < 3:
             try:
-                with wire.connect(self.address, self.spec.secret, timeout=30) as connection:
-                    connection.send({"op": "watch"})
+                with watch(self.address, self.spec.secret, timeout=30) as ask:
                     while self.server.poll() is None:
-                        self._ask(connection)
+                        self._status = ask(**self._request())
                         failures = 0
+                        if self._status["state"] == "running":
+                            self._stop.wait(POLL_S)
+                        else:
+                            time.sleep(0.05)
             except WireError:  # most likely it has ended
                 failures += 1
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.server.wait(timeout=RETRY_S)
-        self._last_words = _end(self.server)
+        self._last_line = _end(self.server)
         limit = time.monotonic() + ENDING_S
         for task in self.tasks.values():
             while not task.done and time.monotonic() < limit:
                 time.sleep(0.02)
 
-    def _ask(self, connection: wire.Connection) -> None:
-        """One question to the server: its status, or that it should stop."""
-        running = self._status["state"] == "running"
-        trouble = self._trouble() if running else ""
-        if trouble:
-            connection.send({"op": "stop", "state": "failed", "reason": trouble})
-        elif running and self._stop.is_set():
-            connection.send({"op": "stop", "reason": ""})
-        elif running and not self._status.get("started") and (present := self._mind_workers()):
-            connection.send({"op": "expect", "workers": present})
-        else:
-            if running:
-                self._mind_workers()
-            connection.send({"op": "status"})
-        self._status = connection.receive()[0]
-        if self._status["state"] == "running":
-            self._stop.wait(POLL_S)
-        else:
-            time.sleep(0.05)
+    def _request(self) -> dict:
+        """What the server is asked next: its status, or also to stop, or to begin without the workers that were lost."""
+        if self._status["state"] != "running":
+            return {"op": "status"}
+        if trouble := self._trouble():
+            return {"op": "stop", "state": "failed", "reason": trouble}
+        if self._stop.is_set():
+            return {"op": "stop", "reason": ""}
+        here = self._start_workers()
+        if here and not self._status.get("started"):
+            return {"op": "expect", "workers": here}
+        return {"op": "status"}
 
-    def _mind_workers(self) -> list[int]:
-        """Start whoever has come back, or come anew and is free; returns who is here."""
+    def _start_workers(self) -> list[int]:
+        """Start the workers that have come back, or come anew and are free; returns all that are here."""
         came = self.lab.refresh(self.run.config.id)
         lost = set(self.lab.lost())
         if self.takes_newcomers and (new := [index for index in came if index not in self.tasks]):
@@ -195,21 +191,21 @@ class Session:
         return [index for index in self.tasks if index not in lost]
 
     def _try_worker(self, index: int) -> None:
-        with contextlib.suppress(ClusterError):  # lost again already: the next look will tell
+        with contextlib.suppress(ClusterError):  # lost again already: seen at the next poll
             self._start_worker(index)
 
     def _trouble(self) -> str:
-        """Why the run cannot go on although the server would. Who merely lost the server is treated there as any lost worker."""
+        """Why the run must fail although the server would go on. There a worker that merely lost it is treated as any lost one."""
         for index in self.tasks:
             if (error := self._error(index)) and not _lost_server(error):
-                return _words(error)
+                return _message(error)
         if self.lab.closed:
             return "the lab was closed."
         if not self._status.get("started"):
             lost = self.lab.lost()
-            alone = all(index in lost for index in self.tasks)
-            self._lonely_since = (self._lonely_since or time.monotonic()) if alone else None
-            if self._lonely_since and time.monotonic() - self._lonely_since > self.spec.config.join_timeout:
+            all_lost = all(index in lost for index in self.tasks)
+            self._all_lost_at = (self._all_lost_at or time.monotonic()) if all_lost else None
+            if self._all_lost_at and time.monotonic() - self._all_lost_at > self.spec.config.join_timeout:
                 return f"workers {sorted(self.tasks)} were lost before the run began. connect() again for a full lab."
         return ""
 
@@ -219,18 +215,18 @@ class Session:
         return self._raised.get(index)
 
     def _ending(self) -> tuple[str, str]:
-        """State and reason, from the last words of the server; and the error to raise in `wait`."""
+        """State and reason, from the last line of the server; and the error to raise in `wait`."""
         try:
-            ended = json.loads(self._last_words)
+            ended = json.loads(self._last_line)
         except ValueError:
             log = (self.path / "server.log").read_text(errors="replace").strip()
             self.error = RunError(f"the server of run {self.run.name} ended with code {self.server.returncode}.\n{log[-2000:]}")
             return "failed", "the server ended"
         self._status = {**self._status, **ended}
         if ended["state"] == "failed":
-            # The error of a worker tells more than the server's line; the worker that the line names failed first.
+            # The error of a worker says more than the server's line; the worker that the line names failed first.
             errors = [error for index in self.tasks if (error := self._error(index)) and not _lost_server(error)]
-            errors.sort(key=lambda error: _words(error) != ended["reason"])
+            errors.sort(key=lambda error: _message(error) != ended["reason"])
             self.error = LabError(f"run {self.run.name} failed: {ended['reason']}")
             if errors and isinstance(errors[0], WorkerError):
                 self.error = errors[0]
@@ -257,7 +253,7 @@ def _lost_server(error: BaseException | None) -> bool:
     return isinstance(error, WorkerError) and not error.remote_traceback
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return str(error.args[0]) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
 
 
@@ -283,24 +279,24 @@ def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[
     try:
         server.stdin.write(message)
         server.stdin.close()
-        server.stdin = None  # nothing more to say
-        place = json.loads(server.stdout.readline())
+        server.stdin = None  # nothing more is sent
+        address = json.loads(server.stdout.readline())
     except (OSError, ValueError) as error:
         _end(server)
-        said = (path / "server.log").read_text(errors="replace").strip()
-        raise RunError(f"the server did not start: {said[-2000:] or error}") from error
+        log = (path / "server.log").read_text(errors="replace").strip()
+        raise RunError(f"the server did not start: {log[-2000:] or error}") from error
     finally:
         watchdog.cancel()
-    return server, (place["host"], place["port"])
+    return server, (address["host"], address["port"])
 
 
 def _end(server: subprocess.Popen) -> bytes:
-    """What the server said last; it is killed if it still goes. Twice is fine."""
+    """What the server has written to its standard output; it is killed if it still runs. Twice is fine."""
     server.kill()
     server.wait()
-    said = b"" if server.stdout.closed else server.stdout.read()
+    written = b"" if server.stdout.closed else server.stdout.read()
     for pipe in (server.stdin, server.stdout):
-        with contextlib.suppress(OSError):  # what it was not told any more
+        with contextlib.suppress(OSError):  # what it has not read any more
             if pipe:
                 pipe.close()
-    return said
+    return written

@@ -6,7 +6,7 @@
 
 `train` returns at once; a thread of the kernel follows the run to its end.
 
-Used from notebooks, and by `labkit.training.resume`, which goes the second half of the way with a run that exists;
+Used from notebooks, and by `labkit.training.resume`, which does the second half for a run that exists;
 `labkit.training.blocks` launches runs on workers that it holds already.
 """
 
@@ -36,7 +36,7 @@ from labkit.runs.config import RunConfig, environment
 from labkit.runs.files import write_json
 from labkit.training.run import Run, moved
 from labkit.training.server.server import ServerSpec
-from labkit.training.supervisor import Session
+from labkit.training.supervisor import Supervisor
 from labkit.training.wire.compression import check_exchange
 from labkit.training.worker.allreduce import check_problem
 from labkit.updates import Update, make_update
@@ -83,7 +83,7 @@ def train(
     checkpoints
         How many versions to keep and to measure afterwards, spread evenly over the run.
     workers
-        Indices of the workers to train on; by default all that no other run holds, and whoever comes while the run goes.
+        Indices of the workers to train on; by default all that no other run holds, and those that join in mid-run.
     exchange
         How weights travel: "float32", or with half the bytes "bfloat16" or "float16" (`labkit.training.wire.compression`):
         versions are rounded on their way to a worker, and of its push the change. The server's weights stay float32.
@@ -181,7 +181,7 @@ def launch(
     *,
     takes_newcomers: bool = False,
 ) -> Run:
-    """The second half of `train`: a run of what was checked, on workers that are leased, to whomever."""
+    """The second half of `train`: a run of what was checked, on workers that are leased, by the caller."""
     flat, *shapes = flatten(problem.build(config.seed))
     layout = Layout.of(*shapes)
     path = claim(Path(runs), config.name)
@@ -206,7 +206,7 @@ def server_spec(
     layout: Layout,
     state: dict | None = None,
 ) -> ServerSpec:
-    """What the server of a run needs to know; with the `state` of a checkpoint it goes on from there."""
+    """What the server of a run is started with; with the `state` of a checkpoint it goes on from there."""
     return ServerSpec(
         config=config,
         path=str(path),
@@ -223,10 +223,10 @@ def server_spec(
 
 def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec, takes_newcomers: bool) -> Run:
     """Start the server and the workers of a run whose directory is ready."""
-    session = Session(path, lab, problem, spec, takes_newcomers=takes_newcomers)
-    run = Run(path, problem=problem, session=session)
+    supervisor = Supervisor(path, lab, problem, spec, takes_newcomers=takes_newcomers)
+    run = Run(path, problem=problem, session=supervisor)
     lab.runs.append(run)
-    session.start(run)
+    supervisor.start(run)
     return run
 
 
@@ -270,7 +270,7 @@ def check_traffic(update: Update, exchange: str, overlap: int) -> None:
 
 
 def check_shards(problem: Problem, workers: list[int], partition: Partition) -> None:
-    """A partition of the true size, made and thrown away: what is wrong with it should be heard here, not in the server."""
+    """A partition of the true size, made and thrown away: it should fail here, not in the server."""
     import copy
 
     samples = problem.train_indices()

@@ -38,7 +38,7 @@ from labkit.plots import style as canvas
 from labkit.runs import events as record
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
-from labkit.training import supervisor as session
+from labkit.training import supervisor
 from labkit.training.server.server import ServerSpec
 from labkit.training.wire import transport as wire
 
@@ -114,13 +114,13 @@ def serving(update: str, n_workers: int, megabytes: float, path: Path) -> Iterat
         layout=Layout((), (), size(megabytes), 0),
         age=PATIENCE_S,
     )
-    server, address = session._start_server(spec, path)
+    server, address = supervisor._start_server(spec, path)
     try:
         yield server.pid, address, spec.secret
         stop(address, spec.secret)
         server.wait(PATIENCE_S)  # until the last worker has left
     finally:
-        said = session._end(server)
+        said = supervisor._end(server)
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
     assert json.loads(said)["state"] == "stopped", said
 

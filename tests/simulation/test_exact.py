@@ -19,7 +19,7 @@ from labkit.plots.progress import meter
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.runs.files import read_json, write_json
-from labkit.training import supervisor as session
+from labkit.training import supervisor
 from labkit.updates import make_update
 from tests.simulation.own_rules import Backwards, Cautious
 from tests.training.test_train import ended, net_with_statistics, problem, until
@@ -45,7 +45,7 @@ class Slow(labkit.Classifier):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(session, "POLL_S", 0.02)
+    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
 
 
 def two_threads():
@@ -183,8 +183,8 @@ def test_a_run_that_was_stopped_and_one_that_failed_are_replayed_to_their_ends(l
 
 
 def test_a_run_that_began_without_a_worker_is_replayed(lab, tmp_path, monkeypatch):
-    start = session.Session._start_worker
-    monkeypatch.setattr(session.Session, "_start_worker", lambda self, index: index == 1 or start(self, index))
+    start = supervisor.Supervisor._start_worker
+    monkeypatch.setattr(supervisor.Supervisor, "_start_worker", lambda self, index: index == 1 or start(self, index))
     run = ended(labkit.train(problem(), lab, runs=tmp_path, passes=2, name="r", workers=[0, 1]))
     assert run.events.query("kind == 'missing'").worker.tolist() == [1]
     assert same(run, labkit.replay(run))

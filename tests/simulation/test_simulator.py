@@ -19,7 +19,7 @@ from labkit.runs import events as record
 from labkit.simulation import cost_model as timing
 from labkit.simulation import scenario as scenarios
 from labkit.simulation.scenario import RECORDED, UNKNOWN
-from labkit.training import supervisor as session
+from labkit.training import supervisor
 from labkit.updates import AGWU
 from tests.simulation.test_exact import Slow
 from tests.training.test_train import data, ended, net_with_statistics, problem
@@ -33,7 +33,7 @@ UNCHANGED = dict.fromkeys(NOTHING_NEW) | {"local_steps": RECORDED}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(session, "POLL_S", 0.02)
+    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
 
 
 @pytest.fixture

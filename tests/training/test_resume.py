@@ -24,7 +24,7 @@ from labkit.runs import server_file as presence
 from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
 from labkit.training import resume as resuming
-from labkit.training import supervisor as session
+from labkit.training import supervisor
 from tests.training.test_train import data, net
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -48,7 +48,7 @@ def cell():
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(session, "POLL_S", 0.02)
+    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from labkit.errors import ClusterError, LabError, PartitionError, ProblemError, 
 from labkit.partition import UDPA
 from labkit.problems.problem import Clock
 from labkit.problems.splits import batches
-from labkit.training import supervisor as session
+from labkit.training import supervisor
 from labkit.training import train as training
 from labkit.training.worker.sampler import pass_order, steps
 from tests.problems.test_problem import TinyGan
@@ -123,7 +123,7 @@ def ended(run, state="done", timeout=40):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(session, "POLL_S", 0.02)
+    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
 
 
 @pytest.fixture
@@ -541,17 +541,22 @@ def test_a_server_that_dies_fails_the_run(train):
 
 def test_a_connection_to_the_server_that_breaks_is_made_again(train, monkeypatch):
     """The kernel's own connection: a pause of the kernel must not end a healthy run."""
-    asked, ask = [], session.Session._ask
+    asked, watch = [], supervisor.watch
 
-    def flaky(self, connection):
-        asked.append(1)
-        if len(asked) == 2:
-            connection.close()
-            raise WireError("as after a long pause")
-        ask(self, connection)
+    @contextlib.contextmanager
+    def flaky(*server, **options):
+        with watch(*server, **options) as ask:
 
-    monkeypatch.setattr(session.Session, "_ask", flaky)
-    monkeypatch.setattr(session, "RETRY_S", 0.1)
+            def ask_flaky(**request):
+                asked.append(1)
+                if len(asked) == 2:
+                    raise WireError("as after a long pause")
+                return ask(**request)
+
+            yield ask_flaky
+
+    monkeypatch.setattr(supervisor, "watch", flaky)
+    monkeypatch.setattr(supervisor, "RETRY_S", 0.1)
     ended(train(problem(kind=Slow), passes=15))
     assert len(asked) > 2
 
@@ -615,7 +620,7 @@ def test_a_server_that_cannot_start_leaves_the_lab_free(train, monkeypatch, lab,
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(session.sys, "executable", str(broken))
+    monkeypatch.setattr(supervisor.sys, "executable", str(broken))
     with pytest.raises(RunError, match="the server did not start"):
         train(problem())
     monkeypatch.undo()
@@ -723,7 +728,7 @@ def test_real_processes(tmp_path):
 
 @pytest.mark.cluster
 def test_a_worker_that_stays_frozen_does_not_keep_the_run_from_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "ENDING_S", 0.5)
+    monkeypatch.setattr(supervisor, "ENDING_S", 0.5)
     with labkit.connect("dask", 2) as lab:
         run = labkit.train(
             problem(kind=Slow), lab, update="agwu", partition="udpa", passes=20, heartbeat_timeout=3.0, runs=tmp_path, seed=SEED

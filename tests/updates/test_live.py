@@ -11,7 +11,7 @@ import pytest
 import labkit
 from labkit import chaos
 from labkit.runs import events as record
-from labkit.training import supervisor as session
+from labkit.training import supervisor
 from labkit.updates import names
 from tests.training.test_train import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last, until
 
@@ -36,7 +36,7 @@ def lab():
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """train(), recorded in a folder of the test."""
-    monkeypatch.setattr(session, "POLL_S", 0.02)
+    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
     with stopped_at_last(runs=tmp_path) as begin:
         yield begin
 

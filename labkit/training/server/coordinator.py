@@ -1,20 +1,20 @@
-"""The course of one run: who is here, who may go on with which samples, what is merged, and when it is over.
+"""The course of one run: its members, which samples each is granted, what is merged, and when it is over.
 
-Between the update and the partition (pure rules) and whoever drives them (live: the sockets and threads of
-`labkit.training.server.server`). It knows no socket, no thread and no file: answers go out through `deliver`, rows through
-`record`, versions to keep through `save`, and time comes from `clock`, so that another driver can bring a virtual one. A rule's
+Between the update and the partition (pure rules) and what drives them (live: the sockets and threads of
+`labkit.training.server.server`). It holds no socket, no thread and no file: answers leave through `deliver`, rows through
+`record`, versions to save through `save`, and time comes from `clock`, so that another driver can bring a virtual one. A rule's
 time limit goes to `alarm`, and the driver calls `tick` then.
 
-    join    -> start barrier -> go         all workers of the run begin together, and the clock starts
+    join    -> start barrier -> grant      all workers of the run begin together, and the clock starts
     push    -> update.push -> replies      one reply releases one worker: partition.reclaim and allocate, then a grant
-    tick    -> update.expire -> replies    a rule that waits for others, but not for ever
-    leave   -> the shard goes back, update.leave may release those who waited
+    tick    -> update.expire -> replies    a rule that waits for others up to a deadline
+    leave   -> the shard is given back, update.leave may release workers that were held
     join    -> update.join -> a reply      in mid-run: a new incarnation, served from what the others give back
     regroup -> update.join -> replies      an all-reduce whose group has broken begins anew from the latest version
 
 A run trains on `budget` samples, counted over all workers (`labkit.training.server.grants`); what a rule throws away does not
-count. Who finds all of it granted is sent "stop". When the last worker is lost it waits for others; its driver says how
-long (`alone_since`).
+count. A worker for which nothing is left of it is sent "stop". When the last worker is lost the run waits for others; its driver
+says how long (`last_lost_at`).
 
 Used by `labkit.training.server.server` (live) and `labkit.simulation.offline` (replays and simulations).
 """
@@ -30,13 +30,13 @@ from labkit.errors import ClusterError, PartitionError, UpdateError
 from labkit.partition import Partition
 from labkit.runs.checkpoints import AGE_S, Policy
 from labkit.runs.config import RunConfig
-from labkit.training.server.grants import Allotment, Part
+from labkit.training.server.grants import Grants, Share
 from labkit.training.server.membership import Member
 from labkit.training.wire.protocol import Answer
 from labkit.updates import Push, Reply, Update
 
-TOLD = ("samples", "loss", "score", "compute_s", "score_s", "wait_s", "send_s", "hidden_s")  # by a worker, of its local pass
-AGAIN = "it came again."  # why a worker leaves whose next incarnation joins
+REPORTED = ("samples", "loss", "score", "compute_s", "score_s", "wait_s", "send_s", "hidden_s")  # by a worker, of its local pass
+AGAIN = "it came again."  # the reason of a worker's leave when its next incarnation joins
 
 
 class Coordinator:
@@ -64,25 +64,25 @@ class Coordinator:
         self.members: dict[int, Member] = {}
         joint = config.local_steps and config.local_steps * config.batch_size
         ahead = config.overlap * config.batch_size if update.ahead else 0
-        self.samples = Allotment(partition, config.budget, joint, update, self.members, record, ahead)
+        self.grants = Grants(partition, config.budget, joint, update, self.members, record, ahead)
         self.policy, self.save = Policy(config.budget, config.checkpoints, clock, age), save
         self.incarnations: dict[int, int] = {}
-        self.round = 0  # local passes of the quickest worker; who comes counts on from there, so that no number comes twice
-        self.idle: set[int] = set()  # workers for whom the budget leaves nothing, unless another one is lost
-        self.hungry: set[int] = set()  # workers for whom no samples are in the pool yet; the update does not know them
-        self.expires: float | None = None  # when the rule does not want to wait any longer: `tick`
-        self.alone_since: float | None = None  # when the last worker of a run that goes was lost
-        self.started = self.finished = self.over = False  # finished: the budget is met, and all have been told
+        self.round = 0  # local passes of the quickest worker; one that joins counts on from there, so that no number comes twice
+        self.idle: set[int] = set()  # workers for which nothing is left of the budget, unless another one is lost
+        self.shardless: set[int] = set()  # workers for which no samples are in the pool yet; the update does not know them
+        self.expires: float | None = None  # the deadline of the rule: `tick`
+        self.last_lost_at: float | None = None  # when the last worker of a running run was lost
+        self.started = self.finished = self.over = False  # finished: the budget is met, and all have been answered
         self.state, self.reason = "running", ""
         if state:
-            self._go_on(state)
+            self._restore(state)
         else:
-            self.keep()
+            self.checkpoint()
 
-    # -- what workers do -------------------------------------------------------------------------------------------
+    # -- what workers do -----------------------------------------------------------------------------------------------
 
     def expect(self, workers: Iterable[int]) -> None:
-        """Begin with these alone; who was lost before the start may come later."""
+        """Begin with these alone; a worker that was lost before the start may come later."""
         if self.started or self.state != "running" or set(workers) == set(self.workers):
             return
         for index in sorted(set(self.workers) - set(workers) - set(self.members)):
@@ -93,7 +93,7 @@ class Coordinator:
         self._begin()
 
     def join(self, index: int, about: str = "", seconds: float | None = None, **fields: Any) -> Member:
-        """A worker comes; it is answered when everyone is here, or at once if the run goes already. `fields` are for the record.
+        """A worker joins; it is answered when all have, or at once if the run has started. `fields` are for the record.
 
         Its earlier incarnation, if that is still thought to be here, leaves. Raises `ClusterError` when the run has ended.
         """
@@ -103,7 +103,7 @@ class Coordinator:
             self.leave(self.members[index], AGAIN)
         incarnation = self.incarnations[index] = self.incarnations.get(index, -1) + 1
         member = self.members[index] = Member(index, incarnation, passes=self.round, seconds=seconds or None)
-        self.alone_since = None
+        self.last_lost_at = None
         self._row("join", member, message=about, probe_s=seconds, **fields)
         if self.finished:  # by the leave of its earlier incarnation
             self._dismiss(member)
@@ -113,7 +113,7 @@ class Coordinator:
             self._release(self.update.join(index))
         else:
             if seconds and index not in self.partition.seconds:
-                self.samples.seconds[index] = float(seconds)
+                self.grants.seconds[index] = float(seconds)
             self._begin()
         return member
 
@@ -123,23 +123,23 @@ class Coordinator:
         self.started = True
         self.record("start")
         replies = [Reply(worker, self.update.version, self.update.weights) for worker in sorted(self.workers)]
-        for index in sorted(set(self.members) - set(self.workers)):  # was given up, and has come after all
-            self.partition.join(index, self.samples.seconds.pop(index, None))
+        for index in sorted(set(self.members) - set(self.workers)):  # was not waited for any longer, and has come after all
+            self.partition.join(index, self.grants.seconds.pop(index, None))
             replies += self.update.join(index)
         self._release(replies)
 
     def regroup(self, member: Member, why: str) -> None:
-        """The group of an all-reduce has broken under `member`: it drops its local pass, and goes on when the others do."""
+        """The group of an all-reduce has broken under `member`: it drops its local pass, and is released when the others are."""
         self._row("regroup", member, version=self.update.version, message=why)
-        self.samples.take_back(member)
+        self.grants.end_pass(member)
         member.held_since = self.clock()
-        self.samples.group.disband()
+        self.grants.ranks.disband()
         if self.state != "running":
             return self._dismiss(member)
         self._release(self.update.join(member.index))
 
     def refuse(self, member: Member, header: dict) -> None:
-        """Something came from a worker that was taken to be gone: it changes nothing, and it is written down."""
+        """A message came from a worker that was taken to be gone: it changes nothing, and it is recorded."""
         samples = int(header.get("samples") or 0)
         late = f"a late {header['op']} of {samples} samples, from a worker that was taken to be gone"
         self._row("refuse", member, version=self.update.version, samples=samples, message=late)
@@ -150,10 +150,10 @@ class Coordinator:
         member.passes += 1
         self.round = max(self.round, member.passes)
         member.loss, member.score = header["loss"], member.score if header["score"] is None else header["score"]
-        told = {"pass": member.passes, **{key: header[key] for key in TOLD if key in header}}
-        self._row("push", member, base_version=version, staleness=self.update.version - version, bytes=n_bytes, **told)
+        reported = {"pass": member.passes, **{key: header[key] for key in REPORTED if key in header}}
+        self._row("push", member, base_version=version, staleness=self.update.version - version, bytes=n_bytes, **reported)
         member.held_since = self.clock()
-        granted = self.samples.take_back(member)
+        granted = self.grants.end_pass(member)
         if self.state != "running":
             return self._dismiss(member)
         try:
@@ -165,14 +165,14 @@ class Coordinator:
         except Exception as error:  # the rule may be a user's own
             why = error if isinstance(error, UpdateError) else repr(error)
             return self.stop("failed", f"worker {index} at version {version}: {why}")
-        self.samples.pushed(member, samples, header["compute_s"] + header["score_s"])
+        self.grants.pushed(member, samples, header["compute_s"] + header["score_s"])
         if all(reply.worker != index for reply in replies):
             member.unmerged = samples
             self._hold(member)
         self._release(replies)
 
     def tick(self) -> None:
-        """Time has passed: from `expires` on, when its driver comes by, the rule hears that it need not wait any longer."""
+        """Time has passed: from `expires` on the rule releases the workers that it holds."""
         if self.state != "running" or self.expires is None or self.clock() < self.expires:
             return
         self.record("expire", version=self.update.version)
@@ -183,34 +183,34 @@ class Coordinator:
         self._release(replies)
 
     def leave(self, member: Member, why: str = "") -> None:
-        """A worker is gone, for whatever reason; its samples and what it had not finished are for the others."""
+        """A worker is gone, for whatever reason; its samples, and what it had not finished, go to the others."""
         if self.members.get(member.index) is not member:
             return
         del self.members[member.index]
         self._row("leave", member, wait_s=member.waited, message=why)
-        self.samples.lost(member)
+        self.grants.lost(member)
         if self.state == "running" and self.started and not self.finished:
             self.idle.discard(member.index)
-            self.hungry.discard(member.index)
+            self.shardless.discard(member.index)
             self.partition.leave(member.index)
-            self.samples.group.disband()
+            self.grants.ranks.disband()
             try:
                 replies = self.update.leave(member.index)
             except UpdateError as error:  # the others' round closes, and cannot be merged
                 self.stop("failed", str(error))
             else:
                 self._release(replies)
-                self._feed()
-                self._wake()
+                self._serve_shardless()
+                self._serve_idle()
         if not self.members:
             if self.state == "running" and self.finished:
                 self.state = "done"
             elif self.state == "running" and self.started:
-                self.alone_since = self.clock()
+                self.last_lost_at = self.clock()
             self.over = self.state != "running"
 
     def stop(self, state: str, reason: str) -> None:
-        """Nobody gets another local pass; who is in the middle of one is to be told by the driver."""
+        """Nobody gets another local pass; those that are in the middle of one are for the driver to interrupt."""
         if self.state != "running":
             return
         self.state, self.reason = state, reason
@@ -218,116 +218,129 @@ class Coordinator:
         for member in self.members.values():
             if not member.busy:
                 self._dismiss(member)
-        # Last: also when it cannot be written, everybody is told.
+        # Last: when it cannot be written, all have been answered nevertheless.
         self.record("error" if state == "failed" else "stop", message=reason)
 
-    def keep(self) -> None:
-        """Save the newest version, if it is not saved yet, with all that is needed to go on from it."""
-        if self.policy.admits(self.samples.merged, self.update.version):
+    def checkpoint(self) -> None:
+        """Save the newest version, if it is not saved yet, with all that is needed to resume from it."""
+        if self.policy.admits(self.grants.merged, self.update.version):
             self.save(self.update.version, self.update.weights, self.state_dict())
 
+    def status(self) -> dict:
+        """How far the run is: as its kernel gets it."""
+        members = self.members.values()
+        return {
+            "state": self.state,
+            "reason": self.reason,
+            "started": self.started,
+            "version": self.update.version,
+            "samples": self.grants.done + sum(member.seen for member in members),
+            "budget": self.grants.budget,
+            "workers": {member.index: {"loss": member.loss, "score": member.score, "passes": member.passes} for member in members},
+        }
+
     def state_dict(self) -> dict:
-        """What a run goes on from: what is merged, and who holds what. Local passes under way are left out."""
+        """What a run resumes from: what is merged, and which worker holds what. Local passes under way are left out."""
         return {
             "version": self.update.version,
-            "done": self.samples.merged,
+            "done": self.grants.merged,
             "update": self.update.lasting(),
             "partition": self.partition.state_dict(),
             "incarnations": dict(self.incarnations),
             "round": self.round,
         }
 
-    def _go_on(self, state: dict) -> None:
+    def _restore(self, state: dict) -> None:
         """Begin where a checkpoint ends; update and partition stand there already. The workers may be others than before."""
-        self.samples.go_on(int(state["done"]), self.workers)
+        self.grants.restore(int(state["done"]), self.workers)
         self.incarnations = {int(worker): int(n) for worker, n in state["incarnations"].items()}
         self.round = int(state["round"])
-        self.policy.go_on(self.samples.merged, self.update.version)
-        self.record("resume", version=self.update.version, total=self.samples.done)
+        self.policy.go_on(self.grants.merged, self.update.version)
+        self.record("resume", version=self.update.version, total=self.grants.done)
 
-    # -- how they are answered -------------------------------------------------------------------------------------
+    # -- answers -------------------------------------------------------------------------------------------------------
 
     def _release(self, replies: list[Reply]) -> None:
         """Record what was merged, then give each released worker new samples and a grant, or the end."""
-        dropped = self._settle()
-        self._mind_deadline()
+        dropped = self._count()
+        self._set_deadline()
         self._grant(replies)
         if dropped:
-            self._wake()
+            self._serve_idle()
 
-    def _mind_deadline(self) -> None:
+    def _set_deadline(self) -> None:
         if self.update.deadline is None:
             self.expires = None
         elif self.expires is None:
             self.expires = self.clock() + self.update.deadline
             self.alarm(self.expires)
 
-    def _settle(self) -> bool:
-        """What the latest call of the rule has done is counted, and its version kept if that is due; was anything dropped?"""
-        dropped = self.samples.settle()
-        if self.update.merges and self.policy.is_due(self.samples.merged):
-            self.keep()
+    def _count(self) -> bool:
+        """Count what the latest call of the rule has done, and save its version if that is due; was anything dropped?"""
+        dropped = self.grants.count()
+        if self.update.merges and self.policy.is_due(self.grants.merged):
+            self.checkpoint()
         return dropped
 
     def _grant(self, replies: list[Reply]) -> None:
         members = [self.members[reply.worker] for reply in replies]
-        if self.samples.remaining < (len(members) if self.update.collective else 1):
-            return self._rest(replies)
+        if self.grants.remaining < (len(members) if self.update.collective else 1):
+            return self._leave_idle(replies)
         if not members:
             return
         try:
-            at_work = self.samples.grant(members)
+            shares = self.grants.share(members)
         except (PartitionError, ClusterError) as error:
             return self.stop("failed", str(error))
         for member, reply in zip(members, replies, strict=True):
-            if part := at_work.get(member.index):
-                self.deliver(member.index, self.samples.go(member, reply, part, self._waited(member)))
-        for member in (member for member in members if member.index not in at_work):  # until another one gives something back
-            self.hungry.add(member.index)
-            self.samples.forget(member)
+            if share := shares.get(member.index):
+                self.deliver(member.index, self.grants.make(member, reply, share, self._waited(member)))
+        for member in (member for member in members if member.index not in shares):  # until another one gives something back
+            self.shardless.add(member.index)
+            self.grants.cancel_ahead(member)
             self._hold(member)
             self._release(self.update.leave(member.index))
-        self._feed()
+        self._serve_shardless()
 
-    def _rest(self, replies: list[Reply]) -> None:
-        """Nothing is left of the budget for these. When nobody is at work any more, the run ends."""
+    def _leave_idle(self, replies: list[Reply]) -> None:
+        """Nothing is left of the budget for these. When no local pass is under way any more, the run ends."""
         for reply in replies:
             member = self.members[reply.worker]
             if member.granted:  # it pushes what it has trained on ahead
-                self.deliver(member.index, self.samples.go(member, reply, Part(0, []), self._waited(member)))
+                self.deliver(member.index, self.grants.make(member, reply, Share(0, []), self._waited(member)))
             else:
                 self.idle.add(member.index)
         if not any(member.busy for member in self.members.values()):
             waits = next((member for member in self.members.values() if member.granted), None)  # held, with samples ahead
-            return self._rest(self.update.join(waits.index)) if waits else self._finish()
+            return self._leave_idle(self.update.join(waits.index)) if waits else self._finish()
         for reply in replies:
             if reply.worker in self.idle:
                 self._hold(self.members[reply.worker])
 
-    def _wake(self) -> None:
-        """What has come back of the budget is for those for whom nothing was left."""
-        while self.idle and self.samples.remaining > 0 and self.state == "running":
+    def _serve_idle(self) -> None:
+        """What has come back of the budget is for the idle workers."""
+        while self.idle and self.grants.remaining > 0 and self.state == "running":
             self.idle.remove(index := min(self.idle))
             self._release(self.update.join(index))
 
-    def _feed(self) -> None:
-        """The pool has samples again: the next of those who wait for some."""
-        if self.hungry and len(self.partition.pool) and self.state == "running":
-            self.hungry.remove(index := min(self.hungry))
+    def _serve_shardless(self) -> None:
+        """The pool has samples again: for the next worker that has none."""
+        if self.shardless and len(self.partition.pool) and self.state == "running":
+            self.shardless.remove(index := min(self.shardless))
             self._release(self.update.join(index))
 
     def _finish(self) -> None:
-        """The budget is met and nobody is under way: what the rule has kept back is merged, and everybody is told."""
+        """The budget is met and no local pass is under way: what the rule has held back is merged, and all are answered."""
         self.finished = True
         try:
             self.update.finish()
         except UpdateError as error:
             return self.stop("failed", str(error))
-        self._settle()
+        self._count()
         for index in sorted(self.members):
             self._dismiss(self.members[index])
         self.idle.clear()
-        self.hungry.clear()
+        self.shardless.clear()
 
     def _dismiss(self, member: Member) -> None:
         member.waited = self._waited(member)

@@ -1,11 +1,11 @@
-"""The samples of a run: how many of its budget are granted, done and merged, and who trains on which of them next.
+"""The samples of a run: how many of its budget are granted, done and merged, and which worker trains on which of them next.
 
-    granted >= done >= merged        of the budget: given to somebody, pushed, part of a version
+    granted >= done >= merged        of the budget: given to a worker, pushed, part of a version
 
 A *grant* is the number of samples of a worker's next local pass: one pass over its shard, or so many that the mean of all is what
-was asked for. Shards, given back and newly allocated, are the affair of the partition.
+was asked for. Shards, given back and newly allocated, are up to the partition.
 
-A worker may be wanted to train on some samples *ahead*, while its push is under way. Its first grant is longer by so many; from
+A worker may have to train on some samples *ahead*, while its push is under way. Its first grant is longer by so many; from
 then on it carries as many into each local pass as it leaves for the next.
 
 Used by `labkit.training.server.coordinator`.
@@ -21,23 +21,23 @@ import numpy as np
 
 from labkit.errors import ClusterError
 from labkit.partition import Partition, largest_remainder
-from labkit.training.server.membership import FRUITLESS, Group, Member
+from labkit.training.server.membership import FRUITLESS, Member, Ranks
 from labkit.training.wire.protocol import Answer, Grant
 from labkit.updates import Reply, Update
 
 
-class Part(NamedTuple):
-    """One worker's of what is granted at a time."""
+class Share(NamedTuple):
+    """What one worker gets of the samples that are granted at a time."""
 
     samples: int
-    parts: list[int]  # of all who were granted something at that time
+    of_all: list[int]  # the same of each worker that was granted something at that time
     added: int = 0  # samples that its shard has grown by
     pace: float = 0.0  # how many samples all workers train on while this one trains on one: the clock of learning-rate schedules
     more: int = 0  # samples beside these, to train on ahead from now on
 
 
-class Allotment:
-    """The counts, and the partition as the members know it. `joint`: samples of a local pass, on average; None: the whole shard.
+class Grants:
+    """The counts, and the shards as the members hold them. `joint`: samples of a local pass, on average; None: the whole shard.
 
     `members` are those of the coordinator, `record` writes a row; `ahead` is how many samples a worker trains on while its push
     is under way.
@@ -57,14 +57,14 @@ class Allotment:
         self.members, self.record, self.ahead = members, record, ahead
         self.granted = self.done = self.merged = 0
         self.seconds: dict[int, float] = {}  # per sample, measured (probed at first) and not yet known to the partition
-        self.group = Group()  # of an all-reduce
+        self.ranks = Ranks()  # of an all-reduce
 
     @property
     def remaining(self) -> int:
         """What is left of the budget to be granted."""
         return self.budget - self.granted
 
-    def go_on(self, done: int, workers: list[int]) -> None:
+    def restore(self, done: int, workers: list[int]) -> None:
         """Begin where a checkpoint ends; the workers may be others than before."""
         self.granted = self.done = self.merged = done
         for worker in set(workers) - set(self.partition.workers):
@@ -72,16 +72,16 @@ class Allotment:
         for worker in set(self.partition.workers) - set(workers):
             self.partition.leave(worker)
 
-    # -- what comes back -------------------------------------------------------------------------------------------
+    # -- ends of local passes ------------------------------------------------------------------------------------------
 
-    def take_back(self, member: Member) -> int:
+    def end_pass(self, member: Member) -> int:
         """Its local pass is over, one way or another; returns what was granted for it, without what it trains on ahead."""
         granted, member.granted, member.ahead = member.granted - member.ahead, member.ahead, 0
         member.seen, member.busy = 0, False
         self.granted -= granted
         return granted
 
-    def forget(self, member: Member) -> None:
+    def cancel_ahead(self, member: Member) -> None:
         """What it has trained on ahead does not count."""
         self.granted -= member.granted
         member.granted = 0
@@ -94,10 +94,10 @@ class Allotment:
         if samples:
             member.seconds = (each + (member.seconds or each)) / 2
 
-    def settle(self) -> bool:
+    def count(self) -> bool:
         """What the latest call of the rule has merged, and what it has thrown away, counted and recorded; was anything dropped?
 
-        Dropped samples are no longer done: somebody is to train on as many again.
+        Dropped samples are no longer done: as many are granted again.
         """
         merges, drops = self.update.merges, self.update.drops
         self.merged += sum(merge.samples for merge in merges)
@@ -116,23 +116,23 @@ class Allotment:
         for drop in drops:
             self.granted, self.done = self.granted - drop.samples, self.done - drop.samples
         if merges:
-            self.group.fruitless = 0
+            self.ranks.fruitless = 0
         return bool(drops)
 
     def lost(self, member: Member) -> None:
-        """What a worker that is gone had not finished, and what it had pushed and waited for in vain."""
+        """A worker is gone: what it had not finished, and what it had pushed and is not merged, is granted again."""
         self.seconds.pop(member.index, None)
         self.granted -= member.granted + member.unmerged
         self.done -= member.unmerged
 
-    # -- what is given ---------------------------------------------------------------------------------------------
+    # -- grants --------------------------------------------------------------------------------------------------------
 
-    def grant(self, members: list[Member]) -> dict[int, Part]:
+    def share(self, members: list[Member]) -> dict[int, Share]:
         """New samples for the shards of these, and a part of what remains for each that holds any; others are not in what returns.
 
         Raises `PartitionError` as `allocate` does, and `ClusterError` when the group of an all-reduce breaks again and again.
         """
-        measured, self.seconds = self.seconds, {}  # each measurement once: the partition smooths them
+        measured, self.seconds = self.seconds, {}  # each measurement once: the partition averages them
         for member in members:
             if n := self.partition.reclaim(member.index):
                 self.record("reclaim", worker=member.index, incarnation=member.incarnation, samples=n)
@@ -141,53 +141,53 @@ class Allotment:
         members = [member for member in members if self.partition.held[member.index]]
         if not members:
             return {}
-        if self.update.collective and not self.group.form(members):
+        if self.update.collective and not self.ranks.form(members):
             raise ClusterError(f"the group of the all-reduce broke {FRUITLESS} times in a row at version {self.update.version}.")
-        shares = self._shares()
-        parts, total = grants([member.index for member in members], self.remaining, shares, self.joint), sum(shares.values())
-        given, left = {}, self.remaining - sum(parts)
-        for member, samples in zip(members, parts, strict=True):
+        proportions = self._proportions()
+        samples = pass_samples([member.index for member in members], self.remaining, proportions, self.joint)
+        total, shares, left = sum(proportions.values()), {}, self.remaining - sum(samples)
+        for member, own in zip(members, samples, strict=True):
             more, index = min(max(0, self.ahead - member.granted), left), member.index
-            more += left - more == 1  # nobody gets a single sample (BatchNorm)
-            given[index], left = Part(samples, parts, len(added[index]), total / max(1, shares[index]), more), left - more
-        return given
+            more += left - more == 1  # no worker is granted a single sample (BatchNorm)
+            shares[index], left = Share(own, samples, len(added[index]), total / max(1, proportions[index]), more), left - more
+        return shares
 
-    def go(self, member: Member, reply: Reply, part: Part, wait_s: float) -> Answer:
-        """The word that sends a worker into its next local pass, with the indices that it does not have yet.
+    def make(self, member: Member, reply: Reply, share: Share, wait_s: float) -> Answer:
+        """The grant of a worker's next local pass, with the indices that it does not have yet.
 
-        A part of no samples asks for what it has trained on ahead.
+        A share of no samples asks for what it has trained on ahead.
         """
         index, who = member.index, {"worker": member.index, "incarnation": member.incarnation}
-        held, keep = int(self.partition.held[index]), member.held
-        if part.added:
-            self.record("allocate", **who, samples=part.added, total=held, **{"pass": int(self.partition.count[index])})
-        if not keep:
+        held, retain = int(self.partition.held[index]), member.held
+        if share.added:
+            self.record("allocate", **who, samples=share.added, total=held, **{"pass": int(self.partition.count[index])})
+        if not retain:
             self.record("pull", **who, version=reply.version)
-        new = self.partition.shard(index)[keep:] if held > keep else []  # the first time, the whole shard
+        new = self.partition.shard(index)[retain:] if held > retain else []  # the first time, the whole shard
         indices = np.ascontiguousarray(new, np.int64)
-        carry, samples = member.granted, part.samples + part.more
+        carry, samples = member.granted, share.samples + share.more
         self.granted += samples
-        ahead = ahead_of(samples, carry + part.more) if self.remaining else 0
+        ahead = ahead_of(samples, carry + share.more) if self.remaining else 0
         member.granted, member.ahead = carry + samples, ahead
-        member.group, member.held, member.busy = self.group.number, held, True
+        member.group, member.held, member.busy = self.ranks.number, held, True
         grant = Grant(
             incarnation=member.incarnation,
             version=reply.version,
             wait_s=wait_s,
-            retain=keep,
+            retain=retain,
             n_indices=len(indices),
             samples=samples,
             ahead=ahead,
             carry=carry,
-            ranks=tuple(index for index, _ in self.group.ranks),
-            rank_samples=tuple(part.parts) if self.group.ranks else (),
-            group=self.group.number,
+            ranks=tuple(index for index, _ in self.ranks.members),
+            rank_samples=tuple(share.of_all) if self.ranks.members else (),
+            group=self.ranks.number,
             done=self.done,
-            pace=part.pace,
+            pace=share.pace,
         )
         return Answer(grant, reply.weights, indices)
 
-    def _shares(self) -> Mapping[int, int]:
+    def _proportions(self) -> Mapping[int, int]:
         """In what proportion the workers train: as their shards, or for a paced rule as their speeds."""
         return by_speed(self.partition.held, self.members) if self.update.paced else self.partition.held
 
@@ -200,7 +200,7 @@ def ahead_of(samples: int, most: int) -> int:
     return 0 if ahead == 1 < most else ahead
 
 
-def grants(workers: list[int], remaining: int, held: Mapping[int, int], joint: int | None) -> list[int]:
+def pass_samples(workers: list[int], remaining: int, held: Mapping[int, int], joint: int | None) -> list[int]:
     """Samples of the next local pass of each of `workers`; together at most what `remaining` is left of the budget.
 
     `held` is the size of every worker's shard. A local pass is one pass over the shard; or, with `joint` samples for a worker on
@@ -209,31 +209,31 @@ def grants(workers: list[int], remaining: int, held: Mapping[int, int], joint: i
     if joint is None:
         wanted = [int(held[worker]) for worker in workers]
     else:
-        parts = _in_proportion(joint, tuple(held), tuple(held.values()))
-        wanted = [parts[worker] for worker in workers]
+        lengths = _in_proportion(joint, tuple(held), tuple(held.values()))
+        wanted = [lengths[worker] for worker in workers]
     last = remaining - sum(wanted) < 2 * len(workers)  # then also the few that would be left over
-    return share(remaining, wanted) if last else wanted
+    return divide(remaining, wanted) if last else wanted
 
 
 @functools.lru_cache(maxsize=1)  # shards grow at first and then they stay; of a thousand workers it takes longer than a merge
 def _in_proportion(joint: int, workers: tuple[int, ...], held: tuple[int, ...]) -> Mapping[int, int]:
     """`joint` samples for each worker that holds any, on average, in proportion to the shards."""
     shards = {worker: int(n) for worker, n in zip(workers, held, strict=True) if n}
-    parts = share(joint * len(shards), list(shards.values()))
-    return {worker: max(1, n) for worker, n in zip(shards, parts, strict=True)}
+    lengths = divide(joint * len(shards), list(shards.values()))
+    return {worker: max(1, n) for worker, n in zip(shards, lengths, strict=True)}
 
 
 def by_speed(held: Mapping[int, int], members: Mapping[int, Member]) -> dict[int, int]:
-    """The shards as they would be if they went by measured speed; where it is not known yet, by the mean of the others."""
+    """The sizes of the shards if they were proportional to measured speed; where it is not known yet, to the mean of the others."""
     workers = [worker for worker, n in held.items() if n and worker in members]
     times = [members[worker].seconds for worker in workers]
     known = [1 / seconds for seconds in times if seconds]
     middle = sum(known) / len(known) if known else 1.0
-    parts = np.maximum(1, largest_remainder(sum(held.values()), [1 / seconds if seconds else middle for seconds in times]))
-    return dict(zip(workers, parts.tolist(), strict=True))
+    shares = np.maximum(1, largest_remainder(sum(held.values()), [1 / seconds if seconds else middle for seconds in times]))
+    return dict(zip(workers, shares.tolist(), strict=True))
 
 
-def share(total: int, shares: list[int]) -> list[int]:
-    """`total` in proportion to `shares`, with two for everybody if there are so many: BatchNorm cannot train on one sample."""
+def divide(total: int, shares: list[int]) -> list[int]:
+    """`total` in proportion to `shares`, with two for each if there are so many: BatchNorm cannot train on one sample."""
     least = min(2, total // len(shares))
     return (least + largest_remainder(total - least * len(shares), [max(0, n - least) for n in shares])).tolist()

@@ -4,11 +4,11 @@
 
 Nothing here can run code that a stranger sends: no pickle, sizes are checked before memory is taken, and before the first
 message both sides prove that they know the secret of the run (HMAC-SHA256 over a fresh nonce, in both directions), which never
-crosses the wire. Whoever has not proved that yet gets 5 s and one of 256 places: strangers can neither fill memory nor keep a
-member out. Arrays are received straight into the buffer that they end in. Every call has a time limit: a peer that is
+crosses the wire. A peer that has not proved that yet gets 5 s and one of 256 slots: strangers can neither fill memory nor keep
+members out. Arrays are received straight into the buffer that they end in. Every call has a time limit: a peer that is
 silent for longer is a `WireError`.
 
-Why not `distributed.comm`: its deserialisers (pickle among them) run before a handler can check who is speaking, it takes
+Why not `distributed.comm`: its deserialisers (pickle among them) run before a handler can check who sends, it takes
 memory by the lengths that a peer claims, and importing it costs the server 40 MB.
 
 Used by `labkit.training.server.server` (accept), `labkit.training.worker.worker` and `labkit.training.attach` (connect).
@@ -32,10 +32,10 @@ from labkit.errors import WireError
 MAGIC = b"labkit2\n"  # with the version of the protocol
 PREFIX = struct.Struct("!IQ")
 MAX_HEADER = 1 << 20
-HANDSHAKE_S = 5.0  # a stranger gets this long to prove that it belongs here
-STRANGERS = 256  # how many may be about to prove it at the same time
+HANDSHAKE_S = 5.0  # a peer gets this long to prove that it belongs here
+HANDSHAKES = 256  # how many may be under way at the same time
 NONCE = 32
-LUMP = 1 << 20  # bytes of a large body that have to be there before its receiver wakes up
+AT_LEAST = 1 << 20  # bytes of a large body that have to be there before its receiver wakes up
 
 
 class Connection:
@@ -46,7 +46,7 @@ class Connection:
         sock.settimeout(timeout)
         self.sock, self.max_body, self.check = sock, max_body, check
         self.sent = self.received = 0  # bytes
-        self.deadline: float | None = None  # monotonic; until then everything must have come, whatever the pace
+        self.deadline: float | None = None  # monotonic; until then everything must have come, at whatever speed
         self._sending, self._wakes_at = threading.Lock(), 1
 
     def send(self, header: dict, *buffers: memoryview | bytes) -> int:
@@ -66,15 +66,15 @@ class Connection:
         self.sent += PREFIX.size + len(text) + body
         return PREFIX.size + len(text) + body
 
-    def receive(self, place: Callable[[dict, int], Sequence[memoryview]] | None = None) -> tuple[dict, int]:
+    def receive(self, buffers: Callable[[dict, int], Sequence[memoryview]] | None = None) -> tuple[dict, int]:
         """Wait for one message; returns its header and the length of its body.
 
-        `place(header, n)` says where the n bytes of a body go: writable views that hold n bytes together. Without it a message
+        `buffers(header, n)` says where the n bytes of a body go: writable views that hold n bytes together. Without it a message
         that has a body is refused. `check`, if this connection has one, may refuse the header before.
         """
         n_header, n_body = PREFIX.unpack(self._read(PREFIX.size))
-        if n_header > MAX_HEADER or n_body > self.max_body or (n_body and place is None):
-            limit = f"at most {MAX_HEADER} + {self.max_body if place else 0}"
+        if n_header > MAX_HEADER or n_body > self.max_body or (n_body and buffers is None):
+            limit = f"at most {MAX_HEADER} + {self.max_body if buffers else 0}"
             raise WireError(f"a message of {n_header} + {n_body} bytes was refused ({limit}).")
         try:
             header = json.loads(self._read(n_header))
@@ -85,7 +85,7 @@ class Connection:
         if self.check:
             self.check(header)
         if n_body:
-            views = [memoryview(view).cast("B") for view in place(header, n_body)]
+            views = [memoryview(view).cast("B") for view in buffers(header, n_body)]
             if sum(view.nbytes for view in views) != n_body:
                 raise WireError(f"a body of {n_body} bytes came where {sum(view.nbytes for view in views)} belong.")
             for view in views:
@@ -102,7 +102,7 @@ class Connection:
             raise WireError("the connection was closed here.") from error
         return bool(poll.poll(max(0.0, timeout) * 1000))
 
-    def patience(self, timeout: float) -> None:
+    def set_timeout(self, timeout: float) -> None:
         """How long the other side may be silent in the middle of a message, from now on."""
         with contextlib.suppress(OSError):  # closed: the next call says so
             self.sock.settimeout(timeout)
@@ -127,18 +127,18 @@ class Connection:
         return bytes(buffer)
 
     def _fill(self, view: memoryview) -> None:
-        done, lump = 0, LUMP
+        done, least = 0, AT_LEAST
         try:
             while done < len(view):
                 if self.deadline is not None:
                     self.sock.settimeout(max(1e-3, self.deadline - time.monotonic()))
-                self._wake_at(lump if len(view) - done >= lump else 1)
+                self._wake_at(least if len(view) - done >= least else 1)
                 try:
                     got = self.sock.recv_into(view[done:])
                 except TimeoutError:
                     if self._wakes_at == 1:
                         raise
-                    lump = self._wake_at(1)  # a slow link: what little has come is no silence
+                    least = self._wake_at(1)  # a slow link: what little has come is not nothing
                     if not self.waiting():
                         raise
                     continue
@@ -147,7 +147,7 @@ class Connection:
                 done += got
             self._wake_at(1)
         except TimeoutError as error:
-            raise WireError(f"no word from the other side for {self.sock.gettimeout():g} s.") from error
+            raise WireError(f"nothing came from the other side for {self.sock.gettimeout():g} s.") from error
         except OSError as error:
             raise self._broken(f"the connection broke: {error}.") from error
 
@@ -170,7 +170,7 @@ def listen(host: str = "127.0.0.1") -> socket.socket:
 
 def shut(listener: socket.socket) -> None:
     """Close a listening socket; a thread that waits in its `accept` gets an `OSError`."""
-    with contextlib.suppress(OSError):  # macOS, where closing is enough; on Linux that alone does not wake who accepts
+    with contextlib.suppress(OSError):  # macOS, where closing is enough; on Linux that alone does not wake `accept`
         listener.shutdown(socket.SHUT_RDWR)
     listener.close()
 
@@ -188,18 +188,18 @@ def incoming(listener: socket.socket) -> Iterator[socket.socket]:
         yield sock
 
 
-class Strangers:
-    """Peers that have not proved themselves yet. When all places are taken, who has been here for longest makes room: a proof
-    takes a member milliseconds."""
+class Handshakes:
+    """Those under way, of peers that have not proved yet that they belong here. When all slots are taken the oldest is broken off:
+    it takes a member milliseconds."""
 
-    def __init__(self, places: int = STRANGERS) -> None:
-        self.places = places
+    def __init__(self, slots: int = HANDSHAKES) -> None:
+        self.slots = slots
         self._waiting: dict[socket.socket, None] = {}  # in the order in which they came
         self._lock = threading.Lock()
 
     def add(self, sock: socket.socket) -> None:
         with self._lock:
-            while len(self._waiting) >= self.places:
+            while len(self._waiting) >= self.slots:
                 oldest = next(iter(self._waiting))
                 del self._waiting[oldest]
                 with contextlib.suppress(OSError):  # it may be gone already
@@ -218,14 +218,14 @@ def accept(
     timeout: float,
     max_body: int,
     check: Callable[[dict], None] | None = None,
-    strangers: Strangers | None = None,
+    handshakes: Handshakes | None = None,
 ) -> Connection:
     """Make an accepted socket a connection, if the peer knows the secret; otherwise `WireError` and it is closed.
 
-    Runs in a thread of its own for each peer: a silent stranger delays nobody and is dropped after 5 s.
+    Runs in a thread of its own for each peer: a silent stranger delays no other and is dropped after 5 s.
     """
-    strangers = strangers or Strangers()
-    strangers.add(sock)
+    handshakes = handshakes or Handshakes()
+    handshakes.add(sock)
     try:
         connection = Connection(sock, HANDSHAKE_S, max_body, check)
         connection.deadline = time.monotonic() + HANDSHAKE_S
@@ -243,7 +243,7 @@ def accept(
         sock.close()
         raise error if isinstance(error, WireError) else WireError(f"a peer broke off: {error}.") from error
     finally:
-        strangers.remove(sock)
+        handshakes.remove(sock)
 
 
 def connect(
@@ -264,11 +264,11 @@ def connect(
     try:
         hello = connection._read(len(MAGIC) + NONCE)
         if not hello.startswith(MAGIC):
-            raise WireError(f"whoever listens at {host}:{port} does not speak this version of labkit.")
+            raise WireError(f"what listens at {host}:{port} does not speak this version of labkit.")
         theirs, nonce = hello[len(MAGIC) :], os.urandom(NONCE)
         sock.sendall(nonce + _proof(secret, b"client", theirs + nonce))
         if not hmac.compare_digest(connection._read(32), _proof(secret, b"server", nonce + theirs)):
-            raise WireError(f"whoever listens at {host}:{port} does not know the secret of this run.")
+            raise WireError(f"what listens at {host}:{port} does not know the secret of this run.")
     except (OSError, WireError) as error:
         connection.close()
         raise error if isinstance(error, WireError) else WireError(f"{host}:{port} broke off: {error}.") from error

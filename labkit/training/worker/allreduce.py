@@ -2,7 +2,7 @@
 
 DDP averages gradients over ranks; here they are averaged over samples, g = sum_j b_j g_j / sum_l b_l with b_j the batch of rank
 j at this step, so that unequal shards (IDPA's too) give the gradient of the joint batch. Every rank takes the same number of
-steps with batches in proportion to its shard: nobody waits for a missing batch.
+steps with batches in proportion to its shard: no rank waits for a missing batch.
 
 A group lives as long as its ranks. When one is lost gloo reports it to the others at once, or the server does if it is frozen; the
 step under way fails with `Broken`, and the worker asks for a new group.
@@ -42,7 +42,7 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 TIMEOUT = datetime.timedelta(seconds=60)  # of an exchange; a rank that is gone is noticed at once, a frozen one by the server
 FORMING_S = 30.0  # how long the ranks may take to find each other
 
-GONE = "the server says that a worker is gone"  # why a group is broken that its own exchange has not found so
+GONE = "the server says that a worker is gone"  # the reason where the exchange itself has not failed
 
 _abandoned: list[dist.ProcessGroup] = []  # groups that wait for a frozen rank until their time limit
 
@@ -107,14 +107,14 @@ class ProcessGroup:
         return [tuple(store.get(rank).decode().split(" ")) for rank in ranks]
 
     def _abort(self) -> None:
-        """From another thread: who waits in an exchange gets an error."""
+        """From another thread: an exchange that waits fails."""
         self.exchange.waiting.fail(GONE)
 
     def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
         """The module whose backward pass averages gradients over the samples of all ranks."""
         with self.exchanging():  # the ranks compare their parameters
             self.ddp = DistributedDataParallel(module, process_group=self.exchange.group)
-        self.ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then nobody waits for them
+        self.ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then no rank waits for them
         self.ddp.register_comm_hook(self.exchange, _average)
         return self.ddp
 
@@ -139,7 +139,7 @@ class ProcessGroup:
         return sum(self.exchange.waiting.seconds)
 
     def close(self) -> None:
-        # The sockets of a gloo group close when its last owner goes, not before. The wrapped module is emptied rather than
+        # The sockets of a gloo group close with its last owner, not before. The wrapped module is emptied rather than
         # dropped, because torch may keep it (DistributedDataParallel._active_ddp_module, when ranks are threads), and before the
         # group, because its reducer would wait for gloo's threads with the lock of the interpreter, which they need.
         self.heartbeat.on_interrupt = lambda: None

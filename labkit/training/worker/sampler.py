@@ -1,4 +1,4 @@
-"""The sampler of one worker: the samples of its shard, in which order it goes through them.
+"""The sampler of one worker: the samples of its shard, and their order in each pass.
 
 Every pass draws a new order from (seed, worker, pass, incarnation), so a run can be repeated and replayed. In an all-reduce all
 ranks take the same number of steps, with batches in proportion to their shards (`steps`).
@@ -16,7 +16,7 @@ from labkit.errors import WorkerError
 
 
 def pass_order(shard: np.ndarray, seed: int, worker: int, epoch: int, incarnation: int = 0) -> np.ndarray:
-    """The order in which this incarnation of `worker` goes through its shard for the `epoch`-th time (0, 1, ...)."""
+    """The order of the shard of this incarnation of `worker` in its `epoch`-th pass (0, 1, ...)."""
     generator = np.random.default_rng(np.random.SeedSequence([seed, worker, epoch, incarnation]))
     return shard[generator.permutation(len(shard))]
 
@@ -61,7 +61,7 @@ class Shard:
             self.rest = self.rest[~np.isin(self.rest, gone)]
 
     def draw(self, n: int) -> np.ndarray:
-        """The next n samples; a new order is drawn whenever the shard has been gone through."""
+        """The next n samples; a new order is drawn after each pass over the shard."""
         if n > 0 and not len(self):
             raise WorkerError(f"worker {self.worker} was asked to train on {n} samples and holds none.", self.worker)
         drawn = []

@@ -5,7 +5,7 @@
 What is trained between a pull and a push is the worker's `Replica`. Its weights travel in `WeightBuffers`, which in the plain case
 (float32 on a CPU) are the replica's own memory, and nothing is copied.
 
-With `overlap` a sender thread pushes and pulls while this one goes on: it measures Q, if the rule does not ask for it, and computes
+With `overlap` a sender thread pushes and pulls while this one computes: it measures Q, if the rule does not need it, and computes
 the next batches, if the rule allows that.
 
 A worker whose connection breaks, or that was taken to be gone (it was frozen, say), joins again: a new incarnation with an empty
@@ -43,7 +43,7 @@ RETRY_S = 10.0  # how long a worker whose link is down tries to reach its server
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What one worker needs to know beside the problem."""
+    """What one worker is started with, beside the problem."""
 
     config: RunConfig
     index: int
@@ -54,7 +54,7 @@ class WorkerSpec:
     uneven: Unevenness = field(default_factory=Unevenness)
     meeting: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     generation: int = 0  # how often this worker has been started in this run before
-    scored: bool = True  # does the rule ask for Q?
+    scored: bool = True  # does the rule need Q?
 
 
 def run_worker(problem: Problem, spec: WorkerSpec) -> dict:
@@ -152,7 +152,7 @@ class _Worker:
             pause = min(1.0, 2 * pause)
 
     def _serve(self) -> bool:
-        """Local passes of one incarnation: until the server says stop (False), or wants this worker to join anew (True)."""
+        """Local passes of one incarnation: until the server says stop (False), or "rejoin" (True)."""
         self.send_s = self.hidden_s = 0.0
         self.scored_at = -math.inf  # perf_counter
         message = self._pull()
@@ -301,11 +301,11 @@ class _Worker:
         self.connection.send(header, body)
         message = self._pull()
         if message["op"] != "grant":
-            self.heartbeat.interrupt = message  # what is computed meanwhile need not go on
+            self.heartbeat.interrupt = message  # what is computed meanwhile may stop
         return message, time.perf_counter()
 
     def _score(self) -> tuple[float | None, float]:
-        """Q and the seconds that it took; nothing where the rule does not ask for it and the latest is not old."""
+        """Q and the seconds that it took; nothing where the rule does not need it and the latest is not old."""
         started = time.perf_counter()
         if not self.spec.scored and started - self.scored_at < SCORE_EVERY_S:
             return None, 0.0

@@ -10,8 +10,7 @@ import pytest
 from labkit.errors import ClusterError
 from labkit.partition import IDPA, UDPA
 from labkit.training.server.coordinator import Coordinator
-from labkit.training.server.grants import share
-from labkit.training.server.membership import standing
+from labkit.training.server.grants import divide
 from labkit.updates import AGWU, SGWU, AllReduce, make_update, names
 from tests.helpers import settings
 
@@ -121,7 +120,7 @@ def test_every_sample_of_the_budget_is_granted_once(rule, partition, local_steps
     course = Course(rule, partition, budget=budget, local_steps=local_steps).join(*WORKERS)
     grants = course.finish(speeds={0: 1, 1: 2, 2: 4})
     total = sum(itertools.chain(*grants.values()))
-    assert total == sum(row["samples"] for row in course.of("merge")) == course.it.samples.done
+    assert total == sum(row["samples"] for row in course.of("merge")) == course.it.grants.done
     assert total == budget if not rule.collective else budget - len(WORKERS) < total <= budget
     assert all(n >= 2 for n in itertools.chain(*grants.values()))  # BatchNorm cannot train on one sample
     assert (course.it.state, course.it.reason) == ("done", "")
@@ -183,7 +182,7 @@ def test_who_leaves_gives_its_samples_to_the_others(rule):
     work.pop(1)
     course.indices[1] = []
     course.finish(work)
-    assert (course.it.state, course.it.samples.done) == ("done", 60)
+    assert (course.it.state, course.it.grants.done) == ("done", 60)
     assert mine <= set(course.indices[0]) | set(course.indices[2])
     assert sorted(course.indices[0] + course.indices[2]) == list(range(SAMPLES))
 
@@ -203,11 +202,11 @@ def test_a_push_that_is_never_merged_is_not_counted():
     course = Course(SGWU(), budget=40).join(*WORKERS)
     work = {w: course.answer(w) for w in WORKERS}
     course.push(0, work.pop(0))
-    assert course.it.samples.done > 0
+    assert course.it.grants.done > 0
     course.it.leave(course.members[0])
-    assert course.it.samples.done == 0
+    assert course.it.grants.done == 0
     course.finish(work)
-    assert course.it.samples.done == sum(row["samples"] for row in course.of("merge")) == 40 and course.it.state == "done"
+    assert course.it.grants.done == sum(row["samples"] for row in course.of("merge")) == 40 and course.it.state == "done"
     assert {row["worker"] for row in course.of("merge")} == {1, 2}
 
 
@@ -220,7 +219,7 @@ def test_what_a_lost_worker_leaves_undone_at_the_end_is_done_by_the_others():
     course.it.leave(course.members[2])
     assert course.answers[0] or course.answers[1]
     course.finish()
-    assert (course.it.state, course.it.samples.done) == ("done", SAMPLES)
+    assert (course.it.state, course.it.grants.done) == ("done", SAMPLES)
 
 
 def test_all_are_told_to_stop_when_the_last_push_has_come():
@@ -245,14 +244,14 @@ def test_all_workers_lost(rule):
         course.push(2, work[2])
     course.now = 7.0
     for worker in WORKERS:
-        assert course.it.alone_since is None
+        assert course.it.last_lost_at is None
         course.it.leave(course.members[worker])
-    assert (course.it.state, course.it.over, course.it.alone_since) == ("running", False, 7.0)
+    assert (course.it.state, course.it.over, course.it.last_lost_at) == ("running", False, 7.0)
     course.join(1)
-    assert course.it.alone_since is None
+    assert course.it.last_lost_at is None
     course.join(5)
     course.finish()
-    assert course.it.state == "done" and sum(row["samples"] for row in course.of("merge")) == course.it.samples.done
+    assert course.it.state == "done" and sum(row["samples"] for row in course.of("merge")) == course.it.grants.done
 
 
 def test_leaving_twice_and_leaving_of_an_earlier_incarnation_are_nothing():
@@ -277,7 +276,7 @@ def test_who_comes_back_gets_samples_at_once():
     assert back.grant and len(back.indices) == back.grant.samples > 0
     work[1] = back
     course.finish(work)
-    assert course.it.samples.done == 100
+    assert course.it.grants.done == 100
 
 
 def test_who_leaves_before_the_start_may_come_back_before_it():
@@ -348,20 +347,20 @@ def test_a_bad_push_fails_the_run():
     work = course.answer(1)
     course.push(1, work, score=2.0)
     assert course.it.state == "failed" and course.it.reason.startswith("worker 1 at version 0: push of worker 1")
-    assert course.answer(1).grant is None and course.it.samples.done == 0
+    assert course.answer(1).grant is None and course.it.grants.done == 0
 
 
 def test_versions_are_kept_evenly_over_the_run():
     """Twice as often as asked for, so that a kill while one is being written costs one interval at most."""
     course = Course(AGWU(), budget=20 * SAMPLES, checkpoints=5).join(*WORKERS)
     course.finish()
-    course.it.keep()
+    course.it.checkpoint()
     versions = [version for version, _ in course.saved]
     assert versions[0] == 0 and versions[-1] == course.it.update.version and 10 <= len(versions) <= 12
     at = {row["version"]: row["total"] for row in course.of("merge")}
     for due, version in zip(range(1, 11), versions[1:], strict=False):
         assert 0 <= at[version] - due * 2 * SAMPLES < 2 * SAMPLES
-    course.it.keep()
+    course.it.checkpoint()
     assert [version for version, _ in course.saved] == versions  # not twice
 
 
@@ -376,17 +375,17 @@ def test_the_status_counts_what_is_under_way():
     course = Course(AGWU(), budget=100).join(*WORKERS)
     answer = course.answer(0)
     course.members[0].seen, course.members[0].loss = 3, 0.25
-    status = standing(course.it)
+    status = course.it.status()
     assert (status["samples"], status["version"], status["state"], status["started"]) == (3, 0, "running", True)
     assert status["workers"][0] == {"loss": 0.25, "score": None, "passes": 0}
     course.push(0, answer)
-    assert standing(course.it)["samples"] == answer.grant.samples and standing(course.it)["workers"][0]["passes"] == 1
+    assert course.it.status()["samples"] == answer.grant.samples and course.it.status()["workers"][0]["passes"] == 1
 
 
 def test_shares_are_exact_and_leave_nobody_with_one():
     for total in range(30):
         for shares in ([1, 1, 1], [100, 1, 0], [0, 0, 0], [5, 3, 9]):
-            parts = share(total, shares)
+            parts = divide(total, shares)
             assert sum(parts) == total and min(parts) >= min(2, total // 3)
 
 
@@ -408,7 +407,7 @@ def test_a_time_is_measured_once_and_declared_speeds_stand_until_the_first_pass(
 
 @pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=1)])
 @pytest.mark.parametrize("rule", RULES)
-def test_who_comes_when_all_samples_are_handed_out_gets_itsshare(rule, partition):
+def test_who_comes_when_all_samples_are_handed_out_gets_its_share(rule, partition):
     """The others give back what exceeds theirs at their next release; nothing is lost, nothing is held twice."""
     course = Course(rule(), partition(), budget=400, workers=[0, 1]).join(0, 1)
     course.join(7)
@@ -488,7 +487,7 @@ def test_a_run_that_goes_on_with_other_workers_gives_each_of_them_its_whole_shar
     course = Course(rule(), partition(), budget=200, workers=workers, state=state).join(*workers, seconds=2.0)
     course.finish(speeds=dict.fromkeys(workers, 1.0))  # at every answer: what the worker holds is what the partition says
     assert sorted(itertools.chain(*course.indices.values())) == list(range(SAMPLES))
-    assert course.it.state == "done" and course.it.samples.done > 200 - len(workers)
+    assert course.it.state == "done" and course.it.grants.done > 200 - len(workers)
     numbers = [(row["worker"], row["pass"]) for row in [*first.of("push"), *course.of("push")]]
     assert len(set(numbers)) == len(numbers)
 
@@ -570,7 +569,7 @@ def test_whoever_comes_and_goes_the_budget_is_met_and_no_sample_is_lost_or_doubl
         partition_now = course.it.partition
         together = np.concatenate([partition_now.pool, *(partition_now.shard(w) for w in partition_now.workers)])
         assert sorted(together.tolist()) == list(range(SAMPLES))
-    assert course.it.over and course.it.state == "done", standing(course.it)
-    left = 300 - course.it.samples.done
+    assert course.it.over and course.it.state == "done", course.it.status()
+    left = 300 - course.it.grants.done
     assert left == 0 if not rule.collective else left < 6
-    assert course.it.samples.done == sum(r["samples"] for r in course.of("merge"))
+    assert course.it.grants.done == sum(r["samples"] for r in course.of("merge"))

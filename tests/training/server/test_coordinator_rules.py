@@ -7,7 +7,7 @@ import pytest
 
 from labkit.partition import IDPA, UDPA
 from labkit.training.server.grants import by_speed
-from labkit.training.server.membership import Member, standing
+from labkit.training.server.membership import Member
 from labkit.updates import EASGD, SGWU, SSP, DelayedNesterov, FedBuff, Ringmaster
 from tests.training.server.test_coordinator import SAMPLES, WORKERS, Course
 
@@ -23,15 +23,15 @@ def begun(update, **options):
 def test_what_a_rule_throws_away_is_recorded_and_is_for_somebody_to_train_on_again():
     course, work = begun(Ringmaster(1), budget=50)
     course.push(0, work[0])
-    done, granted = course.it.samples.done, course.it.samples.granted
+    done, granted = course.it.grants.done, course.it.grants.granted
     course.answers[0].clear()
     course.push(1, work[1])  # one version late
     (drop,) = course.of("drop")
     assert drop["worker"] == 1 and (drop["version"], drop["staleness"], drop["coefficient"]) == (1, 1, 0.0)
     assert drop["samples"] == work[1].grant.samples
-    assert drop["total"] == done == course.it.samples.done == course.it.samples.merged
+    assert drop["total"] == done == course.it.grants.done == course.it.grants.merged
     answer = course.answer(1)
-    assert answer.grant and answer.grant.version == 1 and course.it.samples.granted == granted
+    assert answer.grant and answer.grant.version == 1 and course.it.grants.granted == granted
 
 
 def test_a_budget_is_met_although_the_last_push_of_all_is_thrown_away():
@@ -45,7 +45,7 @@ def test_a_budget_is_met_although_the_last_push_of_all_is_thrown_away():
     assert 2 in pending or 1 in pending
     course = Course(Ringmaster(1), budget=5 * SAMPLES).join(*WORKERS)
     course.finish(speeds={0: 1, 1: 3, 2: 20})
-    assert course.it.state == "done" and course.it.samples.done == course.it.samples.merged == 5 * SAMPLES
+    assert course.it.state == "done" and course.it.grants.done == course.it.grants.merged == 5 * SAMPLES
     assert len(course.of("drop")) > 2
 
 
@@ -65,10 +65,10 @@ def test_what_is_kept_back_counts_when_it_is_merged_and_at_the_end_at_the_latest
     course, work = begun(FedBuff(4), budget=3 * SAMPLES)
     course.push(0, work[0])
     assert not course.of("merge") and course.answers[0] and not course.of("hold")  # its worker goes on
-    assert course.it.state_dict()["done"] == 0 and standing(course.it)["samples"] == work[0].grant.samples
+    assert course.it.state_dict()["done"] == 0 and course.it.status()["samples"] == work[0].grant.samples
     course.answers[0].clear()
     course.it.leave(course.members[0])  # what it has pushed is in the buffer
-    assert course.it.samples.done == work[0].grant.samples
+    assert course.it.grants.done == work[0].grant.samples
     del work[0]
     course.finish(work)
     merges = course.of("merge")
@@ -81,7 +81,7 @@ def test_a_checkpoint_holds_what_is_merged():
     states = []
     course.it.save = lambda version, weights, state: states.append((version, state["done"]))
     course.finish()
-    course.it.keep()
+    course.it.checkpoint()
     totals = {row["version"]: row["total"] for row in course.of("merge")}
     assert len(states) > 5 and all(totals[version] == done for version, done in states)
 
@@ -90,7 +90,7 @@ def test_who_is_held_at_the_end_is_told_to_stop():
     """SSP holds the quick one when nothing is left for the slow one that it waits for."""
     course = Course(SSP(0), budget=7 * SAMPLES).join(*WORKERS)
     course.finish(speeds={0: 1, 1: 1, 2: 30})
-    assert course.it.state == "done" and course.it.samples.merged == 7 * SAMPLES and course.of("hold")
+    assert course.it.state == "done" and course.it.grants.merged == 7 * SAMPLES and course.of("hold")
 
 
 def test_who_comes_again_when_its_leave_was_the_end_is_told_to_stop():
@@ -106,7 +106,7 @@ def test_who_comes_again_when_its_leave_was_the_end_is_told_to_stop():
     assert course.it.finished and all(course.answer(w).grant is None for w in WORKERS)
     for worker in WORKERS:
         course.it.leave(course.members[worker])
-    assert course.it.state == "done" and course.it.samples.merged == 2
+    assert course.it.state == "done" and course.it.grants.merged == 2
 
 
 # -- waiting for a time ------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_paced_rule_gives_passes_by_speed_where_shards_are_equal(local_steps, 
     assert sum(later) == pytest.approx(3 * size, abs=1)
     assert later == pytest.approx(3 * size * (np.array([6, 3, 1]) / 10 if dynamic else np.full(3, 1 / 3)), abs=1)
     counts = [len(grants[w]) for w in WORKERS]
-    assert max(counts) <= (1.4 if dynamic else 7) * min(counts) and course.it.samples.done == 60 * SAMPLES
+    assert max(counts) <= (1.4 if dynamic else 7) * min(counts) and course.it.grants.done == 60 * SAMPLES
 
 
 def test_speeds_are_those_of_the_latest_passes():
@@ -198,7 +198,7 @@ def test_under_easgd_each_worker_is_answered_with_its_own_weights_and_the_centre
     answer = course.answer(1)
     assert answer.weights == pytest.approx(np.full(5, 1.4)) and answer.grant.version == 1
     assert course.it.update.weights == pytest.approx(np.full(5, 0.6))
-    course.it.keep()
+    course.it.checkpoint()
     assert course.saved[-1][0] == 1 and course.saved[-1][1] is course.it.update.weights
     course.push(1, answer)  # (1.4 + 2) - 0.6 = 2.8, of which 0.3
     assert course.it.update.weights == pytest.approx(np.full(5, 0.6 + 0.84))

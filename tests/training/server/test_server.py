@@ -22,7 +22,7 @@ from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.runs.checkpoints import Layout
 from labkit.runs.files import read_json
-from labkit.training import supervisor as session
+from labkit.training import supervisor
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import transport as wire
 from labkit.updates import AGWU, SGWU, AllReduce
@@ -540,7 +540,7 @@ def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
     """10 MB of weights, two workers, asynchronous: the rule keeps a base for each."""
     n = 2_500_000
     big = spec(tmp_path, weights=np.zeros(n, np.float32), n_buffers=0, budget=17 * 4, join_timeout=2.0)
-    process, address = session._start_server(big, tmp_path)
+    process, address = supervisor._start_server(big, tmp_path)
     try:
         clients = [Client(address, index, size=n) for index in (0, 1)]
         peak = 0
@@ -555,15 +555,15 @@ def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
         for client in clients:
             client.connection.close()
         assert process.wait(10) == 0
-        last = json.loads(session._end(process))
+        last = json.loads(supervisor._end(process))
     finally:
-        session._end(process)
+        supervisor._end(process)
     assert last["state"] in ("done", "failed") and (tmp_path / "server.log").read_text() == ""
     assert checkpoints.read_weights(tmp_path, last["version"], n)[0] == last["version"] or last["version"] > 0
 
 
 def test_a_server_whose_parent_is_gone_serves_to_the_end(tmp_path):
-    process, address = session._start_server(spec(tmp_path, workers=(0,)), tmp_path)
+    process, address = supervisor._start_server(spec(tmp_path, workers=(0,)), tmp_path)
     process.stdout.close()  # the parent reads no more
     client = Client(address, 0)
     client.pull()

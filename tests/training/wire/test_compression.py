@@ -13,9 +13,8 @@ import labkit
 from labkit import chaos
 from labkit.errors import LabError, UpdateError
 from labkit.partition import IDPA, UDPA
-from labkit.training import supervisor as session
+from labkit.training import supervisor
 from labkit.training.server.grants import ahead_of
-from labkit.training.server.membership import standing
 from labkit.training.wire import compression as exchange
 from labkit.training.wire.protocol import Grant
 from labkit.training.worker.replica import Replica
@@ -134,13 +133,13 @@ def ahead(rule, overlap=1, **options):
 def test_every_sample_of_the_budget_is_pushed_once(rule, local_steps, budget):
     course = ahead(rule, budget=budget, local_steps=local_steps).join(*WORKERS)
     course.finish(speeds={0: 1, 1: 2, 2: 4})
-    assert course.it.state == "done" and course.it.samples.done == course.it.samples.granted == budget
+    assert course.it.state == "done" and course.it.grants.done == course.it.grants.granted == budget
     assert sum(samples for _, samples, _ in course.pushed) == budget == sum(row["samples"] for row in course.of("merge"))
     assert rule == "ssp" or all(samples >= 2 for _, samples, _ in course.pushed)  # BatchNorm
     for worker in WORKERS:  # what is left for the next push is carried into it
         mine = [grant for who, _, grant in course.pushed if who == worker]
-        assert mine[0]["carry"] == 0 == mine[-1]["ahead"]
-        assert all(now["carry"] == before["ahead"] for before, now in itertools.pairwise(mine))
+        assert mine[0].carry == 0 == mine[-1].ahead
+        assert all(now.carry == before.ahead for before, now in itertools.pairwise(mine))
 
 
 def test_after_the_first_each_grant_is_a_local_pass_and_so_is_each_push():
@@ -157,7 +156,7 @@ def test_who_has_not_measured_its_score_again_stands_with_the_latest():
     course = ahead("fedasync", budget=100).join(*WORKERS)
     course.push(0, course.answer(0), score=0.25)
     course.push(0, course.answer(0), score=None)
-    assert standing(course.it)["workers"][0]["score"] == 0.25
+    assert course.it.status()["workers"][0]["score"] == 0.25
     assert [row["score"] for row in course.of("push")] == [0.25, None]
 
 
@@ -168,7 +167,7 @@ def test_who_is_lost_loses_what_it_has_trained_on_ahead():
     assert course.answer(1).grant.carry == 2
     course.it.leave(course.members.pop(1), "gone")
     course.finish(pending=answers)
-    assert course.it.samples.done == 60 == sum(samples for _, samples, _ in course.pushed)
+    assert course.it.grants.done == 60 == sum(samples for _, samples, _ in course.pushed)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -200,8 +199,8 @@ def test_whoever_comes_and_goes_each_sample_of_the_budget_is_pushed_once(rule, s
             worker = chance.choice(sorted(working))
             course.push(worker, working.pop(worker))
         owed = sum(member.granted for member in course.it.members.values())
-        assert course.it.samples.granted == course.it.samples.done + owed
-    assert course.it.state == "done" and course.it.samples.merged == course.it.samples.done == options["budget"]
+        assert course.it.grants.granted == course.it.grants.done + owed
+    assert course.it.state == "done" and course.it.grants.merged == course.it.grants.done == options["budget"]
 
 
 def test_no_single_sample_is_left_over():
@@ -249,7 +248,7 @@ def lab():
 
 @pytest.fixture
 def train(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "POLL_S", 0.02)
+    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
     with stopped_at_last(runs=tmp_path) as begin:
         yield lambda *args, **options: ended(begin(args[0] if args else problem(net_with_statistics, lr=0.02), lab, **options))
 

@@ -194,7 +194,7 @@ def test_a_silent_stranger_and_a_dripping_one_are_dropped_in_time(listener, monk
 
         thread = threading.Thread(target=drop)
         thread.start()
-        with pytest.raises(WireError, match="no word from the other side"):
+        with pytest.raises(WireError, match="nothing came from the other side"):
             result()
         closed.set()
         thread.join()
@@ -210,12 +210,12 @@ def test_a_stranger_that_hangs_up(listener):
         result()
 
 
-def test_when_all_places_are_taken_the_oldest_stranger_makes_room(listener):
-    strangers, gone = wire.Strangers(places=3), []
+def test_when_all_slots_are_taken_the_oldest_stranger_makes_room(listener):
+    strangers, gone = wire.Handshakes(slots=3), []
 
     def run(sock, number):
         try:
-            wire.accept(sock, SECRET, timeout=5, max_body=100, strangers=strangers).close()
+            wire.accept(sock, SECRET, timeout=5, max_body=100, handshakes=strangers).close()
         except WireError:
             gone.append(number)
 
@@ -316,15 +316,15 @@ def test_a_header_that_is_too_long_is_not_sent(pair):
 
 def test_silence_has_a_limit(listener):
     server, client = connected(listener, timeout=0.2)
-    with server, client, pytest.raises(WireError, match=r"no word from the other side for 0\.2 s"):
+    with server, client, pytest.raises(WireError, match=r"nothing came from the other side for 0\.2 s"):
         server.receive()
 
 
-LARGE = 2 * wire.LUMP + 17
+LARGE = 2 * wire.AT_LEAST + 17
 
 
 def test_a_large_body_and_what_follows_it(listener):
-    """Its receiver wakes up for large lumps, and for a small message again afterwards."""
+    """Its receiver wakes up for large pieces, and for a small message again afterwards."""
     server, client = connected(listener, max_body=LARGE)
     body, place = np.random.default_rng(0).bytes(LARGE), bytearray(LARGE)
     with server, client:
@@ -342,9 +342,9 @@ def test_a_large_body_and_what_follows_it(listener):
 def test_silence_in_the_middle_of_a_large_body_has_a_limit(listener, n):
     server, client = connected(listener, max_body=LARGE, timeout=0.3)
     with server, client:
-        client.sock.sendall(packed(b'{"op":"x"}', LARGE) + bytes(n * wire.LUMP // 2))
+        client.sock.sendall(packed(b'{"op":"x"}', LARGE) + bytes(n * wire.AT_LEAST // 2))
         begun = time.monotonic()
-        with pytest.raises(WireError, match=r"no word from the other side for 0\.3 s"):
+        with pytest.raises(WireError, match=r"nothing came from the other side for 0\.3 s"):
             server.receive(lambda header, size: [memoryview(bytearray(size))])
     assert time.monotonic() - begun < 3
 
