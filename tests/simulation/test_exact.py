@@ -21,8 +21,8 @@ from labkit.runs import events as record
 from labkit.runs.files import read_json, write_json
 from labkit.training import supervisor
 from labkit.updates import make_update
+from tests.helpers import ended, net_with_statistics, problem, until
 from tests.simulation.own_rules import Backwards, Cautious
-from tests.training.test_train import ended, net_with_statistics, problem, until
 
 pytestmark = pytest.mark.usefixtures("cache")
 # Beginning with declared speeds: on a busy machine a probe may leave a worker a single sample, which BatchNorm cannot train on.

@@ -21,8 +21,8 @@ from labkit.simulation import scenario as scenarios
 from labkit.simulation.scenario import RECORDED, UNKNOWN
 from labkit.training import supervisor
 from labkit.updates import AGWU
+from tests.helpers import data, ended, net_with_statistics, problem
 from tests.simulation.test_exact import Slow
-from tests.training.test_train import data, ended, net_with_statistics, problem
 
 pytestmark = pytest.mark.usefixtures("cache")
 EXCHANGE, MERGE = (UNKNOWN[what](4 * UNKNOWN["n_weights"]) for what in ("exchange", "server"))

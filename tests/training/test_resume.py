@@ -25,7 +25,7 @@ from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
 from labkit.training import resume as resuming
 from labkit.training import supervisor
-from tests.training.test_train import data, net
+from tests.helpers import data, net
 
 pytestmark = pytest.mark.usefixtures("cache")
 DONE = 60

@@ -2,157 +2,25 @@
 
 from __future__ import annotations
 
-import _thread
-import contextlib
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
 import types
-from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import labkit
-from labkit.errors import ClusterError, LabError, PartitionError, ProblemError, RunError, WireError, WorkerError
+from labkit.errors import ClusterError, PartitionError, ProblemError, RunError
 from labkit.partition import UDPA
 from labkit.problems.problem import Clock
 from labkit.problems.splits import batches
-from labkit.training import supervisor
 from labkit.training import train as training
 from labkit.training.worker.sampler import pass_order, steps
+from tests.helpers import DECAY, LR, MOMENTUM, SEED, Slow, ended, net_with_statistics, problem, until
 from tests.problems.test_problem import TinyGan
 
 pytestmark = pytest.mark.usefixtures("cache")
-SEED, LR, MOMENTUM, DECAY = 5, 0.05, 0.9, 0.01
-
-
-def data(n=231):
-    generator = np.random.default_rng(0)
-    y = np.arange(n) % 3
-    x = generator.normal(size=(n, 1, 6, 6)).astype(np.float32)
-    x[np.arange(n), 0, y] += 2
-    return x, y
-
-
-def net(shape, n_classes, width=7):
-    n = int(np.prod(shape))
-    return nn.Sequential(nn.Flatten(), nn.Linear(n, width), nn.ReLU(), nn.Linear(width, n_classes))
-
-
-def net_with_statistics(shape, n_classes):
-    n = int(np.prod(shape))
-    return nn.Sequential(
-        nn.Conv2d(1, 2, 3),
-        nn.BatchNorm2d(2),
-        nn.Flatten(),
-        nn.Linear(2 * (shape[1] - 2) * (shape[2] - 2), n // 4),
-        nn.BatchNorm1d(n // 4),
-        nn.ReLU(),
-        nn.Linear(n // 4, n_classes),
-    )
-
-
-class Poisoned(labkit.Classifier):
-    """Raises at one sample, which one worker alone holds; the others are slow enough to be in the middle of something."""
-
-    def step(self, module, batch, optimisers, clock):
-        time.sleep(0.01)
-        if clock.total > 1 and (batch[0] > 8).any():
-            raise RuntimeError("this sample is poisoned")
-        return super().step(module, batch, optimisers, clock)
-
-
-def cut_off(monkeypatch, after=0):
-    """Worker 1 loses its link at every push once it has come past this version."""
-    from labkit.training.worker.worker import _Worker
-
-    push_and_pull = _Worker._push_and_pull
-
-    def lossy(self, *push):
-        if self.spec.index == 1 and self.version > after:
-            self.connection.close()
-        return push_and_pull(self, *push)
-
-    monkeypatch.setattr(_Worker, "_push_and_pull", lossy)
-
-
-class Slow(labkit.Classifier):
-    def step(self, module, batch, optimisers, clock):
-        time.sleep(0.01)
-        return super().step(module, batch, optimisers, clock)
-
-
-def problem(model=net, kind=labkit.Classifier, xy=None, **options):
-    options = {"batch_size": 16, "lr": LR, "momentum": MOMENTUM, "score_samples": 20, **options}
-    return kind(model, xy or data(), **options)
-
-
-def poisoned(worker):
-    """A problem with a sample in the middle of the shard of `worker` (of 2, with UDPA and SEED) that makes its step raise."""
-    x, y = data()
-    x /= np.abs(x).max()  # a lone bright image survives the normalisation
-    indices = problem(xy=(x, y)).train_indices()
-    partition = UDPA()
-    partition.start(len(indices), [0, 1], seed=SEED)
-    shard = pass_order(partition.allocate([0, 1])[worker], SEED, worker, 0)
-    x[indices[shard[40]]] = 50
-    return problem(xy=(x, y), kind=Poisoned)
-
-
-def until(condition, limit=20.0):
-    """Poll until the condition holds; fail when it does not within `limit` seconds."""
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit:g} s"
-        time.sleep(0.01)
-
-
-def ended(run, state="done", timeout=40):
-    run.wait(timeout)
-    assert run.state == state
-    return run
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
-
-
-@pytest.fixture
-def lab():
-    with labkit.connect("threads", 2) as lab:
-        yield lab
-
-
-@contextlib.contextmanager
-def stopped_at_last(**defaults):
-    """train() with other defaults; what it has begun is stopped if the test fails on the way."""
-    made = []
-
-    def begin(a_problem, lab, **options):
-        made.append(labkit.train(a_problem, lab, **{"seed": SEED, "partition": "udpa", **defaults, **options}))
-        return made[-1]
-
-    try:
-        yield begin
-    finally:
-        for run in made:
-            run.stop()
-
-
-@pytest.fixture
-def train(lab, tmp_path):
-    """train() on two threads, recorded in a folder of the test."""
-    with stopped_at_last(runs=tmp_path / "runs") as begin:
-        yield lambda a_problem, **options: begin(a_problem, options.pop("lab", lab), **options)
 
 
 def by_hand(a_problem, passes):
@@ -348,53 +216,6 @@ def test_a_stall_does_not_keep_a_stop_waiting(tmp_path):
         assert time.monotonic() - begun < 8 and run.state == "stopped"
 
 
-# -- endings -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce"])
-def test_stop_ends_a_run_at_once_and_keeps_what_there_is(update, train):
-    run = train(problem(kind=Slow), update=update, passes=1000)
-    until(lambda: run.status()["version"] >= 2)
-    begun = time.monotonic()
-    run.stop()
-    assert time.monotonic() - begun < 8 and run.state == "stopped"
-    run.stop()
-    assert run.wait(1).state == "stopped"
-    version = run.events.query("kind == 'merge'").version.max()
-    assert version >= 2 and run.curve().version.iloc[-1] == version
-    assert np.isfinite(run.flat()).all() and run.summary()["state"] == "stopped"
-    assert labkit.load_run(run.path).state == "stopped"
-
-
-@pytest.mark.slow
-def test_stopping_many_times_in_the_middle_of_an_exchange(train):
-    """The ranks of an all-reduce never stop at the same step: whoever goes on must hear of it, and nothing may pile up."""
-    counts = []
-    for i in range(5):
-        run = train(problem(kind=Slow), update="allreduce", passes=1000, name=f"r{i}")
-        until(lambda run=run: run.status()["samples"] > 40 * (i + 1))  # noqa: B023
-        begun = time.monotonic()
-        run.stop()
-        assert time.monotonic() - begun < 8 and run.state == "stopped"
-        counts.append(psutil.Process().num_threads())
-    assert counts[-1] <= counts[1] + 1, "threads of the groups pile up"
-
-
-def test_stop_before_the_workers_are_there(train):
-    run = train(problem(), passes=1000)
-    run.stop()
-    assert run.state == "stopped" and run.curve().version.iloc[0] == 0
-
-
-def test_waiting_too_short_says_so(train):
-    run = train(problem(kind=Slow), passes=1000)
-    with pytest.raises(RunError, match=r"still goes after 0\.2 s"):
-        run.wait(0.2)
-    assert run.state == "running"
-    with pytest.raises(RunError, match=r"still goes; its curve is measured at the end"):
-        run.curve()
-
-
 def test_two_runs_at_once_hold_workers_of_their_own(train, lab):
     first = train(problem(kind=Slow), passes=1000, workers=[1], name="first")
     until(lambda: first.status()["version"] >= 1)
@@ -429,17 +250,6 @@ def test_two_runs_of_one_name_in_two_folders_do_not_stop_each_other(train, lab, 
     assert third.stop().state == "stopped" and lab.free() == [0, 1]
 
 
-def test_an_interrupt_while_waiting_stops_the_run(train):
-    run = train(problem(kind=Slow), passes=1000)
-    until(lambda: run.status()["version"] >= 1)
-    timer = threading.Timer(0.3, _thread.interrupt_main)
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run.wait(30)
-    timer.join()
-    assert run.state == "stopped" and len(run.curve())
-
-
 def test_running_the_cell_again_begins_again_and_keeps_the_earlier_run(train, capsys):
     first = train(problem(kind=Slow), passes=1000, name="x")
     until(lambda: first.status()["version"] >= 1)
@@ -455,127 +265,6 @@ def test_running_the_cell_again_begins_again_and_keeps_the_earlier_run(train, ca
     third = ended(train(problem(), passes=1, name="x"))
     assert second.path.name == "x.2" and third.path.name == "x" and first.path.name == "x.1"
     assert sorted(path.name for path in third.path.parent.iterdir()) == ["x", "x.1", "x.2"]
-
-
-@pytest.mark.slow
-def test_a_process_that_ends_without_closing_leaves_nothing(tmp_path, cache):
-    """Exit while a run goes: no traceback, no process, and the record says how it ended."""
-    script = f"""
-import labkit, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-import tests.training.test_train as t
-lab = labkit.connect("threads", 2)
-run = labkit.train(t.problem(kind=t.Slow), lab, passes=1000, runs={str(tmp_path)!r}, name="left", update="sgwu")
-t.until(lambda: run.status()["version"] >= 1)
-print(run._session.server.pid)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    until(lambda: not psutil.pid_exists(int(done.stdout)))
-    assert labkit.load_run(tmp_path / "left").state in ("stopped", "failed")
-
-
-# -- errors of workers -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce"])
-@pytest.mark.parametrize("worker", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_step_that_raises_ends_the_run_with_the_first_error_and_its_traceback(update, worker, train):
-    a_problem = poisoned(worker)
-    run = train(a_problem, update=update, passes=50)
-    with pytest.raises(WorkerError) as caught:
-        run.wait(30)
-    text = str(caught.value)
-    assert caught.value.worker == worker
-    assert f"worker {worker} (cpu) failed at version 0: RuntimeError: this sample is poisoned" in text
-    assert "Traceback" in text and "in step" in text and "test_train.py" in text
-    assert run.state == "failed" and f"worker {worker}" in run.status()["reason"]
-    errors = run.events.query("kind == 'error'")
-    assert len(errors) == 1 and "poisoned" in errors.message.iloc[0]
-    assert labkit.load_run(run.path).state == "failed"
-    ended(train(problem(), update=update, passes=1, name="after"))  # the lab is as good as before
-
-
-def test_weights_that_become_nan_fail_the_run(train):
-    for update in ("sgwu", "agwu", "allreduce"):
-        run = train(problem(lr=1e9), update=update, passes=3, name=update)
-        with pytest.raises(LabError, match=r"worker [01] at version \d+: .*NaN or infinity\. Lower the learning rate") as caught:
-            run.wait(30)
-        assert "failed" in str(caught.value) and run.state == "failed"
-        assert np.isfinite(run.flat()).all()  # what came before is kept, and is good
-
-
-def test_a_model_that_fails_on_one_worker_before_the_start_frees_the_others(train, monkeypatch):
-    from labkit.training.worker.worker import _Worker
-
-    probe = _Worker._probe
-    monkeypatch.setattr(_Worker, "_probe", lambda self: 1 / 0 if self.spec.index == 1 else probe(self))
-    for update in ("sgwu", "allreduce"):
-        run = train(problem(), update=update, name=update)
-        with pytest.raises(WorkerError, match=r"worker 1 \(cpu\) failed at version 0: ZeroDivisionError"):
-            run.wait(20)
-
-
-@pytest.mark.parametrize("update", ["sgwu", "agwu"])
-def test_a_worker_that_loses_the_server_does_not_end_the_run(update, train, monkeypatch):
-    """As one that was frozen for too long and comes back: the others have gone on without it."""
-    cut_off(monkeypatch)
-    a_problem = problem(kind=Slow)  # so that both have their turns
-    run = ended(train(a_problem, update=update, passes=6))
-    events = run.events
-    merges = events[events.kind == "merge"]
-    assert merges.samples.sum() == 6 * len(a_problem.train_indices())
-    assert events.query("kind == 'leave' and worker == 1").message.iloc[0] != ""
-    assert run.allocations().query("worker == 0").total.max() == len(a_problem.train_indices())  # nothing is lost
-
-
-def test_a_server_that_dies_fails_the_run(train):
-    run = train(problem(kind=Slow), passes=1000)
-    until(lambda: run.status()["version"] >= 1)
-    run._session.server.kill()
-    with pytest.raises(RunError, match=r"the server of run .* ended with code -9"):
-        run.wait(30)
-    assert run.state == "failed" and labkit.load_run(run.path).state == "failed"
-    ended(train(problem(), passes=1, name="after"))
-
-
-def test_a_connection_to_the_server_that_breaks_is_made_again(train, monkeypatch):
-    """The kernel's own connection: a pause of the kernel must not end a healthy run."""
-    asked, watch = [], supervisor.watch
-
-    @contextlib.contextmanager
-    def flaky(*server, **options):
-        with watch(*server, **options) as ask:
-
-            def ask_flaky(**request):
-                asked.append(1)
-                if len(asked) == 2:
-                    raise WireError("as after a long pause")
-                return ask(**request)
-
-            yield ask_flaky
-
-    monkeypatch.setattr(supervisor, "watch", flaky)
-    monkeypatch.setattr(supervisor, "RETRY_S", 0.1)
-    ended(train(problem(kind=Slow), passes=15))
-    assert len(asked) > 2
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("update", ["sgwu", "agwu"])
-def test_a_full_disk_fails_the_run_and_says_so(update, train, monkeypatch):
-    begin = training.begin
-
-    def on_a_full_disk(path, *rest):
-        (path / "events.jsonl").symlink_to("/dev/full")
-        return begin(path, *rest)
-
-    monkeypatch.setattr(training, "begin", on_a_full_disk)
-    run = train(problem(), update=update, passes=2)
-    with pytest.raises(LabError, match=r"cannot be written: .*No space left on device"):
-        run.wait(20)
-    assert run.state == "failed"
-    monkeypatch.undo()
 
 
 # -- requests that make no sense ---------------------------------------------------------------------------------------
@@ -616,145 +305,10 @@ def test_a_closed_lab_is_refused(tmp_path):
         labkit.train(problem(), lab, runs=tmp_path)
 
 
-def test_a_server_that_cannot_start_leaves_the_lab_free(train, monkeypatch, lab, tmp_path):
-    broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(supervisor.sys, "executable", str(broken))
-    with pytest.raises(RunError, match="the server did not start"):
-        train(problem())
-    monkeypatch.undo()
-    assert lab.runs == [] and lab.free() == [0, 1]
-    ended(train(problem(), passes=1))
-
-
 def test_the_server_is_reachable_from_other_hosts_only_when_there_are_any(lab):
     assert training._host(lab) == "127.0.0.1"
     lab.workers[0] = types.SimpleNamespace(host="somewhere-else")
     assert training._host(lab) not in ("127.0.0.1", "0.0.0.0", "")
-
-
-# -- models of notebooks, reading back ---------------------------------------------------------------------------------
-
-
-def cell(width):
-    """A model function as a notebook cell defines it."""
-    layers = f"nn.Flatten(), nn.Linear(36, {width}), nn.Linear({width}, n_classes)"
-    code = f"def my_net(shape, n_classes):\n    return nn.Sequential({layers})"
-    namespace = {"__name__": "__main__", "nn": nn}
-    exec(code, namespace)
-    return namespace["my_net"]
-
-
-def test_an_edited_cell_takes_effect_at_the_next_train(train):
-    for width in (3, 5):
-        run = ended(train(problem(cell(width)), passes=1, name=f"w{width}"))
-        assert run.weights()["1.weight"].shape == (width, 36)
-
-
-def test_a_run_is_read_back_whole(train):
-    a_problem = problem(train_samples=150)
-    run = ended(train(a_problem, passes=3, checkpoints=4))
-    again = labkit.load_run(run.path)
-    assert (again.name, again.state, again.label, again.config) == (run.name, "done", "AGWU + UDPA", run.config)
-    assert again.events.equals(run.events) and again.curve().equals(run.curve())
-    assert again.summary() == run.summary() and again.balance().equals(run.balance())
-    for name, value in run.weights().items():
-        np.testing.assert_array_equal(again.weights()[name], value)
-    assert 4 <= len(run.curve()) <= 6
-    table = labkit.compare([run, again])
-    assert list(table.index) == ["AGWU + UDPA"] * 2 and table.score.nunique() == 1
-    assert repr(again).startswith("<Run agwu-udpa-seed5: AGWU + UDPA, done")
-    assert again.time_to(-1.0) == 0.0 and again.time_to(1.1) is None
-
-
-def test_a_model_of_a_notebook_needs_its_problem_to_be_read_back(train):
-    a_problem = problem(cell(3))
-    run = ended(train(a_problem, passes=1))
-    again = labkit.load_run(run.path)
-    np.testing.assert_array_equal(again.flat(), run.flat())  # the weights need no model
-    with pytest.raises(RunError, match=r"labkit\.load_run\(\.\.\., problem=problem\)"):
-        again.model()
-    module = labkit.load_run(run.path, problem=a_problem).model()
-    np.testing.assert_array_equal(module[1].weight.detach().numpy(), run.weights()["1.weight"])
-
-
-def test_reading_what_is_no_run(tmp_path, train):
-    run = ended(train(problem(), passes=1, name="mine"))
-    with pytest.raises(RunError, match=r"there is no run at .*Runs beside it: mine"):
-        labkit.load_run(run.path.with_name("mein"))
-    with pytest.raises(RunError, match=r"config\.json is missing"):
-        labkit.load_run(tmp_path)
-
-
-def test_progress_prints_lines_until_the_end(train, capsys, monkeypatch):
-    monkeypatch.setenv("LABKIT_PLOTS", "static")
-    run = train(problem(), passes=2)
-    run.progress()
-    lines = capsys.readouterr().out.splitlines()
-    assert run.state == "done" and lines and lines[-1].startswith("AGWU + UDPA: 100%") and lines[-1].endswith("done")
-
-
-# -- real processes ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.cluster
-def test_real_processes(tmp_path):
-    """Both ways of exchange end well, a poisoned step is heard of, and a killed worker leaves an asynchronous run going."""
-    with labkit.connect("dask", 2) as lab:
-        options = {"lab": lab, "runs": tmp_path, "seed": SEED}
-        n = len(problem().train_indices())
-        for update, partition in (("agwu", "idpa"), ("allreduce", "udpa")):
-            run = ended(
-                labkit.train(problem(net_with_statistics), update=update, partition=partition, passes=2, **options), timeout=90
-            )
-            assert run.events.query("kind == 'merge'").samples.sum() >= 2 * n - 1
-            assert len({worker["pid"] for worker in run.config["workers"]} | {os.getpid()}) == 3
-        run = labkit.train(poisoned(1), update="allreduce", partition="udpa", passes=50, **options)
-        with pytest.raises(WorkerError, match=r"worker 1 .* poisoned"):
-            run.wait(30)
-
-        run = labkit.train(problem(kind=Slow), update="agwu", partition="idpa", passes=30, name="killed", **options)
-        until(lambda: run.status()["version"] >= 6)
-        os.kill(lab.workers[1].pid, signal.SIGKILL)
-        ended(run)  # decided: the run goes on with the others and ends as "done"
-        assert run.events.query("kind == 'merge'").samples.sum() == 30 * n
-        assert run.events.query("kind == 'leave'").worker.iloc[0] == 1
-        assert run.allocations().query("worker == 0").total.max() == n
-        until(lambda: not lab.refresh() and not lab.lost())  # Dask has started it again, at its old place
-        run = ended(labkit.train(problem(), passes=1, **options), timeout=90)
-        assert {*run.events.query("kind == 'join'").worker} == {0, 1}
-
-
-@pytest.mark.cluster
-def test_a_worker_that_stays_frozen_does_not_keep_the_run_from_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "ENDING_S", 0.5)
-    with labkit.connect("dask", 2) as lab:
-        run = labkit.train(
-            problem(kind=Slow), lab, update="agwu", partition="udpa", passes=20, heartbeat_timeout=3.0, runs=tmp_path, seed=SEED
-        )
-        until(lambda: run.status()["version"] >= 4, 60)
-        os.kill(lab.workers[1].pid, signal.SIGSTOP)
-        try:
-            ended(run, timeout=60)
-            assert len(run.curve()) > 1 and not run.status()["reason"]  # measured, and not by the frozen one
-            assert run.events.query("kind == 'leave' and worker == 1").message.iloc[0].startswith("no sign of life")
-        finally:
-            os.kill(lab.workers[1].pid, signal.SIGCONT)
-
-
-class Pausing(labkit.Classifier):
-    """A step that takes longer than the silence after which a worker is taken to be gone."""
-
-    def step(self, module, batch, optimisers, clock):
-        time.sleep(2.0 if 60 <= clock.samples < 80 else 0.0)
-        return super().step(module, batch, optimisers, clock)
-
-
-def test_a_worker_that_is_slow_to_answer_is_not_taken_to_be_gone(train):
-    run = train(problem(kind=Pausing), update="sgwu", partition="udpa", passes=2, heartbeat_timeout=1.0).wait(60)
-    assert run.state == "done" and run.events.query("kind == 'push'").compute_s.max() > 2
-    assert set(run.events.query("kind == 'leave'").message) == {""} and run.events.query("kind == 'join'").incarnation.max() == 0
 
 
 @pytest.mark.parametrize(

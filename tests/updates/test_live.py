@@ -13,7 +13,7 @@ from labkit import chaos
 from labkit.runs import events as record
 from labkit.training import supervisor
 from labkit.updates import names
-from tests.training.test_train import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last, until
+from tests.helpers import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last, until
 
 pytestmark = pytest.mark.usefixtures("cache")
 QUICK = ["easgd", "fedbuff", "ssp", "delayed-nesterov", {"name": "sgwu", "quorum": 0.5, "grace": 0.05}]

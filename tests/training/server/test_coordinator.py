@@ -1,4 +1,5 @@
-"""The course of a run, without sockets, threads and clock: barriers, grants, budgets, losses and ends."""
+"""The course of a run, without sockets, threads and clock: barriers, budgets, losses, members and ranks, ends;
+and what only some rules do: drop pushes, hold them back, wait up to a deadline."""
 
 from __future__ import annotations
 
@@ -9,101 +10,8 @@ import pytest
 
 from labkit.errors import ClusterError
 from labkit.partition import IDPA, UDPA
-from labkit.training.server.coordinator import Coordinator
-from labkit.training.server.grants import divide
-from labkit.updates import AGWU, SGWU, AllReduce, make_update, names
-from tests.helpers import settings
-
-WORKERS, SAMPLES, SIZE = [0, 1, 2], 17, 5
-
-
-class Course:
-    """A coordinator, what it sent, wrote and saved, and a time that only we move."""
-
-    def __init__(
-        self,
-        update,
-        partition=None,
-        *,
-        budget=2 * SAMPLES,
-        workers=WORKERS,
-        local_steps=None,
-        batch_size=2,
-        checkpoints=4,
-        state=None,
-        overlap=0,
-    ):
-        self.now, self.answers, self.rows, self.saved = 0.0, {w: [] for w in workers}, [], []
-        partition = partition or UDPA()
-        if state:
-            update.go_on(np.zeros(SIZE, np.float32), workers, 1, state["update"])
-            partition.load_state_dict(state["partition"])
-        else:
-            update.start(np.zeros(SIZE, np.float32), workers, 1)
-            partition.start(SAMPLES, workers, seed=3)
-        lengths = {"budget": budget, "checkpoints": checkpoints, "n_train": SAMPLES}
-        self.it = Coordinator(
-            settings(workers, **lengths, batch_size=batch_size, local_steps=local_steps, overlap=overlap),
-            update,
-            partition,
-            deliver=lambda worker, answer: self.answers[worker].append(answer),
-            record=lambda kind, **fields: self.rows.append({"kind": kind, **fields}),
-            save=lambda version, weights, state: self.saved.append((version, weights)),
-            clock=lambda: self.now,
-            state=state,
-        )
-        self.members, self.indices = {}, {w: [] for w in workers}
-
-    def join(self, *workers, seconds=1.0):
-        for worker in workers:
-            self.answers[worker], self.indices[worker] = [], []  # a new incarnation begins with nothing
-            self.members[worker] = self.it.join(worker, f"about {worker}", seconds)
-        return self
-
-    def answer(self, worker):
-        """The one answer that has come for a worker, taken out; None if there is none."""
-        assert len(self.answers[worker]) <= 1
-        answer = self.answers[worker].pop() if self.answers[worker] else None
-        if answer and answer.grant:
-            assert len(answer.indices) == answer.grant.n_indices
-            self.indices[worker] = self.indices[worker][: answer.grant.retain] + answer.indices.tolist()
-            assert self.indices[worker] == self.it.partition.shard(worker).tolist()
-        return answer
-
-    def push(self, worker, answer, seconds=1.0, **changes):
-        weights = answer.weights + np.float32(1 if self.it.update.collective else 1 + worker)  # replicas are equal
-        header = {"samples": answer.grant.samples, "version": answer.grant.version, "loss": 1.0, "score": 0.5}
-        header |= {"compute_s": seconds, "score_s": 0.0, "wait_s": 0.0, "send_s": 0.0}
-        self.it.push(self.members[worker], header | changes, weights, weights.nbytes)
-
-    def of(self, kind, **fields):
-        return [row for row in self.rows if row["kind"] == kind and all(row[k] == v for k, v in fields.items())]
-
-    def finish(self, pending=None, speeds=None):
-        """Everybody works, the quickest first, until all are told to stop; returns the grants of each worker."""
-        working = dict(pending or {})
-        grants, ready = {w: [] for w in self.members}, {}
-        for _ in range(10_000):
-            for worker in list(self.it.members):
-                if worker not in working and (answer := self.answer(worker)):
-                    if answer.grant is None:
-                        self.it.leave(self.members[worker])
-                    else:
-                        working[worker] = answer
-            for worker, answer in working.items():
-                if worker not in ready:
-                    seconds = answer.grant.samples * (speeds or {}).get(worker, 1.0)
-                    ready[worker] = (self.now + seconds, worker, seconds)
-            if not working:
-                break
-            self.now, worker, seconds = min(ready.values())
-            del ready[worker]
-            answer = working.pop(worker)
-            grants[worker].append(answer.grant.samples)
-            self.push(worker, answer, seconds)
-        assert self.it.over and not self.it.members
-        return grants
-
+from labkit.updates import AGWU, EASGD, SGWU, SSP, AllReduce, FedBuff, Ringmaster, make_update, names
+from tests.helpers import SAMPLES, WORKERS, Course, begun
 
 RULES = [SGWU, AGWU, AllReduce]
 OTHERS = [name for name in names() if name not in ("sgwu", "agwu", "allreduce")]
@@ -364,13 +272,6 @@ def test_versions_are_kept_evenly_over_the_run():
     assert [version for version, _ in course.saved] == versions  # not twice
 
 
-def test_faster_workers_are_given_more():
-    course = Course(SGWU(), IDPA(batches=4), budget=10 * SAMPLES).join(*WORKERS)
-    course.finish(speeds={0: 1.0, 1: 2.0, 2: 8.0})
-    held = [len(course.indices[w]) for w in WORKERS]
-    assert held[0] > held[1] > held[2] >= 1 and sum(held) == SAMPLES
-
-
 def test_the_status_counts_what_is_under_way():
     course = Course(AGWU(), budget=100).join(*WORKERS)
     answer = course.answer(0)
@@ -380,29 +281,6 @@ def test_the_status_counts_what_is_under_way():
     assert status["workers"][0] == {"loss": 0.25, "score": None, "passes": 0}
     course.push(0, answer)
     assert course.it.status()["samples"] == answer.grant.samples and course.it.status()["workers"][0]["passes"] == 1
-
-
-def test_shares_are_exact_and_leave_nobody_with_one():
-    for total in range(30):
-        for shares in ([1, 1, 1], [100, 1, 0], [0, 0, 0], [5, 3, 9]):
-            parts = divide(total, shares)
-            assert sum(parts) == total and min(parts) >= min(2, total // 3)
-
-
-def test_a_time_is_measured_once_and_declared_speeds_stand_until_the_first_pass():
-    """While worker 1 is at its first pass, worker 0 comes back again and again: that says nothing new about worker 1."""
-    course = Course(AGWU(), IDPA(batches=4, speeds=[1, 1], smoothing=2), budget=200, workers=[0, 1]).join(0, 1, seconds=9.0)
-    work = {w: course.answer(w) for w in (0, 1)}
-    for _ in range(3):
-        course.push(0, work[0], seconds=2.0 * work[0].grant.samples)
-        work[0] = course.answer(0)
-        assert course.it.partition.seconds == {0: 2.0, 1: 1.0}
-    for estimate, measured in [(4.0, 4.0), (6.0, 8.0)]:  # the first pass counts alone; the median of two is their mean
-        course.push(1, work[1], seconds=measured * work[1].grant.samples)
-        work[1] = course.answer(1)
-        course.push(0, work[0], seconds=2.0 * work[0].grant.samples)
-        work[0] = course.answer(0)
-        assert course.it.partition.seconds == {0: 2.0, 1: pytest.approx(estimate)}
 
 
 @pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=1)])
@@ -573,3 +451,153 @@ def test_whoever_comes_and_goes_the_budget_is_met_and_no_sample_is_lost_or_doubl
     left = 300 - course.it.grants.done
     assert left == 0 if not rule.collective else left < 6
     assert course.it.grants.done == sum(r["samples"] for r in course.of("merge"))
+
+
+# -- dropped pushes ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_rule_throws_away_is_recorded_and_is_for_somebody_to_train_on_again():
+    course, work = begun(Ringmaster(1), budget=50)
+    course.push(0, work[0])
+    done, granted = course.it.grants.done, course.it.grants.granted
+    course.answers[0].clear()
+    course.push(1, work[1])  # one version late
+    (drop,) = course.of("drop")
+    assert drop["worker"] == 1 and (drop["version"], drop["staleness"], drop["coefficient"]) == (1, 1, 0.0)
+    assert drop["samples"] == work[1].grant.samples
+    assert drop["total"] == done == course.it.grants.done == course.it.grants.merged
+    answer = course.answer(1)
+    assert answer.grant and answer.grant.version == 1 and course.it.grants.granted == granted
+
+
+def test_a_budget_is_met_although_the_last_push_of_all_is_thrown_away():
+    """Nothing was left for 0 and 1; what comes back is for 2, and what 2 cannot take is for them."""
+    course, work = begun(Ringmaster(1), budget=SAMPLES)
+    course.push(0, work[0])
+    course.push(1, work[1])
+    assert course.of("drop") and course.answer(1).grant
+    course.push(2, work[2])
+    pending = {worker: answer for worker in WORKERS if (answer := course.answer(worker))}
+    assert 2 in pending or 1 in pending
+    course = Course(Ringmaster(1), budget=5 * SAMPLES).join(*WORKERS)
+    course.finish(speeds={0: 1, 1: 3, 2: 20})
+    assert course.it.state == "done" and course.it.grants.done == course.it.grants.merged == 5 * SAMPLES
+    assert len(course.of("drop")) > 2
+
+
+def test_a_late_push_under_a_quorum_releases_its_worker_into_the_round_under_way():
+    course, work = begun(SGWU(quorum=0.5), budget=200)
+    course.push(0, work[0])
+    course.push(1, work[1])
+    assert [course.answer(w).grant.version for w in (0, 1)] == [1, 1]
+    course.push(2, work[2])
+    assert course.answer(2).grant.version == 1 and course.of("drop")[0]["worker"] == 2 and not course.of("hold", worker=2)
+
+
+# -- pushes that are held back -----------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_back_counts_when_it_is_merged_and_at_the_end_at_the_latest():
+    course, work = begun(FedBuff(4), budget=3 * SAMPLES)
+    course.push(0, work[0])
+    assert not course.of("merge") and course.answers[0] and not course.of("hold")  # its worker goes on
+    assert course.it.state_dict()["done"] == 0 and course.it.status()["samples"] == work[0].grant.samples
+    course.answers[0].clear()
+    course.it.leave(course.members[0])  # what it has pushed is in the buffer
+    assert course.it.grants.done == work[0].grant.samples
+    del work[0]
+    course.finish(work)
+    merges = course.of("merge")
+    assert merges[0]["worker"] == 0 and merges[-1]["total"] == sum(row["samples"] for row in merges) == 3 * SAMPLES
+    assert course.it.state == "done" and len(merges) % 4  # a last version of fewer than four
+
+
+def test_a_checkpoint_holds_what_is_merged():
+    course = Course(FedBuff(2), budget=5 * SAMPLES, checkpoints=20).join(*WORKERS)
+    states = []
+    course.it.save = lambda version, weights, state: states.append((version, state["done"]))
+    course.finish()
+    course.it.checkpoint()
+    totals = {row["version"]: row["total"] for row in course.of("merge")}
+    assert len(states) > 5 and all(totals[version] == done for version, done in states)
+
+
+def test_who_is_held_at_the_end_is_told_to_stop():
+    """SSP holds the quick one when nothing is left for the slow one that it waits for."""
+    course = Course(SSP(0), budget=7 * SAMPLES).join(*WORKERS)
+    course.finish(speeds={0: 1, 1: 1, 2: 30})
+    assert course.it.state == "done" and course.it.grants.merged == 7 * SAMPLES and course.of("hold")
+
+
+def test_who_comes_again_when_its_leave_was_the_end_is_told_to_stop():
+    """The grants of a small budget leave worker 2 nothing to train on, and nobody else is under way."""
+    course = Course(SGWU(), budget=2).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    assert sorted(answer.grant.samples for answer in work.values()) == [0, 1, 1]
+    (idle,) = (w for w in WORKERS if not work[w].grant.samples)
+    for worker in set(WORKERS) - {idle}:
+        course.push(worker, work[worker])
+    assert not course.it.finished
+    course.join(idle)
+    assert course.it.finished and all(course.answer(w).grant is None for w in WORKERS)
+    for worker in WORKERS:
+        course.it.leave(course.members[worker])
+    assert course.it.state == "done" and course.it.grants.merged == 2
+
+
+# -- deadlines ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_that_waits_for_a_time_only_is_told_when_it_is_over():
+    course, work = begun(SGWU(quorum=0.5, grace=3.0), budget=200)
+    alarms = []
+    course.it.alarm = alarms.append
+    assert course.it.expires is None
+    course.now = 10.0
+    course.push(0, work[0])
+    course.now = 12.0
+    course.push(2, work[2])
+    assert alarms == [13.0] and course.it.expires == 13.0
+    course.now = 12.9
+    course.it.tick()
+    assert not any(course.answers.values())
+    course.now = 13.25
+    course.it.tick()
+    assert [course.answer(w).grant.wait_s for w in (0, 2)] == [3.25, 1.25] and course.it.expires is None
+    assert len(course.of("expire", version=0)) == 1 and {row["worker"] for row in course.of("merge")} == {0, 2}
+    course.it.tick()
+    assert len(course.of("expire")) == 1
+
+
+def test_a_time_that_is_over_without_a_quorum_ends_with_the_push_that_makes_it():
+    course, work = begun(SGWU(quorum=0.6, grace=3.0), budget=200)
+    course.push(0, work[0])
+    course.now = 4.0
+    course.it.tick()
+    assert not any(course.answers.values()) and course.it.expires is None and course.of("expire")
+    course.push(1, work[1])
+    assert {course.answer(w).grant.version for w in (0, 1)} == {1}
+
+
+def test_nobody_is_told_of_a_time_when_the_run_has_ended():
+    course, work = begun(SGWU(quorum=0.5, grace=3.0), budget=200)
+    course.push(0, work[0])
+    course.it.stop("stopped", "")
+    course.now = 9.0
+    course.it.tick()
+    assert not course.of("expire") and not course.of("merge")
+
+
+# -- weights of each worker's own --------------------------------------------------------------------------------------
+
+
+def test_under_easgd_each_worker_is_answered_with_its_own_weights_and_the_centre_is_kept():
+    course, work = begun(EASGD(0.9), budget=200)
+    course.push(1, work[1])  # 2 in every weight: alpha = 0.3
+    answer = course.answer(1)
+    assert answer.weights == pytest.approx(np.full(5, 1.4)) and answer.grant.version == 1
+    assert course.it.update.weights == pytest.approx(np.full(5, 0.6))
+    course.it.checkpoint()
+    assert course.saved[-1][0] == 1 and course.saved[-1][1] is course.it.update.weights
+    course.push(1, answer)  # (1.4 + 2) - 0.6 = 2.8, of which 0.3
+    assert course.it.update.weights == pytest.approx(np.full(5, 0.6 + 0.84))

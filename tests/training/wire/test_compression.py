@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -12,16 +9,11 @@ import torch
 import labkit
 from labkit import chaos
 from labkit.errors import LabError, UpdateError
-from labkit.partition import IDPA, UDPA
 from labkit.training import supervisor
-from labkit.training.server.grants import ahead_of
 from labkit.training.wire import compression as exchange
-from labkit.training.wire.protocol import Grant
-from labkit.training.worker.replica import Replica
-from labkit.updates import AGWU, UPDATES, FedAsync, make_update
+from labkit.updates import AGWU, FedAsync
+from tests.helpers import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last
 from tests.simulation.test_exact import same
-from tests.training.server.test_coordinator import SAMPLES, WORKERS, Course
-from tests.training.test_train import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 NUMBERS = np.concatenate(
@@ -104,137 +96,6 @@ def test_what_float16_cannot_hold_is_said_before_it_is_sent():
     with pytest.raises(UpdateError, match=r"7e\+04 does not fit into float16 \(65504\). Use exchange='bfloat16'"):
         exchange.pack(np.array([1.0, -70_000], np.float32), "float16")
     assert exchange.pack(np.array([-70_000], np.float32), "bfloat16").size == 1
-
-
-# -- samples that are trained on ahead ---------------------------------------------------------------------------------
-
-
-class Ahead(Course):
-    """A course whose workers train on while their pushes are under way."""
-
-    def push(self, worker, answer, seconds=1.0, **changes):
-        grant = answer.grant
-        samples = grant.carry + grant.samples - grant.ahead
-        assert 0 <= grant.ahead <= grant.samples
-        assert grant.samples == 1 or 1 not in (grant.samples - grant.ahead, grant.ahead)
-        self.pushed.append((worker, samples, grant))
-        super().push(worker, answer, seconds, samples=samples, **changes)
-
-
-def ahead(rule, overlap=1, **options):
-    made = Ahead(make_update(rule), options.pop("partition", None), overlap=overlap, **options)
-    made.pushed = []
-    return made
-
-
-@pytest.mark.parametrize("rule", [name for name, rule in UPDATES.items() if rule.ahead])
-@pytest.mark.parametrize("local_steps", [None, 1, 3])
-@pytest.mark.parametrize("budget", [17, 34, 35, 50, 101])
-def test_every_sample_of_the_budget_is_pushed_once(rule, local_steps, budget):
-    course = ahead(rule, budget=budget, local_steps=local_steps).join(*WORKERS)
-    course.finish(speeds={0: 1, 1: 2, 2: 4})
-    assert course.it.state == "done" and course.it.grants.done == course.it.grants.granted == budget
-    assert sum(samples for _, samples, _ in course.pushed) == budget == sum(row["samples"] for row in course.of("merge"))
-    assert rule == "ssp" or all(samples >= 2 for _, samples, _ in course.pushed)  # BatchNorm
-    for worker in WORKERS:  # what is left for the next push is carried into it
-        mine = [grant for who, _, grant in course.pushed if who == worker]
-        assert mine[0].carry == 0 == mine[-1].ahead
-        assert all(now.carry == before.ahead for before, now in itertools.pairwise(mine))
-
-
-def test_after_the_first_each_grant_is_a_local_pass_and_so_is_each_push():
-    course = ahead("agwu", budget=100 * SAMPLES, local_steps=3).join(*WORKERS)
-    first = course.answer(0)
-    course.push(0, first)
-    then = course.answer(0)
-    one_pass = then.grant.samples
-    assert (first.grant.samples, first.grant.ahead, first.grant.carry) == (one_pass + 2, 2, 0)
-    assert (then.grant.ahead, then.grant.carry) == (2, 2) and one_pass == course.pushed[0][1] == 7  # of 18, with 6 of 17
-
-
-def test_who_has_not_measured_its_score_again_stands_with_the_latest():
-    course = ahead("fedasync", budget=100).join(*WORKERS)
-    course.push(0, course.answer(0), score=0.25)
-    course.push(0, course.answer(0), score=None)
-    assert course.it.status()["workers"][0]["score"] == 0.25
-    assert [row["score"] for row in course.of("push")] == [0.25, None]
-
-
-def test_who_is_lost_loses_what_it_has_trained_on_ahead():
-    course = ahead("agwu", budget=60, local_steps=2).join(*WORKERS)
-    answers = {w: course.answer(w) for w in WORKERS}
-    course.push(1, answers.pop(1))
-    assert course.answer(1).grant.carry == 2
-    course.it.leave(course.members.pop(1), "gone")
-    course.finish(pending=answers)
-    assert course.it.grants.done == 60 == sum(samples for _, samples, _ in course.pushed)
-
-
-@pytest.mark.parametrize("seed", range(25))
-@pytest.mark.parametrize(
-    "rule", ["agwu", "fedbuff", "ringmaster", {"name": "ssp", "bound": 0}, {"name": "ssp", "bound": 1}], ids=str
-)
-def test_whoever_comes_and_goes_each_sample_of_the_budget_is_pushed_once(rule, seed):
-    chance = random.Random(seed)
-    partition = chance.choice([UDPA(), IDPA(batches=2)])
-    options = {"budget": chance.choice([17, 34, 50, 101]), "local_steps": chance.choice([None, 1, 2, 3])}
-    course, working, faults = ahead(rule, chance.choice([1, 3]), partition=partition, **options).join(*WORKERS), {}, 4
-    while not course.it.over:
-        for worker in list(course.it.members):
-            if worker not in working and (answer := course.answer(worker)):
-                working[worker] = answer
-        stopped = [worker for worker, answer in working.items() if not answer.grant]
-        if faults and chance.random() < 0.1 and not course.it.finished:
-            faults, worker = faults - 1, chance.choice(WORKERS)
-            working.pop(worker, None)
-            if chance.random() < 0.5 and set(course.it.members) - {worker}:
-                if worker in course.it.members:
-                    course.it.leave(course.members[worker], "gone")
-            else:
-                course.join(worker)
-        elif stopped:
-            del working[stopped[0]]
-            course.it.leave(course.members[stopped[0]])
-        else:
-            worker = chance.choice(sorted(working))
-            course.push(worker, working.pop(worker))
-        owed = sum(member.granted for member in course.it.members.values())
-        assert course.it.grants.granted == course.it.grants.done + owed
-    assert course.it.state == "done" and course.it.grants.merged == course.it.grants.done == options["budget"]
-
-
-def test_no_single_sample_is_left_over():
-    for samples, most in itertools.product(range(40), range(20)):
-        part = ahead_of(samples, most)
-        assert 0 <= part <= min(samples, most)
-        if most != 1:
-            assert 1 not in (part, samples - part) or samples == 1
-
-
-def test_a_rule_that_waits_for_all_has_nothing_done_ahead():
-    course = ahead("localsgd", overlap=3, budget=50).join(*WORKERS)
-    course.finish()
-    assert all(grant.ahead == grant.carry == 0 for _, _, grant in course.pushed)
-
-
-def test_steps_ahead_are_added_to_what_comes_and_belong_to_the_next_push():
-    """The change of the second push is that of the steps that were made since the first one."""
-    one = Replica(problem(net_with_statistics), 5, 1, 400)
-    one.begin(0)
-    one.hold(0, np.arange(60))
-    grant = Grant(samples=48, ahead=16, pace=1.0)
-    first = one.local_pass(grant)
-    pushed = one.flat.clone()
-    one.ahead(grant)
-    moved, n = one.flat - pushed, one.layout.n_params
-    assert first["samples"] == 32 and moved[:n].abs().max() > 0
-    news = torch.full_like(pushed, 0.5)
-    one.pull(news, carry=16)
-    assert torch.equal(one.flat[:n], moved[:n] + 0.5) and torch.equal(one.flat[n:], news[n:])
-    last = one.local_pass(Grant(done=48, pace=1.0))
-    assert last["samples"] == 16 and last["loss"] > 0 and last["compute_s"] > 0
-    one.pull(news, carry=0)
-    assert torch.equal(one.flat, news)
 
 
 # -- live, again, and simulated ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 from labkit.problems.problem import Clock
 from labkit.training.wire.protocol import Grant
 from labkit.training.worker.replica import Replica
-from tests.training.test_train import net_with_statistics, problem
+from tests.helpers import net_with_statistics, problem
 
 pytestmark = pytest.mark.usefixtures("cache")
 GRANT = Grant(samples=40, pace=2.0)
@@ -69,3 +69,23 @@ def test_the_schedule_follows_the_samples_of_all_workers(monkeypatch):
     one.local_pass(Grant(samples=40, done=300, pace=4.0))
     n = len(one.train_indices)
     assert seen == [Clock(300, 400, 300 / n), Clock(364, 400, 364 / n), Clock(400, 400, 400 / n)]
+
+
+def test_steps_ahead_are_added_to_what_comes_and_belong_to_the_next_push():
+    """The change of the second push is that of the steps that were made since the first one."""
+    one = Replica(problem(net_with_statistics), 5, 1, 400)
+    one.begin(0)
+    one.hold(0, np.arange(60))
+    grant = Grant(samples=48, ahead=16, pace=1.0)
+    first = one.local_pass(grant)
+    pushed = one.flat.clone()
+    one.ahead(grant)
+    moved, n = one.flat - pushed, one.layout.n_params
+    assert first["samples"] == 32 and moved[:n].abs().max() > 0
+    news = torch.full_like(pushed, 0.5)
+    one.pull(news, carry=16)
+    assert torch.equal(one.flat[:n], moved[:n] + 0.5) and torch.equal(one.flat[n:], news[n:])
+    last = one.local_pass(Grant(done=48, pace=1.0))
+    assert last["samples"] == 16 and last["loss"] > 0 and last["compute_s"] > 0
+    one.pull(news, carry=0)
+    assert torch.equal(one.flat, news)

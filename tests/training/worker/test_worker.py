@@ -9,7 +9,7 @@ import torch
 
 from labkit.training.worker.replica import Replica
 from labkit.training.worker.worker import WeightBuffers
-from tests.training.test_train import problem
+from tests.helpers import problem
 
 pytestmark = pytest.mark.usefixtures("cache")
 

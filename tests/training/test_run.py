@@ -1,0 +1,131 @@
+"""The handle of a run: waited for, stopped, interrupted, shown, read back from its directory, with its model."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from torch import nn
+
+import labkit
+from labkit.errors import RunError
+from tests.helpers import Slow, ended, problem, until
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce"])
+def test_stop_ends_a_run_at_once_and_keeps_what_there_is(update, train):
+    run = train(problem(kind=Slow), update=update, passes=1000)
+    until(lambda: run.status()["version"] >= 2)
+    begun = time.monotonic()
+    run.stop()
+    assert time.monotonic() - begun < 8 and run.state == "stopped"
+    run.stop()
+    assert run.wait(1).state == "stopped"
+    version = run.events.query("kind == 'merge'").version.max()
+    assert version >= 2 and run.curve().version.iloc[-1] == version
+    assert np.isfinite(run.flat()).all() and run.summary()["state"] == "stopped"
+    assert labkit.load_run(run.path).state == "stopped"
+
+
+@pytest.mark.slow
+def test_stopping_many_times_in_the_middle_of_an_exchange(train):
+    """The ranks of an all-reduce never stop at the same step: whoever goes on must hear of it, and nothing may pile up."""
+    counts = []
+    for i in range(5):
+        run = train(problem(kind=Slow), update="allreduce", passes=1000, name=f"r{i}")
+        until(lambda run=run: run.status()["samples"] > 40 * (i + 1))  # noqa: B023
+        begun = time.monotonic()
+        run.stop()
+        assert time.monotonic() - begun < 8 and run.state == "stopped"
+        counts.append(psutil.Process().num_threads())
+    assert counts[-1] <= counts[1] + 1, "threads of the groups pile up"
+
+
+def test_stop_before_the_workers_are_there(train):
+    run = train(problem(), passes=1000)
+    run.stop()
+    assert run.state == "stopped" and run.curve().version.iloc[0] == 0
+
+
+def test_waiting_too_short_says_so(train):
+    run = train(problem(kind=Slow), passes=1000)
+    with pytest.raises(RunError, match=r"still goes after 0\.2 s"):
+        run.wait(0.2)
+    assert run.state == "running"
+    with pytest.raises(RunError, match=r"still goes; its curve is measured at the end"):
+        run.curve()
+
+
+def test_an_interrupt_while_waiting_stops_the_run(train):
+    run = train(problem(kind=Slow), passes=1000)
+    until(lambda: run.status()["version"] >= 1)
+    timer = threading.Timer(0.3, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run.wait(30)
+    timer.join()
+    assert run.state == "stopped" and len(run.curve())
+
+
+def cell(width):
+    """A model function as a notebook cell defines it."""
+    layers = f"nn.Flatten(), nn.Linear(36, {width}), nn.Linear({width}, n_classes)"
+    code = f"def my_net(shape, n_classes):\n    return nn.Sequential({layers})"
+    namespace = {"__name__": "__main__", "nn": nn}
+    exec(code, namespace)
+    return namespace["my_net"]
+
+
+def test_an_edited_cell_takes_effect_at_the_next_train(train):
+    for width in (3, 5):
+        run = ended(train(problem(cell(width)), passes=1, name=f"w{width}"))
+        assert run.weights()["1.weight"].shape == (width, 36)
+
+
+def test_a_run_is_read_back_whole(train):
+    a_problem = problem(train_samples=150)
+    run = ended(train(a_problem, passes=3, checkpoints=4))
+    again = labkit.load_run(run.path)
+    assert (again.name, again.state, again.label, again.config) == (run.name, "done", "AGWU + UDPA", run.config)
+    assert again.events.equals(run.events) and again.curve().equals(run.curve())
+    assert again.summary() == run.summary() and again.balance().equals(run.balance())
+    for name, value in run.weights().items():
+        np.testing.assert_array_equal(again.weights()[name], value)
+    assert 4 <= len(run.curve()) <= 6
+    table = labkit.compare([run, again])
+    assert list(table.index) == ["AGWU + UDPA"] * 2 and table.score.nunique() == 1
+    assert repr(again).startswith("<Run agwu-udpa-seed5: AGWU + UDPA, done")
+    assert again.time_to(-1.0) == 0.0 and again.time_to(1.1) is None
+
+
+def test_a_model_of_a_notebook_needs_its_problem_to_be_read_back(train):
+    a_problem = problem(cell(3))
+    run = ended(train(a_problem, passes=1))
+    again = labkit.load_run(run.path)
+    np.testing.assert_array_equal(again.flat(), run.flat())  # the weights need no model
+    with pytest.raises(RunError, match=r"labkit\.load_run\(\.\.\., problem=problem\)"):
+        again.model()
+    module = labkit.load_run(run.path, problem=a_problem).model()
+    np.testing.assert_array_equal(module[1].weight.detach().numpy(), run.weights()["1.weight"])
+
+
+def test_reading_what_is_no_run(tmp_path, train):
+    run = ended(train(problem(), passes=1, name="mine"))
+    with pytest.raises(RunError, match=r"there is no run at .*Runs beside it: mine"):
+        labkit.load_run(run.path.with_name("mein"))
+    with pytest.raises(RunError, match=r"config\.json is missing"):
+        labkit.load_run(tmp_path)
+
+
+def test_progress_prints_lines_until_the_end(train, capsys, monkeypatch):
+    monkeypatch.setenv("LABKIT_PLOTS", "static")
+    run = train(problem(), passes=2)
+    run.progress()
+    lines = capsys.readouterr().out.splitlines()
+    assert run.state == "done" and lines and lines[-1].startswith("AGWU + UDPA: 100%") and lines[-1].endswith("done")
