@@ -61,7 +61,7 @@ def processes():
 
 
 def test_a_dropped_link_costs_one_incarnation_and_nothing_else(threads, tmp_path):
-    run = train(threads, tmp_path, passes=25)
+    run = train(threads, tmp_path, passes=12)
     chaos.drop_link(run, 1)
     with pytest.raises(ClusterError, match=r"worker 7 has no link to run r; workers \[.*\] have one"):
         chaos.drop_link(run, 7)
@@ -188,7 +188,7 @@ def test_a_storm_is_planned_by_its_seed():
 
 
 def test_the_audit_finds_what_is_wrong(threads, tmp_path):
-    run = train(threads, tmp_path, passes=20).wait(60)
+    run = train(threads, tmp_path, passes=5).wait(60)
     assert chaos.audit(run) == [] and chaos.losses(run).empty
     file = run.path / "events.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]

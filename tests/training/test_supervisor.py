@@ -154,8 +154,10 @@ def test_a_server_that_cannot_start_leaves_the_lab_free(train, monkeypatch, lab,
 
 
 @pytest.mark.cluster
-def test_real_processes(tmp_path):
-    """Both ways of exchange end well, a poisoned step is heard of, and a killed worker leaves an asynchronous run going."""
+def test_real_processes(tmp_path, monkeypatch):
+    """Both ways of exchange end well, a poisoned step is reported, and an asynchronous run ends without a worker that is
+    frozen or killed."""
+    monkeypatch.setattr(supervisor, "ENDING_S", 0.5)
     with labkit.connect("dask", 2) as lab:
         options = {"lab": lab, "runs": tmp_path, "seed": SEED}
         n = len(problem().train_indices())
@@ -169,26 +171,9 @@ def test_real_processes(tmp_path):
         with pytest.raises(WorkerError, match=r"worker 1 .* poisoned"):
             run.wait(30)
 
-        run = labkit.train(problem(kind=Slow), update="agwu", partition="idpa", passes=30, name="killed", **options)
-        until(lambda: run.status()["version"] >= 6)
-        os.kill(lab.workers[1].pid, signal.SIGKILL)
-        ended(run)  # decided: the run goes on with the others and ends as "done"
-        assert run.events.query("kind == 'merge'").samples.sum() == 30 * n
-        assert run.events.query("kind == 'leave'").worker.iloc[0] == 1
-        assert run.allocations().query("worker == 0").total.max() == n
-        until(lambda: not lab.refresh() and not lab.lost())  # Dask has started it again, at its old place
-        run = ended(labkit.train(problem(), passes=1, **options), timeout=90)
-        assert {*run.events.query("kind == 'join'").worker} == {0, 1}
-
-
-@pytest.mark.cluster
-def test_a_worker_that_stays_frozen_does_not_keep_the_run_from_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "ENDING_S", 0.5)
-    with labkit.connect("dask", 2) as lab:
-        run = labkit.train(
-            problem(kind=Slow), lab, update="agwu", partition="udpa", passes=20, heartbeat_timeout=3.0, runs=tmp_path, seed=SEED
-        )
-        until(lambda: run.status()["version"] >= 4, 60)
+        options |= {"update": "agwu", "passes": 15}
+        run = labkit.train(problem(kind=Slow), partition="udpa", heartbeat_timeout=2.0, name="frozen", **options)
+        until(lambda: run.status()["version"] >= 3, 60)
         os.kill(lab.workers[1].pid, signal.SIGSTOP)
         try:
             ended(run, timeout=60)
@@ -196,6 +181,17 @@ def test_a_worker_that_stays_frozen_does_not_keep_the_run_from_its_end(tmp_path,
             assert run.events.query("kind == 'leave' and worker == 1").message.iloc[0].startswith("no sign of life")
         finally:
             os.kill(lab.workers[1].pid, signal.SIGCONT)
+
+        run = labkit.train(problem(kind=Slow), partition="idpa", name="killed", **options)
+        until(lambda: run.status()["version"] >= 3, 60)
+        os.kill(lab.workers[1].pid, signal.SIGKILL)
+        ended(run)  # decided: the run goes on with the others and ends as "done"
+        assert run.events.query("kind == 'merge'").samples.sum() == 15 * n
+        assert run.events.query("kind == 'leave'").worker.iloc[0] == 1
+        assert run.allocations().query("worker == 0").total.max() == n
+        until(lambda: not lab.refresh() and not lab.lost())  # Dask has started it again, under its old index
+        run = ended(labkit.train(problem(), lab, passes=1, runs=tmp_path, seed=SEED), timeout=90)
+        assert {*run.events.query("kind == 'join'").worker} == {0, 1}
 
 
 class Pausing(labkit.Classifier):

@@ -114,15 +114,13 @@ def train(lab, tmp_path, monkeypatch):
         yield lambda *args, **options: ended(begin(args[0] if args else problem(net_with_statistics, lr=0.02), lab, **options))
 
 
-ROUNDS = [
-    *(("agwu", "bfloat16", 0), ("sgwu", "float16", 0), ("agwu", "float32", 1), ("easgd", "bfloat16", 2)),
-    *(("fedbuff", "float16", 1), ("localsgd", "float32", 1), ("diloco", "bfloat16", 1)),
-    *(("ringmaster", "float32", 1), ("downpour", "bfloat16", 1)),
-]
+ROUNDS = [("sgwu", "float16", 0), ("agwu", "bfloat16", 1), ("fedbuff", "float16", 1), ("diloco", "bfloat16", 1)]
+RARE = [("agwu", "bfloat16", 0), ("agwu", "float32", 1), ("easgd", "bfloat16", 2), ("localsgd", "float32", 1)]
+RARE += [("ringmaster", "float32", 1), ("downpour", "bfloat16", 1)]
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize(("update", "kind", "overlap"), ROUNDS)
+@pytest.mark.parametrize(("update", "kind", "overlap"), [*ROUNDS, *(pytest.param(*rare, marks=pytest.mark.slow) for rare in RARE)])
 def test_a_run_counts_every_sample_learns_and_can_be_replayed(update, kind, overlap, train):
     run = train(update=update, exchange=kind, overlap=overlap, passes=8, local_steps=3, name="r", seed=5)
     events, samples = run.events, 8 * len(run.problem().train_indices())
@@ -140,7 +138,7 @@ def test_a_run_counts_every_sample_learns_and_can_be_replayed(update, kind, over
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize("update", ["agwu", "fedasync", "localsgd"])
+@pytest.mark.parametrize("update", ["agwu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedasync", "localsgd"))])
 def test_a_simulation_with_real_numerics_exchanges_as_the_run_did(update, train):
     """One worker's arrivals leave nothing to chance: the same weights, in 16 bits and with steps ahead."""
     run = train(workers=[0], update=update, exchange="bfloat16", overlap=1, local_steps=3)
@@ -149,6 +147,7 @@ def test_a_simulation_with_real_numerics_exchanges_as_the_run_did(update, train)
     assert again.events.query("kind == 'push'").bytes.tolist() == run.events.query("kind == 'push'").bytes.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_half_the_bytes_cost_no_accuracy(train):
     scores = {
