@@ -149,7 +149,7 @@ def test_what_cannot_be_is_said(threads):
 
 
 @pytest.mark.cluster
-def test_workers_freeze_thaw_die_and_come_back_and_a_storm_ends_at_a_word_with_everybody_thawed(processes, tmp_path):
+def test_workers_freeze_thaw_die_and_come_back_and_a_storm_can_be_stopped_with_every_worker_thawed(processes, tmp_path):
     chaos.freeze(processes, 1)
     task = processes.start(1, os.getpid)
     with pytest.raises(ClusterError, match="did not finish within"):

@@ -46,11 +46,11 @@ RESERVE = 2e9  # bytes of memory that are left to others
 
 
 class Sleeper:
-    """A worker that sleeps; joins at once. `vector` is what it pushes, `place` where it receives: both may be shared."""
+    """A worker that sleeps; joins at once. `vector` is what it pushes, `buffer` where it receives: both may be shared."""
 
-    def __init__(self, address: tuple[str, int], secret: bytes, index: int, vector: np.ndarray, place: np.ndarray) -> None:
+    def __init__(self, address: tuple[str, int], secret: bytes, index: int, vector: np.ndarray, buffer: np.ndarray) -> None:
         self.connection = wire.connect(address, secret, timeout=PATIENCE_S)
-        self.vector, self.place = vector, memoryview(place).cast("B")
+        self.vector, self.buffer = vector, memoryview(buffer).cast("B")
         self.exchanges = 0
         self.connection.send({"op": "join", "worker": index, "seconds_per_sample": 1e-3})
 
@@ -81,7 +81,7 @@ class Sleeper:
         self.connection.close()
 
     def _place(self, header: dict, n: int) -> list[memoryview]:
-        return [self.place, memoryview(bytearray(8 * header["n_indices"]))]
+        return [self.buffer, memoryview(bytearray(8 * header["n_indices"]))]
 
 
 @contextlib.contextmanager
@@ -159,10 +159,10 @@ def saturate(update: str, n_workers: int, megabytes: float, nap: float, seconds:
 
     Measured over at least `seconds`, and three cycles of worker 0, when everybody has pushed once.
     """
-    vector, place = np.ones(size(megabytes), np.float32), np.empty(size(megabytes), np.float32)
+    vector, buffer = np.ones(size(megabytes), np.float32), np.empty(size(megabytes), np.float32)
     turn = threading.Semaphore(0)  # released by worker 0 after each of its exchanges
     with serving(update, n_workers, megabytes, path) as (pid, address, secret):
-        workers = [Sleeper(address, secret, index, vector, place) for index in range(n_workers)]
+        workers = [Sleeper(address, secret, index, vector, buffer) for index in range(n_workers)]
         calls = [turn.release] + [lambda: None] * (n_workers - 1)
         for worker, call in zip(workers, calls, strict=True):
             threading.Thread(target=worker.work, args=(nap, call), daemon=True).start()
@@ -198,7 +198,7 @@ def _now(pid: int, workers: list[Sleeper]) -> dict[str, float]:
 
 
 def under_lock(events: pd.DataFrame, begin: float, end: float) -> float:
-    """Seconds between two times that pushes took until they were merged, or until their workers were told to wait for others.
+    """Seconds between two times that pushes took until they were merged, or until their workers were held.
 
     Meanwhile the server does nothing else with the run. The record gives both: of a worker that is held, when that was; of one that
     is released, how long its push had to wait for its answer.
@@ -218,11 +218,11 @@ def under_lock(events: pd.DataFrame, begin: float, end: float) -> float:
 
 def rounds(megabytes: float, updates: list[str], n: int, path: Path) -> list[dict]:
     """`n` rows of seconds for so many MB there and back: a column for each of `KINDS` and each of `updates`, one worker each."""
-    vector, place = np.ones(size(megabytes), np.float32), np.empty(size(megabytes), np.float32)
+    vector, buffer = np.ones(size(megabytes), np.float32), np.empty(size(megabytes), np.float32)
     several = max(1, min(50, round(20 / megabytes)))  # of which one time is the mean
     with contextlib.ExitStack() as stack:
-        ways = {kind: stack.enter_context(echo(kind, vector, place)) for kind in KINDS}
-        ways |= {update: stack.enter_context(exchange(update, vector, place, path / update)) for update in updates}
+        ways = {kind: stack.enter_context(echo(kind, vector, buffer)) for kind in KINDS}
+        ways |= {update: stack.enter_context(exchange(update, vector, buffer, path / update)) for update in updates}
         rows = [{name: timed(way, several) for name, way in turned(ways, number).items()} for number in range(n + 3)]
     return rows[3:]  # before those memory is fetched that is used again afterwards
 
@@ -242,10 +242,10 @@ def timed(way: Callable[[], None], several: int) -> float:
 
 
 @contextlib.contextmanager
-def exchange(update: str, vector: np.ndarray, place: np.ndarray, path: Path) -> Iterator[Callable[[], None]]:
-    """A function that pushes `vector` to the server of a run and pulls the next version into `place`."""
+def exchange(update: str, vector: np.ndarray, buffer: np.ndarray, path: Path) -> Iterator[Callable[[], None]]:
+    """A function that pushes `vector` to the server of a run and pulls the next version into `buffer`."""
     with serving(update, 1, vector.nbytes / 1e6, path) as (_, address, secret):
-        worker = Sleeper(address, secret, 0, vector, place)
+        worker = Sleeper(address, secret, 0, vector, buffer)
         worker.pull()
         yield lambda: (worker.push(), worker.pull())
         worker.leave()

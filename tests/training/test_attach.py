@@ -14,7 +14,7 @@ import pytest
 import labkit
 from labkit.errors import RunError
 from labkit.partition import UDPA
-from labkit.runs import server_file as presence
+from labkit.runs import server_file
 from labkit.runs.checkpoints import Layout
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import transport as wire
@@ -42,11 +42,11 @@ def going(path):
     """A run whose server is in a thread here and announces itself, as the process of a real one does."""
     CONFIG.save(path)
     server = Server(spec(path))
-    presence.announce(path, server.address, SECRET)
+    server_file.announce(path, server.address, SECRET)
 
     def serve():
         server.serve()
-        presence.withdraw(path)
+        server_file.withdraw(path)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -98,7 +98,7 @@ def test_a_run_that_goes_elsewhere_is_followed_to_its_end(tmp_path):
         assert run.state == "done" and run.status()["samples"] == 34 and "done" in repr(run)
         assert labkit.load_run(tmp_path).state == "done" and run.events.query("kind == 'merge'").samples.sum() == 34
         run.stop()  # it has ended: fine
-    assert (tmp_path / presence.FILE).exists() is False
+    assert (tmp_path / server_file.FILE).exists() is False
 
 
 def test_it_is_stopped_from_afar(tmp_path):
@@ -124,7 +124,7 @@ def test_progress_shows_a_run_that_goes_elsewhere(tmp_path, capsys):
 def test_a_server_that_dies_is_noticed(tmp_path, monkeypatch):
     with going(tmp_path):
         run = labkit.load_run(tmp_path).attach()
-        monkeypatch.setattr(presence, "_runs", lambda pid, started: False)  # killed
+        monkeypatch.setattr(server_file, "_runs", lambda pid, started: False)  # killed
         until(lambda: run.state == "failed")
         with pytest.raises(RunError, match=r"run far failed: cut off; labkit\.resume\(.*\) goes on"):
             run.wait(5)
@@ -141,7 +141,7 @@ def test_a_run_that_was_cut_off_says_how_to_go_on(tmp_path):
 
 def test_a_server_that_cannot_be_reached_is_named(tmp_path):
     def change(**fields):
-        file = tmp_path / presence.FILE
+        file = tmp_path / server_file.FILE
         file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
     with going(tmp_path) as server:

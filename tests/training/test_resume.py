@@ -18,9 +18,8 @@ from labkit.cluster import connect as connecting
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import ClusterError, LabError, PartitionError, RunError
 from labkit.partition import make_partition
-from labkit.runs import checkpoints
+from labkit.runs import checkpoints, server_file
 from labkit.runs import events as record
-from labkit.runs import server_file as presence
 from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
 from labkit.training import resume as resuming
@@ -80,12 +79,12 @@ def state(run, done, workers=(0, 1)):
 
 @pytest.fixture
 def cut(lab, tmp_path):
-    """A run that was cut off: what train() has written, events and checkpoints, and no word on how it ended."""
+    """A run that was cut off: what train() has written, events and checkpoints, and nothing on how it ended."""
 
     def make(a_problem=None, versions=(0, 4, 9), **options):
         a_problem = a_problem or problem()
         run = labkit.train(a_problem, lab, runs=tmp_path / "runs", passes=4, name="cut", **options).stop()
-        for name in ("status.json", "events.jsonl", presence.FILE):
+        for name in ("status.json", "events.jsonl", server_file.FILE):
             (run.path / name).unlink(missing_ok=True)
         checkpoints.prune(run.path, ())
         recorder, weights = Recorder(run.path), np.arange(run.layout.size, dtype=np.float32)
@@ -101,10 +100,10 @@ def file(run, version):
     return run.path / "checkpoints" / f"{version:08d}.npz"
 
 
-# -- what the server is told -------------------------------------------------------------------------------------------
+# -- what the server is started with -----------------------------------------------------------------------------------
 
 
-def test_the_server_is_told_all_that_it_was_told_at_first_and_where_to_go_on(cut, lab, begun, capsys):
+def test_the_server_is_started_with_all_that_it_was_started_with_at_first_and_the_state(cut, lab, begun, capsys):
     run = cut(update=labkit.AGWU("raw"), partition=labkit.IDPA(3), seed=5, local_steps=2, checkpoints=7)
     again = labkit.resume(run.path, lab)
     [(spec, _)] = begun
@@ -126,7 +125,7 @@ def test_what_said_that_the_run_had_ended_is_gone_and_the_settings_say_where_it_
     (run.path / ".ranks-12ab-1").write_bytes(b"of a kernel that was killed")
     with labkit.connect("threads", 3) as other:
         again = labkit.resume(run.path, other)
-    gone = ("status.json", "metrics.parquet", ".ranks-12ab-1", presence.FILE)
+    gone = ("status.json", "metrics.parquet", ".ranks-12ab-1", server_file.FILE)
     assert not any((run.path / name).exists() for name in gone)
     assert (again.config["n_workers"], len(again.config["workers"]), begun[0][0].config.indices) == (3, 3, [0, 1, 2])
     [note] = again.config["resumed"]
@@ -187,7 +186,7 @@ def refused(lab, begun):
 
 def test_a_run_that_goes_or_may_go_or_is_done_is_not_begun_again(cut, refused, monkeypatch):
     run = cut()
-    presence.announce(run.path, ("127.0.0.1", 1), b"x")
+    server_file.announce(run.path, ("127.0.0.1", 1), b"x")
     refused(run, r"run cut still goes\. Use labkit\.load_run\(.*\)\.attach\(\)")
     monkeypatch.setattr(resuming, "ENDING_S", 0.1)
     write_json(run.path / "status.json", {"state": "failed", "reason": "its kernel gave it up"})
@@ -196,7 +195,7 @@ def test_a_run_that_goes_or_may_go_or_is_done_is_not_begun_again(cut, refused, m
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     refused(run, r"run cut may still go on another machine\. Look there; delete .*server\.json")
     monkeypatch.undo()
-    presence.withdraw(run.path)
+    server_file.withdraw(run.path)
     write_json(run.path / "status.json", {"state": "done", "reason": ""})
     refused(run, r"run cut is done: all of its 748 samples")
 

@@ -133,7 +133,7 @@ def test_every_sample_of_the_budget_is_trained_on_and_every_event_fits(update, p
         mine = events[events.worker == worker]
         assert list(mine.kind)[:3] == ["join", "allocate", "pull"] and list(mine.kind)[-1] == "leave"
         assert (mine.kind == "join").sum() == (mine.kind == "leave").sum() == 1
-        # Each release is followed by one push, and after the last push there is none: the worker was told to stop.
+        # Each release is followed by one push, and after the last push there is none: the worker was sent "stop".
         turns = [k for k in mine.kind if k in ("release", "push")]
         assert turns == ["release", "push"] * (len(turns) // 2)
         assert list(mine[mine.kind == "push"]["pass"]) == list(range(1, len(turns) // 2 + 1))

@@ -1,5 +1,5 @@
-"""The course of a run, without sockets, threads and clock: barriers, budgets, losses, members and ranks, ends;
-and what only some rules do: drop pushes, hold them back, wait up to a deadline."""
+"""The course of a run, without sockets, threads and clock: barriers, budgets, losses, members, ranks (`membership`), ends; and what
+only some rules do: drop pushes, hold them back, wait up to a deadline."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_what_a_lost_worker_leaves_undone_at_the_end_is_done_by_the_others():
     assert (course.it.state, course.it.grants.done) == ("done", SAMPLES)
 
 
-def test_all_are_told_to_stop_when_the_last_push_has_come():
+def test_all_are_answered_with_stop_when_the_last_push_has_come():
     course = Course(AGWU(), budget=SAMPLES).join(*WORKERS)
     work = {w: course.answer(w) for w in WORKERS}
     for worker in WORKERS:
@@ -236,7 +236,7 @@ def test_stop_before_anybody_has_come_is_over_at_once():
     assert course.it.over
 
 
-def test_a_record_that_cannot_be_written_does_not_keep_the_word_from_who_waits():
+def test_a_record_that_cannot_be_written_does_not_keep_a_held_worker_waiting():
     course = Course(SGWU()).join(*WORKERS)
     work = {w: course.answer(w) for w in WORKERS}
     course.push(0, work[0])
@@ -456,7 +456,7 @@ def test_whoever_comes_and_goes_the_budget_is_met_and_no_sample_is_lost_or_doubl
 # -- dropped pushes ----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_rule_throws_away_is_recorded_and_is_for_somebody_to_train_on_again():
+def test_what_a_rule_throws_away_is_recorded_and_is_granted_again():
     course, work = begun(Ringmaster(1), budget=50)
     course.push(0, work[0])
     done, granted = course.it.grants.done, course.it.grants.granted
@@ -471,7 +471,7 @@ def test_what_a_rule_throws_away_is_recorded_and_is_for_somebody_to_train_on_aga
 
 
 def test_a_budget_is_met_although_the_last_push_of_all_is_thrown_away():
-    """Nothing was left for 0 and 1; what comes back is for 2, and what 2 cannot take is for them."""
+    """Nothing was left for 0 and 1; what comes back is for 2, and what 2 cannot hold is for them."""
     course, work = begun(Ringmaster(1), budget=SAMPLES)
     course.push(0, work[0])
     course.push(1, work[1])
@@ -522,14 +522,14 @@ def test_a_checkpoint_holds_what_is_merged():
     assert len(states) > 5 and all(totals[version] == done for version, done in states)
 
 
-def test_who_is_held_at_the_end_is_told_to_stop():
+def test_a_worker_that_is_held_at_the_end_is_sent_stop():
     """SSP holds the quick one when nothing is left for the slow one that it waits for."""
     course = Course(SSP(0), budget=7 * SAMPLES).join(*WORKERS)
     course.finish(speeds={0: 1, 1: 1, 2: 30})
     assert course.it.state == "done" and course.it.grants.merged == 7 * SAMPLES and course.of("hold")
 
 
-def test_who_comes_again_when_its_leave_was_the_end_is_told_to_stop():
+def test_a_worker_that_joins_again_when_its_leave_was_the_end_is_sent_stop():
     """The grants of a small budget leave worker 2 nothing to train on, and nobody else is under way."""
     course = Course(SGWU(), budget=2).join(*WORKERS)
     work = {w: course.answer(w) for w in WORKERS}
@@ -548,7 +548,7 @@ def test_who_comes_again_when_its_leave_was_the_end_is_told_to_stop():
 # -- deadlines ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_rule_that_waits_for_a_time_only_is_told_when_it_is_over():
+def test_a_rule_with_a_deadline_is_called_when_that_is_over():
     course, work = begun(SGWU(quorum=0.5, grace=3.0), budget=200)
     alarms = []
     course.it.alarm = alarms.append
@@ -579,7 +579,7 @@ def test_a_time_that_is_over_without_a_quorum_ends_with_the_push_that_makes_it()
     assert {course.answer(w).grant.version for w in (0, 1)} == {1}
 
 
-def test_nobody_is_told_of_a_time_when_the_run_has_ended():
+def test_a_deadline_after_the_end_of_the_run_does_nothing():
     course, work = begun(SGWU(quorum=0.5, grace=3.0), budget=200)
     course.push(0, work[0])
     course.it.stop("stopped", "")

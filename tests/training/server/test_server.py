@@ -53,9 +53,9 @@ class Client:
         self.connection.send({"op": "join", "worker": index, "seconds_per_sample": 0.01, **hello})
 
     def pull(self, holds=100):
-        """The next word that is not "hold"; None after so many holds."""
+        """The next message that is not "hold"; None after so many holds."""
         while True:
-            header, _ = self.connection.receive(self._place)
+            header, _ = self.connection.receive(self._buffers)
             if header["op"] != "hold":
                 self.message = header
                 return header
@@ -64,7 +64,7 @@ class Client:
             if self.holds >= holds:
                 return None
 
-    def _place(self, header, n):
+    def _buffers(self, header, n):
         self.indices = np.empty(header["n_indices"], np.int64)
         self.n_indices += len(self.indices)
         return [memoryview(self.weights), memoryview(self.indices)]
@@ -76,7 +76,7 @@ class Client:
         self.connection.send({**header, **changes}, memoryview(weights))
 
     def train(self):
-        """Do as told until the end; returns the last word."""
+        """Push at every grant until the end; returns the last message."""
         while self.message["op"] == "grant":
             self.push()
             self.pull()
@@ -140,12 +140,12 @@ def test_a_whole_run(update, tmp_path):
     with serving(spec(tmp_path, update())) as (server, result, thread):
         first, second = join(server, 0, 1)
         assert sorted([first.n_indices, second.n_indices]) == [8, 9] and (first.weights == 0).all()
-        words = []
-        threads = [threading.Thread(target=lambda c=c: words.append(c.train())) for c in (first, second)]
+        ends = []
+        threads = [threading.Thread(target=lambda c=c: ends.append(c.train())) for c in (first, second)]
         [t.start() for t in threads]
         [t.join(10) for t in threads]
         thread.join(10)
-        assert [word["op"] for word in words] == ["stop", "stop"] and not thread.is_alive()
+        assert [message["op"] for message in ends] == ["stop", "stop"] and not thread.is_alive()
     assert (result["state"], result["samples"]) == ("done", 34)
     assert events(server, "merge").samples.sum() == 34
     versions = checkpoints.versions(tmp_path)
@@ -157,7 +157,7 @@ def test_nobody_begins_before_everyone_is_there(tmp_path):
     with serving(spec(tmp_path)) as (server, *_):
         first = Client(server.address, 0)
         server.clients.append(first)
-        assert first.pull(holds=2) is None  # held, and told so
+        assert first.pull(holds=2) is None  # held, and sent "hold"
         assert not ask(server)["started"]
         (second,) = join(server, 1)
         assert first.pull()["op"] == second.message["op"] == "grant"
@@ -241,7 +241,7 @@ def test_a_task_that_was_started_before_another_one_is_sent_away(tmp_path):
     assert result["state"] == "done"
 
 
-def test_a_worker_that_comes_late_is_told_that_the_run_has_ended(tmp_path):
+def test_a_worker_that_comes_late_is_sent_that_the_run_has_ended(tmp_path):
     with serving(spec(tmp_path)) as (server, *_):
         (first,) = [Client(server.address, 0)]
         server.clients.append(first)
@@ -281,7 +281,7 @@ def test_a_bad_push_fails_the_run_and_frees_the_others(what, tmp_path):
     assert checkpoints.versions(tmp_path) == [0]
 
 
-def test_who_is_in_the_middle_of_a_pass_hears_of_the_end(tmp_path):
+def test_a_worker_in_the_middle_of_a_pass_is_interrupted_at_the_end(tmp_path):
     with serving(spec(tmp_path)) as (server, result, thread):
         busy, bad = join(server, 0, 1)
         assert not busy.connection.waiting()
@@ -348,13 +348,14 @@ def test_who_is_lost_breaks_its_own_group_and_none_after_it(tmp_path):
         until(lambda: len(events(server, "push")) == 2)
         clients[2].connection.close()
         for client in clients[:2]:
-            words = sorted([client.pull(), client.pull()], key=lambda word: word["op"])  # the second may overtake the weights
-            assert [word["op"] for word in words] == ["grant", "regroup"] and words[0]["ranks"] == [0, 1]
-            assert words[1]["group"] < words[0]["group"]
+            # The second may overtake the weights.
+            messages = sorted([client.pull(), client.pull()], key=lambda message: message["op"])
+            assert [message["op"] for message in messages] == ["grant", "regroup"] and messages[0]["ranks"] == [0, 1]
+            assert messages[1]["group"] < messages[0]["group"]
 
 
 def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
-    """The others go on; when it is heard again, what it brings is refused and written down, and it may join anew."""
+    """The others go on; when it sends again, that is refused and recorded, and it may join anew."""
     with serving(spec(tmp_path, SGWU(), heartbeat_timeout=1.0)) as (server, result, thread):
         frozen, there = join(server, 0, 1)
         there.push()

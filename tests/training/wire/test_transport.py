@@ -40,7 +40,7 @@ def connected(listener, secret=SECRET, max_body=10_000, timeout=5.0):
 
 def check(header):
     if header["op"] == "refuse me":
-        raise WireError("no such word")
+        raise WireError("no such op")
 
 
 def accepting(listener, max_body=10_000, timeout=5.0):
@@ -72,11 +72,11 @@ def test_what_is_sent_arrives(pair, n):
     server, client = pair
     weights, indices = np.arange(n, dtype=np.float32), np.arange(3, dtype=np.int64)
     sent = client.send({"op": "x", "text": "ä\n", "loss": float("inf")}, weights, indices)
-    places = np.empty(n, np.float32), np.empty(3, np.int64)
-    header, size = server.receive(lambda header, size: [memoryview(place) for place in places])
+    buffers = np.empty(n, np.float32), np.empty(3, np.int64)
+    header, size = server.receive(lambda header, size: [memoryview(buffer) for buffer in buffers])
     assert header == {"op": "x", "text": "ä\n", "loss": float("inf")} and size == 4 * n + 24
-    np.testing.assert_array_equal(places[0], weights)
-    np.testing.assert_array_equal(places[1], indices)
+    np.testing.assert_array_equal(buffers[0], weights)
+    np.testing.assert_array_equal(buffers[1], indices)
     assert client.sent == server.received == sent
 
 
@@ -94,10 +94,10 @@ def test_messages_of_several_threads_do_not_mix(pair):
     body = np.ones(2000, np.float32)
     threads = [threading.Thread(target=lambda i=i: client.send({"op": "x", "i": i}, body * i)) for i in range(8)]
     [thread.start() for thread in threads]
-    seen, place = set(), np.empty(2000, np.float32)
+    seen, buffer = set(), np.empty(2000, np.float32)
     for _ in threads:
-        header, _ = server.receive(lambda header, n: [memoryview(place)])
-        assert (place == header["i"]).all()
+        header, _ = server.receive(lambda header, n: [memoryview(buffer)])
+        assert (buffer == header["i"]).all()
         seen.add(header["i"])
     [thread.join() for thread in threads]
     assert seen == set(range(8))
@@ -126,7 +126,7 @@ def test_a_wrong_secret_is_refused_on_both_sides(listener):
 
 
 def test_a_server_without_the_secret_is_refused(listener):
-    """Whoever took over the port must not get a word from us."""
+    """Whoever took over the port must not get a message from us."""
 
     def imposter():
         sock, _ = listener.accept()
@@ -270,10 +270,10 @@ NONSENSE = {
     "no text": (packed(b"\xff\xfe"), "damaged header"),
     "a list": (packed(b"[]"), "without an 'op'"),
     "no op": (packed(b"{}"), "without an 'op'"),
-    "an op that is no word": (packed(b'{"op":["x"]}'), "without an 'op'"),
+    "an op that is no text": (packed(b'{"op":["x"]}'), "without an 'op'"),
     "brackets without end": (packed(b"[" * 200_000), "damaged header"),
     "a number of 5,000 digits": (packed(b'{"op":"x","n":' + b"9" * 5000 + b"}"), "damaged header"),
-    "what the check refuses": (packed(b'{"op":"refuse me"}'), "no such word"),
+    "what the check refuses": (packed(b'{"op":"refuse me"}'), "no such op"),
     "an end in the middle": (packed(b'{"op":"x"}', 8) + b"1234", "the other side closed the connection"),
     "another size": (packed(b'{"op":"x"}', 4) + b"1234", "a body of 4 bytes came where 8 belong"),
 }
@@ -300,7 +300,7 @@ def test_sizes_are_checked_before_memory_is_taken(pair):
     server, client = pair
     client.sock.sendall(wire.PREFIX.pack(2, 1 << 50) + b"{}")
     with pytest.raises(WireError, match="was refused"):
-        server.receive(lambda header, n: pytest.fail("asked for a place"))
+        server.receive(lambda header, n: pytest.fail("asked for a buffer"))
 
 
 def test_a_header_that_is_too_long_is_not_sent(pair):
@@ -326,12 +326,12 @@ LARGE = 2 * wire.AT_LEAST + 17
 def test_a_large_body_and_what_follows_it(listener):
     """Its receiver wakes up for large pieces, and for a small message again afterwards."""
     server, client = connected(listener, max_body=LARGE)
-    body, place = np.random.default_rng(0).bytes(LARGE), bytearray(LARGE)
+    body, buffer = np.random.default_rng(0).bytes(LARGE), bytearray(LARGE)
     with server, client:
         for _ in range(2):
             sender = threading.Thread(target=client.send, args=({"op": "x"}, body))
             sender.start()
-            assert server.receive(lambda header, n: [memoryview(place)]) == ({"op": "x"}, LARGE) and place == body
+            assert server.receive(lambda header, n: [memoryview(buffer)]) == ({"op": "x"}, LARGE) and buffer == body
             sender.join()
             assert not server.waiting()
             client.send({"op": "small"})

@@ -8,7 +8,6 @@ import time
 import pytest
 
 from labkit.training.wire import transport as wire
-from labkit.training.worker import heartbeat
 from labkit.training.worker.heartbeat import Heartbeat
 
 SECRET = b"s" * 32
@@ -17,7 +16,7 @@ SECRET = b"s" * 32
 @pytest.fixture
 def ends(monkeypatch):
     """The server's end, and a heartbeat on the worker's."""
-    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr("labkit.training.worker.heartbeat.HEARTBEAT_S", 0.02)
     listener, box = wire.listen(), []
 
     def accept():
@@ -27,12 +26,12 @@ def ends(monkeypatch):
     thread.start()
     client = wire.connect(listener.getsockname()[:2], SECRET, timeout=5)
     thread.join(5)
-    beats = Heartbeat()
-    beats.start(client)
-    yield box[0], client, beats
+    heartbeat = Heartbeat()
+    heartbeat.start(client)
+    yield box[0], client, heartbeat
     client.close()
-    beats.stop()
-    beats.stop()  # twice is fine
+    heartbeat.stop()
+    heartbeat.stop()  # twice is fine
     box[0].close()
     wire.shut(listener)
 
@@ -45,48 +44,48 @@ def until(condition, limit=5.0):
 
 
 def test_heartbeats_carry_the_progress(ends):
-    server, _, beats = ends
+    server, _, heartbeat = ends
     assert server.receive()[0] == {"op": "heartbeat"}
-    with beats.local_pass():
-        beats.progress = {"samples": 7, "loss": 0.5}
+    with heartbeat.local_pass():
+        heartbeat.progress = {"samples": 7, "loss": 0.5}
         until(lambda: server.receive()[0] == {"op": "heartbeat", "samples": 7, "loss": 0.5})
     until(lambda: server.receive()[0] == {"op": "heartbeat"})
 
 
 def test_a_message_is_received_during_a_local_pass(ends):
-    server, _, beats = ends
+    server, _, heartbeat = ends
     alarms = []
-    beats.on_interrupt = lambda: alarms.append(1)
-    with beats.local_pass():
+    heartbeat.on_interrupt = lambda: alarms.append(1)
+    with heartbeat.local_pass():
         server.send({"op": "stop", "reason": "enough"})
-        until(lambda: beats.interrupt is not None and alarms)
-    assert beats.pop_interrupt() == {"op": "stop", "reason": "enough"} and beats.pop_interrupt() is None
+        until(lambda: heartbeat.interrupt is not None and alarms)
+    assert heartbeat.pop_interrupt() == {"op": "stop", "reason": "enough"} and heartbeat.pop_interrupt() is None
 
 
 def test_a_group_that_is_left_already_cannot_be_broken_any_more(ends):
-    server, _, beats = ends
-    with beats.local_pass(group=3):
+    server, _, heartbeat = ends
+    with heartbeat.local_pass(group=3):
         server.send({"op": "regroup", "group": 2})
         for _ in range(3):
             server.receive()  # it has had the time
-        assert beats.interrupt is None
+        assert heartbeat.interrupt is None
         server.send({"op": "regroup", "group": 3})
-        until(lambda: beats.interrupt is not None)
-    assert beats.pop_interrupt() == {"op": "regroup", "group": 3}
+        until(lambda: heartbeat.interrupt is not None)
+    assert heartbeat.pop_interrupt() == {"op": "regroup", "group": 3}
 
 
 def test_between_two_passes_messages_are_for_the_worker(ends):
-    server, client, beats = ends
+    server, client, heartbeat = ends
     server.send({"op": "grant"})
     for _ in range(3):
         server.receive()  # it has had the time
-    assert beats.interrupt is None and client.receive()[0] == {"op": "grant"}
+    assert heartbeat.interrupt is None and client.receive()[0] == {"op": "grant"}
 
 
 def test_a_connection_that_breaks_is_noticed_also_when_it_broke_before_the_pass(ends):
-    server, _, beats = ends
+    server, _, heartbeat = ends
     server.close()
-    until(lambda: beats.interrupt is not None)
-    with beats.local_pass():
-        assert beats.interrupt["op"] == "lost"
-    assert beats.pop_interrupt()["op"] == "lost"
+    until(lambda: heartbeat.interrupt is not None)
+    with heartbeat.local_pass():
+        assert heartbeat.interrupt["op"] == "lost"
+    assert heartbeat.pop_interrupt()["op"] == "lost"
