@@ -6,13 +6,12 @@
                 and back:  log s(t) = (1 - w) log s(0) + w log s',  w = (1 - cos(2 pi t / drift)) / 2
     stalls      after times of work that are exponentially distributed, a worker stands still, while its heartbeat goes on
 
-It is honest: after work that took t seconds the worker sleeps (factor - 1) t with factor = max(1, s exp(jitter z)), so that its
+After work that took t seconds the worker sleeps (factor - 1) t with factor = max(1, s exp(jitter z)), so that its
 results are those of a slow machine, and only its speed is made up. The same seed gives the same factors after the same number of
 steps and the same stalls after the same time of work, whatever update is used. Drift goes by the clock, from a worker's first
 step.
 
-Used by `labkit.training.worker.worker` and `labkit.training.local` (with sleep), and by `labkit.simulation.simulator` and
-`labkit.simulation.cost_model` (without).
+Used by the workers of `labkit.training` (with sleep), and by `labkit.simulation` (without).
 """
 
 from __future__ import annotations
@@ -87,7 +86,10 @@ def make_stalls(stalls: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 class Slowness:
-    """The emulated speed of one worker as it goes on: which factor comes next, and when the next stall."""
+    """The emulated speed of one worker as it goes on: which factor comes next, and when the next stall.
+
+    `synchronise()` waits for the device before work is timed; a sleep ends early where `woken()` is true.
+    """
 
     def __init__(
         self,
@@ -97,8 +99,6 @@ class Slowness:
         synchronise: Callable[[], object] = lambda: None,
         woken: Callable[[], object] = lambda: False,
     ) -> None:
-        """`synchronise()` is called before work is timed: it returns when the device has done it. `woken()` is asked again and
-        again while the worker sleeps: is there something that cannot wait?"""
         self.uneven, self.synchronise, self.woken, self.born = uneven, synchronise, woken, None
         self.on = uneven.on
         self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 20]))

@@ -1,15 +1,7 @@
 """Data sets: everything that a problem can be trained on, memory-mapped from files that travel by reference.
 
 Whatever the user has is checked and written once as plain `.npy` files in the cache; from then on a data set is a path, workers
-open it by that path, and only indices travel. What is given by a path is recognised by what is there:
-
-| there is | it is read as |
-| --- | --- |
-| a file `.parquet`, `.h5`, `.hdf5` | arrays |
-| a folder with `.npy` files | arrays |
-| a folder with `data_batch_1`, ... | CIFAR-10, python version |
-| a folder of folders with `.nii`, `.nii.gz` | volumes by class (MosMedData: CT-0, CT-1, ...) |
-| a folder of folders with pictures | images by class (TF-Flowers; Extended Yale B's yaleB01, ...) |
+open it by that path, and only indices travel.
 
 Used by `labkit.problems` and by users.
 """
@@ -18,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +17,7 @@ from labkit.data import arrays, cifar, folders, named, nifti, parquet
 from labkit.data.cache import opened
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError, did_you_mean
+from labkit.imports import imported
 
 __all__ = ["Dataset", "names", "open_dataset"]
 
@@ -81,7 +73,9 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         Files are missing or damaged, shapes or types do not fit, values are not finite, labels are out of range.
     """
     if isinstance(data, str) and data in named.NAMED:
-        open_it = named.opener(data)
+        open_it = named.NAMED[data]
+        if isinstance(open_it, str):
+            open_it = imported(open_it)
         _check_options(data, options, [name for name in inspect.signature(open_it).parameters if name in OPTIONS])
         return open_it(**options)
     if isinstance(data, str | os.PathLike):
@@ -110,24 +104,20 @@ def _check_options(data: str, options: dict[str, Any], known: list[str]) -> None
         raise ValueError(f"{data} has no option {', '.join(unknown)}. It has {', '.join(known) or 'none'}.")
 
 
-# -- what a path holds -------------------------------------------------------------------------------------------------
-
-
 def _from_path(path: Path, size: Any = None) -> Dataset:
-    """The data set at `path`. `size`, that images or volumes get, is a ValueError where there is something else."""
-    by_class = _by_class(path) if path.is_dir() else None
-    if by_class is not None:
-        return by_class(path, size)
+    """The data set at `path`, recognised by what is there. ValueError for a `size` of other than images or volumes by class."""
+    is_cifar = path.is_dir() and cifar.looks_like(path)
+    if path.is_dir() and not is_cifar and not any(path.glob("*.npy")):
+        found = folders.suffixes_below(path) & frozenset().union(*BY_CLASS.values())
+        readers = [reader for reader, suffixes in BY_CLASS.items() if found & suffixes]
+        if len(readers) > 1:
+            raise DataError(f"{path} holds both pictures and volumes ({', '.join(sorted(found))}). Keep one kind in it.")
+        if readers:
+            return readers[0](path, size)
     if size is not None:
         raise ValueError(f"size={size!r} is for images and volumes by class; {path} holds none.")
-    if not path.is_dir():
-        return _from_file(path)
-    if cifar.looks_like(path):
-        return cifar.from_folder(path)
-    return opened(path) or arrays.from_npy(path)
-
-
-def _from_file(path: Path) -> Dataset:
+    if path.is_dir():
+        return cifar.from_folder(path) if is_cifar else opened(path) or arrays.from_npy(path)
     if not path.stat().st_size:
         raise DataError(f"{path} is empty. Write it again.")
     if path.suffix not in FILES:
@@ -136,16 +126,3 @@ def _from_file(path: Path) -> Dataset:
             "unpacked folder, and folders of pictures or .nii.gz volumes, one for each class."
         )
     return FILES[path.suffix](path)
-
-
-def _by_class(path: Path) -> Callable[[Path, Any], Dataset] | None:
-    """The reader of a folder of classes, or None where it is something else."""
-    if any(path.glob("*.npy")) or cifar.looks_like(path):
-        return None
-    found = {reader: folders.suffixes_below(path) & suffixes for reader, suffixes in BY_CLASS.items()}
-    readers = [reader for reader, suffixes in found.items() if suffixes]
-    if len(readers) > 1:
-        raise DataError(
-            f"{path} holds both pictures and volumes ({', '.join(sorted(set.union(*found.values())))}). Keep one kind in it."
-        )
-    return readers[0] if readers else None

@@ -1,10 +1,8 @@
 """The cache of converted data sets: each is checked and written once as four `.npy` files and a `meta.json`, and then opened.
 
-A folder is named after what it holds and a key of its content or source, is written under another name and renamed
-when it is whole, so that two processes may make the same one at the same time. Before anything is written the samples are
-brought into the one form that is stored, or refused: what is wrong, where, and what to do.
+A folder is written under another name and renamed when it is whole, so that two processes may make the same one at the same time.
 
-Used by the readers of `labkit.data`, which say where the samples come from.
+Used by the readers of `labkit.data`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,16 +35,48 @@ _PRINTED: set[str] = set()
 
 @dataclass(frozen=True)
 class Source:
-    """One split on its way into the cache: `chunks()` gives its samples in order, as often as asked; `y` the labels.
-
-    `about` of the training split describes the data set, and becomes a part of its note.
-    """
+    """One split on its way into the cache; `about` of the training split becomes a part of the data set's note."""
 
     shape: tuple[int, ...]  # (N, ...)
     dtype: np.dtype
-    chunks: Callable[[], Iterable[np.ndarray]]
+    chunks: Callable[[], Iterable[np.ndarray]]  # all samples in order, a new iterator at each call
     y: np.ndarray
     about: str = ""
+
+
+def blocks(x: Any) -> Iterator[np.ndarray]:
+    """The samples of an array, in memory or in a file, about CHUNK_BYTES at a time."""
+    rows = rows_per_chunk(x.shape, x.dtype)
+    return (x[at : at + rows] for at in range(0, x.shape[0], rows))
+
+
+def in_blocks(x: np.ndarray, y: Any) -> Source:
+    """The split of an array."""
+    return Source(x.shape, x.dtype, lambda: blocks(x), np.asarray(y))
+
+
+def one_by_one(
+    make: Callable[[Any], np.ndarray], items: Sequence[Any], shape: tuple[int, ...], dtype: type, y: Any, about: str = ""
+) -> Source:
+    """The split of the samples `make(item)`, each of `shape`, of which a block is in memory at a time."""
+    shape, dtype = (len(items), *shape), np.dtype(dtype)
+    rows = rows_per_chunk(shape, dtype)
+
+    def chunks() -> Iterator[np.ndarray]:
+        return (np.stack([make(item) for item in items[at : at + rows]]) for at in range(0, len(items), rows))
+
+    return Source(shape, dtype, chunks, np.asarray(y), about)
+
+
+@contextmanager
+def reading(path: Path, fault: str = "cannot be read", advice: str = "Write it again.") -> Iterator[None]:
+    """A DataError with the name of the file for whatever its library raises where the file is damaged."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path} {fault}: {type(error).__name__}: {error}. {advice}") from error
 
 
 def cache_dir() -> Path:
@@ -55,7 +85,6 @@ def cache_dir() -> Path:
 
 
 def print_once(message: str) -> None:
-    """Print a message, once in this process."""
     if message not in _PRINTED:
         _PRINTED.add(message)
         print(f"labkit: {message}", flush=True)
@@ -69,10 +98,10 @@ def rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype) -> int:
 def cached(
     name: str, key: str, load: Callable[[], tuple[Source, Source | None]], *, synthetic: bool = False, note: str = ""
 ) -> Dataset:
-    """The data set under `name` and `key`: opened where it is ready, else made from what `load()` gives.
+    """The data set under `name` and `key`: opened where it is ready, else made from `load()`, its training and test split.
 
-    `load` returns the training and the test split; where the latter is None, every 10th sample of a permutation with a
-    fixed seed is held out. `note` is added to the data set's own. Raises DataError for all that a data set must not be.
+    Where the latter is None, a test split is held out. `note` is added to the data set's own. DataError where the samples or
+    labels cannot be used, or the cache cannot be written.
     """
     path = cache_dir() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:20]}"
     meta = _ready(path)
@@ -154,21 +183,19 @@ def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | No
     """Check the splits, write them into `folder`, and return the `meta.json` that was written beside them."""
     train, test = load()
     given = {"train": train} if test is None else {"train": train, "test": test}
-    _check_shapes(name, {split: source.shape for split, source in given.items()})
-    labels, n_classes, notes = _check_labels(name, {split: (s.y, s.shape[0]) for split, s in given.items()})
+    _check_shapes(name, given)
+    labels, n_classes, note = _check_labels(name, given)
     stored = _stored_as(name, given)
-    notes = [part for part in (train.about, *notes, stored.note) if part]
 
     if test is None:
         held_out = hold_out(train.shape[0])
         labels = {"train": labels["train"][~held_out], "test": labels["train"][held_out]}
-        jobs = [("x", train, {"train": ~held_out, "test": held_out})]
+        _write_samples(folder, f"{name}: x", train, {"train": ~held_out, "test": held_out}, stored)
     else:
-        jobs = [(f"x_{s}", source, {s: np.ones(source.shape[0], dtype=bool)}) for s, source in given.items()]
+        for split, source in given.items():
+            _write_samples(folder, f"{name}: x_{split}", source, {split: np.ones(source.shape[0], dtype=bool)}, stored)
     for split, y in labels.items():
         np.save(folder / f"y_{split}.npy", y)
-    for called, source, rows in jobs:
-        _write_samples(folder, f"{name}: {called}", source, rows, stored)
 
     scale = 255 if stored.dtype == np.uint8 else 1
     mean, std = _moments(np.load(folder / "x_train.npy", "r", allow_pickle=False), scale)
@@ -182,7 +209,7 @@ def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | No
         "mean": mean,
         "std": std,
         "synthetic": synthetic,
-        "note": " ".join(notes),
+        "note": " ".join(part for part in (train.about, note, stored.note) if part),
         "files": {f.name: f.stat().st_size for f in sorted(folder.glob("*.npy"))},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -194,12 +221,8 @@ def _write_samples(folder: Path, called: str, source: Source, rows: dict[str, np
     with ExitStack() as stack:
         files = {split: stack.enter_context(open(folder / f"x_{split}.npy", "wb")) for split in rows}
         for split, file in files.items():
-            header = {
-                "descr": stored.dtype.str,
-                "fortran_order": False,
-                "shape": (int(rows[split].sum()), *stored.shape),
-            }
-            np.lib.format.write_array_header_1_0(file, header)
+            shape = (int(rows[split].sum()), *stored.shape)
+            np.lib.format.write_array_header_1_0(file, {"descr": stored.dtype.str, "fortran_order": False, "shape": shape})
         seen = 0
         for block in source.chunks():
             part = _finite_block(stored.arrange(block), stored.dtype, called, seen)
@@ -238,8 +261,9 @@ def _label(letter: str, split: str, splits: Any) -> str:
     return letter if len(splits) == 1 else f"{letter}_{split}"
 
 
-def _check_shapes(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(name: str, given: dict[str, Source]) -> None:
     """Raise DataError unless each split is (N, ...) with 2 to 5 axes, none empty, and all samples have one shape."""
+    shapes = {split: source.shape for split, source in given.items()}
     for split, shape in shapes.items():
         x = _label("x", split, shapes)
         if not 2 <= len(shape) <= 5:
@@ -259,15 +283,9 @@ def _check_shapes(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
-def _check_labels(name: str, given: Mapping[str, tuple[np.ndarray, int]]) -> tuple[dict[str, np.ndarray], int, list[str]]:
-    """Labels as int64, the number of classes K, and notes; `given` holds for each split its labels and the length of
-    its x.
-
-    K is the largest training label plus 1. Raises DataError for another number of labels than of samples, for labels
-    that are no whole numbers, negative, counted from 1, or so far apart that most classes are empty, and for test
-    labels of K or more.
-    """
-    labels = {split: _integers(f"{name}: {_label('y', split, given)}", y, n) for split, (y, n) in given.items()}
+def _check_labels(name: str, given: dict[str, Source]) -> tuple[dict[str, np.ndarray], int, str]:
+    """Labels as int64, the number of classes K (the largest training label plus 1), and a note; DataError for wrong ones."""
+    labels = {split: _integers(f"{name}: {_label('y', split, given)}", s.y, s.shape[0]) for split, s in given.items()}
     y_train = _label("y", "train", given)
     n_classes = int(labels["train"].max()) + 1
     if "test" in labels and (beyond := labels["test"] >= n_classes).any():
@@ -285,8 +303,7 @@ def _check_labels(name: str, given: Mapping[str, tuple[np.ndarray, int]]) -> tup
             f"{name}: {y_train} holds {len(present)} different labels, but the largest is {n_classes - 1}. "
             "Labels are 0..K-1: look for a stray value, or renumber with y = numpy.unique(y, return_inverse=True)[1]."
         )
-    notes = [f"{name}: {n_empty} of {n_classes} classes have no sample in {y_train}."] if n_empty else []
-    return labels, n_classes, notes
+    return labels, n_classes, f"{name}: {n_empty} of {n_classes} classes have no sample in {y_train}." if n_empty else ""
 
 
 def _integers(called: str, y: np.ndarray, n: int) -> np.ndarray:
@@ -297,46 +314,36 @@ def _integers(called: str, y: np.ndarray, n: int) -> np.ndarray:
         raise DataError(f"{called} holds {len(y)} labels for the {n} samples of x. Give one label for each sample.")
     if y.dtype.kind not in "biuf":
         raise DataError(f"{called} is of type {y.dtype}. Labels are 0..K-1: use y = numpy.unique(y, return_inverse=True)[1].")
-    if y.dtype.kind == "f":
-        y = y.astype(np.float64)
-    if y.dtype.kind == "f" and (odd := ~np.isfinite(y) | (y != np.floor(y)) | (np.abs(y) > 2**31)).any():
-        at = int(odd.argmax())
-        raise DataError(f"{called}[{at}] is {y[at]}. Labels are whole numbers 0..K-1.")
-    if (wrong := (y < 0) | (y > 2**31)).any():
+    y = y.astype(np.float64) if y.dtype.kind == "f" else y
+    if (wrong := ~np.isfinite(y) | (y < 0) | (y > 2**31) | (y != np.floor(y))).any():
         at = int(wrong.argmax())
         raise DataError(f"{called}[{at}] is {y[at]}. Labels are whole numbers 0..K-1: nothing below 0, or beyond K-1.")
     return y.astype(np.int64)
 
 
-def _stored_as(name: str, given: Mapping[str, Source]) -> StoredAs:
-    """How the splits in `given` are stored.
-
-    Booleans, bytes, and integers within 0..255 become uint8; float16 stays; everything else becomes float32. (N, H, W)
-    gets a channel; (N, H, W, C) is recognised by C in (1, 3) where axis 1 is neither, and noted. Raises DataError for
-    other types.
-    """
-    dtypes = {split: np.dtype(source.dtype) for split, source in given.items()}
-    for split, dtype in dtypes.items():
-        if dtype.kind not in "biuf":
+def _stored_as(name: str, given: dict[str, Source]) -> StoredAs:
+    """Booleans, bytes, and integers within 0..255 become uint8; float16 stays; everything else becomes float32."""
+    for split, source in given.items():
+        if source.dtype.kind not in "biuf":
             raise DataError(
-                f"{name}: {_label('x', split, given)} is of type {dtype}. Give booleans, integers or floats; "
+                f"{name}: {_label('x', split, given)} is of type {source.dtype}. Give booleans, integers or floats; "
                 "arrays of Python objects are not read."
             )
-    kinds = {dtype.kind for dtype in dtypes.values()}
-    if "f" in kinds:
-        stored = np.dtype(np.float16 if all(d == np.float16 for d in dtypes.values()) else np.float32)
-    elif all(d in (np.dtype(bool), np.dtype(np.uint8)) for d in dtypes.values()):
+    dtypes = {source.dtype for source in given.values()}
+    if any(dtype.kind == "f" for dtype in dtypes):
+        stored = np.dtype(np.float16 if dtypes == {np.dtype(np.float16)} else np.float32)
+    elif dtypes <= {np.dtype(bool), np.dtype(np.uint8)}:
         stored = np.dtype(np.uint8)
     else:
-        blocks = (block for source in given.values() for block in source.chunks())
-        stored = np.dtype(np.uint8 if all(b.min() >= 0 and b.max() <= 255 for b in blocks) else np.float32)
+        chunks = (block for source in given.values() for block in source.chunks())
+        stored = np.dtype(np.uint8 if all(b.min() >= 0 and b.max() <= 255 for b in chunks) else np.float32)
 
     shape = tuple(given["train"].shape[1:])
     if len(shape) == 2:
         return StoredAs((1, *shape), stored, lambda block: block[:, None])
     if len(shape) == 3 and shape[2] in (1, 3) and shape[0] not in (1, 3):
         height, width, channels = shape
-        note = f"{name}: x of shape (N, {height}, {width}, {channels}) is taken as (N, H, W, C), kept as (N, C, H, W)."
+        note = f"{name}: x of shape (N, {height}, {width}, {channels}) is read as (N, H, W, C), stored as (N, C, H, W)."
         return StoredAs((channels, height, width), stored, lambda block: np.moveaxis(block, -1, 1), note)
     return StoredAs(shape, stored, lambda block: block)
 

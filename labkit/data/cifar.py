@@ -1,9 +1,7 @@
 """CIFAR-10 as it is published for Python: six pickled batches, read without running anything that is in them.
 
 Pickle can name any function and have it called, so these files are read by an unpickler of our own: of all names it
-knows the five with which numpy writes an array of bytes, and for each it has a stand-in that makes nothing else. Every
-other name is refused by name. A batch is a dict of 10,000 rows of 3,072 bytes (red, green, blue; 32x32 each) and as
-many labels.
+knows the five with which numpy writes an array of bytes, and for each it has a stand-in that makes nothing else.
 
 Used by `labkit.data.open_dataset`.
 """
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data.cache import Source, cached, file_key
+from labkit.data.cache import Source, cached, file_key, reading
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
@@ -35,9 +33,7 @@ def looks_like(folder: Path) -> bool:
 
 
 def from_folder(folder: Path) -> Dataset:
-    """(3, 32, 32), 10 classes, the five training batches and the test batch; DataError where one is missing or not a
-    batch.
-    """
+    """(3, 32, 32), 10 classes, five batches to train and one to test; DataError where one is missing or not a batch."""
     paths = [folder / name for name in (*TRAIN, TEST)]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise DataError(f"{folder} lacks {', '.join(missing)} of CIFAR-10. {ADVICE}")
@@ -58,12 +54,11 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The images, uint8 (n, 3, 32, 32), and labels of one batch; DataError with the file's name for anything else."""
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path} has {path.stat().st_size} bytes, a batch of CIFAR-10 has 31 MB. {ADVICE}")
-    try:
-        held = _Batch(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except _Refused as error:
-        raise DataError(f"{path} is no batch of CIFAR-10 and was not opened: {error}") from None
-    except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{path} is truncated or damaged: {type(error).__name__}: {error}. {ADVICE}") from error
+    with reading(path, "is truncated or damaged", ADVICE):
+        try:
+            held = _Batch(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        except _Refused as error:
+            raise DataError(f"{path} is no batch of CIFAR-10 and was not opened: {error}") from None
     if not isinstance(held, dict):
         raise DataError(f"{path} holds a {type(held).__name__}, where CIFAR-10 has a dict. {ADVICE}")
     held = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in held.items()}

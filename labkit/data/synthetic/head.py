@@ -1,7 +1,7 @@
 """One real head CT, and randomly deformed copies of it.
 
 The CT is an example that InVesalius ships (Debian's `invesalius-examples`): 108 slices of 256x256 in HU, voxels of 1.5 x
-0.957 x 0.957 mm, kept in a tar file under the name `Cranium.inv3`. Only the part with the brain is used. Copies are
+0.957 x 0.957 mm, in a tar file under the name `Cranium.inv3`. Only the part with the brain is used. Copies are
 turned, stretched, mirrored and bent smoothly, the brain with them.
 
 Used by `labkit.data.synthetic.volumes`.
@@ -9,23 +9,16 @@ Used by `labkit.data.synthetic.volumes`.
 
 from __future__ import annotations
 
-import hashlib
+import math
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from labkit.data.fetch import Origin, find
+from labkit.data.fetch import Origin, find, published
 from labkit.data.synthetic.fields import Patient, axes, resized, smooth, turn
-from labkit.errors import DataError
 
-CT = Origin(
-    "The head CT",
-    19,
-    debian="invesalius-examples",
-    unpacked=Path("usr/share/doc/invesalius-examples/examples"),
-)
+CT = Origin("The head CT", 19, debian="invesalius-examples", unpacked=Path("usr/share/doc/invesalius-examples/examples"))
 FILE = "Cranium.inv3"
 MEMBER, SHAPE = "matrix.dat", (108, 256, 256)
 SHA256 = "d87fd5e6aaf2c4fdf4f3fe28ee3335192fc2464ed8e9682fc78530cb837938da"  # of that member
@@ -35,27 +28,18 @@ WINDOW = (0.0, 100.0)  # HU; brain is at 20 to 40, lesions up to 100
 
 def find_ct() -> tuple[Path | None, list[str]]:
     """The file with the CT, or None and the reasons why it cannot be had. As `labkit.data.fetch.find`."""
-    folder, reasons = find("head-ct", CT, [FILE], lambda folder: _voxels(folder / FILE) and None)
+    folder, reasons = find("head-ct", CT, [FILE], lambda folder: _voxels(folder / FILE))
     return None if folder is None else folder / FILE, reasons
 
 
 def _voxels(path: Path) -> bytes:
-    """The CT as it is in the file; DataError where it is not that one."""
-    size, content = 2 * int(np.prod(SHAPE)), b""
-    advice = f"Get it anew from Debian's package {CT.debian}."
-    try:
-        with tarfile.open(path) as file:  # read in place: nothing is unpacked to the disk
-            for member in file:
-                if member.isreg() and Path(member.name).name == MEMBER:
-                    content = file.extractfile(member).read(size + 1)
-                    break
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise DataError(f"{path} is truncated or damaged: {error}. {advice}") from error
-    if len(content) != size:
-        raise DataError(f"{path} holds {len(content)} bytes or more of {MEMBER}, where {size} were expected. {advice}")
-    if (found := hashlib.sha256(content).hexdigest()) != SHA256:
-        raise DataError(f"{path} is not the published file: SHA-256 of its {MEMBER} is {found}, not {SHA256}. {advice}")
-    return content
+    def read(path: Path) -> bytes:
+        with tarfile.open(path) as file:  # nothing is unpacked to the disk
+            members = (member for member in file if member.isreg() and Path(member.name).name == MEMBER)
+            member = next(members, None)
+            return file.extractfile(member).read(2 * math.prod(SHAPE) + 1) if member else b""
+
+    return published(path, read, SHA256, f"Debian's package {CT.debian}")
 
 
 def read_ct(path: Path, size: tuple[int, int, int]) -> Patient:

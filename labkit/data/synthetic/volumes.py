@@ -13,12 +13,11 @@ Used by `labkit.data.open_dataset`; the anatomy is in `head` and `phantom`.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
-from labkit.data.cache import CHUNK_BYTES, Source, cached, file_key
+from labkit.data.cache import Source, cached, file_key, one_by_one
 from labkit.data.dataset import Dataset
 from labkit.data.folders import checked_size
 from labkit.data.synthetic import head, phantom
@@ -98,18 +97,14 @@ def _key(n: int, size: tuple[int, ...], seed: int, of: str) -> str:
 
 def _splits(n: int, size: tuple[int, int, int], make: Callable[[int, int], np.ndarray], about: str) -> tuple[Source, Source]:
     """Patients 0..n-1 in the two splits, the classes balanced to one patient in each."""
-    rows = max(1, CHUNK_BYTES // (2 * math.prod(size)))
+
+    def label(i: int) -> int:
+        return (i % EVERY + i // EVERY) % 2
 
     def source(of_test: bool) -> Source:
         patients = [i for i in range(n) if (i % EVERY == EVERY - 1) == of_test]
-        labels = np.array([(i % EVERY + i // EVERY) % 2 for i in patients])
-
-        def chunks() -> Iterator[np.ndarray]:
-            for at in range(0, len(patients), rows):
-                pairs = zip(patients[at : at + rows], labels[at : at + rows], strict=True)
-                yield np.stack([make(i, int(label)) for i, label in pairs])[:, None]
-
-        return Source((len(patients), 1, *size), np.dtype(np.float16), chunks, labels, about)
+        labels = [label(i) for i in patients]
+        return one_by_one(lambda i: make(i, label(i))[None], patients, (1, *size), np.float16, labels, about)
 
     return source(False), source(True)
 

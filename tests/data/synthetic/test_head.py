@@ -45,11 +45,11 @@ def test_a_damaged_head_ct_is_refused(little_ct):
     ]:
         little_ct.write_bytes(content)
         refuse_ct(little_ct, words)
-    for content, words in [(bytes(voxels), "SHA-256"), (bytes(9), "9 bytes"), (bytes(voxels + 2), f"{voxels + 1} bytes")]:
+    for content in (bytes(voxels), bytes(9), bytes(voxels + 2)):
         write_ct(little_ct, content)
-        refuse_ct(little_ct, words)
+        refuse_ct(little_ct, "SHA-256")
     write_ct(little_ct, bytes(voxels), name="tmpx/other.dat")
-    refuse_ct(little_ct, "0 bytes")
+    refuse_ct(little_ct, "SHA-256")
 
 
 def refuse_ct(path, words):
