@@ -31,10 +31,10 @@ def largest_remainder(total: int, shares: Sequence[float] | np.ndarray) -> np.nd
     if shares.sum() <= 0:
         shares = np.ones_like(shares)
     exact = total * shares / shares.sum()
-    parts = np.floor(exact).astype(np.int64)
-    order = np.argsort(-(exact - parts), kind="stable")
-    parts[order[: total - int(parts.sum())]] += 1
-    return parts
+    counts = np.floor(exact).astype(np.int64)
+    order = np.argsort(-(exact - counts), kind="stable")
+    counts[order[: total - int(counts.sum())]] += 1
+    return counts
 
 
 def shuffled(n: int, seed: int, labels: np.ndarray | None = None) -> np.ndarray:
@@ -43,11 +43,11 @@ def shuffled(n: int, seed: int, labels: np.ndarray | None = None) -> np.ndarray:
     order = generator.permutation(n)
     if labels is None:
         return order
-    place = np.empty(n)  # where in [0, 1) of its own class a sample stands
+    rank = np.empty(n)  # of a sample within its own class, in [0, 1)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        place[members] = (np.arange(len(members)) + generator.random()) / len(members)
-    return np.argsort(place, kind="stable")
+        rank[members] = (np.arange(len(members)) + generator.random()) / len(members)
+    return np.argsort(rank, kind="stable")
 
 
 class Partition:
@@ -89,7 +89,7 @@ class Partition:
         """The indices to add to the shards of `workers`, which are about to begin their next local pass.
 
         `seconds` maps a worker to the seconds per sample of its latest local pass (of a probe, before the first); workers
-        without an entry keep their earlier value. Returns int64 arrays, empty where a worker gets nothing. Under a barrier
+        without an entry retain their earlier value. Returns int64 arrays, empty where a worker gets nothing. Under a barrier
         all workers are named in one call and share the batch exactly; otherwise each worker's own count of allocations
         says which batch it is at.
         """

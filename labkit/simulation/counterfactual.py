@@ -1,7 +1,7 @@
 """Replay with another rule: the recorded arrivals of a run drive another update.
 
 The same workers push in the same order at the same times, but what they push is computed from what that rule has given them, and
-grants follow from its own course. A worker that the rule holds cannot push: its arrivals wait and are taken, in recorded order, as
+grants follow from its own course. A worker that the rule holds cannot push: its arrivals wait and are merged, in recorded order, as
 soon as it is released. When the record is used up and the budget is not, those who are at work push in the order in which they were
 released. So all of the budget is trained on, and only the order is borrowed; what the rule would have cost in time is a question
 for `simulate`.
@@ -43,12 +43,12 @@ class Arrivals:
         lives: Lives,
         told: Callable[[int], None],
     ) -> None:
-        if len(lives.parts) > 1:
+        if len(lives.servers) > 1:
             raise RunError(
                 f"run {run.name} was resumed: some of its arrivals happened twice, and another rule has no part in that."
             )
         self.run, self.ledger, self.told = run, ledger, told
-        workers, _, self.rows = lives.parts[0]
+        workers, _, self.rows = lives.servers[0]
         self.row, self.paces, self.done = self.rows[0], {}, {}
         ledger.recorder.clock = lambda: (self.row["time"], self.row["seconds"])
         self.queue: list[dict] = []  # pushes that came while their worker was held
@@ -111,7 +111,7 @@ class Arrivals:
             self.queue.append(row)
 
     def _settle(self) -> None:
-        """Who has been dismissed leaves, and arrivals that waited for their worker's release are taken."""
+        """Who has been dismissed leaves, and arrivals that waited for the release of their worker are merged."""
         while True:
             for worker in sorted(self.done):
                 self.it.leave(self.it.members[worker])

@@ -4,7 +4,7 @@
     recorded push                           ->  the worker's replica makes its local pass   ->  weights, loss, score
 
 A `Course` of a run gives bit-identical weights on a CPU and proves it as it goes: what follows must be what was recorded, each
-loss and score must have the same bits, and so must every version that the run has kept. What the clock decided (who came when,
+loss and score must have the same bits, and so must every version that the run has retained. What the clock decided (who came when,
 measured speeds) is taken from the record; weights, orders and random numbers are computed again. Nobody sleeps.
 
 Used by `labkit.simulation.replay`.
@@ -54,18 +54,18 @@ class Lives:
                 )
         if not any(row["kind"] == "start" for row in self.rows):
             raise RunError(f"run {run.name} cannot be replayed: its record has no start.")
-        notes, self.parts = list(run.config.resumed), []
+        notes, self.servers = list(run.config.resumed), []
         cuts = [number for number, row in enumerate(self.rows) if row["kind"] == "resume"]
         for first, end in zip([0, *cuts], [*cuts, len(self.rows)], strict=True):
             version = self.rows[first]["version"] if first else None
             while first and notes and notes.pop(0)["version"] != version:
                 pass  # it was begun from elsewhere in between, and has written nothing
             workers = notes[0]["before"]["workers"] if notes else run.config.workers
-            self.parts.append((workers, version, self.rows[first:end]))
+            self.servers.append((workers, version, self.rows[first:end]))
 
     def made_for_good(self, part: int) -> float:
         """The last version of this server that a later one has not made again."""
-        return min((version for _, version, _ in self.parts[part + 1 :]), default=math.inf)
+        return min((version for _, version, _ in self.servers[part + 1 :]), default=math.inf)
 
 
 class Course:
@@ -83,9 +83,9 @@ class Course:
         told: Callable[[int], None],
     ) -> None:
         self.run, self.ledger, self.told = run, ledger, told
-        workers, version, self.rows = lives.parts[part]
-        self.last = part == len(lives.parts) - 1
-        self.kept = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lives.made_for_good(part)}
+        workers, version, self.rows = lives.servers[part]
+        self.last = part == len(lives.servers) - 1
+        self.retained = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lives.made_for_good(part)}
         self.newest = max((row["version"] for row in self.rows if row["kind"] == "merge"), default=version or 0)
         self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
         self.replicas, self.answers = Replicas(problem, run.config), {}
@@ -121,10 +121,10 @@ class Course:
                     raise self._differs(row, f"{row['kind']!r} does not follow from what is recorded before it")
         finally:
             self.replicas.close()
-        missing = sorted(version for version in self.kept if version > self.it.update.version)
+        missing = sorted(version for version in self.retained if version > self.it.update.version)
         if missing and self.last:
             raise RunError(
-                f"run {self.run.name} has kept version {missing[-1]}, but its events lead only to version "
+                f"run {self.run.name} holds version {missing[-1]}, but its events lead only to version "
                 f"{self.it.update.version}: the end of events.jsonl is missing."
             )
 
@@ -198,7 +198,7 @@ class Course:
             raise self._differs(row, f"its {key} is {row[key]!r} by the record, and {value!r} now")
 
     def _follows(self, kind: str, **fields: Any) -> None:
-        """The coordinator's word, which must be the recorded one; what a server that was killed could not write is let go."""
+        """An event of the coordinator, which must be the recorded one; what a server that was killed could not write is skipped."""
         row = self._next()
         made = json.loads(json.dumps({"kind": kind, **fields}))
         if row is None:
@@ -213,14 +213,14 @@ class Course:
         self._copy()
 
     def _compare(self, version: int, weights: np.ndarray, state: dict) -> None:
-        if version in self.kept:
+        if version in self.retained:
             then = checkpoints.read_weights(self.run.path, version, len(weights))
             if not np.array_equal(then.view(np.uint32), weights.view(np.uint32)):
                 n, apart = int((then != weights).sum()), float(np.abs(then - weights).max())
                 row = self.rows[min(self.at, len(self.rows)) - 1]
                 raise self._differs(row, f"{n} of {len(weights)} weights of version {version} differ, by {apart:.3g} at most")
             self.compared += 1
-        if version in self.kept or (self.last and version == self.newest):
+        if version in self.retained or (self.last and version == self.newest):
             self.ledger.save(version, weights)
 
     def _differs(self, row: dict, what: str) -> RunError:

@@ -1,4 +1,4 @@
-"""A run without a cluster: what takes the place of the workers and of the run directory when a course is driven in one process.
+"""A run without a cluster: what stands in for the workers and for the run directory when a course is driven in one process.
 
     Replicas   the replica of every worker side by side, each with its own random numbers and its own number of torch threads
     Ledger     the directory that comes out: events and versions, written as they are made

@@ -44,7 +44,7 @@ def replay(
     """Make the recorded course of a run again in this process; returns a `Run` with a directory of its own.
 
     Without `update` its weights are bit for bit those of the run, on a CPU with the same torch. That is checked on the way: every
-    event that follows from others, the loss and score of each local pass, each version that the run has kept.
+    event that follows from others, the loss and score of each local pass, each version that the run has retained.
 
     With another `update` it answers: the same arrivals, what would that rule have made of them? It is counterfactual, and says so
     in its name, label, summary and figures. Workers push in recorded order; one that the rule holds pushes
@@ -107,7 +107,7 @@ def _drive_again(
     run: Run, problem: Problem, rule: Update, partition: Partition, ledger: Ledger, lives: Lives, told: Callable[[int], None]
 ) -> list[Course]:
     courses = []
-    for part in range(len(lives.parts)):
+    for part in range(len(lives.servers)):
         courses.append(Course(run, problem, copy.deepcopy(rule), copy.deepcopy(partition), ledger, lives, part, told))
         courses[-1].drive()
     return courses

@@ -1,6 +1,6 @@
 """Simulation: the course of a run on a clock that only jumps from event to event.
 
-    released --exchange + compute + score--> at the server's door --> push: the Coordinator's word, a while a merge --> released ...
+    released --exchange + compute + score--> queue of the server --> push: Coordinator, seconds for each merge --> released ...
 
 The server takes pushes one after the other, in the order in which they come; while it merges the clock goes on. Update, partition
 and coordinator are the objects of live runs; how long things take comes from a `Timing`. Weights are one number (times

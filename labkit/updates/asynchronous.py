@@ -196,7 +196,7 @@ class FedBuff(Changes):
     """Buffered asynchronous aggregation (Nguyen et al. 2022): nobody waits, and every K pushes make one version.
 
     W(i) = W(i-1) + lr / K sum_j s(tau_j) (W_j - W(k_j)) over the K pushes, with s(tau) = (1 + tau)^-power. A worker is answered
-    at once, with the latest version. Only the sum is kept, not the pushes. Buffers: the average of the K, weighted by
+    at once, with the latest version. Only the sum is stored, not the pushes. Buffers: the average of the K, weighted by
     s(tau_j), counts with the share lr / K sum_j s(tau_j) of at most 1.
 
     With size=1, lr=1 and one worker this is plain local training within rounding.

@@ -2,10 +2,10 @@
 
     start -> [ push | join | leave | expire -> replies ] ... -> finish
 
-A rule is a subclass of `Update` that writes `_merge(push) -> replies`. It opens nothing, sleeps never and reads no clock. What a
-rule knows of time is what its driver tells it: `deadline` says for how many seconds it wants to wait, `expire` that they are over.
+A rule is a subclass of `Update` that writes `_merge(push) -> replies`. It opens nothing, sleeps never and reads no clock. Time
+comes from its driver: `deadline` is for how many seconds the rule waits for others, `expire` is called when they are over.
 
-Used by the other rooms of `labkit.updates`, and by `labkit.training.server.coordinator`, which drives a rule.
+Used by the other files of `labkit.updates`, and by `labkit.training.server.coordinator`, which drives a rule.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Push:
 class Reply:
     """Releases a worker with a version and the weights to go on from; the array is never written again.
 
-    They are the weights of that version, unless the rule lets each worker keep weights of its own (EASGD).
+    They are the weights of that version, unless each worker has weights of its own under the rule (EASGD).
     """
 
     worker: int
@@ -71,7 +71,7 @@ class Update:
     ahead = False  # True: a worker may train on while its push is under way, and its next push holds that too
     paced = False  # True: local passes in proportion to measured speed, whatever the partition
     fleeting: tuple[str, ...] = ("weights", "bases")  # what `lasting` leaves out
-    written: tuple[str, ...] = ()  # arrays that the rule writes in place: a saved state gets copies of them
+    written: tuple[str, ...] = ()  # arrays that the rule writes in place: a saved state holds copies of them
 
     def start(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int = 0, blocks: Iterable[int] = ()) -> None:
         """Begin at version 0 with `weights` (float32, shape (n,); the last `n_buffers` entries are buffers).
@@ -104,7 +104,7 @@ class Update:
         return []
 
     def push(self, push: Push) -> list[Reply]:
-        """Take one push in.
+        """Merge, hold or drop one push.
 
         Raises
         ------
@@ -127,20 +127,20 @@ class Update:
         return []
 
     def finish(self) -> None:
-        """No push comes any more: what was kept back for later becomes the last version."""
+        """No push comes any more: what was held back for later becomes the last version."""
         self.merges, self.drops = [], []
 
     def state_dict(self) -> dict:
         """Everything that the future of the rule depends on: numbers, lists, dicts and arrays; no objects."""
-        kept = {key: value for key, value in vars(self).items() if key not in ("merges", "drops")}
-        return {key: _copied(value, key in self.written) for key, value in kept.items()}
+        state = {key: value for key, value in vars(self).items() if key not in ("merges", "drops")}
+        return {key: _copied(value, key in self.written) for key, value in state.items()}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update({key: _copied(value, key in self.written) for key, value in state.items()})
         self.merges, self.drops = [], []
 
     def lasting(self) -> dict:
-        """What a checkpoint keeps beside the weights: `state_dict` without what belongs to local passes under way."""
+        """What a checkpoint holds beside the weights: `state_dict` without what belongs to local passes under way."""
         return {key: value for key, value in self.state_dict().items() if key not in self.fleeting}
 
     def go_on(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int, lasting: dict) -> None:
@@ -157,7 +157,7 @@ class Update:
         return rule_config(self, UpdateError)
 
     def _begin(self) -> None:
-        """Set up what the rule keeps beside weights and members."""
+        """Set up what the rule holds beside weights and members."""
 
     def _merge(self, push: Push) -> list[Reply]:
         raise NotImplementedError
@@ -201,9 +201,9 @@ class Update:
 
 
 class Changes(Update):
-    """A rule on changes: it asks how far a worker has come from the weights W(k) that it was given, W_j - W(k).
+    """A rule on changes: it needs how far a worker has come from the weights W(k) that it was given, W_j - W(k).
 
-    Those are kept here (`base_weights`), not sent twice; workers that were given the same version share one array.
+    Those are retained here (`base_weights`), not sent twice; workers that were given the same version share one array.
     """
 
     fleeting = (*Update.fleeting, "base_weights")
@@ -241,7 +241,7 @@ class Changes(Update):
 
 
 def chunks(n: int) -> Iterator[slice]:
-    """`n` weights in pieces that fit into the cache of a processor: a formula of many steps then goes through memory once."""
+    """`n` weights in slices that fit into the cache of a processor: a formula of many steps then goes through memory once."""
     return (slice(start, min(n, start + CHUNK)) for start in range(0, n, CHUNK))
 
 
@@ -271,7 +271,7 @@ def one_of(rule: Update, name: str, value: str, options: Iterable[str]) -> str:
 
 
 def _copied(value: Any, written: bool) -> Any:
-    """A value of a state that can be kept. Arrays are shared, since nobody writes them, except the `written` ones."""
+    """A value of a state that can be retained. Arrays are shared, since nobody writes them, except the `written` ones."""
     if isinstance(value, dict):
         return {key: _copied(part, written) for key, part in value.items()}
     if isinstance(value, list):

@@ -61,7 +61,7 @@ class SSP(Changes):
         return self._free()
 
     def _free(self) -> list[Reply]:
-        """Release those who are held and may go on now."""
+        """Release those who are held and within the bound again."""
         limit = min(self.clocks.values(), default=0) + self.bound
         free = [worker for worker in self.held if self.clocks[worker] <= limit]
         self.held = [worker for worker in self.held if worker not in free]
@@ -101,11 +101,11 @@ class Ringmaster(Changes):
 
 
 class Rescaled(Changes):
-    """Rescaled ASGD (Mahran, Maranjyan, Richtarik 2026): what a slow worker says counts for more, as it says it more rarely.
+    """Rescaled ASGD (Mahran, Maranjyan, Richtarik 2026): the push of a slow worker counts for more, as it comes more rarely.
 
     The step of worker j is in proportion to the time T_j of its local pass, so that all workers count alike over time, however
     fast they are. A rule has no clock; but while worker j makes one pass the others make sum_l T_j/T_l - 1 versions, so that its
-    staleness tau_j tells T_j:
+    T_j follows from the staleness tau_j:
 
         c_j = rate/m * (tau_j + 1)/m
 

@@ -1,4 +1,4 @@
-"""Rules that let workers go their own ways, on a spring or on a leash.
+"""Rules with weights of each worker's own, tied to a centre.
 
     EASGD   W_j and the centre W move towards each other at every push                      Zhang, Choromanska, LeCun 2015
     GEM     the step of a push is scaled, weight by weight, to the speed of a momentum      Hermans, Louppe 2018
@@ -14,7 +14,7 @@ from labkit.updates.base import Changes, Push, Reply, Update, chunks, number
 
 
 class EASGD(Update):
-    """Elastic averaging SGD: each worker keeps weights of its own, tied by a spring to the centre, which is the global weights.
+    """Elastic averaging SGD: each worker has weights of its own, tied by a spring to the centre, which is the global weights.
 
     At a push of worker j, with alpha = beta/m of m workers:
 

@@ -1,4 +1,4 @@
-"""Rules with an outer optimiser: what the workers have moved is a gradient for a momentum that the server keeps.
+"""Rules with an outer optimiser: what the workers have moved is a gradient for a momentum on the server.
 
     DiLoCo            Nesterov step with the mean change of all workers               Douillard et al. 2023
     DelayedNesterov   plain step at every push, the momentum at every n-th            Liu et al. 2024
@@ -128,7 +128,7 @@ class DelayedNesterov(Changes):
 class HeLoCo(Changes):
     """Direction-aware asynchronous low-communication training (HeLoCo; Al Asif et al. 2026).
 
-    The momentum v says where training goes. Tensor by tensor, a push D_j = W_j - W(k) is compared with it, by the cosine c of the
+    The momentum v is where training heads. Tensor by tensor, a push D_j = W_j - W(k) is compared with it, by the cosine c of the
     two and by conf = |D| / (|D| + kappa |v|):
 
         c >= keep        D as it is

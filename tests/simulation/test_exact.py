@@ -1,4 +1,7 @@
-"""The other drivers of a run's course: a replay has the same bits or says where not, and what no cluster has made says so."""
+"""Replay, exact and counterfactual: the same bits or the first difference, and another rule on the same arrivals.
+
+Tests `labkit/simulation/exact.py`, `counterfactual.py`, `replay.py` and `offline.py`, on runs that they share.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Simulated runs: times that can be worked out by hand, the weights of a live run, and how far the clock is off."""
+"""Simulated runs: times that can be worked out by hand, the weights of a live run, and how far the clock is off.
+
+Tests `labkit/simulation/simulator.py`, `simulate.py`, `cost_model.py` and `scenario.py`.
+"""
 
 from __future__ import annotations
 
