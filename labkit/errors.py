@@ -1,6 +1,6 @@
 """The errors of labkit: one family, so that `except labkit.LabError` catches every one of them; and the checks of arguments.
 
-A message says what happened, with the values, and then what to do. Errors travel between processes, so each of them
+A message states what happened, with the values, and then what to do. Errors travel between processes, so each of them
 survives pickling. Plain bad arguments stay `ValueError` and `TypeError`.
 
 Used by every module; imports nothing of labkit.
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class LabError(Exception):
-    """Something in the lab went wrong; the message says what and what to do."""
+    """Something in the lab went wrong; the message states what, and what to do."""
 
 
 class DataError(LabError):
@@ -41,7 +41,7 @@ class UpdateError(LabError):
 
 
 class WireError(LabError):
-    """Two processes of a run could not talk: refused, silent, or not speaking labkit."""
+    """Two processes of a run could not communicate: refused, silent, or of another protocol."""
 
 
 class RunError(LabError):
@@ -65,9 +65,9 @@ class WorkerError(LabError):
         return f"{message}\n\n{self.remote_traceback}" if self.remote_traceback else message
 
 
-def did_you_mean(word: Any, options: Iterable[Any]) -> str:
-    """ " Did you mean 'agwu'?" for the option nearest to `word`; empty where none is near."""
-    near = difflib.get_close_matches(str(word), [str(option) for option in options], n=1)
+def did_you_mean(given: Any, options: Iterable[Any]) -> str:
+    """ " Did you mean 'agwu'?" for the option nearest to `given`; empty where none is near."""
+    near = difflib.get_close_matches(str(given), [str(option) for option in options], n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -1,8 +1,8 @@
-"""What a record says of an object, and how it is found again: a name or an import path, and its settings as JSON.
+"""How an object is recorded, and how it is found again: a name or an import path, and its settings as JSON.
 
     "my_module:make_model"      something of the user's own
-    "labkit:Classifier"         something of labkit, by its public name: a file that moves takes no record with it
-    {"by_value": "my_net"}      what cannot be imported, as it was defined in a notebook cell, say: its name alone
+    "labkit:Classifier"         something of labkit, by its public name: records stay valid where a file moves
+    {"by_value": "my_net"}      what cannot be imported, as it was defined in a notebook cell, for instance: its name alone
 
 The settings of a problem, an update or a partition are the arguments of its constructor, each stored as an attribute of its name.
 
@@ -33,7 +33,7 @@ def import_path(value: Any) -> str | dict[str, str]:
         return {"by_value": short(value)}
     parts = module.split(".")
     faces = [".".join(parts[:n]) for n in range(1, len(parts))] if parts[0] == "labkit" else []
-    return next((f"{place}:{name}" for place in [*faces, module] if _find(place, name) is value), {"by_value": short(value)})
+    return next((f"{home}:{name}" for home in [*faces, module] if _find(home, name) is value), {"by_value": short(value)})
 
 
 def _find(module: str, name: str) -> Any:

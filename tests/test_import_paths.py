@@ -1,4 +1,4 @@
-"""`labkit/imports.py`: what a record says of an object, as JSON, and how it is found again by name or import path.
+"""`labkit/imports.py`: how an object is recorded as JSON, and found again by name or import path.
 
 (`test_imports.py` is about who imports whom.)
 """
@@ -144,6 +144,6 @@ def test_labkit_s_own_are_recorded_by_their_names():
         (lambda: type("P", (Biased,), {"__init__": lambda self, x: None})(3).config(), PartitionError, "argument 'x'"),
     ],
 )
-def test_what_cannot_be_recorded_or_found_says_why(make, error, words):
+def test_what_cannot_be_recorded_or_found_is_refused_with_the_reason(make, error, words):
     with pytest.raises(error, match=words):
         make()

@@ -1,6 +1,6 @@
 """Emulated heterogeneity: what makes equal workers uneven.
 
-    slowdown    all work takes so many times as long
+    slowdown    all work lasts so many times as long
     jitter      times exp(jitter z) with a normal z, anew for each step
     drift       within a period of so many seconds each worker moves to the slowdown of the worker at the other end of the list,
                 and back:  log s(t) = (1 - w) log s(0) + w log s',  w = (1 - cos(2 pi t / drift)) / 2
@@ -107,7 +107,7 @@ class Slowness:
             self.left = self.moments.exponential(uneven.stalls[0])  # seconds of work until the next stall
 
     def stretched(self, work: float, age: float, steps: int = 1) -> float:
-        """Seconds, stalls included, that `work` seconds of work take, which begin at this age and are so many equal steps."""
+        """Seconds, stalls included, that `work` seconds of work last, which begin at this age and are so many equal steps."""
         seconds = work * self.uneven.slowdown
         if self.uneven.drifting or self.uneven.jitter:
             seconds = self._unsteady(work, age, steps)

@@ -27,7 +27,7 @@ BY_CLASS = {folders.from_folder: folders.SUFFIXES, nifti.from_folder: nifti.SUFF
 
 
 def names() -> list[str]:
-    """The registered data sets, by the names that `open_dataset` takes."""
+    """The registered data sets, by the names that `open_dataset` accepts."""
     return list(named.NAMED)
 
 
@@ -46,7 +46,7 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         - arrays `(x, y)` or `(x_train, y_train, x_test, y_test)`;
         - a folder with `x_train.npy`, `y_train.npy` and, optionally, `x_test.npy`, `y_test.npy`;
         - a `.parquet` file: column `y` and either `x` (lists of one length, nested lists, tensors) or numbers `f0`,
-          `f1`, ...; flat lists take their shape from the metadata `shape` of the column or the file, a JSON list such
+          `f1`, ...; flat lists get their shape from the metadata `shape` of the column or the file, a JSON list such
           as `[1, 28, 28]`;
         - an `.h5` / `.hdf5` file with `x_train`, `y_train`, `x_test`, `y_test`, or with `x`, `y`;
         - CIFAR-10's folder `cifar-10-batches-py`;

@@ -148,7 +148,7 @@ def replacing_folder(path: Path, good: Callable[[], bool]) -> Iterator[Path]:
                 if path.exists():
                     os.rename(path, Path(tempfile.mkdtemp(dir=folder)) / "damaged")
         if not good():
-            raise DataError(f"{path} could not be put in place. Delete it and try again.")
+            raise DataError(f"{path} could not be replaced. Delete it and try again.")
     except OSError as error:
         raise DataError(
             f"The cache {path.parent} cannot be used: {error}. Set LABKIT_CACHE to a folder that you may write "

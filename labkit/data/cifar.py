@@ -1,7 +1,7 @@
 """CIFAR-10 as it is published for Python: six pickled batches, read without running anything that is in them.
 
 Pickle can name any function and have it called, so these files are read by an unpickler of our own: of all names it
-knows the five with which numpy writes an array of bytes, and for each it has a stand-in that makes nothing else.
+accepts the five with which numpy writes an array of bytes, and for each it has a stand-in that makes nothing else.
 
 Used by `labkit.data.open_dataset`.
 """
@@ -77,7 +77,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Refused(pickle.UnpicklingError):
-    """The pickle wants something that a batch of CIFAR-10 does not hold."""
+    """The pickle names something that is not in a batch of CIFAR-10."""
 
 
 class _Array:
@@ -101,8 +101,7 @@ class _Bytes:
 
 
 class _Batch(pickle.Unpickler):
-    """Knows five names, and for each a stand-in. They are functions made for one file, so that nothing in a pickle can
-    change what is used for the next."""
+    """Accepts five names. The stand-ins are functions made for one file: nothing in a pickle can change what the next one uses."""
 
     def find_class(self, module: str, name: str) -> Callable[..., Any] | str:
         def reconstruct(kind: Any, *of: Any) -> _Array:

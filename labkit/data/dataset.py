@@ -38,7 +38,7 @@ class Dataset:
     n_train, n_test : int
         Samples in each split.
     synthetic : bool
-        True for generated data, also where only a part of each sample was generated; the note says which.
+        True for generated data, also where only a part of each sample was generated, as the note explains.
     note : str
         What was decided on the user's behalf, such as another set used instead; `""` if nothing was.
     """
@@ -101,20 +101,16 @@ class Dataset:
 
     def _map(self, letter: str, split: str) -> np.ndarray:
         known("split", split, SPLITS)
-        maps = _MAPS.get(self.path)
-        if maps is None:
-            maps = _MAPS.setdefault(self.path, _open_maps(Path(self.path), self._files))
-        return maps[f"{letter}_{split}"]
-
-
-def _open_maps(path: Path, files: dict[str, int]) -> dict[str, np.ndarray]:
-    if not is_whole(path, files):
-        raise DataError(
-            f"{socket.gethostname()} finds no whole data set at {path}. Set LABKIT_CACHE to a folder that all "
-            "workers share, or, where it was deleted or damaged, open the data set again."
-        )
-    # a plain array over the map: indexing np.memmap itself costs several times as much
-    return {name.removesuffix(".npy"): np.asarray(np.load(path / name, "r", allow_pickle=False)) for name in files}
+        if self.path not in _MAPS:
+            path = Path(self.path)
+            if not is_whole(path, self._files):
+                raise DataError(
+                    f"{socket.gethostname()} finds no whole data set at {path}. Set LABKIT_CACHE to a folder that all "
+                    "workers share, or, where it was deleted or damaged, open the data set again."
+                )
+            # plain arrays over the maps: indexing np.memmap itself costs several times as much
+            _MAPS[self.path] = {name: np.asarray(np.load(path / name, "r", allow_pickle=False)) for name in self._files}
+        return _MAPS[self.path][f"{letter}_{split}.npy"]
 
 
 def is_whole(path: Path, files: dict[str, int]) -> bool:

@@ -25,7 +25,7 @@ from labkit.errors import DataError
 SUFFIXES = frozenset({".nii", ".nii.gz"})
 SIZE = (64, 128, 128)
 WINDOW = (-1000.0, 400.0)  # HU
-MAX_SIDE = 4096  # a header may say anything
+MAX_SIDE = 4096  # a header may contain anything
 
 
 def from_folder(path: Path, size: tuple[int, int, int] | None = None) -> Dataset:

@@ -50,9 +50,7 @@ def make_model(
     nothing; `arguments` go to it by keyword. Raises ProblemError where it has others, or returns no module.
     """
     title = f"model {describe(model)}"
-    make = model
-    if isinstance(model, str):
-        make = imported(model) if ":" in model else MODELS[model]
+    make = model if callable(model) else imported(model) if ":" in model else MODELS[model]
     parameters = inspect.signature(make).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p.name for p in positional if p.default is p.empty and p.name not in arguments]
@@ -62,13 +60,9 @@ def make_model(
             "f(shape, n_classes); give others by model_args={...}."
         )
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        free = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        free = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in needed]
         for name in arguments:
-            if name not in free:
-                try:
-                    known("model_args", name, [n for n in free if n not in needed])
-                except ValueError as error:
-                    raise ProblemError(f"{title}: {error}") from None
+            known(f"{title}: model_args", name, free, error=ProblemError)
     with seeded(seed):
         module = make(*((shape, n_classes) if needed else ()), **arguments)
     if not isinstance(module, nn.Module):

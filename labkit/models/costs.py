@@ -2,7 +2,7 @@
 
     convolution: values of its output x channels of one group x size of its kernel      dense layer: outputs x inputs
 
-By torch's own formulas (`torch.utils.flop_counter`), which know attention and other products of matrices too. Activations,
+By torch's own formulas (`torch.utils.flop_counter`), which cover attention and other products of matrices too. Activations,
 normalisations, pooling and biases are left out, as is usual.
 
 Used by `labkit.subnets`.

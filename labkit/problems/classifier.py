@@ -1,7 +1,6 @@
 """`Classifier`: a network trained with cross-entropy, which is what most people want.
 
-The model is given by name, by import path or as a function; a function travels to the workers by import path, or by value
-when it was written in a notebook cell.
+A model that is a function travels to the workers by import path, or by value when it was written in a notebook cell.
 
 Used by users through `labkit.Classifier`, and as the base class of the problems in `labkit.subnets`.
 """

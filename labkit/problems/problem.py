@@ -1,8 +1,7 @@
 """What is trained: `Problem`, the interface that a worker drives.
 
-A problem builds the module and its optimisers, makes one optimiser step, and measures loss and score. It travels to the
-workers with its data set by reference; a model function travels by import path, or by value when it was written in a
-notebook cell. Every seed is an argument, so the same seed gives the same weights in every process.
+A problem builds the module and its optimisers, makes one optimiser step, and measures loss and score. It travels to the workers
+with its data set by reference. Every seed is an argument, so the same seed gives the same weights in every process.
 
 Used by `labkit.training` and whatever stands on it; `labkit.problems.classifier` and a user's own problem are subclasses.
 """
@@ -12,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -44,8 +43,8 @@ class Clock(NamedTuple):
 class Problem:
     """What a worker trains. A subclass gives `build`, `optimisers`, `step` and `evaluate`; the rest has defaults.
 
-    Keep each constructor argument as an attribute of the same name, hand the common ones on with `**common`, and the
-    record of a run can name the settings and make the problem again. A GAN keeps both networks in one module
+    Store each constructor argument as an attribute of the same name, hand the common ones on with `**common`, and the
+    record of a run can name the settings and make the problem again. A GAN has both networks in one module
     (`nn.ModuleDict`), returns two optimisers, and its `step` uses one after the other (all-reduce refuses that); a loss whose
     weight changes during training reads `clock.passes` in `step`; data that are not (x, y) pairs need a `load` of their own.
 
@@ -122,7 +121,8 @@ class Problem:
         By default means of what `evaluate` gives for batches of `batch_size`. A measure that is no mean over samples (a distance
         between distributions, an assignment over the whole set) replaces it.
         """
-        return self._mean(self.evaluate, module, indices, split, device, batch_size)
+        parts = batches(indices, batch_size)
+        return self._mean((self.evaluate(module, self.load(part, split, device)) for part in parts), parts)
 
     def quality(self, module: nn.Module, indices: np.ndarray, device: str = "cpu") -> float:
         """Q in [0, 1], by which a rule may weigh a push: the score of `measure`, or the mean of `score` where that is replaced."""
@@ -130,27 +130,20 @@ class Problem:
             return 0.0
         if getattr(self.score, "__func__", None) is Problem.score:
             return self.measure(module, indices, "train", device)["score"]
-        return self._mean(lambda *batch: {"score": self.score(*batch)}, module, indices, "train", device, MEASURED)["score"]
+        parts = batches(indices, MEASURED)
+        return self._mean(({"score": self.score(module, self.load(part, "train", device))} for part in parts), parts)["score"]
 
     def score(self, module: nn.Module, batch: Any) -> float:
         """Q in [0, 1] on one batch."""
         return self.evaluate(module, batch)["score"]
 
-    def _mean(
-        self,
-        one: Callable[[nn.Module, Any], Mapping[str, Any]],
-        module: nn.Module,
-        indices: np.ndarray,
-        split: str,
-        device: str,
-        batch_size: int,
-    ) -> dict[str, float]:
-        """The means over samples of the numbers that `one(module, batch)` gives."""
-        found = [(one(module, self.load(part, split, device)), len(part)) for part in batches(indices, batch_size)]
+    def _mean(self, measured: Iterable[Mapping[str, Any]], parts: list[np.ndarray]) -> dict[str, float]:
+        """The means over samples of the numbers that were `measured` of each of `parts`."""
+        found = [(values, len(part)) for values, part in zip(measured, parts, strict=True)]
         if not found:
             raise ProblemError(f"{self._title()} is measured on no samples. Give some to its score set and its test split.")
         names = [name for name, value in found[0][0].items() if name in ("loss", "score") or isinstance(value, numbers.Real)]
-        return {name: float(sum(values[name] * n for values, n in found) / len(indices)) for name in names}
+        return {name: float(sum(values[name] * n for values, n in found) / sum(n for _, n in found)) for name in names}
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The precision asked for, around forward pass and loss."""
@@ -161,7 +154,7 @@ class Problem:
     def check(self, seed: int = 0) -> None:
         """Build the module and try it on two samples on the CPU: one evaluation, one step.
 
-        Raises ProblemError (or DataError) that says what does not fit what.
+        Raises ProblemError (or DataError) where they do not fit each other.
         """
         train, _ = self.train_indices(), self.test_indices()
         failed = "cannot be built for"
@@ -224,7 +217,7 @@ class Problem:
     # The settings: for the record, and on the way to a worker.
 
     def config(self) -> dict[str, Any]:
-        """The settings as JSON would keep them; `problem_from_config` makes the problem again."""
+        """The settings as JSON can store them; `problem_from_config` makes the problem again."""
         settings = {name: v.path if isinstance(v, Dataset) else plain(v) for name, v in constructor_arguments(self).items()}
         return {"kind": import_path(type(self)), **settings}
 

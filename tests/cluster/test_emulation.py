@@ -1,4 +1,4 @@
-"""Emulated slowness: how much longer work takes, and how long a worker sleeps after it."""
+"""Emulated slowness: how much longer work lasts, and how long a worker sleeps after it."""
 
 import time
 
@@ -119,6 +119,6 @@ def test_stalls_that_make_no_sense_are_refused(stalls):
         make_stalls(stalls)
 
 
-def test_words():
+def test_what_is_emulated_is_described_for_readers():
     assert unsteadiness(0, 0, None) == ""
     assert unsteadiness(0.3, 20.0, (20, 1)) == "jitter 0.3, drift with a period of 20 s, stalls of 1 s every 20 s"

@@ -44,7 +44,7 @@ def test_a_constant_channel_is_only_centred():
     assert np.isfinite(got).all() and np.abs(got[:, 1]).max() < 1e-6
 
 
-def test_three_axes_get_a_channel_and_channels_last_is_turned_and_said(capsys):
+def test_three_axes_get_a_channel_and_channels_last_is_turned_with_a_note(capsys):
     x, y = some(shape=(5, 7))
     assert open_dataset((x, y)).shape == (1, 5, 7)
     x, y = some(shape=(5, 7, 3))
@@ -53,7 +53,7 @@ def test_three_axes_get_a_channel_and_channels_last_is_turned_and_said(capsys):
     np.testing.assert_array_equal(everything(data), np.moveaxis(x, -1, 1))
     assert "(N, H, W, C)" in capsys.readouterr().out
     assert open_dataset((x, y, x, y)).note == data.note  # also when it was ready
-    assert not capsys.readouterr().out  # said once
+    assert not capsys.readouterr().out  # printed once
     x, y = some(shape=(3, 5, 3))  # may be either: taken as it is documented
     data = open_dataset((x, y, x, y))
     assert data.shape == (3, 5, 3) and data.note == ""
@@ -152,7 +152,7 @@ def test_types_that_are_no_numbers_are_refused(dtype):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-def test_values_that_are_not_finite_are_refused_with_their_place(value):
+def test_values_that_are_not_finite_are_refused_with_their_index(value):
     x, y = some(dtype=np.float64)
     x[11, 1, 2, 3] = value
     refused((x, y), "x[11] holds", "nan_to_num")
@@ -176,7 +176,7 @@ def test_labels_out_of_range_are_refused():
     refused((x, np.full(17, 2**63, dtype=np.uint64)), "y[0] is")
 
 
-def test_an_empty_class_is_said():
+def test_an_empty_class_is_noted():
     x, y = some(k=4)
     data = open_dataset((x, np.where(y == 1, 0, y)))
     assert data.n_classes == 4 and "1 of 4 classes" in data.note

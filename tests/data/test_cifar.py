@@ -133,7 +133,7 @@ def test_damaged_batches_are_refused(cifar10):
     ]:
         path.write_bytes(b"\x80\x02" + python2(held) + b".")
         refused(cifar10, path, words)
-    path.write_bytes(good.replace(b"J\x04\0\0\0J\0\x0c\0\0", b"J\xff\xff\xff\x7fJ\0\x0c\0\0"))  # says it is huge
+    path.write_bytes(good.replace(b"J\x04\0\0\0J\0\x0c\0\0", b"J\xff\xff\xff\x7fJ\0\x0c\0\0"))  # a header of a huge array
     refused(cifar10, path, "2147483647")
     path.unlink()
     refused(cifar10, cifar10, "lacks data_batch_3")

@@ -26,7 +26,7 @@ def test_fashion_mnist_is_looked_for_in_order(little_fashion, tmp_path, monkeypa
     debian = open_dataset("fashion-mnist")
     (tmp_path / "mine").mkdir()
     monkeypatch.setenv("LABKIT_DATA", str(tmp_path / "mine"))
-    assert open_dataset("fashion-mnist").path == debian.path  # nothing of it there: the next place
+    assert open_dataset("fashion-mnist").path == debian.path  # nothing of it there: the next folder
     shutil.copytree(little_fashion, tmp_path / "mine" / "fashion-mnist")
     mine = open_dataset("fashion-mnist")
     monkeypatch.setenv("LABKIT_DATA", str(installed))  # the files themselves; the same files as Debian's here
@@ -36,7 +36,7 @@ def test_fashion_mnist_is_looked_for_in_order(little_fashion, tmp_path, monkeypa
         np.testing.assert_array_equal(everything(data), everything(cached))
 
 
-def test_published_files_are_fetched_checked_and_kept(little_fashion, monkeypatch, own_cache, capsys):
+def test_published_files_are_fetched_checked_and_cached(little_fashion, monkeypatch, own_cache, capsys):
     monkeypatch.setattr(fetch, "fetch", really_fetch)
     monkeypatch.setattr(fetch, "_has_apt", lambda: False)
     published = little_fashion.parent / "published" / "a" / "b"
@@ -44,7 +44,7 @@ def test_published_files_are_fetched_checked_and_kept(little_fashion, monkeypatc
     monkeypatch.setattr(named, "FASHION", replace(named.FASHION, urls=urls))
     shutil.copytree(little_fashion, published)
     first = shutil.copytree(little_fashion, published.parent / "first")
-    path = first / "t10k-images-idx3-ubyte.gz"  # the first place gives something else, the second is right
+    path = first / "t10k-images-idx3-ubyte.gz"  # the first address has something else, the second is right
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1] + b"!"))
     data = open_dataset("fashion-mnist")
     assert data.name == "fashion-mnist" and data.note == ""

@@ -14,11 +14,11 @@ from tests.data.helpers import every, picture, refused
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_pictures_of_varying_size_are_resized_and_said(flowers, capsys):
+def test_pictures_of_varying_size_are_resized_with_a_note(flowers, capsys):
     data = open_dataset(flowers)
     assert (data.name, data.shape, data.n_classes) == ("flower_photos", (3, 180, 180), 3)
-    for said in ("0 daisy, 1 roses, 2 tulips", "9 sizes", "180x180"):
-        assert said in data.note
+    for noted in ("0 daisy, 1 roses, 2 tulips", "9 sizes", "180x180"):
+        assert noted in data.note
     x, y = every(data)
     assert y.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and x.dtype == np.uint8
     small = open_dataset(flowers, size=(16, 24))

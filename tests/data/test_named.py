@@ -1,4 +1,4 @@
-"""The named sets: the published files, checked, or the digits in their place, with a note."""
+"""The named sets: the published files, checked, or the digits instead of them, with a note."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_damaged_fashion_mnist_is_refused(little_fashion, monkeypatch):
     refused("fashion-mnist", "which is no folder")
 
 
-def test_falling_back_to_digits_is_said(capsys):
+def test_falling_back_to_digits_is_noted(capsys):
     data = open_dataset("fashion-mnist")
     assert data.name == "digits" and data.shape == (1, 8, 8) and not data.synthetic
-    for word in ("Fashion-MNIST could not be had", "no network in this test", "digits", "LABKIT_DATA"):
-        assert word in data.note
+    for noted in ("Fashion-MNIST could not be had", "no network in this test", "digits", "LABKIT_DATA"):
+        assert noted in data.note
     open_dataset("fashion-mnist")
     assert capsys.readouterr().out.count("could not be had") == 1
     assert pickle.loads(pickle.dumps(data)).note == data.note
@@ -99,7 +99,7 @@ def test_fashion_mnist_is_padded_to_32(tmp_path, monkeypatch):
         assert not x.any()
 
 
-def test_what_cannot_be_had_is_replaced_and_said():
+def test_what_cannot_be_had_is_replaced_with_a_note():
     padded, mnist = open_dataset("fashion-mnist-32"), open_dataset("mnist")
     assert (padded.name, padded.shape) == ("digits-32", (1, 32, 32)) and "Fashion-MNIST could not be had" in padded.note
     assert (mnist.name, mnist.shape) == ("digits", (1, 8, 8)) and "MNIST could not be had" in mnist.note

@@ -77,7 +77,7 @@ def test_options_go_where_they_belong(flowers, tmp_path):
 
 
 def test_a_folder_that_looks_like_shards_is_read_as_arrays(tmp_path):
-    """What meta.json says is believed in the cache alone."""
+    """A meta.json is valid in the cache alone."""
     data = open_dataset("digits")
     copy = Path(shutil.copytree(data.path, tmp_path / "copy"))
     assert open_dataset(data.path).name == "digits"

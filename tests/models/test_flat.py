@@ -1,4 +1,4 @@
-"""The flat vector of a module: values stay, tensors are views, and the layout says which entries are whose."""
+"""The flat vector of a module: values stay, tensors are views, and the layout states which entries are whose."""
 
 from __future__ import annotations
 

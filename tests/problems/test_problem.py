@@ -99,7 +99,7 @@ def test_channels_last_leaves_features_and_takes_volumes():
 
 
 class Counting(Problem):
-    """A score of which one knows what it has to be: the mean label; and the sizes of the batches that were measured."""
+    """A score that is known beforehand: the mean label; and the sizes of the batches that were measured."""
 
     def evaluate(self, module, batch):
         self.sizes.append(len(batch[1]))

@@ -1,6 +1,6 @@
 """Fields on a grid of voxels: resizing, blurring, random smooth fields, and the lesions and vessels made of them.
 
-Arrays are (D, H, W), float32. Places are in half widths: each axis runs from -1 to 1, whatever its number of voxels.
+Arrays are (D, H, W), float32. Positions are in half widths: each axis runs from -1 to 1, whatever its number of voxels.
 
 Used by `labkit.data.synthetic.volumes`, `phantom`, `head` and `nifti`.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Patient(NamedTuple):
-    """A volume before lesions: HU (D, H, W); the organ that lesions are in, 0 to 1; the window that is kept, in HU."""
+    """A volume before lesions: HU (D, H, W); the organ that lesions are in, 0 to 1; the window that is stored, in HU."""
 
     hu: np.ndarray
     organ: np.ndarray
@@ -86,7 +86,7 @@ def lesion(rng: np.random.Generator, organ: np.ndarray, radius: tuple[float, flo
 
 
 def tubes(rng: np.random.Generator, organ: np.ndarray, count: int) -> np.ndarray:
-    """`count` thin winding tubes in the organ, 0 to 1: each a walk from a random place in a slowly turning direction."""
+    """`count` thin winding tubes in the organ, 0 to 1: each a walk from a random point in a slowly turning direction."""
     shape = np.array(organ.shape)
     inside = np.flatnonzero(organ > 0.5)
     at = np.stack(np.unravel_index(rng.choice(inside, count), organ.shape), axis=1).astype(np.float64)

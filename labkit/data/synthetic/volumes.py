@@ -1,11 +1,8 @@
 """The 3D problem "lesion or none": volumes with and without lesions in them, made here, the same for the same seed.
 
-No public set of chest CTs is small and free enough to come with a package, so the volumes are made: `head-lesions` puts
-lesions into randomly deformed copies of one real head CT (semi-synthetic), `chest-phantom` into chests drawn from
-formulas (synthetic). Number, place, size, shape and contrast of lesions are random. The very values that they add
-in HU are added to a patient without lesions too, along thin vessels, so that counts of bright voxels tell little (a
-logistic regression on the histogram of 500 chests is right for 53 %), and shapes must be seen. Neither is evidence for
-anything in medicine.
+No public set of chest CTs is small and free enough to come with a package. The very values that lesions add in HU are added to
+a patient without lesions too, along thin vessels, so that counts of bright voxels are of little use (a logistic regression on the
+histogram of 500 chests is right for 53 %), and shapes must be seen. Neither set is evidence for anything in medicine.
 
 Used by `labkit.data.open_dataset`; the anatomy is in `head` and `phantom`.
 """
@@ -30,7 +27,7 @@ EVERY = 5  # one patient in so many is in the test split
 
 def chest_phantom(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: int = 0, note: str = "") -> Dataset:
     """n drawn chests, a fifth of them to test, half of them with 3 to 6 lesions in the lungs (class 1): (1, D, H, W),
-    float16, HU clipped to [-1000, 400] and scaled to [0, 1]. Synthetic, as its note says.
+    float16, HU clipped to [-1000, 400] and scaled to [0, 1]. Synthetic, as in its note.
 
     Patient i is the same for every n. Raises ValueError for fewer than 20 or for sides under 16.
     """
@@ -49,7 +46,7 @@ def chest_phantom(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed:
 
 def head_lesions(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: int = 0) -> Dataset:
     """n deformed copies of a real head CT, a fifth of them to test, half of them with 3 to 6 lesions in the brain (class
-    1): (1, D, H, W), float16, HU clipped to [0, 100] and scaled to [0, 1]. Semi-synthetic, as its note says; where the
+    1): (1, D, H, W), float16, HU clipped to [0, 100] and scaled to [0, 1]. Semi-synthetic, as in its note; where the
     CT cannot be had, the chest phantom, with a note saying why.
 
     The CT is an example of InVesalius in Debian's package `invesalius-examples`, found and fetched as Fashion-MNIST is.
@@ -59,7 +56,7 @@ def head_lesions(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: 
     path, reasons = head.find_ct()
     if path is None:
         note = (
-            f"The head CT could not be had ({'; '.join(reasons)}); the synthetic chest phantom takes its place. Set "
+            f"The head CT could not be had ({'; '.join(reasons)}); the synthetic chest phantom is used instead. Set "
             f"LABKIT_DATA to a folder with {head.FILE} to use it."
         )
         return chest_phantom(n, size, seed, note=note)
@@ -120,7 +117,7 @@ def _finished(
     """The patient with lesions (label 1) or with the same values along vessels (label 0), with noise, scaled to [0, 1]."""
     hu, organ, window = patient
     lesions = np.maximum.reduce([lesion(rng, organ, radius, contrast) for _ in range(rng.integers(*LESIONS))])
-    more = lesion(rng, organ, radius, contrast)  # vessels in everybody: that they are there tells nothing
+    more = lesion(rng, organ, radius, contrast)  # vessels in everybody: their presence is no sign of a class
     added = lesions + along_vessels(rng, organ, more) if label else along_vessels(rng, organ, lesions + more)
     grain = blur(rng.standard_normal(hu.shape, dtype=np.float32), rng.uniform(0.4, 0.8))
     hu = blur(hu, rng.uniform(0.3, 0.6)) + added + grain * (rng.uniform(*noise) / grain.std())

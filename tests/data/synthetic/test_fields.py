@@ -32,8 +32,8 @@ def test_values_along_vessels_are_those_of_the_lesion_in_the_organ():
         rng = np.random.default_rng(seed)
         blob = fields.lesion(rng, organ, (0.2, 0.25), (300, 600))
         moved = fields.along_vessels(rng, organ, blob)
-        kept = blob[blob > 0.1 * blob.max()]
-        np.testing.assert_array_equal(np.sort(moved[moved > 0]), np.sort(kept))
+        values = blob[blob > 0.1 * blob.max()]
+        np.testing.assert_array_equal(np.sort(moved[moved > 0]), np.sort(values))
         assert not moved[fields.blur(organ, 1.0) < 0.01].any()
         assert fields.blur(moved, 2.0).max() < 0.75 * fields.blur(blob, 2.0).max()
 

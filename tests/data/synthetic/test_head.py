@@ -14,11 +14,11 @@ from tests.data.synthetic.helpers import SMALL, accuracy_of_counts, write_ct
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_without_the_head_ct_the_phantom_takes_its_place_and_that_is_said():
+def test_without_the_head_ct_the_phantom_is_used_with_a_note():
     data = open_dataset("head-lesions", n=20, size=SMALL)
     assert data.name == "chest-phantom" and data.synthetic
-    for said in ("The head CT could not be had", "no network in this test", head.FILE, "is synthetic"):
-        assert said in data.note
+    for noted in ("The head CT could not be had", "no network in this test", head.FILE, "is synthetic"):
+        assert noted in data.note
     plain = open_dataset("chest-phantom", n=20, size=SMALL)
     assert plain.path == data.path and "could not" not in plain.note
 
