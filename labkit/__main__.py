@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import labkit
 from labkit.errors import LabError, SweepError
 from labkit.experiments.demo import demo
 
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    before = signal.signal(signal.SIGTERM, _as_interrupt)  # batch systems end a job so; running kernels are to end too
+    # Batch systems end a job by SIGTERM: as after Ctrl-C, running kernels are to end too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return options.run(options)
     except LabError as error:
@@ -46,10 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _as_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 
     table = commands.add_parser("summary", help="print the table of a sweep")
     table.add_argument("out", metavar="DIR", help="folder of the runs")
-    table.set_defaults(run=_summary)
+    table.set_defaults(run=lambda options: _print(labkit.summary(options.out)))
 
-    commands.add_parser("doctor", help="say what this machine has").set_defaults(run=lambda options: doctor())
+    commands.add_parser("doctor", help="show what this machine has").set_defaults(run=lambda options: doctor())
     return parser
 
 
@@ -87,25 +85,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from labkit.experiments.notebook import parameters
-    from labkit.experiments.sweep import sweep
-
-    grid = parse_grid(options.grid, {p.name: p.type for p in parameters(options.notebook)})
+    grid = parse_grid(options.grid, {p.name: p.type for p in labkit.parameters(options.notebook)})
     settings = {name: getattr(options, name) for name in ("out", "parallel", "timeout", "retry_failed", "fresh")}
     if options.kind is None and options.n_workers is None:
-        table = sweep(options.notebook, grid, **settings)
+        table = labkit.sweep(options.notebook, grid, **settings)
     else:
-        from labkit.cluster.connect import connect
-
-        with connect(options.kind, options.n_workers) as lab:
-            table = sweep(options.notebook, grid, lab=lab, **settings)
+        with labkit.connect(options.kind, options.n_workers) as lab:
+            table = labkit.sweep(options.notebook, grid, lab=lab, **settings)
     return _print(table)
-
-
-def _summary(options: argparse.Namespace) -> int:
-    from labkit.experiments.sweep import summary
-
-    return _print(summary(options.out))
 
 
 def _print(table: pd.DataFrame) -> int:
@@ -125,20 +112,20 @@ def parse_grid(texts: Sequence[str], types: dict[str, str]) -> dict[str, list]:
             raise SweepError(f"--grid {text!r} is not NAME=VALUE,VALUE,...")
         if name in grid:
             raise SweepError(f"--grid gives {name!r} twice. Write its values in one: --grid {name}=A,B")
-        grid[name] = [_value(piece.strip(), types.get(name, ""), name) for piece in _pieces(values)]
+        grid[name] = [_value(text.strip(), types.get(name, ""), name) for text in _split(values)]
     return grid
 
 
-def _pieces(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     """Split at the commas that are not inside brackets or braces."""
-    pieces, depth = [""], 0
+    texts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
         if character == "," and depth == 0:
-            pieces.append("")
+            texts.append("")
         else:
-            pieces[-1] += character
-    return pieces
+            texts[-1] += character
+    return texts
 
 
 def _value(text: str, type_: str, name: str) -> Any:
@@ -208,16 +195,12 @@ def _torch() -> str:
 
 
 def _fashion() -> str:
-    from labkit.data import open_dataset
-
-    data = open_dataset("fashion-mnist")
+    data = labkit.open_dataset("fashion-mnist")
     return f"{data.n_train:,} training samples from {data.path}" + (f" ({data.note})" if data.note else "")
 
 
 def _lab() -> str:
-    from labkit.cluster.connect import connect
-
-    with connect("threads", 1, timeout=30) as lab:
+    with labkit.connect("threads", 1, timeout=30) as lab:
         return f"starts, and answers {lab.map(abs, [-1], timeout=30)[0]}"
 
 

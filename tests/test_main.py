@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+import labkit
 from labkit import __main__ as cli
 from labkit.__main__ import main, parse_grid
 from labkit.errors import SweepError
-from labkit.experiments import sweep as sweeps
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_a_wrong_request_is_a_line_and_exit_code_2(notebook, capsys):
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch, capsys, notebook):
-    monkeypatch.setattr(sweeps, "sweep", lambda *_, **__: cli._as_interrupt())
+    monkeypatch.setattr(labkit, "sweep", lambda *_, **__: signal.default_int_handler(signal.SIGTERM, None))
     assert main(["sweep", str(notebook)]) == 130
     assert "goes on from here" in capsys.readouterr().err
 

@@ -1,6 +1,6 @@
 """The demo behind `make run`: five ways to train on two uneven workers, compared.
 
-It sweeps notebook 03 over the strategies, prints the table, draws the curves and says in one line who won. The runs come one
+It sweeps notebook 03 over the strategies, prints the table, draws the curves and names the winner in one line. The runs come one
 after the other, since they are timed.
 
 Used by `python -m labkit demo`; the benchmark notebook repeats it with several seeds.
@@ -30,17 +30,11 @@ DEMO_COLUMNS = {
     "status": "status",
 }
 # Of notebook 03: 8,000 of the 60,000 training images of Fashion-MNIST, so that the five runs take some four minutes on 2 cores.
-SETTINGS = {
-    "train_samples": 8000,
-    "test_samples": 4000,
-    "passes": 6.0,
-    "local_steps": 32,
-    "target": 0.85,
-}
+SETTINGS = {"train_samples": 8000, "test_samples": 4000, "passes": 6.0, "local_steps": 32, "target": 0.85}
 
 
 def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
-    """Sweep the third notebook over five strategies, one after another, and say which was fastest.
+    """Sweep the third notebook over five strategies, one after another, and print which was fastest.
 
     Writes `table.csv` and `curves.png` to `out`. Returns 0, or 1 when a run failed.
     """
@@ -81,18 +75,18 @@ def verdict(table: pd.DataFrame) -> str:
         best = f"; best: {label(scores.idxmax())} with {100 * scores.max():.3g} %" if len(scores) else ""
         return f"No strategy reached {goal}{best}."
     winner, first = times.index[0], times.iloc[0]
-    said = f"{label(winner)} reached {goal} in {first:.3g} s"
+    sentence = f"{label(winner)} reached {goal} in {first:.3g} s"
     baseline = STRATEGIES[0]
     other = baseline if baseline in times.index[1:] else next(iter(times.index[1:]), None)
     if winner != baseline and other != baseline:
-        return f"{said}; {label(baseline)} {'did not reach it' if baseline in done.index else 'failed'}."
+        return f"{sentence}; {label(baseline)} {'did not reach it' if baseline in done.index else 'failed'}."
     if other is None:
-        return f"{said}, and no other did."
-    return f"{said}, {times[other] / first:.2g}x sooner than {label(other)} ({times[other]:.3g} s)."
+        return f"{sentence}, and no other did."
+    return f"{sentence}, {times[other] / first:.2g}x sooner than {label(other)} ({times[other]:.3g} s)."
 
 
 def _draw(table: pd.DataFrame, out: Path) -> Path | None:
-    """curves.png of the runs that the notebooks made; None, and a line that says why, where it cannot be drawn."""
+    """curves.png of the runs that the notebooks made; None, and a line with the reason, where it cannot be drawn."""
     try:
         from labkit.plots.runs import curves
         from labkit.plots.style import extension, save

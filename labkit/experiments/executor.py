@@ -46,7 +46,7 @@ _starting = threading.Lock()  # kernels start one after another, a little apart
 
 
 def state(folder: Path) -> dict:
-    """status.json of a run; one that is said to run, but whose process is gone, was interrupted."""
+    """status.json of a run; one recorded as running, but whose process is gone, was interrupted."""
     import psutil
 
     status = find_json(folder / "status.json")
@@ -117,7 +117,7 @@ def execute(job: dict) -> str:
 
 def _attempt(job: dict, folder: Path, flag: Path) -> tuple[bool, str, str]:
     """One kernel, from its start to its end: did it come up, the error in a line, the error in full ("" for none)."""
-    # macOS allows a socket's path about 100 characters, and its own temporary folder takes half of them.
+    # macOS allows a socket's path about 100 characters, and its own temporary folder uses half of them.
     sockets = tempfile.mkdtemp(prefix="lk", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
     came_up, caught = threading.Event(), []
     arguments = (job, folder, sockets, came_up, caught)
@@ -161,7 +161,7 @@ def _attempt(job: dict, folder: Path, flag: Path) -> tuple[bool, str, str]:
 
 
 def _papermill(job: dict, folder: Path, sockets: str, came_up: threading.Event, caught: list) -> None:
-    """Let papermill execute the notebook in place; an exception goes into `caught`."""
+    """Have papermill execute the notebook in place; an exception goes into `caught`."""
     import papermill
     from jupyter_core.utils import ensure_event_loop
     from papermill.iorw import papermill_io
@@ -265,19 +265,19 @@ def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
     printed = "".join("".join(o["text"]) for o in cell.get("outputs", []) if o.get("name") == "stderr")
     value, printed = strip_color(str(error.evalue)), strip_color(printed)
     cause = f"{error.ename}: {_first_line(value)}"
-    if error.ename == "AlreadyDisplayedError":  # a failing %px says "2 errors" and prints the rest
+    if error.ename == "AlreadyDisplayedError":  # a failing %px raises "2 errors" and prints the rest
         raised = re.findall(r"^(?:\[\d+:\w+\]:? *)?\w+(?:Error|Exception)\b.*", printed, re.MULTILINE)
         cause = f"{value}: {raised[-1].strip()}" if raised else cause
     elif error.ename == "CompositeError":  # "one or more exceptions from ...", then a line for each engine
         engines = [line.strip() for line in value.splitlines() if re.match(r"\s*\[\d+:\w+\]", line)]
         cause = f"{error.ename}: {engines[0]}" if engines else cause
     line = f"In [{error.exec_count}]: {cause}"
-    parts = [line, f"The cell:\n{error.source}", "Traceback:\n" + strip_color("\n".join(error.traceback))]
+    text = [line, f"The cell:\n{error.source}", "Traceback:\n" + strip_color("\n".join(error.traceback))]
     if "\n" in value.strip():  # WorkerError carries the traceback of its worker, CompositeError a line for each engine
-        parts.insert(1, value.strip())
+        text.insert(1, value.strip())
     if printed.strip():
-        parts.append("Printed to stderr, the last lines:\n" + "\n".join(printed.rstrip().splitlines()[-40:]))
-    return line, "\n\n".join(parts)
+        text.append("Printed to stderr, the last lines:\n" + "\n".join(printed.rstrip().splitlines()[-40:]))
+    return line, "\n\n".join(text)
 
 
 def _first_line(text: str) -> str:

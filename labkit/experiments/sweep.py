@@ -20,9 +20,9 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def sweep(
     ids = [job["id"] for job in jobs]
     write_json(folder / "sweep.json", {"notebook": str(path), "runs": ids + [run for run in order if run not in ids]})
     if todo:
-        _execute(todo, folder, lab.map if lab is not None else _threads(parallel), lab, progress)
+        _execute(todo, folder, lab, parallel, progress)
     if progress:
         print(_count(jobs, before, todo), flush=True)
     return summary(folder)
@@ -144,7 +144,7 @@ def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping]
         results = results.to_dict("records")
     rows = [results] if isinstance(results, Mapping) else results
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
-        raise SweepError(f"report() takes a dict, a list of dicts or a DataFrame, not {type(results).__name__}.")
+        raise SweepError(f"report() needs a dict, a list of dicts or a DataFrame, not {type(results).__name__}.")
     rows = [{str(name): plain(value, str(name), strict=False) for name, value in row.items()} for row in rows]
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -163,12 +163,12 @@ def _jobs(path: Path, grid: Any, folder: Path, kernel_name: str, timeout: float)
     settable = [name for name in known if name != "run_dir"]
     defaults = {name: conform(plain(known[name].default, name), known[name], path.name) for name in settable}
     source = [[cell["cell_type"], cell["source"], cell["metadata"].get("tags", [])] for cell in content["cells"]]
-    release = _version()
+    release = version("labkit")
     jobs = {}
     for row in _rows(grid):
         for name in row:
             if name == "run_dir":
-                raise SweepError("'run_dir' is set by the sweep, to a folder for each run. Use out=... to say where.")
+                raise SweepError("'run_dir' is set by the sweep, to a folder for each run. Use out=... to choose where.")
             if name not in known:
                 has = f"It has: {', '.join(settable)}.{did_you_mean(name, settable)}"
                 raise SweepError(f"{path.name} has no parameter {name!r}. {has}")
@@ -176,11 +176,11 @@ def _jobs(path: Path, grid: Any, folder: Path, kernel_name: str, timeout: float)
         values = defaults | given
         text = json.dumps([source, values, release, kernel_name], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        place = folder / f"{path.stem}-{digest[:8]}"
+        run_folder = folder / f"{path.stem}-{digest[:8]}"
         record = {"id": digest[:8], "hash": digest, "notebook": str(path), "version": release}
         jobs[digest] = {
-            "id": digest[:8], "folder": str(place), "path": str(path), "cwd": str(path.parent), "content": content,
-            "parameters": given | ({"run_dir": str(place)} if "run_dir" in known else {}), "kernel_name": kernel_name,
+            "id": digest[:8], "folder": str(run_folder), "path": str(path), "cwd": str(path.parent), "content": content,
+            "parameters": given | ({"run_dir": str(run_folder)} if "run_dir" in known else {}), "kernel_name": kernel_name,
             "record": record | {"given": list(given), "parameters": values}, "timeout": float(timeout),
         }  # fmt: skip
     return list(jobs.values())
@@ -202,13 +202,6 @@ def _rows(grid: Any) -> list[dict]:
 def _several(value: Any) -> Iterable:
     single = isinstance(value, (str, bytes, PurePath, Mapping)) or not isinstance(value, Iterable)
     return [value] if single or getattr(value, "ndim", 1) == 0 else value
-
-
-def _version() -> str:
-    try:
-        return version("labkit")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _check_folder(folder: Path) -> None:
@@ -237,21 +230,8 @@ def _state(job: dict) -> str:
 # -- while it runs -----------------------------------------------------------------------------------------------------
 
 
-def _threads(parallel: int) -> Callable:
-    """`map` of a lab whose workers are threads of this process: each starts one kernel at a time."""
-
-    def run(fn: Callable, items: Iterable, timeout: float | None = None) -> list:
-        pool = ThreadPoolExecutor(parallel, thread_name_prefix="labkit-sweep")
-        try:
-            return list(pool.map(fn, items))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    return run
-
-
-def _execute(todo: list[dict], folder: Path, run: Callable, lab: Any, progress: bool) -> None:
-    """Run the jobs; whatever ends this early also ends them."""
+def _execute(todo: list[dict], folder: Path, lab: Any, parallel: int, progress: bool) -> None:
+    """Run the jobs on a lab, or in so many threads that start a kernel each; whatever ends this early also ends them."""
     flag = folder / f".sweep-{uuid.uuid4().hex[:8]}"
     flag.touch()
     for job in todo:
@@ -259,11 +239,15 @@ def _execute(todo: list[dict], folder: Path, run: Callable, lab: Any, progress: 
         (Path(job["folder"]) / "status.json").unlink(missing_ok=True)
     ended = threading.Event()
     printer = threading.Thread(target=_print_changes, args=(todo, ended), daemon=True)
-    rounds = math.ceil(len(todo) / len(lab.workers)) if lab is not None else 0
+    pool = ThreadPoolExecutor(parallel, thread_name_prefix="labkit-sweep")
     try:
         if progress:
             printer.start()
-        run(execute, todo, timeout=rounds * (todo[0]["timeout"] + 300))  # room for kernels that start and end slowly
+        if lab is None:
+            list(pool.map(execute, todo))
+        else:
+            rounds = math.ceil(len(todo) / len(lab.workers))
+            lab.map(execute, todo, timeout=rounds * (todo[0]["timeout"] + 300))  # room for kernels that start and end slowly
     except BaseException as error:
         flag.unlink(missing_ok=True)
         deadline = time.monotonic() + 6 * GRACE
@@ -278,6 +262,7 @@ def _execute(todo: list[dict], folder: Path, run: Callable, lab: Any, progress: 
         ) from error
     finally:
         flag.unlink(missing_ok=True)
+        pool.shutdown(wait=False, cancel_futures=True)
         ended.set()
         if progress:
             printer.join(timeout=10)
@@ -316,17 +301,14 @@ def _ending(status: dict, folder: Path) -> str:
 
 
 def _count(jobs: list[dict], before: dict[str, str], todo: list[dict]) -> str:
-    """The line "12 runs: 3 new, 9 reused, 0 failed", and what else there is to say."""
+    """The line "12 runs: 3 new, 9 reused, 0 failed", and runs that were interrupted or are still running."""
     executed = {job["id"] for job in todo}
     after = {job["id"]: _state(job) for job in jobs}
     new = sum(after[run] == "done" for run in executed)
     reused = sum(state == "done" and run not in executed for run, state in before.items())
-    parts = [f"{new} new", f"{reused} reused", f"{sum(state == 'failed' for state in after.values())} failed"]
-    parts += [f"{n} {word}" for word in ("interrupted", "running") if (n := list(after.values()).count(word))]
+    counts = [f"{new} new", f"{reused} reused", f"{sum(state == 'failed' for state in after.values())} failed"]
+    counts += [f"{n} {state}" for state in ("interrupted", "running") if (n := list(after.values()).count(state))]
     earlier = sum(state == "failed" and run not in executed for run, state in before.items())
-    note = (
-        f" ({earlier} of the failed were kept from before; retry_failed=True, or --retry-failed, runs them again)"
-        if earlier
-        else ""
-    )
-    return f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}: {', '.join(parts)}{note}"
+    if earlier:
+        counts[-1] += f" ({earlier} of the failed were kept from before; retry_failed=True, or --retry-failed, runs them again)"
+    return f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}: {', '.join(counts)}"

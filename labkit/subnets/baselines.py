@@ -1,15 +1,10 @@
-"""The baselines of joined subnets: what else could have been trained with the same data and as many epochs.
+"""The baselines of joined subnets (`train_subnets` lists them): what else could have been trained with the same data.
 
-    global     the network on whole images                             what subnets are to be compared with
-    long       the same with twice the epochs                          what "transfer" and "width" are to be compared with
-    small      the same, as narrow as a subnet                         is it the subdomains that help, or fewer parameters?
-    coherent   subnets and coarse network as one graph, from random weights
-    transfer   the same graph from the trained subnets and coarse network, trained on: the subnets as a preconditioner
-    width      the global network from as many channel groups of it, trained apart and then composed: the width decomposition
-
-They train on all training samples, also those that were held out for the coarse network. Their time and epochs are those of
-their own training; of "transfer" also those of the subnets before it, of "width" also those of the longest of its channel groups.
-Weights do not pass the scheduler: the workers leave them in the folder of the run, `baselines/` and `channel-groups/`.
+Subnets are to be compared with "global", and what is trained in two stages, "transfer" and "width", with "long"; "small" shows
+whether it is the subdomains that help, or fewer parameters; in "transfer" the subnets are a preconditioner. All train on all
+training samples, also those that were held out for the coarse network. Their time and epochs are those of their own training; of
+"transfer" also those of the subnets before it, of "width" also those of the longest of its channel groups. Weights do not pass
+the scheduler: the workers leave them in the folder of the run, `baselines/` and `channel-groups/`.
 
 The width decomposition cuts a network along its channels:
 
@@ -71,11 +66,6 @@ class Job:
     folder: str
     number: int
 
-    @property
-    def title(self) -> str:
-        """The baseline as the user asked for it: a channel group is trained as a global network, for "width"."""
-        return "width" if self.folder == GROUPS else self.baseline
-
     def build(self) -> nn.Module:
         problem = self.problem
         module = make_baseline(self.baseline, self.config, problem.model, problem.model_args)
@@ -110,31 +100,28 @@ def train_baselines(problem: Classifier, joined: Subnets, path: Path, baselines:
 
 
 def _train_groups(problem: Classifier, joined: Subnets, path: Path, run: Callable) -> tuple[float, float, int]:
-    """Train as many channel groups as there are subnets; seconds of the longest, what passed here, and epochs."""
+    """Train as many channel groups as there are subnets; seconds of the longest, wall time, and epochs."""
     (path / GROUPS / checkpoints.FOLDER).mkdir(parents=True)
-    groups, config = channel_groups(problem, joined.decomposition.n_parts), joined.config
-    started = time.perf_counter()
+    config, started = joined.config, time.perf_counter()
     jobs = [
         Job("global", group, config | {"seed": subnet_seed(config["seed"], number)}, path, GROUPS, number)
-        for number, group in enumerate(groups)
+        for number, group in enumerate(channel_groups(problem, joined.decomposition.n_parts))
     ]
     rows = run(train_baseline, jobs)
-    wall = time.perf_counter() - started
-    return max(row["seconds"] for row in rows), wall, max(row["epochs"] for row in rows)
+    return max(row["seconds"] for row in rows), time.perf_counter() - started, max(row["epochs"] for row in rows)
 
 
 def train_baseline(job: Job, worker: Worker) -> dict[str, Any]:
     """Runs on a worker: train a baseline, leave its weights in the folder of the run, and give its row, without its name."""
     problem, config, seed = job.problem, job.config, job.config["seed"]
     slowness, module = prepare_alone(worker, config, seed), job.build()
-    settings = {"epochs": config["epochs"], "patience": config["patience"], "seed": seed}
-    train, held = problem.train_indices(), problem.score_indices()
-    training = job.path / "parts", config["id"]
-    settings |= {"device": worker.device, "after": slowness.after, "each": lambda *now: stopped(*training)}
+    settings = {"epochs": config["epochs"], "patience": config["patience"], "device": worker.device, "after": slowness.after}
+    indices, training = (problem.train_indices(), problem.score_indices()), (job.path / "parts", config["id"])
     try:
-        done = fit(problem, module, train, held, **settings)
+        done = fit(problem, module, *indices, seed=seed, **settings, each=lambda *now: stopped(*training))
     except ProblemError as error:
-        raise ProblemError(f"baseline {job.title!r}: {error}") from error
+        asked_for = "width" if job.folder == GROUPS else job.baseline  # a channel group is trained as a global network
+        raise ProblemError(f"baseline {asked_for!r}: {error}") from error
     if stopped(*training):
         return {}
     test = problem.test_indices()

@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from labkit.errors import ProblemError
-from labkit.models import make_model
 from labkit.problems import Classifier, Problem
 from labkit.subnets.decomposition import Window
 
@@ -103,14 +102,9 @@ def majority(logits: torch.Tensor) -> torch.Tensor:
 class CoarseProblem(Classifier):
     """The coarse network on outputs that were computed before: sample i is row i of `seen`, (n, N, K) or (n, features)."""
 
-    def __init__(
-        self, base: Problem, seen: torch.Tensor, labels: torch.Tensor, *, hidden: Sequence[int], dropout: float, lr: float
-    ) -> None:
-        super().__init__(coarse_net, base.data, optimiser="adam", lr=lr, model_args={"hidden": hidden, "dropout": dropout})
-        self.seen, self.labelled, self.base = seen, labels, base
-
-    def build(self, seed: int) -> nn.Module:
-        return make_model(self.model, tuple(self.seen.shape[1:]), self.base.dataset.n_classes, self.model_args, seed)
+    def __init__(self, base: Problem, seen: torch.Tensor, labels: torch.Tensor, lr: float) -> None:
+        super().__init__(coarse_net, base.data, optimiser="adam", lr=lr)
+        self.seen, self.labelled = seen, labels
 
     def load(self, indices: np.ndarray, split: str = "train", device: str | torch.device = "cpu") -> tuple:
         at = torch.from_numpy(indices)

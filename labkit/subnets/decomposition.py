@@ -1,7 +1,7 @@
 """Decomposition: how an image or a volume is cut into overlapping subdomains, one for each subnet.
 
-An axis of n pixels in p parts with overlap d becomes p windows; a subdomain is the product of one window of each axis, and
-subdomains are numbered like a page is read, last axis fastest. Two rules say what happens at the border of the image:
+An axis of n pixels in p subdomains with overlap d becomes p windows; a subdomain is the product of one window of each axis, and
+subdomains are numbered like a page is read, last axis fastest. Two rules for the border of the image:
 
     "equal"   windows of one length, ceil((n + 2 d (p - 1)) / p), spread evenly from border to border, so that neighbours
               share 2d pixels (more by rounding, where n does not divide) and all subdomains have one shape
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,13 +48,13 @@ class Decomposition:
     def __init__(self, grid: Sequence[int], overlap: int | Sequence[int] = 0, *, border: str = "equal") -> None:
         if isinstance(grid, str) or not hasattr(grid, "__len__") or len(grid) not in (2, 3):
             raise TypeError(f"grid={grid!r} must have 2 entries (images) or 3 (volumes), such as (2, 2) or (2, 4, 4).")
-        self.grid = tuple(whole("grid", parts) for parts in grid)
+        self.grid = tuple(whole("grid", n) for n in grid)
         each = list(overlap) if hasattr(overlap, "__len__") else [overlap] * len(self.grid)
         if len(each) != len(self.grid):
             raise ValueError(
                 f"overlap={overlap!r} has {len(each)} entries for {len(self.grid)} axes. Give one number, or one an axis."
             )
-        self.overlap = tuple(_natural("overlap", pixels) for pixels in each)
+        self.overlap = tuple(whole("overlap", pixels, least=0) for pixels in each)
         self.border = known("border", border, BORDERS)
 
     @property
@@ -80,7 +79,7 @@ class Decomposition:
         return [samples[(..., *window)] for window in self.windows(shape)]
 
     def config(self) -> dict[str, Any]:
-        """As JSON would keep it; `Decomposition.of` makes it again."""
+        """As JSON; `Decomposition.of` makes it again."""
         return {"grid": list(self.grid), "overlap": list(self.overlap), "border": self.border}
 
     @classmethod
@@ -112,36 +111,28 @@ class Decomposition:
                 "behind the channels."
             )
         found = []
-        for axis, (side, parts, pixels) in enumerate(zip(shape[1:], self.grid, self.overlap, strict=True)):
-            if parts > side:
+        for axis, (side, n, pixels) in enumerate(zip(shape[1:], self.grid, self.overlap, strict=True)):
+            if n > side:
                 raise ProblemError(
-                    f"{self!r}: {parts} parts along axis {axis}, which has {side} pixels (data of shape {shape}). "
+                    f"{self!r}: {n} subdomains along axis {axis}, which has {side} pixels (data of shape {shape}). "
                     f"Use at most {side}."
                 )
-            slices = _equal(side, parts, pixels) if self.border == "equal" else _cut(side, parts, pixels)
-            if parts > 1 and (pixels > side // parts or len({(each.start, each.stop) for each in slices}) < parts):
+            slices = _equal(side, n, pixels) if self.border == "equal" else _cut(side, n, pixels)
+            if n > 1 and (pixels > side // n or len({(each.start, each.stop) for each in slices}) < n):
                 raise ProblemError(
-                    f"{self!r}: an overlap of {pixels} along axis {axis} is too much for {parts} parts of {side // parts} pixels "
-                    f"(data of shape {shape}): a part would reach past its neighbour, or see the same as it. Use less."
+                    f"{self!r}: an overlap of {pixels} along axis {axis} is too much for {n} subdomains of {side // n} pixels "
+                    f"(data of shape {shape}): one would reach past its neighbour, or see the same as it. Use less."
                 )
             found.append(slices)
         return found
 
 
-def _equal(side: int, parts: int, pixels: int) -> list[slice]:
-    length = -(-(side + 2 * pixels * (parts - 1)) // parts)
-    starts = [i * (side - length) // max(1, parts - 1) for i in range(parts)]
+def _equal(side: int, n: int, pixels: int) -> list[slice]:
+    length = -(-(side + 2 * pixels * (n - 1)) // n)
+    starts = [i * (side - length) // max(1, n - 1) for i in range(n)]
     return [slice(start, start + length) for start in starts]
 
 
-def _cut(side: int, parts: int, pixels: int) -> list[slice]:
-    cuts = [i * side // parts for i in range(parts + 1)]
+def _cut(side: int, n: int, pixels: int) -> list[slice]:
+    cuts = [i * side // n for i in range(n + 1)]
     return [slice(max(0, a - pixels), min(side, b + pixels)) for a, b in itertools.pairwise(cuts)]
-
-
-def _natural(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r} must be a whole number of pixels, not {type(value).__name__}.")
-    if operator.index(value) < 0:
-        raise ValueError(f"{name}={value} must be at least 0: parts that do not touch would leave pixels unseen.")
-    return operator.index(value)

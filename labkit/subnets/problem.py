@@ -30,11 +30,7 @@ from labkit.subnets.decomposition import Decomposition
 
 FOLDS = 3  # copies of each subnet for "out-of-fold", each trained without one of them
 HELD_OUT = 5  # every fifth training sample is held out from the subnets, for the coarse network
-WIDTH_RULES: dict[str, Callable[[int], float]] = {
-    "sqrt": lambda n_parts: n_parts**-0.5,
-    "linear": lambda n_parts: 1 / n_parts,
-    "same": lambda n_parts: 1.0,
-}
+WIDTH_RULES = {"sqrt": -0.5, "linear": -1, "same": 0}  # the power of N in the factor
 
 
 class Subnet(Classifier):
@@ -67,25 +63,21 @@ class Subnet(Classifier):
 
     @classmethod
     def of(
-        cls,
-        problem: Classifier,
-        decomposition: Decomposition,
-        part: int,
-        width_rule: str = "sqrt",
-        stacking: str = "same-split",
+        cls, problem: Classifier, decomposition: Decomposition, part: int, width_rule: str = "sqrt", stacking: str = "same-split"
     ) -> Subnet:
         """The problem of one subdomain of `problem`, with its settings."""
         own = {"decomposition": decomposition, "part": part, "width_rule": width_rule, "stacking": stacking}
         return cls(**constructor_arguments(problem), **own)
 
-    def without(self, fold: int | None) -> Subnet:
-        """The copy of this subnet that is trained without a fold."""
-        return type(self)(**constructor_arguments(self) | {"fold": fold})
+    def copies(self) -> list[Subnet]:
+        """With "out-of-fold" its copies, each trained without one fold; otherwise none."""
+        numbers = range(FOLDS) if self.stacking == "out-of-fold" else ()
+        return [type(self)(**constructor_arguments(self) | {"fold": fold}) for fold in numbers]
 
     @property
     def number(self) -> int:
         """The number of this subnet among all and their copies: that of its files."""
-        return number_of(self.part, self.decomposition.n_parts, self.fold)
+        return self.part + (0 if self.fold is None else self.decomposition.n_parts * (self.fold + 1))
 
     @property
     def called(self) -> str:
@@ -145,15 +137,10 @@ def make_subnet(
 
 def narrowed(model_args: Mapping[str, Any], n_parts: int, width_rule: str) -> dict[str, Any]:
     """The arguments of a model with the `width` that a rule gives each of `n_parts` subnets."""
-    factor = WIDTH_RULES[width_rule](n_parts)
+    factor = n_parts ** WIDTH_RULES[width_rule]
     return dict(model_args) if factor == 1 else {**model_args, "width": model_args.get("width", 1.0) * factor}
 
 
-def number_of(part: int, n_parts: int, fold: int | None) -> int:
-    """A number for each subnet, and for each of its copies that is trained without a fold."""
-    return part if fold is None else n_parts * (fold + 1) + part
-
-
 def subnet_seed(seed: int, part: int) -> int:
-    """The seed of a subnet; part 0 keeps the seed itself, so that one subnet is plain training."""
+    """The seed of a subnet; part 0 has the seed itself, so that one subnet is plain training."""
     return int(np.random.SeedSequence([seed, part]).generate_state(1)[0]) if part else seed

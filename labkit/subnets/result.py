@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KEYS = ("problem", "decomposition", "shape", "n_classes", "centre", "rate", "parts", "n_workers", "bytes_to_coarse")
-LENGTH = {"epochs": 100, "patience": 15}  # of the training of a coarse network, which takes a second or two
-LR = 1e-3  # of its Adam
-RENAMED = {"rivals": "baselines"}  # keys of config.json, as they were called before format 3
+RENAMED = {"rivals": "baselines"}  # keys of config.json, by their names before format 3
 ADDED = {"drift": 0.0, "stalls": None}  # keys that the first records did not have
 NAMES = {"coarse": "CNN-DNN", "average": "average probability", "majority": "majority vote"}
 BASELINES = {
@@ -60,7 +58,7 @@ class Subnets:
 
     Attributes
     ----------
-    config : the settings, as `config.json` keeps them
+    config : the settings, as in `config.json`
     decomposition : the `Decomposition`
     module : all of it as one torch module, from normalised samples to logits
     baselines : what was trained besides: {"transfer": module, ...}, modules of the same kind
@@ -84,11 +82,11 @@ class Subnets:
         return self.scores(images, by).argmax(1)
 
     def scores(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
-        """What each class gets (n, K): probability, or share of the votes, where a trace of probability tells equals apart."""
+        """What each class gets (n, K): probability, or share of the votes, where a trace of probability decides between equals."""
         known("by", by, [*VOTES, *self.baselines], " A baseline has to be trained: train_subnets(..., baselines=['transfer']).")
         images, shape = np.asarray(images), tuple(self.config["shape"])
         if images.ndim != len(shape) + 1 or images.shape[1:] != shape:
-            raise ProblemError(f"images of shape {images.shape} were given; these subnets take (n, {', '.join(map(str, shape))}).")
+            raise ProblemError(f"images of shape {images.shape} were given; these subnets need (n, {', '.join(map(str, shape))}).")
         if images.dtype.kind not in "biuf" or not np.isfinite(images).all():
             raise ProblemError(
                 f"images of {images.dtype} were given that are not all finite numbers; nothing can be predicted from those."
@@ -121,7 +119,7 @@ class Subnets:
 
     def parts(self) -> pd.DataFrame:
         """A row a subdomain: its place in the grid, test accuracy of its subnet alone, score, epochs trained and the best of them
-        (whose weights were kept), seconds (of its whole batch, where `batched` were trained at once), worker or workers, cost."""
+        (whose weights it has), seconds (of its whole batch, where `batched` were trained at once), worker or workers, cost."""
         import pandas as pd
 
         return pd.DataFrame(self.part_rows).set_index("part")
@@ -162,7 +160,7 @@ class Subnets:
 
 
 def describe_problem(problem: Classifier) -> dict[str, Any]:
-    """What the record of subnets says of the problem: enough to use them without its data."""
+    """What the record of subnets holds of the problem: enough to use them without its data."""
     dataset = problem.dataset
     centre, rate = (numbers.tolist() for numbers in dataset.affine)
     return {

@@ -5,7 +5,7 @@
     gradient             of sum_i mean_n loss[i, n]               row i is what module i alone would have got
     update               elementwise (SGD, Adam, AdamW), so one optimiser over the stacked tensors is M optimisers
 
-Each subnet keeps its own order of samples, so it learns what it learns alone, up to rounding (one with dropout draws other
+Each subnet has its own order of samples, so it learns what it learns alone, up to rounding (one with dropout draws other
 numbers). One that has stopped early goes on computing until all have.
 
 A small network leaves a core idle between its many little layers; a stack of them has as many layers and more to do in each.
@@ -24,9 +24,10 @@ Used by `labkit.subnets.train`.
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
@@ -34,9 +35,8 @@ from torch.nn import functional as F
 
 from labkit.errors import LabError, ProblemError
 from labkit.problems import Clock, evaluating
-from labkit.problems.splits import batches
 from labkit.subnets.problem import Subnet
-from labkit.training.local import Best, Fit, alone, check_loss
+from labkit.training.local import Fit, fit_epochs
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # of logits: rounding, and no more
 
@@ -53,8 +53,8 @@ class Stack(nn.Module):
         # A copy: functional_call leaves its own tensors in a layer that occurs twice. In a tuple torch does not see it.
         self.skeleton = (copy.deepcopy(modules[0]),)
         self.stacked: dict[str, torch.Tensor] = {}
-        for name, first in [*modules[0].named_parameters(), *modules[0].named_buffers()]:
-            own = [_tensor(module, name) for module in modules]
+        for named in zip(*([*module.named_parameters(), *module.named_buffers()] for module in modules), strict=True):
+            (name, first), own = named[0], [tensor for _, tensor in named]
             together = torch.stack([tensor.detach() for tensor in own])
             for tensor, row in zip(own, together, strict=True):
                 tensor.data = row
@@ -84,57 +84,20 @@ class Stack(nn.Module):
         return [tensor.data[number] for tensor in self.stacked.values() if tensor.is_floating_point()]
 
 
-def _tensor(module: nn.Module, name: str) -> torch.Tensor:
-    path, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(path), last)
-
-
-def fit_together(
-    problems: Sequence[Subnet],
-    modules: Sequence[nn.Module],
-    *,
-    seeds: Sequence[int],
-    epochs: int,
-    patience: int | None,
-    device: str = "cpu",
-    after: Callable[[float], None] = lambda started: None,
-    each: Callable[[int, int, float, float | None], bool] = lambda number, epoch, loss, score: False,
-) -> list[Fit]:
-    """As `labkit.training.local.fit` for each of the modules, in place, all in one pass; `seconds` are those of all together.
-
-    `each(number, epoch, loss, score)` is called for each module of the list that has not ended, and can end it.
-    """
+def fit_together(problems: Sequence[Subnet], modules: Sequence[nn.Module], *, device: str = "cpu", **settings: Any) -> list[Fit]:
+    """As `labkit.training.local.fit` for each of the modules, in place, all in one pass: `settings` as of `fit_epochs`; `seconds`
+    are those of all together."""
     problem, stack = problems[0], Stack(modules, device)
-    train, held = problem.train_indices(), problem.score_indices()
-    optimisers, shards = problem.optimisers(stack), [alone(len(train), seed) for seed in seeds]
-    bests = [Best(stack.rows(number), epochs, patience) for number in range(len(modules))]
-    training, seen, seconds = list(range(len(modules))), 0, 0.0
-    for epoch in range(1, epochs + 1):
-        started = time.perf_counter()
-        total = torch.zeros(len(modules), device=device)
-        orders = [batches(shard.draw(len(train)), problem.batch_size) for shard in shards]
-        for drawn in zip(*orders, strict=True):
-            began = time.perf_counter()
-            loaded = [own.load(train[batch], "train", device) for own, batch in zip(problems, drawn, strict=True)]
-            x, y = (torch.stack(tensors) for tensors in zip(*loaded, strict=True))
-            problem.step(stack, (x, y.flatten()), optimisers, Clock(seen, epochs * len(train), seen / len(train)))
-            total += stack.losses(y) * y.shape[1]
-            seen += y.shape[1]
-            after(began)
-        for number in list(training):
-            check_loss(problems[number], loss := float(total[number]) / len(train), epoch, epochs)
-            score, began = None, time.perf_counter()
-            if bests[number].measures(epoch):
-                measured = problems[number].measure(modules[number], held, device=device)
-                score, loss = measured["score"], measured["loss"]
-            after(began)
-            stop = each(number, epoch, loss, score)
-            if bests[number].over(epoch, score, loss) or stop:
-                training.remove(number)
-        seconds += time.perf_counter() - started
-        if not training:
-            break
-    return [best.fit(seconds) for best in bests]
+    optimisers, tensors = problem.optimisers(stack), [stack.rows(number) for number in range(len(modules))]
+
+    def step(drawn: list[np.ndarray], clock: Clock) -> torch.Tensor:
+        loaded = [own.load(batch, "train", device) for own, batch in zip(problems, drawn, strict=True)]
+        x, y = (torch.stack(tensors) for tensors in zip(*loaded, strict=True))
+        problem.step(stack, (x, y.flatten()), optimisers, clock)
+        return stack.losses(y)
+
+    samples = problem.train_indices(), problem.score_indices()
+    return fit_epochs(problems, modules, tensors, step, *samples, device=device, **settings)
 
 
 def check_batching(problem: Subnet, seed: int) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import operator
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +44,7 @@ from labkit.runs.files import write_json
 from labkit.subnets.baselines import channel_groups, train_baselines
 from labkit.subnets.coarse import INPUTS, STACKING, VOTES, CoarseProblem, Joined, Scaled, gather, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
-from labkit.subnets.problem import FOLDS, WIDTH_RULES, Subnet, number_of, subnet_seed
+from labkit.subnets.problem import WIDTH_RULES, Subnet, subnet_seed
 from labkit.subnets.result import BASELINES, NAMES, Subnets, describe_problem, fill, make_joined, output_size
 from labkit.subnets.stacked import check_batching, fit_together
 from labkit.subnets.status import awaited, latest, report, stopped
@@ -58,6 +57,7 @@ from labkit.updates import make_update
 
 LENGTH = {"epochs": 100, "patience": 15}  # of the training of a coarse network, which takes a second or two
 LR = 1e-3  # of its Adam
+TOTALS = {"parameters": sum, "multiply_adds": sum, "epochs": max, "seconds": max}  # of the subnets together
 OUTPUTS = ("stack", "score", "test")  # the samples for which each subnet leaves its outputs
 TEAM = {"n_workers": None, "partition": "idpa", "update": "agwu", "local_steps": None}  # the last three as in `train`
 
@@ -97,7 +97,7 @@ def train_subnets(
         "sqrt", "linear" or "same": how much narrower a subnet is than the global network; see `labkit.subnets.problem`.
     epochs, patience
         Of each subnet and each baseline. With a `patience`, training ends when the accuracy on the score set of the problem has
-        not grown for so many epochs, and the best weights stay; None trains all epochs and keeps the last weights.
+        not grown for so many epochs, and the best weights stay; None trains all epochs, and the last weights stay.
     stacking
         What the coarse network learns from: "held-out", outputs on every fifth training sample, which no subnet is trained on;
         "out-of-fold", outputs on all of them, each by a copy of the subnet that was trained without that third of the samples,
@@ -125,13 +125,16 @@ def train_subnets(
         `labkit.train`, with the same defaults (without an `n_workers` all are one block). There are as many blocks at work as
         there are workers for.
     batched
-        For subnets that are too small for a worker: it trains up to so many of one shape at once (`labkit.subnets.stacked` says
-        where that is faster). They learn what they would alone, up to rounding; `seconds` of each are then those of its batch.
+        For subnets that are too small for a worker: it trains up to so many of one shape at once (where that is faster:
+        `labkit.subnets.stacked`). They learn what they would alone, up to rounding; `seconds` of each are then those of its batch.
 
     Subnets that take longest start first. A subnet whose worker is lost is trained again by another one, from its beginning; a
     block that loses a worker goes on without it.
     """
-    problem, decomposition = _checked(problem, known("stacking", stacking, STACKING)), Decomposition.of(decomposition)
+    if type(problem) is not Classifier:
+        raise TypeError(f"problem is a {type(problem).__name__}; subnets are made of a labkit.Classifier(...).")
+    decomposition = Decomposition.of(decomposition)
+    known("stacking", stacking, STACKING)
     known("width_rule", width_rule, WIDTH_RULES)
     known("inputs", inputs, INPUTS)
     if isinstance(baselines, str) or not hasattr(hidden, "__len__"):
@@ -140,8 +143,7 @@ def train_subnets(
     batched, timeout = whole("batched", batched), real("timeout", timeout, above=0)
     patience = None if patience is None else whole("patience", patience)
     real("dropout", dropout, least=0, below=1)
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or (seed := operator.index(seed)) < 0:
-        raise ValueError(f"seed={seed!r} must be a whole number of at least 0.")
+    seed = whole("seed", seed, least=0, error=ValueError)
     baselines = list(dict.fromkeys(known("baselines", name, BASELINES) for name in baselines))
     subnets = [Subnet.of(problem, decomposition, part, width_rule, stacking) for part in range(decomposition.n_parts)]
     if team is not None and patience is not None:
@@ -189,29 +191,21 @@ def _map(lab: Lab, fn: Callable, items: Sequence[Any], *, workers: list[int], ti
     """`fn(item, worker)` for each item on the lab; RunError where a worker stopped since no kernel waits for this training."""
     found = lab.map(fn, items, timeout, workers, placed=True, each=each)
     if not all(found):
-        raise RunError("the folder of these subnets was taken by another training of the same name. Give each its own: name=...")
+        raise RunError("the folder of these subnets was replaced by another training of the same name. Give each its own: name=...")
     return found
 
 
-def _checked(problem: Any, stacking: str) -> Classifier:
-    if type(problem) is not Classifier:
-        raise TypeError(f"problem is a {type(problem).__name__}; subnets are made of a labkit.Classifier(...).")
-    if problem.dataset.n_classes is not None:
-        one = Subnet.of(problem, Decomposition((1, 1)), 0, stacking=stacking)
-        copies = [one.without(fold) for fold in range(FOLDS)] if stacking == "out-of-fold" else [one]
-        for indices in (problem.train_indices(), *(copy.train_indices() for copy in copies)):
-            if missing := sorted(set(range(problem.dataset.n_classes)) - set(problem.labels(indices).tolist())):
-                raise ProblemError(
-                    f"classes {missing} of {problem.dataset.n_classes} have no sample among the {len(indices)} to train on with "
-                    f"stacking={stacking!r}, so nothing can learn them. Give more train_samples, or data with more of them."
-                )
-    return problem
-
-
 def _check_subnets(problem: Classifier, subnets: list[Subnet], seed: int, inputs: str, batched: int) -> list[int]:
-    """Try one subnet of each shape; the multiply-adds of each subnet."""
+    """Look for samples of all classes, and try one subnet of each shape; the multiply-adds of each subnet."""
     problem.check(seed)
-    shapes, costs = subnets[0].decomposition.shapes(problem.dataset.shape), {}
+    one = subnets[0]
+    for indices in (each.train_indices() for each in (problem, one, *one.copies())):
+        if missing := sorted(set(range(problem.dataset.n_classes)) - set(problem.labels(indices).tolist())):
+            raise ProblemError(
+                f"classes {missing} of {problem.dataset.n_classes} have no sample among the {len(indices)} to train on with "
+                f"stacking={one.stacking!r}, so nothing can learn them. Give more train_samples, or data with more of them."
+            )
+    shapes, costs = one.decomposition.shapes(problem.dataset.shape), {}
     for subnet, shape in zip(subnets, shapes, strict=True):
         if shape not in costs:
             subnet.check(seed)
@@ -264,16 +258,14 @@ def train_jobs(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
     config, seeds, problems = jobs[0].config, [job.seed for job in jobs], [job.problem for job in jobs]
     slowness = prepare_alone(worker, config, seeds[0])
     modules = [problem.build(seed) for problem, seed in zip(problems, seeds, strict=True)]
-    numbers = [problem.number for problem in problems]
     settings = {"epochs": config["epochs"], "patience": config["patience"], "device": worker.device, "after": slowness.after}
     training = jobs[0].path, config["id"]
+    each = [partial(report, *training, problem.number) for problem in problems]
     if len(jobs) > 1:
-        each = lambda at, *now: report(*training, numbers[at], *now)  # noqa: E731
         fits = fit_together(problems, modules, seeds=seeds, **settings, each=each)
     else:
         indices = problems[0].train_indices(), problems[0].score_indices()
-        each = partial(report, *training, numbers[0])
-        fits = [fit(problems[0], modules[0], *indices, seed=seeds[0], **settings, each=each)]
+        fits = [fit(problems[0], modules[0], *indices, seed=seeds[0], **settings, each=each[0])]
     if stopped(*training):
         return []
     return [_store(*one, worker, worker.index, len(jobs)) for one in zip(jobs, modules, fits, strict=True)]
@@ -299,7 +291,7 @@ def _store(job: Job, module: nn.Module, done: Fit, worker: Worker, trained_on: i
     how = {"device": worker.device, "forward": partial(subnet_outputs, inputs=job.config["inputs"])}
     found = {name: outputs(problem, module, *samples, **how) for name, samples in wanted.items() if len(samples[0])}
     checkpoints.write(Path(job.path), problem.number, flatten(module, "cpu")[0].numpy(), {"outputs": found})
-    about = {"part": problem.part, "fold": problem.fold, "worker": trained_on, "batched": batched}
+    about = {"number": problem.number, "part": problem.part, "fold": problem.fold, "worker": trained_on, "batched": batched}
     return about | {"parameters": n_parameters(module), **asdict(done), "multiply_adds": job.cost}
 
 
@@ -310,21 +302,20 @@ def _train(
     problem: Classifier, subnets: list[Subnet], costs: list[int], folder: Path, config: dict, way: Callable, progress: bool
 ) -> Subnets:
     """Subnets on the lab, by `way(jobs, each=...)`, then the coarse network here."""
-    copies = [None, *range(FOLDS)] if config["stacking"] == "out-of-fold" else [None]
     jobs = [
-        Job(subnet.without(fold), cost, str(folder), config) for fold in copies for subnet, cost in zip(subnets, costs, strict=True)
+        Job(each, cost, str(folder), config)
+        for subnet, cost in zip(subnets, costs, strict=True)
+        for each in (subnet, *subnet.copies())
     ]
     names, done = {job.problem.number: job.problem.called for job in jobs}, set()
 
     def ended(_: int, rows: list[dict]) -> None:
         for row in rows:
-            done.add(number := number_of(row["part"], len(subnets), row["fold"]))
+            done.add(row["number"])
+            title = f"subnet {len(done)} of {len(jobs)}: {names[row['number']]} {subnets[0].decomposition.place(row['part'])}"
+            how = f"score {row['score']:.3f}, {row['seconds']:.1f} s on worker {row['worker']}"
             if progress:
-                print(
-                    f"subnet {len(done)} of {len(jobs)}: {names[number]} {subnets[0].decomposition.place(row['part'])}, epoch "
-                    f"{row['best']} of {row['epochs']}, score {row['score']:.3f}, {row['seconds']:.1f} s on worker {row['worker']}",
-                    flush=True,
-                )
+                print(f"{title}, epoch {row['best']} of {row['epochs']}, {how}", flush=True)
 
     started = time.perf_counter()
     shown = following(partial(latest, folder), names, config["epochs"], done) if progress else contextlib.nullcontext()
@@ -335,7 +326,7 @@ def _train(
     for row in rows:
         spent = [other["seconds"] / other["batched"] for other in found if other["part"] == row["part"] and other is not row]
         row |= {"folds_s": sum(spent)}
-        del row["fold"]
+        del row["number"], row["fold"]
     module = make_joined(config, problem.model, problem.model_args)
     return _train_coarse(subnets, module, rows, folder, config, wall)
 
@@ -386,54 +377,33 @@ def _train_coarse(
     subnets: Sequence[Subnet], module: Joined, part_rows: list[dict], folder: Path, config: dict, wall: float
 ) -> Subnets:
     """Gather the subnets from `folder`, train the coarse network in `module` on their outputs, and measure."""
-    problem, stack = subnets[0], _stack(subnets)
+    problem, stored = subnets[0], [fill(net, folder, part)["outputs"] for part, net in enumerate(module.subnets)]
+    for subnet, own in zip(subnets, stored, strict=True):
+        if copies := subnet.copies():
+            judged = [checkpoints.read_state(folder, copy.number)[1]["outputs"]["stack"] for copy in copies]
+            own["stack"] = np.concatenate(judged)
+    stack = np.concatenate([each.stack_indices() for each in problem.copies() or [problem]])
     held, test = problem.score_indices(), problem.test_indices()
-    stored = [fill(net, folder, part)["outputs"] for part, net in enumerate(module.subnets)]
-    if config["stacking"] == "out-of-fold":
-        for subnet, own in zip(subnets, stored, strict=True):
-            numbers = [subnet.without(fold).number for fold in range(FOLDS)]
-            own["stack"] = np.concatenate([checkpoints.read_state(folder, number)[1]["outputs"]["stack"] for number in numbers])
     gathered = {
         name: gather([torch.tensor(own[name]) for own in stored], module.n_classes, module.inputs) for name in OUTPUTS
     }  # each: logits, inputs of the coarse network
     seen = torch.cat([gathered["stack"][1], gathered["score"][1]])
-    labels = torch.from_numpy(problem.labels(np.concatenate([stack, held])))
-    task = CoarseProblem(problem, seen, labels, hidden=config["hidden"], dropout=config["dropout"], lr=LR)
+    task = CoarseProblem(problem, seen, torch.from_numpy(problem.labels(np.concatenate([stack, held]))), LR)
     if isinstance(scale := module.coarse[1], Scaled):
         scale.fitted(gathered["stack"][1])
-    at = np.arange(len(labels))
+    at = np.arange(len(seen))
     with seeded(config["seed"]):  # for dropout
         done = fit(task, module.coarse, at[: len(stack)], at[len(stack) :], **LENGTH, seed=config["seed"])
     answers, (logits, shown) = problem.dataset.labels("test")[test], gathered["test"]
     right = logits.numpy().argmax(-1) == answers[:, None]
     for row, own in zip(part_rows, right.T, strict=True):
-        row |= {"accuracy": float(own.mean()), "place": list(Decomposition.of(config["decomposition"]).place(row["part"]))}
+        row |= {"accuracy": float(own.mean()), "place": list(subnets[0].decomposition.place(row["part"]))}
     with evaluating(module), torch.no_grad():
         decided = {by: module.decide(logits, shown, by).numpy().argmax(1) for by in VOTES}
-    about = module, seen.shape[1:], part_rows, done, wall
-    rows = [_row(by, float((decided[by] == answers).mean()), *about) for by in VOTES]
+    subnets_alone = {column: total(row[column] for row in part_rows) for column, total in TOTALS.items()} | {"wall_s": wall}
+    rows = [{"model": NAMES[by], "accuracy": float((decided[by] == answers).mean())} | subnets_alone for by in VOTES]
+    deep = {"parameters": n_parameters(module.coarse), "multiply_adds": multiply_adds(module.coarse, seen.shape[1:])}
+    for column, more in (deep | {"seconds": done.seconds, "wall_s": done.seconds}).items():
+        rows[VOTES.index("coarse")][column] += more
     sent = sum(own[name].nbytes for own in stored for name in ("stack", "score"))
     return Subnets(module, config | {"bytes_to_coarse": sent, "n_test": len(test)}, rows, part_rows)
-
-
-def _stack(subnets: Sequence[Subnet]) -> np.ndarray:
-    """The samples that the coarse network learns from: those of each subnet, or those of its copies, one after the other."""
-    if subnets[0].stacking != "out-of-fold":
-        return subnets[0].stack_indices()
-    return np.concatenate([subnets[0].without(fold).stack_indices() for fold in range(FOLDS)])
-
-
-def _row(
-    by: str, accuracy: float, module: Joined, shape: Sequence[int], part_rows: Sequence[dict], coarse: Fit, wall: float
-) -> dict[str, Any]:
-    """The row of one of `VOTES` in the table."""
-    deep, extra = by == "coarse", coarse.seconds if by == "coarse" else 0.0
-    return {
-        "model": NAMES[by],
-        "accuracy": accuracy,
-        "parameters": sum(row["parameters"] for row in part_rows) + deep * n_parameters(module.coarse),
-        "multiply_adds": sum(row["multiply_adds"] for row in part_rows) + deep * multiply_adds(module.coarse, shape),
-        "epochs": max(row["epochs"] for row in part_rows),
-        "seconds": max(row["seconds"] for row in part_rows) + extra,
-        "wall_s": wall + extra,
-    }

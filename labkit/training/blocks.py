@@ -13,23 +13,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
 from labkit.cluster.lab import Lab
 from labkit.errors import ClusterError
 from labkit.training.run import Run
 
 POLL_S = 0.05
-Job = TypeVar("Job")
 
 
 def run_on_blocks(
     lab: Lab,
     workers: Sequence[int],
     size: int,
-    jobs: Sequence[Job],
-    start: Callable[[Job, list[int]], Run],
-    each: Callable[[Job, Run], None],
+    jobs: Sequence[Any],
+    start: Callable[[Any, list[int]], Run],
+    each: Callable[[Any, Run], None],
     *,
     timeout: float,
 ) -> list[Run]:
@@ -42,20 +41,20 @@ def run_on_blocks(
     start
         `start(job, workers)` begins the run of a job on the live workers of a block (`labkit.training.train.launch`).
     each
-        `each(job, run)` is called again and again while a run goes, and at least once when it has ended, done or not. Whether
-        a run that failed or was stopped matters is its decision: whatever it raises stops all others.
+        `each(job, run)` is called again and again while a run lasts, and at least once when it has ended, done or not. It decides
+        whether a run that failed or was stopped matters: whatever it raises stops all others.
     timeout
         Seconds for all of them.
 
     Raises
     ------
     ClusterError
-        All workers are lost, or not all runs have ended in time; those that go are stopped.
+        All workers are lost, or not all runs have ended in time; those that still run are stopped.
     """
     limit = time.monotonic() + timeout
     blocks = [list(workers[at : at + size]) for at in range(0, len(workers) - size + 1, size)]
     todo, ended = deque(enumerate(jobs)), {}
-    busy: dict[int, tuple[int, Job, Run]] = {}  # by block: number of the job, the job, its run
+    busy: dict[int, tuple[int, Any, Run]] = {}  # by block: number of the job, the job, its run
     try:
         while len(ended) < len(jobs):
             for at in [at for at in range(len(blocks)) if at not in busy and todo]:

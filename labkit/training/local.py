@@ -3,7 +3,7 @@
 Orders and batches are those of a worker that trains alone, so without early stopping the weights are bit for bit those of
 `labkit.train` on one worker with SGWU, UDPA and as many passes. With it, the weights of the best epoch stay.
 
-Used by `labkit.subnets`: on the workers, for the coarse network, and in pieces where subnets are trained in one pass.
+Used by `labkit.subnets`: on the workers, for the coarse network, and for several subnets in one pass.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +28,15 @@ from labkit.training.worker.sampler import Shard
 BATCH = 256  # samples measured at once
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fit:
-    """How a training went. `best` is the epoch whose weights stay, `seconds` what training and held-out measuring took."""
+    """How a training went. `best` is the epoch whose weights stay, `seconds` the time of training and held-out measuring."""
 
-    epochs: int
-    best: int
-    loss: float
-    score: float
-    seconds: float
+    epochs: int = 0
+    best: int = 0
+    loss: float = math.inf
+    score: float = -1.0
+    seconds: float = 0.0
 
 
 def fit(
@@ -44,74 +45,82 @@ def fit(
     train: np.ndarray,
     held: np.ndarray,
     *,
-    epochs: int,
-    patience: int | None,
     seed: int,
     device: str = "cpu",
-    after: Callable[[float], None] = lambda started: None,
     each: Callable[[int, float, float | None], bool] = lambda epoch, loss, score: False,
+    **settings: Any,
 ) -> Fit:
-    """Train `module` in place on the samples `train` (split "train" of the problem), for `epochs` epochs.
+    """Train `module` in place on the samples `train` (split "train" of the problem); `settings` as of `fit_epochs`.
 
-    With a `patience` training ends when the score on `held` has not grown for so many epochs (of equal scores the lower loss is
-    better), and the best weights are put back. `after(started)` is called after each piece of work: emulated slowness; and
-    `each(epoch, loss, score)` after each epoch, with the score where it was measured; if it returns true, training ends there.
+    `each(epoch, loss, score)` is called after each epoch, with the score where it was measured; if it returns true, training ends.
     """
     flat, *_ = flatten(module, device)
-    optimisers, shard, best = problem.optimisers(module), alone(len(train), seed), Best([flat], epochs, patience)
-    seen, seconds = 0, 0.0
-    for epoch in range(1, epochs + 1):
-        started = time.perf_counter()
-        total = torch.zeros((), device=device)
-        for part in batches(shard.draw(len(train)), problem.batch_size):
-            began = time.perf_counter()
-            clock = Clock(seen, epochs * len(train), seen / len(train))
-            metrics = problem.step(module, problem.load(train[part], "train", device), optimisers, clock)
-            total += torch.as_tensor(metrics["loss"], device=device).detach() * len(part)
-            seen += len(part)
-            after(began)
-        check_loss(problem, loss := float(total) / len(train), epoch, epochs)
-        began = time.perf_counter()
-        score = None
-        if best.measures(epoch):
-            measured = problem.measure(module, held, device=device)
-            score, loss = measured["score"], measured["loss"]
-        after(began)
-        seconds += time.perf_counter() - started
-        stop = each(epoch, loss, score)
-        if best.over(epoch, score, loss) or stop:
-            break
-    return best.fit(seconds)
+    optimisers = problem.optimisers(module)
+
+    def step(drawn: list[np.ndarray], clock: Clock) -> torch.Tensor:
+        metrics = problem.step(module, problem.load(drawn[0], "train", device), optimisers, clock)
+        return torch.as_tensor(metrics["loss"], device=device).reshape(1)
+
+    one = [problem], [module], [[flat]]
+    return fit_epochs(*one, step, train, held, seeds=[seed], device=device, each=[each], **settings)[0]
 
 
-class Best:
-    """The best epoch of one training, and whether the training is at its end: without a `patience` both are the last.
+def fit_epochs(
+    problems: Sequence[Problem],
+    modules: Sequence[nn.Module],
+    tensors: Sequence[Sequence[torch.Tensor]],
+    step: Callable[[list[np.ndarray], Clock], torch.Tensor],
+    train: np.ndarray,
+    held: np.ndarray,
+    *,
+    seeds: Sequence[int],
+    epochs: int,
+    patience: int | None,
+    each: Sequence[Callable[[int, float, float | None], bool]],
+    device: str = "cpu",
+    after: Callable[[float], None] = lambda started: None,
+) -> list[Fit]:
+    """Train M modules for `epochs` epochs, each in the orders of its seed: `step(batches, clock)` trains them on the samples of a
+    batch each and gives their losses (M,).
 
-    `tensors` are all that the training changes; what they held in the best epoch is put back in the end.
+    With a `patience` the training of a module ends when its score on `held` has not grown for so many epochs (of equal scores the
+    lower loss is better), and what its `tensors`, all that training changes, held in the best epoch is put back. `after(started)`
+    is called after each step and each measuring: emulated slowness.
     """
-
-    def __init__(self, tensors: Sequence[torch.Tensor], epochs: int, patience: int | None) -> None:
-        self.tensors, self.epochs, self.patience = tensors, epochs, patience
-        self.epoch, self.best, self.score, self.loss, self.weights = 0, 0, -1.0, math.inf, None
-
-    def measures(self, epoch: int) -> bool:
-        """Must the score after this epoch be known?"""
-        return self.patience is not None or epoch == self.epochs
-
-    def over(self, epoch: int, score: float | None, loss: float) -> bool:
-        """Count an epoch; is it the last one?"""
-        self.epoch, end = epoch, epoch == self.epochs
-        if self.measures(epoch) and (self.patience is None or (score, -loss) > (self.score, -self.loss)):
-            self.best, self.score, self.loss = epoch, score, loss
-            self.weights = [tensor.clone() for tensor in self.tensors] if not end else None
-        return end or (self.patience is not None and epoch - self.best >= self.patience)
-
-    def fit(self, seconds: float) -> Fit:
-        """Put the best weights back; how it went."""
-        if self.weights:
-            for tensor, weights in zip(self.tensors, self.weights, strict=True):
-                tensor.copy_(weights)
-        return Fit(self.epoch, self.best, self.loss, self.score, seconds)
+    n, seen, started = len(train), 0, time.perf_counter()
+    shards = [alone(n, seed) for seed in seeds]
+    fits, best, training = [Fit() for _ in seeds], [list(own) for own in tensors], list(range(len(seeds)))
+    for epoch in range(1, epochs + 1):
+        total = torch.zeros(len(seeds), device=device)
+        for drawn in zip(*(batches(shard.draw(n), problems[0].batch_size) for shard in shards), strict=True):
+            began = time.perf_counter()
+            losses = step([train[batch] for batch in drawn], Clock(seen, epochs * n, seen / n))
+            total += losses.detach() * len(drawn[0])
+            seen += len(drawn[0])
+            after(began)
+        for number in list(training):
+            problem, done, loss, score = problems[number], fits[number], float(total[number]) / n, None
+            if not math.isfinite(loss):
+                raise ProblemError(f"{problem._title()}: the loss is {loss} after epoch {epoch} of {epochs}. Give a smaller lr.")
+            done.epochs = epoch
+            if epoch == epochs or patience is not None:
+                began = time.perf_counter()
+                measured = problem.measure(modules[number], held, device=device)
+                score, loss = measured["score"], measured["loss"]
+                after(began)
+                if patience is None or (score, -loss) > (done.score, -done.loss):
+                    done.best, done.score, done.loss = epoch, score, loss
+                    best[number] = [tensor if epoch == epochs else tensor.clone() for tensor in tensors[number]]
+            if each[number](epoch, loss, score) or (patience is not None and epoch - done.best >= patience):
+                training.remove(number)
+        if not training:
+            break
+    seconds = time.perf_counter() - started
+    for done, own, values in zip(fits, tensors, best, strict=True):
+        done.seconds = seconds
+        for tensor, value in zip(own, values, strict=True):
+            tensor.copy_(value)
+    return fits
 
 
 def alone(n: int, seed: int) -> Shard:
@@ -120,11 +129,6 @@ def alone(n: int, seed: int) -> Shard:
     partition.start(n, [0], seed=seed)
     shard.add(partition.allocate([0])[0])
     return shard
-
-
-def check_loss(problem: Problem, loss: float, epoch: int, epochs: int) -> None:
-    if not math.isfinite(loss):
-        raise ProblemError(f"{problem._title()}: the loss is {loss} after epoch {epoch} of {epochs}. Give a smaller lr.")
 
 
 def outputs(

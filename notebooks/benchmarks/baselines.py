@@ -1,4 +1,4 @@
-"""The ideal that exchanges are measured against: workers that train and never talk, and weights that are only copied.
+"""The ideal that exchanges are measured against: workers that train and never communicate, and weights that are only copied.
 
 The loops are written by hand in plain torch, with the same model, batches, optimiser and number of threads, and know nothing of
 labkit's worker. Used by the benchmark notebooks; it travels to the workers by value.
@@ -93,7 +93,7 @@ def copies(megabytes: float, device: str, rounds: int = 7) -> dict[str, float]:
 
 
 def seconds(device: str) -> float:
-    """The time, when `device` has done what it was told."""
+    """The time, when `device` has done what it was asked to."""
     if device != "cpu":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -22,24 +22,24 @@ from labkit.training.wire import transport as wire
 
 SECRET = b"echo" * 8
 KINDS = ("raw", "timed", "wire")
-PATIENCE_S = 600.0  # for every wait
+TIMEOUT_S = 600.0  # for every wait
 
 
 @contextlib.contextmanager
-def echo(kind: str, vector: np.ndarray, place: np.ndarray) -> Iterator[Callable[[], None]]:
-    """A function that sends `vector` to a process of its own and gets it back into `place`."""
-    there, here = (memoryview(array).cast("B") for array in (vector, place))
+def echo(kind: str, vector: np.ndarray, buffer: np.ndarray) -> Iterator[Callable[[], None]]:
+    """A function that sends `vector` to a process of its own and gets it back into `buffer`."""
+    there, here = (memoryview(array).cast("B") for array in (vector, buffer))
     process = subprocess.Popen([sys.executable, __file__, kind, str(there.nbytes)], stdout=subprocess.PIPE)
     try:
         address = "127.0.0.1", int(process.stdout.readline())
         if kind == "wire":
-            with wire.connect(address, SECRET, timeout=PATIENCE_S) as connection:
+            with wire.connect(address, SECRET, timeout=TIMEOUT_S) as connection:
                 yield lambda: (connection.send({"op": "push"}, there), connection.receive(lambda header, n: [here]))
         else:
             with socket.create_connection(address) as sock:
                 plain(sock, kind)
                 yield lambda: (sock.sendall(there), fill(sock, here))
-        process.wait(PATIENCE_S)
+        process.wait(TIMEOUT_S)
     finally:
         process.kill()
         process.wait()
@@ -48,7 +48,7 @@ def echo(kind: str, vector: np.ndarray, place: np.ndarray) -> Iterator[Callable[
 
 def plain(sock: socket.socket, kind: str) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.settimeout(PATIENCE_S if kind == "timed" else None)
+    sock.settimeout(TIMEOUT_S if kind == "timed" else None)
 
 
 def fill(sock: socket.socket, view: memoryview) -> None:
@@ -67,7 +67,7 @@ def other_side(kind: str, n_bytes: int) -> None:
     sock, _ = listener.accept()
     with contextlib.suppress(EOFError, WireError):
         if kind == "wire":
-            connection = wire.accept(sock, SECRET, timeout=PATIENCE_S, max_body=n_bytes)
+            connection = wire.accept(sock, SECRET, timeout=TIMEOUT_S, max_body=n_bytes)
             while True:
                 connection.receive(lambda header, n: [view])
                 connection.send({"op": "grant"}, view)

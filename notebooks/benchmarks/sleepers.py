@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from echoes import KINDS, PATIENCE_S, echo
+from echoes import KINDS, TIMEOUT_S, echo
 from torch import nn
 
 import labkit
@@ -49,17 +49,17 @@ class Sleeper:
     """A worker that sleeps; joins at once. `vector` is what it pushes, `buffer` where it receives: both may be shared."""
 
     def __init__(self, address: tuple[str, int], secret: bytes, index: int, vector: np.ndarray, buffer: np.ndarray) -> None:
-        self.connection = wire.connect(address, secret, timeout=PATIENCE_S)
+        self.connection = wire.connect(address, secret, timeout=TIMEOUT_S)
         self.vector, self.buffer = vector, memoryview(buffer).cast("B")
         self.exchanges = 0
         self.connection.send({"op": "join", "worker": index, "seconds_per_sample": 1e-3})
 
     def pull(self) -> bool:
         """Wait for the next version; False when the run has ended."""
-        while (word := self.connection.receive(self._place)[0])["op"] == "hold":
+        while (message := self.connection.receive(self._buffers)[0])["op"] == "hold":
             self.connection.send({"op": "heartbeat"})
-        self.grant = word
-        return word["op"] == "grant"
+        self.grant = message
+        return message["op"] == "grant"
 
     def push(self, slept: float = 0.0) -> None:
         header = {"op": "push", "version": self.grant["version"], "samples": self.grant["samples"], "score": 0.5, "loss": 1.0}
@@ -80,7 +80,7 @@ class Sleeper:
         self.connection.send({"op": "leave"})
         self.connection.close()
 
-    def _place(self, header: dict, n: int) -> list[memoryview]:
+    def _buffers(self, header: dict, n: int) -> list[memoryview]:
         return [self.buffer, memoryview(bytearray(8 * header["n_indices"]))]
 
 
@@ -88,7 +88,7 @@ class Sleeper:
 def serving(update: str, n_workers: int, megabytes: float, path: Path) -> Iterator[tuple[int, tuple[str, int], bytes]]:
     """The server of a run of `n_workers` with so many MB of weights, recorded in `path`: its process, its address, its secret.
 
-    Nothing but its first and its last version is kept on the disk, and these are deleted afterwards.
+    Nothing but its first and its last version stays on the disk, and these are deleted afterwards.
     """
     path.mkdir(parents=True, exist_ok=True)
     config = RunConfig(
@@ -102,7 +102,7 @@ def serving(update: str, n_workers: int, megabytes: float, path: Path) -> Iterat
         budget=1 << 52,  # far more than will be trained on
         batch_size=1,
         checkpoints=1,
-        heartbeat_timeout=PATIENCE_S,
+        heartbeat_timeout=TIMEOUT_S,
     )
     spec = ServerSpec(
         config=config,
@@ -112,21 +112,21 @@ def serving(update: str, n_workers: int, megabytes: float, path: Path) -> Iterat
         partition=labkit.UDPA(),
         weights=np.ones(size(megabytes), np.float32),
         layout=Layout((), (), size(megabytes), 0),
-        age=PATIENCE_S,
+        age=TIMEOUT_S,
     )
     server, address = supervisor._start_server(spec, path)
     try:
         yield server.pid, address, spec.secret
         stop(address, spec.secret)
-        server.wait(PATIENCE_S)  # until the last worker has left
+        server.wait(TIMEOUT_S)  # until the last worker has left
     finally:
-        said = supervisor._end(server)
+        ending = supervisor._end(server)
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
-    assert json.loads(said)["state"] == "stopped", said
+    assert json.loads(ending)["state"] == "stopped", ending
 
 
 def stop(address: tuple[str, int], secret: bytes) -> None:
-    with wire.connect(address, secret, timeout=PATIENCE_S) as connection:
+    with wire.connect(address, secret, timeout=TIMEOUT_S) as connection:
         connection.send({"op": "watch"})
         connection.send({"op": "stop"})
         connection.receive()
@@ -145,7 +145,7 @@ def fits(n_workers: int, megabytes: float) -> bool:
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process and all its threads.
 
-    On Linux from the clock that the kernel keeps for each process: `psutil` counts in steps of 10 ms, and a server may do ten
+    On Linux from the clock that the kernel has for each process: `psutil` counts in steps of 10 ms, and a server may do ten
     exchanges in one of them.
     """
     if sys.platform == "linux":
@@ -166,10 +166,10 @@ def saturate(update: str, n_workers: int, megabytes: float, nap: float, seconds:
         calls = [turn.release] + [lambda: None] * (n_workers - 1)
         for worker, call in zip(workers, calls, strict=True):
             threading.Thread(target=worker.work, args=(nap, call), daemon=True).start()
-        while turn.acquire(timeout=PATIENCE_S) and min(worker.exchanges for worker in workers) < 2:
+        while turn.acquire(timeout=TIMEOUT_S) and min(worker.exchanges for worker in workers) < 2:
             pass
         begun, cycles = _now(pid, workers), 0
-        while turn.acquire(timeout=PATIENCE_S):
+        while turn.acquire(timeout=TIMEOUT_S):
             cycles, ended = cycles + 1, _now(pid, workers)
             if cycles >= 3 and ended["time"] - begun["time"] >= seconds:
                 break
@@ -272,10 +272,10 @@ def saturation(table: pd.DataFrame, nap: float) -> pd.DataFrame:
     """Where the throughput ends to grow: by two predictions from what one worker alone was measured to need, and measured.
 
         serial       (nap + e) / e workers fill the time with their exchanges of e seconds, if no two overlap
-        predicted    (nap + e) / s, with s what an exchange takes of the scarcest thing: of all cores together, or of the lock
+        predicted    (nap + e) / s, with s what an exchange needs of the scarcest resource: of all cores together, or of the lock
         measured     the highest throughput over that of one worker
 
-    `more` says that it has not ended to grow: it is over 0.9 of what so many workers do that never wait for each other. With a
+    `more` is true where it still grows: it is over 0.9 of what so many workers do that never wait for each other. With a
     barrier all exchange at once, and then all sleep: no prediction holds. `cycle_64_s` is what a cycle of 64 workers takes.
     """
     rows = []
@@ -304,20 +304,20 @@ def saturation(table: pd.DataFrame, nap: float) -> pd.DataFrame:
 def figure(table: pd.DataFrame, found: pd.DataFrame, update: str, note: str):
     """Throughput against workers, a line for each size of the weights; a mark where its rise would meet its highest level."""
     canvas.extension()
-    pieces, legend, words, dims = [], [], [], ("workers", "exchanges_per_s")
+    elements, legend, texts, dims = [], [], [], ("workers", "exchanges_per_s")
     for number, (megabytes, own) in enumerate(table[table["update"] == update].groupby("MB")):
         row, name = found.loc[(update, megabytes)], f"{megabytes:g} MB"
-        pieces.append(canvas.line(own.workers.to_numpy(), own.exchanges_per_s.to_numpy(), number, name, dims))
+        elements.append(canvas.line(own.workers.to_numpy(), own.exchanges_per_s.to_numpy(), number, name, dims))
         legend.append((name, number, "line"))
-        words.append(f"{'more than ' if row.more else ''}{own.workers.max() if row.more else round(row.measured)} of {name}")
+        texts.append(f"{'more than ' if row.more else ''}{own.workers.max() if row.more else round(row.measured)} of {name}")
         if not row.more:
-            pieces.append(canvas.marks([row.measured], [row.exchanges_per_s], 6, "saturated", dims))
+            elements.append(canvas.marks([row.measured], [row.exchanges_per_s], 6, "saturated", dims))
     if not found.loc[update].more.all():
         legend.append(("saturated", 6, "mark"))
     ticks = [(n, str(n)) for n in sorted(table.workers.unique())]
     labels = {"xlabel": "workers", "ylabel": "exchanges per second"}
-    title = f"Workers that one server serves: {', '.join(words)}"
-    return canvas.finish(canvas.overlay(pieces), title, note, legend, **labels, xticks=ticks, logx=True, logy=True)
+    title = f"Workers that one server serves: {', '.join(texts)}"
+    return canvas.finish(canvas.overlay(elements), title, note, legend, **labels, xticks=ticks, logx=True, logy=True)
 
 
 # -- the same with real workers ----------------------------------------------------------------------------------------
@@ -353,5 +353,5 @@ def real(update: str, n_workers: int, megabytes: float, nap: float, exchanges: i
     settings = {"local_steps": 1, "passes": n_workers * exchanges / len(problem.train_indices()), "checkpoints": 1}
     with labkit.connect("threads", n_workers) as lab:
         run = labkit.train(problem, lab, update=update, partition="udpa", name=f"real-{update}", runs=run_dir, **settings)
-        pushes = run.wait(PATIENCE_S).events.query("kind == 'push'")
+        pushes = run.wait(TIMEOUT_S).events.query("kind == 'push'")
     return n_workers / pushes.sort_values("seconds").groupby("worker").seconds.diff().median()

@@ -61,7 +61,7 @@ def trial(problem, lab, name: str, storm: dict, settings: dict) -> dict:
 
 
 def children() -> set:
-    """Processes of this one, 10 s after whatever ends them at most; what Python itself keeps is left out."""
+    """Processes of this one, 10 s after whatever ends them at most; what Python itself starts is left out."""
     limit = time.monotonic() + 10
     while True:
         found = {p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in command(p)}

@@ -19,7 +19,7 @@ BARRED = ("sgwu", "localsgd", "diloco", "allreduce")  # all wait for all
 
 
 def grid(problem, updates: list, kinds: dict, seeds: list, target: float, kind: str, settings: dict) -> Iterator[tuple]:
-    """(row, run) for each run; the run is None where it failed. `kinds` maps a name to what `connect` is told."""
+    """(row, run) for each run; the run is None where it failed. `kinds` maps a name to the settings of `connect`."""
     if "sgwu" not in updates:
         raise ValueError(f"updates={updates} has no 'sgwu', by which the others are measured.")
     for uneven, ways in kinds.items():
@@ -52,7 +52,7 @@ def label(update) -> str:
 
 
 def ways(kinds: list, slowdown: list, jitter: float, drift: float, stalls: list) -> dict:
-    """What `connect` is told for each kind of unevenness."""
+    """The settings of `connect` for each kind of unevenness."""
     extra = {"steady": {}, "jitter": {"jitter": jitter}, "drift": {"drift": drift}, "stalls": {"stalls": stalls}}
     for kind in kinds:
         if kind not in KINDS:
@@ -63,7 +63,7 @@ def ways(kinds: list, slowdown: list, jitter: float, drift: float, stalls: list)
 def compared(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each kind and update: seconds to the target over the seeds, and how much sooner than SGWU, within a seed.
 
-    A run that does not reach the target takes for ever; where SGWU does not reach it, nothing can be said.
+    A run that does not reach the target takes for ever; where SGWU does not reach it, nothing can be concluded.
     """
     keys = ["uneven", "update"]
     times = table.set_index([*keys, "seed"]).seconds_to_target
@@ -94,16 +94,16 @@ def dots(found: pd.DataFrame, target: float, runs: list):
     kinds, updates = (list(dict.fromkeys(found.index.get_level_values(key))) for key in ("uneven", "update"))
     times = found[["seconds_median", "seconds_min", "seconds_max"]]
     never = 1.12 * np.nanmax(times.replace(np.inf, np.nan).fillna(1.0).to_numpy())
-    pieces, legend = [canvas.level(never)], []
+    elements, legend = [canvas.level(never)], []
     for number, update in enumerate(updates):
         middle, low, high = times.xs(update, level="update").reindex(kinds).clip(upper=never).to_numpy().T
         x = np.arange(len(kinds)) + (number - (len(updates) - 1) / 2) * 0.8 / len(updates)
-        pieces.append(canvas.ticks(x, low, high))
-        pieces.append(canvas.marks(x, middle, number, update, ("kind", "seconds")))
+        elements.append(canvas.ticks(x, low, high))
+        elements.append(canvas.marks(x, middle, number, update, ("kind", "seconds")))
         legend.append((update, number, "mark"))
     note = canvas.caption(runs, "dashed: never", "strokes: seeds")
     axes = {"ylabel": f"time to {100 * target:g} % (s)", "xticks": list(enumerate(kinds)), "ylim": (0, 1.05 * never)}
-    return canvas.finish(canvas.overlay(pieces), title(found), note, legend, xlabel="", grid="y", **axes)
+    return canvas.finish(canvas.overlay(elements), title(found), note, legend, xlabel="", grid="y", **axes)
 
 
 def title(found: pd.DataFrame) -> str:
@@ -111,8 +111,8 @@ def title(found: pd.DataFrame) -> str:
     gains = {kind: best(found, kind) for kind in dict.fromkeys(found.index.get_level_values("uneven"))}
     gains = {kind: row for kind, row in gains.items() if row is not None and row.sooner_median > 1}
     most = sorted(gains, key=lambda kind: -gains[kind].sooner_median)[:2]
-    words = [f"{gains[kind].name[1].split()[0]} {gains[kind].sooner_median:.2f}x ({kind})" for kind in most]
-    return f"Sooner than SGWU: {', '.join(words)}" if words else "No asynchronous update is sooner than SGWU"
+    texts = [f"{gains[kind].name[1].split()[0]} {gains[kind].sooner_median:.2f}x ({kind})" for kind in most]
+    return f"Sooner than SGWU: {', '.join(texts)}" if texts else "No asynchronous update is sooner than SGWU"
 
 
 def longer(runs: list, steps: list) -> pd.DataFrame:

@@ -28,7 +28,7 @@ def results(times: list, **columns: object) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("times", "says"),
+    ("times", "sentence"),
     [
         ([48.0, 40, 30, 21, 50], "AGWU + IDPA reached 85 % accuracy in 21 s, 2.3x sooner than SGWU + UDPA (48 s)."),
         ([20.0, 40.0, 30.0], "SGWU + UDPA reached 85 % accuracy in 20 s, 1.5x sooner than AGWU + UDPA (30 s)."),
@@ -39,8 +39,8 @@ def results(times: list, **columns: object) -> pd.DataFrame:
         (["failed", "failed"], "None of the 2 runs finished; the first error: In [3]: ValueError: no."),
     ],
 )  # fmt: skip
-def test_the_verdict_of_the_demo(times, says):
-    assert verdict(results(times)) == says
+def test_the_verdict_of_the_demo(times, sentence):
+    assert verdict(results(times)) == sentence
 
 
 def test_the_verdict_copes_without_results():
@@ -53,8 +53,8 @@ def test_the_demo_writes_its_table_and_ends_with_one_line(tmp_path, monkeypatch,
     Path("runs/demo").mkdir(parents=True)
     monkeypatch.setattr(sweeps, "sweep", lambda notebook, grid, out, retry_failed: results([48.0, 40.0, 30.0, 21.0, "failed"]))
     assert demo() == 1
-    said = capsys.readouterr()
-    assert said.out.endswith("sooner than SGWU + UDPA (48 s). Open runs/demo/n-3/notebook.ipynb.\n")
-    assert said.err == "No figure: SweepError: no notebook reported a run\n"
+    printed = capsys.readouterr()
+    assert printed.out.endswith("sooner than SGWU + UDPA (48 s). Open runs/demo/n-3/notebook.ipynb.\n")
+    assert printed.err == "No figure: SweepError: no notebook reported a run\n"
     table = pd.read_csv("runs/demo/table.csv")
     assert list(table.columns) == list(DEMO_COLUMNS.values()) and len(table) == 5

@@ -28,7 +28,7 @@ def test_parameters_are_read_with_type_default_and_help(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cell", "says"),
+    ("cell", "message"),
     [
         (None, "n.ipynb has no cell tagged 'parameters'"),
         ("a = 1\ns = 'a=b'", r"line 2 of the parameters cell, `s = 'a=b'`, cannot be read by papermill"),
@@ -45,8 +45,8 @@ def test_parameters_are_read_with_type_default_and_help(tmp_path):
         ("a = 1 +", "line 1 of the parameters cell is not Python"),
     ],
 )
-def test_a_line_that_papermill_would_skip_is_named(tmp_path, cell, says):
-    with pytest.raises(SweepError, match=says):
+def test_a_line_that_papermill_would_skip_is_named(tmp_path, cell, message):
+    with pytest.raises(SweepError, match=message):
         parameters(write(tmp_path / "n.ipynb", first=cell))
 
 

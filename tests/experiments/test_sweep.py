@@ -1,4 +1,4 @@
-"""Sweeps: what is refused before a kernel starts, what names a run, what is reused, and what the table says.
+"""Sweeps: what is refused before a kernel starts, what names a run, what is reused, and what is in the table.
 
 No kernel is started here (tests/experiments/test_executor.py does); the lab is a stand-in with `workers` and `map`.
 """
@@ -51,7 +51,7 @@ def instant(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("grid", "says"),
+    ("grid", "message"),
     [
         ({"stratgy": "a"}, r"^n.ipynb has no parameter 'stratgy'. It has: seed, lr, .*. Did you mean 'strategy'\?$"),
         ({"zzz": 1}, r"has no parameter 'zzz'\. It has: seed, lr, sizes, strategy, extra\.$"),
@@ -70,8 +70,8 @@ def instant(monkeypatch):
         ([{"seed": 1}, 2], "give a dict of lists"),
     ],
 )  # fmt: skip
-def test_a_wrong_grid_is_refused_before_a_kernel_starts(tmp_path, no_kernel, grid, says):
-    with pytest.raises(SweepError, match=says):
+def test_a_wrong_grid_is_refused_before_a_kernel_starts(tmp_path, no_kernel, grid, message):
+    with pytest.raises(SweepError, match=message):
         sweep(write(tmp_path / "n.ipynb", "1"), grid, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -79,13 +79,13 @@ def test_a_wrong_grid_is_refused_before_a_kernel_starts(tmp_path, no_kernel, gri
 def test_a_wrong_request_is_refused_before_a_kernel_starts(tmp_path, no_kernel, monkeypatch):
     notebook = write(tmp_path / "n.ipynb", "1")
     (tmp_path / "file").touch()
-    for settings, says in [
+    for settings, message in [
         ({"out": tmp_path / "file" / "out"}, "cannot be written to"),
         ({"kernel_name": "fortran"}, "knows no kernel 'fortran' here. It knows: .*python3"),
         ({"parallel": 0}, "at least one kernel"),
         ({"timeout": 0}, "more than 0 s"),
     ]:
-        with pytest.raises(SweepError, match=says):
+        with pytest.raises(SweepError, match=message):
             sweep(notebook, {}, **({"out": tmp_path / "out"} | settings))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 3 * 10**6))
     with pytest.raises(SweepError, match="only 3 MB are free"):
@@ -109,7 +109,7 @@ def test_the_id_is_of_source_parameters_and_version_and_nothing_else(tmp_path, m
 
     one = ids({"seed": 1}, "1")
     assert ids({"seed": [1, 1, 1]}, "1") == one  # identical rows are one run
-    assert ids({"seed": 1, "lr": 0.1}, "1") == one  # the default, said aloud
+    assert ids({"seed": 1, "lr": 0.1}, "1") == one  # the default, given
     assert ids({"seed": np.int64(1)}, "1") == one
     assert ids({"lr": 1, "seed": 1}, "1") == ids({"lr": 1.0, "seed": 1}, "1")
     assert ids({"seed": 1}, "1", kernelspec={"name": "other", "display_name": "x"}) == one
@@ -120,7 +120,7 @@ def test_the_id_is_of_source_parameters_and_version_and_nothing_else(tmp_path, m
     (tmp_path / "n.ipynb").write_text(json.dumps(notebook))
     for out in ("out", "elsewhere"):
         assert [job["id"] for job in sweeps._jobs(tmp_path / "n.ipynb", {"seed": 1}, tmp_path / out, "python3", 9)] == one
-    monkeypatch.setattr(sweeps, "_version", lambda: "9")
+    monkeypatch.setattr(sweeps, "version", lambda package: "9")
     assert ids({"seed": 1}, "1") != one
 
 
@@ -196,7 +196,7 @@ class FakeLab:
         return results
 
 
-def test_a_lab_executes_the_runs_and_its_breakdown_is_said(tmp_path, instant):
+def test_a_lab_executes_the_runs_and_its_breakdown_is_an_error(tmp_path, instant):
     notebook, lab = write(tmp_path / "n.ipynb", "1"), FakeLab()
     table = sweep(notebook, {"seed": range(3)}, lab=lab, out=tmp_path / "out", timeout=100)
     assert list(table["score"]) == [0, 0.5, 1]
@@ -226,7 +226,7 @@ def test_summary_shows_each_reported_row_and_keeps_names_apart(tmp_path, instant
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def test_report_takes_dicts_and_frames_and_foreign_values(tmp_path):
+def test_report_accepts_dicts_and_frames_and_foreign_values(tmp_path):
     def reported(results):
         report(tmp_path / "a" / "run", results)
         return json.loads((tmp_path / "a" / "run" / "results.json").read_text())
@@ -237,7 +237,7 @@ def test_report_takes_dicts_and_frames_and_foreign_values(tmp_path):
     assert reported(pd.DataFrame({"x": [1, 2], "y": ["a", "b"]})) == [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}]
     assert reported([{"x": 1}, {"y": None}]) == [{"x": 1}, {"y": None}]
     for wrong in (3, "text", [1]):
-        with pytest.raises(SweepError, match="takes a dict"):
+        with pytest.raises(SweepError, match="needs a dict"):
             report(tmp_path, wrong)
     (tmp_path / "file").touch()
     with pytest.raises(SweepError, match="cannot be written"):

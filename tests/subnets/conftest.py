@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import labkit
+from labkit.subnets import train as subnets
 from tests.subnets.helpers import SEED, problem
 
 
@@ -15,9 +16,12 @@ def lab():
 
 
 @pytest.fixture
-def train(lab, tmp_path):
+def train(lab, tmp_path, monkeypatch):
+    """`train_subnets` with few epochs, also of the coarse network: what it learns is not the matter."""
+    monkeypatch.setattr(subnets, "LENGTH", {"epochs": 6, "patience": 3})
+
     def train(a_problem=None, grid=(2, 2), **options):
-        place = {"runs": tmp_path, "name": "joined", "progress": False, "epochs": 3, "seed": SEED}
-        return labkit.train_subnets(a_problem or problem(), lab, grid, **place | options)
+        common = {"runs": tmp_path, "name": "joined", "progress": False, "epochs": 3, "seed": SEED}
+        return labkit.train_subnets(a_problem or problem(), lab, grid, **common | options)
 
     return train

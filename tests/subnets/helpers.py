@@ -1,4 +1,4 @@
-"""A tiny problem whose classes every quarter of an image tells, and comparisons of weights; used by all tests of subnets."""
+"""A tiny problem whose classes show in every quarter of an image, and comparisons of weights; used by all tests of subnets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEED = 5
 
 
 def data(n=231, shape=(1, 8, 8), n_classes=3):
-    """A bright pixel somewhere in each quarter: its column tells the class, noisily."""
+    """A bright pixel somewhere in each quarter: its column gives the class, noisily."""
     generator = np.random.default_rng(0)
     y = np.arange(n) % n_classes
     x = generator.normal(size=(n, *shape)).astype(np.float32)

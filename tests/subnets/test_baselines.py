@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def cut(name, shape, n, width=0.4):
-    """A network, and the pieces that it was cut into, with weights and BatchNorm statistics that no two of them share."""
+    """A network, and the channel groups that it was cut into, with weights and BatchNorm statistics that no two of them share."""
     torch.manual_seed(0)
     whole, *nets = (MODELS[name](shape, 5, width=width, piece=piece) for piece in [(0, 1), *((i, n) for i in range(n))])
     for net in nets:
@@ -43,7 +43,7 @@ def problem(model="lenet", **settings):
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(1, 17, 19), (2, 9, 8, 11)])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_composed_network_says_the_mean_of_what_its_pieces_say(name, shape, n):
+def test_the_composed_network_gives_the_mean_of_its_groups(name, shape, n):
     whole, nets = cut(name, shape, n)
     compose(whole, nets)
     x = torch.randn(7, *shape)
@@ -56,27 +56,27 @@ def test_the_composed_network_says_the_mean_of_what_its_pieces_say(name, shape, 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pieces_do_not_talk_until_the_composed_network_is_trained(name):
+def test_groups_are_not_connected_until_the_composed_network_is_trained(name):
     whole, nets = cut(name, (1, 12, 12), 3)
     compose(whole, nets)
-    silent = [layer for layer in whole.modules() if isinstance(layer, torch.nn.Conv2d)][1].weight
-    owner = [torch.arange(channels) % 3 for channels in silent.shape[:2]]
+    weight = [layer for layer in whole.modules() if isinstance(layer, torch.nn.Conv2d)][1].weight
+    owner = [torch.arange(channels) % 3 for channels in weight.shape[:2]]
     between = owner[0][:, None] != owner[1][None]
-    assert not silent[between].any() and silent[~between].all()
+    assert not weight[between].any() and weight[~between].all()
     torch.nn.functional.cross_entropy(whole(torch.randn(20, 1, 12, 12)), torch.arange(20) % 5).backward()
-    assert silent.grad[between].any()
+    assert weight.grad[between].any()
 
 
-def test_the_baseline_is_composed_of_its_pieces_and_trained_on(train, tmp_path):
+def test_the_baseline_is_composed_of_its_groups_and_trained_on(train, tmp_path):
     a_problem = problem(model_args={"width": 0.3})
     joined = train(a_problem, (1, 3), epochs=2, baselines=["global", "width"])
     assert checkpoints.versions(tmp_path / "joined" / "channel-groups") == [0, 1, 2]
     settings = {"epochs": 2, "patience": None}
     indices = a_problem.train_indices(), a_problem.score_indices()
     by_hand, nets = a_problem.build(SEED), []
-    for number, piece in enumerate(channel_groups(a_problem, 3)):
-        nets.append(piece.build(seed := subnet_seed(SEED, number)))
-        fit(piece, nets[-1], *indices, **settings, seed=seed)
+    for number, group in enumerate(channel_groups(a_problem, 3)):
+        nets.append(group.build(seed := subnet_seed(SEED, number)))
+        fit(group, nets[-1], *indices, **settings, seed=seed)
     compose(by_hand, nets)
     fit(a_problem, by_hand, *indices, **settings, seed=SEED)
     found = joined.baselines["width"].state_dict()
@@ -85,13 +85,13 @@ def test_the_baseline_is_composed_of_its_pieces_and_trained_on(train, tmp_path):
     rows = table.loc[["global CNN", "width decomposition (Gu et al.)"]]
     same = ["parameters", "multiply_adds"]
     assert (rows[same].iloc[0] == rows[same].iloc[1]).all() and list(rows.epochs) == [2, 4]
-    assert rows.wall_s.iloc[1] > rows.seconds.iloc[1] > 0  # three pieces on two workers take longer than the longest of them
+    assert rows.wall_s.iloc[1] > rows.seconds.iloc[1] > 0  # three groups on two workers take longer than the longest of them
     images = a_problem.dataset.raw(a_problem.test_indices(), "test")
     again = labkit.load_subnets(tmp_path / "joined")
     assert np.array_equal(joined.scores(images, "width"), again.scores(images, "width")) and again.table().equals(table)
 
 
-def test_a_piece_can_be_cut_again():
+def test_a_group_can_be_cut_again():
     whole = problem(model_args={"width": 0.3})  # 10, 19 and 77 channels
     half = channel_groups(whole, 2)[1]
     thirds = [net.build(0) for net in channel_groups(half, 3)]

@@ -1,4 +1,4 @@
-"""Cutting and putting together: parts cover everything, weights sum to 1, overlap 0 is bit for bit the image."""
+"""Cutting and putting together: subdomains cover everything, weights sum to 1, overlap 0 is bit for bit the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES = [
 
 
 def weights(decomposition, shape):
-    """For each part how much of each of its pixels counts: one over the number of parts that hold the pixel."""
+    """For each subdomain how much of each of its pixels counts: one over the number of subdomains that hold the pixel."""
     held = np.zeros(shape[1:])
     for window in decomposition.windows(shape):
         held[window] += 1
@@ -27,12 +27,12 @@ def weights(decomposition, shape):
 
 
 def assemble(decomposition, parts, shape):
-    """Put parts (..., C, h, w) together to (..., C, H, W), bit for bit what was cut; overlaps as weighted means."""
+    """Put subdomains (..., C, h, w) together to (..., C, H, W), bit for bit what was cut; overlaps as weighted means."""
     windows = decomposition.windows(shape)
     whole = np.empty((*parts[0].shape[: -len(shape)], *shape), np.float64)
     for part, window in zip(parts, windows, strict=True):
         whole[(..., *window)] = part
-    off = np.zeros_like(whole)  # from what is there already: nothing, and exactly so, where the parts agree
+    off = np.zeros_like(whole)  # from what is there already: nothing, and exactly so, where the subdomains agree
     for part, window, weight in zip(parts, windows, weights(decomposition, shape), strict=True):
         off[(..., *window)] += (part - whole[(..., *window)]) * weight
     return (whole + off).astype(parts[0].dtype)
@@ -45,7 +45,7 @@ def image(shape, n=3, dtype=np.float32):
 
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize(("shape", "grid", "overlap"), CASES)
-def test_parts_cover_every_pixel_and_the_weights_sum_to_one(shape, grid, overlap, border):
+def test_subdomains_cover_every_pixel_and_the_weights_sum_to_one(shape, grid, overlap, border):
     decomposition = Decomposition(grid, overlap, border=border)
     windows, shares = decomposition.windows(shape), weights(decomposition, shape)
     assert len(windows) == len(shares) == decomposition.n_parts == len(set(map(str, windows)))
@@ -63,7 +63,7 @@ def test_parts_cover_every_pixel_and_the_weights_sum_to_one(shape, grid, overlap
 
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize(("shape", "grid", "most"), CASES)
-def test_parts_reassemble_the_input_bit_for_bit(shape, grid, most, border):
+def test_subdomains_reassemble_the_input_bit_for_bit(shape, grid, most, border):
     for dtype, overlap in itertools.product([np.uint8, np.int16, np.float32, np.float64], {0, most}):
         x, decomposition = image(shape, dtype=dtype), Decomposition(grid, overlap, border=border)
         whole = assemble(decomposition, decomposition.cut(x), shape)
@@ -71,7 +71,7 @@ def test_parts_reassemble_the_input_bit_for_bit(shape, grid, most, border):
 
 
 @pytest.mark.parametrize(("shape", "grid", "overlap"), CASES)
-def test_equal_parts_have_one_shape_and_share_at_least_twice_the_overlap(shape, grid, overlap):
+def test_equal_subdomains_have_one_shape_and_share_at_least_twice_the_overlap(shape, grid, overlap):
     decomposition = Decomposition(grid, overlap)
     assert len(set(decomposition.shapes(shape))) == 1
     for axis, slices in enumerate(decomposition._axes(shape)):
@@ -89,7 +89,7 @@ def test_the_border_rules_differ_where_they_should():
     assert Decomposition((1, 1), 4).windows(shape) == [whole]  # there is no neighbour to reach into
 
 
-def test_parts_are_views_of_arrays_and_tensors_alike():
+def test_subdomains_are_views_of_arrays_and_tensors_alike():
     x = image((2, 9, 9))
     parts = Decomposition((2, 3), 1).cut(x)
     assert all(np.shares_memory(part, x) for part in parts)
@@ -110,9 +110,9 @@ def test_it_is_its_settings():
 @pytest.mark.parametrize(
     ("arguments", "shape", "message"),
     [
-        (((9, 2), 0), (1, 8, 8), r"9 parts along axis 0, which has 8 pixels .* Use at most 8"),
-        (((2, 4), 3), (1, 8, 8), r"an overlap of 3 along axis 1 is too much for 4 parts of 2 pixels"),
-        (((1, 8), 1), (1, 8, 8), r"an overlap of 1 along axis 1 is too much for 8 parts of 1 pixels .* see the same"),
+        (((9, 2), 0), (1, 8, 8), r"9 subdomains along axis 0, which has 8 pixels .* Use at most 8"),
+        (((2, 4), 3), (1, 8, 8), r"an overlap of 3 along axis 1 is too much for 4 subdomains of 2 pixels"),
+        (((1, 8), 1), (1, 8, 8), r"an overlap of 1 along axis 1 is too much for 8 subdomains of 1 pixels .* see the same"),
         (((2, 2), 0), (1, 8, 8, 8), r"cuts images \(C, H, W\), and the data have shape \(1, 8, 8, 8\)"),
         (((2, 2, 2), 0), (1, 8, 8), r"cuts volumes \(C, D, H, W\), and the data have shape \(1, 8, 8\)"),
         (((2, 2), 0), (64,), "the data have shape"),
@@ -128,7 +128,7 @@ def test_a_grid_that_does_not_fit_says_why(arguments, shape, message):
     [
         (((2, 2), -1), ValueError, "overlap=-1 must be at least 0"),
         (((2, 2), (0, -2)), ValueError, "overlap=-2 must be at least 0"),
-        (((2, 2), 1.5), TypeError, "overlap=1.5 must be a whole number of pixels"),
+        (((2, 2), 1.5), TypeError, "overlap=1.5 must be a whole number"),
         (((2, 2), (1, 2, 3)), ValueError, "3 entries for 2 axes"),
         (((0, 2),), ValueError, "grid=0 must be at least 1"),
         ((4,), TypeError, r"grid=4 must have 2 entries .* or 3"),

@@ -23,7 +23,7 @@ def test_predictions_are_the_same_after_the_way_to_disk(inputs, model, train, tm
     joined = train(a_problem, Decomposition((2, 2), 1), inputs=inputs, baselines=["transfer", "small"], epochs=1)
     test = a_problem.test_indices()
     images, answers = a_problem.dataset.raw(test, "test"), a_problem.dataset.labels("test")[test]
-    for again in (labkit.load_subnets(tmp_path / "joined"), labkit.load_subnets(joined.save(tmp_path / "new" / "place"))):
+    for again in (labkit.load_subnets(tmp_path / "joined"), labkit.load_subnets(joined.save(tmp_path / "new" / "folder"))):
         for by, model in (NAMES | {baseline: BASELINES[baseline] for baseline in ("small", "transfer")}).items():
             assert np.array_equal(joined.scores(images, by), again.scores(images, by))
             assert (again.predict(images, by) == answers).mean() == pytest.approx(again.table().accuracy[model])
@@ -95,7 +95,7 @@ def test_a_model_of_a_notebook_is_given_again(train, tmp_path):
 
 def test_images_of_another_shape_are_refused(train):
     joined = train(epochs=1, baselines=["small"])
-    with pytest.raises(ProblemError, match=r"images of shape \(3, 8, 8\) were given; these subnets take \(n, 1, 8, 8\)"):
+    with pytest.raises(ProblemError, match=r"images of shape \(3, 8, 8\) were given; these subnets need \(n, 1, 8, 8\)"):
         joined.predict(np.zeros((3, 8, 8)))
     for wrong in (np.full((3, 1, 8, 8), np.nan), np.full((3, 1, 8, 8), "a"), np.full((3, 1, 8, 8), None)):
         with pytest.raises(ProblemError, match=r"images of .* were given that are not all finite numbers"):

@@ -61,7 +61,7 @@ def test_a_batch_of_subnets_learns_what_each_learns_alone(model, settings):
     a_problem = problem(model, data=data(100, shape=(1, 16, 16)), model_args={"width": 0.5}, **settings)
     problems, seeds = parts_of(a_problem, "held-out")[:3], [3, 4, 5]
     build = [[one.build(seed) for one, seed in zip(problems, seeds, strict=True)] for _ in range(2)]
-    together = fit_together(problems, build[0], seeds=seeds, epochs=2, patience=None)
+    together = fit_together(problems, build[0], seeds=seeds, epochs=2, patience=None, each=[lambda *now: False] * 3)
     for one, seed, stacked, module, found in zip(problems, seeds, *build, together, strict=True):
         start = {name: value.clone() for name, value in module.state_dict().items()}
         done = fit(one, module, one.train_indices(), one.score_indices(), epochs=2, patience=None, seed=seed)
@@ -105,7 +105,7 @@ def test_batches_have_one_shape_and_leave_no_worker_without(train, lab, monkeypa
     ("model", "reason"),
     [(branching, "RuntimeError: .*data-dependent control flow.*"), (remembering, r"its logits differ there by up to [\d.]+\.")],
 )
-def test_a_model_that_cannot_be_batched_says_so(model, reason, train, tmp_path):
+def test_a_model_that_cannot_be_batched_is_refused(model, reason, train, tmp_path):
     with pytest.raises(
         ProblemError, match=f"part 0 of .*{model.__name__}.* cannot be .* a batch of subnets: {reason} Leave out batched"
     ):
@@ -113,6 +113,6 @@ def test_a_model_that_cannot_be_batched_says_so(model, reason, train, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_one_of_a_batch_that_diverges_says_so(train):
+def test_one_of_a_batch_that_diverges_is_an_error(train):
     with pytest.raises(ProblemError, match=r"part \d of Decomposition.*: the loss is (nan|inf) after epoch .* Give a smaller lr"):
         train(problem("lenet", lr=1e6), batched=4)

@@ -40,21 +40,23 @@ def test_progress_is_a_line_for_each(train, capsys):
 
 
 @pytest.mark.parametrize("way", [{"patience": 30}, {"batched": 2}, {"team": {"n_workers": 1}}])
-def test_long_subnets_tell_their_epochs_now_and_then(way, train, capsys, monkeypatch):
+def test_long_subnets_report_their_epochs_now_and_then(way, train, capsys, monkeypatch):
     monkeypatch.setattr(progress, "BAR_S", 0.01)
     monkeypatch.setattr(progress, "EVERY_S", 0.01)
-    train(problem(data=data(300)), (1, 2), progress=True, epochs=30, **way)
+    joined = train(problem(data=data(300)), (1, 2), progress=True, epochs=30, **way)
+    if "team" in way:
+        assert set(joined.parts().worker) == {"0", "1"}  # disjoint blocks, at the same time
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  part ")]
-    loss = r"(, loss \d+\.\d{3})?" if "team" in way else r", loss \d+\.\d{3}"  # a worker that has just begun has none to tell
+    loss = r"(, loss \d+\.\d{3})?" if "team" in way else r", loss \d+\.\d{3}"  # a worker that has just begun has none yet
     score = r", score [01]\.\d{3}" if "patience" in way else ""
     for part in (0, 1):
-        told = [re.fullmatch(rf"  part {part}: epoch (\d+) of 30{loss}{score}.*", line) for line in lines]
-        epochs = [int(match[1]) for match in told if match]
+        matches = [re.fullmatch(rf"  part {part}: epoch (\d+) of 30{loss}{score}.*", line) for line in lines]
+        epochs = [int(match[1]) for match in matches if match]
         assert epochs == sorted(set(epochs)) and 1 <= len(epochs) <= 30 and 1 <= epochs[0] <= epochs[-1] <= 30
         assert len(epochs) == sum(f"part {part}:" in line for line in lines), [x for x in lines if "loss" not in x]
 
 
-def test_in_a_notebook_a_bar_tells_how_far_the_subnets_are(train, capsys, monkeypatch):
+def test_in_a_notebook_a_bar_shows_how_far_the_subnets_are(train, capsys, monkeypatch):
     shown = []
     monkeypatch.setenv("LABKIT_PLOTS", "interactive")
     monkeypatch.setattr("IPython.display.display", shown.append)
@@ -78,14 +80,14 @@ def test_workers_do_not_go_on_with_what_nobody_waits_for(batched, train, lab):
     assert (again.parts().epochs == 3).all() and lab.map(abs, [-1, -2], timeout=20) == [1, 2]
 
 
-def test_a_folder_taken_by_another_training_is_no_more_one_s_own(train, lab, tmp_path, monkeypatch):
-    def taken(*given, **options):
+def test_a_folder_that_another_training_has_replaced_is_not_written_to(train, lab, tmp_path, monkeypatch):
+    def replacing(*given, **options):
         (tmp_path / "joined").rename(tmp_path / "other")
         (tmp_path / "joined" / "parts" / "checkpoints").mkdir(parents=True)
         return report(*given, **options)
 
     report = subnets.report
-    monkeypatch.setattr(subnets, "report", taken)
-    with pytest.raises(RunError, match=r"taken by another training of the same name\. Give each its own: name="):
+    monkeypatch.setattr(subnets, "report", replacing)
+    with pytest.raises(RunError, match=r"replaced by another training of the same name\. Give each its own: name="):
         train(grid=(1, 1))
     assert not list((tmp_path / "joined" / "parts" / "checkpoints").iterdir()) and lab.free() == [0, 1]

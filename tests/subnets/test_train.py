@@ -1,4 +1,4 @@
-"""Networks trained in parts: one part is plain training, no worker matters, nothing is lost, and what is saved comes back."""
+"""Subnets: one subdomain is plain training, no worker matters, nothing is lost, and what is saved comes back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from labkit.models.costs import n_parameters
 from labkit.problems.splits import folds
 from labkit.runs import checkpoints
 from labkit.subnets import train as subnets
-from labkit.subnets.coarse import STACKING
 from labkit.subnets.decomposition import Decomposition
 from labkit.subnets.problem import Subnet, subnet_seed
 from labkit.subnets.result import BASELINES
@@ -25,6 +24,7 @@ from labkit.training.local import fit, outputs
 from tests.subnets.helpers import SEED, data, net, parts_of, problem, same, weights
 
 pytestmark = pytest.mark.usefixtures("cache")
+LENGTH = subnets.LENGTH
 
 
 def stiff(shape, n_classes):
@@ -50,9 +50,8 @@ def leftover(shape, n_classes, width=1.0):
 # -- what must hold ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["lenet", net])
-def test_one_part_is_plain_training_bit_for_bit(model, train, lab, tmp_path):
-    a_problem = problem(model, model_args={"width": 0.25})
+def test_one_subdomain_is_plain_training_bit_for_bit(train, lab, tmp_path):
+    a_problem = problem("lenet", model_args={"width": 0.25})
     joined = train(a_problem, (1, 1), stacking="same-split")
     plain = {"update": "sgwu", "partition": "udpa", "passes": 3, "seed": SEED, "workers": [0]}
     run = labkit.train(a_problem, lab, **plain, name="plain", runs=tmp_path).wait(60)
@@ -74,7 +73,7 @@ def test_workers_and_their_number_do_not_matter_and_the_seed_does(train):
     assert subnet_seed(SEED, 0) == SEED and len({subnet_seed(SEED, part) for part in range(64)}) == 64
 
 
-def test_the_coarse_network_learns_from_what_the_subnets_have_not_seen(train):
+def test_the_coarse_network_learns_from_what_the_subnets_have_not_seen():
     a_problem = problem()
     everything = sorted(a_problem.train_indices())
     part = parts_of(a_problem, "held-out")[3]
@@ -82,18 +81,15 @@ def test_the_coarse_network_learns_from_what_the_subnets_have_not_seen(train):
     assert sorted([*fitted, *stack]) == everything and 0.15 < len(stack) / len(everything) < 0.25
     assert set(a_problem.labels(stack)) == {0, 1, 2} and not set(everything) & set(a_problem.score_indices())
     first = parts_of(a_problem, "held-out")[0]
-    assert np.array_equal(first.train_indices(), fitted) and np.array_equal(first.stack_indices(), stack)  # all parts the same
+    assert np.array_equal(first.train_indices(), fitted) and np.array_equal(first.stack_indices(), stack)  # the same for all
     for way in ("same-split", "out-of-fold"):
         assert np.array_equal(parts_of(a_problem, way)[3].train_indices(), a_problem.train_indices())
     assert np.array_equal(parts_of(a_problem, "same-split")[3].stack_indices(), a_problem.train_indices())
-    sent = {way: train(stacking=way).summary()["bytes_to_coarse"] for way in STACKING}
-    assert sent["same-split"] - sent["held-out"] == len(fitted) * 4 * 3 * 4  # samples x parts x classes x float32
-    assert sent["out-of-fold"] == sent["same-split"]
 
 
 @pytest.mark.parametrize("way", [{}, {"batched": 3}])
 def test_out_of_fold_each_sample_is_judged_by_a_copy_that_has_not_seen_it(way, train, tmp_path):
-    """Copies train on two thirds; the subnet itself on all, as with the same split; what the copies say is what is stacked."""
+    """Copies train on two thirds; the subnet itself on all, as with the same split; the outputs of the copies are stacked."""
     a_problem = problem()
     joined, plain = train(a_problem, stacking="out-of-fold", **way), train(a_problem, stacking="same-split", name="plain", **way)
     for own, other in zip(joined.module.subnets.parameters(), plain.module.subnets.parameters(), strict=True):
@@ -101,14 +97,19 @@ def test_out_of_fold_each_sample_is_judged_by_a_copy_that_has_not_seen_it(way, t
     everything = a_problem.train_indices()
     of = folds(a_problem.labels(everything), 3)
     part = Subnet.of(a_problem, joined.decomposition, 2, stacking="out-of-fold")
-    copies = [part.without(fold) for fold in range(3)]
+    copies = part.copies()
     assert sorted(np.concatenate([copy.stack_indices() for copy in copies])) == sorted(everything)
     assert all(not set(copy.stack_indices()) & set(copy.train_indices()) for copy in copies) and not len(part.stack_indices())
     module = part.build(subnet_seed(SEED, 2))
     fit(part, module, everything[of != 1], part.score_indices(), epochs=3, patience=None, seed=subnet_seed(SEED, 2))
-    kept = checkpoints.read_state(tmp_path / "joined" / "parts", copies[1].number)[1]["outputs"]["stack"]
-    np.testing.assert_allclose(kept, outputs(part, module, everything[of == 1]), rtol=1e-4, atol=1e-5)
+    stored = checkpoints.read_state(tmp_path / "joined" / "parts", copies[1].number)[1]["outputs"]["stack"]
+    np.testing.assert_allclose(stored, outputs(part, module, everything[of == 1]), rtol=1e-4, atol=1e-5)
     assert (joined.parts().folds_s > 0).all() and (plain.parts().folds_s == 0).all()
+    held_out = train(name="held-out", **way)
+    sent = {each.config["stacking"]: each.summary()["bytes_to_coarse"] for each in (joined, plain, held_out)}
+    fitted = parts_of(a_problem, "held-out")[0].train_indices()
+    assert sent["same-split"] - sent["held-out"] == len(fitted) * 4 * 3 * 4  # samples x subdomains x classes x float32
+    assert sent["out-of-fold"] == sent["same-split"]
 
 
 def test_the_longest_subnets_start_first(train, lab, monkeypatch):
@@ -147,11 +148,11 @@ def test_volumes_are_cut_too(train):
     assert joined.predict(volumes.dataset.raw(np.arange(3), "test")).shape == (3,)
 
 
-# -- teams -------------------------------------------------------------------------------------------------------------
+# -- blocks of workers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stacking", ["held-out", pytest.param("same-split", marks=pytest.mark.slow)])
-def test_a_team_of_one_is_a_worker_alone_bit_for_bit(stacking, train, tmp_path):
+def test_a_block_of_one_is_a_worker_alone_bit_for_bit(stacking, train, tmp_path):
     a_problem, options = problem("lenet", model_args={"width": 0.25}, schedule="cosine"), {"workers": [0], "stacking": stacking}
     team = {"n_workers": 1, "partition": "udpa", "update": "sgwu"}
     alone, together = train(a_problem, (1, 2), **options), train(a_problem, (1, 2), team=team, **options)
@@ -163,7 +164,8 @@ def test_a_team_of_one_is_a_worker_alone_bit_for_bit(stacking, train, tmp_path):
     assert same(run.weights(), {name: value.numpy() for name, value in together.module.subnets[1].state_dict().items()})
 
 
-def test_teams_train_with_any_partition_and_update(train, lab, tmp_path):
+def test_blocks_train_with_any_partition_and_update(train, lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(subnets, "LENGTH", LENGTH)  # the accuracy counts here
     a_problem, team = problem(data=data(600)), {"partition": "idpa", "update": "agwu", "local_steps": 4}
     joined = train(a_problem, (1, 2), epochs=8, team=team, baselines=["transfer"])
     parts, summary = joined.parts(), joined.summary()
@@ -178,12 +180,7 @@ def test_teams_train_with_any_partition_and_update(train, lab, tmp_path):
     assert np.array_equal(again.scores(images), joined.scores(images)) and again.parts().equals(joined.parts())
 
 
-def test_teams_are_disjoint_and_work_at_the_same_time(train, lab):
-    joined = train(grid=(1, 3), team={"n_workers": 1})
-    assert set(joined.parts().worker) == {"0", "1"} and list(joined.parts().index) == [0, 1, 2]
-
-
-def test_an_interrupt_stops_the_teams(train, lab, tmp_path, monkeypatch):
+def test_an_interrupt_stops_the_blocks(train, lab, tmp_path, monkeypatch):
     launch = subnets.launch
 
     def launch_once(*arguments, **options):
@@ -198,33 +195,19 @@ def test_an_interrupt_stops_the_teams(train, lab, tmp_path, monkeypatch):
     assert not lab.runs and lab.free() == [0, 1]
 
 
-def test_teams_that_take_too_long_are_stopped(train, lab, tmp_path):
+def test_blocks_that_take_too_long_are_stopped(train, lab, tmp_path):
     with pytest.raises(ClusterError, match=r"4 of 4 runs were not done within 2 s; they were stopped"):
         train(epochs=10_000, team={}, timeout=2)
     assert labkit.load_run(tmp_path / "joined" / "parts" / "joined-part-0").state == "stopped" and not lab.runs
 
 
-def test_a_team_that_fails_says_why(train, lab):
+def test_why_a_block_failed_is_in_the_error(train, lab):
     with pytest.raises(LabError, match=r"run joined-part-\d failed: .* its weights hold NaN or infinity. Lower the learning rate"):
         train(problem(lr=1e30), team={}, epochs=5)
     assert not lab.runs and lab.free() == [0, 1]
 
 
-@pytest.mark.parametrize("lost", [[1], [0, 1]])
-def test_lost_workers_are_in_no_team(lost, train, lab, monkeypatch):
-    def losing(*arguments, begin=subnets.run_on_blocks, **options):  # just before the first run
-        monkeypatch.setattr(lab, "lost", lambda: lost)
-        return begin(*arguments, **options)
-
-    monkeypatch.setattr(subnets, "run_on_blocks", losing)
-    if lost == [1]:
-        assert list(train(grid=(1, 2), team={"n_workers": 1}).parts().worker) == ["0", "0"]
-    else:
-        with pytest.raises(ClusterError, match="every worker of this lab is lost"):
-            train(team={"n_workers": 1})
-
-
-def test_a_training_that_diverges_says_so(train):
+def test_a_training_that_diverges_is_an_error(train):
     with pytest.raises(ProblemError, match=r"part \d of Decomposition.*: the loss is (nan|inf) after epoch .* Give a smaller lr"):
         train(problem("lenet", lr=1e6), (1, 2))
 
@@ -235,7 +218,7 @@ def test_a_training_that_diverges_says_so(train):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"grid": (9, 1)}, ProblemError, "9 parts along axis 0, which has 8 pixels"),
+        ({"grid": (9, 1)}, ProblemError, "9 subdomains along axis 0, which has 8 pixels"),
         ({"grid": (2, 2, 2)}, ProblemError, r"cuts volumes \(C, D, H, W\), and the data have shape \(1, 8, 8\)"),
         ({"width_rule": "sqr"}, ValueError, r"width_rule='sqr' is not known. Known: sqrt, linear, same. Did you mean 'sqrt'\?"),
         ({"stacking": "out"}, ValueError, "stacking='out' is not known. Known: held-out, out-of-fold, same-split"),
@@ -268,7 +251,7 @@ def test_senseless_requests_start_nothing(change, error, message, train, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_what_does_not_fit_says_why(train, tmp_path):
+def test_what_does_not_fit_is_an_error_that_names_it(train, tmp_path):
     with pytest.raises(
         ProblemError, match=r"part 0 of Decomposition\(\(2, 2\), overlap=0\): vgg9 does not fit .* layer pool3 would"
     ):
