@@ -21,9 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import labkit
+from labkit.cluster.connect import connect
+from labkit.data import open_dataset
 from labkit.errors import LabError, SweepError
 from labkit.experiments.demo import demo
+from labkit.experiments.notebook import parameters
+from labkit.experiments.sweep import summary, sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     table = commands.add_parser("summary", help="print the table of a sweep")
     table.add_argument("out", metavar="DIR", help="folder of the runs")
-    table.set_defaults(run=lambda options: _print(labkit.summary(options.out)))
+    table.set_defaults(run=lambda options: _print(summary(options.out)))
 
     commands.add_parser("doctor", help="show what this machine has").set_defaults(run=lambda options: doctor())
     return parser
@@ -85,13 +88,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    grid = parse_grid(options.grid, {p.name: p.type for p in labkit.parameters(options.notebook)})
+    grid = parse_grid(options.grid, {p.name: p.type for p in parameters(options.notebook)})
     settings = {name: getattr(options, name) for name in ("out", "parallel", "timeout", "retry_failed", "fresh")}
     if options.kind is None and options.n_workers is None:
-        table = labkit.sweep(options.notebook, grid, **settings)
+        table = sweep(options.notebook, grid, **settings)
     else:
-        with labkit.connect(options.kind, options.n_workers) as lab:
-            table = labkit.sweep(options.notebook, grid, lab=lab, **settings)
+        with connect(options.kind, options.n_workers) as lab:
+            table = sweep(options.notebook, grid, lab=lab, **settings)
     return _print(table)
 
 
@@ -195,12 +198,12 @@ def _torch() -> str:
 
 
 def _fashion() -> str:
-    data = labkit.open_dataset("fashion-mnist")
+    data = open_dataset("fashion-mnist")
     return f"{data.n_train:,} training samples from {data.path}" + (f" ({data.note})" if data.note else "")
 
 
 def _lab() -> str:
-    with labkit.connect("threads", 1, timeout=30) as lab:
+    with connect("threads", 1, timeout=30) as lab:
         return f"starts, and answers {lab.map(abs, [-1], timeout=30)[0]}"
 
 

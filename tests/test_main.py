@@ -12,7 +12,6 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-import labkit
 from labkit import __main__ as cli
 from labkit.__main__ import main, parse_grid
 from labkit.errors import SweepError
@@ -45,7 +44,7 @@ def test_a_wrong_request_is_a_line_and_exit_code_2(notebook, capsys):
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch, capsys, notebook):
-    monkeypatch.setattr(labkit, "sweep", lambda *_, **__: signal.default_int_handler(signal.SIGTERM, None))
+    monkeypatch.setattr(cli, "sweep", lambda *_, **__: signal.default_int_handler(signal.SIGTERM, None))
     assert main(["sweep", str(notebook)]) == 130
     assert "goes on from here" in capsys.readouterr().err
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labkit.errors import SweepError
+from labkit.experiments.sweep import sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,8 +39,6 @@ def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
 
     Writes `table.csv` and `curves.png` to `out`. Returns 0, or 1 when a run failed.
     """
-    from labkit.experiments.sweep import sweep
-
     notebook = Path(__file__).resolve().parents[2] / "notebooks" / "03-update-the-weights.ipynb"
     if not notebook.is_file():
         raise SweepError(f"the demo needs {notebook}, which comes with the repository: clone it, and `pip install -e .`")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from labkit.experiments import sweep as sweeps
 from labkit.experiments.demo import DEMO_COLUMNS, STRATEGIES, demo, label, verdict
 
 
@@ -51,7 +50,8 @@ def test_the_verdict_copes_without_results():
 def test_the_demo_writes_its_table_and_ends_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("runs/demo").mkdir(parents=True)
-    monkeypatch.setattr(sweeps, "sweep", lambda notebook, grid, out, retry_failed: results([48.0, 40.0, 30.0, 21.0, "failed"]))
+    table = results([48.0, 40.0, 30.0, 21.0, "failed"])
+    monkeypatch.setattr("labkit.experiments.demo.sweep", lambda notebook, grid, out, retry_failed: table)
     assert demo() == 1
     printed = capsys.readouterr()
     assert printed.out.endswith("sooner than SGWU + UDPA (48 s). Open runs/demo/n-3/notebook.ipynb.\n")

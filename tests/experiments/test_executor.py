@@ -61,8 +61,9 @@ FAILURES = {
 def test_a_failing_run_is_a_row_with_its_error_and_the_others_go_on(tmp_path):
     cell = f"FAILURES = {FAILURES!r}\nget_ipython().run_cell(FAILURES[strategy]).raise_error()"
     notebook = write(tmp_path / "n.ipynb", cell, REPORT + "report(run_dir, {'score': 1})")
-    table = sweep(notebook, {"strategy": list(FAILURES)}, out=tmp_path / "out", parallel=3, timeout=8)
-    table = table.set_index("strategy")
+    *failing, last = FAILURES
+    sweep(notebook, {"strategy": failing}, out=tmp_path / "out", parallel=4, timeout=8)
+    table = sweep(notebook, {"strategy": [*failing, last]}, out=tmp_path / "out").set_index("strategy")
     assert list(table["status"]) == ["failed"] * 4 + ["done"]
     assert table["error"]["error"] == "In [3]: ZeroDivisionError: division by zero"
     assert table["error"]["killed"].startswith("In [3]: DeadKernelError: Kernel died of SIGKILL")
