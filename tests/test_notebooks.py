@@ -27,7 +27,7 @@ TINY = {
     | {"updates": ["sgwu", "fedbuff"], "train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2},
     "06-scale-the-cluster": SMALL
     | {"train_samples": 300, "passes": 2.0, "local_steps": 4, "data_sizes": [500, 1000], "node_counts": [1, 4], "crowds": [4, 12]}
-    | {"rivals": [["sgwu", "idpa"]], "long": 2.0, "larger": [1, 100], "per_worker": 2},
+    | {"checked": [["sgwu", "idpa"]], "long": 2.0, "larger": [1, 100], "per_worker": 2},
     "07-kill-a-worker": SMALL
     | {"train_samples": 400, "test_samples": 100, "passes": 6.0, "local_steps": 4, "every": 0.2, "most": 2},
     "benchmarks/04-chaos": {"updates": ["sgwu", "agwu", "allreduce"], "passes": 8.0, "most": 5, "every": 1.0},
