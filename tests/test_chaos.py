@@ -220,7 +220,7 @@ def test_losses_measure_who_waited_for_whom():
     rows += [event(4.0, "leave", 1, "gone"), event(5.0, "regroup", 0), event(5.5, "release", 0)]  # an all-reduce, broken off
     rows += [event(6.0, "merge", 0) | {"samples": 30, "version": 1}, event(7.0, "leave", 0, "after the end")]
     events = pd.DataFrame(rows, columns=COLUMNS).assign(seq=range(len(rows)))
-    run = SimpleNamespace(events=events, config={"budget": 40})
+    run = SimpleNamespace(events=events, config=SimpleNamespace(budget=40))
     assert chaos.losses(run).left.tolist() == [40, 40] and chaos.losses(run)[["worker", "waited_s"]].to_numpy().tolist() == [
         [2, 2.1],
         [1, 2.4],
