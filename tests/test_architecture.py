@@ -79,10 +79,11 @@ def test_what_is_called_by_name_is_there():
     from labkit.training import train
     from labkit.training.server.coordinator import Coordinator
     from labkit.training.server.server import ServerSpec
+    from labkit.training.wire.protocol import Grant
     from labkit.training.worker.worker import WorkerSpec
 
     assert "overlap" in RunConfig.__dataclass_fields__ and RunConfig.load
     assert "config" in ServerSpec.__dataclass_fields__ and "config" in WorkerSpec.__dataclass_fields__
-    assert train.configure and train.launch and Coordinator.push and backend.Request
+    assert train.configure and train.launch and Coordinator.push and backend.Request and Grant
     for module in set(connect.BACKENDS.values()):
         assert callable(imported(f"{module}:check")) and callable(imported(f"{module}:open"))
