@@ -26,6 +26,7 @@ from .partition import IDPA as IDPA
 from .partition import UDPA as UDPA
 from .problems import Classifier as Classifier
 from .problems import Problem as Problem
+from .runs.record import compare as compare
 from .simulation.replay import replay as replay
 from .simulation.simulate import simulate as simulate
 from .subnets.decomposition import Decomposition as Decomposition
@@ -34,7 +35,6 @@ from .subnets.result import load_subnets as load_subnets
 from .subnets.train import train_subnets as train_subnets
 from .training.resume import resume as resume
 from .training.run import Run as Run
-from .training.run import compare as compare
 from .training.run import load_run as load_run
 from .training.train import train as train
 from .updates import AGWU as AGWU

@@ -28,8 +28,7 @@ import numpy as np
 import psutil
 
 from labkit.errors import ClusterError, LabError, RunError
-from labkit.runs import checkpoints, server_file
-from labkit.runs.analysis import audit, losses
+from labkit.runs import analysis, checkpoints, server_file
 from labkit.training.attach import watch
 
 if TYPE_CHECKING:
@@ -279,3 +278,26 @@ def _limit_files(run: Run, size: int) -> None:
     pid = _server(run)["pid"]
     _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (most if size < 0 else size, most))
+
+
+# -- what they have left behind ----------------------------------------------------------------------------------------
+
+
+def audit(run: Run) -> list[str]:
+    """What does not add up in the record of a run that has ended; an empty list is what one hopes for.
+
+    All samples of the budget were merged, each merge has its push, versions and events are numbered without holes, and the newest
+    checkpoint holds the last version and every sample exactly once.
+    """
+    return analysis.audit(run.path, run.events, run.config)
+
+
+def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
+    """How long a lost worker kept the others waiting: a row for each loss, with seconds, worker, message, waited_s and left.
+
+    waited_s is the longest wait that the loss found among the others: from their push or join, or from the start of a pass that the
+    loss has broken off (all-reduce), to their next release. With the `faults` of a storm none begins before the fault itself.
+    Waiting that the barrier would have asked for anyhow is in it. left says how many samples of the budget were not merged yet:
+    when all of them are handed out, the others wait for those of the lost worker under any update.
+    """
+    return analysis.losses(run.events, run.config, faults)

@@ -183,7 +183,7 @@ def test_a_run_is_not_disturbed_by_mutated_messages(n, tmp_path, cache):
         run = labkit.train(problem, lab, name="disturbed", **settings)
         try:
             until(lambda: run.status().get("started"))
-            address, secret, server = run._session.address, run._session.spec.secret, psutil.Process(run._session.server.pid)
+            address, secret, server = run._follower.address, run._follower.spec.secret, psutil.Process(run._follower.server.pid)
             threads, sizes = server.num_threads(), []
 
             def attack(number):

@@ -21,7 +21,7 @@ from labkit.runs.events import Tail
 if TYPE_CHECKING:
     import holoviews as hv
 
-    from labkit.training.run import Run
+    from labkit.runs.record import RunRecord
 
 PERIOD_S = 0.5  # between two redraws
 ASKING_S = 3.0  # from a free kernel until the browser's figure listens
@@ -38,7 +38,7 @@ class Seen(NamedTuple):
     workers: frozenset[int]  # who is here, or was to the end
 
 
-def live(run: Run, timeout: float = 86400) -> hv.Layout:
+def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
     """Score and samples/s of each worker, and how many are here, against time, until the run ends or `timeout` seconds have passed.
 
     Moves under "Run All" if the next cell leaves the kernel free: `await asyncio.to_thread(run.wait)`; after a cell
@@ -68,7 +68,7 @@ def live(run: Run, timeout: float = 86400) -> hv.Layout:
 class Watch:
     """Pushes and membership of a run so far; `look` takes in what was appended to its record since it was last called."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunRecord) -> None:
         self.tail = Tail(run.path)
         self.series: Series = {}
         self.here: list[tuple[float, int]] = []
@@ -106,7 +106,7 @@ class Watch:
             self.series[worker][-1] = (pushed, event["score"], rate)
 
 
-def _feed(run: Run, watch: Watch, pipe: Any, free: threading.Event, timeout: float) -> None:
+def _feed(run: RunRecord, watch: Watch, pipe: Any, free: threading.Event, timeout: float) -> None:
     """Hand the figure what is new until the run ends; the state is read first, so that the last push is drawn too.
 
     What is sent before the browser has asked for the figure is lost, and a kernel hears it ask only when it is `free`.
@@ -127,7 +127,7 @@ def _feed(run: Run, watch: Watch, pipe: Any, free: threading.Event, timeout: flo
         time.sleep(PERIOD_S)
 
 
-def _scores(run: Run, seen: Seen) -> Any:
+def _scores(run: RunRecord, seen: Seen) -> Any:
     values = [points[-1][1] for worker, points in seen.series.items() if worker in seen.workers and not np.isnan(points[-1][1])]
     title = f"{run.label}: waiting for the first push"
     if values:
@@ -136,13 +136,13 @@ def _scores(run: Run, seen: Seen) -> Any:
     return _panel(run, seen.series, 1, title, canvas.caption([run]), "score of the worker", legend=False)
 
 
-def _rates(run: Run, seen: Seen) -> Any:
+def _rates(run: RunRecord, seen: Seen) -> Any:
     rates = [points[-1][2] for worker, points in seen.series.items() if worker in seen.workers]
     title = f"{sum(rates):,.0f} samples/s, all workers together" if rates else "Speed of the workers"
     return _panel(run, seen.series, 2, title, "", "speed (samples/s)")
 
 
-def _membership(run: Run, seen: Seen) -> Any:
+def _membership(run: RunRecord, seen: Seen) -> Any:
     """How many workers are here, as steps."""
     now = [(points[-1][0], len(seen.workers)) for points in seen.series.values()]
     at, counts = np.array([*seen.here, *sorted(now)[-1:]], float).reshape(-1, 2).T
@@ -156,7 +156,7 @@ def _membership(run: Run, seen: Seen) -> Any:
     )  # fmt: skip
 
 
-def _panel(run: Run, data: Series, column: int, title: str, note: str, ylabel: str, legend: bool = True) -> Any:
+def _panel(run: RunRecord, data: Series, column: int, title: str, note: str, ylabel: str, legend: bool = True) -> Any:
     """One line for each worker, also for one that has not pushed yet: the pieces of a live figure must not change."""
     workers = sorted(canvas.slowdowns(run)) or sorted(data)
     pieces, named = [], []

@@ -9,40 +9,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from labkit.plots import style as canvas
+from labkit.runs.analysis import intervals
 
 if TYPE_CHECKING:
     import holoviews as hv
     import pandas as pd
 
-    from labkit.training.run import Run
+    from labkit.runs.record import RunRecord
 
 MARKS = {"kill": 6, "freeze": 1, "thaw": 4, "drop": 3, "join": 0}  # a fault and the number of its marker
 HEIGHTS = (2.6, 1.4)  # of the accuracy; of the roster, and 0.45 for each worker (inches)
 
 
-def roster(run: Run) -> pd.DataFrame:
+def roster(run: RunRecord) -> pd.DataFrame:
     """Who was here when: columns worker, incarnation, start, end (s), message (why it was gone; "" for an ordinary end)."""
-    import pandas as pd
-
-    rows, here, now = [], {}, 0.0
-    for event in run.events[["kind", "worker", "incarnation", "seconds", "message"]].to_dict("records"):
-        now = event["seconds"] if np.isfinite(event["seconds"]) else now  # before the start the clock stands
-        if event["kind"] == "join":
-            here[int(event["worker"])] = int(event["incarnation"]), now
-        elif event["kind"] == "leave" and int(event["worker"]) in here:
-            worker = int(event["worker"])
-            rows.append((worker, *here.pop(worker), now, event["message"] if isinstance(event["message"], str) else ""))
-        elif event["kind"] == "resume":  # the server was killed, and everybody with it
-            rows += [(worker, *joined, now, "the server was gone.") for worker, joined in here.items()]
-            here = {}
-    rows += [(worker, *joined, now, "") for worker, joined in here.items()]
-    return pd.DataFrame(rows, columns=["worker", "incarnation", "start", "end", "message"])
+    table = intervals(run.events)
+    here = table.loc[table.kind == "here", ["worker", "incarnation", "start", "end", "message"]]
+    return here.astype({"incarnation": int}).reset_index(drop=True)
 
 
-def membership(run: Run, faults: pd.DataFrame | None = None) -> hv.Layout:
+def membership(run: RunRecord, faults: pd.DataFrame | None = None) -> hv.Layout:
     """Test accuracy over time, and under it who was here when; `faults` is the table of a `labkit.chaos.Storm`, drawn as marks.
 
     A tick begins each bar: a worker that was lost and came back is another incarnation. A run that still goes has no accuracy yet:

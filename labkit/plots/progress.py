@@ -11,10 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from labkit.training.run import Run
+from typing import Any
 
 EVERY_S = 5.0  # between two lines of a batch
 BAR_S = 0.5  # between two moves of the bar
@@ -41,30 +38,26 @@ def line(status: dict) -> str:
     return ", ".join(parts)
 
 
-def show(run: Run) -> None:
-    """See `Run.progress`."""
+def show(label: str, read: Callable[[], dict]) -> None:
+    """See `Run.progress`: `read()` says where the run with this label stands."""
     from labkit.plots.style import interactive
 
     if not interactive():
         last = 0.0
-        try:
-            while run.state == "running":
-                if time.monotonic() - last >= EVERY_S:
-                    print(f"{run.label}: {line(run.status())}", flush=True)
-                    last = time.monotonic()
-                time.sleep(0.1)
-        except KeyboardInterrupt:  # as in `Run.wait`
-            run.stop()
-            raise
-        print(f"{run.label}: {line(run.status())}", flush=True)
+        while (status := read())["state"] == "running":
+            if time.monotonic() - last >= EVERY_S:
+                print(f"{label}: {line(status)}", flush=True)
+                last = time.monotonic()
+            time.sleep(0.1)
+        print(f"{label}: {line(status)}", flush=True)
         return
     bar, text = _bar()
 
     def move() -> None:
         while True:
-            status = run.status()
+            status = read()
             bar.value = min(1.0, status.get("samples", 0) / (status.get("budget") or 1))
-            text.value = f"{run.label}: {line(status)}"
+            text.value = f"{label}: {line(status)}"
             if status["state"] != "running":
                 bar.bar_style = {"done": "success", "stopped": "warning"}.get(status["state"], "danger")
                 return

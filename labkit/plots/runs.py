@@ -17,13 +17,15 @@ import numpy as np
 
 from labkit.plots import style as canvas
 from labkit.plots.style import extension
+from labkit.runs import analysis
+from labkit.runs.analysis import crossing
 from labkit.runs.events import effective
 
 if TYPE_CHECKING:
     import holoviews as hv
     import pandas as pd
 
-    from labkit.training.run import Run
+    from labkit.runs.record import RunRecord
 
 AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
 BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness
@@ -35,7 +37,7 @@ SAME += ["jitter", "drift", "stalls", "exchange", "overlap", "scenario"]
 # -- over time ---------------------------------------------------------------------------------------------------------
 
 
-def curves(runs: Run | Sequence[Run], x: str = "seconds", target: float | None = None) -> hv.Overlay:
+def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: float | None = None) -> hv.Overlay:
     """Test accuracy against `x`, "seconds" or "samples" (of all workers together); one line for each setting.
 
     Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
@@ -83,18 +85,7 @@ def curves(runs: Run | Sequence[Run], x: str = "seconds", target: float | None =
     return canvas.finish(canvas.overlay(pieces), title, note, legend, xlabel=AXES[x], ylabel="test accuracy", ylim=ylim)
 
 
-def crossing(x: np.ndarray, y: np.ndarray, target: float) -> float:
-    """Where a polyline first reaches `target`; nan if it never does."""
-    above = np.flatnonzero(y >= target)
-    if not len(above):
-        return float("nan")
-    i = above[0]
-    if i == 0:
-        return float(x[0])
-    return float(x[i - 1] + (target - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
-
-
-def balance(runs: Run | Sequence[Run]) -> hv.Overlay:
+def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     """Mean T / max T of each local pass (T: seconds of one worker's pass) with the 0.95 that IDPA is held to.
 
     1 means that all workers take equally long, 1/m that one of m workers makes all others wait for ever.
@@ -131,7 +122,7 @@ def balance(runs: Run | Sequence[Run]) -> hv.Overlay:
 # -- one run, by worker ------------------------------------------------------------------------------------------------
 
 
-def segments(run: Run) -> pd.DataFrame:
+def segments(run: RunRecord) -> pd.DataFrame:
     """What each worker did when: columns worker, activity ("compute", "wait", "exchange"), start, end (s).
 
     A push ends compute_s + score_s of computing and the wait_s that its pass stood still (all-reduce; drawn at the end
@@ -139,40 +130,11 @@ def segments(run: Run) -> pd.DataFrame:
     wait_s of its next release, the time that the server held it; the rest until that release is exchange again, but for
     the hidden_s during which it went on computing.
     """
-    import pandas as pd
-
-    rows, events = [], run.events
-    events = events[events["worker"].notna() & events["seconds"].notna()]
-    for worker, own in events.groupby("worker"):
-        free = pushed = held = None  # seconds: went on, pushed, was told to wait
-        hidden = own.hidden_s[own.kind == "push"].shift(-1, fill_value=0.0).reindex(own.index)  # of the exchange before
-        times = dict.fromkeys(("compute_s", "score_s", "wait_s", "hidden_s"), 0)
-        for event in own.assign(hidden_s=hidden.ffill()).fillna(times).to_dict("records"):
-            now, spans = event["seconds"], []
-            if event["kind"] in ("join", "pull"):
-                free, pushed, held = now, None, None
-            elif event["kind"] == "push":
-                free = now if free is None else free
-                stood = max(free, now - event["wait_s"])
-                start = max(free, stood - event["compute_s"] - event["score_s"])
-                spans = [("exchange", free, start), ("compute", start, stood), ("wait", stood, now)]
-                free, pushed, held = None, now, None
-            elif event["kind"] == "hold":
-                held = now
-            elif event["kind"] == "release":
-                if pushed is not None:
-                    free = min(now, pushed + event["hidden_s"])
-                    go = min(now, free + event["wait_s"])
-                    spans = [("compute", pushed, free), ("wait", free, go), ("exchange", go, now)]
-                free, pushed, held = now, None, None
-            elif event["kind"] == "leave":
-                spans = [("wait", held, now)] if held is not None else []  # to the end
-                free, pushed, held = None, None, None
-            rows += [(int(worker), *span) for span in spans if span[2] > span[1]]
-    return pd.DataFrame(rows, columns=["worker", "activity", "start", "end"])
+    table = analysis.spans(run.events)
+    return table.loc[table.kind != "refill", ["worker", "activity", "start", "end"]].reset_index(drop=True)
 
 
-def timeline(run: Run) -> hv.Overlay:
+def timeline(run: RunRecord) -> hv.Overlay:
     """One row for each worker: when it computed, waited and exchanged weights; a tick above it: its push was merged."""
     extension()
     spans = segments(run)
@@ -208,7 +170,7 @@ def timeline(run: Run) -> hv.Overlay:
     )  # fmt: skip
 
 
-def staleness(runs: Run | Sequence[Run]) -> hv.Overlay:
+def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     """How stale the merges were, in versions: a histogram by worker for one run, by setting for several."""
     extension()
     runs = _as_runs(runs)
@@ -237,7 +199,7 @@ def staleness(runs: Run | Sequence[Run]) -> hv.Overlay:
     return canvas.columns(heights, names, title, canvas.caption(runs), xlabel="staleness (versions)", ylabel="merges")
 
 
-def weights(run: Run) -> hv.Overlay:
+def weights(run: RunRecord) -> hv.Overlay:
     """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples."""
     extension()
     events = effective(run.events)
@@ -279,16 +241,16 @@ def speed(frame: pd.DataFrame) -> hv.Overlay:
 # -- words and numbers -------------------------------------------------------------------------------------------------
 
 
-def _as_runs(runs: Run | Sequence[Run]) -> list[Run]:
+def _as_runs(runs: RunRecord | Sequence[RunRecord]) -> list[RunRecord]:
     runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
     if not runs:
         raise ValueError("there is no run to draw: pass a run, or a list of at least one.")
     return runs
 
 
-def _settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def _settings(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """Runs by what was set: those of one list differ in seed alone. One label for two settings gets the run's name."""
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[RunRecord]] = {}
     for run in runs:
         same = [[run.config[key] for key in SAME], canvas.slowdowns(run)]
         groups.setdefault((run.label, json.dumps(same, sort_keys=True, default=str)), []).append(run)
@@ -296,13 +258,13 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {label if labels.count(label) == 1 else f"{label} ({group[0].name})": group for (label, _), group in groups.items()}
 
 
-def _count(group: Sequence[Run], told: bool) -> str:
+def _count(group: Sequence[RunRecord], told: bool) -> str:
     """ ", 3 seeds" for a line of three runs; nothing where every line is one run, which the caption then says."""
     n, seeds = len(group), len({run.config.seed for run in group})
     return f", {n} {'seed' if seeds == n else 'run'}{'s' if n > 1 else ''}" if told else ""
 
 
-def _seeds(runs: Sequence[Run]) -> str:
+def _seeds(runs: Sequence[RunRecord]) -> str:
     return "1 seed" if len(runs) == len(_settings(runs)) else "line: median, band: lowest to highest"
 
 
@@ -313,7 +275,7 @@ def _median(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
     return at, np.median(every, axis=0), every.min(axis=0), every.max(axis=0)
 
 
-def _names(runs: Sequence[Run]) -> str:
+def _names(runs: Sequence[RunRecord]) -> str:
     return ", ".join(run.name for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
 
 

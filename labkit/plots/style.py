@@ -1,9 +1,9 @@
-"""How a figure of labkit is drawn: the back end, the look, and the few pieces that figures are made of.
+"""How a figure of labkit is drawn: the back end, the look, and the few elements that figures are made of.
 
 Every figure is made of HoloViews elements that carry their options for both back ends: bokeh where somebody can move
 the picture, matplotlib where a picture is kept. Importing this module loads neither; the first figure does.
 
-Used by `labkit.plots.runs`; `extension` and `save` are public through `labkit.plots`.
+Used by all figures; `extension`, `interactive` and `save` are public through `labkit.plots`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def extension(mode: str | None = None) -> str:
             hv.extension("matplotlib", "bokeh", display_formats=["png"])
     else:
         # Inline: the scripts travel in the notebook (6 MB), because the nodes of a cluster often cannot reach a CDN,
-        # and then every figure stays blank without a word. Notebooks are committed without outputs; batches are static.
+        # and then every figure stays blank without a message. Notebooks are committed without outputs; batches are static.
         hv.extension("bokeh", "matplotlib", inline=True, logo=False, display_formats=["html"])
         with _quiet():  # its own loader would ask the CDN again
             import hvplot.pandas  # noqa: F401
@@ -75,14 +75,14 @@ def extension(mode: str | None = None) -> str:
 
 def interactive() -> bool:
     """Whether figures and progress bars can move here: see `extension`; loads nothing."""
-    told = os.environ.get("LABKIT_PLOTS") or _loaded.get("mode")
-    if told:
-        if told not in MODES:
-            raise ValueError(f"LABKIT_PLOTS is {told!r}; it can be 'static' (pictures) or 'interactive' (bokeh).")
-        return told == "interactive"
+    mode = os.environ.get("LABKIT_PLOTS") or _loaded.get("mode")
+    if mode:
+        if mode not in MODES:
+            raise ValueError(f"LABKIT_PLOTS is {mode!r}; it can be 'static' (pictures) or 'interactive' (bokeh).")
+        return mode == "interactive"
     ipython = sys.modules.get("IPython")  # in a kernel it is there
     in_kernel = ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
-    # A Jupyter server tells its kernels the notebook's name; papermill, scripts and consoles have none.
+    # A Jupyter server hands its kernels the notebook's name; papermill, scripts and consoles have none.
     return in_kernel and "JPY_SESSION_NAME" in os.environ
 
 
@@ -125,6 +125,11 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def styled(element: Any, bokeh: dict[str, Any], matplotlib: dict[str, Any], **both: Any) -> Any:
+    """An element with its options for either back end, and those that `both` have."""
+    return element.opts(**bokeh, **both, backend="bokeh").opts(**matplotlib, **both, backend="matplotlib")
+
+
 def line(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], band: tuple[Any, Any] | None = None) -> Any:
     """A line with markers, its colour, marker and dash by `number`; `band` = (low, high) is shaded around it."""
     import holoviews as hv
@@ -132,17 +137,16 @@ def line(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], band: t
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     dash = DASHES[number % len(DASHES)]
     curve = hv.Curve((x, y), dims[0], dims[1], label=label)
-    curve = curve.opts(color=colour, line_dash=dash[0], line_width=2, framewise=True, backend="bokeh")
-    curve = curve.opts(color=colour, linestyle=dash[1], linewidth=2, backend="matplotlib")
+    stroke = {"line_dash": dash[0], "line_width": 2, "framewise": True}
+    curve = styled(curve, bokeh=stroke, matplotlib={"linestyle": dash[1], "linewidth": 2}, color=colour)
     every = slice(None, None, max(1, len(x) // 15))  # a marker on each of 500 points hides the line
     dots = hv.Scatter((x[every], y[every]), dims[0], dims[1], label=label)
-    dots = dots.opts(color=colour, marker=marker, size=8, framewise=True, backend="bokeh")
-    dots = dots.opts(color=colour, marker=marker, s=36, backend="matplotlib")
+    dots = styled(dots, bokeh={"size": 8, "framewise": True}, matplotlib={"s": 36}, color=colour, marker=marker)
     if band is None:
         return curve * dots
     area = hv.Area((x, band[0], band[1]), dims[0], [dims[1], "high"])
-    area = area.opts(color=colour, alpha=0.2, line_alpha=0, backend="bokeh")
-    return area.opts(facecolor=colour, alpha=0.2, linewidth=0, backend="matplotlib") * curve * dots
+    shade = {"color": colour, "line_alpha": 0}
+    return styled(area, bokeh=shade, matplotlib={"facecolor": colour, "linewidth": 0}, alpha=0.2) * curve * dots
 
 
 def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str]) -> Any:
@@ -151,24 +155,22 @@ def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str]) -> Any
 
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     dots = hv.Scatter((x, y), dims[0], dims[1], label=label)
-    dots = dots.opts(color=colour, marker=marker, size=9, backend="bokeh")
-    return dots.opts(color=colour, marker=marker, s=46, backend="matplotlib")
+    return styled(dots, bokeh={"size": 9}, matplotlib={"s": 46}, color=colour, marker=marker)
 
 
 def ticks(x: Any, bottom: Any, top: Any) -> Any:
     """Thin black strokes upwards."""
     import holoviews as hv
 
-    strokes = hv.Segments((x, bottom, x, top)).opts(color="black", line_width=1, backend="bokeh")
-    return strokes.opts(color="black", linewidth=1, backend="matplotlib")
+    return styled(hv.Segments((x, bottom, x, top)), bokeh={"line_width": 1}, matplotlib={"linewidth": 1}, color="black")
 
 
 def level(y: float) -> Any:
     """A dashed horizontal line."""
     import holoviews as hv
 
-    rule = hv.HLine(y).opts(color=GREY, line_dash="dashed", line_width=1.5, backend="bokeh")
-    return rule.opts(color=GREY, linestyle="--", linewidth=1.5, backend="matplotlib")
+    dashed = {"line_dash": "dashed", "line_width": 1.5}
+    return styled(hv.HLine(y), bokeh=dashed, matplotlib={"linestyle": "--", "linewidth": 1.5}, color=GREY)
 
 
 def boxes(rows: Any, number: int, label: str, names: Sequence[str] = ("left", "bottom", "right", "top")) -> Any:
@@ -177,8 +179,11 @@ def boxes(rows: Any, number: int, label: str, names: Sequence[str] = ("left", "b
 
     colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number % len(HATCHES)]
     box = hv.Rectangles(rows, kdims=list(names), label=label)
-    box = box.opts(fill_color=colour, line_alpha=0, tools=["hover"], hooks=[_hatched(hatch)], backend="bokeh")
-    return box.opts(facecolor=colour, edgecolor="white", linewidth=0, hatch=hatch, backend="matplotlib")
+    return styled(
+        box,
+        bokeh={"fill_color": colour, "line_alpha": 0, "tools": ["hover"], "hooks": [_hatched(hatch)]},
+        matplotlib={"facecolor": colour, "edgecolor": "white", "linewidth": 0, "hatch": hatch},
+    )
 
 
 def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str, text: str = "", **options: Any) -> Any:
@@ -189,36 +194,36 @@ def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str
     import holoviews as hv
 
     width, top = 0.8 / len(heights), max(float(np.max(tall)) for tall in heights.values()) or 1.0
-    pieces, numbers = [], []
+    elements, numbers = [], []
     for number, (name, tall) in enumerate(heights.items()):
         left = np.arange(len(tall)) - 0.4 + number * width
-        pieces.append(boxes((left, np.zeros(len(tall)), left + width, tall), number, name))
+        elements.append(boxes((left, np.zeros(len(tall)), left + width, tall), number, name))
         spots = zip(left + width / 2, tall, strict=True) if text else ()
         numbers += [(x, y + 0.01 * top, text.format(y)) for x, y in spots]
     if numbers:
-        written = hv.Labels(numbers, kdims=["x", "y"])
-        written = written.opts(text_font_size="10pt", text_color="black", text_baseline="bottom", backend="bokeh")
-        pieces.append(written.opts(size=10, color="black", verticalalignment="bottom", backend="matplotlib"))
+        above = {"text_font_size": "10pt", "text_color": "black", "text_baseline": "bottom"}
+        same = {"size": 10, "color": "black", "verticalalignment": "bottom"}
+        elements.append(styled(hv.Labels(numbers, kdims=["x", "y"]), bokeh=above, matplotlib=same))
     every = len(names) // 20 + 1
     ticks = list(enumerate(names))[::every]
     legend = [(name, number, "box") for number, name in enumerate(heights)] if len(heights) > 1 else []
     options = {"xlabel": "", "xticks": ticks, "xlim": (-0.6, len(names) - 0.4), "ylim": (0, 1.1 * top), **options}
-    return finish(overlay(pieces), title, note, legend, grid="y", **options)
+    return finish(overlay(elements), title, note, legend, grid="y", **options)
 
 
-def overlay(pieces: Sequence[Any]) -> Any:
-    """All pieces in one set of axes."""
+def overlay(elements: Sequence[Any]) -> Any:
+    """All elements in one set of axes."""
     import holoviews as hv
 
-    return hv.Overlay(list(pieces)).collate() if len(pieces) > 1 else hv.Overlay(list(pieces))
+    return hv.Overlay(list(elements)).collate() if len(elements) > 1 else hv.Overlay(list(elements))
 
 
 def stack(views: Sequence[Any], space: float = 0.4) -> Any:
     """Figures under each other; `space` is what matplotlib leaves between them, in heights of a figure."""
     import holoviews as hv
 
-    layout = hv.Layout(list(views)).cols(1).opts(toolbar="right", backend="bokeh")  # shared_axes=False would freeze live axes
-    return layout.opts(fig_inches=(8, None), vspace=space, sublabel_format="", backend="matplotlib")
+    layout = hv.Layout(list(views)).cols(1)  # shared_axes=False would freeze live axes
+    return styled(layout, bokeh={"toolbar": "right"}, matplotlib={"fig_inches": (8, None), "vspace": space, "sublabel_format": ""})
 
 
 def finish(figure: Any, title: str, note: str = "", legend: Sequence[tuple[str, int, str]] = (), **options: Any) -> Any:
@@ -254,7 +259,7 @@ def message(title: str, text: str) -> Any:
     """A figure that says why there is nothing to draw."""
     import holoviews as hv
 
-    words = hv.Text(0.5, 0.5, text).opts(text_font_size="12pt", backend="bokeh").opts(fontsize=12, backend="matplotlib")
+    words = styled(hv.Text(0.5, 0.5, text), bokeh={"text_font_size": "12pt"}, matplotlib={"fontsize": 12})
     return finish(words, title, xlim=(0, 1), ylim=(0, 1), xaxis=None, yaxis=None, grid="")
 
 

@@ -7,26 +7,46 @@ Used through `labkit.plots`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from labkit.plots import style as canvas
-from labkit.subnets.decomposition import Decomposition
 
 if TYPE_CHECKING:
     import holoviews as hv
     import pandas as pd
-
-    from labkit.subnets.result import Subnets
 
 FRAMES = (1, 5, 2, 4)  # colours of four kinds of part, by odd and even row and column: no two of a kind touch
 MOST_BARS = 12  # parts whose names fit under their bars
 INSET = 0.01  # of the longer side of the image, by which frames of one kind lie further inside than those of the next
 
 
-def decomposition(parts: Decomposition, image: np.ndarray) -> hv.Overlay:
+class Windows(Protocol):
+    """What is read of a `labkit.Decomposition`."""
+
+    grid: Sequence[int]
+    overlap: Sequence[int]
+    n_parts: int
+
+    def shapes(self, shape: Sequence[int]) -> Sequence[tuple[int, ...]]: ...
+    def windows(self, shape: Sequence[int]) -> Sequence[tuple[slice, ...]]: ...
+    def place(self, part: int) -> tuple[int, ...]: ...
+
+
+class Tables(Protocol):
+    """What is read of trained subnets: their settings, a row for each network and for each subnet."""
+
+    config: Mapping[str, Any]
+    decomposition: Windows
+    rows: Sequence[Mapping[str, Any]]
+    part_rows: Sequence[Mapping[str, Any]]
+
+    def summary(self) -> Mapping[str, Any]: ...
+
+
+def decomposition(parts: Windows, image: np.ndarray) -> hv.Overlay:
     """The parts drawn on one sample (C, H, W) or (C, D, H, W), a frame each, with its number in the middle."""
     canvas.extension()
     sample = np.asarray(image)
@@ -47,7 +67,7 @@ def decomposition(parts: Decomposition, image: np.ndarray) -> hv.Overlay:
     return _finish(canvas.overlay(pieces), title, note, grey.shape)
 
 
-def part_accuracy(joined: Subnets) -> hv.Overlay:
+def part_accuracy(joined: Tables) -> hv.Overlay:
     """Test accuracy of each subnet alone, where its part lies on the image."""
     canvas.extension()
     shape, chosen = joined.config["shape"], joined.decomposition
@@ -69,7 +89,7 @@ def part_accuracy(joined: Subnets) -> hv.Overlay:
     return _finish(canvas.overlay([_heat(cells), _words(words)]), title, note, shape[-2:])
 
 
-def part_times(joined: Subnets) -> hv.Overlay:
+def part_times(joined: Tables) -> hv.Overlay:
     """Seconds of training: each subnet, the coarse network, and what was trained for comparison.
 
     Of more than MOST_BARS subnets only the median and the longest are drawn.
@@ -128,7 +148,7 @@ def part_scores(frame: pd.DataFrame) -> hv.Overlay:
     return canvas.finish(canvas.overlay(pieces), title, note, legend, grid="y", **options)
 
 
-def _flat(parts: Decomposition, shape: Sequence[int]) -> list[tuple[int, tuple[slice, slice], tuple[int, int]]]:
+def _flat(parts: Windows, shape: Sequence[int]) -> list[tuple[int, tuple[slice, slice], tuple[int, int]]]:
     """(part, its window in the last two axes, its place there) of the parts that meet the middle slice of a volume, or of all."""
     found = []
     for part, window in enumerate(parts.windows(shape)):
@@ -142,7 +162,7 @@ def _picture(grey: np.ndarray) -> hv.Element:
 
     high, wide = grey.shape
     picture = hv.Image((np.arange(wide) + 0.5, np.arange(high) + 0.5, grey), ["x", "y"], "value")
-    return picture.opts(cmap="gray", backend="bokeh").opts(cmap="gray", interpolation="nearest", backend="matplotlib")
+    return canvas.styled(picture, bokeh={}, matplotlib={"interpolation": "nearest"}, cmap="gray")
 
 
 def _frame(box: tuple[float, float, float, float], kind: int) -> hv.Element:
@@ -151,17 +171,16 @@ def _frame(box: tuple[float, float, float, float], kind: int) -> hv.Element:
     colour, dash = canvas.COLOURS[FRAMES[kind]], canvas.DASHES[kind]
     left, bottom, right, top = box
     path = hv.Path([[(left, bottom), (right, bottom), (right, top), (left, top), (left, bottom)]], ["x", "y"])
-    path = path.opts(color=colour, line_dash=dash[0], line_width=3, backend="bokeh")
-    return path.opts(color=colour, linestyle=dash[1], linewidth=2.5, backend="matplotlib")
+    stroke = {"linestyle": dash[1], "linewidth": 2.5}
+    return canvas.styled(path, bokeh={"line_dash": dash[0], "line_width": 3}, matplotlib=stroke, color=colour)
 
 
 def _heat(cells: list[tuple]) -> hv.Element:
     import holoviews as hv
 
     heat = hv.Rectangles(cells, kdims=["left", "bottom", "right", "top"], vdims="accuracy (%)")
-    common = {"cmap": "Blues", "clim": (0, 100), "colorbar": True}
-    heat = heat.opts(color="accuracy (%)", line_color="white", tools=["hover"], **common, backend="bokeh")
-    return heat.opts(color="accuracy (%)", edgecolor="white", **common, backend="matplotlib")
+    both = {"color": "accuracy (%)", "cmap": "Blues", "clim": (0, 100), "colorbar": True}
+    return canvas.styled(heat, bokeh={"line_color": "white", "tools": ["hover"]}, matplotlib={"edgecolor": "white"}, **both)
 
 
 def _words(words: list[tuple[float, float, str]], kind: int | None = None) -> hv.Element:
@@ -177,9 +196,8 @@ def _words(words: list[tuple[float, float, str]], kind: int | None = None) -> hv
                 word.set_bbox({"facecolor": "white", "edgecolor": colour, "pad": 2})
 
     written = hv.Labels(words, ["x", "y"], "text")
-    ink = {"text_color": "black", "background_fill_color": "white", "border_line_color": colour}
-    written = written.opts(text_font_size="11pt", **ink, backend="bokeh")
-    return written.opts(size=11, color="black", hooks=[ground], backend="matplotlib")
+    ink = {"text_font_size": "11pt", "text_color": "black", "background_fill_color": "white", "border_line_color": colour}
+    return canvas.styled(written, bokeh=ink, matplotlib={"size": 11, "color": "black", "hooks": [ground]})
 
 
 def _finish(figure: hv.Overlay, title: str, note: str, size: Sequence[int]) -> hv.Overlay:

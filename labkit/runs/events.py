@@ -228,17 +228,3 @@ def effective(events: pd.DataFrame) -> pd.DataFrame:
         counts &= ~(after & np.isin(kind, ("push", "score", "merge", "drop")))
         counts &= ~(earlier & (kind == "checkpoint") & (version > version[resume]))
     return events if counts.all() else events[counts]
-
-
-def lost(events: pd.DataFrame) -> list[int]:
-    """The workers that were lost and have not come back, those included with whom a run that was cut off did not go on."""
-    known, gone = set(), set()
-    for event in events[events.kind.isin(["join", "leave", "resume"])].itertuples():
-        if event.kind == "resume":
-            gone = set(known)
-        elif event.kind == "join":
-            known.add(int(event.worker))
-            gone.discard(int(event.worker))
-        elif isinstance(event.message, str) and event.message:  # without a reason it has left at the end
-            gone.add(int(event.worker))
-    return sorted(gone)

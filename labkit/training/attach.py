@@ -4,7 +4,7 @@ A server announces itself in the run directory (`labkit.runs.server_file`). `Att
 started: each request has a connection of its own, so nothing stays open and nothing runs in the background; how the run ended is
 read from its directory.
 
-`watch` is used by `labkit.training.supervisor` and `labkit.chaos`; `Attached` by `Run.attach`.
+`watch` is used by `labkit.training.supervisor` and `labkit.chaos`; `Attached`, a `labkit.training.run.Follower`, by `Run.attach`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from labkit.training.wire import transport
 from labkit.training.wire.protocol import check_reply
 
 if TYPE_CHECKING:
-    from labkit.training.run import Run
+    from labkit.runs.record import RunRecord
 
 POLL_S = 0.2  # between two requests for the status
 ANSWER_S = 10.0  # the server has so long to answer
@@ -52,7 +52,7 @@ class Attached:
 
     lab = None  # the workers are those of another kernel: the curve is measured here
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunRecord) -> None:
         self.run, self._lock = run, threading.Lock()
         recorded = run.recorded()
         server = server_file.find(run.path)

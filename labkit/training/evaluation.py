@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from labkit.cluster.lab import Lab
     from labkit.problems.problem import Problem
-    from labkit.training.run import Run
+    from labkit.runs.record import RunRecord
 
 BATCH = 250
 
 
-def measure(run: Run, problem: Problem, lab: Lab | None = None, workers: Sequence[int] | None = None) -> pd.DataFrame:
+def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: Sequence[int] | None = None) -> pd.DataFrame:
     """Loss and score of every kept version on the test set, as `metrics.parquet`; on `workers` of the lab (by default those
     that no run holds), or here without a lab."""
     import pandas as pd

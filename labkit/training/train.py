@@ -34,7 +34,8 @@ from labkit.problems.problem import Problem
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig, environment
 from labkit.runs.files import write_json
-from labkit.training.run import Run, moved
+from labkit.runs.record import moved
+from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import Supervisor
 from labkit.training.wire.compression import check_exchange
@@ -224,7 +225,7 @@ def server_spec(
 def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec, takes_newcomers: bool) -> Run:
     """Start the server and the workers of a run whose directory is ready."""
     supervisor = Supervisor(path, lab, problem, spec, takes_newcomers=takes_newcomers)
-    run = Run(path, problem=problem, session=supervisor)
+    run = Run(path, problem=problem, follower=supervisor)
     lab.runs.append(run)
     supervisor.start(run)
     return run

@@ -8,11 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import labkit
 from labkit.errors import RunError
 from labkit.runs import events as record
 from labkit.runs.events import COLUMNS, Recorder
-from tests.helpers import settings
 
 
 @pytest.fixture
@@ -217,31 +215,3 @@ def test_however_often_a_run_is_cut_off_each_version_counts_once(seed):
     merges, pushes = counts.query("kind == 'merge'"), counts.query("kind == 'push'")
     assert list(zip(merges.version, merges.samples, strict=True)) == kept
     assert list(pushes.samples) == [n for _, n in kept]
-
-
-def test_who_was_lost_and_has_not_come_back():
-    def rows(*events):
-        return pd.DataFrame([dict(zip(("kind", "worker", "message"), event, strict=False)) for event in events], columns=COLUMNS)
-
-    first = [("join", 0), ("join", 1), ("join", 2), ("leave", 1, "no sign of life"), ("leave", 2, "lost"), ("join", 2)]
-    assert record.lost(rows(*first)) == [1]
-    assert record.lost(rows(*first, ("leave", 0, ""), ("leave", 2, ""))) == [1]
-    assert record.lost(rows(*first, ("resume",), ("join", 0))) == [1, 2]
-
-
-def test_the_balance_of_a_pass_is_that_of_the_workers_who_were_here(tmp_path):
-    """Worker 0 is there always; 1 is lost after pass 2, 2 comes with pass 3 and is away in pass 5; pass 7 is not ended by 2."""
-    settings([0, 1, 2]).save(tmp_path)
-    recorder = Recorder(tmp_path)
-    seconds = {0: dict.fromkeys(range(1, 8), 1.0), 1: dict.fromkeys((1, 2), 2.0), 2: dict.fromkeys((3, 4, 6), 4.0)}
-    for number in range(1, 8):
-        for worker in (0, 1, 2):
-            if number == min(seconds[worker]):
-                recorder.event("join", worker=worker)
-            if number in seconds[worker]:
-                recorder.event("push", worker=worker, samples=9, compute_s=seconds[worker][number], score_s=0.0, **{"pass": number})
-            if (worker, number) == (1, 2):
-                recorder.event("leave", worker=1, message="lost")
-    recorder.close()
-    table = labkit.load_run(tmp_path).balance()
-    assert dict(zip(table["pass"], table.ratio, strict=True)) == {1: 0.75, 2: 0.75, 3: 0.625, 4: 0.625, 6: 0.625}

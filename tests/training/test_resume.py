@@ -295,7 +295,7 @@ def test_a_stopped_run_goes_on_and_is_whole(lab, tmp_path, update, partition):
 def test_a_run_whose_server_was_killed_goes_on_with_another_number_of_workers(lab, tmp_path, update, n_workers):
     run = labkit.train(problem(), lab, update=update, partition="idpa", passes=40, runs=tmp_path, name="r", checkpoints=20)
     until_version(run, 8)
-    run._session.server.kill()
+    run._follower.server.kill()
     with pytest.raises(LabError):
         run.wait(60)
     assert labkit.load_run(run.path).state == "failed"
@@ -318,7 +318,7 @@ def test_killed_at_random_moments_never_more_than_one_interval_is_lost(lab, tmp_
         if kill % 2:
             until(lambda: any(folder.glob(".*")), 20)
         assert run.state == "running", f"it ended before kill {kill}"
-        run._session.server.kill()
+        run._follower.server.kill()
         with pytest.raises(LabError):
             run.wait(60)
         cut = any(folder.glob(".*"))

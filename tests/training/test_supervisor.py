@@ -33,7 +33,7 @@ import tests.helpers as t
 lab = labkit.connect("threads", 2)
 run = labkit.train(t.problem(kind=t.Slow), lab, passes=1000, runs={str(tmp_path)!r}, name="left", update="sgwu")
 t.until(lambda: run.status()["version"] >= 1)
-print(run._session.server.pid)
+print(run._follower.server.pid)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -95,7 +95,7 @@ def test_a_worker_that_loses_the_server_does_not_end_the_run(update, train, monk
 def test_a_server_that_dies_fails_the_run(train):
     run = train(problem(kind=Slow), passes=1000)
     until(lambda: run.status()["version"] >= 1)
-    run._session.server.kill()
+    run._follower.server.kill()
     with pytest.raises(RunError, match=r"the server of run .* ended with code -9"):
         run.wait(30)
     assert run.state == "failed" and labkit.load_run(run.path).state == "failed"

@@ -1,0 +1,198 @@
+"""A run as its directory tells it: settings, events, curve, weights, and how it stands or ended.
+
+    config.json  environment.json  layout.json  events.jsonl  status.json  checkpoints/<version>.npz  metrics.parquet
+    server.json  while the run goes (`labkit.runs.server_file`)
+
+It can be read while the run goes, after it, and from another kernel. Tables and numbers are made of the events
+(`labkit.runs.analysis`).
+
+Base of `labkit.training.run.Run`; every figure reads it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labkit.errors import RunError
+from labkit.imports import rule_title
+from labkit.partition import PARTITIONS
+from labkit.runs import analysis, checkpoints, server_file
+from labkit.runs import events as record
+from labkit.runs.config import RunConfig
+from labkit.runs.files import read_json
+from labkit.updates import UPDATES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_read: weakref.WeakSet[RunRecord] = weakref.WeakSet()
+
+
+class RunRecord:
+    """One training, read from its directory.
+
+    Attributes
+    ----------
+    name, path, config
+        The name, the directory and the settings of the run.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = RunConfig.load(self.path)
+        self.name = self.config.name or self.path.name
+        self._events: tuple[int, pd.DataFrame] | None = None
+        _read.add(self)
+
+    # -- how it stands -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """ "running", "done", "stopped" (by `stop`), or "failed" (also when it was cut off)."""
+        return self.status()["state"]
+
+    def status(self) -> dict:
+        """Where the run stands: its state with the reason, and how far it came once it has ended."""
+        return self.recorded()
+
+    def recorded(self) -> dict:
+        """What the directory alone tells: how the run ended, or that its server lives, or that it was cut off."""
+        status = self.path / "status.json"
+        if not status.exists() and server_file.alive(self.path) is not False:
+            return {"state": "running", "reason": ""}
+        if status.exists():  # also if it ended just now
+            return read_json(status)
+        return {"state": "failed", "reason": f"cut off; labkit.resume({str(self.path)!r}) goes on"}
+
+    @property
+    def label(self) -> str:
+        """Name of the strategy, as figures show it: "FedBuff + IDPA"; a run that no cluster has made is marked."""
+        return f"{self._strategy} ({self.origin})" if self.origin in ("counterfactual", "simulated") else self._strategy
+
+    @property
+    def _strategy(self) -> str:
+        update, partition = (rule_title(self.config[what]) for what in ("update", "partition"))
+        label = UPDATES[update].__name__ if update in UPDATES else update  # a rule of the user's own
+        shares = PARTITIONS[partition].__name__ if partition in PARTITIONS else partition
+        return label if update == "allreduce" and partition == "udpa" else f"{label} + {shares}"
+
+    @property
+    def origin(self) -> str:
+        """ "live", "replay" (the same again), "counterfactual" (the same arrivals, another rule) or "simulated"."""
+        return self.config.origin["kind"] if self.config.origin else "live"
+
+    # -- what happened -------------------------------------------------------------------------------------------
+
+    @property
+    def events(self) -> pd.DataFrame:
+        """One row an event, in order (columns: `labkit.runs.events.COLUMNS`)."""
+        file = self.path / record.FILE
+        size = file.stat().st_size if file.exists() else 0
+        if self._events is None or self._events[0] != size:
+            self._events = (size, record.read_events(self.path))
+        return self._events[1].copy()
+
+    def curve(self) -> pd.DataFrame:
+        """Learning curve of the global weights on the test set: seconds, samples, version, loss, score; a row a kept version.
+
+        It is measured after the run, so that measuring it does not slow the run.
+        """
+        import pandas as pd
+
+        file = self.path / "metrics.parquet"
+        if file.exists():
+            return pd.read_parquet(file)
+        if self.state == "running":
+            raise RunError(f"run {self.name} still goes; its curve is measured at the end. Use run.wait() first.")
+        return self._measured()
+
+    def _measured(self) -> pd.DataFrame:
+        raise RunError(f"the curve of run {self.name} is not measured yet: labkit.load_run({str(self.path)!r}).curve() does it.")
+
+    def allocations(self) -> pd.DataFrame:
+        """Who was given how many samples: worker, pass (number of the allocation), samples (added), total (held then)."""
+        events = self.events
+        table = events.loc[events.kind == "allocate", ["worker", "pass", "samples", "total"]]
+        return table.astype(int).reset_index(drop=True)
+
+    def balance(self) -> pd.DataFrame:
+        """How even the work was: mean_s, max_s and ratio = mean T / max T of each local pass that all who were here have reached.
+
+        T is the time of the local pass: optimiser steps and score, emulated sleep included. A last pass that the end of the run
+        has cut short does not count.
+        """
+        return analysis.balance(self.events)
+
+    def summary(self) -> dict:
+        """The cost card: settings, final score and loss, time, throughput, waiting, staleness, balance, traffic.
+
+        Samples count once, also where a run was cut off and made some again; time, waiting and traffic are all that it cost.
+        """
+        curve = self.curve() if self.state != "running" else None
+        return {
+            "name": self.name,
+            "update": rule_title(self.config.update),
+            "partition": rule_title(self.config.partition),
+            "state": self.state,
+            "origin": self.origin,
+            **analysis.summary(self.events, self.config, curve),
+        }
+
+    def time_to(self, score: float) -> float | None:
+        """Seconds until the global weights first reached `score` on the test set; None if they never did.
+
+        Between kept versions the curve is taken as straight.
+        """
+        curve = self.curve()
+        seconds = analysis.crossing(curve.seconds.to_numpy(), curve.score.to_numpy(), score)
+        return None if np.isnan(seconds) else seconds
+
+    # -- the weights ---------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> checkpoints.Layout:
+        """Which entries of the flat vector belong to which tensor (`labkit.runs.checkpoints.Layout`)."""
+        stored = read_json(self.path / "layout.json")
+        shapes = tuple(tuple(shape) for shape in stored["shapes"])
+        return checkpoints.Layout(tuple(stored["names"]), shapes, stored["n_params"], stored["n_buffers"])
+
+    def flat(self, version: int | None = None) -> np.ndarray:
+        """The global weights as one flat float32 vector; the newest kept version unless told which."""
+        if version is None:
+            versions = checkpoints.versions(self.path)
+            if not versions:
+                raise RunError(f"run {self.name} has kept no weights in {self.path / checkpoints.FOLDER}.")
+            version = versions[-1]
+        return checkpoints.read_weights(self.path, version, self.layout.size)
+
+    def weights(self, version: int | None = None) -> dict[str, np.ndarray]:
+        """The global weights by name; the newest kept version unless told which."""
+        return {name: np.array(part) for name, part in self.layout.split(self.flat(version)).items()}
+
+    def __repr__(self) -> str:
+        status = self.status()
+        done = f", {status['samples']} of {self.config.budget} samples" if "samples" in status else ""
+        reason = f": {status['reason']}" if status.get("reason") else ""
+        source = (self.config.origin or {}).get("run")
+        label = f"{self._strategy} ({self.origin} of {source})" if source else self.label
+        return f"<Run {self.name}: {label}, {self.state}{reason}{done}>"
+
+
+def moved(old: Path, new: Path) -> None:
+    """A run directory has been renamed: what this process has read of it follows."""
+    for run in list(_read):
+        if run.path.absolute() == old:
+            run.path = new
+
+
+def compare(runs: Iterable[RunRecord]) -> pd.DataFrame:
+    """The cost cards of several runs, a row a run."""
+    import pandas as pd
+
+    table = pd.DataFrame([{"run": run.label, **run.summary()} for run in runs])
+    return table.drop(columns="weight_per_worker").set_index("run") if len(table) else table

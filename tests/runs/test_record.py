@@ -1,0 +1,60 @@
+"""The record of a run: read from its directory alone, without the packages that train."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from labkit.errors import RunError
+from labkit.runs.events import Recorder
+from labkit.runs.files import write_json
+from labkit.runs.record import RunRecord, compare, moved
+from tests.helpers import settings
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "a").mkdir()
+    settings([0, 1], name="kept").save(tmp_path / "a")
+    recorder = Recorder(tmp_path / "a")
+    recorder.event("start")
+    recorder.event("allocate", worker=0, samples=7, total=7, **{"pass": 1})
+    recorder.close()
+    return RunRecord(tmp_path / "a")
+
+
+def test_a_directory_says_how_its_run_ended(run):
+    assert run.state == "failed" and "cut off; labkit.resume(" in run.status()["reason"]
+    write_json(run.path / "status.json", {"state": "stopped", "reason": "", "samples": 5})
+    assert run.state == "stopped" and repr(run).startswith("<Run kept: ") and "5 of" in repr(run)
+
+
+def test_events_are_read_again_when_there_are_more(run):
+    assert list(run.allocations().itertuples(index=False, name=None)) == [(0, 1, 7, 7)] and len(run.events) == 2
+    recorder = Recorder(run.path)
+    recorder.event("stop")
+    recorder.close()
+    assert list(run.events.kind) == ["start", "allocate", "stop"]
+
+
+def test_a_renamed_directory_is_followed(run, tmp_path):
+    run.path.rename(tmp_path / "b")
+    moved(tmp_path / "a", tmp_path / "b")
+    assert run.path == tmp_path / "b" and len(run.events) == 2
+
+
+def test_what_is_not_there_is_said(run):
+    with pytest.raises(RunError, match="is not measured yet"):
+        run.curve()
+    with pytest.raises(RunError, match="has kept no weights"):
+        run.flat()
+    assert compare([]).empty
+
+
+def test_figures_of_a_record_load_nothing_that_trains(run):
+    code = "import sys; from labkit.runs.record import RunRecord; from labkit.plots.runs import segments\n"
+    code += f"assert segments(RunRecord({str(run.path)!r})).empty\n"
+    code += "assert not {'torch', 'distributed', 'labkit.training.run'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
