@@ -26,7 +26,6 @@ def graph() -> grimp.ImportGraph:
     return grimp.build_graph("labkit", cache_dir=None)
 
 
-@pytest.mark.xfail(strict=False, reason="files are still on their way")
 def test_packages_import_from_lower_layers_only(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     code = lint_imports(config_filename="pyproject.toml", no_cache=True)
@@ -34,7 +33,6 @@ def test_packages_import_from_lower_layers_only(capsys, monkeypatch):
     assert not any("ignore_imports" in contract for contract in (LAYERS, SERVER))
 
 
-@pytest.mark.xfail(strict=False, reason="files are still on their way")
 def test_no_files_import_each_other_in_a_circle(graph):
     both = {file: graph.find_upstream_modules(file) & graph.find_downstream_modules(file) for file in graph.modules}
     assert not {tuple(sorted({file, *others})) for file, others in both.items() if others}

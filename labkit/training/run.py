@@ -154,7 +154,7 @@ class Run(RunRecord):
         from labkit.models.flat import flatten
 
         module = self.problem().build(self.config.seed)
-        flat, _ = flatten(module)
+        flat, *_ = flatten(module)
         flat.copy_(torch.from_numpy(np.array(self.flat(version))))
         return module.eval()
 
