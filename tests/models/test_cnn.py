@@ -20,7 +20,7 @@ def n_parameters(module: nn.Module) -> int:
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 8, 8), (2, 17, 19), (1, 9, 50)])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_takes_any_size_and_gives_gradients(name, shape):
+def test_every_model_accepts_any_size_and_gives_gradients(name, shape):
     net = MODELS[name](shape, 7, width=0.25)
     logits = net(torch.randn(3, *shape))
     assert logits.shape == (3, 7)
@@ -29,7 +29,7 @@ def test_every_model_takes_any_size_and_gives_gradients(name, shape):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_takes_volumes(name):
+def test_every_model_accepts_volumes(name):
     shape = (1, 9, 8, 11)
     assert MODELS[name](shape, 3, width=0.25)(torch.randn(2, *shape)).shape == (2, 3)
 
