@@ -310,5 +310,5 @@ def _count(jobs: list[dict], before: dict[str, str], todo: list[dict]) -> str:
     counts += [f"{n} {state}" for state in ("interrupted", "running") if (n := list(after.values()).count(state))]
     earlier = sum(state == "failed" and run not in executed for run, state in before.items())
     if earlier:
-        counts[-1] += f" ({earlier} of the failed were kept from before; retry_failed=True, or --retry-failed, runs them again)"
+        counts[-1] += f" ({earlier} of the failed are from before; retry_failed=True, or --retry-failed, runs them again)"
     return f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}: {', '.join(counts)}"

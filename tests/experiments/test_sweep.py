@@ -141,7 +141,7 @@ def test_finished_runs_are_reused_and_failed_ones_kept_until_asked_for(tmp_path,
     table = sweep(notebook, {"seed": [2, 1, 13]}, out=out)
     assert list(table["seed"]) == [2, 1, 13]
     assert instant == [1, 13, 2]
-    assert "3 runs: 1 new, 1 reused, 1 failed (1 of the failed were kept" in capsys.readouterr().out
+    assert "3 runs: 1 new, 1 reused, 1 failed (1 of the failed are from before;" in capsys.readouterr().out
     sweep(notebook, {"seed": [2, 1, 13]}, out=out, retry_failed=True, progress=False)
     assert instant[3:] == [13]
     sweep(notebook, {"seed": [1, 13]}, out=out, fresh=True, progress=False)
