@@ -67,9 +67,10 @@ def test_sgwu_with_the_same_seed_gives_the_same_bits(train):
     assert not np.array_equal(first.flat(), other.flat())
 
 
-def test_allreduce_equals_one_process_on_the_joint_batches(train):
-    """Both shards in proportion, every step over the batches of both: plain SGD on the union."""
-    a_problem = problem(batch_size=8)
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_allreduce_equals_one_process_on_the_joint_batches(schedule, train):
+    """Both shards in proportion, every step over the batches of both, at one time of the schedule: plain SGD on the union."""
+    a_problem = problem(batch_size=8, schedule=schedule)
     run = ended(train(a_problem, update="allreduce", partition=labkit.IDPA(batches=1, speeds=[1, 3]), passes=1))
     indices, module = a_problem.train_indices(), a_problem.build(SEED)
     partition = labkit.IDPA(batches=1, speeds=[1, 3])
@@ -78,8 +79,11 @@ def test_allreduce_equals_one_process_on_the_joint_batches(train):
     assert len(shards[1]) > 2 * len(shards[0])
     grants, optimisers = [len(shard) for shard in shards], a_problem.optimisers(module)
     parts = [np.split(shard, np.cumsum(steps(grants, rank, 8)[0])[:-1]) for rank, shard in enumerate(shards)]
-    for joint in zip(*parts, strict=True):
-        a_problem.step(module, a_problem.load(indices[np.concatenate(joint)]), optimisers, Clock(0, 1, 0.0))
+    seen = 0
+    for joint in map(np.concatenate, zip(*parts, strict=True)):
+        clock = Clock(seen, len(indices), seen / len(indices))
+        a_problem.step(module, a_problem.load(indices[joint]), optimisers, clock)
+        seen += len(joint)
     for name, tensor in module.state_dict().items():
         np.testing.assert_allclose(run.weights()[name], tensor.numpy(), atol=2e-5, err_msg=name)
 

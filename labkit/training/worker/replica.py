@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -115,11 +115,11 @@ class Replica:
         drawn, batch_size = self.shard.draw(grant.samples), self.problem.batch_size
         now, self.left = np.split(drawn, [len(drawn) - grant.ahead])
         if group:
-            sizes, weights = steps(grant.rank_samples, group.rank, batch_size)
+            sizes, *plan = steps(grant.rank_samples, group.rank, batch_size)
             parts = np.split(now, np.cumsum(sizes)[:-1])
+            done = self._train(parts, grant, 0, halted, progress, module, group, *plan)
         else:
-            parts, weights = batches(now, batch_size), None
-        done = self._train(parts, grant, 0, weights, module, group, halted, progress)
+            done = self._train(batches(now, batch_size), grant, 0, halted, progress)
         if done is None:
             return None
         (samples, loss, compute_s, wait_s), self.carried = _sums(self.carried, done), NOTHING
@@ -134,20 +134,24 @@ class Replica:
         if len(self.left):
             self.pushed = self.flat.clone() if self.pushed is None else self.pushed.copy_(self.flat)
             parts, self.left = batches(self.left, self.problem.batch_size), self.left[:0]
-            self.carried = self._train(parts, grant, grant.samples - grant.ahead, halted=halted) or NOTHING
+            self.carried = self._train(parts, grant, grant.samples - grant.ahead, halted) or NOTHING
 
     def _train(
         self,
         parts: list[np.ndarray],
         grant: Grant,
         before: int,
-        weights: list | None = None,
+        halted: Callable[[], object],
+        progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
         module: torch.nn.Module | None = None,
         group: ProcessGroup | None = None,
-        halted: Callable[[], object] = lambda: False,
-        progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
+        weights: Sequence[float] = (),
+        joint: Sequence[int] = (),
     ) -> tuple | None:
-        """Steps on these batches, `before` samples after the beginning of the grant: samples, summed loss, compute_s, wait_s."""
+        """Steps on these batches, `before` samples after the beginning of the grant: samples, summed loss, compute_s, wait_s.
+
+        In a `group`, `weights` and `joint` are those of `steps`: its ranks read one clock, as their parameters stay equal.
+        """
         started = time.perf_counter()
         samples, waited, loss = 0, 0.0, torch.zeros((), device=self.device)
         for number, part in enumerate(parts):
@@ -155,7 +159,7 @@ class Replica:
                 return None
             if group:
                 group.begin(weights[number])
-            seen = min(self.budget, grant.done + int((before + samples) * grant.pace))
+            seen = min(self.budget, grant.done + (joint[number] if group else int((before + samples) * grant.pace)))
             clock = Clock(seen, self.budget, seen / len(self.train_indices))
             loss += torch.as_tensor(self.step(part, clock, module, group), device=self.device).detach() * len(part)
             samples += len(part)

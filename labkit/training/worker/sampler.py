@@ -21,8 +21,9 @@ def pass_order(shard: np.ndarray, seed: int, worker: int, epoch: int, incarnatio
     return shard[generator.permutation(len(shard))]
 
 
-def steps(samples: Sequence[int], rank: int, batch_size: int) -> tuple[list[int], list[float]]:
-    """Batch sizes of this rank of an all-reduce, one for each optimiser step (as many on every rank), and its weight at each step.
+def steps(samples: Sequence[int], rank: int, batch_size: int) -> tuple[list[int], list[float], list[int]]:
+    """The optimiser steps of this rank of an all-reduce, as many as on every rank: its batch sizes, its weights, and the samples
+    of all ranks before each step, by which they all set their schedules.
 
     `samples` is what each rank trains on. A step takes `batch_size` samples a rank on average, in proportion to them; what is left
     over makes a smaller last one. BatchNorm cannot train on one sample, so a rank whose share would be so small gets fewer, larger
@@ -35,7 +36,8 @@ def steps(samples: Sequence[int], rank: int, batch_size: int) -> tuple[list[int]
     if len(cuts) > 1 and min(np.subtract(cuts[-1], cuts[-2])) < least:
         del cuts[-2]
     sizes = np.diff(cuts, axis=0, prepend=[[0] * len(samples)])
-    return sizes[:, rank].tolist(), (sizes[:, rank] / sizes.sum(axis=1)).tolist()
+    of_all = sizes.sum(axis=1)
+    return sizes[:, rank].tolist(), (sizes[:, rank] / of_all).tolist(), (np.cumsum(of_all) - of_all).tolist()
 
 
 class Shard:

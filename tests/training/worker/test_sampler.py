@@ -77,6 +77,8 @@ def test_steps_are_as_many_everywhere_and_cover_every_sample(grants, batch_size)
     sizes, weights = np.array([plan[0] for plan in plans]), np.array([plan[1] for plan in plans])
     assert sizes.shape == weights.shape == (len(grants), len(plans[0][0]))
     assert sizes.sum(axis=1).tolist() == grants
+    before = [0, *np.cumsum(sizes.sum(axis=0))[:-1].tolist()]
+    assert all(plan[2] == before for plan in plans)  # the clock of all ranks
     np.testing.assert_allclose(weights.sum(axis=0), 1)
     np.testing.assert_allclose(weights, sizes / sizes.sum(axis=0))
     assert sizes.min() >= min(2, batch_size, *grants)  # BatchNorm cannot train on one sample
@@ -90,6 +92,6 @@ def test_one_rank_takes_the_batches_of_plain_training(n):
 
 
 def test_the_number_of_steps_is_that_of_the_joint_batch():
-    assert steps([64, 64], 0, 16) == ([16] * 4, [0.5] * 4)
+    assert steps([64, 64], 0, 16) == ([16] * 4, [0.5] * 4, [0, 32, 64, 96])
     sizes = [steps([96, 32], rank, 16)[0] for rank in (0, 1)]
     assert sizes == [[24] * 4, [8] * 4]
