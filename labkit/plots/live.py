@@ -1,7 +1,7 @@
-"""The live view of a run: the score that workers report, their samples/s, and how many are here, redrawn while the run goes on.
+"""The live view of a run: the score that workers report, their samples/s, and how many are here, redrawn while it is running.
 
-A thread reads what was appended to the record, twice a second, and hands it to the figure; the kernel stays free.
-A browser takes its first picture only from a free kernel, so `await` the run in the next cell instead of blocking it.
+A thread reads what was appended to the record, twice a second, and sends it to the figure; the kernel stays free.
+A browser gets its first picture only from a free kernel, so `await` the run in the next cell instead of blocking it.
 
 Used through `labkit.plots` and `Run.live`.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from labkit.plots import style as canvas
+from labkit.plots import style
 from labkit.runs.events import Tail
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
     run, and returns the final picture.
     """
     watch = Watch(run)
-    if canvas.extension() == "static":
+    if style.extension() == "static":
         limit = time.monotonic() + timeout
         while run.state == "running" and time.monotonic() < limit:
             time.sleep(PERIOD_S)
-        return canvas.stack([draw(run, watch.look()) for draw in VIEWS])
+        return style.stack([draw(run, watch.look()) for draw in VIEWS])
     import holoviews as hv
 
     pipe = hv.streams.Pipe(data=Seen({}, [], frozenset()))
@@ -62,11 +62,11 @@ def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
         free.set()
     feed = threading.Thread(target=_feed, args=(run, watch, pipe, free, timeout), name=f"live-{run.name}", daemon=True)
     feed.start()
-    return canvas.stack(views)
+    return style.stack(views)
 
 
 class Watch:
-    """Pushes and membership of a run so far; `look` takes in what was appended to its record since it was last called."""
+    """Pushes and membership of a run so far; `look` reads what was appended to its record since it was last called."""
 
     def __init__(self, run: RunRecord) -> None:
         self.tail = Tail(run.path)
@@ -77,18 +77,18 @@ class Watch:
 
     def look(self) -> Seen:
         for row in self.tail.read():
-            self._take(row)
+            self._count(row)
         series = {worker: points[:: len(points) // POINTS + 1] for worker, points in self.series.items()}
         return Seen(series, self.here[-POINTS:], frozenset(self.workers))
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _count(self, event: dict[str, Any]) -> None:
         kind, worker, now = event["kind"], event.get("worker"), event.get("seconds")
-        lost = kind == "leave" and event.get("message")  # who leaves without a word has reached the end
+        lost = kind == "leave" and event.get("message")  # a worker that leaves without a message has reached the end
         if kind == "join":
             self.workers = {*self.workers, worker}
         elif lost or kind == "resume":
             self.workers = self.workers - {worker} if lost else set()
-        if (lost or kind in ("start", "join")) and now is not None:  # before the start the clock stands
+        if (lost or kind in ("start", "join")) and now is not None:  # before the start the clock does not run
             self.here.append((now, len(self.workers)))
         if worker is None or now is None:
             return
@@ -107,9 +107,9 @@ class Watch:
 
 
 def _feed(run: RunRecord, watch: Watch, pipe: Any, free: threading.Event, timeout: float) -> None:
-    """Hand the figure what is new until the run ends; the state is read first, so that the last push is drawn too.
+    """Send the figure what is new until the run ends; the state is read first, so that the last push is drawn too.
 
-    What is sent before the browser has asked for the figure is lost, and a kernel hears it ask only when it is `free`.
+    What is sent before the browser has requested the figure is lost, and a kernel answers that request only when it is `free`.
     """
     limit, seen = time.monotonic() + timeout, -1
     if not free.wait(2 * PERIOD_S):  # the next cell blocks the kernel: then the figure comes when it has ended
@@ -133,7 +133,7 @@ def _scores(run: RunRecord, seen: Seen) -> Any:
     if values:
         now = max(points[-1][0] for points in seen.series.values())
         title = f"{run.label}: mean score {np.mean(values):.3f} after {now:.0f} s"
-    return _panel(run, seen.series, 1, title, canvas.caption([run]), "score of the worker", legend=False)
+    return _panel(run, seen.series, 1, title, style.caption([run]), "score of the worker", legend=False)
 
 
 def _rates(run: RunRecord, seen: Seen) -> Any:
@@ -146,27 +146,26 @@ def _membership(run: RunRecord, seen: Seen) -> Any:
     """How many workers are here, as steps."""
     now = [(points[-1][0], len(seen.workers)) for points in seen.series.values()]
     at, counts = np.array([*seen.here, *sorted(now)[-1:]], float).reshape(-1, 2).T
-    steps = canvas.line(np.repeat(at, 2)[1:], np.repeat(counts, 2)[:-1], 0, "workers here", ("seconds", "workers"))
+    steps = style.line(np.repeat(at, 2)[1:], np.repeat(counts, 2)[:-1], 0, "workers here", ("seconds", "workers"))
     top = max((count for _, count in seen.here), default=1)
     n = len(seen.workers)
     title = f"{n} worker{'s' * (n != 1)} here" if n else "Workers here"
-    return canvas.finish(
-        canvas.overlay([steps]), title, xlabel="time (s)", ylabel="workers", xlim=(0, None), ylim=(0, top + 0.5),
+    return style.finish(
+        [steps], title, xlabel="time (s)", ylabel="workers", xlim=(0, None), ylim=(0, top + 0.5),
         height=1.8, shape={"aspect": 5},
     )  # fmt: skip
 
 
 def _panel(run: RunRecord, data: Series, column: int, title: str, note: str, ylabel: str, legend: bool = True) -> Any:
-    """One line for each worker, also for one that has not pushed yet: the pieces of a live figure must not change."""
-    workers = sorted(canvas.slowdowns(run)) or sorted(data)
-    pieces, named = [], []
+    """One line for each worker, also for one that has not pushed yet: the elements of a live figure must not change."""
+    workers = sorted(style.slowdowns(run)) or sorted(data)
+    elements, named = [], []
     for number, worker in enumerate(workers):
         table = np.array(data.get(worker, []), float).reshape(-1, 3)
-        name = f"worker {worker}"
-        pieces.append(canvas.line(table[:, 0], table[:, column], number, name, ("seconds", ylabel)))
-        named.append((name, number, "line"))
-    return canvas.finish(
-        canvas.overlay(pieces), title, note, named if legend else (), xlabel="time (s)", ylabel=ylabel, xlim=(0, None),
+        named.append((f"worker {worker}", number, "line"))
+        elements.append(style.line(table[:, 0], table[:, column], number, f"worker {worker}", ("seconds", ylabel)))
+    return style.finish(
+        elements, title, note, named if legend else (), xlabel="time (s)", ylabel=ylabel, xlim=(0, None),
         height=2.8, shape={"aspect": 2.8},
     )  # fmt: skip
 

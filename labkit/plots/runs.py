@@ -1,22 +1,20 @@
-"""Every figure: accuracy over time, who waited when, staleness, balance, effective weight, speed, who was here, and the live view.
+"""Figures of runs: accuracy over time, what each worker did when, staleness, balance, effective weight, speed.
 
-A figure reads nothing but the record of a run. Its title says what was found, the line under the title what must be
-known to believe it: emulated slowness, synthetic data, a single seed. Where there is nothing yet, words say so.
+A figure reads nothing but the record of a run. Its title states what was found, the line under the title what must be
+known to believe it: emulated slowness, synthetic data, a single seed. Where there is nothing yet, a text says so.
 
-Used in notebooks, as `labkit.plots`, and by `Run.live`; the drawing itself is in `labkit.plots.style`, pictures of subdomains in
-`labkit.plots.subnets`, curves of many runs in `labkit.plots.scaling`.
+Used through `labkit.plots`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.plots import style as canvas
-from labkit.plots.style import extension
+from labkit.plots import style
 from labkit.runs import analysis
 from labkit.runs.analysis import crossing
 from labkit.runs.events import effective
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
 
     from labkit.runs.record import RunRecord
 
+Series = tuple[np.ndarray, np.ndarray]  # x, y of a polyline
 AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
 BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness
 # What the runs of one line share: all of the settings but the seed.
@@ -42,79 +41,60 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
 
     Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
     `target` in (0, 1] is drawn as a level, and the legend says where each line crosses it, straight between points.
-    A run that still goes has no curve: RunError.
+    RunError while a run is running: it has no curve yet.
     """
     if x not in AXES:
         raise ValueError(f"curves can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
     if target is not None and not 0 < target <= 1:
         raise ValueError(f"target is {target}; it is a share of right answers, in (0, 1], such as 0.9.")
-    extension()
+    style.extension()
     runs = _as_runs(runs)
     title = f"Test accuracy against {'time' if x == 'seconds' else 'samples'}"
-    lines = {}
-    for label, group in (settings := _settings(runs)).items():
-        tables = [run.curve().dropna(subset=[x, "score"]).sort_values(x) for run in group]
-        series = [(table[x].to_numpy(float), table["score"].to_numpy(float)) for table in tables if len(table)]
-        if series:
-            lines[label] = _median(series)
+    lines = {label: _median(series) for label, series in _series(runs, lambda run: run.curve(), x, "score").items()}
     if not lines:
-        return canvas.message(title, f"{_names(runs)}: no version was kept, so there is nothing to evaluate.")
-    pieces, legend, reached = [], [], {}
-    if target is not None:
-        pieces.append(canvas.level(target))
-    for number, (label, (at, middle, low, high)) in enumerate(lines.items()):
-        text = label + _count(settings[label], len(runs) > len(settings))
-        if target is not None:
-            where = crossing(at, middle, target)
-            text += f": {_percent(target)} {f'at {_amount(where, x)}' if np.isfinite(where) else 'not reached'}"
-            reached[label] = where
-        band = (low, high) if np.any(high > low) else None
-        pieces.append(canvas.line(at, middle, number, text, (x, "score"), band))
-        legend.append((text, number, "line"))
+        return style.message(title, f"{_names(runs)}: no version was retained, so there is nothing to evaluate.")
+    texts, reached = _counted(runs), {}
+    for label, (at, middle, *_) in lines.items() if target is not None else ():
+        where = reached[label] = crossing(at, middle, target)
+        texts[label] += f": {_percent(target)} {f'at {_amount(where, x)}' if np.isfinite(where) else 'not reached'}"
+    levels = [style.level(target)] if target is not None else []
+    elements, legend = _draw(lines, texts, (x, "score"))
     first = min(reached, key=lambda label: reached[label] if np.isfinite(reached[label]) else np.inf, default=None)
     if first is not None and np.isfinite(reached[first]):
         order = "first, " if len(lines) > 1 else ""
         title = f"{first} reaches {_percent(target)} {order}after {_amount(reached[first], x)}"
     elif first is not None:
         title = f"{'No run reaches' if len(lines) > 1 else first + ' does not reach'} {_percent(target)} test accuracy"
-    note = canvas.caption(runs, _seeds(runs))
+    note = style.caption(runs, _seeds(runs))
     # The untrained weights lie far below the rest and would press what matters against the top.
     seen = np.concatenate([np.r_[low[1:], high[1:]] if len(low) > 1 else low for _, _, low, high in lines.values()])
     bottom, top = np.floor(20 * seen.min()) / 20, max(seen.max(), target or 0.0)
     ylim = (bottom, top + 0.05 * (top - bottom) + 0.005)
-    return canvas.finish(canvas.overlay(pieces), title, note, legend, xlabel=AXES[x], ylabel="test accuracy", ylim=ylim)
+    return style.finish(levels + elements, title, note, legend, xlabel=AXES[x], ylabel="test accuracy", ylim=ylim)
 
 
 def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     """Mean T / max T of each local pass (T: seconds of one worker's pass) with the 0.95 that IDPA is held to.
 
-    1 means that all workers take equally long, 1/m that one of m workers makes all others wait for ever.
+    1 means that all workers take equally long, 1/m that all others do little but wait for one of m workers.
     """
-    extension()
+    style.extension()
     runs = _as_runs(runs)
-    lines, means = {}, {}
-    for label, group in (settings := _settings(runs)).items():
-        tables = [run.balance().dropna(subset=["ratio"]) for run in group]
-        series = [(table["pass"].to_numpy(float), table["ratio"].to_numpy(float)) for table in tables if len(table)]
-        if series:
-            lines[label] = _median(series)
-            later = np.concatenate([ratio[at >= 2] for at, ratio in series])
-            means[label] = float(later.mean()) if len(later) else float("nan")
+    lines, means, texts = {}, {}, _counted(runs)
+    for label, series in _series(runs, lambda run: run.balance(), "pass", "ratio").items():
+        lines[label] = _median(series)
+        later = np.concatenate([ratio[at >= 2] for at, ratio in series])
+        means[label] = float(later.mean()) if len(later) else float("nan")
+        texts[label] += f": mean {means[label]:.2f} from pass 2 on" if len(later) else ""
     if not lines:
-        return canvas.message("Balance of the local passes", f"{_names(runs)}: no pass that all workers have finished.")
-    pieces, legend = [canvas.level(0.95)], []
-    for number, (label, (at, middle, low, high)) in enumerate(lines.items()):
-        text = label + _count(settings[label], len(runs) > len(settings))
-        text += f": mean {means[label]:.2f} from pass 2 on" if np.isfinite(means[label]) else ""
-        band = (low, high) if np.any(high > low) else None
-        pieces.append(canvas.line(at, middle, number, text, ("pass", "ratio"), band))
-        legend.append((text, number, "line"))
+        return style.message("Balance of the local passes", f"{_names(runs)}: no pass that all workers have finished.")
+    elements, legend = _draw(lines, texts, ("pass", "ratio"))
     best = max(means, key=lambda label: np.nan_to_num(means[label]))
     title = f"{best}: local passes balanced {'best, ' if len(lines) > 1 else ''}to {means[best]:.2f} from pass 2 on"
     title = title if np.isfinite(means[best]) else "Balance of the local passes"
     last = max(at[-1] for at, *_ in lines.values())
-    return canvas.finish(
-        canvas.overlay(pieces), title, canvas.caption(runs, "dashed: 0.95", _seeds(runs)), legend, xlabel="local pass",
+    return style.finish(
+        [style.level(0.95), *elements], title, style.caption(runs, "dashed: 0.95", _seeds(runs)), legend, xlabel="local pass",
         ylabel="mean T / max T (1 = equal)", ylim=(0, 1.05), xticks=_ticks(1, last), xlim=(0.5, last + 0.5),
     )  # fmt: skip
 
@@ -125,10 +105,7 @@ def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
 def segments(run: RunRecord) -> pd.DataFrame:
     """What each worker did when: columns worker, activity ("compute", "wait", "exchange"), start, end (s).
 
-    A push ends compute_s + score_s of computing and the wait_s that its pass stood still (all-reduce; drawn at the end
-    of the pass); what else lies between the release before it and the push is exchange. Then the worker waits for the
-    wait_s of its next release, the time that the server held it; the rest until that release is exchange again, but for
-    the hidden_s during which it went on computing.
+    How a worker's time is divided: `labkit.runs.analysis`.
     """
     table = analysis.spans(run.events)
     return table.loc[table.kind != "refill", ["worker", "activity", "start", "end"]].reset_index(drop=True)
@@ -136,10 +113,10 @@ def segments(run: RunRecord) -> pd.DataFrame:
 
 def timeline(run: RunRecord) -> hv.Overlay:
     """One row for each worker: when it computed, waited and exchanged weights; a tick above it: its push was merged."""
-    extension()
+    style.extension()
     spans = segments(run)
     if spans.empty:
-        return canvas.message(f"{run.label}: what the workers did when", f"{run.name}: no worker has pushed yet.")
+        return style.message(f"{run.label}: what the workers did when", f"{run.name}: no worker has pushed yet.")
     spans["length"] = spans["end"] - spans["start"]
     shares = spans.pivot_table(index="worker", columns="activity", values="length", aggfunc="sum", fill_value=0.0)
     shares = shares.reindex(columns=list(BUSY), fill_value=0.0).pipe(lambda table: table.div(table.sum(axis=1), axis=0))
@@ -148,23 +125,23 @@ def timeline(run: RunRecord) -> hv.Overlay:
     if waits.max() < 0.005:
         title = f"{run.label}: no worker waits more than 0.5 % of the time"
     rows = {worker: -i for i, worker in enumerate(shares.index)}  # worker 0 on top
-    pieces, legend = [], []
+    elements, legend = [], []
     for activity, number in BUSY.items():
         part = spans[spans["activity"] == activity]
         y = part["worker"].map(rows).to_numpy(float)
         text = f"{activity} ({_percent(_share(spans, activity))})"
         table = (part["start"].to_numpy(), y - 0.3, part["end"].to_numpy(), y + 0.3)
-        pieces.append(canvas.boxes(table, number, text, ("start (s)", "bottom", "end (s)", "top")))
+        elements.append(style.boxes(table, number, text, ("start (s)", "bottom", "end (s)", "top")))
         legend.append((text, number, "box"))
     merges = run.events.query("kind == 'merge'").dropna(subset=["worker", "seconds"])
     merges = merges[merges["worker"].isin(shares.index)]
     y = merges["worker"].map(rows).to_numpy(float)
-    ticks = canvas.ticks(merges["seconds"].to_numpy(), y + 0.34, y + 0.44)
-    slow = canvas.slowdowns(run)
+    ticks = style.ticks(merges["seconds"].to_numpy(), y + 0.34, y + 0.44)
+    slow = style.slowdowns(run)
     names = [(y, f"worker {worker}" + (f" ({slow[worker]:g}x)" if slow.get(worker, 1) != 1 else "")) for worker, y in rows.items()]
-    note, end = canvas.caption([run], "ticks: merges"), float(spans["end"].max())
-    return canvas.finish(
-        canvas.overlay([*pieces, ticks]), title, note, legend, xlabel="time (s)", ylabel="",
+    note, end = style.caption([run], "ticks: merges"), float(spans["end"].max())
+    return style.finish(
+        [*elements, ticks], title, note, legend, xlabel="time (s)", ylabel="",
         yticks=names if len(names) <= 24 else names[::8], ylim=(-len(rows) + 0.5, 0.5), xlim=(0, end),
         grid="x", height=float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8)),
     )  # fmt: skip
@@ -172,13 +149,13 @@ def timeline(run: RunRecord) -> hv.Overlay:
 
 def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     """How stale the merges were, in versions: a histogram by worker for one run, by setting for several."""
-    extension()
+    style.extension()
     runs = _as_runs(runs)
     merges = [effective(run.events).query("kind == 'merge'").dropna(subset=["staleness"]) for run in runs]
     values = np.concatenate([table["staleness"].to_numpy(float) for table in merges])
     if not len(values):
-        return canvas.message("Staleness of the merges", f"{_names(runs)}: nothing merged yet.")
-    if len(runs) == 1 and merges[0]["worker"].nunique() <= len(canvas.COLOURS):
+        return style.message("Staleness of the merges", f"{_names(runs)}: nothing merged yet.")
+    if len(runs) == 1 and merges[0]["worker"].nunique() <= len(style.COLOURS):
         groups = {f"worker {int(worker)}": own["staleness"] for worker, own in merges[0].groupby("worker")}
     else:
         groups = {
@@ -196,17 +173,17 @@ def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     middle, high = np.percentile(values, [50, 95])
     title = f"{subject}: median staleness {middle:.0f}, 95 % of the merges at most {high:.0f}"
     names = [f"{int(edge)}" if width == 1 else f"{int(edge)}-{int(edge) + width - 1}" for edge in edges[:-1]]
-    return canvas.columns(heights, names, title, canvas.caption(runs), xlabel="staleness (versions)", ylabel="merges")
+    return style.columns(heights, names, title, style.caption(runs), xlabel="staleness (versions)", ylabel="merges")
 
 
 def weights(run: RunRecord) -> hv.Overlay:
     """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples."""
-    extension()
+    style.extension()
     events = effective(run.events)
     merges = events.query("kind == 'merge'").dropna(subset=["worker", "coefficient"])
     given = merges["coefficient"].abs().groupby(merges["worker"]).sum()
     if merges.empty or not given.sum():
-        return canvas.message(f"{run.label}: effective weight", f"{run.name}: nothing merged yet.")
+        return style.message(f"{run.label}: effective weight", f"{run.name}: nothing merged yet.")
     pushes = events.query("kind == 'push'")
     trained = pushes.groupby("worker")["samples"].sum().reindex(given.index, fill_value=0)
     given, trained = given / given.sum(), trained / max(trained.sum(), 1)
@@ -216,29 +193,26 @@ def weights(run: RunRecord) -> hv.Overlay:
     )
     heights = {"share of the samples": 100 * trained.to_numpy(), "effective weight": 100 * given.to_numpy()}
     names = [f"worker {int(index)}" for index in given.index]
-    return canvas.columns(heights, names, title, canvas.caption([run]), ylabel="share (%)", text="{:.0f}")
+    return style.columns(heights, names, title, style.caption([run]), ylabel="share (%)", text="{:.0f}")
 
 
 def speed(frame: pd.DataFrame) -> hv.Overlay:
     """Measured samples/s of each worker; `frame` has the columns worker, samples_per_s and slowdown."""
-    extension()
-    missing = {"worker", "samples_per_s", "slowdown"} - set(frame.columns)
-    if missing:
-        has = ", ".join(map(str, frame.columns))
-        raise ValueError(f"the frame has no column {', '.join(sorted(missing))}. It has: {has}.")
+    style.extension()
+    style.check_columns(frame, ["worker", "samples_per_s", "slowdown"])
     if frame.empty:
-        return canvas.message("Speed of the workers", "no worker was measured.")
+        return style.message("Speed of the workers", "no worker was measured.")
     rates = frame["samples_per_s"].to_numpy(float)
     fast, slow = frame["worker"].iloc[rates.argmax()], frame["worker"].iloc[rates.argmin()]
     title = "One worker's speed"
     if len(frame) > 1:
         title = f"Worker {fast} is {rates.max() / max(rates.min(), 1e-12):.1f} times as fast as worker {slow}"
-    note = canvas.emulated(frame["slowdown"].to_list()) if (frame["slowdown"] != 1).any() else ""
+    note = style.emulated(frame["slowdown"].to_list()) if (frame["slowdown"] != 1).any() else ""
     names = [f"worker {worker}" for worker in frame["worker"]]
-    return canvas.columns({"measured": rates}, names, title, note, ylabel="speed (samples/s)", text="{:.0f}")
+    return style.columns({"measured": rates}, names, title, note, ylabel="speed (samples/s)", text="{:.0f}")
 
 
-# -- words and numbers -------------------------------------------------------------------------------------------------
+# -- texts and numbers -------------------------------------------------------------------------------------------------
 
 
 def _as_runs(runs: RunRecord | Sequence[RunRecord]) -> list[RunRecord]:
@@ -252,24 +226,47 @@ def _settings(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """Runs by what was set: those of one list differ in seed alone. One label for two settings gets the run's name."""
     groups: dict[tuple[str, str], list[RunRecord]] = {}
     for run in runs:
-        same = [[run.config[key] for key in SAME], canvas.slowdowns(run)]
+        same = [[run.config[key] for key in SAME], style.slowdowns(run)]
         groups.setdefault((run.label, json.dumps(same, sort_keys=True, default=str)), []).append(run)
     labels = [label for label, _ in groups]
     return {label if labels.count(label) == 1 else f"{label} ({group[0].name})": group for (label, _), group in groups.items()}
 
 
-def _count(group: Sequence[RunRecord], told: bool) -> str:
-    """ ", 3 seeds" for a line of three runs; nothing where every line is one run, which the caption then says."""
-    n, seeds = len(group), len({run.config.seed for run in group})
-    return f", {n} {'seed' if seeds == n else 'run'}{'s' if n > 1 else ''}" if told else ""
+def _counted(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """Each setting with ", 3 seeds" for a line of three runs; without where each line is one run, which the caption then says."""
+    texts, settings = {}, _settings(runs)
+    for label, group in settings.items():
+        n, seeds = len(group), len({run.config.seed for run in group})
+        count = f", {n} {'seed' if seeds == n else 'run'}{'s' if n > 1 else ''}"
+        texts[label] = label + (count if len(runs) > len(settings) else "")
+    return texts
+
+
+def _series(runs: Sequence[RunRecord], read: Callable[[RunRecord], pd.DataFrame], x: str, y: str) -> dict[str, list[Series]]:
+    """Column `y` against `x` of the table that `read` gives of each run, by setting; a setting without a point is left out."""
+    series = {}
+    for label, group in _settings(runs).items():
+        tables = [read(run).dropna(subset=[x, y]).sort_values(x) for run in group]
+        series[label] = [(table[x].to_numpy(float), table[y].to_numpy(float)) for table in tables if len(table)]
+    return {label: found for label, found in series.items() if found}
+
+
+def _draw(lines: dict[str, tuple], texts: dict[str, str], dims: tuple[str, str]) -> tuple[list, list]:
+    """A line for each setting (see `_median`), with a band where its runs differ; and the legend."""
+    elements, legend = [], []
+    for number, (label, (at, middle, low, high)) in enumerate(lines.items()):
+        band = (low, high) if np.any(high > low) else None
+        elements.append(style.line(at, middle, number, texts[label], dims, band))
+        legend.append((texts[label], number, "line"))
+    return elements, legend
 
 
 def _seeds(runs: Sequence[RunRecord]) -> str:
     return "1 seed" if len(runs) == len(_settings(runs)) else "line: median, band: lowest to highest"
 
 
-def _median(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, median, lowest and highest y of several polylines; after its last point a run keeps what it ended with."""
+def _median(series: Sequence[Series]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """x, median, lowest and highest y of several polylines; after its last point a run stays at its last value."""
     at = np.unique(np.concatenate([x for x, _ in series]))
     every = np.stack([np.interp(at, x, y) for x, y in series])
     return at, np.median(every, axis=0), every.min(axis=0), every.max(axis=0)

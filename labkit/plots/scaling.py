@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.plots import style as canvas
+from labkit.plots import style
 
 if TYPE_CHECKING:
     import holoviews as hv
@@ -32,23 +32,17 @@ def scaling(frame: pd.DataFrame, x: str = "n_workers", note: str = "") -> hv.Ove
     """
     if x not in AXES:
         raise ValueError(f"scaling can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
-    canvas.extension()
+    style.extension()
     _check(frame, ["strategy", "seconds", x])
     if frame.empty:
-        return canvas.message("How runs scale", "there is no run to draw.")
-    pieces, legend, last = [], [], {}
-    for number, (label, own) in enumerate(frame.groupby("strategy", sort=False)):
-        own = own.sort_values(x)
-        at, seconds = own[x].to_numpy(float), own["seconds"].to_numpy(float)
-        pieces.append(canvas.line(at, seconds, number, label, (x, "seconds")))
-        legend.append((label, number, "line"))
-        last[label] = at[-1], seconds[-1]
-    end = max(at for at, _ in last.values())
-    ends = {label: seconds for label, (at, seconds) in last.items() if at == end}
+        return style.message("How runs scale", "there is no run to draw.")
+    strategies = {label: own.sort_values(x) for label, own in frame.groupby("strategy", sort=False)}
+    end = frame[x].max()
+    ends = {label: own["seconds"].iloc[-1] for label, own in strategies.items() if own[x].iloc[-1] == end}
     first, worst = min(ends, key=ends.get), max(ends, key=ends.get)
     title = f"{first} takes {ends[first]:,.3g} s with {end:,.0f} {x.removeprefix('n_')}"
     title += f", {worst} {ends[worst] / ends[first]:.1f} times as long" if len(ends) > 1 else ""
-    return _logarithmic(pieces, title, note, legend, frame[x], xlabel=AXES[x], ylabel="time (s)")
+    return _logarithmic(strategies, (x, "seconds"), title, note, xlabel=AXES[x], ylabel="time (s)")
 
 
 def saturation(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
@@ -56,25 +50,23 @@ def saturation(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
 
     A line's legend says from how many workers on its server is busy all the time (90 % of it).
     """
-    canvas.extension()
+    style.extension()
     _check(frame, ["label", "n_workers", "samples_per_s", "server_busy"])
     if frame.empty:
-        return canvas.message("Where the server saturates", "there is no run to draw.")
-    pieces, legend, full = [], [], {}
-    for number, (label, own) in enumerate(frame.groupby("label", sort=False)):
-        own = own.sort_values("n_workers")
+        return style.message("Where the server saturates", "there is no run to draw.")
+    lines, full = {}, {}
+    for label, own in frame.groupby("label", sort=False):
         busy = own.loc[own["server_busy"] >= FULL, "n_workers"]
-        full[label] = int(busy.min()) if len(busy) else None
+        if len(busy):
+            full[label] = int(busy.min())
         text = f"{label}: " + (f"busy from {full[label]:,} workers on" if len(busy) else "never busy all the time")
-        at, rate = own["n_workers"].to_numpy(float), own["samples_per_s"].to_numpy(float)
-        pieces.append(canvas.line(at, rate, number, text, ("n_workers", "samples_per_s")))
-        legend.append((text, number, "line"))
-    soonest = min((label for label in full if full[label]), key=full.get, default=None)
+        lines[text] = own.sort_values("n_workers")
     title = f"The server can take all {frame['n_workers'].max():,} workers"
-    if soonest is not None:
+    if full:
+        soonest = min(full, key=full.get)
         title = f"{soonest}: from {full[soonest]:,} workers on the server is busy all the time"
-    ends = {"xlabel": "workers", "ylabel": "throughput (samples/s)"}
-    return _logarithmic(pieces, title, note, legend, frame["n_workers"], **ends)
+    labels = {"xlabel": "workers", "ylabel": "throughput (samples/s)"}
+    return _logarithmic(lines, ("n_workers", "samples_per_s"), title, note, **labels)
 
 
 def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
@@ -82,34 +74,37 @@ def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
 
     `frame`: configuration, and error = simulated over measured time, less 1.
     """
-    canvas.extension()
+    style.extension()
     _check(frame, ["configuration", "error"])
     if frame.empty:
-        return canvas.message("How far the simulator is off", "there is no run to compare with.")
+        return style.message("How far the simulator is off", "there is no run to compare with.")
     medians = frame.groupby("configuration", sort=False)["error"].median()
     rows = {name: -i for i, name in enumerate(medians.index)}
     axes = ("error (%)", "row")
-    each = canvas.marks(100 * frame["error"].to_numpy(float), frame["configuration"].map(rows).to_numpy(float), 0, "a run", axes)
-    middle = canvas.marks(100 * medians.to_numpy(float), np.array([*rows.values()], float), 1, "median", axes)
-    strokes = canvas.ticks(100 * np.array([-bar, 0, bar]), np.full(3, 0.5 - len(rows)), np.full(3, 0.5))
+    each = style.marks(100 * frame["error"].to_numpy(float), frame["configuration"].map(rows).to_numpy(float), 0, "a run", axes)
+    middle = style.marks(100 * medians.to_numpy(float), np.array([*rows.values()], float), 1, "median", axes)
+    strokes = style.ticks(100 * np.array([-bar, 0, bar]), np.full(3, 0.5 - len(rows)), np.full(3, 0.5))
     within = int((medians.abs() <= bar).sum())
     title = f"{within} of {len(medians)} configurations within {100 * bar:g} %: median {100 * medians.abs().median():.1f} %"
-    return canvas.finish(
-        canvas.overlay([strokes, each, middle]), title, note, [("a run", 0, "mark"), ("median of a configuration", 1, "mark")],
+    return style.finish(
+        [strokes, each, middle], title, note, [("a run", 0, "mark"), ("median of a configuration", 1, "mark")],
         xlabel="simulated time is longer than measured by (%)", ylabel="", ylim=(0.5 - len(rows), 0.5), grid="x",
         yticks=[(y, name) for name, y in rows.items()], height=1.6 + 0.4 * len(rows),
     )  # fmt: skip
 
 
-def _logarithmic(pieces: list, title: str, note: str, legend: list, at: Sequence[float], **options) -> hv.Overlay:
-    places = [(float(x), f"{x:,.0f}") for x in sorted(set(at))]
-    options |= {"logx": True, "logy": True, "xticks": places, "xlim": (0.9 * min(at), 1.1 * max(at))}
-    return canvas.finish(canvas.overlay(pieces), title, note, legend, **options)
+def _logarithmic(lines: dict[str, pd.DataFrame], dims: tuple[str, str], title: str, note: str, **labels: str) -> hv.Overlay:
+    """A line for each table, by its label; both axes logarithmic."""
+    elements = [
+        style.line(*(own[name].to_numpy(float) for name in dims), number, label, dims)
+        for number, (label, own) in enumerate(lines.items())
+    ]
+    at = sorted({float(x) for own in lines.values() for x in own[dims[0]]})
+    axes = {"logx": True, "logy": True, "xticks": [(x, f"{x:,.0f}") for x in at], "xlim": (0.9 * at[0], 1.1 * at[-1])}
+    return style.finish(elements, title, note, [(label, number, "line") for number, label in enumerate(lines)], **axes, **labels)
 
 
 def _check(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    if missing := [column for column in columns if column not in frame.columns]:
-        has = ", ".join(map(str, frame.columns))
-        raise ValueError(f"the frame has no column {', '.join(missing)}. It has: {has}.")
+    style.check_columns(frame, columns)
     if len(frame) and not np.isfinite(frame[columns[1:]].to_numpy(float)).all():
         raise ValueError(f"the columns {', '.join(columns[1:])} must hold numbers alone; some are missing.")

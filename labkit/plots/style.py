@@ -13,11 +13,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from labkit.cluster.emulation import unsteadiness
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Okabe and Ito's colours, told apart by colour-blind readers; marker, dash or hatch says the same without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -25,8 +28,8 @@ MARKERS = ("o", "s", "^", "d", "v", ">", "<")
 DASHES = (("solid", "-"), ("dashed", "--"), ("dotdash", "-."), ("dotted", ":"))  # bokeh's name, matplotlib's name
 HATCHES = (None, "//", "..", "xx", "\\\\", "oo", None)
 GREY = "#555555"
-# What is said of a run that no cluster has made.
-NEVER_WAS = {"counterfactual": "counterfactual: another update on recorded arrivals", "simulated": "simulated"}
+# In captions, of a run that no cluster has made.
+ORIGINS = {"counterfactual": "counterfactual: another update on recorded arrivals", "simulated": "simulated"}
 FONTS = {"title": 13, "labels": 12, "xticks": 11, "yticks": 11, "legend": 11}
 
 MODES = ("static", "interactive")
@@ -50,7 +53,7 @@ def extension(mode: str | None = None) -> str:
     if mode not in MODES:
         raise ValueError(f"there is no plotting mode {mode!r}; it can be 'static' (pictures) or 'interactive' (bokeh).")
     cell, execution = _cell()
-    # The scripts of bokeh lie in the output of the cell that loaded them: who runs that cell again throws them away.
+    # The scripts of bokeh are in the output of the cell that loaded them, and lost when that cell runs again.
     again = mode == "interactive" and cell is not None and cell == _loaded.get("cell") and execution != _loaded.get("execution")
     if _loaded.get("mode") == mode and not again:
         return mode
@@ -80,25 +83,26 @@ def interactive() -> bool:
         if mode not in MODES:
             raise ValueError(f"LABKIT_PLOTS is {mode!r}; it can be 'static' (pictures) or 'interactive' (bokeh).")
         return mode == "interactive"
-    ipython = sys.modules.get("IPython")  # in a kernel it is there
-    in_kernel = ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
-    # A Jupyter server hands its kernels the notebook's name; papermill, scripts and consoles have none.
-    return in_kernel and "JPY_SESSION_NAME" in os.environ
+    # A Jupyter server sets the notebook's name for its kernels; papermill, scripts and consoles have none.
+    return hasattr(_shell(), "kernel") and "JPY_SESSION_NAME" in os.environ
+
+
+def _shell() -> Any:
+    """The IPython shell of this process; None outside of IPython, which is not loaded for it."""
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
 
 
 def _cell() -> tuple[str | None, str | None]:
     """The notebook cell that is being executed and this execution of it, each as its id; None where there is none."""
-    ipython = sys.modules.get("IPython")
-    kernel = getattr(ipython.get_ipython(), "kernel", None) if ipython is not None else None
-    if kernel is None:
-        return None, None
-    parent = kernel.get_parent("shell") or {}
+    kernel = getattr(_shell(), "kernel", None)
+    parent = (kernel.get_parent("shell") if kernel else None) or {}
     return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
 
 
 def _quiet() -> Any:
     """A context in which nothing is displayed in a notebook."""
-    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+    if _shell() is None:
         return nullcontext()
     from IPython.utils.capture import capture_output
 
@@ -208,14 +212,7 @@ def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str
     ticks = list(enumerate(names))[::every]
     legend = [(name, number, "box") for number, name in enumerate(heights)] if len(heights) > 1 else []
     options = {"xlabel": "", "xticks": ticks, "xlim": (-0.6, len(names) - 0.4), "ylim": (0, 1.1 * top), **options}
-    return finish(overlay(elements), title, note, legend, grid="y", **options)
-
-
-def overlay(elements: Sequence[Any]) -> Any:
-    """All elements in one set of axes."""
-    import holoviews as hv
-
-    return hv.Overlay(list(elements)).collate() if len(elements) > 1 else hv.Overlay(list(elements))
+    return finish(elements, title, note, legend, grid="y", **options)
 
 
 def stack(views: Sequence[Any], space: float = 0.4) -> Any:
@@ -226,8 +223,8 @@ def stack(views: Sequence[Any], space: float = 0.4) -> Any:
     return styled(layout, bokeh={"toolbar": "right"}, matplotlib={"fig_inches": (8, None), "vspace": space, "sublabel_format": ""})
 
 
-def finish(figure: Any, title: str, note: str = "", legend: Sequence[tuple[str, int, str]] = (), **options: Any) -> Any:
-    """Give a figure its title, the note under it, axes, size and legend, for both back ends.
+def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence[tuple[str, int, str]] = (), **options: Any) -> Any:
+    """All elements in one set of axes, with title, the note under it, size and legend, for both back ends.
 
     `legend` holds (label, number, "line", "mark" or "box") and is drawn below the axes, where no data is. `options` are those
     that the two back ends share (xlabel, ylabel, xlim, ylim, xticks, yticks), height in inches (4.5), and grid: which
@@ -237,7 +234,8 @@ def finish(figure: Any, title: str, note: str = "", legend: Sequence[tuple[str, 
 
     height, grid = options.pop("height", 4.5), options.pop("grid", "xy")
     shape = options.pop("shape", {"aspect": "auto", "fig_inches": (8, height), "fig_bounds": (0, 0, 1, 1)})
-    figure = figure if isinstance(figure, hv.Overlay) else hv.Overlay([figure])
+    figure = hv.Overlay(list(elements))
+    figure = figure.collate() if len(elements) > 1 else figure
     common = {"title": title, "fontsize": FONTS, "show_grid": True, **options}
     beside = {"orientation": "vertical", "ncols": _columns(legend), "location": "left"}
     bokeh = {
@@ -255,12 +253,19 @@ def finish(figure: Any, title: str, note: str = "", legend: Sequence[tuple[str, 
     return figure.opts(hv.opts.Overlay(**common, **matplotlib, backend="matplotlib"))
 
 
+def check_columns(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """A table that a user hands in has what a figure reads; ValueError otherwise."""
+    if missing := [column for column in columns if column not in frame.columns]:
+        has = ", ".join(map(str, frame.columns))
+        raise ValueError(f"the frame has no column {', '.join(missing)}. It has: {has}.")
+
+
 def message(title: str, text: str) -> Any:
     """A figure that says why there is nothing to draw."""
     import holoviews as hv
 
-    words = styled(hv.Text(0.5, 0.5, text), bokeh={"text_font_size": "12pt"}, matplotlib={"fontsize": 12})
-    return finish(words, title, xlim=(0, 1), ylim=(0, 1), xaxis=None, yaxis=None, grid="")
+    reason = styled(hv.Text(0.5, 0.5, text), bokeh={"text_font_size": "12pt"}, matplotlib={"fontsize": 12})
+    return finish([reason], title, xlim=(0, 1), ylim=(0, 1), xaxis=None, yaxis=None, grid="")
 
 
 def caption(runs: Sequence[Any], *more: str) -> str:
@@ -268,10 +273,10 @@ def caption(runs: Sequence[Any], *more: str) -> str:
     slow = dict.fromkeys(emulated(list(slowdowns(run).values())) for run in runs if run.config["emulated"])
     slow = " or ".join(filter(None, slow)).replace(" or slowness emulated:", " or")
     made = ["synthetic data"] if any(run.config["synthetic"] for run in runs) else []
-    made += sorted({NEVER_WAS[kind] for run in runs if (kind := (run.config.get("origin") or {}).get("kind")) in NEVER_WAS})
+    made += sorted({ORIGINS[kind] for run in runs if (kind := (run.config.get("origin") or {}).get("kind")) in ORIGINS})
     unsteady = dict.fromkeys(unsteadiness(*(run.config[key] for key in ("jitter", "drift", "stalls"))) for run in runs)
-    words = " or ".join(filter(None, unsteady))
-    return "; ".join(filter(None, [slow, words and f"emulated {words}", *made, *more]))
+    unsteady = " or ".join(filter(None, unsteady))
+    return "; ".join(filter(None, [slow, unsteady and f"emulated {unsteady}", *made, *more]))
 
 
 def emulated(factors: Sequence[float]) -> str:
@@ -294,7 +299,7 @@ def _columns(legend: Sequence[tuple[str, int, str]]) -> int:
 
 
 def _hatched(pattern: str | None) -> Any:
-    """HoloViews passes no hatch on to bokeh, which calls matplotlib's "//" by its first letter."""
+    """HoloViews passes no hatch on to bokeh, whose name of matplotlib's "//" is its first letter."""
 
     def look(plot: Any, element: Any) -> None:
         plot.handles["glyph"].hatch_pattern = pattern[0] if pattern else None
@@ -309,9 +314,9 @@ def _bokeh_look(note: str) -> Any:
 
         figure = plot.state
         figure.toolbar.logo = None
-        if note and not any(getattr(piece, "name", "") == "note" for piece in figure.above):
-            words = Title(text=note, name="note", text_font_size="11pt", text_font_style="normal", text_color=GREY)
-            figure.add_layout(words, "above")
+        if note and not any(getattr(above, "name", "") == "note" for above in figure.above):
+            text = Title(text=note, name="note", text_font_size="11pt", text_font_style="normal", text_color=GREY)
+            figure.add_layout(text, "above")
 
     return look
 

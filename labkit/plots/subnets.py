@@ -1,100 +1,77 @@
-"""Pictures of parts: where they lie on a sample, how good each is alone, how long each took, what they give over settings.
+"""Figures of subnets: where their subdomains lie on a sample, how good each is alone, how long each took, accuracy over settings.
 
-Of a volume the middle slice is drawn, with the parts that meet it.
+Of a volume the middle slice is drawn, with the subdomains that meet it. Figures call the subdomain of subnet 3 "part 3".
 
 Used through `labkit.plots`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labkit.plots import style as canvas
+from labkit.plots import style
 
 if TYPE_CHECKING:
     import holoviews as hv
     import pandas as pd
 
-FRAMES = (1, 5, 2, 4)  # colours of four kinds of part, by odd and even row and column: no two of a kind touch
-MOST_BARS = 12  # parts whose names fit under their bars
+FRAMES = (1, 5, 2, 4)  # colours of four kinds of subdomain, by odd and even row and column: no two of a kind touch
+MOST_BARS = 12  # subnets whose names fit under their bars
 INSET = 0.01  # of the longer side of the image, by which frames of one kind lie further inside than those of the next
 
 
-class Windows(Protocol):
-    """What is read of a `labkit.Decomposition`."""
-
-    grid: Sequence[int]
-    overlap: Sequence[int]
-    n_parts: int
-
-    def shapes(self, shape: Sequence[int]) -> Sequence[tuple[int, ...]]: ...
-    def windows(self, shape: Sequence[int]) -> Sequence[tuple[slice, ...]]: ...
-    def place(self, part: int) -> tuple[int, ...]: ...
-
-
-class Tables(Protocol):
-    """What is read of trained subnets: their settings, a row for each network and for each subnet."""
-
-    config: Mapping[str, Any]
-    decomposition: Windows
-    rows: Sequence[Mapping[str, Any]]
-    part_rows: Sequence[Mapping[str, Any]]
-
-    def summary(self) -> Mapping[str, Any]: ...
-
-
-def decomposition(parts: Windows, image: np.ndarray) -> hv.Overlay:
-    """The parts drawn on one sample (C, H, W) or (C, D, H, W), a frame each, with its number in the middle."""
-    canvas.extension()
+def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
+    """A `labkit.Decomposition` drawn on one sample (C, H, W) or (C, D, H, W): a frame for each subdomain, with its number."""
+    style.extension()
     sample = np.asarray(image)
-    rows = _flat(parts, sample.shape)
+    rows = _visible(parts, sample.shape)
     grey = sample.mean(0, dtype=np.float64)
     note = "frames: what each subnet sees"
     if sample.ndim == 4:
         note += f"; slice {len(grey) // 2} of {len(grey)} of the first axis"
         grey = grey[len(grey) // 2]
-    pieces = [_picture(grey)]
+    elements = [_picture(grey)]
     for part, (down, across), (row, column) in rows:
         kind = 2 * (row % 2) + column % 2
         inside = INSET * max(grey.shape) * (kind + 0.6)
-        pieces.append(_frame((across.start + inside, down.start + inside, across.stop - inside, down.stop - inside), kind))
-        pieces.append(_words([((across.start + across.stop) / 2, (down.start + down.stop) / 2, str(part))], kind))
+        elements.append(_frame((across.start + inside, down.start + inside, across.stop - inside, down.stop - inside), kind))
+        elements.append(_labels([((across.start + across.stop) / 2, (down.start + down.stop) / 2, str(part))], kind))
     shared = ", ".join(str(pixels) for pixels in dict.fromkeys(parts.overlap))
     title = f"{parts.n_parts} parts of {' x '.join(map(str, parts.shapes(sample.shape)[0][1:]))} pixels, overlap {shared}"
-    return _finish(canvas.overlay(pieces), title, note, grey.shape)
+    return _finish(elements, title, note, grey.shape)
 
 
-def part_accuracy(joined: Tables) -> hv.Overlay:
-    """Test accuracy of each subnet alone, where its part lies on the image."""
-    canvas.extension()
+def part_accuracy(joined: Any) -> hv.Overlay:
+    """Test accuracy of each subnet alone, at its subdomain of the image; `joined` is what `labkit.train_subnets` returns."""
+    style.extension()
     shape, chosen = joined.config["shape"], joined.decomposition
-    rows = _flat(chosen, shape)
+    rows = _visible(chosen, shape)
     score = {part: joined.part_rows[part]["accuracy"] for part, _, _ in rows}
-    # As wide as the cell that is a part's own, overlap aside, so that nothing is hidden.
+    # As wide as the cell of the grid, without the overlap, so that nothing is hidden.
     n_down, n_across = chosen.grid[-2:]
     high, wide = shape[-2] / n_down, shape[-1] / n_across
-    cells, words = [], []
+    cells, numbers = [], []
     for part, _, (row, column) in rows:
         cells.append((column * wide, row * high, (column + 1) * wide, (row + 1) * high, 100 * score[part]))
-        words.append(((column + 0.5) * wide, (row + 0.5) * high, f"{100 * score[part]:.1f}"))
+        numbers.append(((column + 0.5) * wide, (row + 0.5) * high, f"{100 * score[part]:.1f}"))
     best, worst = max(score, key=score.get), min(score, key=score.get)
     title = f"Alone, part {best} reaches {_percent(score[best])}, part {worst} {_percent(score[worst])}"
     together = joined.summary()["accuracy"]
     made = "; synthetic data" if joined.config["synthetic"] else ""
     where = f", slice {shape[1] // 2} of {shape[1]}" if len(shape) == 4 else " of each subnet"
     note = f"test accuracy (%){where}; joined: {_percent(together)}; 1 seed{made}"
-    return _finish(canvas.overlay([_heat(cells), _words(words)]), title, note, shape[-2:])
+    return _finish([_heat(cells), _labels(numbers)], title, note, shape[-2:])
 
 
-def part_times(joined: Tables) -> hv.Overlay:
+def part_times(joined: Any) -> hv.Overlay:
     """Seconds of training: each subnet, the coarse network, and what was trained for comparison.
 
     Of more than MOST_BARS subnets only the median and the longest are drawn.
     """
-    canvas.extension()
+    style.extension()
     parts, rows = joined.part_rows, {row["model"]: row for row in joined.rows}
     parallel = rows["CNN-DNN"]["seconds"]
     each = [row["seconds"] for row in parts]
@@ -103,16 +80,16 @@ def part_times(joined: Tables) -> hv.Overlay:
         names, times = [f"median of\n{len(parts)} parts", "longest\npart"], [float(np.median(each)), max(each)]
     names, times = [*names, "coarse", "longest\n+ coarse"], [*times, parallel - max(each), parallel]
     team, at_once = joined.config.get("team"), max(row.get("batched", 1) for row in parts)
-    place = f"with {team['n_workers']} workers each" if team else "with a worker each"
-    title = f"{len(parts)} subnets {place if at_once == 1 else f'(up to {at_once} at once on a worker)'}: {parallel:.1f} s"
+    where = f"with {team['n_workers']} workers each" if team else "with a worker each"
+    title = f"{len(parts)} subnets {where if at_once == 1 else f'(up to {at_once} at once on a worker)'}: {parallel:.1f} s"
     if "global CNN" in rows:
         names.append("global\nCNN")
         times.append(rows["global CNN"]["seconds"])
         title += f", the global network {times[-1]:.1f} s"
     workers = joined.config["n_workers"]
     needed = f"{workers} worker{'s' * (workers > 1)} needed {rows['CNN-DNN']['wall_s']:.1f} s"
-    note = canvas.caption([joined], needed, "1 seed")
-    return canvas.columns({"training": times}, names, title, note, ylabel="time (s)", text="{:.1f}")
+    note = style.caption([joined], needed, "1 seed")
+    return style.columns({"training": times}, names, title, note, ylabel="time (s)", text="{:.1f}")
 
 
 def part_scores(frame: pd.DataFrame) -> hv.Overlay:
@@ -120,36 +97,31 @@ def part_scores(frame: pd.DataFrame) -> hv.Overlay:
 
     A mark is the median over seeds, its stroke goes from the lowest to the highest.
     """
-    canvas.extension()
-    if missing := {"setting", "seed", "network", "accuracy"} - set(frame.columns):
-        has = ", ".join(map(str, frame.columns))
-        raise ValueError(f"the frame has no column {', '.join(sorted(missing))}. It has: {has}.")
+    style.extension()
+    style.check_columns(frame, ["setting", "seed", "network", "accuracy"])
     settings, networks = list(dict.fromkeys(frame["setting"])), list(dict.fromkeys(frame["network"]))
     cells = frame.assign(accuracy=100 * frame["accuracy"]).groupby(["network", "setting"])["accuracy"].agg(["min", "median", "max"])
-    pieces, legend = [], []
+    elements, legend = [], []
     for number, network in enumerate(networks):
         there = [setting for setting in settings if (network, setting) in cells.index]
         own = cells.loc[[(network, setting) for setting in there]]
         x = np.array([settings.index(setting) for setting in there]) + 0.7 * ((number + 0.5) / len(networks) - 0.5)
-        pieces += [canvas.ticks(x, own["min"], own["max"])]
-        pieces += [canvas.marks(x, own["median"], number, network, ("setting", "test accuracy (%)"))]
+        elements += [style.ticks(x, own["min"], own["max"])]
+        elements += [style.marks(x, own["median"], number, network, ("setting", "test accuracy (%)"))]
         legend.append((network, number, "mark"))
     n_seeds = frame["seed"].nunique()
     note = f"median of {n_seeds} seeds, stroke: lowest to highest" if n_seeds > 1 else "1 seed"
     best = cells["median"].groupby("setting").idxmax().map(lambda index: index[0]).to_list()
     first = max(networks, key=best.count)
     title = f"Best in {best.count(first)} of {len(settings)} settings: {first}"
-    options = {
-        "xticks": list(enumerate(settings)),
-        "xlim": (-0.6, len(settings) - 0.4),
-        "xlabel": "",
-        "ylabel": "test accuracy (%)",
-    }
-    return canvas.finish(canvas.overlay(pieces), title, note, legend, grid="y", **options)
+    return style.finish(
+        elements, title, note, legend, grid="y", xlabel="", ylabel="test accuracy (%)", xticks=list(enumerate(settings)),
+        xlim=(-0.6, len(settings) - 0.4),
+    )  # fmt: skip
 
 
-def _flat(parts: Windows, shape: Sequence[int]) -> list[tuple[int, tuple[slice, slice], tuple[int, int]]]:
-    """(part, its window in the last two axes, its place there) of the parts that meet the middle slice of a volume, or of all."""
+def _visible(parts: Any, shape: Sequence[int]) -> list[tuple[int, tuple[slice, slice], tuple[int, int]]]:
+    """(number, window in the last two axes, row and column) of each subdomain; of a volume, of those that meet its middle slice."""
     found = []
     for part, window in enumerate(parts.windows(shape)):
         if len(window) == 2 or parts.place(part)[0] == parts.grid[0] // 2:
@@ -162,17 +134,17 @@ def _picture(grey: np.ndarray) -> hv.Element:
 
     high, wide = grey.shape
     picture = hv.Image((np.arange(wide) + 0.5, np.arange(high) + 0.5, grey), ["x", "y"], "value")
-    return canvas.styled(picture, bokeh={}, matplotlib={"interpolation": "nearest"}, cmap="gray")
+    return style.styled(picture, bokeh={}, matplotlib={"interpolation": "nearest"}, cmap="gray")
 
 
 def _frame(box: tuple[float, float, float, float], kind: int) -> hv.Element:
     import holoviews as hv
 
-    colour, dash = canvas.COLOURS[FRAMES[kind]], canvas.DASHES[kind]
+    colour, dash = style.COLOURS[FRAMES[kind]], style.DASHES[kind]
     left, bottom, right, top = box
     path = hv.Path([[(left, bottom), (right, bottom), (right, top), (left, top), (left, bottom)]], ["x", "y"])
     stroke = {"linestyle": dash[1], "linewidth": 2.5}
-    return canvas.styled(path, bokeh={"line_dash": dash[0], "line_width": 3}, matplotlib=stroke, color=colour)
+    return style.styled(path, bokeh={"line_dash": dash[0], "line_width": 3}, matplotlib=stroke, color=colour)
 
 
 def _heat(cells: list[tuple]) -> hv.Element:
@@ -180,30 +152,30 @@ def _heat(cells: list[tuple]) -> hv.Element:
 
     heat = hv.Rectangles(cells, kdims=["left", "bottom", "right", "top"], vdims="accuracy (%)")
     both = {"color": "accuracy (%)", "cmap": "Blues", "clim": (0, 100), "colorbar": True}
-    return canvas.styled(heat, bokeh={"line_color": "white", "tools": ["hover"]}, matplotlib={"edgecolor": "white"}, **both)
+    return style.styled(heat, bokeh={"line_color": "white", "tools": ["hover"]}, matplotlib={"edgecolor": "white"}, **both)
 
 
-def _words(words: list[tuple[float, float, str]], kind: int | None = None) -> hv.Element:
+def _labels(labels: list[tuple[float, float, str]], kind: int | None = None) -> hv.Element:
     """Text on a white ground, in the colour of its frame, so that it can be read on any image."""
     import holoviews as hv
 
-    colour = "white" if kind is None else canvas.COLOURS[FRAMES[kind]]
+    colour = "white" if kind is None else style.COLOURS[FRAMES[kind]]
 
     def ground(plot: Any, element: Any) -> None:
-        spots = {(float(x), float(y)) for x, y, _ in words}
-        for word in plot.handles["axis"].texts:
-            if tuple(map(float, word.get_position())) in spots:
-                word.set_bbox({"facecolor": "white", "edgecolor": colour, "pad": 2})
+        spots = {(float(x), float(y)) for x, y, _ in labels}
+        for text in plot.handles["axis"].texts:
+            if tuple(map(float, text.get_position())) in spots:
+                text.set_bbox({"facecolor": "white", "edgecolor": colour, "pad": 2})
 
-    written = hv.Labels(words, ["x", "y"], "text")
+    written = hv.Labels(labels, ["x", "y"], "text")
     ink = {"text_font_size": "11pt", "text_color": "black", "background_fill_color": "white", "border_line_color": colour}
-    return canvas.styled(written, bokeh=ink, matplotlib={"size": 11, "color": "black", "hooks": [ground]})
+    return style.styled(written, bokeh=ink, matplotlib={"size": 11, "color": "black", "hooks": [ground]})
 
 
-def _finish(figure: hv.Overlay, title: str, note: str, size: Sequence[int]) -> hv.Overlay:
+def _finish(elements: Sequence[Any], title: str, note: str, size: Sequence[int]) -> hv.Overlay:
     high, wide = size
-    return canvas.finish(
-        figure, title, note, xlabel="column (pixels)", ylabel="row (pixels)", xlim=(0, wide), ylim=(0, high), invert_yaxis=True,
+    return style.finish(
+        elements, title, note, xlabel="column (pixels)", ylabel="row (pixels)", xlim=(0, wide), ylim=(0, high), invert_yaxis=True,
         grid="", shape={"aspect": "equal", "fig_inches": (8, 5.5)}, height=5.5,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from labkit import plots
-from labkit.plots import style as canvas
+from labkit.plots import style
 from labkit.plots.live import Watch
 from labkit.runs.events import COLUMNS, effective
 from tests.helpers import settings
@@ -229,9 +229,9 @@ def test_seeds_share_a_line_and_other_settings_do_not(tmp_path):
 def test_what_a_reader_must_know_is_said(tmp_path):
     emulated, even = Recorded(tmp_path), Recorded(tmp_path, "even", slowdown=(1, 1), emulated=False)
     even.config = even.config.replace(synthetic=True)
-    assert canvas.caption([emulated]) == "slowness emulated: 1x, 4x"
-    assert canvas.caption([even], "1 seed") == "synthetic data; 1 seed"
-    assert canvas.emulated([1, 1, 1, 4, 4]) == "slowness emulated: 3 at 1x, 2 at 4x"
+    assert style.caption([emulated]) == "slowness emulated: 1x, 4x"
+    assert style.caption([even], "1 seed") == "synthetic data; 1 seed"
+    assert style.emulated([1, 1, 1, 4, 4]) == "slowness emulated: 3 at 1x, 2 at 4x"
 
 
 def test_segments_add_up_to_the_events(tmp_path):

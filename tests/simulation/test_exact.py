@@ -17,7 +17,7 @@ from torch import nn
 import labkit
 from labkit import chaos
 from labkit.errors import LabError, RunError
-from labkit.plots import style as canvas
+from labkit.plots import style
 from labkit.plots.progress import meter
 from labkit.runs import checkpoints
 from labkit.runs import events as record
@@ -395,7 +395,7 @@ def test_a_counterfactual_says_so_and_trains_on_the_whole_budget(update, train):
     other = labkit.replay(run, update={"sgwu": "agwu", "agwu": "sgwu"}[update])
     assert other.state == "done" and other.origin == other.summary()["origin"] == "counterfactual"
     assert other.label.endswith("+ IDPA (counterfactual)") and f"(counterfactual of {run.name}), done" in repr(other)
-    assert "counterfactual" in canvas.caption([other]) and other.name == f"r-replay-{other.config['update']['name']}"
+    assert "counterfactual" in style.caption([other]) and other.name == f"r-replay-{other.config['update']['name']}"
     assert other.summary()["samples"] == run.summary()["samples"] == run.config["budget"]
     assert not np.array_equal(run.flat(), other.flat()) and len(other.curve()) > 2
     merges = other.events.query("kind == 'merge'")

@@ -16,7 +16,7 @@ import pytest
 import labkit
 from labkit import plots
 from labkit.errors import PartitionError, RunError
-from labkit.plots import style as canvas
+from labkit.plots import style
 from labkit.runs import checkpoints
 from labkit.runs import events as record
 from labkit.simulation import cost_model as timing
@@ -151,7 +151,7 @@ def test_how_uneven_it_is_stays_as_recorded_or_is_changed(recorded, tmp_path):
     uneven = labkit.simulate(live, drift=5.0, stalls=(3, 1), runs=tmp_path, name="uneven")
     assert uneven.config["drift"] == 5 and uneven.config["stalls"] == [3, 1] and live.config["drift"] == 0
     assert [w["drifts_to"] for w in uneven.config["workers"]] == [3, 1]
-    assert "emulated drift with a period of 5 s, stalls of 1 s every 3 s" in canvas.caption([uneven])
+    assert "emulated drift with a period of 5 s, stalls of 1 s every 3 s" in style.caption([uneven])
     again = scenarios.changed(uneven.config, update=AGWU(), partition=labkit.UDPA(), n_workers=4, **UNCHANGED)
     assert [w["drifts_to"] for w in again["workers"]] == [3, 1, 3, 1] and again["stalls"] == (3, 1) and again["drift"] == 5
     without = {**UNCHANGED, "drift": 0, "stalls": ()}
@@ -214,7 +214,7 @@ def test_when_all_are_lost_the_run_has_failed(simulate):
 def test_figures_tables_and_words_say_that_it_is_simulated(simulate):
     run = simulate(slowdown=[1, 2, 2])
     assert run.origin == run.summary()["origin"] == "simulated" and run.label == "AGWU + UDPA (simulated)"
-    assert "simulated" in canvas.caption([run]) and "emulated" not in canvas.caption([run])
+    assert "simulated" in style.caption([run]) and "emulated" not in style.caption([run])
     assert run.curve().empty and run.summary()["score"] is None and checkpoints.versions(run.path) == []
     merges = run.events.query("kind == 'merge'")
     assert merges.samples.sum() == run.config["budget"] and run.events.seconds.is_monotonic_increasing
