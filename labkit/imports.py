@@ -11,6 +11,7 @@ Used wherever a problem, a model, an update or a partition is written into a rec
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -38,10 +39,7 @@ def import_path(value: Any) -> str | dict[str, str]:
 
 def _find(module: str, name: str) -> Any:
     """The thing of this name in a module that is loaded; None where there is none."""
-    found = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
+    return functools.reduce(lambda found, part: getattr(found, part, None), name.split("."), sys.modules.get(module))
 
 
 def imported(path: str, error: type[Exception] = ProblemError) -> Any:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from labkit.errors import PartitionError
+from labkit.errors import PartitionError, real, whole
 from labkit.imports import make_rule, rule_config
 
 
@@ -150,8 +150,7 @@ class Partition:
     def state_dict(self) -> dict:
         """Everything that the future of the partition depends on: numbers, dicts and arrays; no objects."""
         state = {"n_samples": self.n_samples, "workers": list(self.workers), "late": sorted(self.late), "pool": self.pool.copy()}
-        state |= {"reached": self.reached}
-        state |= {"shards": {worker: self.shard(worker) for worker in self.workers}}
+        state |= {"reached": self.reached, "shards": {worker: self.shard(worker) for worker in self.workers}}
         return state | {"count": dict(self.count), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -168,10 +167,7 @@ class Partition:
         self._members_changed()
 
     def config(self) -> dict:
-        """Name and settings, as JSON; `make_partition` reads it back. Settings are attributes of their names.
-
-        The name of a class that is not labkit's is its import path, "my_module:Mine", so that a run with it can be resumed.
-        """
+        """Name (a user's own class: its import path) and settings, stored as attributes, as JSON for `make_partition`."""
         return rule_config(self, PartitionError)
 
     def _learn(self, seconds: Mapping[int, float]) -> None:
@@ -269,14 +265,8 @@ class IDPA(Partition):
         stratified: bool = False,
     ) -> None:
         super().__init__(stratified=stratified)
-        if int(batches) != batches or batches < 1:
-            raise ValueError(f"batches={batches}: IDPA needs a whole number of batches, at least 1.")
-        if int(smoothing) != smoothing or smoothing < 1:
-            raise ValueError(f"smoothing={smoothing}: IDPA needs a whole number of passes, at least 1.")
-        self.batches, self.smoothing = int(batches), int(smoothing)
-        self.speeds = None if speeds is None else [float(speed) for speed in speeds]
-        if self.speeds is not None and not all(np.isfinite(s) and s > 0 for s in self.speeds):
-            raise ValueError(f"speeds={self.speeds}: every relative speed must be a positive number.")
+        self.batches, self.smoothing = (whole(*n, error=ValueError) for n in (("batches", batches), ("smoothing", smoothing)))
+        self.speeds = None if speeds is None else [real("speeds", speed, above=0) for speed in speeds]
 
     def start(self, n_samples: int, workers: Iterable[int], *, seed: int = 0, labels: np.ndarray | None = None) -> None:
         super().start(n_samples, workers, seed=seed, labels=labels)
@@ -336,6 +326,6 @@ PARTITIONS = {rule.name: rule for rule in (UDPA, IDPA)}
 def make_partition(partition: str | dict | Partition) -> Partition:
     """A partition from its name ("idpa"), an import path ("my_module:Mine"), name and settings (its `config()`), or itself.
 
-    A name or a setting that does not exist is a `ValueError` with the known ones.
+    ValueError with the known ones where a name or a setting does not exist.
     """
     return partition if isinstance(partition, Partition) else make_rule("partition", partition, PARTITIONS, Partition)

@@ -224,7 +224,7 @@ def test_config_round_trip():
         (lambda: make_partition("ipda"), ValueError, "Did you mean 'idpa'"),
         (lambda: IDPA(0), ValueError, "batches=0"),
         (lambda: IDPA(2.5), ValueError, "batches=2.5"),
-        (lambda: IDPA(speeds=[1, -1]), ValueError, "positive"),
+        (lambda: IDPA(speeds=[1, -1]), ValueError, "speeds=-1 must be above 0"),
         (lambda: IDPA(smoothing=0), ValueError, "smoothing=0"),
     ],
 )

@@ -45,6 +45,6 @@ def names() -> list[str]:
 def make_update(update: str | dict | Update) -> Update:
     """An update from its name ("agwu"), an import path ("my_module:Mine"), name and settings (its `config()`), or itself.
 
-    A name or a setting that does not exist is a `ValueError` with the known ones.
+    ValueError with the known ones where a name or a setting does not exist.
     """
     return update if isinstance(update, Update) else make_rule("update", update, UPDATES, Update)

@@ -150,10 +150,7 @@ class Update:
         self.bases = dict.fromkeys(self.bases, self.version)
 
     def config(self) -> dict:
-        """Name and settings, as JSON; `make_update` reads it back. Settings are attributes of their names.
-
-        The name of a class that is not labkit's is its import path, "my_module:Mine", so that a run with it can be resumed.
-        """
+        """Name (a user's own class: its import path) and settings, stored as attributes, as JSON that `make_update` reads back."""
         return rule_config(self, UpdateError)
 
     def _begin(self) -> None:
@@ -173,9 +170,7 @@ class Update:
             raise UpdateError(f"{who} refused: {got.dtype} of shape {got.shape}, but float32 of {want} is needed.")
         if not np.isfinite(np.add.reduce(got)):  # one pass, no temporary: NaN and infinity survive a sum
             raise UpdateError(f"{who} refused: its weights hold NaN or infinity. Lower the learning rate.")
-        if push.score is None and not self.scored:
-            return
-        if push.score is None or not 0.0 <= push.score <= 1.0:
+        if (push.score is None and self.scored) or not 0.0 <= (push.score or 0.0) <= 1.0:
             raise UpdateError(f"{who} refused: its score is {push.score}, but Q lies in [0, 1].")
 
     def _publish(self, weights: np.ndarray, merges: Iterable[tuple[Push, float]]) -> None:

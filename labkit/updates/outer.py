@@ -18,8 +18,8 @@ import math
 
 import numpy as np
 
-from labkit.updates.base import Changes, Push, Reply, chunks, count, number, one_of
-from labkit.updates.synchronous import Barrier, average, shares
+from labkit.updates.base import Changes, Push, Reply, chunks, count, number, one_of, weighted_sum
+from labkit.updates.synchronous import Barrier, shares
 
 TINY = 1e-12
 
@@ -55,7 +55,7 @@ class DiLoCo(Barrier):
 
     def _merge_all(self, pushes: list[Push]) -> None:
         factors, before = shares(pushes, self.weighting), self.weights[: self.n_params]
-        merged = average(pushes, factors)
+        merged = weighted_sum([push.weights for push in pushes], factors)
         step = merged[: self.n_params]
         step -= before
         self.velocity *= np.float32(self.momentum)

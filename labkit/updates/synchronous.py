@@ -83,12 +83,13 @@ class Barrier(Update):
         return False
 
     def _merge_all(self, pushes: list[Push]) -> None:
+        """W(i) = sum_j f_j W_j with the `_factors` f_j, a convex average: buffers are averaged alike."""
+        factors = self._factors(pushes)
+        self._publish(weighted_sum([push.weights for push in pushes], factors), zip(pushes, factors, strict=True))
+
+    def _factors(self, pushes: list[Push]) -> list[float]:
+        """At least 0, with the sum 1."""
         raise NotImplementedError
-
-
-def average(pushes: list[Push], factors: list[float]) -> np.ndarray:
-    """sum_j factors_j W_j, a new array; with factors of at least 0 that sum to 1 a convex average, buffers included."""
-    return weighted_sum([push.weights for push in pushes], factors)
 
 
 def shares(pushes: list[Push], weighting: str) -> list[float]:
@@ -143,11 +144,10 @@ class SGWU(Barrier):
         members = len(self.bases) - len(self.waiting)
         return (self.expired or self.grace == 0) and len(self.pending) >= max(1, math.ceil(self.quorum * members - 1e-9))
 
-    def _merge_all(self, pushes: list[Push]) -> None:
+    def _factors(self, pushes: list[Push]) -> list[float]:
         self.expired = False
         total = sum(push.score for push in pushes)
-        factors = [push.score / total if total > 0 else 1 / len(pushes) for push in pushes]
-        self._publish(average(pushes, factors), zip(pushes, factors, strict=True))
+        return [push.score / total if total > 0 else 1 / len(pushes) for push in pushes]
 
 
 class LocalSGD(Barrier):
@@ -166,9 +166,8 @@ class LocalSGD(Barrier):
     def __init__(self, weighting: str = "equal") -> None:
         self.weighting = one_of(self, "weighting", weighting, ("equal", "samples"))
 
-    def _merge_all(self, pushes: list[Push]) -> None:
-        factors = shares(pushes, self.weighting)
-        self._publish(average(pushes, factors), zip(pushes, factors, strict=True))
+    def _factors(self, pushes: list[Push]) -> list[float]:
+        return shares(pushes, self.weighting)
 
 
 class AllReduce(Barrier):
