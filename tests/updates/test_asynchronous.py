@@ -39,7 +39,12 @@ def test_agwu_attenuation():
     push(rule, 0, (1, 2))
     assert sum(rule.attenuation(w) for w in range(3)) == pytest.approx(1)
     assert rule.attenuation(0) > rule.attenuation(1)  # fresh counts more than stale
-    assert rule.attenuation(0) / rule.attenuation(1) <= math.e + 1e-9
+    assert rule.attenuation(0) / rule.attenuation(1) == pytest.approx(math.e)  # bases 1 and 0 at version 1
+    for _ in range(3):
+        push(rule, 0, (1, 2))
+    assert rule.attenuation(0) / rule.attenuation(1) == pytest.approx(math.e)  # 4 and 0 at version 4
+    push(rule, 2, (1, 2))
+    assert rule.attenuation(0) / rule.attenuation(1) == pytest.approx(math.exp(4 / 5))  # bases 4, 0 and 5 at version 5
     assert started(AGWU(), workers=[0]).attenuation(0) == 1
 
 
