@@ -3,17 +3,18 @@
     kill, freeze, thaw      a worker process of this machine (SIGKILL, SIGSTOP, SIGCONT)
     drop_link               the connection between a worker and the server of a run
     kill_server             the server of a run
-    corrupt_checkpoint      one bit of a kept version
+    corrupt_checkpoint      one bit of a checkpoint
     fill_disk, free_disk    the server can write no more, as on a full disk (Linux)
     Storm                   kills, freezes, dropped links and newcomers at random moments of a run, by seed
-    audit, losses           what does not add up in the record of a run; how long a loss kept the others waiting
+    audit, losses           what is inconsistent in the record of a run; how long the others waited for a lost worker
 
-Used by the chaos notebooks and the tests; also good for asking whether one's own set-up would survive the night.
+Used by the chaos notebooks, the tests, and users who try their own set-up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -27,8 +28,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
-from labkit.errors import ClusterError, LabError, RunError
-from labkit.runs import analysis, checkpoints, server_file
+from labkit.errors import ClusterError, LabError, PartitionError, RunError
+from labkit.partition import UDPA
+from labkit.runs import checkpoints, server_file
+from labkit.runs.analysis import intervals
+from labkit.runs.events import effective
 from labkit.training.attach import watch
 
 if TYPE_CHECKING:
@@ -56,12 +60,12 @@ def freeze(lab: Lab, worker: int) -> None:
 
 
 def thaw(lab: Lab, worker: int) -> None:
-    """Let a frozen worker go on (SIGCONT)."""
+    """Let a frozen worker continue (SIGCONT)."""
     _send(_process(lab, worker), signal.SIGCONT)
 
 
 def drop_link(run: Run, worker: int) -> None:
-    """Cut the connection between a worker and the server of a run that goes; both stay alive, and the worker comes again."""
+    """Cut the connection between a worker and the server of a run; both stay alive, and the worker connects again."""
     server = _server(run)
     with watch((server["host"], server["port"]), server["secret"]) as ask:
         here = sorted(int(index) for index in ask("drop", workers=[int(worker)])["workers"])
@@ -70,18 +74,18 @@ def drop_link(run: Run, worker: int) -> None:
 
 
 def kill_server(run: Run) -> None:
-    """End the server process of a run at once (SIGKILL); `labkit.resume` goes on from the newest checkpoint."""
+    """End the server process of a run at once (SIGKILL); `labkit.resume` continues from the newest checkpoint."""
     os.kill(_server(run)["pid"], signal.SIGKILL)
 
 
 def corrupt_checkpoint(run: Run, version: int | None = None, seed: int = 0) -> Path:
-    """Flip one bit of a kept version, the newest by default; returns the file."""
-    kept = checkpoints.versions(run.path)
-    if version not in (kept if version is not None else [None]) or not kept:
-        raise RunError(f"run {run.name} has no version {'at all' if version is None else version}; it keeps {kept}.")
-    file = run.path / checkpoints.FOLDER / f"{kept[-1] if version is None else version:08d}.npz"
+    """Flip one bit of a checkpoint, the newest by default; returns the file."""
+    versions = checkpoints.versions(run.path)
+    if not versions or version not in (None, *versions):
+        raise RunError(f"run {run.name} has no version {'at all' if version is None else version}; it has {versions}.")
+    file = checkpoints.file_of(run.path, versions[-1] if version is None else version)
     data, chance = bytearray(file.read_bytes()), np.random.default_rng(seed)
-    at = chance.integers(len(data) // 4, 3 * len(data) // 4)  # amid the arrays: the frame of the archive has idle bits
+    at = chance.integers(len(data) // 4, 3 * len(data) // 4)  # amid the arrays: the headers of the archive have unused bits
     data[at] ^= 1 << int(chance.integers(8))
     file.write_bytes(data)
     return file
@@ -100,8 +104,8 @@ def free_disk(run: Run) -> None:
 class Storm:
     """Faults at random moments of a run, in a thread, from its start to `stop` or its end; frozen workers are thawed then.
 
-    The seed decides what is planned: moments, faults, and which of the workers that are there. One worker at least is always left
-    alone.
+    The seed decides what is planned: moments, faults, and which of the workers that are there. At least one worker always stays
+    untouched.
 
     Parameters
     ----------
@@ -135,7 +139,7 @@ class Storm:
         if {"kill", "freeze"} & set(faults) and any(worker.pid == os.getpid() for worker in lab.workers):
             raise ClusterError("these workers are threads of this process: Storm(faults=['drop']), or connect(kind='dask').")
         if run.state != "running":
-            raise RunError(f"run {run.name} does not go: it is {run.state}.")
+            raise RunError(f"run {run.name} is not running: it is {run.state}.")
         self.run, self.lab, self.joins_left = run, lab, most_joins
         self.plan = draw(faults, every, most, seed)
         self._rows: list[tuple[float, str, int]] = []
@@ -172,22 +176,16 @@ class Storm:
         try:
             while not self.run.status().get("started") and self.run.state == "running" and not self._over.wait(0.05):
                 pass
-            self._follow_plan()
+            for wait, *fault in [*self.plan, (math.inf,)]:
+                due = time.monotonic() + wait
+                while (now := time.monotonic()) < due:
+                    if self._over.wait(0.05) or self.run.state != "running":
+                        return
+                    self._thaw([worker for worker, (_, end) in self._frozen.items() if end < now])
+                with contextlib.suppress(LabError, OSError):  # the worker may be gone already, the run over
+                    self._strike(*fault)
         finally:
             self._thaw(list(self._frozen))
-
-    def _follow_plan(self) -> None:
-        plan = iter(self.plan)
-        step = next(plan, None)
-        due = time.monotonic() + (step[0] if step else 0.0)
-        while not self._over.wait(0.05) and self.run.state == "running":
-            now = time.monotonic()
-            self._thaw([worker for worker, (_, end) in self._frozen.items() if end < now])
-            if step and now >= due:
-                with contextlib.suppress(LabError, OSError):  # the worker may be gone already, the run over
-                    self._strike(*step[1:])
-                step = next(plan, None)
-                due = time.monotonic() + (step[0] if step else 0.0)
 
     def _strike(self, fault: str, which: float, frozen_s: float) -> None:
         gone = {*self.lab.lost(), *self._frozen}
@@ -217,7 +215,7 @@ class Storm:
 
     def _thaw(self, workers: list[int]) -> None:
         for worker in workers:
-            process, _ = self._frozen.pop(worker)  # by process: the lab may have given it up, and its index to another one
+            process, _ = self._frozen.pop(worker)  # by process: the lab may have replaced it by another one with its index
             with contextlib.suppress(LabError):
                 _send(process, signal.SIGCONT)
                 self._rows.append((time.time(), "thaw", worker))
@@ -231,7 +229,7 @@ def draw(faults: Sequence[str], every: float, most: int, seed: int) -> list[tupl
     return [(float(w), faults[k], float(p), float(f)) for w, k, p, f in zip(waits, kinds, which, frozen, strict=True)]
 
 
-# -- where things are --------------------------------------------------------------------------------------------------
+# -- processes ---------------------------------------------------------------------------------------------------------
 
 
 def _process(lab: Lab, worker: int) -> psutil.Process:
@@ -264,7 +262,7 @@ def _server(run: Run) -> dict:
     """What the server of a run has announced, if it is on this machine."""
     server = server_file.find(run.path)
     if server is None or server_file.alive(run.path) is False:
-        raise RunError(f"run {run.name} does not go: it has no server.")
+        raise RunError(f"run {run.name} is not running: it has no server.")
     if server["machine"] != socket.gethostname():
         raise ClusterError(f"the server of run {run.name} is on {server['machine']}, not here.")
     return server
@@ -280,24 +278,70 @@ def _limit_files(run: Run, size: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (most if size < 0 else size, most))
 
 
-# -- what they have left behind ----------------------------------------------------------------------------------------
+# -- after the faults --------------------------------------------------------------------------------------------------
 
 
 def audit(run: Run) -> list[str]:
-    """What does not add up in the record of a run that has ended; an empty list is what one hopes for.
+    """What is inconsistent in the record of a run that has ended; an empty list if nothing is.
 
     All samples of the budget were merged, each merge has its push, versions and events are numbered without holes, and the newest
     checkpoint holds the last version and every sample exactly once.
     """
-    return analysis.audit(run.path, run.events, run.config)
+    wrong, events, budget = [], run.events, run.config.budget
+    if list(events.seq) != list(range(len(events))):
+        wrong.append("events are not numbered 0, 1, 2, ...")
+    counted = effective(events)
+    merges, pushes = (counted[counted.kind == kind] for kind in ("merge", "push"))
+    joint = int(events.worker.nunique()) if run.config.update["name"] == "allreduce" else 1  # they stop together
+    if not budget - joint < merges.samples.sum() <= budget:
+        wrong.append(f"{int(merges.samples.sum())} of {budget} samples were merged")
+    steps = merges.version.drop_duplicates().astype(int).tolist()
+    if steps != list(range(1, len(steps) + 1)):
+        wrong.append("versions are not numbered 1, 2, 3, ...")
+    for worker, own in merges.groupby("worker"):
+        sent = list(pushes.loc[pushes.worker == worker, ["seq", "samples"]].itertuples(index=False))
+        for merge in own.itertuples():
+            while sent and (sent[0].seq > merge.seq or sent[0].samples != merge.samples):
+                del sent[0]  # a push that was never merged: its worker was lost while it waited for the others
+            if not sent:
+                wrong.append(f"a merge of {int(merge.samples)} samples of worker {int(worker)} has no push")
+                break
+            del sent[0]
+    try:
+        version, refused = checkpoints.newest(run.path)
+        wrong += refused
+        if steps and version != steps[-1]:
+            wrong.append(f"the newest checkpoint holds version {version} of {steps[-1]}")
+        UDPA().load_state_dict(checkpoints.read_state(run.path, version)[1]["partition"])
+    except (RunError, PartitionError) as error:
+        wrong.append(str(error))
+    return wrong
 
 
 def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
-    """How long a lost worker kept the others waiting: a row for each loss, with seconds, worker, message, waited_s and left.
+    """How long the others waited for a lost worker: a row for each loss, with seconds, worker, message, waited_s and left.
 
-    waited_s is the longest wait that the loss found among the others: from their push or join, or from the start of a pass that the
-    loss has broken off (all-reduce), to their next release. With the `faults` of a storm none begins before the fault itself.
-    Waiting that the barrier would have asked for anyhow is in it. left says how many samples of the budget were not merged yet:
-    when all of them are handed out, the others wait for those of the lost worker under any update.
+    waited_s is the longest wait of another worker at the time of the loss: from its push or join, or from the start of a pass that
+    the loss has broken off (all-reduce), to its next release. With the `faults` of a storm none begins before the fault itself.
+    Waiting at the barrier that was due without the loss is included. left is how many samples of the budget were not merged yet:
+    when all of them are granted, the others wait for those of the lost worker under any update.
     """
-    return analysis.losses(run.events, run.config, faults)
+    import pandas as pd
+
+    events, rows = run.events, []
+    counted, table = effective(events), intervals(events)
+    merged = counted[counted.kind == "merge"]
+    ended = events.seconds[events.kind == "merge"].max()
+    waits = table[table.kind.isin(["answer", "refill", "broken"])]
+    gone = events[(events.kind == "leave") & events.message.fillna("").ne("") & (events.seconds < ended)]
+    for label, loss in zip(gone.index, gone.itertuples(), strict=True):
+        began = -np.inf
+        if faults is not None:
+            own = faults[(faults.worker == loss.worker) & faults.fault.isin(["kill", "freeze", "drop"])]
+            began = own.seconds[own.seconds <= loss.seconds].max() if (own.seconds <= loss.seconds).any() else began
+        found = waits[(waits.worker != loss.worker) & (waits["last"] > label)].groupby("worker").head(1)
+        found = found[(found["first"] < label) & (found.start <= loss.seconds)]
+        waited = float((found.end - found.start.clip(lower=began)).max()) if len(found) else 0.0
+        left = run.config.budget - merged.samples[merged.index < label].sum()
+        rows.append((loss.seconds, int(loss.worker), loss.message, round(max(0.0, waited), 3), int(left)))
+    return pd.DataFrame(rows, columns=["seconds", "worker", "message", "waited_s", "left"])

@@ -27,7 +27,7 @@ TABLES = {
     "NAMED": "labkit.data.named:NAMED",
     "COLUMNS": "labkit.runs.events:COLUMNS",
     "TINY": "tests.test_notebooks:TINY",
-    "FIGURES": "tests.plots.test_runs:FIGURES",
+    "FIGURES": "tests.plots.test_style:FIGURES",
 }
 
 

@@ -72,7 +72,7 @@ def test_a_dropped_link_costs_one_incarnation_and_nothing_else(threads, tmp_path
     assert len(chaos.losses(run)) == 1 and chaos.losses(run).waited_s.max() < 5
 
 
-def test_a_killed_server_and_a_corrupt_checkpoint_are_gone_on_from(threads, tmp_path, capsys):
+def test_a_run_is_resumed_after_a_killed_server_and_a_corrupt_checkpoint(threads, tmp_path, capsys):
     run = train(threads, tmp_path, checkpoints=200)
     until(lambda: len(checkpoints.versions(run.path)) > 2)
     chaos.kill_server(run)
@@ -80,7 +80,7 @@ def test_a_killed_server_and_a_corrupt_checkpoint_are_gone_on_from(threads, tmp_
         run.wait(60)
     before = checkpoints.versions(run.path)
     assert chaos.corrupt_checkpoint(run).stem == f"{before[-1]:08d}" and chaos.audit(run)
-    with pytest.raises(RunError, match="run r has no version 12345; it keeps"):
+    with pytest.raises(RunError, match="run r has no version 12345; it has"):
         chaos.corrupt_checkpoint(run, 12345)
     again = labkit.resume(run.path, threads)
     assert f"{before[-1]:08d}.npz is damaged" in capsys.readouterr().out
@@ -121,13 +121,13 @@ def test_a_full_disk_ends_the_run_and_a_freed_one_does_not(threads, tmp_path):
 def test_a_run_that_has_ended_has_no_server(threads, tmp_path):
     run = train(threads, tmp_path).stop()
     for fault in (lambda: chaos.drop_link(run, 0), lambda: chaos.kill_server(run), lambda: chaos.fill_disk(run)):
-        with pytest.raises(RunError, match="run r does not go: it has no server"):
+        with pytest.raises(RunError, match="run r is not running: it has no server"):
             fault()
-    with pytest.raises(RunError, match="run r does not go: it is stopped"):
+    with pytest.raises(RunError, match="run r is not running: it is stopped"):
         chaos.Storm(run, threads, faults=["drop"])
 
 
-def test_what_cannot_be_is_said(threads):
+def test_what_is_impossible_is_refused(threads):
     with pytest.raises(ClusterError, match=r"worker 0 is a thread of this process. Use connect\(kind='dask'\)"):
         chaos.kill(threads, 0)
     with pytest.raises(ClusterError, match="there is no worker 2; this lab has workers 0 to 1"):
@@ -210,7 +210,7 @@ def test_the_audit_finds_what_is_wrong(threads, tmp_path):
     assert "is damaged" in " ".join(chaos.audit(run))
 
 
-def test_losses_measure_who_waited_for_whom():
+def test_losses_measure_how_long_the_others_waited():
     def event(seconds, kind, worker, message=""):
         return {"seq": 0, "seconds": seconds, "kind": kind, "worker": worker, "message": message}
 

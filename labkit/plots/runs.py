@@ -40,7 +40,7 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
     """Test accuracy against `x`, "seconds" or "samples" (of all workers together); one line for each setting.
 
     Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
-    `target` in (0, 1] is drawn as a level, and the legend says where each line crosses it, straight between points.
+    `target` in (0, 1] is drawn as a level, and the legend has where each line crosses it, straight between points.
     RunError while a run is running: it has no curve yet.
     """
     if x not in AXES:
@@ -233,7 +233,7 @@ def _settings(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def _counted(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Each setting with ", 3 seeds" for a line of three runs; without where each line is one run, which the caption then says."""
+    """Each setting with ", 3 seeds" for a line of three runs; without where each line is one run, as the caption then states."""
     texts, settings = {}, _settings(runs)
     for label, group in settings.items():
         n, seeds = len(group), len({run.config.seed for run in group})

@@ -1,7 +1,7 @@
-"""How runs scale: time against data or workers, what a server can take before more workers are of no use, and how sure that is.
+"""Scaling of runs: time against data or workers, where the server saturates, and how far simulated times are off.
 
-Read from tables, a row a run, as notebooks make them from simulations. A server needs t seconds for a merge, and workers come again
-every T seconds: T/t of them keep it busy all the time.
+Read from tables, a row a run, as notebooks make them from simulations. A server needs t seconds for a merge, and each worker pushes
+every T seconds: with T/t of them it is busy all the time.
 
     throughput of m workers = m/T up to m = T/t, and 1/t from there on
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 AXES = {"samples": "training samples", "n_workers": "workers"}
-FULL = 0.9  # the server's busy share from which on it is taken to be busy all the time
+FULL = 0.9  # busy share from which on a server counts as busy all the time
 
 
 def scaling(frame: pd.DataFrame, x: str = "n_workers", note: str = "") -> hv.Overlay:
@@ -48,7 +48,7 @@ def scaling(frame: pd.DataFrame, x: str = "n_workers", note: str = "") -> hv.Ove
 def saturation(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
     """Samples/s against workers, both logarithmic, one line a label; `frame`: label, n_workers, samples_per_s, server_busy.
 
-    A line's legend says from how many workers on its server is busy all the time (90 % of it).
+    The legend of a line: from how many workers on its server is busy all the time (90 % of it).
     """
     style.extension()
     _check(frame, ["label", "n_workers", "samples_per_s", "server_busy"])

@@ -1,7 +1,7 @@
 """How a figure of labkit is drawn: the back end, the look, and the few elements that figures are made of.
 
 Every figure is made of HoloViews elements that carry their options for both back ends: bokeh where somebody can move
-the picture, matplotlib where a picture is kept. Importing this module loads neither; the first figure does.
+the picture, matplotlib where a picture is stored. Importing this module loads neither; the first figure does.
 
 Used by all figures; `extension`, `interactive` and `save` are public through `labkit.plots`.
 """
@@ -22,7 +22,7 @@ from labkit.cluster.emulation import unsteadiness
 if TYPE_CHECKING:
     import pandas as pd
 
-# Okabe and Ito's colours, told apart by colour-blind readers; marker, dash or hatch says the same without colour.
+# Okabe and Ito's colours, distinct for colour-blind readers; marker, dash or hatch repeat it without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "d", "v", ">", "<")
 DASHES = (("solid", "-"), ("dashed", "--"), ("dotdash", "-."), ("dotted", ":"))  # bokeh's name, matplotlib's name
@@ -261,7 +261,7 @@ def check_columns(frame: pd.DataFrame, columns: Sequence[str]) -> None:
 
 
 def message(title: str, text: str) -> Any:
-    """A figure that says why there is nothing to draw."""
+    """A figure with the reason why there is nothing to draw."""
     import holoviews as hv
 
     reason = styled(hv.Text(0.5, 0.5, text), bokeh={"text_font_size": "12pt"}, matplotlib={"fontsize": 12})

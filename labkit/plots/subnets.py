@@ -95,7 +95,7 @@ def part_times(joined: Any) -> hv.Overlay:
 def part_scores(frame: pd.DataFrame) -> hv.Overlay:
     """Test accuracy of each network over settings; `frame` has the columns setting, seed, network and accuracy, a row a training.
 
-    A mark is the median over seeds, its stroke goes from the lowest to the highest.
+    A mark is the median over seeds, its stroke reaches from the lowest to the highest.
     """
     style.extension()
     style.check_columns(frame, ["setting", "seed", "network", "accuracy"])

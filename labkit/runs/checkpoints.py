@@ -1,18 +1,18 @@
-"""Checkpoints: one file a version, from which weights are read and a run goes on; whole, or refused by name.
+"""Checkpoints: one file a version, from which weights are read and a run is resumed; whole, or refused by name.
 
     checkpoints/00000417.npz   an uncompressed zip archive of arrays
       weights      float32 (n,): the global weights of version 417
-      a1, a2, ...  arrays of the state; equal ones are kept once, whole numbers in the smallest unsigned type
+      a1, a2, ...  arrays of the state; equal ones are stored once, whole numbers in the smallest unsigned type
       state        UTF-8 JSON as uint8: format, run, version, and the state with references to the arrays
       digest       SHA-256 over the names and contents of all members before it
 
-A file takes its place only when it is on the disk. Reading checks the length of every member, the CRC-32 of the archive and the
-digest, so a file that is cut short, damaged, mixed from two or of another run is never taken for a checkpoint. Nothing is pickled.
+A file gets its name only when it is on the disk. Reading checks the length of every member, the CRC-32 of the archive and the
+digest, so a file that is cut short, damaged, mixed from two or of another run is never read as a checkpoint. Nothing is pickled.
 
 One policy says which versions are due (`Policy`) and which files stay (`retained`): snapshots spread evenly over the run, from
-which its curve is measured, and the newest few to go on from.
+which its curve is measured, and the newest few to resume from.
 
-Written by `labkit.training.server.server`; read by whoever measures, resumes or replays a run. Imports numpy alone.
+Written by `labkit.training.server.server`; read where a run is measured, resumed or replayed. Imports numpy alone.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class Layout:
 
     def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
         """Name -> array of its shape, as views into `flat`."""
-        parts, start = {}, 0
+        tensors, start = {}, 0
         for name, shape in zip(self.names, self.shapes, strict=True):
             n = math.prod(shape)
-            parts[name], start = flat[start : start + n].reshape(shape), start + n
-        return parts
+            tensors[name], start = flat[start : start + n].reshape(shape), start + n
+        return tensors
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def prepare(path: Path) -> None:
 
 
 def save(recorder: Recorder, version: int, weights: np.ndarray, state: dict | None = None) -> None:
-    """Save a version and the state to go on from, whole or not at all, and record it; `state["done"]` is in samples."""
+    """Save a version and the state to resume from, whole or not at all, and record it; `state["done"]` is in samples."""
     recorder.sync()  # no checkpoint is ahead of the record
     size = write(recorder.path, version, weights, state)
     recorder.event("checkpoint", version=version, total=(state or {}).get("done"), bytes=size)
@@ -114,19 +114,19 @@ def write(path: Path, version: int, weights: np.ndarray, state: dict | None = No
     head = {"format": FORMAT, "run": _run_id(path), "version": int(version), "state": tree}
     members["state"] = _member(np.frombuffer(json.dumps(head).encode(), np.uint8))
     members["digest"] = _member(np.frombuffer(_digest({name: member.sha for name, member in members.items()}), np.uint8))
-    file = _file(path, version)
-    with replacing(file) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+    file = file_of(path, version)
+    with replacing(file) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
         for name, member in members.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as place:
-                place.write(member.header)
-                place.write(member.data)
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as out:
+                out.write(member.header)
+                out.write(member.data)
     return file.stat().st_size
 
 
 def _member(array: np.ndarray) -> _Member:
     array = np.asarray(array, order="C")
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"an array of {array.dtype} cannot be kept in a checkpoint: numbers only.")
+        raise TypeError(f"an array of {array.dtype} cannot be stored in a checkpoint: numbers only.")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     data = array.reshape(-1).view(np.uint8)
@@ -152,12 +152,12 @@ def _referring(value: Any, members: dict[str, _Member], where: str) -> Any:
         wrong = [key for key in value if isinstance(key, bool) or not isinstance(key, (str, int, np.integer))]
         if wrong:
             raise TypeError(f"{where} has the key {wrong[0]!r}; keys of a checkpoint are text or whole numbers.")
-        parts = {key: _referring(part, members, f"{where}[{key!r}]") for key, part in value.items()}
-        if all(isinstance(key, str) for key in parts) and not {ARRAY, ITEMS} & set(parts):
-            return parts
-        return {ITEMS: [[key if isinstance(key, str) else int(key), part] for key, part in parts.items()]}
+        made = {key: _referring(item, members, f"{where}[{key!r}]") for key, item in value.items()}
+        if all(isinstance(key, str) for key in made) and not {ARRAY, ITEMS} & set(made):
+            return made
+        return {ITEMS: [[key if isinstance(key, str) else int(key), item] for key, item in made.items()]}
     if isinstance(value, (list, tuple)):
-        return [_referring(part, members, f"{where}[{i}]") for i, part in enumerate(value)]
+        return [_referring(item, members, f"{where}[{i}]") for i, item in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds JSON values and numpy arrays.")
@@ -174,7 +174,7 @@ def _packed(array: np.ndarray) -> np.ndarray:
 
 
 def versions(path: Path) -> list[int]:
-    """The versions that are kept, in order."""
+    """The versions that are there, in order."""
     return sorted(int(file.stem) for file in (Path(path) / FOLDER).glob("*.npz") if file.stem.isdecimal())
 
 
@@ -188,7 +188,7 @@ def read_weights(path: Path, version: int, size: int) -> np.ndarray:
 
 def read_state(path: Path, version: int) -> tuple[np.ndarray, dict]:
     """Weights (read-only) and state of a version, as they were written; `RunError` with the reason if they are not."""
-    file = _file(path, version)
+    file = file_of(path, version)
     try:
         members = _read_members(file)
         head = json.loads(_array(members.get("state", (b"", b""))[0]).tobytes()) if "state" in members else None
@@ -204,7 +204,7 @@ def read_state(path: Path, version: int) -> tuple[np.ndarray, dict]:
         arrays = {name: _array(data) for name, (data, _) in members.items() if name not in ("state", "digest")}
         state = _resolved(head["state"], arrays)
     except FileNotFoundError as error:
-        raise RunError(f"{file} is missing. Kept versions: {versions(path)}.") from error
+        raise RunError(f"{file} is missing. Versions there: {versions(path)}.") from error
     except RunError:
         raise
     except _Foreign as error:
@@ -232,30 +232,30 @@ def newest(path: Path) -> tuple[int, list[str]]:
         except RunError as error:
             refused.append(str(error))
     why = "\n".join(refused) or "None was written."
-    raise RunError(f"{Path(path) / FOLDER} holds no whole checkpoint, so the run cannot go on. Train it again.\n{why}")
+    raise RunError(f"{Path(path) / FOLDER} holds no whole checkpoint, so the run cannot be resumed. Train it again.\n{why}")
 
 
 class _Foreign(Exception):
-    """A file of somebody else."""
+    """A file that labkit did not write."""
 
 
-def _file(path: Path, version: int) -> Path:
+def file_of(path: Path, version: int) -> Path:
     return Path(path) / FOLDER / f"{version:08d}.npz"
 
 
 def _run_id(path: Path) -> str:
-    """What tells the checkpoints of this run from those of another one."""
+    """What distinguishes the checkpoints of this run from those of another one."""
     config = Path(path) / "config.json"
     return str(read_json(config).get("id", "")) if config.exists() else ""
 
 
 def _refused(path: Path, version: int, why: str) -> RunError:
     others = [other for other in versions(path) if other != version]
-    return RunError(f"{_file(path, version)} {why} Delete it to go on without it; other versions: {others or 'none'}.")
+    return RunError(f"{file_of(path, version)} {why} Delete it to continue without it; other versions: {others or 'none'}.")
 
 
 def _read_members(file: Path) -> dict[str, tuple[bytes, bytes]]:
-    """Contents and SHA-256 of each member, in order. Lengths are checked before memory is taken, CRC-32 while it is read."""
+    """Contents and SHA-256 of each member, in order. Lengths are checked before memory is allocated, CRC-32 during reading."""
     size = file.stat().st_size
     with open(file, "rb") as raw:
         beginning = raw.read(6)
@@ -295,14 +295,14 @@ def _array(data: bytes) -> np.ndarray:
 
 def _resolved(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if isinstance(value, list):
-        return [_resolved(part, arrays) for part in value]
+        return [_resolved(item, arrays) for item in value]
     if not isinstance(value, dict):
         return value
     if ARRAY in value:
         return arrays[value[ARRAY]].astype(value["dtype"], copy=False)
     if ITEMS in value:
-        return {key: _resolved(part, arrays) for key, part in value[ITEMS]}
-    return {key: _resolved(part, arrays) for key, part in value.items()}
+        return {key: _resolved(item, arrays) for key, item in value[ITEMS]}
+    return {key: _resolved(item, arrays) for key, item in value.items()}
 
 
 # -- which ones are due, and which ones stay ---------------------------------------------------------------------------
@@ -319,15 +319,15 @@ class Policy:
         self.budget, self.snapshots, self.clock, self.age = budget, snapshots, clock, age
         self.newest, self.at, self.number = -1, clock(), -1  # the newest version saved; when, and how many were due by then
 
-    def go_on(self, merged: int, version: int) -> None:
-        """The run goes on from a version that is saved already."""
+    def resume(self, merged: int, version: int) -> None:
+        """The run is resumed from a version that is saved already."""
         self.newest, self.number = version, self._due(merged)
 
     def is_due(self, merged: int) -> bool:
         return self._due(merged) > self.number or self.clock() - self.at > self.age
 
     def admits(self, merged: int, version: int) -> bool:
-        """Each version once: is this one to be saved now? From here on it counts as saved."""
+        """Each version once: is this one to be saved now? After that it counts as saved."""
         self.number, self.at = self._due(merged), self.clock()
         before, self.newest = self.newest, version
         return version != before
@@ -337,10 +337,10 @@ class Policy:
 
 
 def retained(done: Mapping[int, int], budget: int, snapshots: int = 32, points: int = 2) -> set[int]:
-    """The versions to keep, by number and age.
+    """The versions to retain, by number and age.
 
-    `done` says how many samples were trained on by each version. The first version in each of `snapshots` equal parts of the
-    budget stays for the curve, and the newest `points` stay to go on from, so that the run survives a damaged newest one.
+    `done` holds the samples that were trained on by each version. The first version in each of `snapshots` equal parts of the
+    budget stays for the curve, and the newest `points` stay to resume from, so that the run survives a damaged newest one.
     """
     first: dict[int, int] = {}
     for version in sorted(done):
@@ -348,17 +348,17 @@ def retained(done: Mapping[int, int], budget: int, snapshots: int = 32, points: 
     return {*first.values(), *sorted(done)[-points:]}
 
 
-def prune(path: Path, keep: Iterable[int]) -> list[int]:
-    """Delete every version that is not among `keep`; returns those that were deleted."""
-    gone = sorted(set(versions(path)) - set(keep))
+def prune(path: Path, retained: Iterable[int]) -> list[int]:
+    """Delete every version that is not among `retained`; returns those that were deleted."""
+    gone = sorted(set(versions(path)) - set(retained))
     for version in gone:
-        _file(path, version).unlink(missing_ok=True)
+        file_of(path, version).unlink(missing_ok=True)
     return gone
 
 
 def rewind(path: Path, version: int) -> list[int]:
-    """Set aside what is newer than `version`, as <version>.refused: the run goes on from there and makes these numbers again."""
+    """Set aside what is newer than `version`, as <version>.refused: the run continues from there and makes these numbers again."""
     newer = [other for other in versions(path) if other > version]
     for other in newer:
-        _file(path, other).replace(_file(path, other).with_suffix(".refused"))
+        file_of(path, other).replace(file_of(path, other).with_suffix(".refused"))
     return newer

@@ -6,10 +6,10 @@
 What earlier formats did not have is filled in by `RunConfig.load`; nobody else needs to know of them:
 
     1    no replays: probed speeds and threads of the workers are missing
-    2    classes by the module that they stood in, `silence` and `patience` for the two time limits
+    2    classes by the module that they were in, `silence` and `patience` for the two time limits
     3    public names (labkit:Classifier), batch_size, one_process
 
-Used by whoever starts, drives or reads a run. Imports numpy alone, so that the server stays small.
+Used wherever a run is started, driven or read. Imports numpy alone, so that the server stays small.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RunConfig(Mapping[str, Any]):
     """
 
     format: int = FORMAT
-    id: str = ""  # its checkpoints bear it, so that those of another run are told apart
+    id: str = ""  # also in its checkpoints, so that those of another run are refused
     labkit: str | None = None  # the version that wrote it
     name: str = ""
     created: str = ""

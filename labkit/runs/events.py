@@ -1,9 +1,9 @@
 """Events: what happened in a run, written while it happens and read afterwards.
 
 `events.jsonl` is append-only and is the truth: one JSON object a line, one line an event; every table and figure comes from it.
-A run that was cut off goes on in the same file: seq and the clock continue, and an event "resume" says from which version, so
-what came after that version does not count (`effective`). There are three readers: all rows (`read_rows`, or as a table
-`read_events`), and those that have been added since (`Tail`). Nothing here is pickled.
+A run that was cut off is resumed in the same file: seq and the clock continue, and an event "resume" holds the version, so
+what came after that version does not count (`effective`). Readers: all rows (`read_rows`, or as a table `read_events`), and
+those that have been added since (`Tail`). Nothing here is pickled.
 
 Written by `labkit.training.server.server` and, without a cluster, by `labkit.simulation.offline`; read by `labkit.runs.record` and
 `labkit.plots.live`. Imports numpy alone, so that the server stays small; pandas comes with the reading functions.
@@ -30,25 +30,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = [
-    "seq",
-    "time",
-    "seconds",
-    "kind",
-    "worker",
-    "incarnation",
-    "pass",
-    "base_version",
-    "version",
-    "staleness",
-    "samples",
-    "total",
-    "loss",
-    "score",
-    "coefficient",
-    "compute_s",
-    "score_s",
-    "wait_s",
-    "send_s",
+    "seq", "time", "seconds", "kind", "worker", "incarnation", "pass", "base_version", "version", "staleness",
+    "samples", "total", "loss", "score", "coefficient",
+    "compute_s", "score_s", "wait_s", "send_s",
     "hidden_s",  # of an exchange: the part during which the worker computed
     "bytes",
     "probe_s",  # of a join: seconds per sample, as probed
@@ -56,7 +40,7 @@ COLUMNS = [
     "device",
     "generator",  # of a join: does the worker draw random numbers from its "own", or is torch's "shared" with other threads?
     "message",
-]
+]  # fmt: skip
 TEXT_COLUMNS = ("kind", "device", "generator", "message")
 KNOWN = frozenset(COLUMNS)
 FILE = "events.jsonl"
@@ -66,8 +50,8 @@ _in_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would ma
 class Recorder:
     """Appends events to the record of one run; safe from several threads; closing twice is fine.
 
-    A record that exists goes on: what a writer that was killed left half-written is cut off, seq goes on, and the clock stands
-    where it was until the next event "start". `kept` says of each checkpoint how many samples were trained on by then.
+    A record that exists is continued: what a killed writer left half-written is cut off, seq continues, and the clock stays
+    where it was until the next event "start". `saved` are the samples that were trained on by each checkpoint.
 
     A driver without a cluster brings its own `clock`, which returns what `time` and `seconds` of the next event are.
 
@@ -76,22 +60,22 @@ class Recorder:
 
     def __init__(self, path: Path, clock: Callable[[], tuple[float, float | None]] | None = None) -> None:
         self.path, self.clock = Path(path), clock
-        self.started: float | None = None  # Unix time at which the clock of the run was 0; None while it stands
-        self.kept: dict[int, int] = {}  # version: samples
-        self.resumed: set[int] = set()  # versions from which the run went on: a replay goes on from them too
-        # One line is on its way at once; open until `close`.
+        self.started: float | None = None  # Unix time at which the clock of the run was 0; None while it does not run
+        self.saved: dict[int, int] = {}  # version: samples
+        self.resumed: set[int] = set()  # versions from which the run was resumed: a replay continues from them too
+        # Each line is written at once; open until `close`.
         self._file = open(self.path / FILE, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._lock = threading.Lock()
         self._seq, self._before = 0, None  # seconds on the clock of the earlier writer
         try:
             _lock_out_others(self._file)
-            self._go_on()
+            self._continue()
         except BaseException:
             self._file.close()
             raise
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one row; `fields` are columns of `COLUMNS`. The clock of the run begins, or goes on, with the event "start"."""
+        """Append one row; `fields` are columns of `COLUMNS`. The clock of the run begins, or continues, with the event "start"."""
         assert KNOWN.issuperset(fields), f"events have no column {set(fields) - KNOWN}"
         with self._lock:
             now, seconds = self.clock() if self.clock else self._time(kind)
@@ -108,7 +92,7 @@ class Recorder:
             try:
                 os.fsync(self._file.fileno())
             except OSError as error:
-                if error.errno != errno.EINVAL:  # what lies on no disk cannot be synchronised
+                if error.errno != errno.EINVAL:  # what is on no disk cannot be synchronised
                     raise
 
     def close(self) -> None:
@@ -123,11 +107,11 @@ class Recorder:
         return round(now, 6), self._before if self.started is None else round(now - self.started, 6)
 
     def _append(self, row: dict) -> None:
-        self._file.write(_in_json({"seq": self._seq} | row | {"seq": self._seq}) + "\n")  # first, wherever it stood
+        self._file.write(_in_json({"seq": self._seq} | row | {"seq": self._seq}) + "\n")  # first, wherever it was in the row
         self._seq += 1
         self._count(row)
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         file, size = self.path / FILE, os.fstat(self._file.fileno()).st_size
         if not size:
             return
@@ -148,17 +132,17 @@ class Recorder:
 
     def _count(self, row: dict) -> None:
         if row.get("kind") == "checkpoint" and row.get("total") is not None:
-            self.kept[row["version"]] = row["total"]
+            self.saved[row["version"]] = row["total"]
         elif row.get("kind") == "resume":
             self.resumed.add(row["version"])
-            self.kept = {version: done for version, done in self.kept.items() if version <= row["version"]}
+            self.saved = {version: done for version, done in self.saved.items() if version <= row["version"]}
 
 
 def _lock_out_others(file: Any) -> None:
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise RunError(f"{file.name} is being written by another process: the run still goes. Wait, or stop it first.") from error
+        raise RunError(f"{file.name} is being written by another process: the run is running. Wait, or stop it first.") from error
     except OSError:
         pass  # a file system without locks
 
@@ -216,15 +200,15 @@ def read_events(path: Path) -> pd.DataFrame:
 def effective(events: pd.DataFrame) -> pd.DataFrame:
     """The events without what a "resume" has undone, so that no sample counts twice.
 
-    A run that goes on from version v makes the versions after v again: pushes, merges and drops between those of v and the resume,
-    and checkpoints of later versions, led to nothing. All other rows stay: what time was spent on is still true.
+    A run that is resumed from version v makes the versions after v again: pushes, merges and drops between those of v and the
+    resume, and checkpoints of later versions, do not count. All other rows stay, as the time was spent.
     """
     kind, version = events.kind.to_numpy(), events.version.to_numpy(float)
-    counts, place = np.ones(len(events), bool), np.arange(len(events))
+    counts, row = np.ones(len(events), bool), np.arange(len(events))
     for resume in np.flatnonzero(kind == "resume"):
-        earlier = counts & (place < resume)
+        earlier = counts & (row < resume)
         made = np.flatnonzero(earlier & (kind == "merge") & (version <= version[resume]))
-        after = earlier & (place > (made[-1] if len(made) else -1))
+        after = earlier & (row > (made[-1] if len(made) else -1))
         counts &= ~(after & np.isin(kind, ("push", "score", "merge", "drop")))
         counts &= ~(earlier & (kind == "checkpoint") & (version > version[resume]))
     return events if counts.all() else events[counts]

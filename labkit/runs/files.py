@@ -1,6 +1,6 @@
 """Files of a run directory: written whole or not at all, read whole or refused by name.
 
-A file that is replaced is written beside its place and renamed, so that no reader ever sees half of one, also after a crash.
+A file that is replaced is written beside its old version and renamed, so that no reader ever sees half of one, also after a crash.
 A file that grows is read by lines; what follows the last newline is still being written.
 
 Used by whoever writes or reads a run directory, a checkpoint, or the folder of a sweep.
@@ -21,7 +21,7 @@ from labkit.errors import RunError
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Iterator[Any]:
-    """A binary file that takes the place of `path` only once it is written and on the disk; `mode` holds from its first moment."""
+    """A binary file that replaces `path` only once it is written and on the disk; `mode` holds from its first moment."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     draft.unlink(missing_ok=True)
@@ -40,8 +40,8 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Any]:
         os.close(folder)
 
 
-def write_json(path: Path, value: dict) -> None:
-    with replacing(path) as file:
+def write_json(path: Path, value: dict, mode: int = 0o666) -> None:
+    with replacing(path, mode) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 

@@ -1,9 +1,9 @@
-"""A run as its directory tells it: settings, events, curve, weights, and how it stands or ended.
+"""A run, read from its directory: settings, events, curve, weights, and its state or end.
 
     config.json  environment.json  layout.json  events.jsonl  status.json  checkpoints/<version>.npz  metrics.parquet
-    server.json  while the run goes (`labkit.runs.server_file`)
+    server.json  while the run is running (`labkit.runs.server_file`)
 
-It can be read while the run goes, after it, and from another kernel. Tables and numbers are made of the events
+It can be read during the run, after it, and from another kernel. Tables and numbers are made of the events
 (`labkit.runs.analysis`).
 
 Base of `labkit.training.run.Run`; every figure reads it.
@@ -22,8 +22,8 @@ from labkit.errors import RunError
 from labkit.imports import rule_title
 from labkit.partition import PARTITIONS
 from labkit.runs import analysis, checkpoints, server_file
-from labkit.runs import events as record
 from labkit.runs.config import RunConfig
+from labkit.runs.events import FILE, read_events
 from labkit.runs.files import read_json
 from labkit.updates import UPDATES
 
@@ -49,7 +49,7 @@ class RunRecord:
         self._events: tuple[int, pd.DataFrame] | None = None
         _read.add(self)
 
-    # -- how it stands -------------------------------------------------------------------------------------------
+    # -- its state -----------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> str:
@@ -57,17 +57,17 @@ class RunRecord:
         return self.status()["state"]
 
     def status(self) -> dict:
-        """Where the run stands: its state with the reason, and how far it came once it has ended."""
+        """State of the run with the reason, and the samples and versions that it reached once it has ended."""
         return self.recorded()
 
     def recorded(self) -> dict:
-        """What the directory alone tells: how the run ended, or that its server lives, or that it was cut off."""
+        """The status by the directory alone: how the run ended, or that its server is alive, or that it was cut off."""
         status = self.path / "status.json"
         if not status.exists() and server_file.alive(self.path) is not False:
             return {"state": "running", "reason": ""}
         if status.exists():  # also if it ended just now
             return read_json(status)
-        return {"state": "failed", "reason": f"cut off; labkit.resume({str(self.path)!r}) goes on"}
+        return {"state": "failed", "reason": f"cut off; labkit.resume({str(self.path)!r}) continues it"}
 
     @property
     def label(self) -> str:
@@ -91,14 +91,14 @@ class RunRecord:
     @property
     def events(self) -> pd.DataFrame:
         """One row an event, in order (columns: `labkit.runs.events.COLUMNS`)."""
-        file = self.path / record.FILE
+        file = self.path / FILE
         size = file.stat().st_size if file.exists() else 0
         if self._events is None or self._events[0] != size:
-            self._events = (size, record.read_events(self.path))
+            self._events = (size, read_events(self.path))
         return self._events[1].copy()
 
     def curve(self) -> pd.DataFrame:
-        """Learning curve of the global weights on the test set: seconds, samples, version, loss, score; a row a kept version.
+        """Learning curve of the global weights on the test set: seconds, samples, version, loss, score; a row a retained version.
 
         It is measured after the run, so that measuring it does not slow the run.
         """
@@ -108,14 +108,14 @@ class RunRecord:
         if file.exists():
             return pd.read_parquet(file)
         if self.state == "running":
-            raise RunError(f"run {self.name} still goes; its curve is measured at the end. Use run.wait() first.")
+            raise RunError(f"run {self.name} is still running; its curve is measured at the end. Use run.wait() first.")
         return self._measured()
 
     def _measured(self) -> pd.DataFrame:
         raise RunError(f"the curve of run {self.name} is not measured yet: labkit.load_run({str(self.path)!r}).curve() does it.")
 
     def allocations(self) -> pd.DataFrame:
-        """Who was given how many samples: worker, pass (number of the allocation), samples (added), total (held then)."""
+        """Samples by worker: worker, pass (number of the allocation), samples (added), total (held then)."""
         events = self.events
         table = events.loc[events.kind == "allocate", ["worker", "pass", "samples", "total"]]
         return table.astype(int).reset_index(drop=True)
@@ -146,7 +146,7 @@ class RunRecord:
     def time_to(self, score: float) -> float | None:
         """Seconds until the global weights first reached `score` on the test set; None if they never did.
 
-        Between kept versions the curve is taken as straight.
+        Between retained versions the curve is interpolated.
         """
         curve = self.curve()
         seconds = analysis.crossing(curve.seconds.to_numpy(), curve.score.to_numpy(), score)
@@ -162,17 +162,17 @@ class RunRecord:
         return checkpoints.Layout(tuple(stored["names"]), shapes, stored["n_params"], stored["n_buffers"])
 
     def flat(self, version: int | None = None) -> np.ndarray:
-        """The global weights as one flat float32 vector; the newest kept version unless told which."""
+        """The global weights as one flat float32 vector, by default of the newest version."""
         if version is None:
             versions = checkpoints.versions(self.path)
             if not versions:
-                raise RunError(f"run {self.name} has kept no weights in {self.path / checkpoints.FOLDER}.")
+                raise RunError(f"run {self.name} has no weights in {self.path / checkpoints.FOLDER}.")
             version = versions[-1]
         return checkpoints.read_weights(self.path, version, self.layout.size)
 
     def weights(self, version: int | None = None) -> dict[str, np.ndarray]:
-        """The global weights by name; the newest kept version unless told which."""
-        return {name: np.array(part) for name, part in self.layout.split(self.flat(version)).items()}
+        """The global weights by name, by default of the newest version."""
+        return {name: np.array(tensor) for name, tensor in self.layout.split(self.flat(version)).items()}
 
     def __repr__(self) -> str:
         status = self.status()

@@ -115,7 +115,7 @@ def _drive_again(
 
 def _check_replayable(run: Run, rule: Update) -> None:
     if run.state == "running":
-        raise RunError(f"run {run.name} still goes: its record is not whole yet. Use run.wait() first.")
+        raise RunError(f"run {run.name} is still running: its record is not whole yet. Use run.wait() first.")
     if run.origin != "live":
         raise RunError(f"run {run.name} is a {run.origin} itself; replay the run that it comes from, {run.config.origin['run']}.")
     if run.config.format < REPLAYABLE:

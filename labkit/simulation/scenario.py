@@ -58,7 +58,7 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, RunConfig]:
         if not isinstance(run, Run):
             raise TypeError(f"simulate() got a {type(run).__name__} among runs; give runs alone, or speeds alone.")
         if run.state == "running":
-            raise RunError(f"run {run.name} still goes: its record is not whole yet. Use run.wait() first.")
+            raise RunError(f"run {run.name} is still running: its record is not whole yet. Use run.wait() first.")
         if run.origin != "live":
             raise RunError(f"run {run.name} is a {run.origin} itself; nothing was measured in it. Give a run of a lab.")
         if run.config.update["name"] == "allreduce":

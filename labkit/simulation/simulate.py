@@ -93,7 +93,7 @@ def simulate(
     Raises
     ------
     RunError
-        A run still goes, or is too short to be fitted.
+        A run is still running, or is too short to be fitted.
     ValueError, TypeError, PartitionError, ProblemError
         The request makes no sense. An all-reduce cannot be simulated: it exchanges within every step.
     """

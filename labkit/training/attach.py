@@ -58,12 +58,12 @@ class Attached:
         server = server_file.find(run.path)
         if server is None or recorded["state"] != "running":
             why = f": {recorded['reason']}" if recorded.get("reason") else ""
-            raise RunError(f"run {run.name} does not go any more, it is {recorded['state']}{why}.")
+            raise RunError(f"run {run.name} is not running any more, it is {recorded['state']}{why}.")
         here = socket.gethostname()
         if server["machine"] != here and server_file.loopback(server["host"]):
             raise RunError(
-                f"run {run.name} goes on {server['machine']} and listens there alone, and this is {here}. Attach from there, or "
-                f"delete {run.path / server_file.FILE} if it goes no more."
+                f"run {run.name} runs on {server['machine']} and listens there alone, and this is {here}. Attach from there, or "
+                f"delete {run.path / server_file.FILE} if it has ended."
             )
         self._server = server
         try:

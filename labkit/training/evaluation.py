@@ -1,13 +1,12 @@
-"""The learning curve of a run: every kept version of the global weights, measured on the test set after the run.
+"""The learning curve of a run: every retained version of the global weights, measured on the test set after the run.
 
-Measuring afterwards keeps it out of the times that are compared.
+It is measured afterwards, so that the times that are compared do not include it.
 
 Used by `labkit.training.supervisor` at the end of a run, and by `Run.curve` where that was cut off.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ import torch
 
 from labkit.models.flat import flatten
 from labkit.runs import checkpoints
-from labkit.runs import events as record
+from labkit.runs.events import effective
 from labkit.runs.files import replacing
 from labkit.training.worker.process import prepare
 
@@ -32,7 +31,7 @@ BATCH = 250
 
 
 def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: Sequence[int] | None = None) -> pd.DataFrame:
-    """Loss and score of every kept version on the test set, as `metrics.parquet`; on `workers` of the lab (by default those
+    """Loss and score of every retained version on the test set, as `metrics.parquet`; on `workers` of the lab (by default those
     that no run holds), or here without a lab."""
     import pandas as pd
 
@@ -41,12 +40,12 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
     items = [(problem, str(run.path), share, run.config.seed) for share in shares]
     results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
-    rows = sorted(itertools.chain.from_iterable(results))
-    events = record.effective(run.events)
+    rows = sorted(row for share in results for row in share)
+    events = effective(run.events)
     merges = events[events.kind == "merge"].groupby("version")[["seconds", "total"]].max()
     merges.loc[0] = 0.0
     table = pd.DataFrame(rows, columns=["version", "loss", "score"])
-    table = table[table.version.isin(merges.index)]  # a full disk may have swallowed the merge of the last one
+    table = table[table.version.isin(merges.index)]  # a full disk may lack the merge of the last one
     table["seconds"] = table.version.map(merges.seconds)
     table["samples"] = table.version.map(merges.total).astype("int64")
     table = table[["seconds", "samples", "version", "loss", "score"]]

@@ -64,7 +64,7 @@ def resume(
     Raises
     ------
     RunError
-        The run still goes, is done, or has no whole checkpoint; or problem, update or partition are not those of the run, or
+        The run is still running, is done, or has no whole checkpoint; or problem, update or partition are not those of the run, or
         were written in a notebook cell and are not given.
     """
     run = load_run(path, problem=problem)
@@ -101,7 +101,7 @@ def _check_ended(run: Run) -> None:
     while run.state != "running" and server_file.alive(run.path) and time.monotonic() < limit:
         time.sleep(0.02)  # it has recorded how it ended, and is about to exit
     if run.state == "running" or server_file.alive(run.path):
-        raise RunError(f"run {run.name} still goes. Use labkit.load_run({str(run.path)!r}).attach() to follow or stop it.")
+        raise RunError(f"run {run.name} is still running. Use labkit.load_run({str(run.path)!r}).attach() to follow or stop it.")
     if run.state == "done":
         raise RunError(f"run {run.name} is done: all of its {run.config.budget:,} samples were trained on.")
 

@@ -1,8 +1,7 @@
 """A run: the handle that `train` returns, and what `load_run` reads back from a run directory.
 
-Everything that it tells comes from the directory (`labkit.runs.record`). Beside that it follows and steers a run that goes, through
-whoever can: its supervisor in the kernel that started it, a client of its server in another one (`attach`), nobody otherwise.
-The handle never blocks the kernel except where it says so (`wait`).
+All that it reads comes from the directory (`labkit.runs.record`). While it is running, it is followed and controlled through a
+`Follower`: its supervisor in the kernel that started it, a client of its server in another one (`attach`). Only `wait` blocks.
 
 Made by `labkit.training.train` and `labkit.simulation`; used by `labkit.experiments` and users.
 """
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Follower(Protocol):
-    """Whoever follows a run that goes."""
+    """What follows and controls a running run."""
 
     lab: Lab | None  # on which its curve can be measured
 
@@ -42,20 +41,14 @@ class Follower(Protocol):
 
 
 class Run(RunRecord):
-    """One training: its directory, and while it goes the way to follow and stop it.
-
-    Attributes
-    ----------
-    name, path, config
-        The name, the directory and the settings of the run.
-    """
+    """One training: its directory (attributes name, path, config), and the way to follow and stop it while it is running."""
 
     def __init__(self, path: str | Path, *, problem: Problem | None = None, follower: Follower | None = None) -> None:
         super().__init__(path)
         self._problem = problem
         self._follower = follower
 
-    # -- while it goes -------------------------------------------------------------------------------------------
+    # -- while it runs -------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> str:
@@ -63,16 +56,16 @@ class Run(RunRecord):
         return self._follower.state if self._follower else super().state
 
     def status(self) -> dict:
-        """Where the run stands: state, samples, budget, version, seconds, and loss and score of each worker."""
+        """State, samples, budget, version and seconds of the run, loss and score of each worker."""
         return self._follower.status() if self._follower else super().status()
 
     def attach(self) -> Run:
-        """Follow and steer a run that goes in another kernel: its state, `status`, `wait`, `stop`, `progress`; returns the run.
+        """Follow and control a run of another kernel: its state, `status`, `wait`, `stop`, `progress`; returns the run.
 
         Raises
         ------
         RunError
-            It does not go any more, or its server cannot be reached from here.
+            It is not running any more, or its server cannot be reached from here.
         """
         if self._follower is None:
             from labkit.training.attach import Attached
@@ -83,20 +76,20 @@ class Run(RunRecord):
     def wait(self, timeout: float = 3600.0) -> Run:
         """Block until the run has ended and its curve is measured; returns the run.
 
-        An interrupt (Ctrl-C, or the square in the notebook) stops the run and keeps what there is.
+        An interrupt (Ctrl-C, or the square in the notebook) stops the run; what there is can be read.
 
         Raises
         ------
         WorkerError, LabError
             The run failed; the first failing worker's error with its traceback.
         RunError
-            It still goes after `timeout` seconds, or in another kernel (`attach`).
+            It is still running after `timeout` seconds, or in another kernel (`attach`).
         """
         self._check_attached()
         if self._follower:
             try:
                 if not self._follower.wait(timeout):
-                    raise RunError(f"run {self.name} still goes after {timeout:g} s. Wait again, or run.stop().")
+                    raise RunError(f"run {self.name} is still running after {timeout:g} s. Wait again, or run.stop().")
             except KeyboardInterrupt:
                 self.stop()
                 raise
@@ -111,7 +104,7 @@ class Run(RunRecord):
         return self
 
     def progress(self) -> None:
-        """Show how far the run is: a bar that moves by itself in a notebook; elsewhere a line every few seconds until the end."""
+        """Show progress: a bar that moves by itself in a notebook; elsewhere a line every few seconds until the end."""
         from labkit.plots.progress import show
 
         self._check_attached()
@@ -129,7 +122,7 @@ class Run(RunRecord):
 
     def _check_attached(self) -> None:
         if self._follower is None and self.state == "running":
-            raise RunError(f"run {self.name} goes in another kernel. Call run.attach() first.")
+            raise RunError(f"run {self.name} is running in another kernel. Call run.attach() first.")
 
     # -- what was trained ----------------------------------------------------------------------------------------
 

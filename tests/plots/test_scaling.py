@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from labkit import plots
-from tests.plots.test_runs import pieces, title
+from tests.plots.helpers import elements, title
 
 
 def times(x="n_workers"):
@@ -46,7 +46,7 @@ def test_each_is_a_picture_and_a_page(figure, tmp_path):
 
 def test_scaling_holds_the_table_and_says_who_is_quickest_where_it_ends():
     figure = plots.scaling(times("samples"), "samples")
-    curve = pieces(figure, "Curve")["AGWU + IDPA"]
+    curve = elements(figure, "Curve")["AGWU + IDPA"]
     assert curve["samples"].tolist() == [1, 5, 30] and curve["seconds"].tolist() == [30.0, 6.0, 1.0]
     assert title(figure) == "AGWU + IDPA takes 1 s with 30 samples, SGWU + UDPA 2.0 times as long"
     assert title(plots.scaling(times().iloc[::2])) == "AGWU + IDPA takes 1 s with 30 workers"
@@ -56,14 +56,14 @@ def test_saturation_says_from_where_on_the_server_is_busy():
     figure = plots.saturation(crowds(10, 40, 5000))
     assert title(figure) == "10 at most: from 9 workers on the server is busy all the time"
     busy = {"10 at most: busy from 9 workers on", "40 at most: busy from 40 workers on", "5000 at most: never busy all the time"}
-    assert set(pieces(figure, "Curve")) == busy
+    assert set(elements(figure, "Curve")) == busy
     assert title(plots.saturation(crowds(5000))) == "The server can take all 1,000 workers"
 
 
 def test_errors_are_counted_by_configuration():
     figure = plots.errors(off())
     assert title(figure) == "1 of 2 configurations within 10 %: median 13.0 %"
-    marks = pieces(figure, "Scatter")
+    marks = elements(figure, "Scatter")
     assert np.allclose(marks["a run"].data.T, [[-40, 20, 24, 6, -8, 30], [0, 0, 0, -1, -1, -1]])
     assert np.allclose(marks["median"].data.T, [[20, 6], [0, -1]])
 

@@ -1,4 +1,4 @@
-"""Pictures of parts: every frame is where its part is, every number is the right one, and both back ends can draw them."""
+"""Figures of subnets: every frame is where its subdomain is, every number is the right one, and both back ends can draw them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,7 @@ import pytest
 from labkit import plots
 from labkit.errors import ProblemError
 from labkit.subnets.decomposition import Decomposition
-from tests.plots.test_runs import pieces, title
-
-
-@pytest.fixture(autouse=True)
-def static():
-    plots.extension("static")
-    yield
-    plots.extension("static")
+from tests.plots.helpers import elements, title
 
 
 def image(shape=(1, 12, 16)):
@@ -73,40 +66,40 @@ def test_every_figure_is_a_picture_and_a_page(name, tmp_path):
 def test_every_frame_lies_just_inside_its_part():
     decomposition, sample = Decomposition((4, 3), 1), image()
     figure = plots.decomposition(decomposition, sample)
-    frames = figure.traverse(lambda piece: piece, ["Path"])
-    numbers = [label.data["text"].iloc[0] for label in figure.traverse(lambda piece: piece, ["Labels"])]
+    frames = figure.traverse(lambda element: element, ["Path"])
+    numbers = [label.data["text"].iloc[0] for label in figure.traverse(lambda element: element, ["Labels"])]
     assert len(frames) == 12 and numbers == [str(part) for part in range(12)]
     for (down, across), frame in zip(decomposition.windows(sample.shape), frames, strict=True):
         left, right, top, bottom = (*frame.range("x"), *frame.range("y"))
         assert across.start < left < across.start + 1 and across.stop - 1 < right < across.stop
         assert down.start < top < down.start + 1 and down.stop - 1 < bottom < down.stop
     assert title(figure) == "12 parts of 5 x 7 pixels, overlap 1"
-    assert np.array_equal(next(iter(pieces(figure, "Image").values())).data["value"], sample[0])
+    assert np.array_equal(next(iter(elements(figure, "Image").values())).data["value"], sample[0])
 
 
 def test_of_a_volume_the_parts_that_meet_the_middle_slice_are_drawn():
     figure = plots.decomposition(Decomposition((2, 1, 3)), image((2, 5, 9, 9)))
-    numbers = [label.data["text"].iloc[0] for label in figure.traverse(lambda piece: piece, ["Labels"])]
+    numbers = [label.data["text"].iloc[0] for label in figure.traverse(lambda element: element, ["Labels"])]
     assert numbers == ["3", "4", "5"] and title(figure) == "6 parts of 3 x 9 x 3 pixels, overlap 0"
     maps = plots.part_accuracy(joined((2, 1, 3), (1, 5, 9, 9)))
-    assert len(pieces(maps, "Rectangles")[""]) == 3
+    assert len(elements(maps, "Rectangles")[""]) == 3
     assert title(maps) == "Alone, part 5 reaches 55.0 %, part 3 53.0 %"
 
 
 def test_the_map_and_the_bars_hold_the_numbers(tmp_path):
     figure = plots.part_accuracy(joined())
-    (cells,) = pieces(figure, "Rectangles").values()
+    (cells,) = elements(figure, "Rectangles").values()
     assert list(cells["accuracy (%)"]) == pytest.approx([50, 51, 52, 53, 54, 55])
     assert list(cells["left"]) == [0, 5, 10] * 2 and list(cells["top"]) == [6] * 3 + [12] * 3
     assert title(figure) == "Alone, part 5 reaches 55.0 %, part 0 50.0 %"
     bars = plots.part_times(joined())
-    assert list(pieces(bars, "Rectangles")["training"]["top"]) == pytest.approx([3.0, 3.1, 3.2, 3.3, 3.4, 3.5, 0.5, 4.0, 20.0])
+    assert list(elements(bars, "Rectangles")["training"]["top"]) == pytest.approx([3.0, 3.1, 3.2, 3.3, 3.4, 3.5, 0.5, 4.0, 20.0])
     assert title(bars) == "6 subnets with a worker each: 4.0 s, the global network 20.0 s"
     assert (
         "slowness emulated: 1x, 4x; synthetic data; 2 workers needed 8.0 s; 1 seed"
         in plots.save(bars, tmp_path / "a.html").read_text()
     )
-    many = pieces(plots.part_times(joined((4, 4), (1, 12, 16))), "Rectangles")["training"]  # 3.0 to 4.5 s
+    many = elements(plots.part_times(joined((4, 4), (1, 12, 16))), "Rectangles")["training"]  # 3.0 to 4.5 s
     assert list(many["top"]) == pytest.approx([3.75, 4.5, 0.5, 5.0, 20.0])
     assert title(plots.part_times(joined(baselines=()))) == "6 subnets with a worker each: 4.0 s"
     teams, batches = joined(baselines=()), joined(baselines=())
@@ -117,7 +110,7 @@ def test_the_map_and_the_bars_hold_the_numbers(tmp_path):
 
 def test_scores_over_settings_are_medians_with_their_range():
     figure = plots.part_scores(scores())
-    marks = {label: list(zip(*dots.data.to_numpy().T, strict=True)) for label, dots in pieces(figure, "Scatter").items()}
+    marks = {label: list(zip(*dots.data.to_numpy().T, strict=True)) for label, dots in elements(figure, "Scatter").items()}
     assert [y for _, y in marks["joined"]] == pytest.approx([60, 40]) and [y for _, y in marks["whole"]] == pytest.approx([80])
     assert [round(x) for x, _ in marks["joined"]] == [0, 1] and round(marks["whole"][0][0]) == 0
     assert title(figure) == "Best in 1 of 2 settings: joined"

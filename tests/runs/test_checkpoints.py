@@ -295,7 +295,7 @@ def damaged(what, path):
 def test_a_damaged_or_foreign_file_is_refused_by_name_and_says_what_to_do(path, what, why):
     checkpoints.write(path, 2, WEIGHTS)
     damaged(what, path)
-    with pytest.raises(RunError, match=rf"00000003\.npz {why}.* Delete it to go on without it; other versions: \[2"):
+    with pytest.raises(RunError, match=rf"00000003\.npz {why}.* Delete it to continue without it; other versions: \[2"):
         checkpoints.read_weights(path, 3, 17)
 
 
@@ -308,7 +308,7 @@ def test_a_later_format_asks_for_a_later_labkit(path, monkeypatch):
 
 
 def test_a_missing_version_names_those_that_are_kept(path):
-    with pytest.raises(RunError, match=r"00000004\.npz is missing\. Kept versions: \[3\]"):
+    with pytest.raises(RunError, match=r"00000004\.npz is missing\. Versions there: \[3\]"):
         checkpoints.read_weights(path, 4, 17)
 
 
@@ -361,7 +361,7 @@ def test_a_writer_that_is_killed_leaves_only_whole_files(tmp_path):
         "    version += 1\n"
         "    weights = np.full(100_000, version, np.float32)\n"
         "    checkpoints.save(recorder, version, weights, {'done': version, 'a': np.arange(version)})\n"
-        "    checkpoints.prune(sys.argv[1], sorted(recorder.kept)[-3:]); print(version, flush=True)\n"
+        "    checkpoints.prune(sys.argv[1], sorted(recorder.saved)[-3:]); print(version, flush=True)\n"
     )
     rng, last = np.random.default_rng(0), 0
     for _ in range(8):
@@ -383,17 +383,17 @@ def test_checkpoints_are_recorded_and_what_was_done_by_each_is_known_again(tmp_p
     checkpoints.prepare(tmp_path)
     for version, done in ((0, 0), (3, 30), (5, 50)):
         checkpoints.save(recorder, version, WEIGHTS, {"done": done})
-    assert recorder.kept == {0: 0, 3: 30, 5: 50}
+    assert recorder.saved == {0: 0, 3: 30, 5: 50}
     recorder.close()
     table = record.read_events(tmp_path)
     assert list(table.version) == [0, 3, 5] and list(table.total) == [0, 30, 50] and (table.bytes > WEIGHTS.nbytes).all()
     other = Recorder(tmp_path)
-    assert other.kept == {0: 0, 3: 30, 5: 50}
+    assert other.saved == {0: 0, 3: 30, 5: 50}
     other.event("resume", version=3, total=30)
-    assert other.kept == {0: 0, 3: 30}
+    assert other.saved == {0: 0, 3: 30}
     other.close()
     again = Recorder(tmp_path)
-    assert again.kept == {0: 0, 3: 30}
+    assert again.saved == {0: 0, 3: 30}
     again.close()
 
 
@@ -457,5 +457,5 @@ def test_versions_are_due_evenly_over_the_budget_and_when_the_newest_is_too_old(
 
 def test_a_run_that_goes_on_has_saved_the_version_that_it_goes_on_from():
     policy = checkpoints.Policy(budget=100, snapshots=2, clock=lambda: 0.0)
-    policy.go_on(50, 7)
+    policy.resume(50, 7)
     assert not policy.is_due(50) and not policy.admits(50, 7) and policy.is_due(75) and policy.admits(75, 8)

@@ -48,7 +48,7 @@ def test_a_renamed_directory_is_followed(run, tmp_path):
 def test_what_is_not_there_is_said(run):
     with pytest.raises(RunError, match="is not measured yet"):
         run.curve()
-    with pytest.raises(RunError, match="has kept no weights"):
+    with pytest.raises(RunError, match="has no weights"):
         run.flat()
     assert compare([]).empty
 

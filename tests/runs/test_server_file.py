@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from labkit.errors import RunError
-from labkit.runs import server_file as presence
+from labkit.runs import server_file
 from labkit.runs.files import replacing, write_json
 
 SECRET = b"s" * 32
@@ -21,10 +21,10 @@ SECRET = b"s" * 32
 @pytest.fixture
 def announced(tmp_path):
     """A run directory whose server is this process; `change(key=value)` edits what it says."""
-    presence.announce(tmp_path, ("127.0.0.1", 4321), SECRET)
+    server_file.announce(tmp_path, ("127.0.0.1", 4321), SECRET)
 
     def change(**fields):
-        file = tmp_path / presence.FILE
+        file = tmp_path / server_file.FILE
         file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
         return tmp_path
 
@@ -32,24 +32,24 @@ def announced(tmp_path):
 
 
 def test_what_is_announced_is_found_until_it_is_withdrawn(tmp_path):
-    assert presence.find(tmp_path) is None and presence.alive(tmp_path) is False
-    presence.announce(tmp_path, ("127.0.0.1", 4321), SECRET)
-    place = presence.find(tmp_path)
-    assert (place["host"], place["port"], place["secret"], place["pid"]) == ("127.0.0.1", 4321, SECRET, os.getpid())
-    assert presence.alive(tmp_path) is True
-    presence.withdraw(tmp_path)
-    presence.withdraw(tmp_path)
-    assert presence.find(tmp_path) is None and list(tmp_path.iterdir()) == []
+    assert server_file.find(tmp_path) is None and server_file.alive(tmp_path) is False
+    server_file.announce(tmp_path, ("127.0.0.1", 4321), SECRET)
+    server = server_file.find(tmp_path)
+    assert (server["host"], server["port"], server["secret"], server["pid"]) == ("127.0.0.1", 4321, SECRET, os.getpid())
+    assert server_file.alive(tmp_path) is True
+    server_file.withdraw(tmp_path)
+    server_file.withdraw(tmp_path)
+    assert server_file.find(tmp_path) is None and list(tmp_path.iterdir()) == []
 
 
 def test_the_secret_is_closed_to_others_from_the_first_moment(tmp_path):
     mask = os.umask(0)
     try:
-        (tmp_path / presence.FILE).touch(0o666)  # also in place of one that was open
+        (tmp_path / server_file.FILE).touch(0o666)  # also in place of one that was open
         with replacing(tmp_path / "draft", mode=0o600) as file:
             assert os.fstat(file.fileno()).st_mode & 0o777 == 0o600
-        presence.announce(tmp_path, ("127.0.0.1", 4321), SECRET)
-        assert (tmp_path / presence.FILE).stat().st_mode & 0o777 == 0o600
+        server_file.announce(tmp_path, ("127.0.0.1", 4321), SECRET)
+        assert (tmp_path / server_file.FILE).stat().st_mode & 0o777 == 0o600
         write_json(tmp_path / "config.json", {})
         assert (tmp_path / "config.json").stat().st_mode & 0o777 == 0o666  # the others as before
     finally:
@@ -63,35 +63,35 @@ def test_a_process_that_has_ended_or_only_bears_the_number_is_not_alive(announce
         import psutil
 
         started = psutil.Process(process.pid).create_time()
-        assert presence.alive(announced(pid=process.pid, started=started)) is False
-    assert presence.alive(announced()) is False
-    assert presence.alive(announced(pid=os.getpid(), started=started - 100)) is False
+        assert server_file.alive(announced(pid=process.pid, started=started)) is False
+    assert server_file.alive(announced()) is False
+    assert server_file.alive(announced(pid=os.getpid(), started=started - 100)) is False
 
 
 def test_another_machine_is_asked_at_its_port_unless_it_listens_to_itself_alone(announced, monkeypatch):
-    assert presence.alive(announced(machine="elsewhere")) is None
-    monkeypatch.setattr(presence, "loopback", lambda host: False)  # as if it were an address of that machine
+    assert server_file.alive(announced(machine="elsewhere")) is None
+    monkeypatch.setattr(server_file, "loopback", lambda host: False)  # as if it were an address of that machine
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        assert presence.alive(announced(port=listener.getsockname()[1])) is True
-    assert presence.alive(announced()) is False
+        assert server_file.alive(announced(port=listener.getsockname()[1])) is True
+    assert server_file.alive(announced()) is False
 
 
 def test_loopback_is_told_from_other_addresses():
     hosts = ["127.0.0.1", "127.8.8.8", "::1", "localhost", "10.0.0.1", "node7"]
-    assert [presence.loopback(host) for host in hosts] == [True] * 4 + [False] * 2
+    assert [server_file.loopback(host) for host in hosts] == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1, "host": "x", "port": "y"}', '{"format": "a"}'])
 def test_a_damaged_file_is_refused_by_name(tmp_path, text):
-    (tmp_path / presence.FILE).write_text(text)
-    for look in (presence.find, presence.alive):
+    (tmp_path / server_file.FILE).write_text(text)
+    for look in (server_file.find, server_file.alive):
         with pytest.raises(RunError, match=r"server\.json is damaged: .*If the run has ended, delete it"):
             look(tmp_path)
 
 
 def test_a_later_format_is_refused(announced):
     with pytest.raises(RunError, match=r"server\.json was written by a later labkit"):
-        presence.find(announced(format=2))
+        server_file.find(announced(format=2))
 
 
 def test_another_user_s_run_is_seen_but_not_reached(announced, monkeypatch):
@@ -101,6 +101,6 @@ def test_another_user_s_run_is_seen_but_not_reached(announced, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", closed)
-    assert presence.alive(path) is None
+    assert server_file.alive(path) is None
     with pytest.raises(RunError, match=r"server\.json is closed to you: only who started this run can reach it"):
-        presence.find(path)
+        server_file.find(path)

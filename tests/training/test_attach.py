@@ -86,12 +86,12 @@ def test_a_run_that_goes_elsewhere_is_followed_to_its_end(tmp_path):
         run = labkit.load_run(tmp_path)
         assert run.state == "running" and run.status() == {"state": "running", "reason": ""}
         for steer in (run.wait, run.stop, run.progress):
-            with pytest.raises(RunError, match=r"run far goes in another kernel\. Call run\.attach\(\) first"):
+            with pytest.raises(RunError, match=r"run far is running in another kernel\. Call run\.attach\(\) first"):
                 steer()
         assert run.attach() is run and run.attach() is run
         status = run.status()
         assert (status["state"], status["samples"], status["budget"], status["started"]) == ("running", 0, 34, False)
-        with pytest.raises(RunError, match="run far still goes after"):
+        with pytest.raises(RunError, match="run far is still running after"):
             run.wait(0.3)
         train(server)
         run.wait(10)
@@ -107,7 +107,7 @@ def test_it_is_stopped_from_afar(tmp_path):
         assert run.stop(10) is run and run.state == "stopped"
         run.stop()
         run.wait()
-    with pytest.raises(RunError, match="run far does not go any more, it is stopped"):
+    with pytest.raises(RunError, match="run far is not running any more, it is stopped"):
         labkit.load_run(tmp_path).attach()
 
 
@@ -124,17 +124,17 @@ def test_progress_shows_a_run_that_goes_elsewhere(tmp_path, capsys):
 def test_a_server_that_dies_is_noticed(tmp_path, monkeypatch):
     with going(tmp_path):
         run = labkit.load_run(tmp_path).attach()
-        monkeypatch.setattr(server_file, "_runs", lambda pid, started: False)  # killed
+        monkeypatch.setattr(server_file, "_lives", lambda pid, started: False)  # killed
         until(lambda: run.state == "failed")
-        with pytest.raises(RunError, match=r"run far failed: cut off; labkit\.resume\(.*\) goes on"):
+        with pytest.raises(RunError, match=r"run far failed: cut off; labkit\.resume\(.*\) continues it"):
             run.wait(5)
 
 
 def test_a_run_that_was_cut_off_says_how_to_go_on(tmp_path):
     CONFIG.save(tmp_path)
     run = labkit.load_run(tmp_path)
-    assert run.state == "failed" and run.status()["reason"] == f"cut off; labkit.resume({str(tmp_path)!r}) goes on"
-    with pytest.raises(RunError, match=r"does not go any more, it is failed: cut off; labkit\.resume\("):
+    assert run.state == "failed" and run.status()["reason"] == f"cut off; labkit.resume({str(tmp_path)!r}) continues it"
+    with pytest.raises(RunError, match=r"is not running any more, it is failed: cut off; labkit\.resume\("):
         run.attach()
     assert run.wait() is run.stop() is run
 
@@ -153,5 +153,5 @@ def test_a_server_that_cannot_be_reached_is_named(tmp_path):
             labkit.load_run(tmp_path).attach()
         change(port=server.address[1], machine="elsewhere")
         assert labkit.load_run(tmp_path).state == "running"  # for all that can be seen from here
-        with pytest.raises(RunError, match=r"run far goes on elsewhere and listens there alone.*Attach from there"):
+        with pytest.raises(RunError, match=r"run far runs on elsewhere and listens there alone.*Attach from there"):
             labkit.load_run(tmp_path).attach()

@@ -187,10 +187,10 @@ def refused(lab, begun):
 def test_a_run_that_goes_or_may_go_or_is_done_is_not_begun_again(cut, refused, monkeypatch):
     run = cut()
     server_file.announce(run.path, ("127.0.0.1", 1), b"x")
-    refused(run, r"run cut still goes\. Use labkit\.load_run\(.*\)\.attach\(\)")
+    refused(run, r"run cut is still running\. Use labkit\.load_run\(.*\)\.attach\(\)")
     monkeypatch.setattr(resuming, "ENDING_S", 0.1)
     write_json(run.path / "status.json", {"state": "failed", "reason": "its kernel gave it up"})
-    refused(run, "run cut still goes")  # its server does not know
+    refused(run, "run cut is still running")  # its server does not know
     (run.path / "status.json").unlink()
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     refused(run, r"run cut may still go on another machine\. Look there; delete .*server\.json")
@@ -357,7 +357,7 @@ def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(l
             path = Path(notebook.stdout.readline().strip())
             run = labkit.load_run(path).attach()
             until_version(run, 20)
-            with pytest.raises(RunError, match="run r still goes"):
+            with pytest.raises(RunError, match="run r is still running"):
                 labkit.resume(path, lab)
         finally:
             notebook.kill()

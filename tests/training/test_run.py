@@ -55,10 +55,10 @@ def test_stop_before_the_workers_are_there(train):
 
 def test_waiting_too_short_says_so(train):
     run = train(problem(kind=Slow), passes=1000)
-    with pytest.raises(RunError, match=r"still goes after 0\.2 s"):
+    with pytest.raises(RunError, match=r"is still running after 0\.2 s"):
         run.wait(0.2)
     assert run.state == "running"
-    with pytest.raises(RunError, match=r"still goes; its curve is measured at the end"):
+    with pytest.raises(RunError, match=r"is still running; its curve is measured at the end"):
         run.curve()
 
 

@@ -255,7 +255,7 @@ class Coordinator:
         self.grants.restore(int(state["done"]), self.workers)
         self.incarnations = {int(worker): int(n) for worker, n in state["incarnations"].items()}
         self.round = int(state["round"])
-        self.policy.go_on(self.grants.merged, self.update.version)
+        self.policy.resume(self.grants.merged, self.update.version)
         self.record("resume", version=self.update.version, total=self.grants.done)
 
     # -- answers -------------------------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ class Server:
         while (item := self.versions.get()) is not None:
             try:
                 checkpoints.save(self.recorder, *item)
-                retained = checkpoints.retained(self.recorder.kept, self.config.budget, self.config.checkpoints)
+                retained = checkpoints.retained(self.recorder.saved, self.config.budget, self.config.checkpoints)
                 checkpoints.prune(path, retained | self.recorder.resumed)
             except Exception as error:  # whatever it is: without its versions a run is not whole
                 with self.lock:

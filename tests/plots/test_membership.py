@@ -1,0 +1,36 @@
+"""Membership: a row for each incarnation of a worker, and in the figure a bar and the injected faults."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from labkit import plots
+from labkit.runs.events import COLUMNS
+from tests.plots.helpers import elements, title
+
+
+def test_the_roster_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
+    def event(kind, seconds, worker=None, incarnation=0, **fields):
+        return {"kind": kind, "seconds": seconds, "worker": worker, "incarnation": incarnation, **fields}
+
+    rows = [
+        event("join", np.nan, 0), event("join", np.nan, 1), event("start", 0.0), event("leave", 2.0, 1, message="it broke."),
+        event("join", 3.0, 1, 1), event("join", 3.5, 2), event("resume", 4.0), event("join", 4.0, 0, 1), event("start", 4.0),
+        event("join", 4.5, 1, 2), event("leave", 6.0, 0, 1), event("push", 7.0, 1, 2),
+    ]  # fmt: skip
+    run.events = pd.DataFrame(rows, columns=COLUMNS)
+    gone = "the server was gone."
+    assert sorted(plots.roster(run).itertuples(index=False, name=None)) == [
+        (0, 0, 0.0, 4.0, gone), (0, 1, 4.0, 6.0, ""), (1, 0, 0.0, 2.0, "it broke."), (1, 1, 3.0, 4.0, gone), (1, 2, 4.5, 7.0, ""),
+        (2, 0, 3.5, 4.0, gone),
+    ]  # fmt: skip
+    faults = pd.DataFrame([(2.0, "kill", 1), (1.0, "drop", 0), (1.5, "drop", 1)], columns=["seconds", "fault", "worker"])
+    figure = plots.membership(run, faults)
+    bars = elements(figure, "Rectangles")
+    assert {name: len(bar) for name, bar in bars.items()} == {"from the start": 2, "came later or came back": 4}
+    marks = {name: len(mark) for name, mark in elements(figure, "Scatter").items() if name in ("kill", "drop")}
+    assert marks == {"kill": 1, "drop": 2}
+    above, below = (title(view) for view in figure)
+    assert above.startswith("AGWU + IDPA: a worker was lost 4 times, accuracy")
+    assert below == "Who was here, and the 3 faults injected"

@@ -1,0 +1,53 @@
+"""Progress: a line or a bar for a run and for work in this kernel; of subnets in `tests/subnets/test_status.py`."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkit.plots.progress import line, meter, show
+
+RUNNING = {"state": "running", "samples": 25, "budget": 100, "version": 3, "seconds": 5.0, "started": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "end"),
+    [
+        ({}, "version 3, 15 s left"),
+        ({"workers": {0: {"score": 0.5}, 1: {"score": 0.75}, 2: {"score": None}}}, "score 0.625, 15 s left"),
+        ({"started": False}, "workers are starting"),
+        ({"samples": 100}, "measuring the curve"),
+        ({"state": "failed", "reason": "it broke."}, "failed: it broke."),
+        ({"state": "done"}, "version 3, done"),
+    ],
+)
+def test_a_line_says_how_far_a_run_is(change, end):
+    status = RUNNING | change
+    assert line(status).startswith(f"{status['samples']:>3}%, {status['samples']} of 100 samples, version 3")
+    assert line(status).endswith(end)
+
+
+def test_a_bar_moves_to_the_end_of_a_run(monkeypatch):
+    shown, read = [], iter([RUNNING, RUNNING | {"state": "done", "samples": 100}])
+    monkeypatch.setenv("LABKIT_PLOTS", "interactive")
+    monkeypatch.setattr("labkit.plots.progress.BAR_S", 0.01)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("threading.Thread.start", lambda thread: thread.run())
+    show("AGWU + IDPA", lambda: next(read))
+    bar, text = shown[0].children
+    assert (bar.value, bar.bar_style, text.value) == (1.0, "success", "AGWU + IDPA: 100%, 100 of 100 samples, version 3, done")
+
+
+def test_a_bar_is_shown_only_for_work_that_is_long(monkeypatch):
+    class Thing:
+        value = None
+
+    made = []
+    monkeypatch.setattr("labkit.plots.style.interactive", lambda: True)
+    monkeypatch.setattr("labkit.plots.progress._bar", lambda: made.append((Thing(), Thing())) or made[-1])
+    for soon, bars in ((60.0, 0), (0.0, 1)):
+        monkeypatch.setattr("labkit.plots.progress.SOON_S", soon)
+        with meter("work", 10) as done:
+            done(4)
+            done(10)
+        assert len(made) == bars
+    assert made[0][0].value == 1.0 and made[0][1].value == "work: 100%, 10 of 10 samples"

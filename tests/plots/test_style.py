@@ -1,0 +1,86 @@
+"""The look and the back ends: each figure of a run can be kept as a picture and as a page, or says that nothing can be drawn."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from labkit import plots
+from labkit.plots import style
+from tests.plots.helpers import Recorded, rates
+
+FIGURES = {
+    "curves": lambda run: plots.curves([run], target=0.5),
+    "timeline": plots.timeline,
+    "membership": plots.membership,
+    "staleness": plots.staleness,
+    "balance": plots.balance,
+    "weights": plots.weights,
+    "speed": lambda run: plots.speed(rates(5100.0, 1290.0, slowdown=[1, 4])),
+    "live": plots.live,
+}
+
+
+def test_importing_loads_no_plotting_library():
+    code = "import labkit.plots, sys; print({'holoviews', 'hvplot', 'bokeh', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_a_picture_and_a_page(name, run, tmp_path):
+    figure = FIGURES[name](run)
+    picture = plots.save(figure, tmp_path / "figures" / f"{name}.png")
+    assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 5_000
+    page = plots.save(figure, tmp_path / f"{name}.html").read_text()
+    assert "Bokeh" in page and not re.search(r"<script[^>]* src=", page)  # needs no network
+
+
+@pytest.mark.parametrize("name", [name for name in FIGURES if name != "speed"])
+def test_of_a_run_without_events_the_figure_is_a_message(name, tmp_path):
+    figure = FIGURES[name](Recorded(tmp_path, "idle", passes=0))
+    assert plots.save(figure, tmp_path / "empty.png").stat().st_size > 2_000
+    if name != "live":
+        assert "idle: no" in next(iter(figure.traverse(lambda text: text.data[2], ["Text"])))
+
+
+def test_other_endings_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match=r"'x\.pdf'.*\.png or \.html"):
+        plots.save(plots.balance(run), tmp_path / "x.pdf")
+
+
+def test_the_mode_is_named_or_guessed(monkeypatch):
+    monkeypatch.setenv("LABKIT_PLOTS", "interactive")
+    assert plots.interactive()
+    monkeypatch.setenv("LABKIT_PLOTS", "moving")
+    with pytest.raises(ValueError, match="'moving'; it can be 'static'"):
+        plots.extension()
+    monkeypatch.delenv("LABKIT_PLOTS")
+    assert plots.extension() == "static"  # this is no notebook
+
+
+@pytest.mark.slow
+def test_a_notebook_keeps_a_picture_and_no_script(monkeypatch, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+    from traitlets.config import Config
+
+    monkeypatch.setenv("LABKIT_PLOTS", "static")
+    draw = "import pandas as pd\nfrom labkit import plots\n"
+    draw += "plots.speed(pd.DataFrame({'worker': [0, 1], 'samples_per_s': [9.0, 3.0], 'slowdown': [1, 3]}))"
+    more = "pd.DataFrame({'x': [1, 2], 'y': [3, 4]}).hvplot.line(x='x', y='y')"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (draw, more)])
+    config = Config({"KernelManager": {"transport": "ipc", "ip": str(tmp_path / "k")}})
+    NotebookClient(notebook, timeout=60, kernel_name="python3", config=config).execute()
+    for cell in notebook.cells:
+        assert [set(output.get("data", {})) - {"text/plain"} for output in cell.outputs] == [{"image/png"}], cell.source
+
+
+def test_the_caption_states_what_a_reader_must_know(tmp_path):
+    emulated, even = Recorded(tmp_path), Recorded(tmp_path, "even", slowdown=(1, 1), emulated=False)
+    even.config = even.config.replace(synthetic=True)
+    assert style.caption([emulated]) == "slowness emulated: 1x, 4x"
+    assert style.caption([even], "1 seed") == "synthetic data; 1 seed"
+    assert style.emulated([1, 1, 1, 4, 4]) == "slowness emulated: 3 at 1x, 2 at 4x"
