@@ -67,7 +67,7 @@ def part_accuracy(joined: Any) -> hv.Overlay:
 
 
 def part_times(joined: Any) -> hv.Overlay:
-    """Seconds of training: each subnet, the coarse network, and what was trained for comparison.
+    """Seconds of training: each subnet, the coarse network, and the baselines.
 
     Of more than MOST_BARS subnets only the median and the longest are drawn.
     """

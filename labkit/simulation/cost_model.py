@@ -28,8 +28,8 @@ import numpy as np
 
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError, real
-from labkit.runs import events as record
-from labkit.training.wire import compression as exchange
+from labkit.runs.events import effective
+from labkit.training.wire import compression
 
 if TYPE_CHECKING:
     from labkit.training.run import Run
@@ -94,8 +94,8 @@ def fit(runs: Sequence[Run]) -> Timing:
     measured: dict[int, list[tuple]] = {}
     exchanges, merges, scores = [], [], []
     for run in runs:
-        events = record.effective(run.events)
-        n_bytes = exchange.n_bytes(run.config.exchange, run.layout.size)
+        events = effective(run.events)
+        n_bytes = compression.n_bytes(run.config.exchange, run.layout.size)
         joins = run.events.query("kind == 'join'").groupby("worker")
         passes = {int(w): _unstretched(run, int(w), own, joins.get_group(w)) for w, own in _passes(events).groupby("worker")}
         ratios = {worker: _ratios(own) for worker, own in passes.items()}

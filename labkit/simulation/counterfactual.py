@@ -25,7 +25,7 @@ from labkit.simulation.exact import Lives
 from labkit.simulation.offline import Ledger, Replicas, begin_course
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN, Coordinator
-from labkit.training.wire import compression as exchange
+from labkit.training.wire import compression
 from labkit.training.wire.protocol import Answer
 from labkit.updates import Update
 
@@ -56,7 +56,7 @@ class Arrivals:
         self.replicas = Replicas(problem, run.config)
         weights, *_ = flatten(problem.build(run.config.seed))
         layout = run.layout
-        self.n_bytes = exchange.n_bytes(self.replicas.exchange, layout.size)
+        self.n_bytes = compression.n_bytes(self.replicas.exchange, layout.size)
         self.it: Coordinator = begin_course(
             run.config.replace(workers=workers, batch_size=problem.batch_size),
             update,

@@ -24,13 +24,13 @@ from labkit.models.flat import flatten
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
-from labkit.runs import events as record
 from labkit.runs.config import environment
+from labkit.runs.events import read_rows
 from labkit.runs.files import read_json
 from labkit.simulation.offline import Ledger, Replicas, begin_course
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
-from labkit.training.wire import compression as exchange
+from labkit.training.wire import compression
 from labkit.updates import Update
 
 BESIDE = ("release", "checkpoint", "refuse", "score")  # rows that change nothing: the server's own, and what it did not take in
@@ -45,7 +45,7 @@ class Lives:
     """
 
     def __init__(self, run: Run) -> None:
-        self.rows = record.read_rows(run.path)
+        self.rows = read_rows(run.path)
         for number, row in enumerate(self.rows):
             if row.get("seq") != number:
                 raise RunError(
@@ -174,7 +174,7 @@ class Course:
             self._agrees(row, "score", self.replicas.score(worker))
         self.passes += 1
         header = {**row, "op": "push", "version": row["base_version"]}
-        fits = row["bytes"] == exchange.n_bytes(self.replicas.exchange, len(weights))
+        fits = row["bytes"] == compression.n_bytes(self.replicas.exchange, len(weights))
         self.it.push(self.it.members[worker], header, weights if fits else None, row["bytes"])
         self.told(self.it.grants.done)
 

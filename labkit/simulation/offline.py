@@ -30,7 +30,7 @@ from labkit.runs.events import Recorder
 from labkit.runs.files import replacing, write_json
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.train import claim
-from labkit.training.wire import compression as exchange
+from labkit.training.wire import compression
 from labkit.training.wire.protocol import Answer, Grant
 from labkit.training.worker.replica import Replica
 from labkit.updates import Update
@@ -72,9 +72,9 @@ class Replicas:
             began = torch.get_rng_state() if place.shared else None
             if place.went:  # what it did while its push was under way
                 replica.ahead(place.went)
-            given, taken = exchange.pack(go.weights, self.exchange), np.array(go.weights)
+            given, taken = compression.pack(go.weights, self.exchange), np.array(go.weights)
             if self.exchange != "float32":
-                exchange.unpack(given, self.exchange, taken)
+                compression.unpack(given, self.exchange, taken)
             replica.pull(torch.from_numpy(taken), go.grant.carry)
             replica.hold(go.grant.retain, go.indices)
             done, place.went = replica.local_pass(go.grant), go.grant
@@ -96,9 +96,10 @@ class Replicas:
         weights = replica.flat.numpy()
         if self.exchange == "float32":
             return weights
-        change, made = exchange.buffer(self.exchange, len(weights)), np.empty_like(weights)
+        change, made = compression.buffer(self.exchange, len(weights)), np.empty_like(weights)
         n = replica.layout.n_params
-        exchange.add_change(base, change, self.exchange, exchange.pack_change(weights, given, self.exchange, change, n), made, n)
+        shift = compression.pack_change(weights, given, self.exchange, change, n)
+        compression.add_change(base, change, self.exchange, shift, made, n)
         return made
 
     def close(self) -> None:

@@ -35,9 +35,9 @@ from torch import nn
 
 import labkit
 from labkit.plots import style
-from labkit.runs import events as record
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
+from labkit.runs.events import read_events
 from labkit.training import supervisor
 from labkit.training.server.server import ServerSpec
 from labkit.training.wire import transport as wire
@@ -175,7 +175,7 @@ def saturate(update: str, n_workers: int, megabytes: float, nap: float, seconds:
                 break
     took = {key: ended[key] - begun[key] for key in begun}
     wall, n = took["time"], took["exchanges"]
-    locked = under_lock(record.read_events(path), begun["time"], ended["time"])
+    locked = under_lock(read_events(path), begun["time"], ended["time"])
     return {
         "update": update,
         "MB": megabytes,

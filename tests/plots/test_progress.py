@@ -20,7 +20,7 @@ RUNNING = {"state": "running", "samples": 25, "budget": 100, "version": 3, "seco
         ({"state": "done"}, "version 3, done"),
     ],
 )
-def test_a_line_says_how_far_a_run_is(change, end):
+def test_a_line_shows_how_far_a_run_is(change, end):
     status = RUNNING | change
     assert line(status).startswith(f"{status['samples']:>3}%, {status['samples']} of 100 samples, version 3")
     assert line(status).endswith(end)

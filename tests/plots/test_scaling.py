@@ -44,7 +44,7 @@ def test_each_is_a_picture_and_a_page(figure, tmp_path):
     assert "Bokeh" in plots.save(figure(), tmp_path / "figure.html").read_text()
 
 
-def test_scaling_holds_the_table_and_says_who_is_quickest_where_it_ends():
+def test_scaling_holds_the_table_and_its_title_the_quickest_at_its_end():
     figure = plots.scaling(times("samples"), "samples")
     curve = elements(figure, "Curve")["AGWU + IDPA"]
     assert curve["samples"].tolist() == [1, 5, 30] and curve["seconds"].tolist() == [30.0, 6.0, 1.0]
@@ -52,7 +52,7 @@ def test_scaling_holds_the_table_and_says_who_is_quickest_where_it_ends():
     assert title(plots.scaling(times().iloc[::2])) == "AGWU + IDPA takes 1 s with 30 workers"
 
 
-def test_saturation_says_from_where_on_the_server_is_busy():
+def test_saturation_shows_from_where_on_the_server_is_busy():
     figure = plots.saturation(crowds(10, 40, 5000))
     assert title(figure) == "10 at most: from 9 workers on the server is busy all the time"
     busy = {"10 at most: busy from 9 workers on", "40 at most: busy from 40 workers on", "5000 at most: never busy all the time"}
@@ -68,7 +68,7 @@ def test_errors_are_counted_by_configuration():
     assert np.allclose(marks["median"].data.T, [[20, 6], [0, -1]])
 
 
-def test_what_cannot_be_drawn_is_refused_or_told():
+def test_what_cannot_be_drawn_is_refused_or_a_message():
     with pytest.raises(ValueError, match="against 'samples' or 'n_workers', not 'epochs'"):
         plots.scaling(times(), "epochs")
     with pytest.raises(ValueError, match=r"the frame has no column samples\. It has: strategy, n_workers, seconds"):

@@ -13,8 +13,7 @@ import pytest
 
 from labkit.errors import RunError
 from labkit.runs import checkpoints
-from labkit.runs import events as record
-from labkit.runs.events import Recorder
+from labkit.runs.events import Recorder, read_events
 from labkit.runs.files import write_json
 from labkit.updates import AGWU, SGWU, Push
 
@@ -108,7 +107,7 @@ def test_any_nested_state_comes_back(path, seed):
     assert same(checkpoints.read_state(path, 7)[1], state)
 
 
-def test_a_rule_goes_on_from_a_checkpoint_as_if_nothing_had_been(path):
+def test_a_rule_continues_from_a_checkpoint_as_if_nothing_had_been(path):
     rng = np.random.default_rng(0)
 
     def pushes(rule, n):
@@ -127,7 +126,7 @@ def test_a_rule_goes_on_from_a_checkpoint_as_if_nothing_had_been(path):
         assert rule.version == other.version and rule.weights.tobytes() == other.weights.tobytes()
 
 
-def test_indices_are_small_and_what_is_equal_is_kept_once(path):
+def test_indices_are_small_and_equal_arrays_are_stored_once(path):
     shards = {worker: np.arange(worker, 60000, 4) for worker in range(4)}
     size = checkpoints.write(path, 4, WEIGHTS, {"shards": shards})
     assert size < 2 * 60000 + 4000 and size == file(path, 4).stat().st_size
@@ -152,7 +151,7 @@ def test_the_same_version_gives_the_same_bytes(path):
         ({"a": np.array(["text"])}, "numbers only"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_where_it_is_written(path, state, message):
+def test_what_cannot_be_stored_is_refused_where_it_is_written(path, state, message):
     with pytest.raises(TypeError, match=message):
         checkpoints.write(path, 9, WEIGHTS, state)
     assert checkpoints.versions(path) == [3]
@@ -292,7 +291,7 @@ def damaged(what, path):
         ("folder", "is damaged"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_refused_by_name_and_says_what_to_do(path, what, why):
+def test_a_damaged_or_foreign_file_is_refused_by_name_with_what_to_do(path, what, why):
     checkpoints.write(path, 2, WEIGHTS)
     damaged(what, path)
     with pytest.raises(RunError, match=rf"00000003\.npz {why}.* Delete it to continue without it; other versions: \[2"):
@@ -307,7 +306,7 @@ def test_a_later_format_asks_for_a_later_labkit(path, monkeypatch):
         checkpoints.read_state(path, 3)
 
 
-def test_a_missing_version_names_those_that_are_kept(path):
+def test_a_missing_version_names_those_that_are_there(path):
     with pytest.raises(RunError, match=r"00000004\.npz is missing\. Versions there: \[3\]"):
         checkpoints.read_weights(path, 4, 17)
 
@@ -354,7 +353,7 @@ def test_files_that_are_not_ours_are_no_versions(path):
 def test_a_writer_that_is_killed_leaves_only_whole_files(tmp_path):
     """Killed at random moments of writing, again and again: the newest version can always be read."""
     code = (
-        "import sys, numpy as np; from labkit.runs import checkpoints; from labkit.runs.events import Recorder\n"
+        "import sys, numpy as np; from labkit.runs import checkpoints; from labkit.runs.events import Recorder, read_events\n"
         "recorder = Recorder(sys.argv[1]); checkpoints.prepare(sys.argv[1])\n"
         "version = max([0, *checkpoints.versions(sys.argv[1])])\n"
         "while True:\n"
@@ -375,7 +374,7 @@ def test_a_writer_that_is_killed_leaves_only_whole_files(tmp_path):
         assert refused == [] and (weights == version).all() and state["done"] == version > last
         last = version
     assert 1 <= len(checkpoints.versions(tmp_path)) <= 4
-    assert record.read_events(tmp_path).query("kind == 'checkpoint'").version.max() >= last - 1
+    assert read_events(tmp_path).query("kind == 'checkpoint'").version.max() >= last - 1
 
 
 def test_checkpoints_are_recorded_and_what_was_done_by_each_is_known_again(tmp_path):
@@ -385,7 +384,7 @@ def test_checkpoints_are_recorded_and_what_was_done_by_each_is_known_again(tmp_p
         checkpoints.save(recorder, version, WEIGHTS, {"done": done})
     assert recorder.saved == {0: 0, 3: 30, 5: 50}
     recorder.close()
-    table = record.read_events(tmp_path)
+    table = read_events(tmp_path)
     assert list(table.version) == [0, 3, 5] and list(table.total) == [0, 30, 50] and (table.bytes > WEIGHTS.nbytes).all()
     other = Recorder(tmp_path)
     assert other.saved == {0: 0, 3: 30, 5: 50}
@@ -420,7 +419,7 @@ def test_snapshots_are_spread_over_the_run_and_the_newest_two_stay(seed):
     assert kept == checkpoints.retained(done, budget, 8)
 
 
-def test_pruning_deletes_all_but_what_is_kept(path):
+def test_pruning_deletes_all_but_what_is_retained(path):
     for version in (5, 8):
         checkpoints.write(path, version, WEIGHTS)
     assert checkpoints.prune(path, {5, 99}) == [3, 8] and checkpoints.versions(path) == [5]
@@ -455,7 +454,7 @@ def test_versions_are_due_evenly_over_the_budget_and_when_the_newest_is_too_old(
     assert policy.is_due(31) and policy.admits(31, 4) and not policy.is_due(32)
 
 
-def test_a_run_that_goes_on_has_saved_the_version_that_it_goes_on_from():
+def test_a_resumed_run_has_saved_the_version_that_it_continues_from():
     policy = checkpoints.Policy(budget=100, snapshots=2, clock=lambda: 0.0)
     policy.resume(50, 7)
     assert not policy.is_due(50) and not policy.admits(50, 7) and policy.is_due(75) and policy.admits(75, 8)

@@ -1,4 +1,4 @@
-"""Events: nothing half-written is read, a record that was cut off goes on, and what a resume has undone does not count."""
+"""Events: nothing half-written is read, a record that was cut off is continued, and what a resume has undone does not count."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 
 from labkit.errors import RunError
-from labkit.runs import events as record
-from labkit.runs.events import COLUMNS, Recorder
+from labkit.runs.events import COLUMNS, Recorder, Tail, effective, read_events
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def test_events_come_back_in_order_with_all_columns(recorder, tmp_path):
     recorder.event("join", worker=0, incarnation=0, message='a "quoted"\nline, ä')
     recorder.event("start")
     recorder.event("push", worker=0, samples=7, loss=float("nan"), score=0.5, compute_s=0.25, **{"pass": 1})
-    table = record.read_events(tmp_path)  # while it is still written
+    table = read_events(tmp_path)  # while it is still written
     assert list(table.columns) == COLUMNS and list(table.kind) == ["join", "start", "push"] and list(table.seq) == [0, 1, 2]
     assert table.message[0] == 'a "quoted"\nline, ä'
     assert np.isnan(table.seconds[0]) and table.seconds[1] == 0 and table.seconds[2] >= 0
@@ -33,7 +32,7 @@ def test_events_come_back_in_order_with_all_columns(recorder, tmp_path):
 
 
 def test_a_run_without_events_is_an_empty_table(tmp_path):
-    table = record.read_events(tmp_path)
+    table = read_events(tmp_path)
     assert len(table) == 0 and list(table.columns) == COLUMNS
 
 
@@ -49,18 +48,18 @@ def test_events_of_several_threads_are_whole_lines(recorder, tmp_path):
     ]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    table = record.read_events(tmp_path)
+    table = read_events(tmp_path)
     assert list(table.seq) == list(range(200)) and (table.groupby("worker").size() == 50).all()
 
 
-def test_a_recorder_goes_on_where_another_one_ended_and_closes_twice(recorder, tmp_path):
+def test_a_recorder_continues_where_another_one_ended_and_closes_twice(recorder, tmp_path):
     recorder.event("start")
     recorder.close()
     recorder.close()
     other = Recorder(tmp_path)
     other.event("join")
     other.close()
-    table = record.read_events(tmp_path)
+    table = read_events(tmp_path)
     assert list(table.kind) == ["start", "join"] and list(table.seq) == [0, 1]
 
 
@@ -69,7 +68,7 @@ def test_a_last_line_that_is_being_written_is_left_out(recorder, tmp_path):
     for half in ('{"seq": 1', ', "kind": "pu', 'sh"}'):
         with open(tmp_path / "events.jsonl", "a") as file:
             file.write(half)
-        assert list(record.read_events(tmp_path).kind) == ["start"]
+        assert list(read_events(tmp_path).kind) == ["start"]
 
 
 @pytest.mark.parametrize("line", ['{"seq": 1, "ki', "17", "[]", "null", ""])
@@ -79,17 +78,17 @@ def test_a_damaged_line_is_named(recorder, tmp_path, line):
         file.write(line + "\n")
     recorder.event("join")
     with pytest.raises(RunError, match=r"events\.jsonl, line 2 is damaged: .* Remove the line to read the rest"):
-        record.read_events(tmp_path)
+        read_events(tmp_path)
 
 
 def test_events_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "events.jsonl").write_bytes(b"\xff\xfe\n")
     with pytest.raises(RunError, match=r"events\.jsonl cannot be read"):
-        record.read_events(tmp_path)
+        read_events(tmp_path)
 
 
 def test_a_tail_gives_each_event_once_and_whole(recorder, tmp_path):
-    tail = record.Tail(tmp_path)
+    tail = Tail(tmp_path)
     assert tail.read() == []  # there is nothing yet
     recorder.event("join", worker=0)
     recorder.event("start")
@@ -103,7 +102,7 @@ def test_a_tail_gives_each_event_once_and_whole(recorder, tmp_path):
         tail.read()
 
 
-def test_another_clock_says_when_things_happen_and_a_copy_keeps_its_time(tmp_path):
+def test_another_clock_sets_the_time_and_a_copy_retains_its_time(tmp_path):
     moments = iter([(7.0, None), (8.5, 0.5)])
     recorder = Recorder(tmp_path, clock=lambda: next(moments))
     recorder.event("join", worker=1)
@@ -117,12 +116,12 @@ def test_another_clock_says_when_things_happen_and_a_copy_keeps_its_time(tmp_pat
     ]
 
 
-# -- a record that goes on ----------------------------------------------------------------------------------------------
+# -- a record that is continued -----------------------------------------------------------------------------------------
 
 
-def test_seq_and_clock_go_on(recorder, tmp_path, monkeypatch):
+def test_seq_and_clock_continue(recorder, tmp_path, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(record.time, "time", lambda: now)
+    monkeypatch.setattr("labkit.runs.events.time.time", lambda: now)
     recorder.event("join", worker=0)
     recorder.event("start")
     now = 1007.5
@@ -137,7 +136,7 @@ def test_seq_and_clock_go_on(recorder, tmp_path, monkeypatch):
     now = 5003.0
     other.event("push", worker=0)
     other.close()
-    table = record.read_events(tmp_path)
+    table = read_events(tmp_path)
     assert list(table.seq) == list(range(6)) and list(table.seconds)[1:] == [0.0, 7.5, 7.5, 7.5, 9.5]
 
 
@@ -156,7 +155,7 @@ def test_what_a_crash_left_half_written_is_cut_off(recorder, tmp_path, half):
     assert (tmp_path / "events.jsonl").read_bytes() == whole
     other.event("resume", version=0)
     other.close()
-    assert list(record.read_events(tmp_path).seq) == [0, 1, 2]
+    assert list(read_events(tmp_path).seq) == [0, 1, 2]
 
 
 def test_a_record_of_nothing_but_half_a_line_begins_at_0(tmp_path):
@@ -164,14 +163,14 @@ def test_a_record_of_nothing_but_half_a_line_begins_at_0(tmp_path):
     recorder = Recorder(tmp_path)
     recorder.event("join")
     recorder.close()
-    assert list(record.read_events(tmp_path).seq) == [0]
+    assert list(read_events(tmp_path).seq) == [0]
 
 
 def test_a_record_has_one_writer(recorder, tmp_path):
     with pytest.raises(RunError, match=r"events\.jsonl is being written by another process.*stop it first"):
         Recorder(tmp_path)
     recorder.event("join")  # undisturbed
-    assert list(record.read_events(tmp_path).kind) == ["join"]
+    assert list(read_events(tmp_path).kind) == ["join"]
 
 
 def table(*rows):
@@ -183,9 +182,9 @@ def test_what_a_resume_undoes_does_not_count():
     rows += [("push", None, 10), ("merge", 1, 10), ("push", None, 10), ("merge", 2, 10), ("push", None, 10), ("merge", 3, 10)]
     rows += [("checkpoint", 2, None), ("checkpoint", 3, None), ("push", None, 10), ("drop", 3, 10), ("leave", None, None)]
     events = table(*rows)
-    assert record.effective(events) is events
+    assert effective(events) is events
     events = table(*rows, ("resume", 2, None), ("push", None, 7), ("merge", 3, 7))
-    counts = record.effective(events)
+    counts = effective(events)
     assert list(counts.query("kind == 'merge'").version) == [1, 2, 3] and list(counts.query("kind == 'push'").samples) == [
         10,
         10,
@@ -211,7 +210,7 @@ def test_however_often_a_run_is_cut_off_each_version_counts_once(seed):
         version = int(rng.integers(0, version + 1))
         rows.append(("resume", version, None))
         kept = [(v, n) for v, n in kept if v <= version]
-    counts = record.effective(table(*rows))
+    counts = effective(table(*rows))
     merges, pushes = counts.query("kind == 'merge'"), counts.query("kind == 'push'")
     assert list(zip(merges.version, merges.samples, strict=True)) == kept
     assert list(pushes.samples) == [n for _, n in kept]

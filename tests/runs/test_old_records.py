@@ -128,7 +128,7 @@ def same(run, name, version, alike):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_says_what_it_said(name, stored):
+def test_it_reads_as_it_did(name, stored):
     assert read(stored(name)) == EXPECTED["runs"][name]
 
 
@@ -193,7 +193,7 @@ def test_the_same_arrivals_meet_another_rule(stored, alike):
     assert not alike or sha(other.flat()) == EXPECTED["counterfactual"]
 
 
-def test_a_stopped_one_goes_on_to_the_weights_that_it_had_then(stored, alike):
+def test_a_stopped_one_is_resumed_to_the_weights_that_it_had_then(stored, alike):
     path = stored("format-2-stopped")
     with labkit.connect("threads", 2) as lab:
         run = labkit.resume(path, lab).wait(100)

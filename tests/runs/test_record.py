@@ -25,7 +25,7 @@ def run(tmp_path):
     return RunRecord(tmp_path / "a")
 
 
-def test_a_directory_says_how_its_run_ended(run):
+def test_a_directory_holds_how_its_run_ended(run):
     assert run.state == "failed" and "cut off; labkit.resume(" in run.status()["reason"]
     write_json(run.path / "status.json", {"state": "stopped", "reason": "", "samples": 5})
     assert run.state == "stopped" and repr(run).startswith("<Run kept: ") and "5 of" in repr(run)
@@ -45,7 +45,7 @@ def test_a_renamed_directory_is_followed(run, tmp_path):
     assert run.path == tmp_path / "b" and len(run.events) == 2
 
 
-def test_what_is_not_there_is_said(run):
+def test_what_is_missing_is_an_error(run):
     with pytest.raises(RunError, match="is not measured yet"):
         run.curve()
     with pytest.raises(RunError, match="has no weights"):

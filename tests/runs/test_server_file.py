@@ -76,7 +76,7 @@ def test_another_machine_is_asked_at_its_port_unless_it_listens_to_itself_alone(
     assert server_file.alive(announced()) is False
 
 
-def test_loopback_is_told_from_other_addresses():
+def test_loopback_is_distinct_from_other_addresses():
     hosts = ["127.0.0.1", "127.8.8.8", "::1", "localhost", "10.0.0.1", "node7"]
     assert [server_file.loopback(host) for host in hosts] == [True] * 4 + [False] * 2
 

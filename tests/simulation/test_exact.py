@@ -19,7 +19,7 @@ from labkit import chaos
 from labkit.errors import LabError, RunError
 from labkit.plots import style
 from labkit.runs import checkpoints
-from labkit.runs import events as record
+from labkit.runs.events import read_rows
 from labkit.runs.files import read_json, write_json
 from labkit.training import supervisor
 from labkit.updates import make_update
@@ -102,13 +102,13 @@ def same(run, again):
     assert checkpoints.versions(again.path) == checkpoints.versions(run.path)
     for version in checkpoints.versions(run.path):
         np.testing.assert_array_equal(run.flat(version), again.flat(version))
-    assert record.read_rows(again.path) == record.read_rows(run.path)
+    assert read_rows(again.path) == read_rows(run.path)
     return True
 
 
 def rewrite(run, change):
     """The run, read again after `change(rows)`."""
-    rows = record.read_rows(run.path)
+    rows = read_rows(run.path)
     change(rows)
     (run.path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return labkit.load_run(run.path, problem=run.problem())

@@ -18,7 +18,7 @@ from labkit import plots
 from labkit.errors import PartitionError, RunError
 from labkit.plots import style
 from labkit.runs import checkpoints
-from labkit.runs import events as record
+from labkit.runs.events import read_rows
 from labkit.simulation import cost_model as timing
 from labkit.simulation import scenario as scenarios
 from labkit.simulation.scenario import RECORDED, UNKNOWN
@@ -277,7 +277,7 @@ def test_a_fit_finds_what_a_simulation_was_made_with(simulate):
 def test_what_all_go_through_at_the_same_time_is_no_spread(apart, low, high, simulate):
     """Speeds that rise and fall by up to half: all at once, or each at another time."""
     run = simulate([100, 100, 50], passes=60, local_steps=1)
-    rows = record.read_rows(run.path)
+    rows = read_rows(run.path)
     for row in (row for row in rows if row["kind"] == "push"):
         row["compute_s"] *= math.exp(0.4 * math.sin(row["seconds"] / 15 + apart * row["worker"]))
     (run.path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -19,8 +19,7 @@ from labkit.cluster.emulation import Unevenness
 from labkit.errors import ClusterError, LabError, PartitionError, RunError
 from labkit.partition import make_partition
 from labkit.runs import checkpoints, server_file
-from labkit.runs import events as record
-from labkit.runs.events import Recorder
+from labkit.runs.events import Recorder, effective
 from labkit.runs.files import write_json
 from labkit.training import resume as resuming
 from labkit.training import supervisor
@@ -258,7 +257,7 @@ def test_what_is_no_run(tmp_path):
 
 def assert_whole(run):
     """Every version once, in order, and as many samples as the run was to be trained on."""
-    merges = record.effective(run.events).query("kind == 'merge'")
+    merges = effective(run.events).query("kind == 'merge'")
     versions = merges.version.drop_duplicates().astype(int).tolist()
     assert versions == list(range(1, len(versions) + 1)) and merges.samples.sum() == run.config["budget"]
     assert list(run.events.seq) == list(range(len(run.events))) and run.events.seconds.dropna().is_monotonic_increasing

@@ -10,7 +10,7 @@ import pytest
 
 import labkit
 from labkit import chaos
-from labkit.runs import events as record
+from labkit.runs.events import effective
 from labkit.training import supervisor
 from labkit.updates import names
 from tests.helpers import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last, until
@@ -119,7 +119,7 @@ def test_a_run_goes_on_from_its_checkpoint_under_a_rule_with_a_memory(update, tr
     run.stop()
     again = labkit.resume(run.path, lab)
     ended(again)
-    merged = record.effective(again.events).query("kind == 'merge'")
+    merged = effective(again.events).query("kind == 'merge'")
     assert merged.samples.sum() == 6 * len(problem().train_indices()) and chaos.audit(again) == []
 
 

@@ -19,8 +19,8 @@ import pytest
 from labkit.errors import WireError
 from labkit.partition import IDPA, UDPA
 from labkit.runs import checkpoints
-from labkit.runs import events as record
 from labkit.runs.checkpoints import Layout
+from labkit.runs.events import read_events
 from labkit.runs.files import read_json
 from labkit.training import supervisor
 from labkit.training.server.server import Server, ServerSpec
@@ -131,7 +131,7 @@ def until(condition, limit=10.0):
 
 
 def events(server, kind):
-    table = record.read_events(server.recorder.path)
+    table = read_events(server.recorder.path)
     return table[table.kind == kind]
 
 

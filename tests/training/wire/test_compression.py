@@ -10,7 +10,7 @@ import labkit
 from labkit import chaos
 from labkit.errors import LabError, UpdateError
 from labkit.training import supervisor
-from labkit.training.wire import compression as exchange
+from labkit.training.wire import compression
 from labkit.updates import AGWU, FedAsync
 from tests.helpers import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last
 from tests.simulation.test_exact import same
@@ -30,17 +30,17 @@ NUMBERS = np.concatenate(
 
 @pytest.mark.parametrize("kind", HALVES)
 def test_halves_are_those_of_torch_bit_for_bit(kind):
-    wire = exchange.pack(NUMBERS, kind)
+    wire = compression.pack(NUMBERS, kind)
     expected = torch.from_numpy(NUMBERS).to(HALVES[kind])
-    assert wire.nbytes == exchange.n_bytes(kind, len(NUMBERS)) == 2 * len(NUMBERS)
+    assert wire.nbytes == compression.n_bytes(kind, len(NUMBERS)) == 2 * len(NUMBERS)
     np.testing.assert_array_equal(wire, expected.view(torch.int16).numpy().view(np.uint16))
     back = np.empty_like(NUMBERS)
-    exchange.unpack(wire, kind, back)
+    compression.unpack(wire, kind, back)
     np.testing.assert_array_equal(back.view(np.uint32), expected.float().numpy().view(np.uint32))
 
 
 def test_float32_is_sent_as_it_is():
-    assert exchange.pack(NUMBERS, "float32") is NUMBERS and exchange.n_bytes("float32", 7) == 28
+    assert compression.pack(NUMBERS, "float32") is NUMBERS and compression.n_bytes("float32", 7) == 28
 
 
 @pytest.mark.parametrize("kind", HALVES)
@@ -48,13 +48,13 @@ def test_a_change_keeps_its_precision_however_small_it_is(kind):
     """Rounded weights would lose it: it is a ten-thousandth of them."""
     base = np.random.default_rng(1).uniform(1, 2, 5000).astype(np.float32)
     change = (1e-4 * np.random.default_rng(2).standard_normal(5000)).astype(np.float32)
-    given, wire = exchange.pack(base, kind), exchange.buffer(kind, 5000)
+    given, wire = compression.pack(base, kind), compression.buffer(kind, 5000)
     began, got = np.empty_like(base), np.empty_like(base)
-    exchange.unpack(given, kind, began)
-    exchange.add_change(base, wire, kind, exchange.pack_change(began + change, given, kind, wire, 5000), got, 5000)
+    compression.unpack(given, kind, began)
+    compression.add_change(base, wire, kind, compression.pack_change(began + change, given, kind, wire, 5000), got, 5000)
     rounding = {"bfloat16": 2**-8, "float16": 2**-10}[kind]
     assert (np.abs(got - base - change) <= rounding * np.abs(change) + 2e-7 * base).all()
-    exchange.add_change(base, wire, kind, exchange.pack_change(began, given, kind, wire, 5000), got, 5000)
+    compression.add_change(base, wire, kind, compression.pack_change(began, given, kind, wire, 5000), got, 5000)
     np.testing.assert_array_equal(got, base), "nothing was trained: nothing moves, whatever the pull has rounded away"
 
 
@@ -62,8 +62,8 @@ def test_a_change_keeps_its_precision_however_small_it_is(kind):
 def test_a_variance_that_all_but_vanishes_stays_above_zero(kind):
     """Sent as a change from its rounded old value it would end below zero, and the network in eval mode in NaN."""
     base, now = np.array([0.5, 1.0039, 3.0], np.float32), np.array([0.5, 1e-7, 2.9], np.float32)
-    given, wire, got = exchange.pack(base, kind), exchange.buffer(kind, 3), np.empty(3, np.float32)
-    exchange.add_change(base, wire, kind, exchange.pack_change(now, given, kind, wire, 1), got, 1)
+    given, wire, got = compression.pack(base, kind), compression.buffer(kind, 3), np.empty(3, np.float32)
+    compression.add_change(base, wire, kind, compression.pack_change(now, given, kind, wire, 1), got, 1)
     assert (got[1:] >= 0).all() and got[2] == pytest.approx(2.9, rel=2**-8) and got[0] == 0.5
 
 
@@ -72,8 +72,8 @@ def test_a_variance_that_all_but_vanishes_stays_above_zero(kind):
 def test_what_is_no_number_stays_so(kind, bits):
     bad = np.array([1.0, 0.0, 2.0], np.float32)
     bad.view(np.uint32)[1] = bits
-    given, wire, got = exchange.pack(np.ones(3, np.float32), kind), exchange.buffer(kind, 3), np.empty(3, np.float32)
-    exchange.add_change(np.ones(3, np.float32), wire, kind, exchange.pack_change(bad, given, kind, wire, 3), got, 3)
+    given, wire, got = compression.pack(np.ones(3, np.float32), kind), compression.buffer(kind, 3), np.empty(3, np.float32)
+    compression.add_change(np.ones(3, np.float32), wire, kind, compression.pack_change(bad, given, kind, wire, 3), got, 3)
     assert not np.isfinite(got[1]) and np.isfinite(got[[0, 2]]).all()
 
 
@@ -82,20 +82,20 @@ def test_a_float16_change_is_scaled_whatever_its_size(size):
     """Far below and far above what float16 can hold; those a million times smaller than the largest keep ten bits too."""
     change = (size * np.random.default_rng(3).uniform(0.5, 1, 3000)).astype(np.float32)
     change[::2] *= np.float32(1e-6)
-    zero, wire, got = np.zeros(3000, np.float32), exchange.buffer("float16", 3000), np.empty(3000, np.float32)
-    shift = exchange.pack_change(change, exchange.pack(zero, "float16"), "float16", wire, 3000)
-    exchange.add_change(zero, wire, "float16", shift, got, 3000)
+    zero, wire, got = np.zeros(3000, np.float32), compression.buffer("float16", 3000), np.empty(3000, np.float32)
+    shift = compression.pack_change(change, compression.pack(zero, "float16"), "float16", wire, 3000)
+    compression.add_change(zero, wire, "float16", shift, got, 3000)
     if 1e-15 < size < 1e15:
         np.testing.assert_allclose(got, change, rtol=2**-10)
         assert 2.0**14 <= float(wire.view(np.float16).max()) < 2.0**15
     else:  # beyond that nobody trains: it may be lost, and it may be refused, but it is nothing else
-        assert ((got == 0) | ~np.isfinite(got) | (np.abs(got / change - 1) < 2**-9)).all() and abs(shift) == exchange.SHIFTS
+        assert ((got == 0) | ~np.isfinite(got) | (np.abs(got / change - 1) < 2**-9)).all() and abs(shift) == compression.SHIFTS
 
 
 def test_what_float16_cannot_hold_is_said_before_it_is_sent():
     with pytest.raises(UpdateError, match=r"7e\+04 does not fit into float16 \(65504\). Use exchange='bfloat16'"):
-        exchange.pack(np.array([1.0, -70_000], np.float32), "float16")
-    assert exchange.pack(np.array([-70_000], np.float32), "bfloat16").size == 1
+        compression.pack(np.array([1.0, -70_000], np.float32), "float16")
+    assert compression.pack(np.array([-70_000], np.float32), "bfloat16").size == 1
 
 
 # -- live, again, and simulated ----------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_a_run_counts_every_sample_learns_and_can_be_replayed(update, kind, over
     events, samples = run.events, 8 * len(run.problem().train_indices())
     pushes, merges = (events[events.kind == what] for what in ("push", "merge"))
     assert merges.samples.sum() == samples == run.status()["samples"] and chaos.audit(run) == []
-    assert set(pushes.bytes) == {exchange.n_bytes(kind, run.layout.size)}
+    assert set(pushes.bytes) == {compression.n_bytes(kind, run.layout.size)}
     assert (run.config["exchange"], run.config["overlap"]) == (kind, overlap)
     curve = run.curve()
     assert curve.score.iloc[-1] > curve.score.iloc[0] + 0.2
@@ -152,7 +152,7 @@ def test_a_simulation_with_real_numerics_exchanges_as_the_run_did(update, train)
 def test_half_the_bytes_cost_no_accuracy(train):
     scores = {
         kind: train(update="sgwu", exchange=kind, passes=8, local_steps=3, name=kind, seed=5).summary()["score"]
-        for kind in exchange.DTYPES
+        for kind in compression.DTYPES
     }
     assert max(scores.values()) - min(scores.values()) < 0.06, scores
 
