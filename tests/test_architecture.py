@@ -1,10 +1,11 @@
-"""docs/architecture.md: its picture is that of the import contracts, and what it names is there.
+"""docs/architecture.md: its picture is that of the import contracts, what it names is there, and the tests mirror the files.
 
 Used by pytest.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -60,6 +61,17 @@ def test_the_picture_shows_the_contracts():
 def test_every_door_of_the_picture_exists_and_every_door_is_in_it():
     doors = {path.stem for path in (ROOT / "labkit").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert {door for layer in layers() for door in layer} == doors - {"__init__"}
+
+
+def test_every_file_has_a_test_of_its_name_or_is_named_by_a_test_of_its_folder():
+    untested = []
+    for path in (ROOT / "labkit").rglob("[!_]*.py"):
+        folder = ROOT / "tests" / path.parent.relative_to(ROOT / "labkit")
+        tests = list(folder.glob("test_*.py"))
+        if folder / f"test_{path.name}" not in tests:
+            headers = [ast.get_docstring(ast.parse(test.read_text())) or "" for test in tests]
+            untested += [str(path)] if not any(f"{path.name}`" in header for header in headers) else []
+    assert not untested
 
 
 def test_the_files_that_it_names_exist():

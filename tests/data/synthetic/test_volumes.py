@@ -1,4 +1,4 @@
-"""Generated volumes, those of `labkit.data.synthetic.phantom` too: the same seed gives the same patients, what is generated
+"""Generated volumes, those of `phantom.py` too: the same seed gives the same patients, what is generated
 is declared, and the classes differ in nothing but the shape of what was added."""
 
 from __future__ import annotations
