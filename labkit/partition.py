@@ -257,12 +257,7 @@ class IDPA(Partition):
     name = "idpa"
 
     def __init__(
-        self,
-        batches: int = 4,
-        *,
-        speeds: Iterable[float] | None = None,
-        smoothing: int = 5,
-        stratified: bool = False,
+        self, batches: int = 4, *, speeds: Iterable[float] | None = None, smoothing: int = 5, stratified: bool = False
     ) -> None:
         super().__init__(stratified=stratified)
         self.batches, self.smoothing = (whole(*n, error=ValueError) for n in (("batches", batches), ("smoothing", smoothing)))

@@ -19,7 +19,7 @@ import pytest
 
 import labkit
 from labkit.errors import WireError
-from labkit.training.wire import transport as wire
+from labkit.training.wire import transport
 from labkit.training.wire.protocol import check_request
 from labkit.updates import SGWU
 from tests.training.server.test_server import SECRET, SIZE, ask, events, join, serving, spec, until
@@ -64,7 +64,7 @@ VALUES = [
 
 def packed(header, body=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return wire.PREFIX.pack(len(text), len(body)) + text + body
+    return transport.PREFIX.pack(len(text), len(body)) + text + body
 
 
 def flipped(data, chance):
@@ -86,7 +86,7 @@ def mutant(chance):
         return data[: chance.randrange(len(data))]
     if way == 2:  # lengths that lie
         lengths = [chance.choice([0, 1, 7, 200, 1 << 20, (1 << 32) - 1]), chance.choice([0, 3, 1 << 20, 1 << 40, (1 << 64) - 1])]
-        return wire.PREFIX.pack(*lengths) + packed(header, body)[wire.PREFIX.size :]
+        return transport.PREFIX.pack(*lengths) + packed(header, body)[transport.PREFIX.size :]
     if way == 3:
         depth = chance.choice([10, 900, 5_000, 100_000])
         return packed(chance.choice([b"[" * depth, b'{"op":' * depth, b'{"op":"push","x":' + b"[" * depth + b"]" * depth + b"}"]))
@@ -105,8 +105,8 @@ def mutant(chance):
 def obeyed(data):
     """Would a server have to do as this message says?"""
     try:
-        n, _ = wire.PREFIX.unpack_from(data)
-        header = json.loads(data[wire.PREFIX.size : wire.PREFIX.size + n])
+        n, _ = transport.PREFIX.unpack_from(data)
+        header = json.loads(data[transport.PREFIX.size : transport.PREFIX.size + n])
         check_request(header)
     except Exception:  # no message at all
         return False
@@ -117,10 +117,10 @@ def throw(address, secret, chance):
     """Connect, say something that was not meant, and stay until the server hangs up."""
     with socket.create_connection(address, timeout=30) as sock:
         hello = b""
-        while len(hello) < len(wire.MAGIC) + wire.NONCE:
+        while len(hello) < len(transport.MAGIC) + transport.NONCE:
             hello += sock.recv(100)
-        theirs, mine = hello[len(wire.MAGIC) :], chance.randbytes(wire.NONCE)
-        proof = mine + wire._proof(secret, b"client", theirs + mine)
+        theirs, mine = hello[len(transport.MAGIC) :], chance.randbytes(transport.NONCE)
+        proof = mine + transport._proof(secret, b"client", theirs + mine)
         try:
             if chance.random() < 0.4:  # a stranger
                 answers = [
@@ -245,7 +245,7 @@ def test_a_mistaken_member_is_taken_out_and_the_others_go_on(what, tmp_path):
 @pytest.mark.parametrize("mistake", [{"worker": "x"}, {"worker": None}, {"seconds_per_sample": "x"}, {"about": [1]}])
 def test_a_mistaken_join_is_no_join(mistake, tmp_path):
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
-        with wire.connect(server.address, SECRET, timeout=5) as connection:
+        with transport.connect(server.address, SECRET, timeout=5) as connection:
             connection.send({"op": "join", "worker": 0, **mistake})
             with pytest.raises(WireError):
                 connection.receive()
@@ -268,10 +268,10 @@ def test_a_request_to_stop_in_an_unknown_way_is_refused(tmp_path):
 # -- strangers who take their time -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slots", [wire.HANDSHAKES, 20])
+@pytest.mark.parametrize("slots", [transport.HANDSHAKES, 20])
 def test_two_hundred_slow_strangers_delay_nobody(slots, tmp_path, monkeypatch):
     """One byte a second from each; also when there are more of them than slots, and when none is dropped for being slow."""
-    monkeypatch.setattr(wire, "HANDSHAKE_S", 60.0)
+    monkeypatch.setattr(transport, "HANDSHAKE_S", 60.0)
     with serving(spec(tmp_path), lambda server: setattr(server.handshakes, "slots", slots)) as (server, result, thread):
         before = threading.active_count()
         strangers = [socket.create_connection(server.address, timeout=5) for _ in range(200)]
@@ -303,8 +303,11 @@ def drip(strangers):
 
 def test_a_slow_member_delays_nobody(tmp_path):
     """The secret is known, but the message never ends."""
-    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread), wire.connect(server.address, SECRET, timeout=5) as slow:
-        slow.sock.sendall(wire.PREFIX.pack(100, 4 * SIZE) + b"{")
+    with (
+        serving(spec(tmp_path, workers=(0,))) as (server, result, thread),
+        transport.connect(server.address, SECRET, timeout=5) as slow,
+    ):
+        slow.sock.sendall(transport.PREFIX.pack(100, 4 * SIZE) + b"{")
         (worker,) = join(server, 0)
         worker.train()
         thread.join(10)

@@ -147,9 +147,8 @@ def made_by(thing: Any, package: str) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Dask logs a lot about workers that come and go; in a notebook that reads like failure."""
-    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "asyncio", "bokeh")]
-    names = [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
-    loggers += [logging.getLogger(name) for name in names]
+    below = [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
+    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "asyncio", "bokeh", *below)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import atexit
 import importlib
-import math
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from labkit.cluster.backend import Request, made_by, quiet
 from labkit.cluster.emulation import make_stalls, opposite
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, known
+from labkit.errors import ClusterError, known, real, whole
 
 BACKENDS = {  # kind -> module with `check` and `open`, which is loaded when it is asked for (`labkit.cluster.backend`)
     "threads": "labkit.cluster.dask_backend",
@@ -104,11 +104,10 @@ def connect(
     if joins > 1:
         raise ClusterError(f"give {'address or client' if profile is None else 'profile or client'}, not both.")
     n_workers = 2 if n_workers is None and not joins else n_workers
-    _check_numbers(n_workers, threads_per_worker, slowdown)
-    uneven = {"jitter": jitter, "drift": drift, "stalls": _check_unsteadiness(jitter, drift, stalls, slowdown)}
+    uneven = {"slowdown": tuple(slowdown or ()), "jitter": jitter, "drift": drift, "stalls": stalls}
     there = {"address": address, "client": client, "security": security, "profile": profile, "engines": engines}
     how = {"threads": threads_per_worker, "resources": resources, "timeout": timeout, "job": job}
-    request = Request(kind, n_workers, slowdown=tuple(slowdown or ()), **uneven, **there, **how)
+    request = _checked(Request(kind, n_workers, **uneven, **there, **how))
     module = importlib.import_module(BACKENDS[kind])
     module.check(request)
     with _connecting:
@@ -121,8 +120,8 @@ def connect(
         with quiet():
             backend = module.open(request)
             try:
-                lab = Lab(kind, backend, threads=threads_per_worker, **uneven, limit=n_workers if joins else None)
-                lab.admit(n_workers or len(slowdown or [0]), slowdown, timeout)
+                lab = Lab(request, backend)
+                lab.admit(request)
             except BaseException:
                 backend.close()
                 raise
@@ -147,26 +146,20 @@ def _kind(address: str | None, client: Any, profile: str | None) -> str:
     return "threads" if os.environ.get("LABKIT_SMALL") and address is None and client is None else "dask"
 
 
-def _check_numbers(n_workers: int | None, threads_per_worker: int, slowdown: Sequence[float] | None) -> None:
-    if n_workers is not None and (int(n_workers) != n_workers or n_workers < 1):
-        raise ClusterError(f"n_workers={n_workers}: a lab needs at least one worker.")
-    if int(threads_per_worker) != threads_per_worker or threads_per_worker < 1:
-        raise ClusterError(f"threads_per_worker={threads_per_worker}: at least one thread is needed.")
-    if slowdown is not None:
-        if n_workers is not None and len(slowdown) != n_workers:
-            raise ClusterError(f"slowdown has {len(slowdown)} entries for {n_workers} workers. Give one factor for each worker.")
-        if not all(factor >= 1 for factor in slowdown):
-            raise ClusterError(f"slowdown={list(slowdown)}: a factor below 1 would be a speed-up; 1 is the true speed.")
-
-
-def _check_unsteadiness(
-    jitter: float, drift: float, stalls: Sequence[float] | None, slowdown: Sequence[float] | None
-) -> tuple[float, float] | None:
-    for name, value in {"jitter": jitter, "drift": drift}.items():
-        if not 0 <= value < math.inf:
-            raise ClusterError(f"{name}={value} must not be negative." if value < 0 else f"{name}={value} must be finite.")
+def _checked(request: Request) -> Request:
+    """The request, its numbers checked; a `ClusterError` where one makes no sense."""
+    n_workers, slowdown = request.n_workers, request.slowdown
+    if slowdown and n_workers not in (None, len(slowdown)):
+        raise ClusterError(f"slowdown has {len(slowdown)} entries for {n_workers} workers. Give one factor for each worker.")
     try:
-        opposite(slowdown or [1.0], drift)
-        return make_stalls(stalls)
-    except ValueError as error:
+        for name, count in (("n_workers", n_workers), ("threads_per_worker", request.threads)):
+            if count is not None:
+                whole(name, count)
+        for factor in slowdown:
+            real("slowdown", factor, least=1)
+        for name, value in (("jitter", request.jitter), ("drift", request.drift)):
+            real(name, value, least=0)
+        opposite(slowdown or [1.0], request.drift)
+        return replace(request, stalls=make_stalls(request.stalls))
+    except (TypeError, ValueError) as error:
         raise ClusterError(str(error)) from None

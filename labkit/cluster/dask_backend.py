@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -31,6 +32,11 @@ from labkit.errors import ClusterError
 ASK_S = 0.5  # how old the list of workers may be before the scheduler is asked again
 SILENT_S = 15.0  # a scheduler that has not answered for so long is gone
 LEASE_S = 5.0  # the longest wait for the scheduler's answer about a lease
+SETTINGS = {  # what Dask should do otherwise in a cluster of ours
+    "distributed.worker.profile.enabled": False,  # it samples every 10 ms and would be timed too
+    "distributed.admin.system-monitor.gil.enabled": False,
+    "distributed.scheduler.worker-ttl": None,  # a long step that holds the GIL is no dead worker
+}
 _begun: set[str] = set()  # tasks that have begun in this process
 
 
@@ -80,7 +86,7 @@ class DaskWorkers:
             for _ in range(3):
                 with contextlib.suppress(RuntimeError):  # it changed while it was read
                     states = list(self.client.cluster.scheduler.workers.values())
-                    return {_id(s.address, s.local_directory): s.name for s in states if self._has_resources(s.resources)}
+                    return {f"{s.address} {s.local_directory}": s.name for s in states if self._has_resources(s.resources)}
             return self._known
         with self._asking:
             return self._ask_who_is_there()
@@ -102,7 +108,7 @@ class DaskWorkers:
                 workers = {}
             self._question, self._asked = None, time.monotonic()
             self._known = {
-                _id(address, about["local_directory"]): about["name"]
+                f"{address} {about['local_directory']}": about["name"]
                 for address, about in workers.items()
                 if self._has_resources(about["resources"])
             }
@@ -135,7 +141,7 @@ class DaskWorkers:
             raise ClusterError("this lab did not start its cluster, so it cannot add workers. Start them there: they are noticed.")
         import dask
 
-        with dask.config.set(settings()):
+        with dask.config.set(SETTINGS):
             self.cluster.scale(len(self.cluster.plan) + n)
 
     def lease(self, ids: Iterable[str], holder: str, name: str) -> dict[str, str]:
@@ -146,20 +152,17 @@ class DaskWorkers:
         from distributed import Semaphore
 
         leased: dict[str, Any] = {}
+        scheduler, sync = self.client.scheduler, functools.partial(self.client.sync, callback_timeout=LEASE_S)
         try:
             for id in sorted(set(ids) - set(self._locks.get(holder, {}))):
-                lock = Semaphore(1, f"labkit-{_address(id)}", scheduler_rpc=self.client.scheduler, loop=self.client.loop)
-                leased[id] = lock
-                if not self.client.sync(lock._acquire, timeout=0, callback_timeout=LEASE_S):
-                    other = self.client.sync(
-                        self.client.scheduler.get_metadata, keys=["labkit", _address(id)], default=None, callback_timeout=LEASE_S
-                    )
+                keys = ["labkit", _address(id)]
+                leased[id] = Semaphore(1, "-".join(keys), scheduler_rpc=scheduler, loop=self.client.loop)
+                if not sync(leased[id]._acquire, timeout=0):
+                    other = sync(scheduler.get_metadata, keys=keys, default=None)
                     self._give_back(leased)
                     return {id: other or "another notebook"}
                 label = f"{name} (another notebook, process {os.getpid()} on {socket.gethostname()})"
-                self.client.sync(
-                    self.client.scheduler.set_metadata, keys=["labkit", _address(id)], value=label, callback_timeout=LEASE_S
-                )
+                sync(scheduler.set_metadata, keys=keys, value=label)
         except (OSError, RuntimeError) as error:
             self._give_back(leased)
             raise ClusterError(f"the Dask scheduler does not answer: {error or type(error).__name__}.") from error
@@ -207,21 +210,8 @@ class DaskWorkers:
             raise
 
 
-def _id(address: str, folder: str) -> str:
-    return f"{address} {folder}"
-
-
 def _address(id: str) -> str:
     return id.split(" ", 1)[0]
-
-
-def settings() -> dict[str, Any]:
-    """What Dask should do otherwise in a cluster of ours."""
-    return {
-        "distributed.worker.profile.enabled": False,  # it samples every 10 ms and would be timed too
-        "distributed.admin.system-monitor.gil.enabled": False,
-        "distributed.scheduler.worker-ttl": None,  # a long step that holds the GIL is no dead worker
-    }
 
 
 def check(request: Request) -> None:
@@ -235,11 +225,8 @@ def check(request: Request) -> None:
 
 def open(request: Request) -> DaskWorkers:
     """The workers of a running cluster, or of one that is started on this machine, in threads or in processes of their own."""
-    return join_cluster(request) if request.joins else start_local(request)
-
-
-def start_local(request: Request) -> DaskWorkers:
-    """A cluster on this machine, in threads of this process or in processes of its own."""
+    if request.joins:
+        return join_cluster(request)
     import dask
     from distributed import LocalCluster
 
@@ -255,7 +242,7 @@ def start_local(request: Request) -> DaskWorkers:
         "preload": ["labkit.cluster.dask_backend"],  # calls dask_setup there
     }
     try:
-        with dask.config.set(settings() | changes):
+        with dask.config.set(SETTINGS | changes):
             cluster = LocalCluster(
                 n_workers=request.n_workers,
                 threads_per_worker=1,  # one task at a time; torch's threads are set by the worker

@@ -206,14 +206,17 @@ def check(request: Request) -> None:
 
 
 def open(request: Request) -> Engines:
-    """The engines of a running cluster, or those of one that is started on this machine."""
-    return join_engines(request) if request.joins else start_engines(request)
-
-
-def start_engines(request: Request) -> Engines:
-    """A controller and engines on this machine."""
+    """The engines of a running cluster, by its profile or a Client, which stays open; or those of one that is started here."""
     from ipyparallel import Client
 
+    if request.client is not None:
+        return Engines(request.client, own_client=False)
+    if request.joins:
+        try:
+            return Engines(Client(profile=request.profile, timeout=request.timeout))
+        except (OSError, TimeoutError) as error:
+            why = f"no controller answers for profile {request.profile!r}: {error}"
+            raise ClusterError(f"{why}. Start one: ipcluster start.") from error
     mpi = request.engines == "mpi"
     if mpi:
         mpiexec(request.n_workers)  # is there one?
@@ -225,19 +228,6 @@ def start_engines(request: Request) -> Engines:
     except BaseException:
         local.close()
         raise
-
-
-def join_engines(request: Request) -> Engines:
-    """Engines of a cluster that runs already: by its profile, or by a Client, which stays open."""
-    if request.client is not None:
-        return Engines(request.client, own_client=False)
-    from ipyparallel import Client
-
-    profile = request.profile
-    try:
-        return Engines(Client(profile=profile, timeout=request.timeout))
-    except (OSError, TimeoutError) as error:
-        raise ClusterError(f"no controller answers for profile {profile!r}: {error}. Start one: ipcluster start.") from error
 
 
 # -- on the engine -------------------------------------------------------------------------------------------------

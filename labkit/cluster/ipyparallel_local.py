@@ -102,7 +102,8 @@ class LocalEngines:
         for process in self.processes:
             with contextlib.suppress(psutil.Error):
                 below += psutil.Process(process.pid).children(recursive=True)
-            _signal(process, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
         for other in below:
             with contextlib.suppress(psutil.Error):
                 other.kill()
@@ -115,14 +116,8 @@ class LocalEngines:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _popen(self, command: list[str], name: str) -> subprocess.Popen:
-        environment = (
-            os.environ
-            | dict.fromkeys(THREAD_VARIABLES, str(self.threads))
-            | {
-                "IPP_NONINTERACTIVE": "1",
-                "PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path)),  # what can be imported here
-            }
-        )
+        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self.threads)) | {"IPP_NONINTERACTIVE": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))  # as here
         if self.mpi and os.geteuid() == 0:
             environment |= MPI_AS_ROOT
         with open(self.folder / f"{name}.{len(self.processes)}.log", "wb") as log:
@@ -138,11 +133,6 @@ class LocalEngines:
         self.keeper.stdin.write(f"{process.pid}\n")
         self.keeper.stdin.flush()
         return process
-
-
-def _signal(process: subprocess.Popen, sent: signal.Signals) -> None:
-    with contextlib.suppress(OSError):
-        os.killpg(process.pid, sent)
 
 
 def mpiexec(n: int) -> list[str]:

@@ -16,10 +16,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from labkit.cluster.backend import About, Answer, Backend, quiet
+from labkit.cluster.backend import About, Answer, Backend, Request, quiet
 from labkit.cluster.emulation import Unevenness, opposite, unsteadiness
 from labkit.cluster.tasks import Task, spread
 from labkit.errors import ClusterError
@@ -41,24 +42,15 @@ class Worker:
     drifts_to: float
 
 
-class Lab:
+class Lab(AbstractContextManager):
     """The connected cluster; made by `connect`, closed by `close` or at the end of a `with` block. Closing twice is fine."""
 
-    def __init__(
-        self,
-        kind: str,
-        backend: Backend,
-        *,
-        threads: int = 1,
-        jitter: float = 0.0,
-        drift: float = 0.0,
-        stalls: tuple[float, float] | None = None,
-        limit: int | None = None,
-    ) -> None:
-        self.kind, self.workers, self.closed = kind, [], False
-        self.jitter, self.drift, self.stalls = jitter, drift, stalls
+    def __init__(self, request: Request, backend: Backend) -> None:
+        self.kind, self.workers, self.closed = request.kind, [], False
+        self.jitter, self.drift, self.stalls = request.jitter, request.drift, request.stalls
         self.runs: list[Any] = []  # the runs that train here now, set by labkit.training.train
-        self._backend, self._threads, self._limit = backend, threads, limit
+        self._backend, self._threads = backend, request.threads
+        self._limit = request.n_workers if request.joins else None  # on a cluster of others
         self._ids: list[Hashable] = []  # of the back end, by index
         self._visible: list[tuple[str, str]] = []  # host and visible GPUs, by index: who shares them counts devices together
         self._leases: dict[int, str] = {}  # index -> holder
@@ -169,9 +161,10 @@ class Lab:
                     self._admit(DESCRIBE_S)
         return came
 
-    def admit(self, wanted: int, slowdown: Sequence[float] | None, timeout: float) -> None:
+    def admit(self, request: Request) -> None:
         """Wait for the first workers and number them in the order of their names, or of their ranks under MPI."""
-        limit = time.monotonic() + timeout
+        slowdown, timeout = request.slowdown, request.timeout
+        wanted, limit = request.n_workers or len(slowdown) or 1, time.monotonic() + timeout
         while len(alive := self._backend.alive()) < wanted:
             if time.monotonic() > limit:
                 raise ClusterError(
@@ -181,7 +174,7 @@ class Lab:
             time.sleep(0.03)
         order = sorted(alive, key=lambda id: (_natural(alive[id]), str(id)))
         order = order[: self._limit or len(order)]
-        if slowdown is not None and len(slowdown) != len(order):
+        if slowdown and len(slowdown) != len(order):
             raise ClusterError(f"slowdown has {len(slowdown)} entries for {len(order)} workers. Give one factor for each worker.")
         factors = [float(factor) for factor in slowdown or [1] * len(order)]
         slow = list(zip(factors, opposite(factors, self.drift), strict=True))
@@ -212,10 +205,9 @@ class Lab:
                 index = len(self)
             else:
                 continue  # on a cluster of others a lab has as many workers as it asked for
-            asked, first = self._asked.get(id), False
-            if asked is None:
-                asked, first = self._backend.describe(id), True
-                self._asked[id] = asked
+            asked = self._asked.get(id)
+            if first := asked is None:
+                asked = self._asked[id] = self._backend.describe(id)
             while first and not asked.done() and time.monotonic() < limit:
                 time.sleep(0.01)
             if not asked.done():
@@ -235,19 +227,14 @@ class Lab:
 
     def _list(self, index: int, id: Hashable, name: Any, about: About, slow: tuple[float, float]) -> None:
         host, pid, gpus, visible, _ = about
-        old = self._visible[index] if index < len(self) else None
-        if old == (host, visible):
+        if self._visible[index : index + 1] == [(host, visible)]:
             device = self.workers[index].device
         else:
             rank = sum(sees == (host, visible) for other, sees in enumerate(self._visible) if other != index)
             device = f"cuda:{rank % gpus}" if gpus else "cpu"
         worker = Worker(index, str(name), host, device, self._threads, pid, *slow)
-        if index == len(self):
-            self._ids.append(id)
-            self._visible.append((host, visible))
-            self.workers.append(worker)
-        else:
-            self._ids[index], self._visible[index], self.workers[index] = id, (host, visible), worker
+        for known, new in ((self._ids, id), (self._visible, (host, visible)), (self.workers, worker)):
+            known[index : index + 1] = [new]  # in the place of the one before, or at the end
         self._arrivals.append(index)
 
     # -- leases --------------------------------------------------------------------------------------------------
@@ -302,9 +289,6 @@ class Lab:
     def __len__(self) -> int:
         return len(self.workers)
 
-    def __enter__(self) -> Lab:
-        return self
-
     def __exit__(self, *exc: object) -> None:
         self.close()
 
@@ -323,6 +307,7 @@ class Lab:
 
     def settings(self, workers: Sequence[int]) -> dict[str, Any]:
         """Where a run on these workers goes, by the names of `labkit.runs.config.RunConfig`."""
+        self._check_known(workers)
         return {
             "kind": self.kind,
             "n_workers": len(workers),

@@ -35,12 +35,6 @@ TAIL = 15  # lines of a log that are shown
 # States of a job that may still bring a worker.
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING"}
 
-# What `labkit.cluster.dask_backend` sets for local workers, which take it from this process; a job takes it from its environment.
-WORKER_SETTINGS = {
-    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
-    "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__GIL__ENABLED": "False",
-}
-
 # The last of two equal options counts: one task at a time on however many cores, and the memory is for SLURM to watch.
 WORKER_OPTIONS = ["--nthreads", "1", "--memory-limit", "0", "--preload", "labkit.cluster.dask_backend"]
 WORKER_OPTIONS += ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
@@ -108,10 +102,12 @@ def start_cluster(
     except OSError as error:
         raise ClusterError(f"the logs of the jobs cannot be written to {logs}: {error}. Give another log_directory.") from error
     tls = None if re.fullmatch(r"lo\d*", interface or "") else _keys(logs)
-    exports = dict.fromkeys(THREAD_VARIABLES, str(threads)) | WORKER_SETTINGS
+    # Local workers take their settings from this process, a job from its environment.
+    settings = {"DASK_" + name.upper().replace("-", "_").replace(".", "__"): v for name, v in dask_backend.SETTINGS.items()}
+    exports = dict.fromkeys(THREAD_VARIABLES, threads) | settings
     import dask
 
-    with dask.config.set({"distributed.scheduler.worker-ttl": None}):  # a long step that holds the GIL is no dead worker
+    with dask.config.set(dask_backend.SETTINGS):
         cluster = cluster_class(
             job_cls=job_class,
             job_name="labkit",

@@ -29,7 +29,7 @@ import numpy as np
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError, real
 from labkit.runs.events import effective
-from labkit.training.wire import compression
+from labkit.training.wire.compression import n_bytes
 
 if TYPE_CHECKING:
     from labkit.training.run import Run
@@ -95,14 +95,14 @@ def fit(runs: Sequence[Run]) -> Timing:
     exchanges, merges, scores = [], [], []
     for run in runs:
         events = effective(run.events)
-        n_bytes = compression.n_bytes(run.config.exchange, run.layout.size)
+        size = n_bytes(run.config.exchange, run.layout.size)
         joins = run.events.query("kind == 'join'").groupby("worker")
         passes = {int(w): _unstretched(run, int(w), own, joins.get_group(w)) for w, own in _passes(events).groupby("worker")}
         ratios = {worker: _ratios(own) for worker, own in passes.items()}
         for worker, own in passes.items():
             unshared = _unshared(ratios, worker)
             measured.setdefault(worker, []).append(_pace(run, worker, own, unshared, joins.get_group(worker)))
-            exchanges += [(n_bytes, seconds) for seconds in own.exchange_s.dropna()]
+            exchanges += [(size, seconds) for seconds in own.exchange_s.dropna()]
         merges += [(4 * run.layout.size, seconds) for seconds in _merge_times(events)]
         scores += events.score.dropna().tolist()
     if not measured or not exchanges:

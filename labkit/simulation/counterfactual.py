@@ -12,20 +12,16 @@ Used by `labkit.simulation.replay`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
+from contextlib import closing
 
 from labkit.errors import RunError
-from labkit.models.flat import flatten
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
-from labkit.simulation.exact import Lives
-from labkit.simulation.offline import Ledger, Replicas, begin_course
+from labkit.simulation.exact import Life
+from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course
 from labkit.training.run import Run
-from labkit.training.server.coordinator import AGAIN, Coordinator
-from labkit.training.wire import compression
+from labkit.training.server.coordinator import AGAIN
+from labkit.training.wire.compression import n_bytes
 from labkit.training.wire.protocol import Answer
 from labkit.updates import Update
 
@@ -34,47 +30,35 @@ class Arrivals:
     """The arrivals of a run under another update."""
 
     def __init__(
-        self,
-        run: Run,
-        problem: Problem,
-        update: Update,
-        partition: Partition,
-        ledger: Ledger,
-        lives: Lives,
-        told: Callable[[int], None],
+        self, run: Run, problem: Problem, update: Update, partition: Partition, ledger: Ledger, life: Life, progress: Progress
     ) -> None:
-        if len(lives.servers) > 1:
+        if not life.last:
             raise RunError(
                 f"run {run.name} was resumed: some of its arrivals happened twice, and another rule has no part in that."
             )
-        self.run, self.ledger, self.told = run, ledger, told
-        workers, _, self.rows = lives.servers[0]
-        self.row, self.paces, self.done = self.rows[0], {}, {}
+        self.ledger, self.progress = ledger, progress
+        self.rows = life.rows
+        self.row, self.paces, self.dismissed = self.rows[0], {}, set()
         ledger.recorder.clock = lambda: (self.row["time"], self.row["seconds"])
         self.queue: list[dict] = []  # pushes that came while their worker was held
         self.work: dict[int, Answer] = {}  # who is at work, in the order of release
         self.replicas = Replicas(problem, run.config)
-        weights, *_ = flatten(problem.build(run.config.seed))
-        layout = run.layout
-        self.n_bytes = compression.n_bytes(self.replicas.exchange, layout.size)
-        self.it: Coordinator = begin_course(
-            run.config.replace(workers=workers, batch_size=problem.batch_size),
+        self.n_bytes = n_bytes(run.config.exchange, run.layout.size)
+        self.it = begin_course(
+            run.config.replace(workers=life.workers),
+            problem,
             update,
             partition,
-            weights.numpy(),
-            layout.n_buffers,
-            blocks=layout.blocks,
-            labels=problem.labels(problem.train_indices()) if partition.stratified else None,
             deliver=self._deliver,
-            record=self._write,
-            save=self._keep,
+            record=ledger.recorder.event,
+            save=ledger.save,
             clock=lambda: self.row["time"],
             age=math.inf,
         )
 
-    def drive(self) -> None:
+    def drive(self) -> Arrivals:
         """The arrivals in recorded order, then whoever is still at work."""
-        try:
+        with closing(self.replicas):
             for row in self.rows:
                 self.row = row  # the clock
                 self.it.tick()
@@ -85,18 +69,16 @@ class Arrivals:
                 worker = next(iter(self.work))
                 self._push(self.paces.get(worker) or self._unknown(worker))
                 self._settle()
-        finally:
-            self.replicas.close()
         if self.it.state == "running":
             self.it.stop("stopped", "nobody is left to push.")
         self.it.checkpoint()
+        return self
 
     def _happens(self, row: dict) -> None:
         kind, worker = row["kind"], row.get("worker")
         member = self.it.members.get(worker)
         if kind == "join" and self.it.state == "running" and not self.it.finished:
-            self.work.pop(worker, None)
-            self.queue = [r for r in self.queue if r["worker"] != worker]
+            self._forget(worker)
             self.replicas.join(worker, row.get("threads", 1))
             self.it.join(worker, row.get("message", ""), row.get("probe_s"))
         elif kind == "missing":
@@ -104,18 +86,21 @@ class Arrivals:
         elif kind in ("stop", "error"):
             self.it.stop("stopped", row["message"])
         elif kind == "leave" and row["message"] not in ("", AGAIN) and member and member.incarnation == row["incarnation"]:
-            self.work.pop(worker, None)
-            self.queue = [r for r in self.queue if r["worker"] != worker]
+            self._forget(worker)
             self.it.leave(member, row["message"])
         elif kind == "push" and member and member.incarnation == row["incarnation"]:
             self.queue.append(row)
 
+    def _forget(self, worker: int) -> None:
+        self.work.pop(worker, None)
+        self.queue = [row for row in self.queue if row["worker"] != worker]
+
     def _settle(self) -> None:
         """Who has been dismissed leaves, and arrivals that waited for the release of their worker are merged."""
         while True:
-            for worker in sorted(self.done):
+            for worker in sorted(self.dismissed):
                 self.it.leave(self.it.members[worker])
-                del self.done[worker]
+                self.dismissed.remove(worker)
             row = next((row for row in self.queue if row["worker"] in self.work), None)
             if row is None or self.it.state != "running":
                 return
@@ -125,15 +110,15 @@ class Arrivals:
     def _push(self, row: dict) -> None:
         """What the worker would have pushed now; its pace is that of the recorded pass."""
         worker, self.paces[row["worker"]] = row["worker"], row
-        go = self.work.pop(worker)
-        done, weights = self.replicas.work(worker, go)
+        answer = self.work.pop(worker)
+        done, weights = self.replicas.work(worker, answer)
         score = self.replicas.score(worker) if self.it.update.scored else None
         pace = done["samples"] / max(1, row["samples"])
-        header = {"op": "push", "version": go.grant.version, "score": score, **done, "wait_s": 0.0}
+        header = {"op": "push", "version": answer.grant.version, "score": score, **done, "wait_s": 0.0}
         header |= {key: row[key] for key in ("score_s", "send_s", "hidden_s") if key in row}
         header |= {"compute_s": round(row["compute_s"] * pace, 6)}
         self.it.push(self.it.members[worker], header, weights, self.n_bytes)
-        self.told(self.it.grants.done)
+        self.progress(self.it.grants.done)
 
     def _unknown(self, worker: int) -> dict:
         """A worker that has never pushed: as the probe says."""
@@ -144,13 +129,6 @@ class Arrivals:
         if grant := answer.grant:
             self.work[worker] = answer
             who = {"worker": worker, "incarnation": grant.incarnation, "version": grant.version}
-            self._write("release", **who, wait_s=grant.wait_s, bytes=self.n_bytes)
+            self.ledger.recorder.event("release", **who, wait_s=grant.wait_s, bytes=self.n_bytes)
         else:
-            self.done[worker] = answer
-
-    def _write(self, kind: str, **fields: Any) -> None:
-        self.ledger.recorder.event(kind, **fields)
-
-    def _keep(self, version: int, weights: np.ndarray, state: dict) -> None:
-        size = self.ledger.save(version, weights)
-        self._write("checkpoint", version=version, total=state["done"], bytes=size)
+            self.dismissed.add(worker)

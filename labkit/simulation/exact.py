@@ -14,119 +14,107 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from typing import Any
+from contextlib import closing
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from labkit.errors import RunError
-from labkit.models.flat import flatten
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
 from labkit.runs.config import environment
 from labkit.runs.events import read_rows
 from labkit.runs.files import read_json
-from labkit.simulation.offline import Ledger, Replicas, begin_course
+from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
-from labkit.training.wire import compression
+from labkit.training.wire.compression import n_bytes
 from labkit.updates import Update
 
 BESIDE = ("release", "checkpoint", "refuse", "score")  # rows that change nothing: the server's own, and what it did not take in
 STAMPS = ("seq", "time", "seconds")
 
 
-class Lives:
-    """The rows of a run, server by server: a run that was resumed has had several. Iterates over (workers, version, rows).
+class Life(NamedTuple):
+    """The part of a record that one server wrote: a run that was resumed has had several."""
 
-    `workers` are those that a server began with, as the settings have them; `version` is the one that it went on from (None for the
-    first).
-    """
+    workers: list[dict]  # with which it began, as the settings have them
+    version: int | None  # from which it went on; None for the first
+    rows: list[dict]
+    last: bool
+    lasting: float  # the last version that no later server has made again
 
-    def __init__(self, run: Run) -> None:
-        self.rows = read_rows(run.path)
-        for number, row in enumerate(self.rows):
-            if row.get("seq") != number:
-                raise RunError(
-                    f"events.jsonl of run {run.name} cannot be replayed: event {number} is missing or out of place; seq "
-                    f"{row.get('seq')} stands there."
-                )
-        if not any(row["kind"] == "start" for row in self.rows):
-            raise RunError(f"run {run.name} cannot be replayed: its record has no start.")
-        notes, self.servers = list(run.config.resumed), []
-        cuts = [number for number, row in enumerate(self.rows) if row["kind"] == "resume"]
-        for first, end in zip([0, *cuts], [*cuts, len(self.rows)], strict=True):
-            version = self.rows[first]["version"] if first else None
-            while first and notes and notes.pop(0)["version"] != version:
-                pass  # it was begun from elsewhere in between, and has written nothing
-            workers = notes[0]["before"]["workers"] if notes else run.config.workers
-            self.servers.append((workers, version, self.rows[first:end]))
 
-    def made_for_good(self, part: int) -> float:
-        """The last version of this server that a later one has not made again."""
-        return min((version for _, version, _ in self.servers[part + 1 :]), default=math.inf)
+def read_lives(run: Run) -> list[Life]:
+    """The record of a run, server by server; RunError where it is not whole."""
+    rows = read_rows(run.path)
+    for number, row in enumerate(rows):
+        if row.get("seq") != number:
+            raise RunError(
+                f"events.jsonl of run {run.name} cannot be replayed: event {number} is missing or out of place; seq "
+                f"{row.get('seq')} stands there."
+            )
+    if not any(row["kind"] == "start" for row in rows):
+        raise RunError(f"run {run.name} cannot be replayed: its record has no start.")
+    notes, lives = list(run.config.resumed), []
+    cuts = [number for number, row in enumerate(rows) if row["kind"] == "resume"]
+    versions = [rows[cut]["version"] for cut in cuts]
+    for first, end, version in zip([0, *cuts], [*cuts, len(rows)], [None, *versions], strict=True):
+        while version is not None and notes and notes.pop(0)["version"] != version:
+            pass  # it was begun from elsewhere in between, and has written nothing
+        workers = notes[0]["before"]["workers"] if notes else run.config.workers
+        lasting = min(versions[len(lives) :], default=math.inf)
+        lives.append(Life(workers, version, rows[first:end], end == len(rows), lasting))
+    return lives
 
 
 class Course:
     """The course of one server, driven by its rows and compared with them."""
 
     def __init__(
-        self,
-        run: Run,
-        problem: Problem,
-        update: Update,
-        partition: Partition,
-        ledger: Ledger,
-        lives: Lives,
-        part: int,
-        told: Callable[[int], None],
+        self, run: Run, problem: Problem, update: Update, partition: Partition, ledger: Ledger, life: Life, progress: Progress
     ) -> None:
-        self.run, self.ledger, self.told = run, ledger, told
-        workers, version, self.rows = lives.servers[part]
-        self.last = part == len(lives.servers) - 1
-        self.retained = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lives.made_for_good(part)}
+        self.run, self.ledger, self.progress = run, ledger, progress
+        workers, version, self.rows, self.last, lasting = life
+        self.retained = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lasting}
         self.newest = max((row["version"] for row in self.rows if row["kind"] == "merge"), default=version or 0)
         self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
         self.replicas, self.answers = Replicas(problem, run.config), {}
-        flat, *_ = flatten(problem.build(run.config.seed))
-        weights, layout, state = flat.numpy(), run.layout, None
+        weights = state = None
         if version is not None:
             weights, state = checkpoints.read_state(run.path, version)
             if not state:
                 raise RunError(f"version {version}, from which run {run.name} went on, holds no state: it cannot be replayed.")
         self.it = begin_course(
-            run.config.replace(workers=workers, batch_size=problem.batch_size),
+            run.config.replace(workers=workers),
+            problem,
             update,
             partition,
             weights,
-            layout.n_buffers,
-            blocks=layout.blocks,
-            labels=problem.labels(problem.train_indices()) if partition.stratified else None,
+            state=state,
             deliver=self.answers.__setitem__,
             record=self._follows,
             save=self._compare,
             clock=lambda: self.now,
-            state=state,
             age=-1.0,  # each version is seen
         )
 
-    def drive(self) -> None:
+    def drive(self) -> Course:
         """All rows; RunError at the first that differs."""
-        try:
+        with closing(self.replicas):
             while (row := self._next()) is not None:
                 at, self.now = self.at, row["time"]
                 self._happens(row)
                 if self.at == at:
                     raise self._differs(row, f"{row['kind']!r} does not follow from what is recorded before it")
-        finally:
-            self.replicas.close()
         missing = sorted(version for version in self.retained if version > self.it.update.version)
         if missing and self.last:
             raise RunError(
                 f"run {self.run.name} holds version {missing[-1]}, but its events lead only to version "
                 f"{self.it.update.version}: the end of events.jsonl is missing."
             )
+        return self
 
     # -- what happened ---------------------------------------------------------------------------------------------
 
@@ -164,19 +152,19 @@ class Course:
         self.it.join(row["worker"], row.get("message", ""), row.get("probe_s"), **where)
 
     def _push(self, row: dict) -> None:
-        worker, go = row["worker"], self.answers.pop(row["worker"], None)
-        if go is None or not go.grant:
+        worker, answer = row["worker"], self.answers.pop(row["worker"], None)
+        if answer is None or not answer.grant:
             raise self._differs(row, f"worker {worker} has nothing to push")
-        done, weights = self.replicas.work(worker, go)
+        done, weights = self.replicas.work(worker, answer)
         self._agrees(row, "samples", done["samples"])
         self._agrees(row, "loss", done["loss"])
         if row["score"] is not None:
             self._agrees(row, "score", self.replicas.score(worker))
         self.passes += 1
         header = {**row, "op": "push", "version": row["base_version"]}
-        fits = row["bytes"] == compression.n_bytes(self.replicas.exchange, len(weights))
+        fits = row["bytes"] == n_bytes(self.run.config.exchange, len(weights))
         self.it.push(self.it.members[worker], header, weights if fits else None, row["bytes"])
-        self.told(self.it.grants.done)
+        self.progress(self.it.grants.done)
 
     # -- what follows ----------------------------------------------------------------------------------------------
 
@@ -221,17 +209,15 @@ class Course:
                 raise self._differs(row, f"{n} of {len(weights)} weights of version {version} differ, by {apart:.3g} at most")
             self.compared += 1
         if version in self.retained or (self.last and version == self.newest):
-            self.ledger.save(version, weights)
+            checkpoints.write(self.ledger.path, version, weights)
 
     def _differs(self, row: dict, what: str) -> RunError:
         who = f" of worker {row['worker']}" if "worker" in row else ""
-        then, now = read_json(self.run.path / "environment.json"), environment()
-        other = [
-            f"{name} {then['versions'].get(name)}"
-            for name in ("torch", "numpy")
-            if then["versions"].get(name) != now["versions"][name]
-        ]
-        other += [then["platform"]] if then["platform"] != now["platform"] else []
+        then, now = (
+            {name: e["versions"].get(name) for name in ("torch", "numpy")} | {"on": e["platform"]}
+            for e in (read_json(self.run.path / "environment.json"), environment())
+        )
+        other = [f"{name} {there}" for name, there in then.items() if there != now[name]]
         made = f" It was made with {', '.join(other)}, which is not what is here." if other else ""
         return RunError(f"the replay of run {self.run.name} differs at event {row.get('seq')} ({row['kind']}{who}): {what}.{made}")
 

@@ -3,16 +3,12 @@
     recorded events  ->  its own update: every event, loss, score and kept version compared    ->  a Run, "replay"
                      ->  another update: the same arrivals, weights and grants computed anew   ->  a Run, "counterfactual"
 
-Update, partition and coordinator are the objects of live runs; only what calls them differs. What comes out is a `Run` with a
-directory of its own, so that every figure and table works on it; its origin is recorded.
-
 Used from notebooks; the work is done in `labkit.simulation.exact` and `labkit.simulation.counterfactual`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 from labkit.errors import RunError
@@ -23,13 +19,11 @@ from labkit.problems.problem import Problem
 from labkit.runs.config import REPLAYABLE
 from labkit.runs.files import read_json
 from labkit.simulation.counterfactual import Arrivals
-from labkit.simulation.exact import Course, Lives
+from labkit.simulation.exact import Course, read_lives
 from labkit.simulation.offline import Ledger
 from labkit.training.resume import is_rule_of, problem_of, rule_of
 from labkit.training.run import Run
 from labkit.updates import Update, make_update
-
-GIVEN = "replay(run, {what}={what})"  # where what was written in a notebook is missing
 
 
 def replay(
@@ -69,48 +63,30 @@ def replay(
         the steps), was computed on a GPU, or by threads that shared a generator of random numbers. Or the replay differs from it:
         the first difference, with its event and worker.
     """
-    rule = rule_of(run, "update", call=GIVEN) if update is None else copy.deepcopy(make_update(update))
+    rule = rule_of(run, "update", by="replay") if update is None else copy.deepcopy(make_update(update))
     exact = update is None or is_rule_of(run, "update", rule)
     _check_replayable(run, rule)
-    problem = problem_of(run, problem or run._problem, "replay(run, problem=problem)")
-    partition = rule_of(run, "partition", partition, GIVEN)
-    lives = Lives(run)
+    problem = problem_of(run, problem or run._problem, by="replay")
+    partition = rule_of(run, "partition", partition, by="replay")
+    lives = read_lives(run)
     origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.id}
     config = run.config if exact else run.config.replace(update=rule.config())
     layout = read_json(run.path / "layout.json")
     name = name or f"{run.name}-replay" + ("" if exact else f"-{rule_title(rule.config())}")
-    ledger = Ledger(Path(runs or run.path.parent), name, config, layout, origin)
-    status = {"state": "failed", "reason": f"the {origin['kind']} of {run.name} was cut off."}
-    try:
-        with meter(f"{origin['kind']} of {run.name}", run.config.budget) as told:
-            if exact:
-                courses = _drive_again(run, problem, rule, partition, ledger, lives, told)
-                reason = f"{sum(course.passes for course in courses)} local passes and "
-                reason += f"{sum(course.compared for course in courses)} kept versions are bit for bit the same"
-            else:
-                courses = [Arrivals(run, problem, rule, partition, ledger, lives, told)]
-                courses[0].drive()
-                reason = ""
-        last = courses[-1].it
-        ended = run.recorded() if exact else {"state": last.state, "reason": last.reason}
-        reason = "; ".join(filter(None, [reason, ended.get("reason")]))
-        status = {"state": ended["state"], "reason": reason, "version": last.update.version, "samples": last.grants.done}
-    except RunError as error:
-        status["reason"] = str(error)
-        raise
-    finally:
-        ledger.close(status)
+    with (
+        Ledger(Path(runs or run.path.parent), name, config, layout, origin) as ledger,
+        meter(f"{origin['kind']} of {run.name}", run.config.budget) as progress,
+    ):
+        if exact:
+            rules = ((copy.deepcopy(rule), copy.deepcopy(partition)) for _ in lives)
+            parts = [Course(run, problem, *own, ledger, life, progress).drive() for own, life in zip(rules, lives, strict=True)]
+            same = f"{sum(part.passes for part in parts)} local passes and {sum(part.compared for part in parts)} kept versions"
+            recorded = run.recorded()
+            reason = "; ".join(filter(None, [f"{same} are bit for bit the same", recorded.get("reason")]))
+            ledger.ended(parts[-1].it, state=recorded["state"], reason=reason)
+        else:
+            ledger.ended(Arrivals(run, problem, rule, partition, ledger, lives[0], progress).drive().it)
     return Run(ledger.path, problem=problem)
-
-
-def _drive_again(
-    run: Run, problem: Problem, rule: Update, partition: Partition, ledger: Ledger, lives: Lives, told: Callable[[int], None]
-) -> list[Course]:
-    courses = []
-    for part in range(len(lives.servers)):
-        courses.append(Course(run, problem, copy.deepcopy(rule), copy.deepcopy(partition), ledger, lives, part, told))
-        courses[-1].drive()
-    return courses
 
 
 def _check_replayable(run: Run, rule: Update) -> None:

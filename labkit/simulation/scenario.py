@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from labkit.cluster.emulation import make_stalls, opposite
 from labkit.errors import RunError, real, whole
@@ -26,10 +27,8 @@ from labkit.training.train import check_traffic
 from labkit.updates import Update, make_update
 
 RECORDED = "as recorded"
-# Of the first of the runs that were fitted, since curves ask for it again and again: (all of them, their sizes) and the timing;
-# the timing and its error.
-_fits: weakref.WeakKeyDictionary[Run, tuple[list, Timing]] = weakref.WeakKeyDictionary()
-_errors: weakref.WeakKeyDictionary[Run, tuple[Timing, float | None]] = weakref.WeakKeyDictionary()
+# Of the first of the runs that were fitted, since curves ask for it again and again: the runs and their sizes, timing, and error.
+_fits: weakref.WeakKeyDictionary[Run, dict] = weakref.WeakKeyDictionary()
 # Where nothing is recorded: a small network, a gigabyte per second, and what small messages were measured to take.
 UNKNOWN = {"n_weights": 20_000, "n_train": 60_000, "batch_size": 64, "exchange": Line(1e-3, 2e-9), "server": Line(2e-4, 5e-10)}
 
@@ -64,29 +63,15 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, RunConfig]:
         if run.config.update["name"] == "allreduce":
             raise RunError(f"run {run.name} is an all-reduce, which exchanges within every step. Give a run of another update.")
     state = [(run.path, (run.path / "events.jsonl").stat().st_size) for run in runs]
-    if _fits.get(runs[0], ([], None))[0] != state:
-        _fits[runs[0]] = state, fit(runs)
-    return _fits[runs[0]][1], runs[0].config
+    if runs[0] not in _fits or _fits[runs[0]]["state"] != state:
+        _fits[runs[0]] = {"state": state, "timing": fit(runs)}
+    return _fits[runs[0]]["timing"], runs[0].config
 
 
-def changed(
-    recorded: RunConfig,
-    *,
-    update: Update,
-    partition: Partition,
-    n_workers: int | None,
-    slowdown: Sequence[float] | None,
-    jitter: float | None,
-    drift: float | None,
-    stalls: Sequence[float] | None,
-    passes: float | None,
-    local_steps: int | str | None,
-    samples: int | None,
-    exchange: str | None,
-    overlap: int | None,
-    seed: int | None,
-) -> RunConfig:
-    """The settings of the scenario."""
+def changed(recorded: RunConfig, update: Update, partition: Partition, given: Mapping[str, Any]) -> RunConfig:
+    """The settings of the scenario; `given` are the arguments of `simulate`, by name, None where they are to be as recorded."""
+    n_workers, slowdown, drift, stalls = (given[name] for name in ("n_workers", "slowdown", "drift", "stalls"))
+    exchange, overlap, local_steps = (given[name] for name in ("exchange", "overlap", "local_steps"))
     if update.collective:
         raise ValueError("an all-reduce cannot be simulated: it exchanges within every step. Known to work: every other update.")
     before = recorded.workers
@@ -116,15 +101,15 @@ def changed(
     check_traffic(update, settings["exchange"], overlap or 0)
     if overlap is not None or (update.scored and not update.ahead):  # a rule that allows none does not inherit it
         settings["overlap"] = overlap or 0
-    if jitter is not None:
-        settings["jitter"] = real("jitter", jitter, least=0)
-    if seed is not None:
-        settings["seed"] = whole("seed", seed + 1) - 1
+    if given["jitter"] is not None:
+        settings["jitter"] = real("jitter", given["jitter"], least=0)
+    if given["seed"] is not None:
+        settings["seed"] = whole("seed", given["seed"], 0)
     if local_steps != RECORDED:
         settings["local_steps"] = None if local_steps is None else whole("local_steps", local_steps)
-    settings["n_train"] = n_train = recorded.n_train if samples is None else whole("samples", samples)
-    settings["passes"] = recorded.passes if passes is None else real("passes", passes, above=0)
-    return recorded.replace(**settings, budget=max(1, round(settings["passes"] * n_train)))
+    n_train = recorded.n_train if given["samples"] is None else whole("samples", given["samples"])
+    passes = recorded.passes if given["passes"] is None else real("passes", given["passes"], above=0)
+    return recorded.replace(**settings, n_train=n_train, passes=passes, budget=max(1, round(passes * n_train)))
 
 
 def changes(failures: Sequence[tuple], n_workers: int) -> list[Change]:
@@ -146,22 +131,21 @@ def recorded_changes(run: Run) -> list[Change]:
     events = run.events
     begun = events.seq[events.kind == "start"].iloc[0]
     rows = events[(events.seq > begun) & events.kind.isin(["join", "leave"])]
-    made = []
-    for row in rows.itertuples():
-        lost = row.kind == "leave" and isinstance(row.message, str) and row.message not in ("", AGAIN)
-        if lost or row.kind == "join":
-            made.append(Change(float(row.seconds), int(row.worker), row.kind == "join"))
-    return made
+    return [
+        Change(float(row.seconds), int(row.worker), row.kind == "join")
+        for row in rows.itertuples()
+        if row.kind == "join" or (isinstance(row.message, str) and row.message not in ("", AGAIN))
+    ]
 
 
-def compared(run: Run, timing: Timing, update: Update, partition: Partition, batch_size: int) -> float | None:
-    """Simulated against measured wall time of the run as it was: the relative error; None where it has no end. It is printed once.
+def compared(run: Run, update: Update, partition: Partition, batch_size: int) -> float | None:
+    """Simulated against measured wall time of a fitted run as it was: the relative error; None where it has no end. Printed once.
 
     `update` and `partition` are used where they are the run's own, which may be of classes that only their user has.
     """
-    if _errors.get(run, (None, None))[0] != timing:
-        _errors[run] = timing, _compared(run, timing, update, partition, batch_size)
-    return _errors[run][1]
+    if "error" not in (known := _fits[run]):
+        known["error"] = _compared(run, known["timing"], update, partition, batch_size)
+    return known["error"]
 
 
 def _compared(run: Run, timing: Timing, update: Update, partition: Partition, batch_size: int) -> float | None:
@@ -170,7 +154,7 @@ def _compared(run: Run, timing: Timing, update: Update, partition: Partition, ba
         return None
     try:
         own = {
-            what: copy.deepcopy(rule) if is_rule_of(run, what, rule) else rule_of(run, what, call="simulate(run, {what}={what})")
+            what: copy.deepcopy(rule) if is_rule_of(run, what, rule) else rule_of(run, what, by="simulate")
             for what, rule in (("update", update), ("partition", partition))
         }
     except RunError as error:
@@ -178,11 +162,7 @@ def _compared(run: Run, timing: Timing, update: Update, partition: Partition, ba
         return None
     measured = float(run.events.query("kind == 'merge'").seconds.max())
     again = Simulation(
-        run.config.replace(batch_size=batch_size),
-        timing,
-        run.layout.size,
-        **own,
-        changes=recorded_changes(run),
+        run.config.replace(batch_size=batch_size), timing, run.layout.size, **own, changes=recorded_changes(run)
     ).run()
     error = again.merged_at / measured - 1
     print(f"Run {run.name} took {measured:.2f} s; simulated as it was, it takes {again.merged_at:.2f} s ({100 * error:+.1f} %).")

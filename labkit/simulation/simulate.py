@@ -2,9 +2,6 @@
 
     runs or speeds  ->  cost model (fitted)  +  scenario (what is to differ)  ->  simulator  ->  a Run, "simulated"
 
-Update, partition and coordinator are the objects of live runs, on a virtual clock. What comes out is a `Run` with a directory of
-its own, so that every figure and table works on it; its origin is recorded.
-
 Used from notebooks; the work is done in `labkit.simulation.simulator`.
 """
 
@@ -19,14 +16,12 @@ from labkit.partition import Partition, make_partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
 from labkit.runs.files import read_json
-from labkit.simulation import scenario as scenarios
+from labkit.simulation import scenario
 from labkit.simulation.offline import Ledger
 from labkit.simulation.simulator import Simulation
 from labkit.training.resume import problem_of, rule_of
 from labkit.training.run import Run
 from labkit.updates import Update, make_update
-
-GIVEN = "simulate(run, {what}={what})"  # where what was written in a notebook is missing
 
 
 def simulate(
@@ -44,7 +39,7 @@ def simulate(
     update: str | dict | Update | None = None,
     partition: str | dict | Partition | None = None,
     passes: float | None = None,
-    local_steps: int | str | None = scenarios.RECORDED,
+    local_steps: int | str | None = scenario.RECORDED,
     samples: int | None = None,
     n_weights: int | None = None,
     exchange: str | None = None,
@@ -101,47 +96,40 @@ def simulate(
     if not measured:
         raise ValueError("simulate() needs a run, several, or the samples/s of at least one worker.")
     base = measured[0] if isinstance(measured[0], Run) else None
-    timing, recorded = scenarios.of_runs(measured) if base else scenarios.of_speeds(measured)
+    timing, recorded = scenario.of_runs(measured) if base else scenario.of_speeds(measured)
     if base and update is None:
-        update = rule_of(base, "update", call=GIVEN)
+        update = rule_of(base, "update", by="simulate")
     if base and partition is None:
-        partition = rule_of(base, "partition", call=GIVEN)
+        partition = rule_of(base, "partition", by="simulate")
     update = copy.deepcopy(make_update(recorded.update if update is None else update))
     partition = copy.deepcopy(make_partition(recorded.partition if partition is None else partition))
-    workers = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls}
-    lengths = {"passes": passes, "local_steps": local_steps, "samples": samples, "seed": seed}
-    traffic = {"exchange": exchange, "overlap": overlap}
-    config = scenarios.changed(recorded, update=update, partition=partition, **workers, **lengths, **traffic)
+    given = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls, "seed": seed}
+    given |= {"passes": passes, "local_steps": local_steps, "samples": samples, "exchange": exchange, "overlap": overlap}
+    config = scenario.changed(recorded, update, partition, given)
     if numerics and (base is None or samples is not None or n_weights is not None):
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
-    problem = problem_of(base, problem or base._problem, "simulate(run, problem=problem)") if numerics else None
+    problem = problem_of(base, problem or base._problem, by="simulate") if numerics else None
     batch_size = config.batch_size or base.problem().batch_size
     servers = whole("servers", servers)
-    size = base.layout.size if base else scenarios.UNKNOWN["n_weights"]
+    size = base.layout.size if base else scenario.UNKNOWN["n_weights"]
     size = size if n_weights is None else whole("n_weights", n_weights)
     layout = read_json(base.path / "layout.json") if base else {"names": [], "shapes": [], "n_params": size, "n_buffers": 0}
     if failures is None and base and n_workers is None and slowdown is None:
-        changes = scenarios.recorded_changes(base)
+        changes = scenario.recorded_changes(base)
     else:
-        changes = scenarios.changes(failures or (), config.n_workers)
-    error = scenarios.compared(base, timing, update, partition, batch_size) if base else None
+        changes = scenario.changes(failures or (), config.n_workers)
+    error = scenario.compared(base, update, partition, batch_size) if base else None
     origin = {"kind": "simulated", "run": base.name if base else None, "numerics": bool(numerics), "error": error}
     asked = {"bandwidth": bandwidth, "latency": latency, "servers": servers, "n_weights": n_weights}
     asked |= {"failures": [list(failure) for failure in failures] if failures is not None else None}
     config = config.replace(batch_size=batch_size, scenario=asked)
     folder = Path(runs) if runs is not None else base.path.parent if base else Path("runs")
     ledger = Ledger(folder, name or (f"{base.name}-simulated" if base else "simulated"), config, layout, origin)
-    status = {"state": "failed", "reason": "the simulation was cut off."}
-    try:
-        with meter(f"simulation of {config.n_workers} workers", config.budget) as told:
-            rules = {"update": update, "partition": partition, "changes": changes, "problem": problem}
-            there = timing.with_links(bandwidth, latency).on_servers(servers)
-            made = Simulation(config, there, size, **rules, ledger=ledger, told=told).run()
-        it = made.it
-        status = {"state": it.state, "reason": it.reason, "version": it.update.version, "samples": it.grants.done}
-        status |= {"server_busy": made.busy / made.merged_at if made.merged_at else 0.0}
+    rules = {"update": update, "partition": partition, "changes": changes, "problem": problem}
+    timing = timing.with_links(bandwidth, latency).on_servers(servers)
+    with ledger, meter(f"simulation of {config.n_workers} workers", config.budget) as progress:
+        made = Simulation(config, timing, size, **rules, ledger=ledger, progress=progress).run()
+        ledger.ended(made.it, server_busy=made.busy / made.merged_at if made.merged_at else 0.0)
         if not numerics:
             ledger.no_curve()
-    finally:
-        ledger.close(status)
     return Run(ledger.path, problem=problem)

@@ -16,19 +16,20 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from labkit.cluster.emulation import Slowness
-from labkit.models.flat import flatten
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
 from labkit.simulation.cost_model import Pace, Timing, stretch
-from labkit.simulation.offline import Ledger, Replicas, begin_course
+from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course
+from labkit.training.server.coordinator import Coordinator
 from labkit.training.wire.compression import n_bytes
 from labkit.training.wire.protocol import SCORE_EVERY_S, Answer, Grant
 from labkit.updates import Update
@@ -46,7 +47,7 @@ class Change:
 
 
 class Simulation:
-    """One run of this `config` (as `train` writes it), with these times; rows go to `ledger`, or nowhere."""
+    """One run of this `config` (as `train` writes it), with these times; rows go to `ledger`, or nowhere (without a `problem`)."""
 
     def __init__(
         self,
@@ -59,9 +60,9 @@ class Simulation:
         changes: Sequence[Change] = (),
         problem: Problem | None = None,
         ledger: Ledger | None = None,
-        told: Callable[[int], None] = lambda done: None,
+        progress: Progress = lambda done: None,
     ) -> None:
-        self.config, self.timing, self.ledger, self.told = config, timing, ledger, told
+        self.config, self.timing, self.ledger, self.progress = config, timing, ledger, progress
         self.n_bytes = n_bytes(config.exchange, n_weights)
         self.merge_s = timing.server(4 * n_weights)  # float32 on the server, whatever travels
         self.slowness: dict[int, tuple[Slowness, float]] = {}  # of each incarnation, and when it came
@@ -74,35 +75,23 @@ class Simulation:
         self.free: dict[int, tuple[float, float]] = {}
         self.scored: dict[int, float] = {}  # when a worker has measured its score last
         self.late_score = config.overlap > 0 and not update.scored
-        self.replicas, weights, n_buffers, blocks = None, np.zeros(1, np.float32), 0, ()
-        if problem is not None:
-            self.replicas = Replicas(problem, config)
-            flat, *shapes = flatten(problem.build(config.seed))
-            layout = Layout.of(*shapes)
-            weights, n_buffers, blocks = flat.numpy(), layout.n_buffers, layout.blocks
-        self.it = begin_course(
-            config if problem else config.replace(checkpoints=0),  # without weights there are no versions to keep
-            update,
-            partition,
-            weights,
-            n_buffers,
-            blocks=blocks,
-            labels=self._labels(problem) if partition.stratified else None,
-            deliver=self._deliver,
-            record=self._write,
-            save=self._keep,
-            clock=lambda: self.now,
-            alarm=lambda at: self._at(at, self.it.tick),
-            age=math.inf,
-        )
+        self.replicas = Replicas(problem, config) if problem else None
+        options = {"deliver": self._deliver, "record": self._write, "clock": lambda: self.now, "age": math.inf}
+        options |= {"alarm": lambda at: self._at(at, self.it.tick)}
+        if problem:
+            self.it = begin_course(config, problem, update, partition, save=ledger.save, **options)
+        else:  # no weights and no versions to keep; any classes do for a stratified partition
+            config, one = config.replace(checkpoints=0), Layout((), (), 1, 0)
+            options |= {"save": lambda *version: None, "labels": np.arange(config.n_train) % 10}
+            self.it = Coordinator.begin(config, update, partition, np.zeros(1, np.float32), one, **options)
         for worker in config.indices:
             self._join(worker)
         for change in changes:
-            self._at(change.seconds, self._join if change.comes else self._lose, change.worker)
+            self._at(change.seconds, self._join if change.comes else self._leave, change.worker)
 
     def run(self) -> Simulation:
         """To the end; the times are then in `merged_at` (the last merge) and `busy` (the server)."""
-        try:
+        with closing(self.replicas) if self.replicas else nullcontext():
             while self.queue and not self.it.over:
                 seconds, _, what, arguments = heapq.heappop(self.queue)
                 self.now = max(self.now, seconds)
@@ -110,9 +99,6 @@ class Simulation:
             if self.it.state == "running":
                 self.it.stop("failed", f"every worker was lost after {self.it.grants.done} of {self.it.grants.budget} samples.")
             self.it.checkpoint()
-        finally:
-            if self.replicas:
-                self.replicas.close()
         return self
 
     # -- what happens ----------------------------------------------------------------------------------------------
@@ -133,40 +119,30 @@ class Simulation:
         probed = pace.seconds * slow * pace.probe[chance.integers(len(pace.probe))]
         self.it.join(worker, "simulated", probed, threads=1, device="cpu", generator="own")
 
-    def _lose(self, worker: int) -> None:
-        if member := self.it.members.get(worker):
-            self.it.leave(member, "lost, as simulated")
-
-    def _push(self, worker: int, incarnation: int, go: Answer, times: dict) -> None:
+    def _push(self, worker: int, incarnation: int, answer: Answer, times: dict) -> None:
         member = self.it.members.get(worker)
         if member is None or member.incarnation != incarnation:
             return  # lost on the way
-        done, weights, score = {"samples": member.granted - member.ahead, "loss": None}, go.weights + STEP, None
+        done, weights, score = {"samples": member.granted - member.ahead, "loss": None}, answer.weights + STEP, None
         if self.replicas:
-            made, weights = self.replicas.work(worker, go)
+            made, weights = self.replicas.work(worker, answer)
             done |= {"samples": made["samples"], "loss": made["loss"]}
         if times["score_s"] or self.it.update.scored:
             score = self.replicas.score(worker) if self.replicas else self.timing.score
         late = {"score": score, "score_s": times["score_s"]}
         done["score"] = None if self.late_score else score
         times |= {"score_s": 0.0} if self.late_score else {}
-        self.it.push(member, {"op": "push", "version": go.grant.version, **done, **times}, weights, self.n_bytes)
+        self.it.push(member, {"op": "push", "version": answer.grant.version, **done, **times}, weights, self.n_bytes)
         if self.late_score and score is not None:
             self._write("score", worker=worker, incarnation=incarnation, **{"pass": member.passes}, **late)
-        self.told(self.it.grants.done)
+        self.progress(self.it.grants.done)
 
     def _deliver(self, worker: int, answer: Answer) -> None:
         if not (grant := answer.grant):
-            self._at(self.now, self._leave, worker, self.it.members[worker].incarnation)
+            self._at(self.now, self._leave, worker, "", self.it.members[worker].incarnation)
             return
-        self._write(
-            "release",
-            worker=worker,
-            incarnation=grant.incarnation,
-            version=grant.version,
-            wait_s=grant.wait_s,
-            bytes=self.n_bytes,
-        )
+        who = {"worker": worker, "incarnation": grant.incarnation, "version": grant.version}
+        self._write("release", **who, wait_s=grant.wait_s, bytes=self.n_bytes)
         trip, compute, ahead, score = self.timing.exchange(self.n_bytes), *self._work(worker, grant)
         here = self.now + trip / 2
         free, carried = self.free.get(worker, (here - trip, 0.0))  # of its latest push, if it has made one
@@ -189,19 +165,14 @@ class Simulation:
             score, self.scored[worker] = slowness.stretched(pace.score_s, self.now - came + compute), self.now
         return compute - ahead, ahead, score
 
-    def _leave(self, worker: int, incarnation: int) -> None:
+    def _leave(self, worker: int, why: str = "lost, as simulated", incarnation: int | None = None) -> None:
+        """Of any incarnation, or only of this one."""
         member = self.it.members.get(worker)
-        if member and member.incarnation == incarnation:
-            self.it.leave(member)
-
-    def _labels(self, problem: Problem | None) -> np.ndarray:
-        """Classes for a stratified partition; any will do where nothing is trained."""
-        return np.arange(self.config.n_train) % 10 if problem is None else problem.labels(problem.train_indices())
+        if member and incarnation in (None, member.incarnation):
+            self.it.leave(member, why)
 
     def _pace(self, worker: int) -> Pace:
         return self.timing.paces[worker % len(self.timing.paces)]
-
-    # -- what is written down --------------------------------------------------------------------------------------
 
     def _write(self, kind: str, **fields: Any) -> None:
         if kind == "merge":
@@ -210,8 +181,3 @@ class Simulation:
             self.merged_at = self.now
         if self.ledger:
             self.ledger.recorder.event(kind, **fields)
-
-    def _keep(self, version: int, weights: np.ndarray, state: dict) -> None:
-        if self.ledger and self.replicas:
-            size = self.ledger.save(version, weights)
-            self._write("checkpoint", version=version, total=state["done"], bytes=size)

@@ -30,8 +30,9 @@ from labkit.problems.problem import Problem
 from labkit.runs import checkpoints, server_file
 from labkit.runs.config import RunConfig
 from labkit.training.run import Run, load_run
+from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import MEETING
-from labkit.training.train import begin, choose, leased, server_spec
+from labkit.training.train import begin, choose, labels_for, leased, server_host
 from labkit.updates import Update, make_update
 
 ENDING_S = 5.0  # a server that has ended the run has so long to go
@@ -88,7 +89,8 @@ def resume(
             print(f"Not used: {reason}")
         print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config.budget:,} samples.")
         config = _clear(run, lab.settings(workers), version, state["done"])
-        spec = server_spec(run.path, config, problem, lab, update, partition, np.array(weights), layout, state)
+        about = {"labels": labels_for(partition, problem), "host": server_host(lab), "state": state}
+        spec = ServerSpec(config, str(run.path), update, partition, np.array(weights), layout, **about)
         return begin(run.path, lab, problem, spec, newcomers)
 
 
@@ -106,14 +108,14 @@ def _check_ended(run: Run) -> None:
         raise RunError(f"run {run.name} is done: all of its {run.config.budget:,} samples were trained on.")
 
 
-def problem_of(run: Run, given: Problem | None, call: str = "resume({path!r}, problem=problem)") -> Problem:
-    """The problem of the run: what goes on, or is done again, must be what was begun. `call`: what to write where it is missing."""
+def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
+    """The problem of the run: what goes on, or is done again (`by` replay, simulate), must be what was begun."""
     recorded = run.config.problem
     if given is None:
         if (lost := by_value(recorded)) is not None:
             raise RunError(
                 f"{lost!r} of run {run.name} was written in a notebook, and the record holds only its name. Make the problem "
-                f"again and give it: labkit.{call.format(path=str(run.path))}."
+                f"again and give it: {_call(run, by, 'problem')}."
             )
         given = run.problem()
     if not isinstance(given, Problem):
@@ -135,7 +137,7 @@ def problem_of(run: Run, given: Problem | None, call: str = "resume({path!r}, pr
     return given
 
 
-def rule_of(run: Run, what: str, given: Any = None, call: str = "resume({path!r}, {what}={what})") -> Update | Partition:
+def rule_of(run: Run, what: str, given: Any = None, by: str = "resume") -> Update | Partition:
     """The "update" or the "partition" of a run: made again as recorded, or `given`, which must be what is recorded."""
     make, recorded = {"update": make_update, "partition": make_partition}[what], run.config[what]
     if given is not None:
@@ -145,11 +147,14 @@ def rule_of(run: Run, what: str, given: Any = None, call: str = "resume({path!r}
     try:
         return make(recorded)
     except (LabError, ValueError, TypeError, ImportError) as error:
-        call = call.format(path=str(run.path), what=what)
         raise RunError(
             f"the {what} of run {run.name} is not known here: {str(error).rstrip('.')}. Make it again as it was and give it: "
-            f"labkit.{call}. A class in a module that can be imported is found without."
+            f"{_call(run, by, what)}. A class in a module that can be imported is found without."
         ) from error
+
+
+def _call(run: Run, by: str, what: str) -> str:
+    return f"labkit.{by}({repr(str(run.path)) if by == 'resume' else 'run'}, {what}={what})"
 
 
 def is_rule_of(run: Run, what: str, rule: Update | Partition) -> bool:

@@ -72,11 +72,7 @@ class Supervisor:
         return {**self._status, "state": self.state}
 
     def wait(self, timeout: float) -> bool:
-        limit = time.monotonic() + timeout
-        while not self._over.wait(0.1):  # short waits, so that an interrupt comes through
-            if time.monotonic() > limit:
-                return False
-        return True
+        return self._over.wait(timeout)
 
     def stop(self, timeout: float) -> None:
         self._stop.set()
@@ -94,31 +90,28 @@ class Supervisor:
 
     def _start_worker(self, index: int) -> None:
         self.generations[index] = self.generations.get(index, -1) + 1
-        self.started_on[index] = self.lab.workers[index]
-        self.tasks[index] = self.lab.start(index, run_worker, self.problem, self._worker_spec(self.lab.workers[index]))
-        self._raised.pop(index, None)
-
-    def _worker_spec(self, worker) -> WorkerSpec:
-        return WorkerSpec(
-            generation=self.generations[worker.index],
-            index=worker.index,
+        worker = self.started_on[index] = self.lab.workers[index]
+        spec = WorkerSpec(
+            generation=self.generations[index],
+            index=index,
             address=self.address,
             secret=self.spec.secret,
             config=self.spec.config,
             device=worker.device,
             threads=worker.threads,
-            uneven=self.lab.unevenness(worker.index),
+            uneven=self.lab.unevenness(index),
             meeting=str(self.path / self.meeting) if self.spec.update.collective else None,
             scored=self.spec.update.scored,
         )
+        self.tasks[index] = self.lab.start(index, run_worker, self.problem, spec)
+        self._raised.pop(index, None)
 
     def _follow(self) -> None:
         """Poll the server until the run has ended; then record how, and measure its curve."""
         try:
             self._watch()
             state, reason = self._ending()
-            if state == "done":
-                reason = self._measure()
+            reason = self._measure() if state == "done" else reason
         except BaseException as error:  # whatever it is, `wait` must end and raise it
             _end(self.server)
             state, reason, self.error = "failed", str(error), self.error or error

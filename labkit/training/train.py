@@ -13,6 +13,7 @@ Used from notebooks, and by `labkit.training.resume`, which does the second half
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import secrets
 import socket
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, RunError
+from labkit.errors import ClusterError, RunError, known, real, whole
 from labkit.imports import rule_title
 from labkit.models.flat import flatten
 from labkit.partition import Partition, make_partition
@@ -38,7 +39,7 @@ from labkit.runs.record import moved
 from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import Supervisor
-from labkit.training.wire.compression import check_exchange
+from labkit.training.wire.compression import DTYPES
 from labkit.training.worker.allreduce import check_problem
 from labkit.updates import Update, make_update
 
@@ -106,8 +107,13 @@ def train(
         The request makes no sense; nothing has been started.
     """
     update, partition = make_update(update), make_partition(partition)
-    _check_lengths(passes, local_steps, seed, checkpoints)
-    _check_timeouts(heartbeat_timeout, join_timeout)
+    real("passes", passes, above=0)
+    whole("local_steps", 1 if local_steps is None else local_steps, error=ValueError)
+    whole("checkpoints", checkpoints, error=ValueError)
+    whole("seed", seed, 0, error=ValueError)
+    if not (heartbeat_timeout >= 1 and join_timeout >= 1):
+        limits = f"heartbeat_timeout={heartbeat_timeout}, join_timeout={join_timeout}"
+        raise ValueError(f"{limits}: workers send a heartbeat every 0.5 s and need some time to come; give 1 s at least.")
     check_traffic(update, exchange, overlap)
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
@@ -119,43 +125,21 @@ def train(
     path = Path(runs) / name
     workers = choose(lab, workers, path)
     check_shards(problem, workers, partition)
-    id = secrets.token_hex(8)
-    with leased(lab, workers, id, path):
-        config = configure(
-            problem,
-            lab,
-            workers,
-            update,
-            partition,
-            id=id,
-            name=name,
-            passes=passes,
-            local_steps=local_steps,
-            seed=seed,
-            checkpoints=checkpoints,
-            exchange=exchange,
-            overlap=int(overlap),
-            heartbeat_timeout=float(heartbeat_timeout),
-            join_timeout=float(join_timeout),
-        )
+    lengths = {"passes": passes, "local_steps": local_steps, "seed": seed, "checkpoints": checkpoints}
+    traffic = {"exchange": exchange, "overlap": int(overlap)}
+    limits = {"heartbeat_timeout": float(heartbeat_timeout), "join_timeout": float(join_timeout)}
+    config = configure(problem, lab, workers, update, partition, name=name, **lengths, **traffic, **limits)
+    with leased(lab, workers, config.id, path):
         return launch(problem, lab, config, update, partition, runs, takes_newcomers=newcomers)
 
 
 def configure(
-    problem: Problem,
-    lab: Lab,
-    workers: list[int],
-    update: Update,
-    partition: Partition,
-    *,
-    passes: float,
-    id: str = "",
-    **settings: Any,
+    problem: Problem, lab: Lab, workers: list[int], update: Update, partition: Partition, *, passes: float, **settings: Any
 ) -> RunConfig:
-    """The settings of a new run, with a new id unless it has one; `settings` are further fields of `RunConfig`, as in `train`."""
+    """The settings of a new run, with a new id; `settings` are further fields of `RunConfig`, as in `train`."""
     n_train = len(problem.train_indices())
     return RunConfig(
-        id=id or secrets.token_hex(8),
+        id=secrets.token_hex(8),
         labkit=metadata.version("labkit"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         problem=problem.config(),
@@ -185,41 +169,11 @@ def launch(
     """The second half of `train`: a run of what was checked, on workers that are leased, by the caller."""
     flat, *shapes = flatten(problem.build(config.seed))
     layout = Layout.of(*shapes)
-    path = claim(Path(runs), config.name)
-    try:
-        config.save(path)
-        write_json(path / "environment.json", environment())
-        write_json(path / "layout.json", asdict(layout))
-    except OSError as error:
-        raise _unrecordable(path, error) from error
-    spec = server_spec(path, config, problem, lab, update, partition, flat.numpy(), layout)
-    return begin(path, lab, problem, spec, takes_newcomers)
-
-
-def server_spec(
-    path: Path,
-    config: RunConfig,
-    problem: Problem,
-    lab: Lab,
-    update: Update,
-    partition: Partition,
-    weights: np.ndarray,
-    layout: Layout,
-    state: dict | None = None,
-) -> ServerSpec:
-    """What the server of a run is started with; with the `state` of a checkpoint it goes on from there."""
-    return ServerSpec(
-        config=config,
-        path=str(path),
-        secret=secrets.token_bytes(32),
-        update=update,
-        partition=partition,
-        weights=weights,
-        layout=layout,
-        labels=problem.labels(problem.train_indices()) if partition.stratified else None,
-        host=_host(lab),
-        state=state,
+    path = new_run(Path(runs), config, asdict(layout))
+    spec = ServerSpec(
+        config, str(path), update, partition, flat.numpy(), layout, labels=labels_for(partition, problem), host=server_host(lab)
     )
+    return begin(path, lab, problem, spec, takes_newcomers)
 
 
 def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec, takes_newcomers: bool) -> Run:
@@ -231,36 +185,17 @@ def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec, takes_newcom
     return run
 
 
-def _host(lab: Lab) -> str:
+def server_host(lab: Lab) -> str:
     """Where the server listens: on loopback alone if all workers are here, else where other machines reach this one."""
     from distributed.utils import get_ip
 
     return "127.0.0.1" if {worker.host for worker in lab.workers} == {socket.gethostname()} else get_ip()
 
 
-def _check_lengths(passes: float, local_steps: int | None, seed: int, checkpoints: int) -> None:
-    if not 0 < passes < float("inf"):
-        raise ValueError(f"passes={passes} must be a positive number.")
-    if local_steps is not None and (int(local_steps) != local_steps or local_steps < 1):
-        raise ValueError(f"local_steps={local_steps} must be a whole number of at least 1, or None for a pass over the shard.")
-    if int(seed) != seed or seed < 0:
-        raise ValueError(f"seed={seed} must be a whole number of at least 0.")
-    if int(checkpoints) != checkpoints or checkpoints < 1:
-        raise ValueError(f"checkpoints={checkpoints}: at least one version must be kept.")
-
-
-def _check_timeouts(heartbeat_timeout: float, join_timeout: float) -> None:
-    if not heartbeat_timeout >= 1:
-        raise ValueError(f"heartbeat_timeout={heartbeat_timeout}: workers send a heartbeat every 0.5 s, so give them 1 s at least.")
-    if not join_timeout >= 1:
-        raise ValueError(f"join_timeout={join_timeout}: workers need some time to come, so give them 1 s at least.")
-
-
 def check_traffic(update: Update, exchange: str, overlap: int) -> None:
     """Can weights travel like this under this rule?"""
-    check_exchange(exchange)
-    if isinstance(overlap, bool) or int(overlap) != overlap or overlap < 0:
-        raise ValueError(f"overlap={overlap!r} must be a whole number of batches, 0 for none.")
+    known("exchange", exchange, DTYPES)
+    whole("overlap", overlap, 0, error=ValueError)
     if update.collective and (exchange != "float32" or overlap):
         raise ValueError(f"{update.name} exchanges gradients within every step, by torch: leave exchange and overlap as they are.")
     if overlap and update.scored and not update.ahead:
@@ -272,11 +207,12 @@ def check_traffic(update: Update, exchange: str, overlap: int) -> None:
 
 def check_shards(problem: Problem, workers: list[int], partition: Partition) -> None:
     """A partition of the true size, made and thrown away: it should fail here, not in the server."""
-    import copy
+    copy.deepcopy(partition).start(len(problem.train_indices()), workers, labels=labels_for(partition, problem))
 
-    samples = problem.train_indices()
-    labels = problem.labels(samples) if partition.stratified else None
-    copy.deepcopy(partition).start(len(samples), workers, labels=labels)
+
+def labels_for(partition: Partition, problem: Problem) -> np.ndarray | None:
+    """Classes of the training samples, where the partition needs them; int64 (n_train,)."""
+    return problem.labels(problem.train_indices()) if partition.stratified else None
 
 
 def choose(lab: Lab, workers: Sequence[int] | None, path: Path) -> list[int]:
@@ -334,5 +270,17 @@ def claim(runs: Path, name: str) -> Path:
     return path
 
 
+def new_run(runs: Path, config: RunConfig, layout: dict) -> Path:
+    """The directory of a run that begins, with all but its record; `layout` are the fields of a `Layout`."""
+    path = claim(runs, config.name)
+    try:
+        config.save(path)
+        write_json(path / "environment.json", environment())
+        write_json(path / "layout.json", layout)
+    except OSError as error:
+        raise _unrecordable(path, error) from error
+    return path
+
+
 def _unrecordable(path: Path, error: OSError) -> RunError:
-    return RunError(f"the run cannot be recorded in {path}: {error}. Give train() another folder: runs=...")
+    return RunError(f"the run cannot be recorded in {path}: {error}. Give another folder: runs=...")

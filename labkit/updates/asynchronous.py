@@ -47,10 +47,6 @@ class AGWU(Changes):
         super()._begin()
         self.scores: dict[int, float] = {}
 
-    def leave(self, worker: int) -> list[Reply]:
-        self.scores.pop(worker, None)
-        return super().leave(worker)
-
     def attenuation(self, worker: int) -> float:
         """gamma_j of the paper: the softmax of base versions over the server's version; 1 for a single worker."""
         now = max(1, self.version)

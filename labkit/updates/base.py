@@ -70,7 +70,7 @@ class Update:
     scored = False  # True: the rule asks for Q
     ahead = False  # True: a worker may train on while its push is under way, and its next push holds that too
     paced = False  # True: local passes in proportion to measured speed, whatever the partition
-    fleeting: tuple[str, ...] = ("weights", "bases")  # what `lasting` leaves out
+    fleeting: tuple[str, ...] = ("weights", "bases")  # what `lasting` leaves out; dicts among these are by worker
     written: tuple[str, ...] = ()  # arrays that the rule writes in place: a saved state holds copies of them
 
     def start(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int = 0, blocks: Iterable[int] = ()) -> None:
@@ -100,7 +100,9 @@ class Update:
     def leave(self, worker: int) -> list[Reply]:
         """`worker` is gone. Replies release whoever waited only for it."""
         self.merges, self.drops = [], []
-        self.bases.pop(worker, None)
+        for name in self.fleeting:
+            if isinstance(known := getattr(self, name), dict):
+                known.pop(worker, None)
         return []
 
     def push(self, push: Push) -> list[Reply]:
@@ -205,10 +207,6 @@ class Changes(Update):
 
     def _begin(self) -> None:
         self.base_weights = dict.fromkeys(self.bases, self.weights)
-
-    def leave(self, worker: int) -> list[Reply]:
-        self.base_weights.pop(worker, None)
-        return super().leave(worker)
 
     def _release(self, workers: Iterable[int]) -> list[Reply]:
         replies = super()._release(workers)

@@ -26,8 +26,6 @@ class SSP(Changes):
     ----------
     bound
         How many local passes a worker may be ahead of the slowest, 3.
-    rate
-        1.
     """
 
     name = "ssp"
@@ -82,8 +80,6 @@ class Ringmaster(Changes):
     ----------
     limit
         R of the paper, the staleness from which on pushes are dropped. None: 4 m, four rounds of all workers.
-    rate
-        1.
     """
 
     name = "ringmaster"
@@ -113,8 +109,6 @@ class Rescaled(Changes):
 
     Parameters
     ----------
-    rate
-        1.
     most
         The largest c_j, 1: one very late push of a whole local pass would carry the weights away. The paper has no such limit,
         but a small step.

@@ -84,12 +84,9 @@ class GEM(Changes):
         self.seen: dict[int, np.ndarray] = {}  # s_j
 
     def join(self, worker: int) -> list[Reply]:
-        self._forget(worker)
+        self.speeds.pop(worker, None)
+        self.seen.pop(worker, None)
         return super().join(worker)
-
-    def leave(self, worker: int) -> list[Reply]:
-        self._forget(worker)
-        return super().leave(worker)
 
     def _merge(self, push: Push) -> list[Reply]:
         lr, n, worker = self.lr or 1 / (self.most * len(self.bases)), self.n_params, push.worker
@@ -112,7 +109,3 @@ class GEM(Changes):
         self.seen[worker] = self.weights
         self._publish(merged, [(push, coefficient)])
         return self._release([worker])
-
-    def _forget(self, worker: int) -> None:
-        self.speeds.pop(worker, None)
-        self.seen.pop(worker, None)

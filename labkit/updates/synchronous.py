@@ -38,8 +38,6 @@ class Barrier(Update):
 
     def leave(self, worker: int) -> list[Reply]:
         super().leave(worker)
-        self.pending.pop(worker, None)
-        self.waiting.pop(worker, None)
         return self._close_round()
 
     def finish(self) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from labkit.errors import WireError
-from labkit.training.wire import transport as wire
+from labkit.training.wire import transport
 
 SECRET = b"echo" * 8
 KINDS = ("raw", "timed", "wire")
@@ -33,7 +33,7 @@ def echo(kind: str, vector: np.ndarray, buffer: np.ndarray) -> Iterator[Callable
     try:
         address = "127.0.0.1", int(process.stdout.readline())
         if kind == "wire":
-            with wire.connect(address, SECRET, timeout=TIMEOUT_S) as connection:
+            with transport.connect(address, SECRET, timeout=TIMEOUT_S) as connection:
                 yield lambda: (connection.send({"op": "push"}, there), connection.receive(lambda header, n: [here]))
         else:
             with socket.create_connection(address) as sock:
@@ -62,12 +62,12 @@ def fill(sock: socket.socket, view: memoryview) -> None:
 
 def other_side(kind: str, n_bytes: int) -> None:
     """Send back what comes, until nothing comes any more."""
-    view, listener = memoryview(bytearray(n_bytes)), wire.listen()
+    view, listener = memoryview(bytearray(n_bytes)), transport.listen()
     print(listener.getsockname()[1], flush=True)
     sock, _ = listener.accept()
     with contextlib.suppress(EOFError, WireError):
         if kind == "wire":
-            connection = wire.accept(sock, SECRET, timeout=TIMEOUT_S, max_body=n_bytes)
+            connection = transport.accept(sock, SECRET, timeout=TIMEOUT_S, max_body=n_bytes)
             while True:
                 connection.receive(lambda header, n: [view])
                 connection.send({"op": "grant"}, view)

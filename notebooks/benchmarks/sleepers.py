@@ -40,7 +40,7 @@ from labkit.runs.config import RunConfig
 from labkit.runs.events import read_events
 from labkit.training import supervisor
 from labkit.training.server.server import ServerSpec
-from labkit.training.wire import transport as wire
+from labkit.training.wire import transport
 
 RESERVE = 2e9  # bytes of memory that are left to others
 
@@ -49,7 +49,7 @@ class Sleeper:
     """A worker that sleeps; joins at once. `vector` is what it pushes, `buffer` where it receives: both may be shared."""
 
     def __init__(self, address: tuple[str, int], secret: bytes, index: int, vector: np.ndarray, buffer: np.ndarray) -> None:
-        self.connection = wire.connect(address, secret, timeout=TIMEOUT_S)
+        self.connection = transport.connect(address, secret, timeout=TIMEOUT_S)
         self.vector, self.buffer = vector, memoryview(buffer).cast("B")
         self.exchanges = 0
         self.connection.send({"op": "join", "worker": index, "seconds_per_sample": 1e-3})
@@ -126,7 +126,7 @@ def serving(update: str, n_workers: int, megabytes: float, path: Path) -> Iterat
 
 
 def stop(address: tuple[str, int], secret: bytes) -> None:
-    with wire.connect(address, secret, timeout=TIMEOUT_S) as connection:
+    with transport.connect(address, secret, timeout=TIMEOUT_S) as connection:
         connection.send({"op": "watch"})
         connection.send({"op": "stop"})
         connection.receive()

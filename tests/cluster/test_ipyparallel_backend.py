@@ -8,8 +8,9 @@ import signal
 import pytest
 
 import labkit
+from labkit.cluster import ipyparallel_backend
 from labkit.cluster.backend import Request
-from labkit.cluster.ipyparallel_backend import _Task, start_engines
+from labkit.cluster.ipyparallel_backend import _Task
 from labkit.errors import ClusterError
 from tests.cluster.test_backend import until
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("closed")
 
 @pytest.mark.cluster
 def test_a_running_ipyparallel_cluster_and_its_client_stay_as_they_were():
-    engines = start_engines(Request("ipyparallel", 2))
+    engines = ipyparallel_backend.open(Request("ipyparallel", 2))
     try:
         client = engines.client
         until(lambda: len(client.ids) == 2)

@@ -11,7 +11,7 @@ import pytest
 
 import labkit
 from labkit.cluster import lab as lab_module
-from labkit.cluster.backend import About
+from labkit.cluster.backend import About, Request
 from labkit.cluster.emulation import Unevenness
 from labkit.cluster.lab import Lab
 from labkit.errors import ClusterError
@@ -92,8 +92,10 @@ def about(pid, gpus=0, visible="", host="here"):
 
 
 def a_lab(backend, slowdown=None, limit=None, drift=0.0):
-    lab = Lab("fake", backend, limit=limit, drift=drift)
-    lab.admit(len(backend.workers), slowdown, timeout=1)
+    there = {"address": "of others"} if limit else {}
+    request = Request("fake", limit or len(backend.workers), slowdown=tuple(slowdown or ()), drift=drift, timeout=1, **there)
+    lab = Lab(request, backend)
+    lab.admit(request)
     return lab
 
 
@@ -145,8 +147,7 @@ def test_newcomers_that_are_frozen_or_die_hold_nobody_up(monkeypatch):
 
 def test_on_a_cluster_of_others_a_lab_stays_as_large_as_it_was_asked_for():
     backend = FakeWorkers(a=("0", about(1)), b=("1", about(2)), spare=("2", about(3)))
-    lab = Lab("fake", backend, limit=2)
-    lab.admit(2, None, timeout=1)
+    lab = a_lab(backend, limit=2)
     assert len(lab) == 2 and lab.refresh() == []
     del backend.workers["b"]
     assert lab.refresh() == [1] and lab.workers[1].pid == 3 and len(lab) == 2

@@ -20,7 +20,7 @@ from labkit.plots import style
 from labkit.runs import checkpoints
 from labkit.runs.events import read_rows
 from labkit.simulation import cost_model as timing
-from labkit.simulation import scenario as scenarios
+from labkit.simulation import scenario
 from labkit.simulation.scenario import RECORDED, UNKNOWN
 from labkit.training import supervisor
 from labkit.updates import AGWU
@@ -30,7 +30,7 @@ from tests.simulation.test_exact import Slow
 pytestmark = pytest.mark.usefixtures("cache")
 EXCHANGE, MERGE = (UNKNOWN[what](4 * UNKNOWN["n_weights"]) for what in ("exchange", "server"))
 
-NOTHING_NEW = ("exchange", "overlap", "slowdown", "jitter", "drift", "stalls", "passes", "samples", "seed")
+NOTHING_NEW = ("n_workers", "exchange", "overlap", "slowdown", "jitter", "drift", "stalls", "passes", "samples", "seed")
 UNCHANGED = dict.fromkeys(NOTHING_NEW) | {"local_steps": RECORDED}
 
 
@@ -152,10 +152,10 @@ def test_how_uneven_it_is_stays_as_recorded_or_is_changed(recorded, tmp_path):
     assert uneven.config["drift"] == 5 and uneven.config["stalls"] == [3, 1] and live.config["drift"] == 0
     assert [w["drifts_to"] for w in uneven.config["workers"]] == [3, 1]
     assert "emulated drift with a period of 5 s, stalls of 1 s every 3 s" in style.caption([uneven])
-    again = scenarios.changed(uneven.config, update=AGWU(), partition=labkit.UDPA(), n_workers=4, **UNCHANGED)
+    again = scenario.changed(uneven.config, AGWU(), labkit.UDPA(), {**UNCHANGED, "n_workers": 4})
     assert [w["drifts_to"] for w in again["workers"]] == [3, 1, 3, 1] and again["stalls"] == (3, 1) and again["drift"] == 5
     without = {**UNCHANGED, "drift": 0, "stalls": ()}
-    again = scenarios.changed(uneven.config, update=AGWU(), partition=labkit.UDPA(), n_workers=None, **without)
+    again = scenario.changed(uneven.config, AGWU(), labkit.UDPA(), without)
     assert [w["drifts_to"] for w in again["workers"]] == [1, 3] and again["stalls"] is None and again["drift"] == 0
 
 

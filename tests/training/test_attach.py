@@ -17,7 +17,7 @@ from labkit.partition import UDPA
 from labkit.runs import server_file
 from labkit.runs.checkpoints import Layout
 from labkit.training.server.server import Server, ServerSpec
-from labkit.training.wire import transport as wire
+from labkit.training.wire import transport
 from labkit.updates import AGWU
 from tests.helpers import settings
 
@@ -62,7 +62,7 @@ def going(path):
 def train(server):
     """The one worker of the run, to the end."""
     weights = np.empty(SIZE, np.float32)
-    with wire.connect(server.address, SECRET, timeout=10) as connection:
+    with transport.connect(server.address, SECRET, timeout=10) as connection:
         connection.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01})
         while True:
             header, _ = connection.receive(lambda header, n: [memoryview(weights), bytearray(n - weights.nbytes)])

@@ -28,7 +28,7 @@ import numpy as np
 
 from labkit.errors import ClusterError, PartitionError, UpdateError
 from labkit.partition import Partition
-from labkit.runs.checkpoints import AGE_S, Policy
+from labkit.runs.checkpoints import AGE_S, Layout, Policy
 from labkit.runs.config import RunConfig
 from labkit.training.server.grants import Grants, Share
 from labkit.training.server.membership import Member
@@ -78,6 +78,28 @@ class Coordinator:
             self._restore(state)
         else:
             self.checkpoint()
+
+    @classmethod
+    def begin(
+        cls,
+        config: RunConfig,
+        update: Update,
+        partition: Partition,
+        weights: np.ndarray,
+        layout: Layout,
+        *,
+        labels: np.ndarray | None = None,
+        state: dict | None = None,
+        **options: Any,
+    ) -> Coordinator:
+        """With update and partition at their start, or where the checkpoint of `weights` and `state` ends."""
+        if state:
+            update.go_on(weights, config.indices, layout.n_buffers, state["update"])
+            partition.load_state_dict(state["partition"])
+        else:
+            update.start(weights, config.indices, layout.n_buffers, layout.blocks)
+            partition.start(config.n_train, config.indices, seed=config.seed, labels=labels)
+        return cls(config, update, partition, state=state, **options)
 
     # -- what workers do -----------------------------------------------------------------------------------------------
 

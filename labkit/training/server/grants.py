@@ -102,15 +102,8 @@ class Grants:
         merges, drops = self.update.merges, self.update.drops
         self.merged += sum(merge.samples for merge in merges)
         for kind, merge in [("merge", merge) for merge in merges] + [("drop", drop) for drop in drops]:
-            self.record(
-                kind,
-                worker=merge.worker,
-                version=merge.version,
-                staleness=merge.staleness,
-                samples=merge.samples,
-                total=self.merged,
-                coefficient=round(merge.coefficient, 9),
-            )
+            about = {name: getattr(merge, name) for name in ("worker", "version", "staleness", "samples")}
+            self.record(kind, **about, total=self.merged, coefficient=round(merge.coefficient, 9))
             if merge.worker in self.members:
                 self.members[merge.worker].unmerged = 0
         for drop in drops:

@@ -14,11 +14,12 @@ import contextlib
 import json
 import pickle
 import queue
+import secrets
 import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,11 @@ class ServerSpec:
 
     config: RunConfig
     path: str  # the run directory
-    secret: bytes
     update: Update
     partition: Partition
     weights: np.ndarray  # float32 (n,): [parameters | buffers]
     layout: Layout
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))  # of all processes of the run
     labels: np.ndarray | None = None  # int64 (n_train,), for a stratified partition
     host: str = "127.0.0.1"
     age: float = checkpoints.AGE_S  # seconds after which the newest version is saved, also between the checkpoints
@@ -71,22 +72,19 @@ class Server:
         self.unwritten = ""  # why the record is not complete
         self._packing = threading.Lock()
         self._packed: tuple[np.ndarray, np.ndarray] | None = None  # the version that was packed last, and as what
-        if spec.state:
-            spec.update.go_on(spec.weights, self.config.indices, spec.layout.n_buffers, spec.state["update"])
-            spec.partition.load_state_dict(spec.state["partition"])
-        else:
-            spec.update.start(spec.weights, self.config.indices, spec.layout.n_buffers, spec.layout.blocks)
-            spec.partition.start(self.config.n_train, self.config.indices, seed=self.config.seed, labels=spec.labels)
-        self.course = Coordinator(
+        self.course = Coordinator.begin(
             self.config,
             spec.update,
             spec.partition,
+            spec.weights,
+            spec.layout,
+            labels=spec.labels,
+            state=spec.state,
             deliver=lambda worker, answer: self.outboxes[worker].put(answer),
             record=self.recorder.event,
             save=lambda *version: self.versions.put(version),
             clock=time.monotonic,
             alarm=lambda _: self.wake_up.set(),
-            state=spec.state,
             age=spec.age,
         )
         server_file.announce(Path(spec.path), self.address, spec.secret)  # before its parent is sent the address
@@ -107,7 +105,8 @@ class Server:
         threading.Thread(target=self._accept, daemon=True).start()
         self._wait_for_start()
         while not self.over.is_set():  # ended by the last worker that leaves; how long each may be silent has a limit
-            self.wake_up.wait(self._pause())
+            expires = self.course.expires
+            self.wake_up.wait(0.5 if expires is None else min(0.5, max(0.001, expires - time.monotonic())))
             self.wake_up.clear()
             with self.lock:
                 self._fail_without_workers()
@@ -143,11 +142,6 @@ class Server:
         if since is not None and time.monotonic() - since > timeout:
             done = f"{self.course.grants.done} of {self.course.grants.budget} samples"
             self.stop("failed", f"every worker was lost after {done}, and none came back within {timeout:g} s.")
-
-    def _pause(self) -> float:
-        """Seconds until the time is looked at again, without a wake-up before."""
-        expires = self.course.expires
-        return 0.5 if expires is None else min(0.5, max(0.001, expires - time.monotonic()))
 
     def _tick(self) -> None:
         try:

@@ -22,18 +22,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from labkit.errors import UpdateError, known
+from labkit.errors import UpdateError
 from labkit.updates.base import chunks
 
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST = float(np.finfo(np.float16).max)
 HEADROOM, SHIFTS = 14, 64  # a scaled float16 change is below 2^15; and how far it is scaled at most
-
-
-def check_exchange(dtype: str) -> str:
-    """The dtype of an exchange; ValueError with the known ones."""
-    known("exchange", dtype, DTYPES)
-    return dtype
 
 
 def n_bytes(dtype: str, n: int) -> int:

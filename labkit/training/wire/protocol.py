@@ -75,29 +75,25 @@ class Grant:
         Raises `WireError`, by the name of the field, where one is missing or cannot be meant. No memory is taken before.
         """
         _check(header, GRANT)
-        given = {name: header[name] for name in GRANT}
-        grant = cls(**given | {name: tuple(header[name]) for name in ("ranks", "rank_samples")})
-        wrong = grant._wrong(worker, budget, n_bytes)
-        for name, wanted in wrong:
-            raise _refused(header, name, wanted)
+        grant = cls(**{name: header[name] for name in GRANT} | {name: tuple(header[name]) for name in ("ranks", "rank_samples")})
+        ranks, shares, done, granted = grant.ranks, grant.rank_samples, grant.done, grant.samples
+        own = shares[ranks.index(worker)] if worker in ranks[: len(shares)] else granted
+        left = f"at most what is left of {budget} samples"
+        for name, fits, wanted in (  # fields that do not fit together, with what they must be
+            ("n_indices", 8 * grant.n_indices == n_bytes, "the number of indices in the message"),
+            ("done", done <= budget, f"at most the budget of {budget} samples"),
+            ("carry", done + grant.carry <= budget, left),
+            ("samples", done + grant.carry + granted <= budget, left),
+            ("ahead", grant.ahead <= granted, f"at most the {granted} samples of the grant"),
+            ("ranks", not ranks or worker in ranks, f"a list with worker {worker}"),
+            ("ranks", len(set(ranks)) == len(ranks), "a list that names each worker once"),
+            ("rank_samples", len(shares) == len(ranks), f"a list of {len(ranks)} numbers"),
+            ("rank_samples", done + sum(shares) <= budget, left),
+            ("rank_samples", own <= granted <= own + 1, f"a list with the {granted} samples of worker {worker}"),
+        ):
+            if not fits:
+                raise _refused(header, name, wanted)
         return grant
-
-    def _wrong(self, worker: int, budget: int, n_bytes: int) -> list[tuple[str, str]]:
-        """Fields that do not fit together, with what they must be."""
-        own = self.rank_samples[self.ranks.index(worker)] if worker in self.ranks[: len(self.rank_samples)] else self.samples
-        rules = [
-            ("n_indices", 8 * self.n_indices == n_bytes, "the number of indices in the message"),
-            ("done", self.done <= budget, f"at most the budget of {budget} samples"),
-            ("carry", self.done + self.carry <= budget, f"at most what is left of {budget} samples"),
-            ("samples", self.done + self.carry + self.samples <= budget, f"at most what is left of {budget} samples"),
-            ("ahead", self.ahead <= self.samples, f"at most the {self.samples} samples of the grant"),
-            ("ranks", not self.ranks or worker in self.ranks, f"a list with worker {worker}"),
-            ("ranks", len(set(self.ranks)) == len(self.ranks), "a list that names each worker once"),
-            ("rank_samples", len(self.rank_samples) == len(self.ranks), f"a list of {len(self.ranks)} numbers"),
-            ("rank_samples", self.done + sum(self.rank_samples) <= budget, f"at most what is left of {budget} samples"),
-            ("rank_samples", own <= self.samples <= own + 1, f"a list with the {self.samples} samples of worker {worker}"),
-        ]
-        return [(name, wanted) for name, fits, wanted in rules if not fits]
 
 
 @dataclass(frozen=True)
@@ -137,38 +133,20 @@ def _refused(header: dict, field: str, wanted: str) -> Refused:
     return Refused(f"a {header['op']!r} message was refused: {field!r} is {got}, but must be {wanted}.")
 
 
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
+def _whole(value: Any, least: int = 0, most: int = LARGEST - 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _number(value: Any) -> bool:  # NaN and infinity too: what they mean for a score or a loss is the update's to say
-    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST)
+    return isinstance(value, float) or _whole(value, 1 - LARGEST)
 
 
-def _seconds(value: Any) -> bool:
-    return _number(value) and math.isfinite(value)
+def _seconds(value: Any, least: float = -math.inf) -> bool:
+    return _number(value) and math.isfinite(value) and value >= least
 
 
-def _positive(value: Any) -> bool:
-    return _seconds(value) and value >= 0
-
-
-def _text(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which no file and no terminal takes
-        return False
-    return True
-
-
-def _index(value: Any) -> bool:
-    return _count(value) and value < MAX_WORKERS
-
-
-def _shift(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -SHIFTS <= value <= SHIFTS
+def _text(value: Any) -> bool:  # without half of a surrogate pair, which no file and no terminal takes
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _list_of(fits: Any) -> Any:
@@ -180,16 +158,16 @@ def _or_nothing(rule: tuple) -> tuple:
     return f"{wanted}, or nothing", lambda value: value is None or fits(value)
 
 
-COUNT = ("a whole number of at least 0", _count)
-COUNTS = ("a list of whole numbers", _list_of(_count))
-INDEX = (f"a whole number from 0 to {MAX_WORKERS - 1}", _index)
-INDICES = ("a list of workers", _list_of(_index))
+COUNT = ("a whole number of at least 0", _whole)
+COUNTS = ("a list of whole numbers", _list_of(_whole))
+INDEX = (f"a whole number from 0 to {MAX_WORKERS - 1}", lambda value: _whole(value, most=MAX_WORKERS - 1))
+INDICES = ("a list of workers", _list_of(INDEX[1]))
 NUMBER = ("a number", _number)
-RATE = ("a finite number of at least 0", _positive)
+RATE = ("a finite number of at least 0", lambda value: _seconds(value, 0))
 SECONDS = ("a finite number of seconds", _seconds)
-SPEED = ("a time of at least 0 seconds", _positive)
+SPEED = ("a time of at least 0 seconds", lambda value: _seconds(value, 0))
 SHARE = ("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
-SHIFT = (f"a whole number from -{SHIFTS} to {SHIFTS}", _shift)
+SHIFT = (f"a whole number from -{SHIFTS} to {SHIFTS}", lambda value: _whole(value, -SHIFTS, SHIFTS))
 TEXT = ("text", _text)
 FLAG = ("true or false", lambda value: isinstance(value, bool))
 TABLE = ("a table", lambda value: isinstance(value, dict))
@@ -203,12 +181,10 @@ REQUESTS = {
     # of a worker
     "join": {
         "worker": INDEX,
-        "generation": _or_nothing(COUNT),
+        **dict.fromkeys(("generation", "threads"), _or_nothing(COUNT)),
+        **dict.fromkeys(("device", "about"), _or_nothing(TEXT)),
         "seconds_per_sample": _or_nothing(SPEED),
-        "device": _or_nothing(TEXT),
-        "threads": _or_nothing(COUNT),
         "generator": _or_nothing(GENERATOR),
-        "about": _or_nothing(TEXT),
     },
     "heartbeat": {"samples": _or_nothing(COUNT), "loss": _or_nothing(NUMBER)},
     "push": {

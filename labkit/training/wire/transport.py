@@ -38,14 +38,14 @@ NONCE = 32
 AT_LEAST = 1 << 20  # bytes of a large body that have to be there before its receiver wakes up
 
 
-class Connection:
+class Connection(contextlib.AbstractContextManager):
     """One end of an authenticated connection. Sending is safe from several threads, receiving from one."""
 
     def __init__(self, sock: socket.socket, timeout: float, max_body: int, check: Callable[[dict], None] | None = None) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(timeout)
         self.sock, self.max_body, self.check = sock, max_body, check
-        self.sent = self.received = 0  # bytes
+        self.received = 0  # bytes
         self.deadline: float | None = None  # monotonic; until then everything must have come, at whatever speed
         self._sending, self._wakes_at = threading.Lock(), 1
 
@@ -63,7 +63,6 @@ class Connection:
                         view = view[self.sock.send(view) :]
         except OSError as error:
             raise self._broken(f"the connection broke while {body} bytes were sent: {error}.") from error
-        self.sent += PREFIX.size + len(text) + body
         return PREFIX.size + len(text) + body
 
     def receive(self, buffers: Callable[[dict, int], Sequence[memoryview]] | None = None) -> tuple[dict, int]:
@@ -114,9 +113,6 @@ class Connection:
 
     def _broken(self, why: str) -> WireError:
         return WireError("the connection was closed here." if self.sock.fileno() < 0 else why)
-
-    def __enter__(self) -> Connection:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

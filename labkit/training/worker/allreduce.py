@@ -90,7 +90,7 @@ class ProcessGroup:
         except RuntimeError as error:
             self.close()
             raise Broken(f"the group could not be formed: {error}") from error
-        heartbeat.on_interrupt = self._abort
+        heartbeat.on_interrupt = lambda: self.exchange.waiting.fail(GONE)
 
     def _meet(self, file: str, n_ranks: int, own: tuple[str, str]) -> list[tuple[str, str]]:
         """Wait until every rank is here; host and device of each, of which `own` are this one's.
@@ -105,10 +105,6 @@ class ProcessGroup:
                 raise Broken(f"not all of {n_ranks} ranks came within {FORMING_S:g} s")
             time.sleep(0.01)
         return [tuple(store.get(rank).decode().split(" ")) for rank in ranks]
-
-    def _abort(self) -> None:
-        """From another thread: an exchange that waits fails."""
-        self.exchange.waiting.fail(GONE)
 
     def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
         """The module whose backward pass averages gradients over the samples of all ranks."""
@@ -218,6 +214,7 @@ class _Waiting:
                 future.set_exception(error)
 
     def fail(self, why: str) -> None:
+        """From another thread: what waits fails, and what would begin."""
         with self.lock:
             self.broken = self.broken or why
             for future in self.futures:

@@ -35,8 +35,7 @@ class Heartbeat:
         if self.thread is None or self.connection is not connection:
             self.stop()
             self.connection, self.ended, self.interrupt = connection, threading.Event(), None
-            arguments = (connection, self.ended)
-            self.thread = threading.Thread(target=self._run, args=arguments, name="labkit-heartbeat", daemon=True)
+            self.thread = threading.Thread(target=self._run, args=(connection, self.ended), name="labkit-heartbeat", daemon=True)
             self.thread.start()
 
     def stop(self) -> None:

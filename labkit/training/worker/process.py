@@ -50,5 +50,5 @@ def prepare_alone(worker: Worker, lab: Mapping, seed: int) -> Slowness:
 
 
 def synchroniser(device: str) -> Callable[[], object]:
-    """Waits until the device has done what it was given; what is timed on a CPU is done when it returns."""
+    """Waits until the device has done what it was given: on a GPU a step is only queued, on a CPU done when it returns."""
     return partial(torch.cuda.synchronize, device) if device != "cpu" else lambda: None

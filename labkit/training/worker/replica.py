@@ -48,9 +48,11 @@ class Replica:
         *,
         device: str = "cpu",
         after: Callable[..., None] = lambda started, waited=0.0: None,
+        halted: Callable[[], object] = lambda: False,
     ) -> None:
-        """`after(started, waited)` is called after each piece of work: emulated slowness."""
-        self.problem, self.seed, self.worker, self.budget, self.device, self.after = problem, seed, worker, budget, device, after
+        """`after(started, waited)` is called after each piece of work (emulated slowness); `halted()` ends a local pass early."""
+        self.problem, self.seed, self.worker, self.budget, self.device = problem, seed, worker, budget, device
+        self.after, self.halted = after, halted
         self.module = problem.build(seed)
         self.flat, *shapes = flatten(self.module, device)
         self.layout = Layout.of(*shapes)
@@ -74,14 +76,12 @@ class Replica:
         self.shard.retain(retain)
         self.shard.add(indices)
 
-    def step(
-        self, indices: np.ndarray, clock: Clock, module: torch.nn.Module | None = None, group: ProcessGroup | None = None
-    ) -> torch.Tensor | float:
+    def step(self, indices: np.ndarray, clock: Clock, group: ProcessGroup | None = None) -> torch.Tensor | float:
         """One optimiser step on training samples; returns the loss."""
         started = time.perf_counter()
         batch = self.problem.load(self.train_indices[indices], "train", self.device)
         with group.exchanging() if group else contextlib.nullcontext():
-            metrics = self.problem.step(module or self.module, batch, self.optimisers, clock)
+            metrics = self.problem.step(group.ddp if group else self.module, batch, self.optimisers, clock)
         self.after(started, group.waited if group else 0.0)
         return metrics["loss"]
 
@@ -102,12 +102,10 @@ class Replica:
         self,
         grant: Grant,
         *,
-        module: torch.nn.Module | None = None,
         group: ProcessGroup | None = None,
-        halted: Callable[[], object] = lambda: False,
         progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
     ) -> dict | None:
-        """Train on the samples of this grant, but for those to be trained on ahead; None when it was `halted` in between.
+        """Train on the samples of this grant, but for those to be trained on ahead; None when it was halted in between.
 
         Returns samples, loss (their mean), compute_s and wait_s, with those that were trained on ahead before. After each step
         `progress` gets samples and summed loss so far.
@@ -117,33 +115,31 @@ class Replica:
         if group:
             sizes, *plan = steps(grant.rank_samples, group.rank, batch_size)
             parts = np.split(now, np.cumsum(sizes)[:-1])
-            done = self._train(parts, grant, 0, halted, progress, module, group, *plan)
+            done = self._train(parts, grant, 0, progress, group, *plan)
         else:
-            done = self._train(batches(now, batch_size), grant, 0, halted, progress)
+            done = self._train(batches(now, batch_size), grant, 0, progress)
         if done is None:
             return None
-        (samples, loss, compute_s, wait_s), self.carried = _sums(self.carried, done), NOTHING
+        (samples, loss, compute_s, wait_s), self.carried = map(sum, zip(self.carried, done, strict=True)), NOTHING
         mean_loss = loss / max(1, samples)
         return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(wait_s, 6)}
 
-    def ahead(self, grant: Grant, halted: Callable[[], object] = lambda: False) -> None:
+    def ahead(self, grant: Grant) -> None:
         """Train ahead on samples of this grant, while the weights as they are now, which are being pushed, are under way.
 
-        After it was `halted` in between, the replica must not go on.
+        After it was halted in between, the replica must not go on.
         """
         if len(self.left):
             self.pushed = self.flat.clone() if self.pushed is None else self.pushed.copy_(self.flat)
             parts, self.left = batches(self.left, self.problem.batch_size), self.left[:0]
-            self.carried = self._train(parts, grant, grant.samples - grant.ahead, halted) or NOTHING
+            self.carried = self._train(parts, grant, grant.samples - grant.ahead) or NOTHING
 
     def _train(
         self,
         parts: list[np.ndarray],
         grant: Grant,
         before: int,
-        halted: Callable[[], object],
         progress: Callable[[int, torch.Tensor], None] = lambda samples, loss: None,
-        module: torch.nn.Module | None = None,
         group: ProcessGroup | None = None,
         weights: Sequence[float] = (),
         joint: Sequence[int] = (),
@@ -155,13 +151,13 @@ class Replica:
         started = time.perf_counter()
         samples, waited, loss = 0, 0.0, torch.zeros((), device=self.device)
         for number, part in enumerate(parts):
-            if halted():
+            if self.halted():
                 return None
             if group:
                 group.begin(weights[number])
             seen = min(self.budget, grant.done + (joint[number] if group else int((before + samples) * grant.pace)))
             clock = Clock(seen, self.budget, seen / len(self.train_indices))
-            loss += torch.as_tensor(self.step(part, clock, module, group), device=self.device).detach() * len(part)
+            loss += torch.as_tensor(self.step(part, clock, group), device=self.device).detach() * len(part)
             samples += len(part)
             waited += group.waited if group else 0.0
             progress(samples, loss)
@@ -174,7 +170,3 @@ class Replica:
         score = self.problem.quality(self.module, self.scored, self.device)
         self.after(started)
         return score
-
-
-def _sums(before: tuple, now: tuple) -> tuple:
-    return tuple(a + b for a, b in zip(before, now, strict=True))

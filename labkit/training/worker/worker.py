@@ -16,6 +16,7 @@ Runs on the workers of a `Lab`, started there by `labkit.training.supervisor`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -57,8 +58,8 @@ class WorkerSpec:
     scored: bool = True  # does the rule need Q?
 
 
-def run_worker(problem: Problem, spec: WorkerSpec) -> dict:
-    """Train until the server says stop; returns {"samples": ..., "passes": ...}.
+def run_worker(problem: Problem, spec: WorkerSpec) -> None:
+    """Train until the server says stop.
 
     Raises
     ------
@@ -87,11 +88,10 @@ class _Worker:
         self.sender = ThreadPoolExecutor(1, "labkit-sender") if spec.config.overlap else None
         self.broken = -1  # the latest group of an all-reduce that the server has called broken between two passes
 
-    def run(self) -> dict:
+    def run(self) -> None:
         spec = self.spec
         prepare(spec.device, spec.threads)
         speed = self._probe()
-        self.done = {"samples": 0, "passes": 0}
         join = {
             "op": "join",
             "worker": spec.index,
@@ -103,14 +103,14 @@ class _Worker:
             "about": f"pid {os.getpid()}, {spec.device}, {spec.threads} thread(s)",
         }
         self._build()
-        self.connection = self._connect()
+        self._connect()
         while True:
             try:
                 self.connection.send(join)
                 self.heartbeat.start(self.connection)
                 if not self._serve():
                     self.connection.send({"op": "leave"})
-                    return self.done
+                    return
             except Refused:
                 raise
             except WireError as error:
@@ -118,22 +118,19 @@ class _Worker:
             self._build()
 
     def _slow(self, uneven: Unevenness) -> None:
-        spec = self.spec
-        synchronise = synchroniser(spec.device)
-        self.slowness = Slowness(uneven, spec.config.seed, spec.index, synchronise, woken=lambda: self.heartbeat.interrupt)
+        who, synchronise = (self.spec.config.seed, self.spec.index), synchroniser(self.spec.device)
+        self.slowness = Slowness(uneven, *who, synchronise, woken=lambda: self.heartbeat.interrupt)
 
     def _replica(self) -> Replica:
-        spec = self.spec
-        return Replica(
-            self.problem, spec.config.seed, spec.index, spec.config.budget, device=spec.device, after=self.slowness.after
-        )
+        config, live = self.spec.config, {"after": self.slowness.after, "halted": lambda: self.heartbeat.interrupt}
+        return Replica(self.problem, config.seed, self.spec.index, config.budget, device=self.spec.device, **live)
 
     def _build(self) -> None:
         self.replica = self._replica()
         self.buffers = WeightBuffers(self.replica, self.spec.config.exchange, apart=self.spec.config.overlap > 0)
 
-    def _connect(self) -> transport.Connection:
-        return transport.connect(self.spec.address, self.spec.secret, timeout=SERVER_TIMEOUT_S, check=check_reply)
+    def _connect(self) -> None:
+        self.connection = transport.connect(self.spec.address, self.spec.secret, timeout=SERVER_TIMEOUT_S, check=check_reply)
 
     def _connect_again(self, error: WireError) -> None:
         """The link is down; the server may be there all the same. Where nothing listens any more, the run is over."""
@@ -143,8 +140,7 @@ class _Worker:
         limit, pause = time.monotonic() + RETRY_S, 0.05
         while True:
             try:
-                self.connection = self._connect()
-                return
+                return self._connect()
             except WireError as again:
                 if isinstance(again.__cause__, ConnectionRefusedError) or time.monotonic() > limit:
                     raise error from again
@@ -163,7 +159,8 @@ class _Worker:
                 with self.heartbeat.local_pass(grant.group):
                     if grant.group <= self.broken:  # the message has overtaken the weights
                         raise Broken(GONE)
-                    done = self._local_pass(self._trained(grant), grant)
+                    self._join_group(grant)
+                    done = self._local_pass(grant)
             except Broken as error:
                 broken = str(error)
             interrupt = self.heartbeat.pop_interrupt()
@@ -176,35 +173,30 @@ class _Worker:
                 message = self._pull()
                 continue
             message = self._exchange(done, grant)  # also when a regroup came too late: this pass is complete
-            self.done = {"samples": self.done["samples"] + done["samples"], "passes": self.done["passes"] + 1}
         if message["op"] == "lost":
             raise WireError(message["reason"])
         self._close_group()
         return message["op"] == "rejoin"
 
-    def _trained(self, grant: Grant) -> torch.nn.Module:
-        """The module to train: with an all-reduce it is wrapped, anew whenever the group has changed."""
+    def _join_group(self, grant: Grant) -> None:
+        """With an all-reduce the module is wrapped, anew whenever the group has changed."""
         spec = self.spec
-        if not spec.meeting:
-            return self.replica.module
-        if self.group is None or self.group.number != grant.group:
-            if self.group is not None or grant.group > 1:  # others have another momentum, or none
-                self._close_group()
-                weights, shard = self.replica.flat, self.replica.shard
-                self._build()
-                self.replica.flat.copy_(weights)
-                self.replica.shard = shard
-            where = {"meeting": spec.meeting, "device": spec.device, "one_process": spec.config.one_process}
-            self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where)
-            self.wrapped = self.group.wrap(self.replica.module)
-        return self.wrapped
+        if not spec.meeting or (self.group and self.group.number == grant.group):
+            return
+        if self.group or grant.group > 1:  # others have another momentum, or none
+            self._close_group()
+            weights, shard = self.replica.flat, self.replica.shard
+            self._build()
+            self.replica.flat.copy_(weights)
+            self.replica.shard = shard
+        where = {"meeting": spec.meeting, "device": spec.device, "one_process": spec.config.one_process}
+        self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where)
+        self.group.wrap(self.replica.module)
 
     def notify_failure(self, message: str) -> None:
-        try:
-            if self.connection:
+        if self.connection:
+            with contextlib.suppress(WireError):  # then the server sees the connection close
                 self.connection.send({"op": "fail", "reason": message})
-        except WireError:
-            pass  # then the server sees the connection close
 
     def close(self) -> None:
         self._close_group()
@@ -215,7 +207,7 @@ class _Worker:
         self.heartbeat.stop()
 
     def _close_group(self) -> None:
-        group, self.group, self.wrapped = self.group, None, None
+        group, self.group = self.group, None
         if group:
             group.close()
 
@@ -227,8 +219,7 @@ class _Worker:
         for _ in range(PROBE_STEPS):
             started = time.perf_counter()
             replica.step(indices, Clock(0, self.spec.config.budget, 0.0))
-            if self.spec.device != "cpu":  # there a step is only queued
-                torch.cuda.synchronize(self.spec.device)
+            self.slowness.synchronise()
             times.append((time.perf_counter() - started) / len(indices))
         self._slow(self.spec.uneven)
         return float(np.median(times[1:]))
@@ -257,7 +248,7 @@ class _Worker:
         self.replica.hold(grant.retain, self.new_indices)
         return grant
 
-    def _local_pass(self, module: torch.nn.Module, grant: Grant) -> dict | None:
+    def _local_pass(self, grant: Grant) -> dict | None:
         """Train on the granted samples; None when the run was stopped in between."""
         updated = time.perf_counter()
 
@@ -267,8 +258,7 @@ class _Worker:
                 updated = time.perf_counter()
                 self.heartbeat.progress = {"samples": samples, "loss": float(loss) / samples}
 
-        options = {"module": module, "group": self.group, "progress": progress}
-        return self.replica.local_pass(grant, halted=lambda: self.heartbeat.interrupt, **options)
+        return self.replica.local_pass(grant, group=self.group, progress=progress)
 
     def _exchange(self, done: dict, grant: Grant) -> dict:
         """Score, push and pull; returns the next message. With `overlap` as much of it as possible is done at the same time."""
@@ -283,7 +273,7 @@ class _Worker:
         else:
             answer = self.sender.submit(self._push_and_pull, header, body)
             score, score_s = self._score() if late else (None, 0.0)
-            self.replica.ahead(grant, halted=lambda: self.heartbeat.interrupt)
+            self.replica.ahead(grant)
             free = time.perf_counter()
             message, ended = answer.result()
             if score is not None and message["op"] in ("grant", "stop"):

@@ -24,7 +24,7 @@ from labkit.runs.events import read_events
 from labkit.runs.files import read_json
 from labkit.training import supervisor
 from labkit.training.server.server import Server, ServerSpec
-from labkit.training.wire import transport as wire
+from labkit.training.wire import transport
 from labkit.updates import AGWU, SGWU, AllReduce
 from tests.helpers import settings
 
@@ -48,7 +48,7 @@ class Client:
     """A worker made by hand."""
 
     def __init__(self, address, index, secret=SECRET, size=SIZE, **hello):
-        self.connection = wire.connect(address, secret, timeout=10)
+        self.connection = transport.connect(address, secret, timeout=10)
         self.index, self.weights, self.holds, self.n_indices = index, np.empty(size, np.float32), 0, 0
         self.connection.send({"op": "join", "worker": index, "seconds_per_sample": 0.01, **hello})
 
@@ -117,7 +117,7 @@ def join(server, *indices, **options):
 
 
 def ask(server, **request):
-    with wire.connect(server.address, SECRET, timeout=10) as connection:
+    with transport.connect(server.address, SECRET, timeout=10) as connection:
         connection.send({"op": "watch"})
         connection.send({"op": "status", **request})
         return connection.receive()[0]
@@ -166,7 +166,7 @@ def test_nobody_begins_before_everyone_is_there(tmp_path):
 
 def test_strangers_change_nothing(tmp_path, monkeypatch):
     """A wrong secret, foreign bytes, a silent one, and members who claim too much: each is dropped, the run goes on."""
-    monkeypatch.setattr(wire, "HANDSHAKE_S", 0.3)
+    monkeypatch.setattr(transport, "HANDSHAKE_S", 0.3)
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         with pytest.raises(WireError, match="closed the connection"):
             Client(server.address, 0, secret=b"y" * 32)
@@ -175,12 +175,12 @@ def test_strangers_change_nothing(tmp_path, monkeypatch):
             assert drained(stranger)
         with socket.create_connection(server.address, timeout=5) as silent:
             assert drained(silent)
-        for prefix in (wire.PREFIX.pack(1 << 31, 0), wire.PREFIX.pack(10, 1 << 60), wire.PREFIX.pack(3, 0) + b"[1]"):
-            with wire.connect(server.address, SECRET, timeout=5) as member:
+        for prefix in (transport.PREFIX.pack(1 << 31, 0), transport.PREFIX.pack(10, 1 << 60), transport.PREFIX.pack(3, 0) + b"[1]"):
+            with transport.connect(server.address, SECRET, timeout=5) as member:
                 member.sock.sendall(prefix)
                 with pytest.raises(WireError):
                     member.receive()
-        with wire.connect(server.address, SECRET, timeout=5) as member:
+        with transport.connect(server.address, SECRET, timeout=5) as member:
             member.send({"op": "no such thing"})
             with pytest.raises(WireError):
                 member.receive()
@@ -411,7 +411,7 @@ def test_a_member_who_does_not_speak_labkit_is_put_out_and_the_run_goes_on(tmp_p
     with serving(spec(tmp_path, workers=(0,), budget=170)) as (server, result, thread):
         (worker,) = join(server, 0)
         for changes in joins:
-            with wire.connect(server.address, SECRET, timeout=5) as member:
+            with transport.connect(server.address, SECRET, timeout=5) as member:
                 member.send({"op": "join", "worker": 0, "seconds_per_sample": 0.1, **changes})
                 with pytest.raises(WireError):
                     member.receive()

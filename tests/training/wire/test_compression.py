@@ -181,7 +181,7 @@ def huge(shape, n_classes):
 def test_what_cannot_be_is_refused_before_anything_starts(lab, tmp_path):
     refused = {
         r"exchange='bf16' is not known. Known: float32, bfloat16, float16. Did you mean 'bfloat16'": {"exchange": "bf16"},
-        r"overlap=-1 must be a whole number of batches": {"overlap": -1},
+        r"overlap=-1 must be at least 0": {"overlap": -1},
         r"overlap=True must be": {"overlap": True},
         r"with sgwu nothing can be done while a push is under way": {"overlap": 1, "update": "sgwu"},
         r"allreduce exchanges gradients within every step": {"exchange": "bfloat16", "update": "allreduce"},

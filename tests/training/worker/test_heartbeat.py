@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from labkit.training.wire import transport as wire
+from labkit.training.wire import transport
 from labkit.training.worker.heartbeat import Heartbeat
 
 SECRET = b"s" * 32
@@ -17,14 +17,14 @@ SECRET = b"s" * 32
 def ends(monkeypatch):
     """The server's end, and a heartbeat on the worker's."""
     monkeypatch.setattr("labkit.training.worker.heartbeat.HEARTBEAT_S", 0.02)
-    listener, box = wire.listen(), []
+    listener, box = transport.listen(), []
 
     def accept():
-        box.append(wire.accept(listener.accept()[0], SECRET, timeout=5, max_body=100))
+        box.append(transport.accept(listener.accept()[0], SECRET, timeout=5, max_body=100))
 
     thread = threading.Thread(target=accept)
     thread.start()
-    client = wire.connect(listener.getsockname()[:2], SECRET, timeout=5)
+    client = transport.connect(listener.getsockname()[:2], SECRET, timeout=5)
     thread.join(5)
     heartbeat = Heartbeat()
     heartbeat.start(client)
@@ -33,7 +33,7 @@ def ends(monkeypatch):
     heartbeat.stop()
     heartbeat.stop()  # twice is fine
     box[0].close()
-    wire.shut(listener)
+    transport.shut(listener)
 
 
 def until(condition, limit=5.0):
