@@ -1,4 +1,4 @@
-"""Faults on purpose: what a lab must survive, as functions.
+"""Fault injection: the faults that a run must withstand, as functions.
 
     kill, freeze, thaw      a worker process of this machine (SIGKILL, SIGSTOP, SIGCONT)
     drop_link               the connection between a worker and the server of a run

@@ -6,7 +6,7 @@
 
 A partition is a pure state machine: seconds per sample go in, sample indices come out; it reads no clock and moves no data. The
 samples are shuffled once by seed. At every moment each sample is held by one worker or by none. A shard only grows, with one
-exception that the paper does not know: for a worker that comes late, the others give back what exceeds their shares (`reclaim`).
+exception that is not in the paper: for a worker that comes late, the others give back what exceeds their shares (`reclaim`).
 The shard of a worker that leaves goes to the others. Rounding is by largest remainders; a target below what a worker already
 holds is clamped to nothing, and the others are rescaled so that the batch has its size.
 

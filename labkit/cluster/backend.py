@@ -1,11 +1,11 @@
-"""What a lab stands on: a back end, which knows the workers and runs functions on them.
+"""The interface of back ends, which manage the workers of a lab and run functions on them.
 
 A back end is a module with two functions, and a line in `labkit.cluster.connect.BACKENDS`:
 
     check(request)              a `ClusterError` where a request makes no sense here; starts nothing
     open(request) -> Backend    start workers, or join those that are there already
 
-It knows workers by an id that no second worker ever gets: who comes back after a loss is another process, and has another id.
+Workers have ids that are never reused: a worker started again after a loss is another process, with another id.
 Nothing here waits without a limit, and all of it may be called from several threads at once.
 
 Implemented by `labkit.cluster.dask_backend` (also for `labkit.cluster.slurm`) and `labkit.cluster.ipyparallel_backend`; used by

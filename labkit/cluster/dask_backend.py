@@ -289,7 +289,7 @@ def join_cluster(request: Request) -> DaskWorkers:
                 raise ClusterError(f"no scheduler file appeared at {Path(address).absolute()} in {timeout:g} s. Is the cluster up?")
             time.sleep(0.05)
     if security is None and isinstance(target, str) and target.startswith("tls://"):
-        raise ClusterError(f"{target} speaks TLS. Give connect() its certificates: security=distributed.Security(...).")
+        raise ClusterError(f"{target} uses TLS. Give connect() its certificates: security=distributed.Security(...).")
     try:
         client = Client(target, timeout=timeout, set_as_default=False, **({"security": security} if security is not None else {}))
     except (OSError, ValueError) as error:
@@ -298,8 +298,7 @@ def join_cluster(request: Request) -> DaskWorkers:
 
 
 def dask_setup(worker: Any) -> None:
-    """Dask calls this in each worker process. An interrupt of the notebook reaches the whole process group; it is for the kernel,
-    and the workers have to outlive it."""
+    """Called by Dask in each worker process: an interrupt of the notebook, sent to the process group, stops the kernel alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

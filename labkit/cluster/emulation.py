@@ -99,7 +99,7 @@ class Slowness:
         synchronise: Callable[[], object] = lambda: None,
         woken: Callable[[], object] = lambda: False,
     ) -> None:
-        self.uneven, self.synchronise, self.woken, self.born = uneven, synchronise, woken, None
+        self.uneven, self.synchronise, self.woken, self.started_at = uneven, synchronise, woken, None
         self.on = uneven.on
         self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 20]))
         if uneven.stalls:
@@ -132,9 +132,9 @@ class Slowness:
         if not self.on:
             return
         self.synchronise()
-        self.born = started if self.born is None else self.born
+        self.started_at = started if self.started_at is None else self.started_at
         work = max(0.0, time.perf_counter() - started - waited)
-        left = self.stretched(work, started - self.born) - work
+        left = self.stretched(work, started - self.started_at) - work
         while left > 0 and not self.woken():
             time.sleep(min(left, NAP_S))
             left -= NAP_S

@@ -231,9 +231,9 @@ def _states(ids: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def _why(ids: Sequence[str], logs: Path) -> str:
-    """The states of the jobs, by SLURM, and the end of the newest log among them."""
+    """The states of the jobs by `squeue`, and the end of the newest log among them."""
     lines = [f"  job {job}: {state}, reason: {reason}" for job, state, reason in _states(ids)]
-    lines = lines or ["  SLURM knows nothing of jobs " + ", ".join(ids)]
+    lines = lines or ["  squeue lists none of the jobs " + ", ".join(ids)]
     written = [file for job in ids for file in logs.glob(f"*-{job}.*") if file.stat().st_size]
     if written:
         newest = max(written, key=lambda file: file.stat().st_mtime)

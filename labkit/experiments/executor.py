@@ -65,14 +65,14 @@ def state(folder: Path) -> dict:
 
 
 def check_kernel(name: str) -> None:
-    """Refuse a kernel name that Jupyter does not know, with those that it knows."""
+    """`SweepError` for a Jupyter kernel that is not installed, with those that are."""
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     try:
         KernelSpecManager().get_kernel_spec(name)
     except NoSuchKernel:
         there = ", ".join(sorted(KernelSpecManager().find_kernel_specs())) or "none"
-        raise SweepError(f"Jupyter knows no kernel {name!r} here. It knows: {there}.") from None
+        raise SweepError(f"there is no Jupyter kernel {name!r} here. Installed: {there}.") from None
 
 
 # -- execution ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Figures of runs: accuracy over time, what each worker did when, staleness, balance, effective weight, speed.
 
 A figure reads nothing but the record of a run. Its title states what was found, the line under the title what must be
-known to believe it: emulated slowness, synthetic data, a single seed. Where there is nothing yet, a text says so.
+known to believe it: emulated slowdown, synthetic data, a single seed. Where there is nothing yet, a text says so.
 
 Used through `labkit.plots`.
 """

@@ -269,9 +269,9 @@ def message(title: str, text: str) -> Any:
 
 
 def caption(runs: Sequence[Any], *more: str) -> str:
-    """What a reader must know to believe a figure of `runs`: emulated slowness, synthetic data, and `more`."""
+    """What a reader must know to believe a figure of `runs`: emulated slowdown, synthetic data, and `more`."""
     slow = dict.fromkeys(emulated(list(slowdowns(run).values())) for run in runs if run.config["emulated"])
-    slow = " or ".join(filter(None, slow)).replace(" or slowness emulated:", " or")
+    slow = " or ".join(filter(None, slow)).replace(" or slowdown emulated:", " or")
     made = ["synthetic data"] if any(run.config["synthetic"] for run in runs) else []
     made += sorted({ORIGINS[kind] for run in runs if (kind := (run.config.get("origin") or {}).get("kind")) in ORIGINS})
     unsteady = dict.fromkeys(unsteadiness(*(run.config[key] for key in ("jitter", "drift", "stalls"))) for run in runs)
@@ -280,16 +280,16 @@ def caption(runs: Sequence[Any], *more: str) -> str:
 
 
 def emulated(factors: Sequence[float]) -> str:
-    """[1, 4, 4, 4, 4] as "slowness emulated: 1x, 4 at 4x"."""
+    """[1, 4, 4, 4, 4] as "slowdown emulated: 1x, 4 at 4x"."""
     if all(factor == 1 for factor in factors):
         return ""
     if len(factors) <= 4:
-        return f"slowness emulated: {', '.join(f'{factor:g}x' for factor in factors)}"
-    return f"slowness emulated: {', '.join(f'{list(factors).count(f)} at {f:g}x' for f in dict.fromkeys(factors))}"
+        return f"slowdown emulated: {', '.join(f'{factor:g}x' for factor in factors)}"
+    return f"slowdown emulated: {', '.join(f'{list(factors).count(f)} at {f:g}x' for f in dict.fromkeys(factors))}"
 
 
 def slowdowns(run: Any) -> dict[int, float]:
-    """The emulated slowness of each worker, 1 for none."""
+    """The emulated slowdown of each worker, 1 for none."""
     return {int(w["index"]): float(w.get("slowdown") or 1) for w in run.config["workers"]}
 
 

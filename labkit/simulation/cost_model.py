@@ -9,11 +9,11 @@ The bytes of an exchange are those on the wire, those of a merge float32's: in 1
 With runs of two sizes of model both parts are fitted by least squares. With one size only their sum is known: then the fixed part
 is taken to be what was measured for small messages (`FIXED_S`), and the rest to grow with the bytes.
 
-Emulated slowness is taken out, f = E[max(1, s exp(jitter z))] with s the slowdown at that time, and stalls by their mean, so that
+Emulated slowdown is taken out, f = E[max(1, s exp(jitter z))] with s the slowdown at that time, and stalls by their mean, so that
 a pace is a worker's own, and its spread is what the machine adds to the jitter and the stalls that were asked for. What all
 workers go through at the same time (on a machine that they share, say) is no spread: it makes nobody wait for another.
 
-Used by `labkit.simulation.simulator`. Knows pandas; neither torch nor sockets.
+Used by `labkit.simulation.simulator` and `labkit.simulation.scenario`. Imports neither torch nor sockets.
 """
 
 from __future__ import annotations

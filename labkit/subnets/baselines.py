@@ -141,12 +141,11 @@ def train_baseline(job: Job, worker: Worker) -> dict[str, Any]:
 
 
 def channel_groups(problem: Classifier, n: int) -> list[Classifier]:
-    """The problem of each of n channel groups of the network of `problem`; ProblemError for a model whose channels labkit does not
-    know."""
+    """The problem of each of n channel groups of the network of `problem`; ProblemError for a model that labkit cannot cut."""
     if not (isinstance(problem.model, str) and problem.model in MODELS):
         raise ProblemError(
-            f"baseline 'width' cuts a network along its channels, and labkit knows those of {', '.join(MODELS)} alone, not those "
-            f"of your model {describe(problem.model)}. Leave 'width' out of the baselines."
+            f"baseline 'width' cuts a network along its channels, which labkit can do for {', '.join(MODELS)} alone, not for "
+            f"your model {describe(problem.model)}. Leave 'width' out of the baselines."
         )
     i, of = problem.model_args.get("piece", (0, 1))  # a group may be cut again
     return [

@@ -10,7 +10,7 @@ subdomains are numbered like a page is read, last axis fastest. Two rules for th
 
 Two windows of an even axis are the same by both rules. Windows are slices, so what is cut out is a view: nothing is copied.
 
-Used by all of `labkit.subnets` and, for figures, `labkit.plots.subnets`.
+Used by `train`, `problem`, `coarse`, `baselines` and `result` of `labkit.subnets`, and in notebooks.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def fit_epochs(
 
     With a `patience` the training of a module ends when its score on `held` has not grown for so many epochs (of equal scores the
     lower loss is better), and what its `tensors`, all that training changes, held in the best epoch is put back. `after(started)`
-    is called after each step and each measuring: emulated slowness.
+    is called after each step and each measuring: emulated slowdown.
     """
     n, seen, started = len(train), 0, time.perf_counter()
     shards = [alone(n, seed) for seed in seeds]

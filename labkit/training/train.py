@@ -6,8 +6,8 @@
 
 `train` returns at once; a thread of the kernel follows the run to its end.
 
-Used from notebooks, and by `labkit.training.resume`, which does the second half for a run that exists;
-`labkit.training.blocks` launches runs on workers that it holds already.
+Used from notebooks, by `labkit.training.resume`, which does the second half for a run that exists, by `labkit.subnets.train`, which
+launches runs on workers that it holds already, and by `labkit.simulation.offline` and `labkit.simulation.scenario`.
 """
 
 from __future__ import annotations

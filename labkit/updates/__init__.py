@@ -1,13 +1,13 @@
 """Update rules: how the weights that workers push become the next global weights.
 
-An update is a pure state machine on flat float32 vectors. It opens nothing, sleeps never and reads no clock, so the same
+An update is a pure state machine on flat float32 vectors. It does no I/O, never sleeps and reads no clock, so the same
 object serves a live run, a replay and a simulation. Each of its calls returns *replies*; a reply releases one worker with
 a version and the weights of that version. A barrier is nothing but "no replies yet".
 
     sgwu, localsgd, allreduce             all push, then all go on                     synchronous.py
     agwu, downpour, fedasync, fedbuff     each push is answered at once                asynchronous.py
-    ssp, ringmaster, rescaled             the same, with an eye on who is late         bounded.py
-    easgd, gem                            workers on a spring, or on a leash           elastic.py
+    ssp, ringmaster, rescaled             the same, late pushes bounded or scaled      bounded.py
+    easgd, gem                            each worker's own weights, tied to a centre  elastic.py
     diloco, delayed-nesterov, heloco      with a momentum of the server                outer.py
     what they share                       pushes, members, versions, checks            base.py
 

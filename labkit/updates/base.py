@@ -2,7 +2,7 @@
 
     start -> [ push | join | leave | expire -> replies ] ... -> finish
 
-A rule is a subclass of `Update` that writes `_merge(push) -> replies`. It opens nothing, sleeps never and reads no clock. Time
+A rule is a subclass of `Update` that writes `_merge(push) -> replies`. It does no I/O, never sleeps and reads no clock. Time
 comes from its driver: `deadline` is for how many seconds the rule waits for others, `expire` is called when they are over.
 
 Used by the other files of `labkit.updates`, and by `labkit.training.server.coordinator`, which drives a rule.

@@ -14,7 +14,7 @@ from labkit.updates.base import Changes, Push, Reply, Update, chunks, number
 
 
 class EASGD(Update):
-    """Elastic averaging SGD: each worker has weights of its own, tied by a spring to the centre, which is the global weights.
+    """Elastic averaging SGD: each worker has weights of its own, coupled elastically to the centre, which is the global weights.
 
     At a push of worker j, with alpha = beta/m of m workers:
 

@@ -93,7 +93,7 @@ def test_a_dask_cluster_elsewhere(tmp_path):
     ):
         address = cluster.scheduler_address
         assert address.startswith("tls://")
-        with pytest.raises(ClusterError, match=r"speaks TLS\. Give connect\(\) its certificates"):
+        with pytest.raises(ClusterError, match=r"uses TLS\. Give connect\(\) its certificates"):
             labkit.connect(address=address, timeout=1)
         with pytest.raises(ClusterError, match="0 of 1 workers arrived"):
             labkit.connect(address=address, security=security, resources={"GPU": 2}, timeout=0.5)

@@ -1,4 +1,4 @@
-"""Emulated slowness: how much longer work lasts, and how long a worker sleeps after it."""
+"""Emulated slowdown: how much longer work lasts, and how long a worker sleeps after it."""
 
 import time
 
@@ -29,7 +29,7 @@ def slept(monkeypatch, slowness, n=1, waited=0.0):
     return naps
 
 
-def test_slowness_sleeps_in_proportion_to_the_work(monkeypatch):
+def test_sleep_is_in_proportion_to_the_work(monkeypatch):
     assert slept(monkeypatch, Slowness(Unevenness(4.0), 0, 0)) == pytest.approx([3.0])
     assert slept(monkeypatch, Slowness(Unevenness(4.0), 0, 0), waited=0.75) == pytest.approx(
         [0.75]

@@ -249,7 +249,7 @@ def test_what_squeue_says_is_read_whatever_it_is(tmp_path, monkeypatch):
     said = slurm._why(["7", "8"], tmp_path)
     assert "job 7: PENDING, reason: (a|b)" in said and said.endswith("  line 38\n  line 39") and "line 24\n" not in said
     stand_in(tmp_path, monkeypatch, squeue="exit 1")
-    assert slurm._why(["9"], tmp_path / "empty").startswith("  SLURM knows nothing of jobs 9\nNo job has written a log to")
+    assert slurm._why(["9"], tmp_path / "empty").startswith("  squeue lists none of the jobs 9\nNo job has written a log to")
 
 
 def stand_in(folder, monkeypatch, **scripts):

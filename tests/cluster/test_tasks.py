@@ -14,14 +14,17 @@ from labkit.errors import ClusterError
 pytestmark = pytest.mark.usefixtures("closed")
 
 
-def test_map_tells_who_works_and_what_is_done():
-    told = []
+def test_map_reports_who_works_and_what_is_done():
+    seen = []
     with labkit.connect("threads", 2, slowdown=[1, 3]) as lab:
         places = lab.map(
-            lambda item, worker: (item, worker.index, worker.slowdown), range(5), placed=True, each=lambda *row: told.append(row)
+            lambda item, worker: (item, worker.index, worker.slowdown),
+            range(5),
+            placed=True,
+            each=lambda *row: seen.append(row),
         )
         assert [item for item, *_ in places] == list(range(5)) and {row[1:] for row in places} <= {(0, 1), (1, 3)}
-        assert sorted(told) == list(enumerate(places))
+        assert sorted(seen) == list(enumerate(places))
 
 
 class Workers:

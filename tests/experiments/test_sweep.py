@@ -81,7 +81,7 @@ def test_a_wrong_request_is_refused_before_a_kernel_starts(tmp_path, no_kernel, 
     (tmp_path / "file").touch()
     for settings, message in [
         ({"out": tmp_path / "file" / "out"}, "cannot be written to"),
-        ({"kernel_name": "fortran"}, "knows no kernel 'fortran' here. It knows: .*python3"),
+        ({"kernel_name": "fortran"}, "there is no Jupyter kernel 'fortran' here. Installed: .*python3"),
         ({"parallel": 0}, "at least one kernel"),
         ({"timeout": 0}, "more than 0 s"),
     ]:

@@ -81,6 +81,6 @@ def test_a_notebook_keeps_a_picture_and_no_script(monkeypatch, tmp_path):
 def test_the_caption_states_what_a_reader_must_know(tmp_path):
     emulated, even = Recorded(tmp_path), Recorded(tmp_path, "even", slowdown=(1, 1), emulated=False)
     even.config = even.config.replace(synthetic=True)
-    assert style.caption([emulated]) == "slowness emulated: 1x, 4x"
+    assert style.caption([emulated]) == "slowdown emulated: 1x, 4x"
     assert style.caption([even], "1 seed") == "synthetic data; 1 seed"
-    assert style.emulated([1, 1, 1, 4, 4]) == "slowness emulated: 3 at 1x, 2 at 4x"
+    assert style.emulated([1, 1, 1, 4, 4]) == "slowdown emulated: 3 at 1x, 2 at 4x"

@@ -96,7 +96,7 @@ def test_the_map_and_the_bars_hold_the_numbers(tmp_path):
     assert list(elements(bars, "Rectangles")["training"]["top"]) == pytest.approx([3.0, 3.1, 3.2, 3.3, 3.4, 3.5, 0.5, 4.0, 20.0])
     assert title(bars) == "6 subnets with a worker each: 4.0 s, the global network 20.0 s"
     assert (
-        "slowness emulated: 1x, 4x; synthetic data; 2 workers needed 8.0 s; 1 seed"
+        "slowdown emulated: 1x, 4x; synthetic data; 2 workers needed 8.0 s; 1 seed"
         in plots.save(bars, tmp_path / "a.html").read_text()
     )
     many = elements(plots.part_times(joined((4, 4), (1, 12, 16))), "Rectangles")["training"]  # 3.0 to 4.5 s

@@ -113,7 +113,9 @@ def test_training_reaches_a_good_score_on_digits():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["lenet", "resnet20", "vgg3"])
 def test_check_passes_where_all_fits(model, precision):
+    before = torch.get_rng_state()
     tiny(model=model, precision=precision, train_samples=17).check()
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_model_of_the_users_own_on_features():

@@ -362,7 +362,7 @@ def test_what_cannot_be_replayed_says_why(train, lab, tmp_path):
     goes.stop()
 
 
-def test_progress_is_told(train, capsys, monkeypatch):
+def test_progress_is_shown(train, capsys, monkeypatch):
     monkeypatch.setattr("labkit.plots.progress.EVERY_S", 0.0)
     labkit.replay(train())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("replay of r: ")]

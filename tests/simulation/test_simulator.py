@@ -41,7 +41,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def simulate(tmp_path):
-    """Of 100, 50 and 50 samples/s unless told otherwise: 600 samples, two passes."""
+    """Of 100, 50 and 50 samples/s unless given otherwise: 600 samples, two passes."""
 
     def begin(source=(100, 50, 50), **options):
         options = {"samples": 600, "passes": 2, "runs": tmp_path, "update": "agwu", "partition": "udpa", **options}
@@ -258,7 +258,7 @@ def test_what_makes_no_sense_is_refused(options, error, words, simulate):
 
 
 def test_a_fit_finds_what_a_simulation_was_made_with(simulate):
-    """Two sizes of model, three paces, emulated slowness and its jitter; few meet at the server."""
+    """Two sizes of model, three paces, emulated slowdown and its jitter; few meet at the server."""
     sizes = {"latency": 0.02, "bandwidth": 1e7, "slowdown": [1, 1, 3], "jitter": 0.1, "passes": 30}
     runs = [simulate(n_weights=n, name=f"n{n}", **sizes) for n in (10_000, 200_000)]
     found = timing.fit(runs)

@@ -180,7 +180,7 @@ def test_a_stratified_partition_gives_each_shard_every_class(train):
     assert list(run.allocations().total) in ([93, 94], [94, 93])
 
 
-def test_emulated_slowness_is_in_the_record(tmp_path):
+def test_emulated_slowdown_is_in_the_record(tmp_path):
     with labkit.connect("threads", 2, slowdown=[1, 4], jitter=0.1) as uneven:
         run = ended(labkit.train(problem(), uneven, runs=tmp_path, passes=4, partition=labkit.IDPA(batches=2), seed=SEED))
     assert run.config["emulated"] and [w["slowdown"] for w in run.config["workers"]] == [1, 4] and run.config["jitter"] == 0.1

@@ -260,11 +260,11 @@ def connect(
     try:
         hello = connection._read(len(MAGIC) + NONCE)
         if not hello.startswith(MAGIC):
-            raise WireError(f"what listens at {host}:{port} does not speak this version of labkit.")
+            raise WireError(f"the process at {host}:{port} does not use the protocol of this version of labkit.")
         theirs, nonce = hello[len(MAGIC) :], os.urandom(NONCE)
         sock.sendall(nonce + _proof(secret, b"client", theirs + nonce))
         if not hmac.compare_digest(connection._read(32), _proof(secret, b"server", nonce + theirs)):
-            raise WireError(f"what listens at {host}:{port} does not know the secret of this run.")
+            raise WireError(f"the process at {host}:{port} does not know the secret of this run.")
     except (OSError, WireError) as error:
         connection.close()
         raise error if isinstance(error, WireError) else WireError(f"{host}:{port} broke off: {error}.") from error

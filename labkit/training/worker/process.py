@@ -41,7 +41,7 @@ def keep_memory() -> None:
 
 
 def prepare_alone(worker: Worker, lab: Mapping, seed: int) -> Slowness:
-    """Set up this process to train without a server, as a worker of a lab with these `Lab.settings`; its emulated slowness."""
+    """Set up this process to train without a server, as a worker of a lab with these `Lab.settings`; its emulated slowdown."""
     prepare(worker.device, worker.threads)
     if not lab["one_process"]:  # dropout and the like; threads share one generator
         torch.manual_seed(seed)

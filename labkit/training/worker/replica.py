@@ -50,7 +50,7 @@ class Replica:
         after: Callable[..., None] = lambda started, waited=0.0: None,
         halted: Callable[[], object] = lambda: False,
     ) -> None:
-        """`after(started, waited)` is called after each piece of work (emulated slowness); `halted()` ends a local pass early."""
+        """`after(started, waited)` is called after each piece of work (emulated slowdown); `halted()` ends a local pass early."""
         self.problem, self.seed, self.worker, self.budget, self.device = problem, seed, worker, budget, device
         self.after, self.halted = after, halted
         self.module = problem.build(seed)

@@ -3,7 +3,7 @@
 Every pass draws a new order from (seed, worker, pass, incarnation), so a run can be repeated and replayed. In an all-reduce all
 ranks take the same number of steps, with batches in proportion to their shards (`steps`).
 
-Used by `labkit.training.worker.replica`, `labkit.training.local` and `labkit.subnets.stacked`.
+Used by `labkit.training.worker.replica` and `labkit.training.local`.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class _Worker:
             group.close()
 
     def _probe(self) -> float:
-        """Seconds per sample, from a few steps of a replica that is then thrown away; slowness begins anew after them."""
+        """Seconds per sample, from a few steps of a replica that is then thrown away; the emulation begins anew after them."""
         self._slow(replace(self.spec.uneven, stalls=None))
         replica, times = self._replica(), []
         indices = np.arange(min(self.problem.batch_size, len(replica.train_indices)))

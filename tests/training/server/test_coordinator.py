@@ -1,5 +1,5 @@
-"""The course of a run, without sockets, threads and clock: barriers, budgets, losses, members, ranks (`membership.py`), ends; and what
-only some rules do: drop pushes, hold them back, wait up to a deadline."""
+"""The course of a run, without sockets, threads and clock: barriers, budgets, losses, members, ranks (`membership.py`), ends;
+and what only some rules do: drop pushes, hold them back, wait up to a deadline."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_whoever_speaks_something_else(listener):
 
     thread = threading.Thread(target=web_server)
     thread.start()
-    with pytest.raises(WireError, match="does not speak this version of labkit"):
+    with pytest.raises(WireError, match="does not use the protocol of this version of labkit"):
         transport.connect(listener.getsockname()[:2], SECRET, timeout=5)
     thread.join()
 

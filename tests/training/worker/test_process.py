@@ -38,15 +38,19 @@ def test_a_device_is_made_the_current_one(monkeypatch):
 
 @pytest.mark.parametrize("missing", [OSError, AttributeError])
 def test_another_c_library_is_no_error(missing, monkeypatch):
+    asked = []
+
     def none(name):
+        asked.append(name)
         raise missing("no mallopt")
 
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", none)
     keep_memory()
+    assert asked == [None]
 
 
-def test_to_train_alone_a_process_has_its_seed_and_its_slowness():
+def test_to_train_alone_a_process_has_its_seed_and_its_slowdown():
     """Threads of one process share a generator, so nobody may seed it."""
     worker = SimpleNamespace(index=1, device="cpu", threads=1, slowdown=3.0, drifts_to=3.0)
     with torch.random.fork_rng(devices=[]):
