@@ -19,7 +19,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from labkit.cluster.connect import connect
 from labkit.data import open_dataset
@@ -27,9 +29,6 @@ from labkit.errors import LabError, SweepError
 from labkit.experiments.demo import demo
 from labkit.experiments.notebook import parameters
 from labkit.experiments.sweep import summary, sweep
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import psutil
 
 from labkit.errors import ClusterError, LabError, PartitionError, RunError
@@ -36,8 +37,6 @@ from labkit.runs.events import effective
 from labkit.training.attach import watch
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from labkit.cluster.lab import Lab
     from labkit.training.run import Run
 
@@ -151,8 +150,6 @@ class Storm:
     @property
     def table(self) -> pd.DataFrame:
         """What was done: seconds on the clock of the run, fault ("thaw" among them), worker."""
-        import pandas as pd
-
         table = pd.DataFrame(self._rows, columns=["seconds", "fault", "worker"])
         begun = self.run.events.query("kind == 'start'")
         if len(begun):
@@ -326,8 +323,6 @@ def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
     Waiting at the barrier that was due without the loss is included. left is how many samples of the budget were not merged yet:
     when all of them are granted, the others wait for those of the lost worker under any update.
     """
-    import pandas as pd
-
     events, rows = run.events, []
     counted, table = effective(events), intervals(events)
     merged = counted[counted.kind == "merge"]

@@ -12,13 +12,11 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from labkit.errors import SweepError
 from labkit.experiments.sweep import sweep
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 STRATEGIES = ["sgwu+udpa", "sgwu+idpa", "agwu+udpa", "agwu+idpa", "allreduce+udpa"]
 DEMO_COLUMNS = {

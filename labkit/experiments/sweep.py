@@ -24,15 +24,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from labkit.errors import SweepError, did_you_mean
 from labkit.experiments.executor import GRACE, check_kernel, execute, state
 from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.runs.files import find_json, write_json
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ROOM = 50e6  # bytes that must be free where the runs go
 
@@ -111,8 +110,6 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     Columns: the parameters that were set, the results (a name that is taken gets the ending `_result`), `status` (done,
     failed, interrupted or running), `error` (cell and error in a line), `seconds`, `notebook` (the executed one), `id`.
     """
-    import pandas as pd
-
     out = Path(out).absolute()
     if not out.is_dir():
         raise SweepError(f"there is no folder {out}; sweep(..., out=...) makes it.")

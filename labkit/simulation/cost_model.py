@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError, real
@@ -137,8 +138,6 @@ def _passes(events):
             next(row for row in reversed(rows) if row["worker"] == worker).update(score=event["score"], score_s=event["score_s"])
         else:
             freed.pop(worker, None), pushed.pop(worker, None)
-    import pandas as pd
-
     return pd.DataFrame(rows, columns=[*events.columns, "exchange_s"])
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from labkit.errors import RunError
@@ -134,8 +135,6 @@ class Ledger(contextlib.AbstractContextManager):
 
     def no_curve(self) -> None:
         """There are no weights to measure, so the curve is empty."""
-        import pandas as pd
-
         with replacing(self.path / "metrics.parquet") as file:
             pd.DataFrame(columns=["seconds", "samples", "version", "loss", "score"], dtype=float).to_parquet(file)
 

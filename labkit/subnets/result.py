@@ -17,9 +17,10 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -35,9 +36,6 @@ from labkit.subnets.coarse import VOTES, Joined, coarse_net, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
 from labkit.subnets.problem import make_subnet, narrowed, subnet_seed
 from labkit.training.local import BATCH
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 KEYS = ("problem", "decomposition", "shape", "n_classes", "centre", "rate", "parts", "n_workers", "bytes_to_coarse")
 RENAMED = {"rivals": "baselines"}  # keys of config.json, by their names before format 3
@@ -113,15 +111,11 @@ class Subnets:
         (a block, or one for each batch) for each, and for each copy of "out-of-fold"; `wall_s` is what passed on this lab. What is
         trained in two stages has the epochs and the time of both.
         """
-        import pandas as pd
-
         return pd.DataFrame(self.rows).set_index("model")
 
     def parts(self) -> pd.DataFrame:
         """A row a subdomain: its place in the grid, test accuracy of its subnet alone, score, epochs trained and the best of them
         (whose weights it has), seconds (of its whole batch, where `batched` were trained at once), worker or workers, cost."""
-        import pandas as pd
-
         return pd.DataFrame(self.part_rows).set_index("part")
 
     def summary(self) -> dict[str, Any]:
