@@ -4,8 +4,6 @@ Every public name stands in `__init__.pyi`, where editors and type checkers find
 `import labkit` loads neither torch nor bokeh.
 """
 
-from __future__ import annotations
-
 import lazy_loader
 
 _public, _, _names = lazy_loader.attach_stub(__name__, __file__)

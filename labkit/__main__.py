@@ -6,8 +6,6 @@ what a machine has. Exit code: 0 when all went well, 1 when a run or a probe fai
 Used from the shell and by the Makefile.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import importlib.metadata

@@ -6,8 +6,6 @@ survives pickling. Plain bad arguments stay `ValueError` and `TypeError`.
 Used by every module; imports nothing of labkit.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import numbers

@@ -9,8 +9,6 @@ The settings of a problem, an update or a partition are the arguments of its con
 Used wherever a problem, a model, an update or a partition is written into a record or made again from one.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

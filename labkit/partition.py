@@ -13,8 +13,6 @@ holds is clamped to nothing, and the others are rescaled so that the batch has i
 Used by `labkit.training.server.coordinator`, which calls `allocate` whenever it releases workers.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

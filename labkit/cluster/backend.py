@@ -12,8 +12,6 @@ Implemented by `labkit.cluster.dask_backend` (also for `labkit.cluster.slurm`) a
 `labkit.cluster.lab` and `labkit.cluster.connect`.
 """
 
-from __future__ import annotations
-
 import glob
 import logging
 import os

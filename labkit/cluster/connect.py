@@ -10,8 +10,6 @@ There is one lab in a process: the same request gives the same lab again, a chan
 Used by every notebook.
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib
 import os

@@ -6,8 +6,6 @@ scheduler has them. The id of a worker is its address and the folder of its proc
 Found by `labkit.cluster.connect`; used by `labkit.cluster.slurm`, and loaded by Dask in each worker process (`dask_setup`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import contextlib

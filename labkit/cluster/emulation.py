@@ -14,8 +14,6 @@ step.
 Used by the workers of `labkit.training` (with sleep), and by `labkit.simulation` (without).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

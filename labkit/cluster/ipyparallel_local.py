@@ -6,8 +6,6 @@ keeper) sees the pipe end and kills them. An interrupt of the kernel does not re
 Used by `labkit.cluster.ipyparallel_backend`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -11,8 +11,6 @@ Made by `labkit.cluster.connect`; used by `labkit.training.train`, `labkit.train
 every notebook.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence

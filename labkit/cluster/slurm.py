@@ -7,8 +7,6 @@ stays on loopback, because the ports are reached by whoever shares the machines.
 Found by `labkit.cluster.connect`; everything but the start is `labkit.cluster.dask_backend`.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

@@ -3,8 +3,6 @@
 Used by `labkit.cluster.lab`.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence

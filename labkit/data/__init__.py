@@ -6,8 +6,6 @@ open it by that path, and only indices travel.
 Used by `labkit.problems` and by users.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from pathlib import Path

@@ -3,8 +3,6 @@
 Used by `labkit.data.open_dataset`, whose docstring lists what each of them must contain.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial

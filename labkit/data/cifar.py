@@ -6,8 +6,6 @@ accepts the five with which numpy writes an array of bytes, and for each it has 
 Used by `labkit.data.open_dataset`.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Callable

@@ -6,8 +6,6 @@ training split, and costs a gather and two multiply-adds.
 Made by `labkit.data.cache`; used by everyone.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path

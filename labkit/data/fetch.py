@@ -7,8 +7,6 @@ against known SHA-256 in every case.
 Used by `labkit.data.named` and `labkit.data.synthetic.head`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import http.client

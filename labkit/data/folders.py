@@ -6,8 +6,6 @@ several sizes they are resized, stretched and not cut, to 180x180. They are grey
 Used by `labkit.data.open_dataset` (`from_folder`) and by `labkit.data.nifti` for volumes (the rest).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import warnings

@@ -7,8 +7,6 @@ package `dataset-fashion-mnist`. MNIST (LeCun et al. 1998): 10,000 of its handwr
 Used by `labkit.data.open_dataset`.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -7,8 +7,6 @@ back, columns from the patient's right to the left.
 Used by `labkit.data.open_dataset`.
 """
 
-from __future__ import annotations
-
 import gzip
 import warnings
 from pathlib import Path

@@ -3,8 +3,6 @@
 Used by `labkit.data.open_dataset`, whose docstring lists the columns.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

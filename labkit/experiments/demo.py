@@ -6,8 +6,6 @@ after the other, since they are timed.
 Used by `python -m labkit demo`; the benchmark notebook repeats it with several seeds.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -8,8 +8,6 @@ stopped, and its kernel, with everything that the kernel started, ends with it.
 Used by `labkit.experiments.sweep`; `execute` runs in a thread of the sweep or on a worker of a lab.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import functools

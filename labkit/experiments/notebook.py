@@ -7,8 +7,6 @@ tuple into text. So the cell and the values are checked here, before a kernel st
 Used as `labkit.parameters`, by `labkit.experiments.sweep`, `labkit.experiments.executor` and `python -m labkit sweep`.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import logging

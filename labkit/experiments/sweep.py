@@ -9,8 +9,6 @@ the grid, the notebook or the folder is an error before a kernel starts. What a 
 Used as `labkit.sweep`, `labkit.summary` and `labkit.report`, by `python -m labkit sweep`, and to test the notebooks.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

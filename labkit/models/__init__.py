@@ -6,8 +6,6 @@ one sample. A model of the user's own needs no entry here.
 Used by `labkit.problems`; `seeded` and `evaluating` also by users' own problems and wherever a module is called.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import threading

@@ -9,8 +9,6 @@ times fewer numbers (8 times in volumes).
 Used through the table in `labkit.models`; `piece` by `labkit.subnets`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ normalisations, pooling and biases are left out, as is usual.
 Used by `labkit.subnets`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

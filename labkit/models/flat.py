@@ -8,8 +8,6 @@ Used by the replica of a worker, and wherever a stored vector becomes a model; `
 without torch.
 """
 
-from __future__ import annotations
-
 import torch
 
 from labkit.errors import WorkerError

@@ -5,8 +5,6 @@ Where the work stands is read elsewhere: from `status()` of a run, and of subnet
 Used by `Run.progress`, `labkit.subnets.train`, and drivers that work in the kernel itself (`meter`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

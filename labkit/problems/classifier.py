@@ -5,8 +5,6 @@ A model that is a function travels to the workers by import path, or by value wh
 Used by users through `labkit.Classifier`, and as the base class of the problems in `labkit.subnets`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -6,8 +6,6 @@ with its data set by reference. Every seed is an argument, so the same seed give
 Used by `labkit.training` and whatever stands on it; `labkit.problems.classifier` and a user's own problem are subclasses.
 """
 
-from __future__ import annotations
-
 import contextlib
 import numbers
 import os

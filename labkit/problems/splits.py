@@ -6,8 +6,6 @@ that it has seen. One fixed seed draws it, on every machine and in every run of 
 Used by the problems, and wherever a problem is trained or measured in batches; numpy only.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from labkit.errors import ProblemError

@@ -6,8 +6,6 @@ A file that grows is read by lines; what follows the last newline is still being
 Used by whoever writes or reads a run directory, a checkpoint, or the folder of a sweep.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

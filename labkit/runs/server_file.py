@@ -7,8 +7,6 @@
 Written and removed by the server of a run; read by the handle of the run, by `attach`, by `resume` and by `labkit.chaos`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import json

@@ -8,8 +8,6 @@ The course itself is the `Coordinator` of live runs.
 Used by `labkit.simulation.exact`, `labkit.simulation.counterfactual` and `labkit.simulation.simulator`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 from collections.abc import Callable, Iterator

@@ -6,8 +6,6 @@
 Used from notebooks; the work is done in `labkit.simulation.exact` and `labkit.simulation.counterfactual`.
 """
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

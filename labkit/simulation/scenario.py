@@ -6,8 +6,6 @@ unless other ones are given. Whatever is not changed is as recorded, losses and 
 Used by `labkit.simulation.simulate`.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import weakref

@@ -5,8 +5,6 @@
 Used from notebooks; the work is done in `labkit.simulation.simulator`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

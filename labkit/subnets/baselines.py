@@ -25,8 +25,6 @@ the global architecture.
 Used by `labkit.subnets.train`.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

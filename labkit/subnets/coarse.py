@@ -12,8 +12,6 @@ than they should be. `Joined` is all of it as one torch module, which can be tra
 Used by `labkit.subnets.train` and `labkit.subnets.result`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -11,8 +11,6 @@ Nothing is pickled: a file is whole, or refused by name (`labkit.runs.checkpoint
 Made by `labkit.subnets.train`, baselines by `labkit.subnets.baselines`; read back with `labkit.load_subnets`.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence

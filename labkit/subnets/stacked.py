@@ -21,8 +21,6 @@ So it pays where maps are small and layers many, and not where a layer fills a c
 Used by `labkit.subnets.train`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

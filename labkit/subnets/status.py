@@ -9,8 +9,6 @@ an earlier one of the same name do not go on for the next. The folder is one tha
 Used by `labkit.subnets.train` and `labkit.subnets.baselines`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

@@ -14,8 +14,6 @@ scheduler: each worker leaves its own in the folder of the run, `parts/`, which 
 Used in notebooks; `labkit.subnets.result` is what comes out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import secrets

@@ -8,8 +8,6 @@ the next ones on its block begin without it.
 Used by `labkit.subnets.train`.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ Orders and batches are those of a worker that trains alone, so without early sto
 Used by `labkit.subnets`: on the workers, for the coarse network, and for several subnets in one pass.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

@@ -8,8 +8,6 @@ counts. Another kind of lab or another number of workers is fine: the samples of
 Used from notebooks; `problem_of` and `rule_of` also by `labkit.simulation`.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import socket

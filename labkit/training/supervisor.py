@@ -7,8 +7,6 @@ died, a folder that cannot be written.
 Used by `labkit.training.train`; a `Run` follows it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

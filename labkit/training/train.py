@@ -10,8 +10,6 @@ Used from notebooks, by `labkit.training.resume`, which does the second half for
 launches runs on workers that it holds already, and by `labkit.simulation.offline` and `labkit.simulation.scenario`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools

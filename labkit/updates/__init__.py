@@ -19,8 +19,6 @@ because a variance must not be extrapolated below zero; AllReduce takes those of
 Used by `labkit.training.server.coordinator` (live) and by anybody who tests or invents a rule.
 """
 
-from __future__ import annotations
-
 from labkit.imports import make_rule
 from labkit.updates.asynchronous import AGWU, Downpour, FedAsync, FedBuff
 from labkit.updates.base import Changes, Merge, Push, Reply, Update

@@ -10,8 +10,6 @@ tau is the staleness of a push: the versions that were made since its worker was
 Used through `labkit.updates`.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -8,8 +8,6 @@ comes from its driver: `deadline` is for how many seconds the rule waits for oth
 Used by the other files of `labkit.updates`, and by `labkit.training.server.coordinator`, which drives a rule.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any

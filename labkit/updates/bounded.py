@@ -10,8 +10,6 @@ weights by about one local pass. With one worker and rate=1 each is plain local 
 Used through `labkit.updates`.
 """
 
-from __future__ import annotations
-
 from labkit.updates.base import Changes, Push, Reply, count, number
 
 

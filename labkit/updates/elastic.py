@@ -6,8 +6,6 @@
 Both as in NNLO (2018). Used through `labkit.updates`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from labkit.updates.base import Changes, Push, Reply, Update, chunks, number

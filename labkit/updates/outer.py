@@ -11,8 +11,6 @@ momentum.
 Used through `labkit.updates`.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 

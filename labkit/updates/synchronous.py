@@ -7,8 +7,6 @@
 Used through `labkit.updates`.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

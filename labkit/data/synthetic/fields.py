@@ -5,8 +5,6 @@ Arrays are (D, H, W), float32. Positions are in half widths: each axis runs from
 Used by `labkit.data.synthetic.volumes`, `phantom`, `head` and `nifti`.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

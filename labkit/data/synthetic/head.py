@@ -7,8 +7,6 @@ turned, stretched, mirrored and bent smoothly, the brain with them.
 Used by `labkit.data.synthetic.volumes`.
 """
 
-from __future__ import annotations
-
 import math
 import tarfile
 from pathlib import Path

@@ -7,8 +7,6 @@ soft tissue 40, bone 300 and more.
 Used by `labkit.data.synthetic.volumes`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from labkit.data.synthetic.fields import Patient, axes, blur, smooth, tubes

@@ -7,8 +7,6 @@ histogram of 500 chests is right for 53 %), and shapes must be seen. Neither set
 Used by `labkit.data.open_dataset`; the anatomy is in `head` and `phantom`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 

@@ -11,8 +11,6 @@ then on it carries as many into each local pass as it leaves for the next.
 Used by `labkit.training.server.coordinator`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple

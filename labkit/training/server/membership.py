@@ -3,8 +3,6 @@
 Used by `labkit.training.server.coordinator`, `labkit.training.server.grants` and `labkit.training.server.server`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 FRUITLESS = 10  # how often the group of an all-reduce may break in a row before the run fails

@@ -8,8 +8,6 @@ happen outside the lock: versions are immutable arrays, so one worker can still 
 Started by `labkit.training.supervisor` in a process of its own; asked by it and by others through `labkit.training.attach`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import pickle

@@ -15,8 +15,6 @@ Used by `labkit.training.server.server`, `labkit.training.worker.worker` and `la
 settings checked. Numpy alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

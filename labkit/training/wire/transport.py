@@ -14,8 +14,6 @@ memory by the lengths that a peer claims, and importing it costs the server 40 M
 Used by `labkit.training.server.server` (accept), `labkit.training.worker.worker` and `labkit.training.attach` (connect).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import json

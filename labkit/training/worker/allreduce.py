@@ -13,8 +13,6 @@ connects them over TCP, without authentication, on loopback where all are on one
 Used by `labkit.training.worker.worker` and `labkit.training.worker.replica`; `check_problem` by `labkit.training.train`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

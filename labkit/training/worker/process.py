@@ -3,8 +3,6 @@
 Used by `labkit.training.worker.worker`, `labkit.training.evaluation` and `labkit.subnets` on the workers of a lab.
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Callable, Mapping

@@ -16,8 +16,6 @@ V + (W' - W), and its next push, from version V, holds those steps too.
 Used by `labkit.training.worker.worker` (live) and `labkit.simulation.offline`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ ranks take the same number of steps, with batches in proportion to their shards 
 Used by `labkit.training.worker.replica` and `labkit.training.local`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

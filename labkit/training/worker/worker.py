@@ -14,8 +14,6 @@ shard and fresh optimisers, whose unfinished local pass does not count.
 Runs on the workers of a `Lab`, started there by `labkit.training.supervisor`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
