@@ -226,7 +226,7 @@ def _settings(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """Runs by what was set: those of one list differ in seed alone. One label for two settings gets the run's name."""
     groups: dict[tuple[str, str], list[RunRecord]] = {}
     for run in runs:
-        same = [[run.config[key] for key in SAME], style.slowdowns(run)]
+        same = [[getattr(run.config, key) for key in SAME], style.slowdowns(run)]
         groups.setdefault((run.label, json.dumps(same, sort_keys=True, default=str)), []).append(run)
     labels = [label for label, _ in groups]
     return {label if labels.count(label) == 1 else f"{label} ({group[0].name})": group for (label, _), group in groups.items()}

@@ -31,13 +31,14 @@ from labkit.runs.files import read_json, write_json
 FORMAT = 3  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
+HISTORY = ("origin", "scenario", "resumed")  # settings that are left out where a run has none
 PACKAGES = ("labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot")
 PUBLIC = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}  # of format 2 and before
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Mapping[str, Any]):
-    """The settings of one run. Users may read them like the dict in `config.json`: `run.config["seed"]`.
+    """The settings of one run. Users read them like the dict in `config.json`: `run.config["seed"]`; `dict(run.config)` is one.
 
     `update`, `partition` and `problem` are the `config()` of each; `workers` the fields of `labkit.cluster.lab.Worker`, one dict
     each. `budget` are the samples to train on, all workers together, `n_train` those of the data set.
@@ -93,23 +94,22 @@ class RunConfig(Mapping[str, Any]):
 
     def save(self, run: Path) -> None:
         """Write `config.json`, in the present format. What a run has no history of is left out."""
-        stored = {key: value for key, value in self.items() if value or key not in ("origin", "scenario", "resumed")}
-        write_json(Path(run) / FILE, stored | {"format": FORMAT})
+        write_json(Path(run) / FILE, {**self, "format": FORMAT})
 
     def replace(self, **changes: Any) -> RunConfig:
         """The same settings but for these."""
         return dataclasses.replace(self, **changes)
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.__dataclass_fields__:
-            raise KeyError(f"a run has no setting {name!r}. It has: {', '.join(self.__dataclass_fields__)}.")
+        if name not in iter(self):
+            raise KeyError(f"a run has no setting {name!r}. It has: {', '.join(self)}.")
         return getattr(self, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.__dataclass_fields__)
+        return (name for name in self.__dataclass_fields__ if name not in HISTORY or getattr(self, name))
 
     def __len__(self) -> int:
-        return len(self.__dataclass_fields__)
+        return sum(1 for _ in self)
 
     @property
     def indices(self) -> list[int]:

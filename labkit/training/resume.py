@@ -10,6 +10,7 @@ Used from notebooks; `problem_of` and `rule_of` also by `labkit.simulation`.
 
 import copy
 import json
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import numpy as np
 from labkit.cluster.connect import connect, current
 from labkit.cluster.lab import Lab
 from labkit.errors import LabError, PartitionError, RunError
-from labkit.imports import by_value
+from labkit.imports import by_value, imported
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints, server_file
@@ -119,7 +120,8 @@ def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
     if not isinstance(given, Problem):
         raise TypeError(f"problem is a {type(given).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
     settings = json.loads(json.dumps(given.config()))
-    other = [name for name in {**recorded, **settings} if name != "data" and settings.get(name) != recorded.get(name)]
+    names = [name for name in {**recorded, **settings} if name != "data"]
+    other = [name for name in names if _found(settings.get(name)) != _found(recorded.get(name))]
     if other:
         other = ", ".join(f"{name}={settings.get(name)!r} for {recorded.get(name)!r}" for name in other)
         raise RunError(
@@ -133,6 +135,11 @@ def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
     if checkpoints.Layout.of(*flatten(given.build(run.config.seed))[1:]) != run.layout:
         raise RunError(f"the model of this problem has other tensors than run {run.name} was begun with (layout.json).")
     return given
+
+
+def _found(setting: Any) -> Any:
+    """What an import path of labkit's own stands for: the same by any of the paths that it has had."""
+    return imported(setting) if isinstance(setting, str) and re.match(r"labkit[\w.]*:\w+$", setting) else setting
 
 
 def rule_of(run: Run, what: str, given: Any = None, by: str = "resume") -> Update | Partition:
@@ -158,7 +165,7 @@ def _call(run: Run, by: str, what: str) -> str:
 def is_rule_of(run: Run, what: str, rule: Update | Partition) -> bool:
     """Is this update or partition what is recorded? Before format 3 a class of the user's own was recorded by its `name`."""
     now = rule.config()
-    return now == run.config[what] or (run.config.format < 3 and {**now, "name": rule.name} == run.config[what])
+    return run.config[what] in (now, {**now, "name": rule.name})
 
 
 def _lab_like(run: Run) -> Lab:

@@ -36,6 +36,7 @@ def test_settings_are_read_and_never_changed():
         config.seed = 1
     assert config.replace(seed=9).seed == 9 and config.seed != 9
     assert config.indices == [0, 3] and len(config) == len(list(config)) and "seed" in config and config.get("nonsense") is None
+    assert "resumed" not in config and "resumed" in config.replace(resumed=[{"version": 3}])
     with pytest.raises(KeyError, match=r"a run has no setting 'sed'. It has: format, id"):
         config["sed"]
 

@@ -17,6 +17,7 @@ import labkit
 from labkit.cluster import connect as connecting
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import ClusterError, LabError, PartitionError, RunError
+from labkit.models import lenet, vgg3
 from labkit.partition import make_partition
 from labkit.runs import checkpoints, server_file
 from labkit.runs.events import Recorder, effective
@@ -115,6 +116,25 @@ def test_the_server_is_started_with_all_that_it_was_started_with_at_first_and_th
     spec.partition.load_state_dict(spec.state["partition"])
     assert sum(spec.partition.held.values()) == 187 // 3
     assert "goes on from version 9, after 90 of 748 samples" in capsys.readouterr().out
+
+
+class Named(labkit.AGWU):
+    """A rule of the user's own, recorded by its `name` before format 3."""
+
+    name = "named"
+
+
+def test_a_run_of_format_2_with_a_rule_and_a_model_by_the_names_of_then_is_resumed_again_and_again(cut, begun, lab):
+    run = cut(problem(lenet), update=Named())
+    config = {**run.config, "format": 2, "update": {"name": "named", "quality": "normalised"}}
+    config["problem"] = {**config["problem"], "kind": "labkit.problems:Classifier", "model": "labkit.models.cnn:lenet"}
+    write_json(run.path / "config.json", config | {"silence": 4.0, "patience": 60.0})
+    for number in (1, 2):
+        again = labkit.resume(run.path, lab, problem=problem(lenet), update=Named())
+        assert len(again.config["resumed"]) == number
+        lab.release(run.config.id)  # nothing has begun
+    with pytest.raises(RunError, match="this problem is not the one of run cut: model="):
+        labkit.resume(run.path, lab, problem=problem(vgg3), update=Named())
 
 
 def test_what_said_that_the_run_had_ended_is_gone_and_the_settings_say_where_it_goes_on(cut, begun):
