@@ -1,7 +1,7 @@
 """Every notebook runs top to bottom through the sweep, with tiny parameters, and keeps the conventions.
 
-A kernel needs longer for its imports than a tiny notebook for its work. So the quick tests give several notebooks to one kernel,
-with a namespace of its own each; the slow ones give each a kernel, as a user would.
+A kernel needs longer for its imports than a tiny notebook for its work. So the quick tests give the first three notebooks to one
+kernel, with a namespace of its own each; the slow ones give each of all notebooks a kernel, as a user would.
 
 Used by pytest.
 """
@@ -87,9 +87,7 @@ FIGURES = {
     "benchmarks/10-server": ["server.png"],
 }
 LONG = {"benchmarks/04-chaos": 600}  # seconds; six storms, and real processes
-ALONE = "01-start-a-lab"  # in the quick tests, too
-TOGETHER = [["02-partition-the-data", "04-train-in-parts", "07-kill-a-worker"]]
-TOGETHER += [["03-update-the-weights", "05-compare-the-updates", "06-scale-the-cluster"]]
+TOGETHER = ["01-start-a-lab", "02-partition-the-data", "03-update-the-weights"]
 
 
 def path_of(name):
@@ -114,8 +112,7 @@ def run(path, parameters, out, timeout):
 
 
 def marks(name):
-    limit = [pytest.mark.timeout(LONG[name] + 20), pytest.mark.cluster] if name in LONG else []
-    return limit + ([] if name == ALONE else [pytest.mark.slow])
+    return [pytest.mark.slow, *([pytest.mark.timeout(LONG[name] + 20), pytest.mark.cluster] if name in LONG else [])]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TINY])
@@ -124,16 +121,15 @@ def test_it_runs_and_leaves_results_and_figures(name, tmp_path, cache):
 
 
 @pytest.mark.timeout(320)
-@pytest.mark.parametrize("names", TOGETHER, ids=" ".join)
-def test_several_run_in_one_kernel_and_leave_results_and_figures(names, tmp_path, cache):
-    book, cells = json.loads(path_of(names[0]).read_text()), []
+def test_several_run_in_one_kernel_and_leave_results_and_figures(tmp_path, cache):
+    book, cells = json.loads(path_of(TOGETHER[0]).read_text()), []
 
     def add(source, *tags):
         about = {"cell_type": "code", "id": f"cell-{len(cells)}", "metadata": {"tags": tags}}
         cells.append(about | {"source": source, "outputs": [], "execution_count": None})
 
     add('run_dir: str = "runs"', "parameters")
-    for name in names:
+    for name in TOGETHER:
         values = TINY[name] | {"run_dir": str(tmp_path / name)}
         assert {*values} <= {parameter.name for parameter in labkit.parameters(path_of(name))}
         for cell in json.loads(path_of(name).read_text())["cells"]:
@@ -144,12 +140,8 @@ def test_several_run_in_one_kernel_and_leave_results_and_figures(names, tmp_path
         add("%reset -f")
     (tmp_path / "several.ipynb").write_text(json.dumps(book | {"cells": cells}))
     run(tmp_path / "several.ipynb", {}, tmp_path / "sweep", 300)
-    for name in names:
+    for name in TOGETHER:
         left(name, tmp_path / name)
-
-
-def test_every_notebook_runs_in_the_quick_tests_or_is_a_benchmark():
-    assert {ALONE, *TOGETHER[0], *TOGETHER[1]} == {name for name in TINY if not name.startswith("benchmarks")}
 
 
 @pytest.mark.parametrize("name", TINY)

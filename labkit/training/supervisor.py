@@ -70,7 +70,11 @@ class Supervisor:
         return {**self._status, "state": self.state}
 
     def wait(self, timeout: float) -> bool:
-        return self._over.wait(timeout)
+        limit = time.monotonic() + timeout
+        while not self._over.wait(0.1):  # short waits, so that an interrupt comes through
+            if time.monotonic() > limit:
+                return False
+        return True
 
     def stop(self, timeout: float) -> None:
         self._stop.set()

@@ -106,7 +106,7 @@ def test_a_group_can_be_cut_again():
             MODELS["lenet"],
             "baseline 'width' .* can do for lenet, vgg3, vgg9, resnet20 alone, not for your model lenet. Leave",
         ),
-        ("labkit.models.cnn:lenet", "not those of your model 'labkit.models.cnn:lenet'"),
+        ("labkit.models.cnn:lenet", "not for your model 'labkit.models.cnn:lenet'"),
         ("lenet", "lenet cannot be cut into 4 channel groups: its layer conv1 has 3"),
     ],
 )

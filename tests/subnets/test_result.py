@@ -38,10 +38,10 @@ def test_what_was_damaged_mixed_or_is_something_else_is_refused(train, tmp_path)
     joined = train(baselines=["global"])
     joined.save(tmp_path / "copy")
     for number in (0, 1):  # the subnets, and their baseline
-        file = checkpoints._file(tmp_path / "copy", number)
+        file = checkpoints.file_of(tmp_path / "copy", number)
         whole = file.read_bytes()
         for content, message in (
-            (checkpoints._file(tmp_path / "joined", number).read_bytes(), "belongs to another run"),
+            (checkpoints.file_of(tmp_path / "joined", number).read_bytes(), "belongs to another run"),
             (whole[:-40], "is damaged"),
             (b"\x80\x04pickle", "is no checkpoint of labkit"),
         ):
