@@ -1,5 +1,5 @@
 # make run        sets up, then runs the demo: a small sweep, its table and its figure
-# make test       sets up, then runs the tests, JOBS=2 at a time; make test ARGS="-k updates" runs some of them
+# make test       sets up, then runs the tests, JOBS=3 at a time; make test ARGS="-k updates" runs some of them
 # make test-all   the same with the slow ones
 # make lab        sets up, then opens JupyterLab on the notebooks
 
@@ -11,9 +11,9 @@ TORCH  ?= torch==2.13.0
 # Which extras of pyproject.toml are installed; EXTRAS=test,slurm,mpi for a lab on SLURM, and engines under MPI.
 EXTRAS ?= test
 
-# Tests that run side by side. Each starts workers of its own, so more than the cores are not quicker; JOBS=0 for a debugger. The
-# halves keep the order of the files, so that a lab which a file shares is opened once, and who is done takes over from the other.
-JOBS ?= 2
+# Tests that run side by side: one more than two cores, as many wait for processes to start; JOBS=0 for a debugger. Each job keeps
+# the order of the files, so that a lab which a file shares is opened once, and one that is done takes over from the others.
+JOBS ?= 3
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 # An active environment is used as it is (conda's base is not); otherwise .venv is made here.

@@ -33,6 +33,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_engines_beside_a_notebook_that_is_interrupted_and_killed(tmp_path):
     """%%px works while a task runs; an interrupt is for the kernel alone; engines and controller do not outlive it."""
