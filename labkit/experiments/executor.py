@@ -3,7 +3,8 @@
 papermill and nbclient execute; what is added here are the guarantees. Kernels at once are isolated: each has IPC sockets in
 a short folder of its own, so that there are no ports to race for, and starts in the notebook's folder, as in JupyterLab,
 without this process changing directory. A run is monitored while it lasts: it ends by its time limit or when the sweep is
-stopped, and its kernel, with everything that the kernel started, ends with it.
+stopped, and its kernel, with everything that the kernel started, ends with it. What its cells put out, however much that is,
+delays none of this (`labkit.experiments.outputs`).
 
 Used by `labkit.experiments.sweep`; `execute` runs in a thread of the sweep or on a worker of a lab.
 """
@@ -28,10 +29,11 @@ from labkit.errors import SweepError
 from labkit.experiments.notebook import quiet
 from labkit.runs.files import find_json, replacing, write_json
 
+ENGINE = "labkit"  # papermill's name for the engine of `labkit.experiments.outputs`
 SCHEME = "labkit://"  # papermill's own file handler changes the directory of the whole process at each write
 GRACE = 5.0  # seconds that an interrupted kernel has for closing what it opened, before it is killed
 HEARTBEAT = 60.0  # seconds without a heartbeat after which a run on another host counts as dead
-LONG = 100_000  # characters of one output stream; longer ones go to a file beside the notebook
+LOG = 10_000_000  # bytes of a kernel's log, into which goes what is written to its file descriptors; a longer one starts anew
 ENVIRONMENT = {"IPP_NONINTERACTIVE": "1", "TQDM_MININTERVAL": "5", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 MARK = "LABKIT_KERNEL"  # in the environment of a kernel and of all that it starts: the folder of its sockets
@@ -131,6 +133,9 @@ def _attempt(job: dict, folder: Path, flag: Path) -> tuple[bool, str, str]:
                 heartbeat = now
                 with suppress(OSError):
                     os.utime(folder / "status.json")
+            with suppress(OSError):
+                if os.path.getsize(f"{sockets}/kernel.log") > LOG:
+                    os.truncate(f"{sockets}/kernel.log", 0)
             if not ended and (now > deadline or not flag.exists()):
                 ended, asked = f"took longer than {job['timeout']:g} s (timeout) and was stopped", now
                 if not flag.exists():
@@ -162,12 +167,16 @@ def _papermill(job: dict, folder: Path, sockets: str, came_up: threading.Event, 
     """Have papermill execute the notebook in place; an exception goes into `caught`."""
     import papermill
     from jupyter_core.utils import ensure_event_loop
+    from papermill.engines import papermill_engines
     from papermill.iorw import papermill_io
     from traitlets.config import Config
+
+    from labkit.experiments.outputs import Engine
 
     with _starting:
         if all(scheme != SCHEME for scheme, _ in papermill_io._handlers):
             papermill_io.register(SCHEME, _Files())
+            papermill_engines.register(ENGINE, Engine)
         time.sleep(0.1)
     connection = {"connection_file": f"{sockets}/c.json", "folder": sockets}
     if os.name == "posix":
@@ -179,7 +188,7 @@ def _papermill(job: dict, folder: Path, sockets: str, came_up: threading.Event, 
                 path, path, parameters=job["parameters"], kernel_name=job["kernel_name"], language="python",
                 progress_bar=False, start_timeout=60, kernel_manager_class=_kernel_class(),
                 config=Config(SweepKernel=connection), resources={"metadata": {"path": job["cwd"]}},
-                iopub_timeout=120, coalesce_streams=True, on_notebook_start=lambda **_: came_up.set(),
+                engine_name=ENGINE, iopub_timeout=120, on_notebook_start=lambda **_: came_up.set(),
             )  # fmt: skip
     except BaseException as error:
         caught.append(error.with_traceback(None))
@@ -199,7 +208,7 @@ class _Files:
 
     def write(self, text: str, path: str) -> None:
         with replacing(Path(path.removeprefix(SCHEME))) as file:
-            file.write(text.encode())
+            file.write(text.encode(errors="backslashreplace"))  # a half of a surrogate pair; in JSON that is how it is written
 
     def pretty_path(self, path: str) -> str:
         return path
@@ -250,7 +259,7 @@ def _end(sockets: str) -> None:
 
 def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
     """(one line, everything) about an exception of papermill; of a cluster's errors the first engine's."""
-    from papermill.exceptions import PapermillExecutionError, strip_color
+    from papermill.exceptions import PapermillExecutionError
 
     cells = (find_json(folder / "notebook.ipynb") or {}).get("cells", [])
     if not isinstance(error, PapermillExecutionError):
@@ -261,16 +270,16 @@ def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
         return text, text
     cell = next((c for c in cells if "".join(c["source"]) == error.source), {})
     printed = "".join("".join(o["text"]) for o in cell.get("outputs", []) if o.get("name") == "stderr")
-    value, printed = strip_color(str(error.evalue)), strip_color(printed)
+    value, printed = COLOUR.sub("", str(error.evalue)), COLOUR.sub("", printed)
     cause = f"{error.ename}: {_first_line(value)}"
     if error.ename == "AlreadyDisplayedError":  # a failing %px raises "2 errors" and prints the rest
         raised = re.findall(r"^(?:\[\d+:\w+\]:? *)?\w+(?:Error|Exception)\b.*", printed, re.MULTILINE)
-        cause = f"{value}: {raised[-1].strip()}" if raised else cause
+        cause = f"{_first_line(value)}: {raised[-1].strip()}" if raised else cause
     elif error.ename == "CompositeError":  # "one or more exceptions from ...", then a line for each engine
         engines = [line.strip() for line in value.splitlines() if re.match(r"\s*\[\d+:\w+\]", line)]
         cause = f"{error.ename}: {engines[0]}" if engines else cause
-    line = f"In [{error.exec_count}]: {cause}"
-    text = [line, f"The cell:\n{error.source}", "Traceback:\n" + strip_color("\n".join(error.traceback))]
+    line = f"In [{error.exec_count}]: {cause[:400]}"
+    text = [line, f"The cell:\n{error.source}", "Traceback:\n" + COLOUR.sub("", "\n".join(error.traceback))]
     if "\n" in value.strip():  # WorkerError carries the traceback of its worker, CompositeError a line for each engine
         text.insert(1, value.strip())
     if printed.strip():
@@ -278,27 +287,23 @@ def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
     return line, "\n\n".join(text)
 
 
+COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # papermill's own looks for the end through the whole line, from each beginning
+
+
 def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]
 
 
 def _tail(log: Path, lines: int = 15) -> str:
-    with suppress(OSError):
-        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    with suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
     return ""
 
 
 def _tidy(folder: Path, source: str) -> None:
-    """The notebook as it is stored: with the path of its source, and long streams in files beside it."""
+    """The notebook as it is stored: with the path of its source."""
     path = folder / "notebook.ipynb"
     content = find_json(path)
     content["metadata"].setdefault("papermill", {}).update(input_path=source, output_path=str(path))
-    for number, cell in enumerate(content["cells"], 1):
-        for output in cell.get("outputs", []):
-            text = "".join(output.get("text", "")) if output["output_type"] == "stream" else ""
-            if len(text) > LONG:
-                file = folder / f"cell-{number:02d}-{output['name']}.txt"
-                file.write_text(text, encoding="utf-8")
-                note = f"\n[... all {len(text):,} characters are in {file.name} ...]\n"
-                output["text"] = text[: LONG // 4] + note + text[-LONG // 4 :]
     write_json(path, content)
