@@ -6,16 +6,19 @@ scheduler has them. The id of a worker is its address and the folder of its proc
 Found by `labkit.cluster.connect`; used by `labkit.cluster.slurm`, and loaded by Dask in each worker process (`dask_setup`).
 """
 
+import ast
 import asyncio
 import concurrent.futures
 import contextlib
 import functools
 import json
 import logging
+import multiprocessing.spawn
 import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -219,6 +222,38 @@ def check(request: Request) -> None:
     if request.security is not None and request.address is None:
         raise ClusterError("security goes with address='tls://...'; a Client or cluster object has its own.")
     request.refuse_job()
+    if request.kind == "dask" and not request.joins:
+        _check_guard()
+
+
+def _check_guard() -> None:
+    """Refuse a script that starts workers in what it does when it is imported, as each worker process imports it, too.
+
+    The line of the script is looked up from which this call comes; where an earlier `if` asks for `__name__`, it may have left
+    the script, and then it is the worker's import that is refused.
+    """
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None) or ""
+    why = (
+        f"each worker process imports {os.path.basename(script)} when it starts, and so would start workers itself. Put what the "
+        "script does under `if __name__ == \"__main__\":`, or connect(kind='threads')."
+    )
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ClusterError(why)
+    imports = multiprocessing.spawn.get_preparation_data("worker")  # what a worker process does at first
+    if "init_main_from_path" not in imports and imports.get("init_main_from_name", ".__main__").endswith(".__main__"):
+        return
+    frame, line = sys._getframe(), 0
+    while frame := frame.f_back:
+        if frame.f_globals is main.__dict__ and frame.f_code.co_name == "<module>" and frame.f_code.co_filename == script:
+            line = frame.f_lineno
+    try:
+        tree = ast.parse(Path(script).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    asks = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]
+    if line and not any(asked <= line for asked in asks):
+        raise ClusterError(f"line {line} starts workers, but {why}")
 
 
 def open(request: Request) -> DaskWorkers:
@@ -253,8 +288,11 @@ def open(request: Request) -> DaskWorkers:
                 **(apart if processes else {}),
             )
             return own_cluster(cluster, request, scratch)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        if processes and type(error) is RuntimeError:  # "Nanny failed to start."
+            guard = 'A script has to do its work under `if __name__ == "__main__":`, as each worker process imports it.'
+            raise ClusterError(f"Dask could not start the worker processes: {error} {guard}") from error
         raise
 
 

@@ -21,7 +21,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ LOG = 10_000_000  # bytes of a kernel's log, into which goes what is written to 
 ENVIRONMENT = {"IPP_NONINTERACTIVE": "1", "TQDM_MININTERVAL": "5", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 MARK = "LABKIT_KERNEL"  # in the environment of a kernel and of all that it starts: the folder of its sockets
+RUN = "LABKIT_SWEEP_RUN"  # there, too: the folder of its run
 
 _kernels: dict[str, subprocess.Popen] = {}  # socket folder -> its kernel
 _starting = threading.Lock()  # kernels start one after another, a little apart
@@ -82,7 +84,8 @@ def execute(job: dict) -> str:
     """Execute one run of a sweep in its folder; its end state, which is also in status.json there.
 
     `job` holds folder, content (of the notebook), path, cwd, kernel_name, parameters (to be set), record (params.json),
-    flag (a file; the run is ended when it is gone) and timeout. Never raises for what the notebook does.
+    flag (a file; the run is ended when it is gone) and timeout. Never raises for what the notebook does. A run that another sweep
+    is at, or has done since, is left to it, and its state there is returned.
     """
     import psutil
 
@@ -93,11 +96,9 @@ def execute(job: dict) -> str:
     status["born"] = psutil.Process().create_time()
     error = details = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in [folder / "results.json", folder / "error.txt", *folder.glob("cell-*.txt")]:
-            leftover.unlink(missing_ok=True)
+        if found := _claim(folder, status):
+            return found
         write_json(folder / "params.json", job["record"])
-        write_json(folder / "status.json", status)
         for attempt in range(2):
             write_json(folder / "notebook.ipynb", job["content"])
             came_up, error, details = _attempt(job, folder, flag)
@@ -113,6 +114,34 @@ def execute(job: dict) -> str:
             (folder / "error.txt").write_text(details + "\n", encoding="utf-8")
         write_json(folder / "status.json", status)
     return status["state"]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One at a time is in this block for a folder, of all threads and processes; where the file system has locks of folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _claim(folder: Path, status: dict) -> str:
+    """Begin a run in its folder, unless a sweep is at it or has ended it; the state that it has then, else ""."""
+    with alone(folder.parent):
+        if (folder / "status.json").exists() and (found := state(folder)["state"]) != "interrupted":
+            return found
+        if folder.exists():
+            _kill(RUN, str(folder))  # a kernel can outlive its sweep
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in [folder / "results.json", folder / "error.txt", *folder.glob("cell-*.txt")]:
+            leftover.unlink(missing_ok=True)
+        write_json(folder / "status.json", status)
+    return ""
 
 
 def _attempt(job: dict, folder: Path, flag: Path) -> tuple[bool, str, str]:
@@ -178,7 +207,7 @@ def _papermill(job: dict, folder: Path, sockets: str, came_up: threading.Event, 
             papermill_io.register(SCHEME, _Files())
             papermill_engines.register(ENGINE, Engine)
         time.sleep(0.1)
-    connection = {"connection_file": f"{sockets}/c.json", "folder": sockets}
+    connection = {"connection_file": f"{sockets}/c.json", "folder": sockets, "run": str(folder)}
     if os.name == "posix":
         connection |= {"transport": "ipc", "ip": f"{sockets}/k"}
     path = SCHEME + str(folder / "notebook.ipynb").replace("{", "{{").replace("}", "}}")
@@ -223,11 +252,12 @@ def _kernel_class() -> type:
 
     class SweepKernel(AsyncKernelManager):
         folder = Unicode(config=True)  # of its sockets, its connection file and its log
+        run = Unicode(config=True)  # the run's folder
 
         async def start_kernel(self, **options: Any) -> None:
             # Called "session name" by a Jupyter server; with it the figures of a kernel would take it for a lab's.
             inherited = {name: value for name, value in os.environ.items() if name != "JPY_SESSION_NAME"}
-            environment = ENVIRONMENT | inherited | {"LABKIT_PLOTS": "static", MARK: self.folder}
+            environment = ENVIRONMENT | inherited | {"LABKIT_PLOTS": "static", MARK: self.folder, RUN: self.run}
             self.context.setsockopt(zmq.RCVHWM, 0)  # a cell with many outputs must not lose the message that it has ended
             with open(f"{self.folder}/kernel.log", "ab") as log:
                 await super().start_kernel(env=environment, stdout=log, stderr=log, **options)
@@ -245,12 +275,17 @@ def _signal(sockets: str, number: int) -> None:
 
 def _end(sockets: str) -> None:
     """Kill the kernel of a socket folder, and what it started and left, also where that leads a group of its own."""
+    _signal(sockets, signal.SIGKILL)
+    _kill(MARK, sockets)
+
+
+def _kill(variable: str, value: str) -> None:
+    """Kill all that has this in its environment."""
     import psutil
 
-    _signal(sockets, signal.SIGKILL)
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):  # another user's, or gone by now
-            if process.environ().get(MARK) == sockets:
+            if process.environ().get(variable) == value:
                 process.kill()
 
 

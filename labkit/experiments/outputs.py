@@ -9,7 +9,7 @@ faster than a kernel writes, as what it has not read yet is in memory.
     stream      LONG characters of a cell's stdout or stderr are in the notebook; a longer one is in a file beside it, up to KEPT
                 characters (beginning and end), and its beginning and end are in the notebook
     the rest    figures, tables, widgets: ROOM bytes in a notebook, each output counted as LEAST at least; what does not fit is
-                counted, and a note says so
+                counted, and a note says so; what has many lines or is JSON counts for what it becomes in the notebook's file
     error       LONG characters (beginning and end)
 
 Used by `labkit.experiments.executor`, which imports this when a notebook is executed, as it imports papermill.
@@ -42,6 +42,7 @@ LEAST = 10_000  # bytes that each of these counts for at least
 LARGE = 16_000_000  # bytes of a stream's message of which only the beginning and the end are parsed
 LINE = 1_000_000  # characters of an unfinished line that a carriage return can still take back
 SLICE = 1_000_000  # characters that are handled by one call
+MANY = 1_000_000  # bytes of a display of which the lines are counted
 PIECE = 4_000  # characters of a piece that still grows
 DISPLAYS = ("display_data", "execute_result", "update_display_data")
 
@@ -155,6 +156,12 @@ def _unquoted(text: bytes, step: int) -> str:
     return ""
 
 
+def weight(content: bytes) -> int:
+    """What a display counts for besides its length: each line of a text, and each number of JSON, is a line in the notebook's file,
+    and is written by a call of its own."""
+    return 20 * content.count(b"\\n") + 4 * len(content) * bool(re.search(rb'"application/[\w.+-]*json"', content))
+
+
 class Shown:
     """What stands at all places of one display id: they share `data` and `metadata`, so that an update costs the same for all."""
 
@@ -214,6 +221,7 @@ class Client(PapermillNotebookClient):
         super().__init__(nb_man, **settings)
         self.widget_registry = {"@jupyter-widgets/output": {"OutputModel": Widget}}
         self.room = ROOM
+        self.clear_before_next_output = False
         self.changed_widgets: dict[str, Widget] = {}
         self._displays: dict[str, Shown] = {}
         self._begin_cell()
@@ -297,6 +305,8 @@ class Client(PapermillNotebookClient):
         if size > LEAST:
             header, parent = (session.unpack(frame.bytes) for frame in frames[1:3])
             kind = header["msg_type"]
+            if kind in DISPLAYS and MANY < size <= self.room:
+                size += weight(bytes(frames[4].buffer))
             msg = {"header": header, "msg_type": kind, "parent_header": parent, "metadata": {}, "buffers": [], "size": size}
             if kind == "stream" and size > LARGE:
                 return msg | {"content": ends_of_stream(frames[4].buffer)}

@@ -27,7 +27,7 @@ from typing import Any
 import pandas as pd
 
 from labkit.errors import SweepError, did_you_mean
-from labkit.experiments.executor import GRACE, check_kernel, execute, state
+from labkit.experiments.executor import GRACE, alone, check_kernel, execute, state
 from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.runs.files import find_json, write_json
 
@@ -51,7 +51,13 @@ def sweep(
 
     A kernel starts in the notebook's own folder, as in JupyterLab; relative paths in the notebook are relative to that.
     The notebook's parameter `run_dir`, where it has one, is set to the absolute path of the run's folder. Ctrl-C stops
-    the running kernels, and the same call goes on from there.
+    the running kernels, and the same call goes on from there. Two sweeps into one folder share its runs: each run is executed
+    by one of them, and what the other is still at has the status "running" in the table.
+
+    A cell may put out what it likes. Of a stream that is longer than 100,000 characters, the notebook has beginning and end, and
+    `cell-<number>-<stream>.txt` beside it up to 10 million characters. All figures and other outputs of a notebook have 50 MB
+    (each counts for 10 kB at least); what does not fit is left out, and a note is there instead. An error in a cell that is tagged
+    `raises-exception` is no failure.
 
     Parameters
     ----------
@@ -92,9 +98,12 @@ def sweep(
     before = {job["id"]: _state(job) for job in jobs}
     again = {"", "interrupted"} | ({"failed"} if retry_failed else set()) | ({"failed", "done"} if fresh else set())
     todo = [job for job in jobs if before[job["id"]] in again]
-    order = (find_json(folder / "sweep.json") or {}).get("runs", [])
+    for job in todo:
+        job["before"] = before[job["id"]]
     ids = [job["id"] for job in jobs]
-    write_json(folder / "sweep.json", {"notebook": str(path), "runs": ids + [run for run in order if run not in ids]})
+    with alone(folder):
+        order = (find_json(folder / "sweep.json") or {}).get("runs", [])
+        write_json(folder / "sweep.json", {"notebook": str(path), "runs": ids + [run for run in order if run not in ids]})
     if todo:
         _execute(todo, folder, lab, parallel, progress)
     if progress:
@@ -231,7 +240,9 @@ def _execute(todo: list[dict], folder: Path, lab: Any, parallel: int, progress: 
     flag.touch()
     for job in todo:
         job["flag"] = str(flag)
-        (Path(job["folder"]) / "status.json").unlink(missing_ok=True)
+        with alone(folder):
+            if _state(job) == job["before"]:  # else another sweep has begun it meanwhile, or has ended it
+                (Path(job["folder"]) / "status.json").unlink(missing_ok=True)
     ended = threading.Event()
     printer = threading.Thread(target=_print_changes, args=(todo, ended), daemon=True)
     pool = ThreadPoolExecutor(parallel, thread_name_prefix="labkit-sweep")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -213,3 +214,30 @@ def test_the_leases_of_a_notebook_that_died_end_by_themselves(tmp_path):
                     return lab.free() == []
 
                 until(ours, 60)
+
+
+def test_a_script_without_a_guard_is_refused_before_a_process_starts(tmp_path):
+    start = "from labkit.cluster import dask_backend as D\nfrom labkit.cluster.backend import Request\nREQUEST\nprint('went on')\n"
+    request = 'D.check(Request("dask", 2))'
+    (tmp_path / "beside.py").write_text(start.replace("REQUEST", request))
+    scripts = {
+        "plain": start.replace("REQUEST", request),
+        "function": start.replace("REQUEST", f"def main():\n    {request}\nmain()"),
+        "import": "import beside\n",
+        "other": start.replace("REQUEST", f"import sys\nif len(sys.argv) < 2:\n    {request}"),
+        "guard": start.replace("REQUEST", f"def main():\n    {request}\nif __name__ == '__main__':\n    main()"),
+        "left": start.replace("REQUEST", f"if __name__ != '__main__':\n    raise SystemExit\n{request}"),
+        "threads": start.replace("REQUEST", 'D.check(Request("threads", 2))'),
+    }
+    children = {}
+    for name, script in scripts.items():
+        (tmp_path / f"{name}_.py").write_text(script)
+        children[name] = subprocess.Popen(
+            [sys.executable, tmp_path / f"{name}_.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+        )
+    printed = {name: child.communicate(timeout=60)[0].splitlines() for name, child in children.items()}
+    for name, (*_, last) in printed.items():
+        if name in ("guard", "left", "threads"):
+            assert last == "went on"
+        else:
+            assert re.fullmatch(rf"labkit.errors.ClusterError: line \d starts .* imports {name}_.py .*__main__.*", last), last

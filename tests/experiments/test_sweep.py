@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -177,6 +179,43 @@ def test_another_run_of_the_same_name_is_not_taken_for_this_one(tmp_path, instan
     record.write_text(json.dumps(json.loads(record.read_text()) | {"hash": "0"}))
     with pytest.raises(SweepError, match="is of another run"):
         sweep(notebook, {"seed": 1}, out=out)
+
+
+def test_two_sweeps_into_one_folder_share_its_runs(tmp_path, monkeypatch):
+    notebook, ran, both = write(tmp_path / "n.ipynb", "1"), [], threading.Barrier(2)
+
+    def attempt(job, folder, flag):
+        ran.append(job["record"]["parameters"]["seed"])
+        if ran[-1] == 0 or len(ran) == 2:  # neither goes on before the other has begun a run
+            both.wait(20)
+        report(folder, {"score": ran[-1]})
+        return True, "", ""
+
+    monkeypatch.setattr(kernels, "_attempt", attempt)
+    with ThreadPoolExecutor(2) as pool:
+        grid, out = {"seed": range(6)}, tmp_path / "out"
+        tables = list(pool.map(lambda lr: sweep(notebook, grid, out=out, progress=False, retry_failed=True), range(2)))
+    assert sorted(ran) == list(range(6))
+    assert all(len(table) == 6 and set(table["status"]) <= {"done", "running"} for table in tables)
+    assert list(summary(out)["status"]) == ["done"] * 6 and list(summary(out)["seed"]) == list(range(6))
+
+
+def test_what_another_sweep_is_at_or_has_done_is_left_to_it(tmp_path, instant):
+    notebook, out = write(tmp_path / "n.ipynb", "1"), tmp_path / "out"
+    (job,) = sweeps._jobs(notebook, {"seed": 1}, out, "python3", 9)
+    out.mkdir()
+    (flag := out / "flag").touch()
+    assert kernels.execute(job | {"flag": str(flag)}) == "done"
+    assert kernels.execute(job | {"flag": str(flag)}) == "done"
+    status = Path(job["folder"]) / "status.json"
+    running = json.loads(status.read_text()) | {"state": "running"}
+    status.write_text(json.dumps(running))
+    assert kernels.execute(job | {"flag": str(flag)}) == "running"
+    assert instant == [1]
+    status.write_text(json.dumps(running | {"born": 1.0}))  # its process is gone, its kernel is not
+    kernel = subprocess.Popen(["sleep", "60"], env=os.environ | {kernels.RUN: job["folder"]})
+    assert kernels.execute(job | {"flag": str(flag)}) == "done"
+    assert instant == [1, 1] and kernel.wait(timeout=10) == -signal.SIGKILL
 
 
 class FakeLab:
