@@ -4,7 +4,8 @@ nbclient and papermill are made for short outputs. They join a stream one messag
 carriage returns (quadratic in the length of a line, and one call, during which no other thread of the process runs), update each
 output of a display by each update, send the whole of an Output widget back at each message, and write the notebook at each cell.
 The client here does these things itself, piece by piece, and what exceeds a length never gets as far as to be parsed. It reads
-faster than a kernel writes, as what it has not read yet is in memory.
+faster than a kernel writes, as what it has not read yet is in memory. One message is there
+for a moment, as long as the kernel made it.
 
     stream      LONG characters of a cell's stdout or stderr are in the notebook; a longer one is in a file beside it, up to KEPT
                 characters (beginning and end), and its beginning and end are in the notebook
@@ -43,6 +44,7 @@ LARGE = 16_000_000  # bytes of a stream's message of which only the beginning an
 LINE = 1_000_000  # characters of an unfinished line that a carriage return can still take back
 SLICE = 1_000_000  # characters that are handled by one call
 MANY = 1_000_000  # bytes of a display of which the lines are counted
+TURN = 0.05  # seconds for which messages are read before it is somebody else's turn in this thread
 PIECE = 4_000  # characters of a piece that still grows
 DISPLAYS = ("display_data", "execute_result", "update_display_data")
 
@@ -287,8 +289,9 @@ class Client(PapermillNotebookClient):
         socket = zmq.Socket.shadow(channel.socket.underlying)
         while True:
             await channel.socket.poll()
+            turn = time.monotonic() + TURN
             try:
-                for _ in range(100):
+                while time.monotonic() < turn:
                     msg = self._parsed(channel.session, socket.recv_multipart(zmq.NOBLOCK, copy=False))
                     if msg is not None and msg["parent_header"].get("msg_id") == parent_msg_id:
                         self.process_message(msg, cell, cell_index)
