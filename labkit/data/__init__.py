@@ -14,14 +14,21 @@ from typing import Any
 from labkit.data import arrays, cifar, folders, named, nifti, parquet
 from labkit.data.cache import opened
 from labkit.data.dataset import Dataset
-from labkit.errors import DataError, did_you_mean
+from labkit.errors import DataError, did_you_mean, known
 from labkit.imports import imported
 
 __all__ = ["Dataset", "names", "open_dataset"]
 
 OPTIONS = ("n", "size", "seed")  # those of the generated sets
+OF_PATHS = {
+    "size": "images and volumes by class",
+    "ground": "pictures by class",
+    "units": "volumes by class",
+    "channels": "arrays",
+}
+CHANNELS = ("first", "last", "none")
 FILES = {".parquet": parquet.from_file, ".h5": arrays.from_hdf5, ".hdf5": arrays.from_hdf5}
-BY_CLASS = {folders.from_folder: folders.SUFFIXES, nifti.from_folder: nifti.SUFFIXES}
+BY_CLASS = {folders.from_folder: (folders.SUFFIXES, ("size", "ground")), nifti.from_folder: (nifti.SUFFIXES, ("size", "units"))}
 
 
 def names() -> list[str]:
@@ -35,8 +42,12 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
     Parameters
     ----------
     **options
-        Of some data sets: `size=(H, W)` for pictures by class, `size=(D, H, W)` for volumes by class, and
-        `n`, `size`, `seed` for "head-lesions" and "chest-phantom".
+        Of some data sets:
+
+        - `channels="first"`, `"last"`, or `"none"` (volumes (N, D, H, W)) for arrays whose shape does not tell;
+        - `size=(H, W)` and `ground="black"`, a colour for what is transparent (white by default), for pictures by class;
+        - `size=(D, H, W)` and `units="HU"` (CT) or `"file"` (values as they are, for MRI) for volumes by class;
+        - `n`, `size`, `seed` for "head-lesions" and "chest-phantom".
     data
         One of
 
@@ -48,14 +59,18 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
           as `[1, 28, 28]`;
         - an `.h5` / `.hdf5` file with `x_train`, `y_train`, `x_test`, `y_test`, or with `x`, `y`;
         - CIFAR-10's folder `cifar-10-batches-py`;
-        - a folder with a folder for each class, that holds JPEG, PNG, BMP or PGM/PPM pictures (TF-Flowers; Extended
-          Yale B) or NIfTI volumes (MosMedData's CT-0, CT-1, ...; needs nibabel);
+        - a folder with a folder for each class, that holds JPEG, PNG, BMP, PGM/PPM, WebP, TIFF or GIF pictures (TF-Flowers;
+          Extended Yale B) or NIfTI volumes (MosMedData's CT-0, CT-1, ...; needs nibabel), also in folders below it;
         - a `Dataset`, which is returned as it is.
 
         `x` is (N, F) features, (N, H, W) grey images, (N, C, H, W) images or (N, C, D, H, W) volumes, of booleans,
-        integers or floats. (N, H, W, C) with C = 1 or 3 is recognised where axis 1 is neither 1 nor 3, converted, and
-        noted in `.note`. `y` is (N,) integers 0..K-1, also as floats. Without a test split every 10th sample of a
-        permutation with a fixed seed is held out as one.
+        integers or floats. (N, H, W, C) and (N, D, H, W, C) are recognised where the sides tell them apart (C = 1 or 3 where
+        axis 1 is neither, or one side much smaller than the others, or the others equal), converted, and noted in `.note`; where
+        they do not, `channels` is asked for. `y` is (N,) integers 0..K-1, also as floats. Without a test split every 10th sample of
+        a permutation with a fixed seed is held out as one.
+
+        What was read, left out or decided is in `.note`: files and columns that were not read, pictures that were turned or
+        laid on a ground, features that are constant, values that float32 merges.
 
     Returns
     -------
@@ -68,7 +83,8 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
     ValueError
         An option is not one of this data set's.
     DataError
-        Files are missing or damaged, shapes or types do not fit, values are not finite, labels are out of range.
+        Files are missing or damaged, shapes or types do not fit or do not tell where the channels are, values are not
+        finite, labels are out of range, or nothing is left of what differed before the conversion.
     """
     if isinstance(data, str) and data in named.NAMED:
         open_it = named.NAMED[data]
@@ -79,17 +95,17 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
     if isinstance(data, str | os.PathLike):
         path = Path(data).expanduser()
         if path.exists():
-            _check_options(str(data), options, ["size"])
+            _check_options(str(data), options, list(OF_PATHS))
             return _from_path(path.resolve(), **options)
         raise DataError(
             f"No data set and no file or folder is called {str(data)!r}. Registered names: {', '.join(names())}."
             + did_you_mean(data, names())
         )
-    _check_options(f"data of type {type(data).__name__}", options, [])
+    _check_options(f"data of type {type(data).__name__}", options, ["channels"] if isinstance(data, tuple | list) else [])
     if isinstance(data, Dataset):
         return data
     if isinstance(data, tuple | list):
-        return arrays.from_arrays(data)
+        return arrays.from_arrays(data, _channels(options))
     raise DataError(
         f"data is a {type(data).__name__}. Give a registered name ({', '.join(names())}), arrays (x, y) or "
         "(x_train, y_train, x_test, y_test), a .parquet, .h5 or .hdf5 file, or a folder of .npy files, of pictures or of "
@@ -102,25 +118,43 @@ def _check_options(data: str, options: dict[str, Any], known: list[str]) -> None
         raise ValueError(f"{data} has no option {', '.join(unknown)}. It has {', '.join(known) or 'none'}.")
 
 
-def _from_path(path: Path, size: Any = None) -> Dataset:
-    """The data set at `path`, recognised by what is there. ValueError for a `size` of other than images or volumes by class."""
+def _channels(options: dict[str, Any]) -> str | None:
+    channels = options.get("channels")
+    return None if channels is None else known("channels", channels, CHANNELS)
+
+
+def _from_path(path: Path, **options: Any) -> Dataset:
+    """The data set at `path`, recognised by what is there. ValueError for an option that is for something else."""
     is_cifar = path.is_dir() and cifar.looks_like(path)
-    if path.is_dir() and not is_cifar and not any(path.glob("*.npy")):
-        found = folders.suffixes_below(path) & frozenset().union(*BY_CLASS.values())
-        readers = [reader for reader, suffixes in BY_CLASS.items() if found & suffixes]
+    is_npy = path.is_dir() and any(path.glob("*.npy"))
+    if path.is_dir() and not is_cifar and not is_npy:
+        found = folders.suffixes_below(path) & frozenset().union(*(suffixes for suffixes, _ in BY_CLASS.values()))
+        readers = {reader: fitting for reader, (suffixes, fitting) in BY_CLASS.items() if found & suffixes}
         if len(readers) > 1:
             raise DataError(f"{path} holds both pictures and volumes ({', '.join(sorted(found))}). Keep one kind in it.")
-        if readers:
-            return readers[0](path, size)
-    if size is not None:
-        raise ValueError(f"size={size!r} is for images and volumes by class; {path} holds none.")
+        for reader, fitting in readers.items():
+            _check_fitting(path, options, fitting)
+            return reader(path, **options)
+    _check_fitting(path, options, () if is_cifar else ("channels",))
+    channels = _channels(options)
     if path.is_dir():
-        return cifar.from_folder(path) if is_cifar else opened(path) or arrays.from_npy(path)
+        if is_cifar:
+            return cifar.from_folder(path)
+        if (made := opened(path)) is None:
+            return arrays.from_npy(path, channels)
+        _check_fitting(path, options, ())
+        return made
     if not path.stat().st_size:
         raise DataError(f"{path} is empty. Write it again.")
-    if path.suffix not in FILES:
+    if path.suffix.lower() not in FILES:
         raise DataError(
             f"{path} ends in {path.suffix or 'nothing'!r}. Known are {', '.join(FILES)}, folders of .npy files, CIFAR-10's "
             "unpacked folder, and folders of pictures or .nii.gz volumes, one for each class."
         )
-    return FILES[path.suffix](path)
+    return FILES[path.suffix.lower()](path, channels)
+
+
+def _check_fitting(path: Path, options: dict[str, Any], fitting: tuple[str, ...]) -> None:
+    for name, value in options.items():
+        if name not in fitting:
+            raise ValueError(f"{name}={value!r} is for {OF_PATHS[name]}; {path} holds none.")

@@ -4,47 +4,81 @@ Used by `labkit.data.open_dataset`, whose docstring lists what each of them must
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from labkit.data.cache import Source, blocks, cached, file_key, in_blocks, reading
+from labkit.data.cache import Source, blocks, cached, converted_key, file_key, in_blocks, reading
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
+LISTED = 12  # names that a note lists
 FOUR = ("x_train", "y_train", "x_test", "y_test")
 
 
-def from_arrays(data: Sequence[Any]) -> Dataset:
-    """The data set of `(x, y)` or `(x_train, y_train, x_test, y_test)`, identified by the SHA-256 of its content."""
+def from_arrays(data: Sequence[Any], channels: str | None = None) -> Dataset:
+    """The data set of `(x, y)` or `(x_train, y_train, x_test, y_test)`, identified by the SHA-256 of its content.
+
+    `channels` is "first", "last" or "none", None where the shape tells.
+    """
     if len(data) not in (2, 4):
         raise DataError(f"{len(data)} arrays were given. Give two, (x, y), or four, ({', '.join(FOUR)}).")
     called = FOUR if len(data) == 4 else ("x", "y")
     arrays = [_array(name, value) for name, value in zip(called, data, strict=True)]
+    for at in range(0, len(data), 2):
+        _check_order(called[at : at + 2], *data[at : at + 2])
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str} {array.shape}".encode())
         for block in blocks(array) if array.ndim else [array]:
             digest.update(np.ascontiguousarray(block).view(np.uint8).data if block.size else b"")
-    return cached("arrays", digest.hexdigest(), lambda: _splits(arrays))
+    return cached("arrays", converted_key(digest.hexdigest(), channels), lambda: _splits(arrays, channels))
 
 
 def _array(name: str, value: Any) -> np.ndarray:
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        at = int(np.flatnonzero(np.ma.getmaskarray(value).reshape(len(value), -1).any(axis=1))[0]) if value.ndim else 0
+        raise DataError(f"arrays: {name}[{at}] is masked. Fill or drop masked values: what is below a mask would be read.")
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"arrays: {name} is no array: {error}. Give numpy arrays.") from error
     if array.dtype.hasobject:
-        raise DataError(f"arrays: {name} is of type object. Give arrays of numbers, all samples of one shape.")
+        if name.startswith("y"):
+            raise DataError(
+                f"arrays: {name} is of type object. Labels are 0..K-1: use y = numpy.unique(y, return_inverse=True)[1]."
+            )
+        hint = " For a DataFrame use x.to_numpy(float), for categories their codes." if hasattr(value, "iloc") else ""
+        raise DataError(f"arrays: {name} is of type object. Give arrays of numbers, all samples of one shape.{hint}")
     return array
 
 
-def _splits(arrays: Sequence[np.ndarray]) -> tuple[Source, Source | None]:
+def _check_order(names: Sequence[str], x: Any, y: Any) -> None:
+    """DataError where x and y are of pandas and have other indexes: rows are taken by their position here."""
+    if all(hasattr(part, "iloc") for part in (x, y)) and len(x) == len(y) and not x.index.equals(y.index):
+        raise DataError(
+            f"arrays: {names[0]} and {names[1]} have different indexes, and rows are taken by position. Align them "
+            "(y = y.loc[x.index]), or drop both indexes with reset_index(drop=True)."
+        )
+
+
+def _splits(arrays: Sequence[np.ndarray], channels: str | None, about: str = "") -> tuple[Source, Source | None]:
     x, y, *test = arrays
-    return in_blocks(x, y), in_blocks(*test) if test else None
+    return in_blocks(x, y, about, channels), in_blocks(*test, channels=channels) if test else None
+
+
+def _left_out(path: Path, names: Iterable[str], taken: Iterable[str]) -> str:
+    """What of `names` in `path` is not read, for the note; "" where all is."""
+    left = sorted(set(names) - set(taken))
+    if not left:
+        return ""
+    listed = ", ".join(left[:LISTED]) + ", ..." * (len(left) > LISTED)
+    return f"{path.name}: {', '.join(taken)} are read; left out: {listed}."
 
 
 def _which(path: Path, present: Iterable[str], fewer: tuple[str, str]) -> tuple[str, ...]:
@@ -56,16 +90,25 @@ def _which(path: Path, present: Iterable[str], fewer: tuple[str, str]) -> tuple[
     return names
 
 
-def from_npy(path: Path) -> Dataset:
+def from_npy(path: Path, channels: str | None = None) -> Dataset:
     """The data set in a folder of `.npy` files."""
     present = [file.stem for file in path.glob("*.npy")]
     if not present:
         raise DataError(
             f"{path} holds no .npy files, no batches of CIFAR-10, and no folders with pictures or volumes. Put x_train.npy "
-            "and y_train.npy there, or a folder for each class."
+            f"and y_train.npy there, or a folder for each class.{_held(path)}"
         )
     files = [path / f"{name}.npy" for name in _which(path, present, FOUR[:2])]
-    return cached(path.name, file_key(files), lambda: _splits([_npy(file) for file in files]))
+    beside = [file.name for file in path.iterdir() if not file.name.startswith(".")]
+    about = _left_out(path, beside, [file.name for file in files])
+    key = converted_key(file_key(files), channels, about)
+    return cached(path.name, key, lambda: _splits([_npy(file) for file in files], channels, about))
+
+
+def _held(path: Path) -> str:
+    """What files there are in a folder that nothing reads, for its message."""
+    kinds = Counter(file.suffix or "without a suffix" for file in islice(path.rglob("*"), 10_000) if file.is_file())
+    return f" It holds {', '.join(f'{n} {kind}' for kind, n in kinds.most_common(5))} files." if kinds else ""
 
 
 def _npy(path: Path) -> np.ndarray:
@@ -77,12 +120,12 @@ def _npy(path: Path) -> np.ndarray:
     return array
 
 
-def from_hdf5(path: Path) -> Dataset:
+def from_hdf5(path: Path, channels: str | None = None) -> Dataset:
     """The data set in an HDF5 file."""
-    return cached(path.stem, file_key([path]), lambda: _hdf5(path))
+    return cached(path.stem, converted_key(file_key([path]), channels), lambda: _hdf5(path, channels))
 
 
-def _hdf5(path: Path) -> tuple[Source, Source | None]:
+def _hdf5(path: Path, channels: str | None) -> tuple[Source, Source | None]:
     import h5py
 
     def source(x_name: str, y_name: str) -> Source:
@@ -92,12 +135,13 @@ def _hdf5(path: Path) -> tuple[Source, Source | None]:
                 raise DataError(f"{path}: {name} is no array. Store it with create_dataset.")
             if held.dtype.hasobject:
                 raise DataError(f"{path}: {name} is of type {held.dtype}, of no fixed size. Store numbers.")
-        return Source(x.shape, x.dtype, partial(chunks, x_name), y[()])
+        return Source(x.shape, x.dtype, partial(chunks, x_name), y[()], about, channels)
 
     def chunks(name: str) -> Iterator[np.ndarray]:
         with reading(path), h5py.File(path, "r") as file:
             yield from blocks(file[name])
 
     with reading(path, advice="Is it a whole HDF5 file?"), h5py.File(path, "r") as file:
-        x, y, *test = _which(path, file.keys(), ("x", "y"))
+        x, y, *test = taken = _which(path, file.keys(), ("x", "y"))
+        about = _left_out(path, file.keys(), taken)
         return source(x, y), source(*test) if test else None

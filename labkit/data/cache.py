@@ -27,7 +27,10 @@ from labkit.data.dataset import SPLITS, Dataset, is_whole
 from labkit.errors import DataError
 
 FORMAT = 1
+CONVERSION = 2  # count up when what is made of the same files or arrays changes: what was made before is then made again
 CHUNK_BYTES = 1 << 24  # samples are converted and checked in blocks of about this size
+STEPS = 100  # values of a feature that are closer than 1 / STEPS of its range are merged: worth a word
+SCALES_APART = 20  # between the largest values of the training and of the test split: worth a word
 STALE_S = 86400  # a half-written folder older than this was left by a process that died
 
 _PRINTED: set[str] = set()
@@ -35,13 +38,20 @@ _PRINTED: set[str] = set()
 
 @dataclass(frozen=True)
 class Source:
-    """One split on its way into the cache; `about` of the training split becomes a part of the data set's note."""
+    """One split on its way into the cache.
+
+    `about` of the training split becomes a part of the data set's note; a function is called when all samples have been written.
+    `channels` is where the channels are: "first", "last", "none", or None where the shape has to tell. `made` says that the samples
+    were made out of files of another kind, so that equal ones were not given as such.
+    """
 
     shape: tuple[int, ...]  # (N, ...)
     dtype: np.dtype
     chunks: Callable[[], Iterable[np.ndarray]]  # all samples in order, a new iterator at each call
     y: np.ndarray
-    about: str = ""
+    about: str | Callable[[], str] = ""
+    channels: str | None = None
+    made: bool = False
 
 
 def blocks(x: Any) -> Iterator[np.ndarray]:
@@ -50,22 +60,27 @@ def blocks(x: Any) -> Iterator[np.ndarray]:
     return (x[at : at + rows] for at in range(0, x.shape[0], rows))
 
 
-def in_blocks(x: np.ndarray, y: Any) -> Source:
+def in_blocks(x: np.ndarray, y: Any, about: str = "", channels: str | None = None) -> Source:
     """The split of an array."""
-    return Source(x.shape, x.dtype, lambda: blocks(x), np.asarray(y))
+    return Source(x.shape, x.dtype, lambda: blocks(x), np.asarray(y), about, channels)
 
 
 def one_by_one(
-    make: Callable[[Any], np.ndarray], items: Sequence[Any], shape: tuple[int, ...], dtype: type, y: Any, about: str = ""
+    make: Callable[[Any], np.ndarray],
+    items: Sequence[Any],
+    shape: tuple[int, ...],
+    dtype: type,
+    y: Any,
+    about: str | Callable[[], str] = "",
 ) -> Source:
-    """The split of the samples `make(item)`, each of `shape`, of which a block is in memory at a time."""
+    """The split of the samples `make(item)`, each of `shape`, channels first, of which a block is in memory at a time."""
     shape, dtype = (len(items), *shape), np.dtype(dtype)
     rows = rows_per_chunk(shape, dtype)
 
     def chunks() -> Iterator[np.ndarray]:
         return (np.stack([make(item) for item in items[at : at + rows]]) for at in range(0, len(items), rows))
 
-    return Source(shape, dtype, chunks, np.asarray(y), about)
+    return Source(shape, dtype, chunks, np.asarray(y), about, "first", made=True)
 
 
 @contextmanager
@@ -159,6 +174,11 @@ def replacing_folder(path: Path, good: Callable[[], bool]) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def converted_key(*of: Any) -> str:
+    """A key of what is converted, and of the way in which it is."""
+    return hashlib.sha256(repr((CONVERSION, of)).encode()).hexdigest()
+
+
 def file_key(paths: list[Path]) -> str:
     """A key of files by path, size and time of change."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -190,15 +210,29 @@ def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | No
     if test is None:
         held_out = hold_out(train.shape[0])
         labels = {"train": labels["train"][~held_out], "test": labels["train"][held_out]}
-        _write_samples(folder, f"{name}: x", train, {"train": ~held_out, "test": held_out}, stored)
+        rows = {"train": {"train": ~held_out, "test": held_out}}
     else:
-        for split, source in given.items():
-            _write_samples(folder, f"{name}: x_{split}", source, {split: np.ones(source.shape[0], dtype=bool)}, stored)
+        rows = {split: {split: np.ones(source.shape[0], dtype=bool)} for split, source in given.items()}
+    ranges = {}
+    for split, source in given.items():
+        called = f"{name}: {_label('x', split, given)}"
+        ranges[split] = _write_samples(folder, called, source, rows[split], stored)
+        about = train.about() if callable(train.about) else train.about
+        ranges[split].check(called, source.made, about)
     for split, y in labels.items():
         np.save(folder / f"y_{split}.npy", y)
 
     scale = 255 if stored.dtype == np.uint8 else 1
     mean, std = _moments(np.load(folder / "x_train.npy", "r", allow_pickle=False), scale)
+    ranges["train"].check_normalised(f"{name}: {_label('x', 'train', given)}", scale * np.array(mean), scale * np.array(std))
+    notes = (
+        about,
+        note,
+        _withheld(name, labels),
+        stored.note,
+        *(found.note(name) for found in ranges.values()),
+        _apart(name, ranges),
+    )
     meta = {
         "format": FORMAT,
         "name": name,
@@ -209,15 +243,16 @@ def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | No
         "mean": mean,
         "std": std,
         "synthetic": synthetic,
-        "note": " ".join(part for part in (train.about, note, stored.note) if part),
+        "note": " ".join(part for part in notes if part),
         "files": {f.name: f.stat().st_size for f in sorted(folder.glob("*.npy"))},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     return meta
 
 
-def _write_samples(folder: Path, called: str, source: Source, rows: dict[str, np.ndarray], stored: StoredAs) -> None:
-    """Write the samples of a source into `x_<split>.npy` for each split in `rows`, a mask over the samples."""
+def _write_samples(folder: Path, called: str, source: Source, rows: dict[str, np.ndarray], stored: StoredAs) -> Ranges:
+    """Write the samples of a source into `x_<split>.npy` for each split in `rows`, a mask over the samples; their ranges."""
+    ranges = Ranges(called.partition(": ")[2], stored)
     with ExitStack() as stack:
         files = {split: stack.enter_context(open(folder / f"x_{split}.npy", "wb")) for split in rows}
         for split, file in files.items():
@@ -225,10 +260,13 @@ def _write_samples(folder: Path, called: str, source: Source, rows: dict[str, np
             np.lib.format.write_array_header_1_0(file, {"descr": stored.dtype.str, "fortran_order": False, "shape": shape})
         seen = 0
         for block in source.chunks():
-            part = _finite_block(stored.arrange(block), stored.dtype, called, seen)
+            arranged = stored.arrange(block)
+            part = _finite_block(arranged, stored.dtype, called, seen)
+            ranges.add(arranged, part, seen)
             for split, file in files.items():  # plain writes: a full disk is an error here, and a crash in a memory map
                 file.write(part[rows[split][seen : seen + len(block)]].tobytes())
             seen += len(block)
+    return ranges
 
 
 def _moments(x: np.ndarray, scale: int) -> tuple[list[float], list[float]]:
@@ -338,14 +376,172 @@ def _stored_as(name: str, given: dict[str, Source]) -> StoredAs:
         chunks = (block for source in given.values() for block in source.chunks())
         stored = np.dtype(np.uint8 if all(b.min() >= 0 and b.max() <= 255 for b in chunks) else np.float32)
 
-    shape = tuple(given["train"].shape[1:])
-    if len(shape) == 2:
+    shape, channels = tuple(given["train"].shape[1:]), given["train"].channels
+    written, axes = f"(N, {', '.join(map(str, shape))})", ("D", "H", "W")[-max(len(shape) - 1, 1) :]
+    if len(shape) == 1:
+        if channels in ("last", "none"):
+            raise DataError(f"{name}: x of shape {written} has features and no channels. Leave channels={channels!r} out.")
+        return StoredAs(shape, stored, lambda block: block)
+    if len(shape) == 2 or channels == "none":
+        if len(shape) > 3 or (len(shape) == 2 and channels not in (None, "none")):
+            raise DataError(f"{name}: x has shape {written}, which does not fit channels={channels!r}.")
         return StoredAs((1, *shape), stored, lambda block: block[:, None])
-    if len(shape) == 3 and shape[2] in (1, 3) and shape[0] not in (1, 3):
-        height, width, channels = shape
-        note = f"{name}: x of shape (N, {height}, {width}, {channels}) is read as (N, H, W, C), stored as (N, C, H, W)."
-        return StoredAs((channels, height, width), stored, lambda block: np.moveaxis(block, -1, 1), note)
+    where = channels or _where_channels_are(shape)
+    if where is None:
+        raise DataError(
+            f"{name}: the shape {written} does not tell which axis holds the channels. Give open_dataset(..., channels='first') "
+            f"for (N, C, {', '.join(axes)}), 'last' for (N, {', '.join(axes)}, C)"
+            + (", or 'none' for volumes (N, D, H, W) without channels." if len(shape) == 3 else ".")
+        )
+    if where == "last":
+        note = f"{name}: x of shape {written} is read as (N, {', '.join(axes)}, C), stored as (N, C, {', '.join(axes)})."
+        if channels is None and shape[-1] not in (1, 3):
+            note += f" Give channels='first'{' or ' + repr('none') if len(shape) == 3 else ''} if it is not."
+        return StoredAs((shape[-1], *shape[:-1]), stored, lambda block: np.moveaxis(block, -1, 1), note)
+    if channels is None and shape[0] > FEW:
+        others = "'last' or 'none'" if len(shape) == 3 else "'last'"
+        note = f"{name}: x of shape {written} is read as {shape[0]} channels of {'x'.join(map(str, shape[1:]))}."
+        return StoredAs(shape, stored, lambda block: block, f"{note} Give channels={others} if it is not.")
     return StoredAs(shape, stored, lambda block: block)
+
+
+FEW = 4  # channels: more are rarely meant without a word
+
+
+def _where_channels_are(shape: tuple[int, ...]) -> str | None:
+    """ "first" or "last", as far as the shape of a picture or volume tells it; else None."""
+    one, other, first, last = shape[0], shape[-1], set(shape[1:]), set(shape[:-1])
+    if one in (1, 3) and other not in (1, 3):
+        return "first"
+    if (len(first) == 1) != (len(last) == 1):  # all other sides are equal
+        return "first" if len(first) == 1 else "last"
+    if other in (1, 3) and one not in (1, 3):
+        return "last"
+    if one == 1:
+        return "first"
+    if one <= FEW and other <= FEW:
+        return None
+    if (one <= FEW and one < min(first)) or 2 * one <= min(first):
+        return "first"
+    if (other <= FEW and other < min(last)) or 2 * other <= min(last):
+        return "last"
+    return None
+
+
+class Ranges:
+    """The lowest and highest value of each channel or feature of a split, as given and as stored, and which samples are uniform.
+
+    Tells what a conversion has made equal, and what was so before.
+    """
+
+    def __init__(self, x: str, stored: StoredAs) -> None:
+        self.x, self.stored, self.n = x, stored, 0
+        self.low = self.high = self.low_stored = self.high_stored = None
+        self.uniform: list[int] = []  # samples of one value everywhere
+        self.first: np.ndarray | None = None  # a sample, as long as all others are equal to it
+
+    def add(self, given: np.ndarray, stored: np.ndarray, first: int) -> None:
+        axes = (0, *range(2, stored.ndim))
+        self.low_stored, self.high_stored = self._joined(self.low_stored, self.high_stored, stored, axes)
+        self.low, self.high = (
+            (self.low_stored, self.high_stored)
+            if np.can_cast(given.dtype, stored.dtype)
+            else self._joined(self.low, self.high, given, axes)
+        )
+        if stored.ndim > 2:
+            flat = stored.reshape(len(stored), -1)
+            self.uniform += (first + np.flatnonzero(flat.min(axis=1) == flat.max(axis=1))).tolist()
+        if not self.n:
+            self.first = stored[0].copy()
+        if self.first is not None and not (stored == self.first).all():
+            self.first = None
+        self.n += len(stored)
+
+    @staticmethod
+    def _joined(low: Any, high: Any, block: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        found = block.min(axis=axes), block.max(axis=axes)
+        return found if low is None else (np.minimum(low, found[0]), np.maximum(high, found[1]))
+
+    def check(self, called: str, made: bool, about: str) -> None:
+        """DataError where what differed has become equal."""
+        lost = np.flatnonzero((self.low < self.high) & (self.low_stored == self.high_stored))
+        if len(lost):
+            at = lost[0]
+            more = f" ({len(lost)} such)" if len(lost) > 1 else ""
+            raise DataError(
+                f"{called}: {self._what()} {at}{more} goes from {self.low[at]} to {self.high[at]}, which is one value, "
+                f"{self.low_stored[at]}, in {self.stored.dtype}. Subtract its mean or rescale it."
+            )
+        if made and (self.low_stored.min() == self.high_stored.max()):
+            raise DataError(
+                f"{called}: all {self.n} samples are {self.low_stored[0]} everywhere after conversion: nothing is left in them. "
+                f"{about}"
+            )
+
+    def check_normalised(self, called: str, mean: np.ndarray, std: np.ndarray) -> None:
+        """DataError where a value that is stored cannot be normalised in float32."""
+        with np.errstate(all="ignore"):
+            centre, rate = mean.astype(np.float32), (1 / std).astype(np.float32)
+            ends = [(end.astype(np.float32) - centre) * rate for end in (self.low_stored, self.high_stored)]
+        wrong = np.flatnonzero(~np.isfinite(ends).all(axis=0) | (rate == 0))
+        if len(wrong):
+            at = wrong[0]
+            raise DataError(
+                f"{called}: {self._what()} {at} goes from {self.low_stored[at]} to {self.high_stored[at]}, beyond what can be "
+                "normalised in float32. Rescale it."
+            )
+
+    def note(self, name: str) -> str:
+        constant = np.flatnonzero(self.low_stored == self.high_stored)
+        n, said = len(self.low_stored), []
+        if len(constant) and self.low_stored.min() == self.high_stored.max():
+            said.append(f"{name}: {self.x} is {self.low_stored[0]} everywhere: nothing can be learned from it.")
+        elif self.first is not None and self.n > 1:
+            said.append(f"{name}: all samples of {self.x} are equal: nothing can be learned from it.")
+        elif len(constant):
+            said.append(f"{name}: {len(constant)} of {n} {self._what()}s of {self.x} are constant ({_listed(constant)}).")
+        elif self.uniform:
+            where = _listed(self.uniform)
+            said.append(f"{name}: one value everywhere: {len(self.uniform)} of {self.n} samples of {self.x} (indices {where}).")
+        if self.low is not self.low_stored:
+            with np.errstate(all="ignore"):
+                step = np.spacing(np.maximum(np.abs(self.low_stored), np.abs(self.high_stored)).astype(self.stored.dtype))
+                span = self.high.astype(np.float64) - self.low.astype(np.float64)
+                coarse = np.flatnonzero((span > 0) & (span < STEPS * step) & ((step > 1) | (self.low.dtype.kind == "f")))
+            if len(coarse):
+                at, what = coarse[0], self._what()
+                said.append(
+                    f"{name}: {what} {_listed(coarse)} of {self.x} is coarser in {self.stored.dtype}: {what} {at} goes from "
+                    f"{self.low[at]} to {self.high[at]} in steps of {step[at]:g}. Subtract its mean to keep them apart."
+                )
+        return " ".join(said)
+
+    def _what(self) -> str:
+        return "feature" if len(self.stored.shape) == 1 else "channel"
+
+
+def _listed(found: Sequence[int], most: int = 5) -> str:
+    return ", ".join(map(str, found[:most])) + ", ..." * (len(found) > most)
+
+
+def _apart(name: str, ranges: dict[str, Ranges]) -> str:
+    """A note where the two splits cannot be of one scale."""
+    if len(ranges) < 2:
+        return ""
+    train, test = (max(abs(float(r.low_stored.min())), abs(float(r.high_stored.max()))) for r in ranges.values())
+    if max(train, test) <= SCALES_APART * min(train, test):
+        return ""
+    return f"{name}: values reach {train:g} in x_train and {test:g} in x_test. Scale both splits in one way."
+
+
+def _withheld(name: str, labels: dict[str, np.ndarray]) -> str:
+    """A note on classes of which the training split has nothing, though the test split has; and on labels that are all one."""
+    train, test = np.unique(labels["train"]), np.unique(labels["test"])
+    if len(train) == 1 and not len(np.setdiff1d(test, train)):
+        return f"{name}: all labels are {train[0]}: there is one class, and any network is right."
+    if len(only := np.setdiff1d(test, train)):
+        return f"{name}: all samples of class {_listed(only)} are in the test split. Give more samples, or a test split."
+    return ""
 
 
 def _finite_block(block: np.ndarray, dtype: np.dtype, called: str, first: int) -> np.ndarray:

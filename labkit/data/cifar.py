@@ -45,7 +45,7 @@ def from_folder(folder: Path) -> Dataset:
 
 def _source(batches: list[tuple[np.ndarray, np.ndarray]]) -> Source:
     labels = np.concatenate([y for _, y in batches])
-    return Source((len(labels), *SHAPE), np.dtype(np.uint8), lambda: (x for x, _ in batches), labels)
+    return Source((len(labels), *SHAPE), np.dtype(np.uint8), lambda: (x for x, _ in batches), labels, channels="first")
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,8 @@ class Dataset:
     synthetic : bool
         True for generated data, also where only a part of each sample was generated, as the note explains.
     note : str
-        What was decided on the user's behalf, such as another set used instead; `""` if nothing was.
+        What was read of files, left out, converted or decided on the user's behalf, such as another set used instead; `""`
+        where everything is as it was given.
     """
 
     def __init__(self, path: str | os.PathLike[str], meta: dict[str, Any], note: str = "") -> None:

@@ -1,14 +1,17 @@
-"""CT volumes by class: a folder of NIfTI files for each class, as MosMedData comes (CT-0, CT-1, ...).
+"""CT and other volumes by class: a folder of NIfTI files for each class, as MosMedData comes (CT-0, CT-1, ...).
 
-Each volume is clipped to [-1000, 400] HU (air to bone), scaled to [0, 1], and resized to 64 slices of 128x128, the way
-of the Keras example on this set. Axes are those of DICOM whatever the file's own: slices from foot to head, rows from front to
-back, columns from the patient's right to the left.
+CT, in HU, is clipped to [-1000, 400] (air to bone) and scaled to [0, 1]; volumes in other units, such as MRI, have values that
+stay as they are. Which of the two a set is, is given as `units`, or seen from its values: CT shows air, far below 0. All are
+resized to 64 slices of 128x128, the way of the Keras example on MosMedData. Axes are those of DICOM whatever the file's own: slices
+from foot to head, rows from front to back, columns from the patient's right to the left.
 
 Used by `labkit.data.open_dataset`.
 """
 
 import gzip
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +21,111 @@ from labkit.data.cache import Source, one_by_one, reading
 from labkit.data.dataset import Dataset
 from labkit.data.folders import ADVICE, cached_classes, checked_size
 from labkit.data.synthetic.fields import resize_weights
-from labkit.errors import DataError
+from labkit.errors import DataError, known
 
 SUFFIXES = frozenset({".nii", ".nii.gz"})
 SIZE = (64, 128, 128)
 WINDOW = (-1000.0, 400.0)  # HU
+AIR = -500.0  # HU: each CT has voxels below it
+PADDING = -5000.0  # HU: few scanners write less around a patient, and other units may
+UNITS = ("HU", "file")
 MAX_SIDE = 4096  # a header may contain anything
 
 
-def from_folder(path: Path, size: tuple[int, int, int] | None = None) -> Dataset:
-    """(1, D, H, W), float16 in [0, 1], one class a folder; `size` is (D, H, W)."""
+def from_folder(path: Path, size: tuple[int, int, int] | None = None, units: str | None = None) -> Dataset:
+    """(1, D, H, W), one class a folder; `size` is (D, H, W).
+
+    `units` are "HU", float16 in [0, 1], or "file", float32 as in the files; None where the values tell.
+    """
     shape = checked_size(size, "(depth, height, width)", SIZE)
-    how = f"HU clipped to [{WINDOW[0]:g}, {WINDOW[1]:g}] and scaled to [0, 1], volumes resized to {'x'.join(map(str, shape))}."
+    if units is not None:
+        known("units", units, UNITS)
+    resized = f"volumes resized to {'x'.join(map(str, shape))}."
 
     def source(files: list[Path], labels: list[int], about: str) -> Source:
-        return one_by_one(lambda file: read_volume(file, shape)[None], files, (1, *shape), np.float16, labels, f"{about} {how}")
+        found, why = (units, "Values" if units == "file" else "(units='HU')") if units else _units(files)
+        if found == "file":
+            about += f" {why} stay as they are in the files, {resized}"
+            return one_by_one(lambda file: read_volume(file, shape, None)[None], files, (1, *shape), np.float32, labels, about)
+        spans = {}
 
-    return cached_classes(path, SUFFIXES, shape, source)
+        def read(file: Path) -> np.ndarray:
+            volume, spans[file] = _read(file, shape, WINDOW)
+            return volume[None]
+
+        def said() -> str:
+            low, high = WINDOW
+            text = f"{about} HU clipped to [{low:g}, {high:g}] and scaled to [0, 1] {why}, {resized}"
+            least, most = min(lowest for lowest, _ in spans.values()), max(highest for _, highest in spans.values())
+            if airless := sum(lowest > AIR for lowest, _ in spans.values()):
+                text += (
+                    f" {airless} of {len(spans)} volumes have no value below {AIR:g}, as CT has (all values are from {least:g} to "
+                    f"{most:g}); the window cuts or flattens other values. Give units='file' for MRI."
+                )
+            return text
+
+        return one_by_one(read, files, (1, *shape), np.float16, labels, said)
+
+    return cached_classes(path, SUFFIXES, (shape, units), source)
 
 
-def read_volume(path: Path, size: tuple[int, int, int]) -> np.ndarray:
-    """One volume, float16 (D, H, W) in [0, 1]; DataError with the file's name where it is no whole volume."""
+def _units(files: list[Path]) -> tuple[str, str]:
+    """The units of the volumes, from the lowest value of each, and the words for it; DataError where they are of both kinds."""
+    spans = {file: _span(file) for file in files}
+    least, most = min(low for low, _ in spans.values()), max(high for _, high in spans.values())
+    between = f"{least:g} to {most:g}"
+    with_air = [file for file, (low, _) in spans.items() if low <= AIR]
+    if least < PADDING:
+        lowest = min(spans, key=lambda file: spans[file][0])
+        raise DataError(
+            f"{lowest} has the value {least:g}, which is neither air in HU nor usual in MRI. Give open_dataset(..., "
+            "units='HU') for CT, or units='file' for values as they are."
+        )
+    if len(with_air) == len(files):
+        return "HU", f"(taken as CT: values go from {between}, each volume has air; else give units='file')"
+    if with_air:
+        other = next(file for file in files if file not in with_air)
+        raise DataError(
+            f"{with_air[0]} has values below {AIR:g}, as CT in HU has, and {other} has none. Give open_dataset(..., "
+            "units='HU') for CT, or units='file' for values as they are, such as those of MRI."
+        )
+    return "file", f"Values go from {between} and are not taken as CT in HU (no air; else give units='HU'): they"
+
+
+def read_volume(path: Path, size: tuple[int, int, int], window: tuple[float, float] | None = WINDOW) -> np.ndarray:
+    """One volume (D, H, W): float16 in [0, 1] between the ends of `window`, or without one float32 with the values of the file.
+
+    DataError with the file's name where it is no whole volume.
+    """
+    return _read(path, size, window)[0]
+
+
+def _read(path: Path, size: tuple[int, int, int], window: tuple[float, float] | None) -> tuple[np.ndarray, tuple[float, float]]:
+    """The volume, and the lowest and highest value in its file."""
+    from nibabel import orientations
+
+    with _opened(path) as (image, shape):
+        turn = orientations.io_orientation(image.affine)  # the patient's axis nearest to each axis of the file, and its sign
+        if np.isnan(turn).any():
+            raise ValueError("its affine has no direction for one of the axes")
+        small, span = _resized(path, image.dataobj, shape, tuple(size[2 - int(axis)] for axis in turn[:, 0]), window)
+    to_dicom = orientations.ornt_transform(turn, orientations.axcodes2ornt("LPS"))
+    volume = orientations.apply_orientation(small, to_dicom).T
+    return volume.astype(np.float32 if window is None else np.float16), span
+
+
+def _span(path: Path) -> tuple[float, float]:
+    """The lowest and highest value in a file."""
+    with _opened(path) as (image, shape):
+        ends = [(one.min(), one.max()) for one in _slices(path, image.dataobj, shape)]
+    return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """The image, whose values are to be read slice by slice, and its three sides."""
     try:
-        from nibabel import Nifti1Image, orientations
+        from nibabel import Nifti1Image
     except ImportError as error:
         raise DataError(f"{path} is read with nibabel, which is not here ({error}). pip install labkit[volumes]") from error
     open_it = gzip.open if path.suffix.lower() == ".gz" else open
@@ -50,26 +135,33 @@ def read_volume(path: Path, size: tuple[int, int, int]) -> np.ndarray:
         shape = image.shape[:3] if image.shape[3:] in ((), (1,)) else image.shape
         if len(shape) != 3 or not all(2 <= side <= MAX_SIDE for side in shape):
             raise DataError(f"{path} has shape {image.shape}, where a volume of three axes is expected. {ADVICE}")
-        turn = orientations.io_orientation(image.affine)  # the patient's axis nearest to each axis of the file, and its sign
-        if np.isnan(turn).any():
-            raise ValueError("its affine has no direction for one of the axes")
-        small = _resized(path, image.dataobj, shape, tuple(size[2 - int(axis)] for axis in turn[:, 0]))
+        if image.get_data_dtype().kind not in "iuf":
+            raise DataError(f"{path} holds values of type {image.get_data_dtype()}, where one number a voxel is expected. {ADVICE}")
+        yield image, shape
         while stream.read(1 << 20):  # gzip notices damage at the end only
             pass
-    to_dicom = orientations.ornt_transform(turn, orientations.axcodes2ornt("LPS"))
-    return orientations.apply_orientation(small, to_dicom).T.astype(np.float16)
 
 
-def _resized(path: Path, stored: Any, shape: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
-    """The volume in HU -> [0, 1], of `size` along the axes of the file, one slice of the last axis at a time."""
-    one, two, three = (resize_weights(old, new) for old, new in zip(shape, size, strict=True))
-    small = np.zeros(size, dtype=np.float32)
+def _slices(path: Path, stored: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """The slices of the last axis, float32; DataError for values that are no numbers."""
     for at in range(shape[2]):
         one_slice = np.asarray(stored[:, :, at] if len(stored.shape) == 3 else stored[:, :, at, 0], dtype=np.float32)
         if not np.isfinite(one_slice).all():
             raise DataError(f"{path} holds values that are no numbers in slice {at}. Take it out of the folder.")
-        low, high = WINDOW
-        one_slice = one @ ((np.clip(one_slice, low, high) - low) / (high - low)) @ two.T
+        yield one_slice
+
+
+def _resized(
+    path: Path, stored: Any, shape: tuple[int, ...], size: tuple[int, ...], window: tuple[float, float] | None
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """The volume, scaled from `window` to [0, 1] if there is one, of `size` along the axes of the file, one slice at a time."""
+    one, two, three = (resize_weights(old, new) for old, new in zip(shape, size, strict=True))
+    small, low, high = np.zeros(size, dtype=np.float32), np.inf, -np.inf
+    for at, values in enumerate(_slices(path, stored, shape)):
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+        if window is not None:
+            values = (np.clip(values, *window) - window[0]) / (window[1] - window[0])
+        resized = one @ values @ two.T
         for to in np.flatnonzero(three[:, at]):
-            small[:, :, to] += three[to, at] * one_slice
-    return np.clip(small, 0, 1)
+            small[:, :, to] += three[to, at] * resized
+    return small if window is None else np.clip(small, 0, 1), (low, high)

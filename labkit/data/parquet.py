@@ -12,25 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data.cache import Source, cached, file_key, reading
+from labkit.data.cache import Source, cached, converted_key, file_key, reading
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
 ROWS = 4096
+LISTED = 12  # names that the note lists
 
 
-def from_file(path: Path) -> Dataset:
+def from_file(path: Path, channels: str | None = None) -> Dataset:
     """The data set in a Parquet file."""
-    return cached(path.stem, file_key([path]), lambda: (_source(path), None))
+    return cached(path.stem, converted_key(file_key([path]), channels), lambda: (_source(path, channels), None))
 
 
-def _source(path: Path) -> Source:
+def _source(path: Path, channels: str | None) -> Source:
     import pyarrow.parquet as pq
 
     with reading(path, advice="Is it a whole Parquet file?"), pq.ParquetFile(path) as file:
         schema, n = file.schema_arrow, file.metadata.num_rows
         columns = _columns(path, schema.names)
         shape = _stated_shape(path, schema, columns)
+        channels = channels or _named_axes(schema, columns)
+        left = [name for name in schema.names if name not in (*columns, "y")]
         y = _numbers(path, "y", file.read(columns=["y"]).column("y").combine_chunks())
 
     def chunks() -> Iterator[np.ndarray]:
@@ -50,7 +53,19 @@ def _source(path: Path) -> Source:
     first = next(chunks(), None)
     if first is None:
         raise DataError(f"{path} is empty: it has no rows.")
-    return Source((n, *first.shape[1:]), first.dtype, chunks, y)
+    about = ""
+    if left:
+        read = "x" if columns == ["x"] else f"f0 to f{len(columns) - 1}" if len(columns) > 1 else "f0"
+        listed = ", ".join(left[:LISTED]) + ", ..." * (len(left) > LISTED)
+        about = f"{path.name}: columns {read} and y are read; left out: {listed}."
+    return Source((n, *first.shape[1:]), first.dtype, chunks, y, about, channels)
+
+
+def _named_axes(schema: Any, columns: list[str]) -> str | None:
+    """Where the channels are, as the names of a tensor's axes say; None where they say nothing."""
+    names = [str(name).lower() for name in getattr(schema.field("x").type, "dim_names", None) or ()] if columns == ["x"] else []
+    named = [name in ("c", "channel", "channels") for name in names]
+    return {(True, False): "first", (False, True): "last"}.get((named[0], named[-1])) if len(named) > 2 else None
 
 
 def _columns(path: Path, names: list[str]) -> list[str]:

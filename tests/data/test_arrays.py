@@ -63,6 +63,34 @@ def test_damaged_npy_files_are_refused(tmp_path):
     refused(folder, ".npz archive")
 
 
+def test_what_is_not_read_of_a_folder_is_said(tmp_path):
+    x, y = some()
+    folder = write_folder(tmp_path / "set", x_train=x, y_train=y, x_val=x, y_val=y)
+    (folder / "classes.txt").write_text("a b c")
+    data = open_dataset(folder)
+    assert "left out: classes.txt, x_val.npy, y_val.npy" in data.note
+    (folder / "classes.txt").unlink()
+    assert "classes.txt" not in open_dataset(folder).note
+
+
+def test_masked_values_and_unaligned_rows_are_refused():
+    pandas = pytest.importorskip("pandas")
+    x, y = some(shape=(5,))
+    mask = np.zeros(x.shape, dtype=bool)
+    mask[4, 2] = True
+    refused((np.ma.masked_array(x, mask), y), "x[4] is masked")
+    refused((x, np.ma.masked_equal(y, y[3])), "is masked")
+    np.testing.assert_array_equal(everything(open_dataset((np.ma.masked_array(x), y))), everything(open_dataset((x, y))))
+    frame, labels = pandas.DataFrame(x), pandas.Series(y)
+    shuffled = frame.sample(frac=1, random_state=0)
+    refused((shuffled, labels), "x and y have different indexes", "reset_index")
+    refused((frame, labels, shuffled, labels), "x_test and y_test")
+    data = open_dataset((shuffled, labels.loc[shuffled.index], frame, labels))
+    np.testing.assert_array_equal(data.labels()[np.argsort(shuffled.index)], y)
+    refused((frame, pandas.Series(["cat", "dog"] * 8 + ["cat"], dtype=object)), "return_inverse")
+    refused((frame.assign(name="a"), labels), "x is of type object", "to_numpy(float)")
+
+
 class Trap:
     """Unpickling this writes a file."""
 
@@ -105,6 +133,10 @@ def test_hdf5_is_the_same_as_its_arrays(hdf5, monkeypatch):
     np.testing.assert_array_equal(everything(data), everything(open_dataset((x, y))))
     data = open_dataset(hdf5(x_train=x, y_train=y, x_test=x[:3], y_test=y[:3], more=y))
     np.testing.assert_array_equal(everything(data, "test"), x[:3])
+    assert "left out: more" in data.note
+    data = open_dataset(hdf5(x=np.moveaxis(x, 1, -1), y=y, groups=y), channels="last")
+    np.testing.assert_array_equal(everything(data), everything(open_dataset((x, y))))
+    assert "left out: groups" in data.note
 
 
 def test_damaged_hdf5_is_refused(hdf5):

@@ -54,9 +54,84 @@ def test_three_axes_get_a_channel_and_channels_last_is_turned_with_a_note(capsys
     assert "(N, H, W, C)" in capsys.readouterr().out
     assert open_dataset((x, y, x, y)).note == data.note  # also when it was ready
     assert not capsys.readouterr().out  # printed once
-    x, y = some(shape=(3, 5, 3))  # may be either: taken as it is documented
+
+
+@pytest.mark.parametrize(
+    ("shape", "stored", "said"),
+    [
+        ((9, 9, 4), (4, 9, 9), "channels='first' or 'none'"),  # RGBA
+        ((9, 9, 13), (13, 9, 9), "(N, H, W, C)"),  # more bands than a side is long
+        ((30, 40, 13), (13, 30, 40), "(N, H, W, C)"),
+        ((6, 9, 9, 1), (1, 6, 9, 9), "(N, D, H, W, C)"),
+        ((6, 9, 9, 4), (4, 6, 9, 9), "(N, D, H, W, C)"),
+        ((13, 9, 9), (13, 9, 9), "13 channels of 9x9"),
+        ((4, 9, 9), (4, 9, 9), ""),
+        ((2, 20, 30), (2, 20, 30), ""),
+        ((1, 7, 3), (1, 7, 3), ""),
+        ((1, 7, 1), (1, 7, 1), ""),
+        ((3, 6, 9, 9), (3, 6, 9, 9), ""),
+    ],
+)
+def test_channels_are_where_the_shape_tells_and_asked_for_where_it_does_not(shape, stored, said):
+    x, y = some(shape=shape)
     data = open_dataset((x, y, x, y))
-    assert data.shape == (3, 5, 3) and data.note == ""
+    assert data.shape == stored and (said in data.note if said else not data.note)
+    np.testing.assert_array_equal(everything(data), x if shape == stored else np.moveaxis(x, -1, 1))
+
+
+def test_channels_that_cannot_be_told_are_an_argument():
+    for shape in ((9, 9, 9), (10, 12, 15), (3, 5, 3), (3, 9, 1), (4, 9, 4), (8, 8, 8, 8)):
+        refused(some(shape=shape), "does not tell", "channels='first'")
+    x, y = some(shape=(10, 12, 15))
+    made = {where: open_dataset((x, y, x, y), channels=where) for where in ("first", "last", "none")}
+    for where, expected in {"first": x, "last": np.moveaxis(x, -1, 1), "none": x[:, None]}.items():
+        np.testing.assert_array_equal(everything(made[where]), expected)
+    with pytest.raises(ValueError, match="channels='NHWC' is not known"):
+        open_dataset((x, y), channels="NHWC")
+    with pytest.raises(DataError, match="does not fit channels='none'"):
+        open_dataset(some(shape=(4, 5, 6, 7)), channels="none")
+
+
+def test_what_a_conversion_makes_equal_is_refused_and_what_it_merges_is_said():
+    n, y = np.arange(20), np.arange(20) % 2
+    refused((np.stack([1_600_000_000 + n, n], 1), y), "feature 0", "one value", "float32")  # seconds since 1970
+    refused((np.outer(n, [1e-60, 1.0]), y), "feature 0", "one value")
+    refused((np.outer(n + 1, [1.0, 1e-41]), y), "feature 1", "normalised")
+    for x in (1_600_000_000 + 300 * n, 1 + 2e-7 * n):
+        data = open_dataset((np.stack([n, x], 1), y))
+        assert "feature 1 of x is coarser in float32" in data.note
+    for exact in ((1 << 24) - 1 - n, 1000.5 + 300 * n, (1 << 40) * n):
+        assert open_dataset((np.stack([n, exact], 1), y)).note == ""
+
+
+def test_what_is_constant_is_said():
+    x, y = some(n=20, shape=(5,), k=2)
+    x[:, [1, 3]] = 7
+    assert "2 of 5 features of x are constant (1, 3)" in open_dataset((x, y)).note
+    assert "x is 0.0 everywhere" in open_dataset((x * 0, y)).note
+    assert "all samples of x are equal" in open_dataset((x * 0 + np.arange(5), y)).note
+    assert "all labels are 0" in open_dataset((x, y * 0)).note
+    images, y = some(n=20, shape=(1, 4, 4), k=2)
+    images[[2, 11]] = 3
+    assert "one value everywhere: 2 of 20 samples of x (indices 2, 11)" in open_dataset((images, y)).note
+
+
+def test_splits_of_two_scales_and_classes_held_out_are_said():
+    x, y = some(n=20, shape=(1, 4, 4), k=2, dtype=np.uint8)
+    data = open_dataset((x, y, x / 255, y))
+    assert "x_train" in data.note and "Scale both splits in one way" in data.note
+    alone = np.flatnonzero(cache.hold_out(20))[0]
+    data = open_dataset((x, np.where(np.arange(20) == alone, 2, np.arange(20) % 2)))
+    assert "all samples of class 2 are in the test split" in data.note
+
+
+def test_what_an_earlier_version_converted_is_made_again(monkeypatch):
+    x, y = some()
+    now = open_dataset((x, y)).path
+    monkeypatch.setattr(cache, "CONVERSION", cache.CONVERSION - 1)
+    before = open_dataset((x, y)).path
+    assert before != now
+    assert open_dataset(before).path == before  # a record names it, and what a run was trained on stays readable
 
 
 @pytest.mark.parametrize("n", [2, 10, 11, 97])

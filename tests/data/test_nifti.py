@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from labkit.data import open_dataset
+from labkit.errors import DataError
 from tests.data.helpers import body, every, nifti, refused
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -25,6 +26,45 @@ def test_volumes_by_class_are_clipped_scaled_and_resized(mosmed):
     expected = expected.reshape(5, 2, 12, 2, 10, 2).mean(axis=(1, 3, 5))
     np.testing.assert_allclose(x[0, 0, 1:-1, 1:-1, 1:-1], expected[1:-1, 1:-1, 1:-1], atol=0.02)
     assert open_dataset(mosmed).shape == (1, 64, 128, 128)
+
+
+def volumes(folder, *values, dtype=np.float32):
+    for label, of_class in zip("ab", values, strict=True):
+        for number, volume in enumerate(of_class):
+            nifti(folder / label / f"{number}.nii.gz", volume, dtype=dtype)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"), [(0, 1, np.float32), (500, 4000, np.int16), (-4, 4, np.float32), (0, 200, np.uint8)]
+)
+def test_volumes_that_are_no_ct_have_the_values_of_their_files(low, high, dtype, tmp_path):
+    made = [low + (high - low) * np.random.default_rng(seed).random((6, 5, 4)) for seed in range(4)]
+    data = open_dataset(volumes(tmp_path / "mri", made[:2], made[2:], dtype=dtype), size=(4, 5, 6))
+    x, _ = every(data)
+    assert x.dtype == np.float32 and "not taken as CT" in data.note and "units='HU'" in data.note
+    np.testing.assert_allclose(x[0, 0], made[0].astype(dtype)[::-1, ::-1].transpose(2, 1, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_units_are_asked_for_where_values_do_not_tell(tmp_path, mosmed):
+    mri = np.random.default_rng(0).random((6, 5, 4))
+    folder = volumes(tmp_path / "mixed", [mri * 2000 - 1000], [mri * 100])
+    refused(folder, folder / "a" / "0.nii.gz", folder / "b" / "0.nii.gz", "units='HU'", "units='file'")
+    as_ct, as_is = (open_dataset(folder, size=(4, 5, 6), units=units) for units in ("HU", "file"))
+    assert every(as_ct)[0].dtype == np.float16 and every(as_ct)[0].max() == 1
+    assert "1 of 2 volumes have no value below -500" in as_ct.note and every(as_is)[0].max() > 900
+    refused(volumes(tmp_path / "padded", [mri * 9 - 20000], [mri]), "-20000", "units='file'")
+    with pytest.raises(ValueError, match="units='MRI' is not known"):
+        open_dataset(folder, units="MRI")
+    assert "taken as CT" in open_dataset(mosmed).note and open_dataset(mosmed, units="HU").path != open_dataset(mosmed).path
+
+
+def test_a_window_that_leaves_nothing_is_refused(tmp_path):
+    mri = 500 + np.random.default_rng(0).random((6, 5, 4))
+    folder = volumes(tmp_path / "mri", [mri], [mri + 100])
+    with pytest.raises(DataError, match=r"1\.0 everywhere after conversion.*units='file'"):
+        open_dataset(folder, units="HU")
+    refused(volumes(tmp_path / "complex", [mri], [mri], dtype=np.complex64), "complex64")
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

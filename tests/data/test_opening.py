@@ -64,14 +64,21 @@ def test_options_go_where_they_belong(flowers, tmp_path):
         open_dataset(flowers, n=3)
     with pytest.raises(ValueError, match=r"no option size, pad\. It has none"):
         open_dataset("fashion-mnist-32", size=3, pad=3)
-    with pytest.raises(ValueError, match=r"no option seed\. It has none"):
+    with pytest.raises(ValueError, match=r"no option seed\. It has channels"):
         open_dataset((np.zeros((2, 3)), [0, 1]), seed=3)
+    for option in ({"units": "HU"}, {"channels": "last"}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=.* holds none"):
+            open_dataset(flowers, **option)
+    with pytest.raises(ValueError, match=r"ground='black' is for pictures"):
+        open_dataset(tmp_path, ground="black")
     (tmp_path / "both" / "a").mkdir(parents=True)
     (tmp_path / "both" / "a" / "1.nii.gz").touch()
     picture(tmp_path / "both" / "b" / "1.png", 4, 4)
     refused(tmp_path / "both", "both pictures and volumes (.nii.gz, .png)")
     (tmp_path / "nothing" / "deeper").mkdir(parents=True)
     refused(tmp_path / "nothing", "no .npy files", "folder for each class")
+    (tmp_path / "nothing" / "deeper" / "1.dcm").touch()
+    refused(tmp_path / "nothing", "It holds 1 .dcm files")
     (tmp_path / "set.tar.gz").write_bytes(b"x")
     refused(tmp_path / "set.tar.gz", "'.gz'", "CIFAR-10")
 

@@ -53,6 +53,26 @@ def test_parquet_features_are_taken_in_the_order_of_their_numbers(parquet, monke
     data = open_dataset(parquet({**columns, "y": y, "other": y}))
     assert data.shape == (11,) and data.name == "set"
     np.testing.assert_array_equal(everything(data), everything(open_dataset((x, y))))
+    assert "columns f0 to f10 and y are read; left out: other." in data.note
+
+
+def test_columns_of_an_index_are_left_out_and_said(parquet):
+    x, y = some(shape=(4,))
+    data = open_dataset(parquet({"x": list(x), "y": y, "__index_level_0__": y, "f0": y}))
+    assert data.shape == (4,) and "left out: __index_level_0__, f0" in data.note
+    assert open_dataset(parquet({"x": list(x), "y": y})).note == ""
+
+
+def test_the_names_of_a_tensors_axes_tell_where_the_channels_are(parquet):
+    import pyarrow as pa
+
+    x, y = some(shape=(5, 5, 5))
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), 125)
+    for names, expected in ((["H", "W", "C"], np.moveaxis(x, -1, 1)), (["C", "H", "W"], x)):
+        tensor = pa.fixed_shape_tensor(pa.float32(), (5, 5, 5), dim_names=names)
+        data = open_dataset(parquet({"x": pa.ExtensionArray.from_storage(tensor, storage), "y": y}))
+        np.testing.assert_array_equal(everything(data), everything(open_dataset((expected, y), channels="first")))
+    refused(parquet({"x": pa.array(x.tolist()), "y": y}), "does not tell")
 
 
 def test_damaged_parquet_is_refused(parquet, monkeypatch):
