@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from labkit.data import arrays, cifar, folders, named, nifti, parquet
+from labkit.data import arrays, cifar, folders, named, nifti, parquet, pictures
 from labkit.data.cache import opened
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError, did_you_mean, known
@@ -28,7 +28,7 @@ OF_PATHS = {
 }
 CHANNELS = ("first", "last", "none")
 FILES = {".parquet": parquet.from_file, ".h5": arrays.from_hdf5, ".hdf5": arrays.from_hdf5}
-BY_CLASS = {folders.from_folder: (folders.SUFFIXES, ("size", "ground")), nifti.from_folder: (nifti.SUFFIXES, ("size", "units"))}
+BY_CLASS = {pictures.from_folder: (pictures.SUFFIXES, ("size", "ground")), nifti.from_folder: (nifti.SUFFIXES, ("size", "units"))}
 
 
 def names() -> list[str]:
