@@ -90,7 +90,7 @@ def test_channels_last_changes_the_memory_and_not_the_result(channels, model):
 def test_channels_last_leaves_features_and_takes_volumes():
     x, y = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32), np.arange(20) % 2
     assert tiny(model=features, model_args=None, data=(x, y), channels_last=True).load(np.arange(3))[0].shape == (3, 5)
-    volumes = tiny(data=images(shape=(2, 8, 4, 4)), channels_last=True)
+    volumes = tiny(data=images(shape=(2, 8, 6, 6)), channels_last=True)
     assert volumes.load(np.arange(3))[0].is_contiguous(memory_format=torch.channels_last_3d)
     volumes.check()
 
