@@ -21,6 +21,7 @@ from labkit.errors import ClusterError, LabError, RunError
 from labkit.runs import checkpoints
 from labkit.runs.events import COLUMNS
 from labkit.training import supervisor
+from tests.helpers import until
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -35,13 +36,6 @@ def train(lab, folder, update="agwu", passes=400, **options):
     )
     until(lambda: run.status().get("version", 0) >= 3, 40)
     return run
-
-
-def until(condition, limit=20.0):
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit:g} s"
-        time.sleep(0.01)
 
 
 @pytest.fixture

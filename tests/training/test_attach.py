@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,7 +18,7 @@ from labkit.runs.checkpoints import Layout
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import transport
 from labkit.updates import AGWU
-from tests.helpers import settings
+from tests.helpers import settings, until
 
 SECRET, SIZE = b"s" * 32, 5
 CONFIG = settings([0], name="far", join_timeout=20.0)
@@ -72,13 +71,6 @@ def train(server):
                 push = {"op": "push", "version": header["version"], "samples": header["samples"], "score": 0.5, "loss": 1.0}
                 push |= dict.fromkeys(("compute_s", "score_s", "wait_s", "send_s"), 0.01)
                 connection.send(push, memoryview(weights + np.float32(1)))
-
-
-def until(condition, limit=10.0):
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit:g} s"
-        time.sleep(0.01)
 
 
 def test_a_run_that_goes_elsewhere_is_followed_to_its_end(tmp_path):

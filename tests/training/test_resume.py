@@ -23,8 +23,7 @@ from labkit.runs import checkpoints, server_file
 from labkit.runs.events import Recorder, effective
 from labkit.runs.files import write_json
 from labkit.training import resume as resuming
-from labkit.training import supervisor
-from tests.helpers import data, net
+from tests.helpers import data, net, until
 
 pytestmark = pytest.mark.usefixtures("cache")
 DONE = 60
@@ -43,17 +42,6 @@ def cell():
     namespace = {"__name__": "__main__", "nn": nn}
     exec("def my_net(shape, n_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(36, n_classes))", namespace)
     return namespace["my_net"]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
-
-
-@pytest.fixture
-def lab():
-    with labkit.connect("threads", 2) as lab:
-        yield lab
 
 
 @pytest.fixture
@@ -283,12 +271,6 @@ def assert_whole(run):
     assert list(run.events.seq) == list(range(len(run.events))) and run.events.seconds.dropna().is_monotonic_increasing
     curve = run.curve()
     assert curve.version.is_unique and curve.samples.is_monotonic_increasing and run.summary()["samples"] == run.config["budget"]
-
-
-def until(condition, limit):
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit:g} s"
 
 
 def until_version(run, version, limit=20.0):

@@ -26,7 +26,7 @@ from labkit.training import supervisor
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import transport
 from labkit.updates import AGWU, SGWU, AllReduce
-from tests.helpers import settings
+from tests.helpers import settings, until
 
 SECRET = b"x" * 32
 SIZE = 5
@@ -121,13 +121,6 @@ def ask(server, **request):
         connection.send({"op": "watch"})
         connection.send({"op": "status", **request})
         return connection.receive()[0]
-
-
-def until(condition, limit=10.0):
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit:g} s"
-        time.sleep(0.01)
 
 
 def events(server, kind):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
 from labkit.training.wire import transport
 from labkit.training.worker.heartbeat import Heartbeat
+from tests.helpers import until
 
 SECRET = b"s" * 32
 
@@ -34,13 +34,6 @@ def ends(monkeypatch):
     heartbeat.stop()  # twice is fine
     box[0].close()
     transport.shut(listener)
-
-
-def until(condition, limit=5.0):
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit:g} s"
-        time.sleep(0.005)
 
 
 def test_heartbeats_carry_the_progress(ends):
