@@ -45,7 +45,9 @@ os.environ.update(
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-OTHERS = set(psutil.process_iter())  # these ran before; to read about all of them after each test would take a minute
+OTHERS = set(
+    psutil.process_iter()
+)  # these ran before, or are another job's; to read about all of them after each test takes minutes
 
 # One for the whole Python process, and they live as long as it does.
 LASTING_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "loky.backend.resource_tracker")
@@ -123,12 +125,15 @@ def _processes() -> set[psutil.Process]:
     for process in psutil.process_iter():
         if process in OTHERS:
             continue
-        with suppress(psutil.Error, OSError):  # it ended just now, or it is another user's
-            if process.environ().get("IPYTHONDIR") == str(SCRATCH / "ipython"):
-                found.add(process)
-        with suppress(psutil.Error, OSError):
-            if me in process.parents():
-                found.add(process)
+        environ, parents = {}, None
+        with suppress(psutil.Error, OSError):  # another user's
+            environ = process.environ()
+        with suppress(psutil.Error, OSError):  # it ended just now
+            parents = process.parents()
+        if environ.get("IPYTHONDIR") == str(SCRATCH / "ipython") or me in (parents or ()):
+            found.add(process)
+        elif parents is not None:
+            OTHERS.add(process)  # another job's, and it will stay so
     commands = {process: _command(process) for process in found}
     return {p for p, command in commands.items() if command and not any(name in command for name in LASTING_PROCESSES)}
 

@@ -142,6 +142,7 @@ def test_what_is_impossible_is_refused(threads):
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_workers_freeze_thaw_die_and_come_back_and_a_storm_can_be_stopped_with_every_worker_thawed(processes, tmp_path):
     chaos.freeze(processes, 1)

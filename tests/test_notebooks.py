@@ -20,7 +20,7 @@ TINY = {
     "02-partition-the-data": SMALL | {"train_samples": 400, "passes": 3.0},
     "03-update-the-weights": SMALL
     | {"train_samples": 300, "test_samples": 60, "passes": 2.0, "local_steps": 4, "target": 0.2}
-    | {"strategy": "sgwu+idpa agwu+udpa allreduce+udpa"},
+    | {"strategy": "sgwu+idpa agwu+udpa"},
     "04-train-in-parts": SMALL
     | {"train_samples": 400, "test_samples": 100, "epochs": 1, "grid": [1, 2], "overlap": 1, "baselines": ["global", "coherent"]},
     "05-compare-the-updates": SMALL

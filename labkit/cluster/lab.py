@@ -269,7 +269,9 @@ class Lab(AbstractContextManager):
                 self._backend.release(holder)
 
     def free(self, holder: str = "") -> list[int]:
-        """Indices of workers that are there and that no run holds, or `holder` itself."""
+        """Indices of workers that are there, those that have come meanwhile too, and that no run holds, or `holder` itself."""
+        with self._lock:
+            self._admit(0.0)
         gone = set(self.lost())
         return [index for index in range(len(self)) if index not in gone and self._leases.get(index, holder) == holder]
 

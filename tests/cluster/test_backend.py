@@ -270,7 +270,7 @@ def test_a_worker_is_killed_in_mid_run(place, tmp_path, cache):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("place", ["dask", "ipyparallel", pytest.param("mpi", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["dask", *(pytest.param(place, marks=pytest.mark.slow) for place in ("ipyparallel", "mpi"))])
 def test_real_processes(place, capfd, monkeypatch, tmp_path):
     """Killed, back, joined by another, frozen, closed: no wait without a limit, nothing run twice, nothing left, not a word."""
     skip_without(place)

@@ -423,8 +423,9 @@ def test_a_counterfactual_can_be_made_again(train):
 # -- processes: these close the lab of the file -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize(("update", "threads"), [("agwu", 1), pytest.param("sgwu", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("update", "threads"), [("agwu", 1), ("sgwu", 2)])
 def test_processes_with_chance_statistics_momentum_and_a_schedule_are_replayed(update, threads, tmp_path):
     with labkit.connect("dask", 2, threads_per_worker=threads, slowdown=[1, 2]) as lab:
         a_problem = problem(net_with_chance, schedule="cosine", weight_decay=0.01)

@@ -291,8 +291,10 @@ def test_a_stopped_run_goes_on_and_is_whole(lab, tmp_path, update, partition):
     assert_whole(again)
 
 
-@pytest.mark.parametrize("n_workers", [1, 3])
-@pytest.mark.parametrize("update", ["agwu", "sgwu"])
+@pytest.mark.parametrize(
+    ("update", "n_workers"),
+    [("agwu", 3), ("sgwu", 1), *(pytest.param(*rare, marks=pytest.mark.slow) for rare in [("agwu", 1), ("sgwu", 3)])],
+)
 def test_a_run_whose_server_was_killed_goes_on_with_another_number_of_workers(lab, tmp_path, update, n_workers):
     run = labkit.train(problem(), lab, update=update, partition="idpa", passes=40, runs=tmp_path, name="r", checkpoints=20)
     until_version(run, 8)

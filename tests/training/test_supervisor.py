@@ -154,10 +154,8 @@ def test_a_server_that_cannot_start_leaves_the_lab_free(train, monkeypatch, lab,
 
 
 @pytest.mark.cluster
-def test_real_processes(tmp_path, monkeypatch):
-    """Both ways of exchange end well, a poisoned step is reported, and an asynchronous run ends without a worker that is
-    frozen or killed."""
-    monkeypatch.setattr(supervisor, "ENDING_S", 0.5)
+def test_real_processes(tmp_path):
+    """Both ways of exchange end well, and a poisoned step is reported."""
     with labkit.connect("dask", 2) as lab:
         options = {"lab": lab, "runs": tmp_path, "seed": SEED}
         n = len(problem().train_indices())
@@ -171,7 +169,14 @@ def test_real_processes(tmp_path, monkeypatch):
         with pytest.raises(WorkerError, match=r"worker 1 .* poisoned"):
             run.wait(30)
 
-        options |= {"update": "agwu", "passes": 15}
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_an_asynchronous_run_ends_without_a_process_that_is_frozen_or_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "ENDING_S", 0.5)
+    n = len(problem().train_indices())
+    with labkit.connect("dask", 2) as lab:
+        options = {"lab": lab, "runs": tmp_path, "seed": SEED, "update": "agwu", "passes": 15}
         run = labkit.train(problem(kind=Slow), partition="udpa", heartbeat_timeout=2.0, name="frozen", **options)
         until(lambda: run.status()["version"] >= 3, 60)
         os.kill(lab.workers[1].pid, signal.SIGSTOP)

@@ -58,7 +58,7 @@ def chests(tmp_path_factory):
     """So many that a difference between the classes would be seen."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LABKIT_CACHE", str(tmp_path_factory.mktemp("chests")))
-        return open_dataset("chest-phantom", n=300, size=SMALL)
+        return open_dataset("chest-phantom", n=200, size=SMALL)
 
 
 def test_both_classes_get_the_same_in_sum(chests):

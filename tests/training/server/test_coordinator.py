@@ -402,7 +402,11 @@ def test_who_comes_back_never_counts_a_pass_twice(rule):
 
 @pytest.mark.parametrize(
     ("rule", "seed"),
-    [*itertools.product(RULES, range(40)), *itertools.product(OTHERS, range(3))],
+    [
+        *itertools.product(RULES, range(12)),
+        *(pytest.param(*rare, marks=pytest.mark.slow) for rare in itertools.product(RULES, range(12, 40))),
+        *itertools.product(OTHERS, range(3)),
+    ],
     ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 @pytest.mark.parametrize("partition", [UDPA, lambda: IDPA(batches=3)])
