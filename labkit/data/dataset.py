@@ -1,23 +1,42 @@
 """`Dataset`: a reference to a data set in the cache, whose files each process maps into its memory on first use.
 
-Images stay as they came (bytes stay bytes); a batch is (x / scale - mean) / std, with mean and std of each channel of the
-training split, and costs a gather and two multiply-adds.
+A sample has named fields, each with a role:
+
+    "input"   what the network sees. Images stay as they came (bytes stay bytes); a batch is (x / scale - mean) / std, with mean and
+              std of each channel of the training split, and costs a gather and two multiply-adds. Token ids (int64) stay as they are.
+    "label"   whole numbers 0..K-1, one a sample or an array of them (a class for each pixel)
+    "target"  numbers of any type, as they were given
 
 Made by `labkit.data.cache`; used by everyone.
 """
 
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from labkit.errors import DataError, known
 
 SPLITS = ("train", "test")
+ROLES = ("input", "label", "target")
 
 _MAPS: dict[str, dict[str, np.ndarray]] = {}  # the open memory maps of this process, by path
+
+
+class Field(NamedTuple):
+    """One field of a sample, as a batch has it.
+
+    `shape` is that of one sample, with None for a first axis of varying length; `role` is "input", "label" or "target"; `n_values` is K
+    where the values are known to be 0..K-1 (labels, token ids), else None.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: np.dtype
+    role: str
+    n_values: int | None = None
 
 
 class Dataset:
@@ -29,10 +48,16 @@ class Dataset:
         The registered name, `"arrays"`, or the name of the user's file.
     path : str
         Folder of the `.npy` files; each worker must see it under this path.
+    fields : dict of str to Field
+        What a sample consists of, by name and in order: `{"x": Field((1, 28, 28), float32, "input"), "y": Field((), int64, "label")}`.
     shape : tuple of int
-        Of one sample: (F,), (C, H, W) or (C, D, H, W).
+        Of the first input of one sample: (F,), (C, H, W) or (C, D, H, W).
     n_classes : int or None
-        K, where labels are 0..K-1.
+        K, where there is one field of labels, 0..K-1; else None.
+    inputs, answers : list of str
+        The names of the inputs, and of the labels and targets, in order.
+    label : str or None
+        The name of the field by which samples have classes: the only field of labels, if it is one number a sample.
     n_train, n_test : int
         Samples in each split.
     synthetic : bool
@@ -45,51 +70,78 @@ class Dataset:
     def __init__(self, path: str | os.PathLike[str], meta: dict[str, Any], note: str = "") -> None:
         self.path = str(path)
         self.name: str = meta["name"]
-        self.shape: tuple[int, ...] = tuple(meta["shape"])
-        self.n_classes: int | None = meta["n_classes"]
         self.n_train: int = meta["n"]["train"]
         self.n_test: int = meta["n"]["test"]
         self.synthetic: bool = meta["synthetic"]
         self.note: str = " ".join(part for part in (note, meta["note"]) if part)
-        ones = (1,) * (len(self.shape) - 1)
-        mean, std = (np.asarray(meta[key], dtype=np.float64).reshape(-1, *ones) for key in ("mean", "std"))
-        # in units of the stored values, so that bytes need no division of their own
-        self._centre = (mean * meta["scale"]).astype(np.float32)
-        self._rate = (1.0 / (std * meta["scale"])).astype(np.float32)
         self._files: dict[str, int] = meta["files"]
+        stored = meta.get("fields") or {
+            "x": {**{key: meta[key] for key in ("shape", "mean", "std", "scale")}, "dtype": "float32", "role": "input"},
+            "y": {"shape": [], "dtype": "int64", "role": "label", "n_values": meta["n_classes"]},
+        }
+        self.fields = {
+            name: Field(tuple(of["shape"]), np.dtype(of["dtype"]), of["role"], of.get("n_values")) for name, of in stored.items()
+        }
+        self._affine = {name: _affine(of) for name, of in stored.items() if "mean" in of}
+        self.inputs = [name for name, field in self.fields.items() if field.role == "input"]
+        self.answers = [name for name in self.fields if name not in self.inputs]
+        self.shape: tuple[int | None, ...] = self.fields[self.inputs[0]].shape
+        labels = [name for name, field in self.fields.items() if field.role == "label"]
+        self.n_classes: int | None = self.fields[labels[0]].n_values if len(labels) == 1 else None
+        self.label: str | None = labels[0] if len(labels) == 1 and self.fields[labels[0]].shape == () else None
 
     @property
     def affine(self) -> tuple[np.ndarray, np.ndarray]:
-        """(centre, rate) of each channel, float32: a batch is (values as they were given - centre) * rate."""
-        return self._centre.ravel(), self._rate.ravel()
+        """(centre, rate) of each channel of the first input, float32: a batch is (values as they were given - centre) * rate."""
+        centre, rate = self._affine.get(self.inputs[0], (np.zeros(1, np.float32), np.ones(1, np.float32)))
+        return centre.ravel(), rate.ravel()
 
     def __repr__(self) -> str:
-        return (
-            f"Dataset({self.name!r}, shape={self.shape}, n_classes={self.n_classes}, n_train={self.n_train}, n_test={self.n_test})"
-        )
+        about = f"shape={self.shape}, n_classes={self.n_classes}" if list(self.fields) == ["x", "y"] else self.described()
+        return f"Dataset({self.name!r}, {about}, n_train={self.n_train}, n_test={self.n_test})"
 
-    def batch(self, indices: Any, split: str = "train", window: tuple[slice, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """The samples at `indices`, or a window of each (slices of the axes behind the channels), ready for a network.
+    def batch(
+        self, indices: Any, split: str = "train", window: tuple[slice, ...] = (), fields: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The samples at `indices`, ready for a network: the `fields` asked for, by default all, by name and in order.
 
-        Returns x, float32 of shape (n, *shape), with mean 0 and standard deviation 1 in each channel of the training
-        split, and y, int64 of shape (n,). Both are new arrays. An index outside 0..N-1 is an IndexError.
+        An array has shape (n, *shape) and is new. Inputs that are floats have mean 0 and standard deviation 1 in each channel of the
+        training split; of the first input a `window` is read, if given (slices of the axes behind the channels). An index outside
+        0..N-1 is an IndexError, a name that is no field a ValueError.
         """
-        at = self._checked(indices, split)
-        x = self._map("x", split)[(at, slice(None), *window) if window else at].astype(np.float32)
-        x -= self._centre
-        x *= self._rate
-        return x, self._map("y", split)[at]
+        names = list(self.fields) if fields is None else [known("fields", name, self.fields) for name in fields]
+        at, made = self._checked(indices, split), {}
+        for name in names:
+            stored = self._map(name, split)
+            if window and name == self.inputs[0]:
+                part = stored[(at, slice(None), *window)]
+            else:
+                part = stored[at]
+            if name in self._affine:
+                centre, rate = self._affine[name]
+                part = part.astype(np.float32)
+                part -= centre
+                part *= rate
+            made[name] = part
+        return made
 
-    def raw(self, indices: Any, split: str = "train") -> np.ndarray:
-        """The samples at `indices` as they were given (bytes stay bytes), shape (n, *shape): for figures."""
-        return self._map("x", split)[self._checked(indices, split)]
+    def raw(self, indices: Any, split: str = "train", field: str | None = None) -> np.ndarray:
+        """One field of the samples at `indices` as it was given (bytes stay bytes), by default the first input: for figures."""
+        name = self.inputs[0] if field is None else known("field", field, self.fields)
+        return self._map(name, split)[self._checked(indices, split)]
 
     def labels(self, split: str = "train") -> np.ndarray:
-        """All labels of a split, int64 of shape (N,), as a new array."""
-        return np.array(self._map("y", split))
+        """All labels of a split, int64 of shape (N,), as a new array; DataError where samples have no class."""
+        if self.label is None:
+            raise DataError(f"data {self.name!r} have no field with one label a sample: {self.described()}.")
+        return np.array(self._map(self.label, split))
+
+    def described(self) -> str:
+        """The fields in words, for messages."""
+        return ", ".join(f"{name} ({field.role} {field.dtype} {field.shape})" for name, field in self.fields.items())
 
     def _checked(self, indices: Any, split: str) -> np.ndarray:
-        at, n = np.asarray(indices), len(self._map("y", split))
+        at, n = np.asarray(indices), {"train": self.n_train, "test": self.n_test}[known("split", split, SPLITS)]
         if at.ndim != 1 or (at.dtype.kind not in "iu" and at.size):
             raise TypeError(f"indices are {at.dtype} of shape {at.shape}. Give a 1-D array of integers.")
         if at.size and (at.min() < 0 or at.max() >= n):
@@ -98,7 +150,7 @@ class Dataset:
             )
         return at.astype(np.intp, copy=False)
 
-    def _map(self, letter: str, split: str) -> np.ndarray:
+    def _map(self, field: str, split: str) -> np.ndarray:
         known("split", split, SPLITS)
         if self.path not in _MAPS:
             path = Path(self.path)
@@ -109,7 +161,14 @@ class Dataset:
                 )
             # plain arrays over the maps: indexing np.memmap itself costs several times as much
             _MAPS[self.path] = {name: np.asarray(np.load(path / name, "r", allow_pickle=False)) for name in self._files}
-        return _MAPS[self.path][f"{letter}_{split}.npy"]
+        return _MAPS[self.path][f"{field}_{split}.npy"]
+
+
+def _affine(stored: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Centre and rate of each channel, in units of the stored values, so that bytes need no division of their own."""
+    ones = (1,) * (len(stored["shape"]) - 1)
+    mean, std = (np.asarray(stored[key], dtype=np.float64).reshape(-1, *ones) for key in ("mean", "std"))
+    return (mean * stored["scale"]).astype(np.float32), (1.0 / (std * stored["scale"])).astype(np.float32)
 
 
 def is_whole(path: Path, files: dict[str, int]) -> bool:

@@ -103,13 +103,26 @@ class Problem:
     # What a subclass may replace.
 
     def load(self, indices: np.ndarray, split: str = "train", device: str | torch.device = "cpu") -> Any:
-        """The samples `indices` of `split` as (x float32 (n, *shape), y int64 (n,)) on `device`."""
-        x, y = (torch.from_numpy(array) for array in self.dataset.batch(indices, split, self.window))
+        """The samples `indices` of `split` on `device` as (x, y): tensors (n, *shape) of the types that the fields have.
+
+        x is the only input, or a tuple of them in the order of the fields; y is the only label or target, a dict of them by name,
+        or None where there is none.
+        """
+        data = self.dataset
+        batch = {name: torch.from_numpy(part) for name, part in data.batch(indices, split, self.window).items()}
+        x, y = (
+            (self._laid_out(batch[name]).to(device) for name in data.inputs),
+            {name: batch[name].to(device) for name in data.answers},
+        )
+        x = tuple(x)
+        return x[0] if len(x) == 1 else x, y if len(y) > 1 else next(iter(y.values()), None)
+
+    def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
         if self.channels_last and x.dim() > 3:
             # Not .contiguous(memory_format=...): that leaves one-channel images as they are, and convolutions slow.
             x = x.movedim(1, -1).contiguous()
             x = x.view(-1).view(x.shape).movedim(-1, 1)
-        return x.to(device), y.to(device)
+        return x
 
     def measure(
         self, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu", batch_size: int = MEASURED
@@ -204,12 +217,12 @@ class Problem:
         return first("test_samples", self.test_samples, shuffled(self.dataset.n_test), " in the test split")
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
-        """Classes of training samples, for stratified partitions; int64."""
+        """Classes of training samples, for stratified partitions; int64. DataError where samples have no class."""
         return self.dataset.labels("train")[indices]
 
     @cached_property
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
-        labels = None if self.dataset.n_classes is None else self.dataset.labels("train")
+        labels = None if self.dataset.label is None or self.dataset.n_classes is None else self.dataset.labels("train")
         return hold_out(labels, self.dataset.n_train, self.score_samples)
 
     # The settings: for the record, and on the way to a worker.

@@ -40,7 +40,7 @@ def test_wide_integers_become_floats():
 def test_a_constant_channel_is_only_centred():
     x, y = some()
     x[:, 1] = 0.1
-    got, _ = open_dataset((x, y, x, y)).batch(np.arange(17))
+    got = open_dataset((x, y, x, y)).batch(np.arange(17))["x"]
     assert np.isfinite(got).all() and np.abs(got[:, 1]).max() < 1e-6
 
 
@@ -149,12 +149,12 @@ def test_a_tenth_is_held_out_disjoint_whole_and_the_same_each_time(n):
 def test_blocks_do_not_change_the_result(monkeypatch):
     x, y = some(n=23)
     whole = open_dataset((x, y))
-    expected = everything(whole), everything(whole, "test"), whole.batch([0, 5])[0]
+    expected = everything(whole), everything(whole, "test"), whole.batch([0, 5])["x"]
     shutil.rmtree(whole.path)
     dataset._MAPS.clear()
     monkeypatch.setattr(cache, "CHUNK_BYTES", 3 * x[0].nbytes)
     again = open_dataset((x, y))
-    for a, b in zip(expected, (everything(again), everything(again, "test"), again.batch([0, 5])[0]), strict=True):
+    for a, b in zip(expected, (everything(again), everything(again, "test"), again.batch([0, 5])["x"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -173,7 +173,7 @@ from labkit.data import open_dataset
 x, y = np.arange(400_000, dtype=np.int64).reshape(-1, 1, 20, 20), np.arange(1000) % 10
 time.sleep(max(0, float(sys.argv[1]) - time.time()))
 data = open_dataset((x, y))
-print(data.path, data.batch([0, 1])[0].sum())
+print(data.path, data.batch([0, 1])["x"].sum())
 """
     command = [sys.executable, "-c", code, str(time.time() + 1.5)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]

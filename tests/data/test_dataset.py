@@ -29,25 +29,25 @@ def test_each_channel_is_standardised_over_the_training_split(shape, dtype):
     x_test, y_test = some(n=5, shape=shape, dtype=dtype, seed=1)
     data = open_dataset((x, y, x_test, y_test))
     assert data.shape == shape and (data.n_train, data.n_test) == (17, 5)
-    got, labels = data.batch(np.arange(17))
+    got, labels = data.batch(np.arange(17)).values()
     axes = (0, *range(2, x.ndim))
     mean = x.mean(axis=axes, dtype=np.float64, keepdims=True)
     std = x.std(axis=axes, dtype=np.float64, keepdims=True)
     np.testing.assert_allclose(got, (x - mean) / std, atol=2e-3 if dtype == np.float16 else 1e-5)
     np.testing.assert_array_equal(labels, y)
-    np.testing.assert_allclose(data.batch([0, 4], "test")[0], ((x_test - mean) / std)[[0, 4]], atol=2e-3)
+    np.testing.assert_allclose(data.batch([0, 4], "test")["x"], ((x_test - mean) / std)[[0, 4]], atol=2e-3)
 
 
 def test_batches_are_copies_and_wrong_indices_are_refused():
     data = open_dataset("digits")
-    x, y = data.batch([3, 3, 5])
+    x, y = data.batch([3, 3, 5]).values()
     np.testing.assert_array_equal(x[0], x[1])
     x[:], y[:] = 0, 0
-    assert data.batch([3])[0].any()
+    assert data.batch([3])["x"].any()
     labels = data.labels()
     labels[:] = 99
     assert data.labels().max() == 9
-    assert data.batch(np.array([]))[0].shape == (0, 1, 8, 8)
+    assert data.batch(np.array([]))["x"].shape == (0, 1, 8, 8)
     for wrong in ([-1], [1617]):
         with pytest.raises(IndexError, match="samples 0 to 1616"):
             data.batch(wrong)
@@ -67,7 +67,7 @@ def test_the_reference_is_small_and_opens_elsewhere(monkeypatch):
     monkeypatch.setattr(dataset, "_MAPS", {})
     got = pickle.loads(sent)
     assert isinstance(got, Dataset) and not dataset._MAPS  # nothing is opened before it is used
-    for a, b in zip(expected, got.batch([0, 7]), strict=True):
+    for a, b in zip(expected.values(), got.batch([0, 7]).values(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (got.name, got.shape, got.n_train, got.note) == (data.name, data.shape, data.n_train, data.note)
     got.batch([1], "test")
@@ -80,7 +80,7 @@ def test_a_reference_whose_shards_are_gone_says_so(monkeypatch):
     os.truncate(os.path.join(data.path, "x_train.npy"), 300)
     with pytest.raises(DataError, match="LABKIT_CACHE"):
         data.labels()
-    assert open_dataset("digits").batch([0])[0].shape == (1, 1, 8, 8)  # opening it again mends it
+    assert open_dataset("digits").batch([0])["x"].shape == (1, 1, 8, 8)  # opening it again mends it
     shutil.rmtree(data.path)
     monkeypatch.setattr(dataset, "_MAPS", {})
     with pytest.raises(DataError, match="finds no whole data set"):

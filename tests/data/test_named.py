@@ -24,7 +24,7 @@ def test_digits_are_real_whole_and_normalised():
     data = open_dataset("digits")
     assert (data.name, data.shape, data.n_classes) == ("digits", (1, 8, 8), 10)
     assert (data.n_train, data.n_test, data.synthetic, data.note) == (1617, 180, False, "")
-    x, y = data.batch(np.arange(data.n_train))
+    x, y = data.batch(np.arange(data.n_train)).values()
     assert x.dtype == np.float32 and y.dtype == np.int64 and x.shape == (1617, 1, 8, 8)
     assert abs(x.mean()) < 1e-4 and abs(x.std() - 1) < 1e-4
     assert everything(data).dtype == np.uint8 and everything(data).max() == 16

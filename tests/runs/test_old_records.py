@@ -100,7 +100,7 @@ def read(path):
 
 def read_subnets(path):
     joined = labkit.load_subnets(path)
-    images = labkit.open_dataset("digits").batch(np.arange(64), "test")[0] * 16
+    images = labkit.open_dataset("digits").batch(np.arange(64), "test")["x"] * 16
     return plain(
         {
             "repr": repr(joined),
@@ -219,7 +219,7 @@ def test_subnets_say_and_predict_what_they_did(cache, alike):
 def test_subnets_are_saved_anew(cache, tmp_path):
     joined = labkit.load_subnets(FOLDER / SUBNETS)
     again = labkit.load_subnets(joined.save(tmp_path / "anew"))
-    images = labkit.open_dataset("digits").batch(np.arange(16), "test")[0]
+    images = labkit.open_dataset("digits").batch(np.arange(16), "test")["x"]
     np.testing.assert_array_equal(again.scores(images), joined.scores(images))
     assert rows(again.table().reset_index()) == rows(joined.table().reset_index())
 
