@@ -31,7 +31,7 @@ from labkit.runs.files import read_json, write_json
 FORMAT = 3  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
-HISTORY = ("origin", "scenario", "resumed")  # settings that are left out where a run has none
+OPTIONAL = ("target", "patience", "origin", "scenario", "resumed")  # settings that are left out where a run has none
 PACKAGES = ("labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot")
 PUBLIC = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}  # of format 2 and before
 
@@ -64,6 +64,8 @@ class RunConfig(Mapping[str, Any]):
     overlap: int = 0  # batches that a worker computes while its push is under way
     heartbeat_timeout: float = 4.0  # seconds
     join_timeout: float = 60.0  # seconds
+    target: float | None = None  # the score on the score set at which the run ends
+    patience: int | None = None  # it ends after so many retained versions that are no better
     synthetic: bool = False  # are the data generated?
     data_note: str = ""
     # where
@@ -93,7 +95,7 @@ class RunConfig(Mapping[str, Any]):
             raise RunError(f"{file} is not whole: {error}. Is it the file of a run?") from error
 
     def save(self, run: Path) -> None:
-        """Write `config.json`, in the present format. What a run has no history of is left out."""
+        """Write `config.json`, in the present format. What a run does not have is left out."""
         write_json(Path(run) / FILE, {**self, "format": FORMAT})
 
     def replace(self, **changes: Any) -> RunConfig:
@@ -106,7 +108,7 @@ class RunConfig(Mapping[str, Any]):
         return getattr(self, name)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self.__dataclass_fields__ if name not in HISTORY or getattr(self, name))
+        return (name for name in self.__dataclass_fields__ if name not in OPTIONAL or getattr(self, name))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -132,7 +134,7 @@ def _present(stored: dict[str, Any]) -> dict[str, Any]:
         config["batch_size"] = problem.get("batch_size")
         for now, before in (("heartbeat_timeout", "silence"), ("join_timeout", "patience")):
             if before in config:
-                config[now] = config[before]
+                config[now] = config.pop(before)
         processes = {(worker["host"], worker["pid"]) for worker in config["workers"]}
         config["one_process"] = len(processes) == 1 < len(config["workers"])
     return config

@@ -28,6 +28,7 @@ from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints, server_file
 from labkit.runs.config import RunConfig
+from labkit.training.monitor import OnVersion
 from labkit.training.run import Run, load_run
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import MEETING
@@ -45,6 +46,7 @@ def resume(
     update: Update | None = None,
     partition: Partition | None = None,
     workers: Sequence[int] | None = None,
+    on_version: OnVersion | None = None,
 ) -> Run:
     """Go on with a run from its newest whole checkpoint; returns at once with its `Run`.
 
@@ -60,6 +62,8 @@ def resume(
         As they were given to `train`, where their class was written in a notebook cell.
     workers
         Indices of the workers to go on with; by default all that no other run holds.
+    on_version
+        As for `train`; target and patience are those of the run, and judge the versions that come now.
 
     Raises
     ------
@@ -90,7 +94,7 @@ def resume(
         config = _clear(run, lab.settings(workers), version, state["done"])
         about = {"labels": labels_for(partition, problem), "host": server_host(lab), "state": state}
         spec = ServerSpec(config, str(run.path), update, partition, np.array(weights), layout, **about)
-        return begin(run.path, lab, problem, spec, newcomers)
+        return begin(run.path, lab, problem, spec, newcomers, on_version)
 
 
 def _check_ended(run: Run) -> None:

@@ -140,8 +140,16 @@ class Run(RunRecord):
             self._problem = problem_from_config(self.config.problem)
         return self._problem
 
-    def model(self, version: int | None = None) -> torch.nn.Module:
-        """The torch module that holds the global weights, on the CPU, in evaluation mode."""
+    def flat(self, version: int | str | None = None) -> np.ndarray:
+        """The global weights as one flat float32 vector: of a retained version, of the newest, or of the "best" by the score set."""
+        if version == "best":
+            from labkit.training.monitor import best
+
+            version = best(self, self.problem())
+        return super().flat(version)
+
+    def model(self, version: int | str | None = None) -> torch.nn.Module:
+        """The torch module that holds the global weights, on the CPU, in evaluation mode; `version` as in `flat`."""
         import torch
 
         from labkit.models.flat import flatten

@@ -23,6 +23,7 @@ from labkit.problems.problem import Problem
 from labkit.runs.files import write_json
 from labkit.training.attach import watch
 from labkit.training.evaluation import measure
+from labkit.training.monitor import Monitor
 from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
 from labkit.training.worker.worker import WorkerSpec, run_worker
@@ -40,8 +41,12 @@ ENDING_S = 10.0  # how long the workers' tasks may take to end after the server;
 class Supervisor:
     """One run in the kernel that has started it, from `start` to its end."""
 
-    def __init__(self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, *, takes_newcomers: bool) -> None:
+    def __init__(
+        self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, monitor: Monitor | None = None, *, takes_newcomers: bool
+    ) -> None:
         self.path, self.lab, self.problem, self.spec, self.takes_newcomers = path, lab, problem, spec, takes_newcomers
+        self.monitor, self._reason = monitor, ""  # why the monitor ends the run
+        self._failure: BaseException | None = None  # of the monitor
         self.error: BaseException | None = None
         self._raised: dict[int, BaseException] = {}  # by worker
         self.state = "running"
@@ -64,6 +69,8 @@ class Supervisor:
                 _end(self.server)
             self._finish("failed", f"it could not be started: {error}")
             raise
+        if self.monitor:
+            self.monitor.start(run, self._end_early, self._fail)
         threading.Thread(target=self._follow, name=f"labkit-{run.name}", daemon=True).start()
 
     def status(self) -> dict:
@@ -85,6 +92,13 @@ class Supervisor:
         if not self._measuring.is_set():
             self.server.kill()  # it does not answer; the workers see their connections close
             self.wait(10)
+
+    def _end_early(self, reason: str) -> None:
+        self._reason = reason
+        self._stop.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
 
     def raise_error(self) -> None:
         if self.error:
@@ -113,7 +127,7 @@ class Supervisor:
         try:
             self._watch()
             state, reason = self._ending()
-            reason = self._measure() if state == "done" else reason
+            reason = self._measure() or reason if state == "done" or self._reason else reason
         except BaseException as error:  # whatever it is, `wait` must end and raise it
             _end(self.server)
             state, reason, self.error = "failed", str(error), self.error or error
@@ -161,7 +175,7 @@ class Supervisor:
         if trouble := self._trouble():
             return {"op": "stop", "state": "failed", "reason": trouble}
         if self._stop.is_set():
-            return {"op": "stop", "reason": ""}
+            return {"op": "stop", "reason": self._reason}
         here = self._start_workers()
         if here and not self._status.get("started"):
             return {"op": "expect", "workers": here}
@@ -194,6 +208,8 @@ class Supervisor:
         for index in self.tasks:
             if (error := self._error(index)) and not _lost_server(error):
                 return _message(error)
+        if self._failure:
+            return f"in mid-run, in this kernel: {_message(self._failure)}"
         if self.lab.closed:
             return "the lab was closed."
         if not self._status.get("started"):
@@ -225,8 +241,8 @@ class Supervisor:
             self.error = LabError(f"run {self.run.name} failed: {ended['reason']}")
             if errors and isinstance(errors[0], WorkerError):
                 self.error = errors[0]
-            elif errors:
-                self.error.__cause__ = errors[0]
+            elif errors or self._failure:
+                self.error.__cause__ = errors[0] if errors else self._failure
         return ended["state"], ended["reason"]
 
     def _finish(self, state: str, reason: str) -> None:
@@ -236,6 +252,8 @@ class Supervisor:
                 write_json(self.path / "status.json", {**self._status, "state": "failed"})
         for file in self.path.glob(f"{self.meeting}*"):
             file.unlink(missing_ok=True)
+        if self.monitor:
+            self.monitor.close()
         self.lab.release(self.run.config.id)
         if self.run in self.lab.runs:
             self.lab.runs.remove(self.run)

@@ -34,6 +34,7 @@ from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig, environment
 from labkit.runs.files import write_json
 from labkit.runs.record import moved
+from labkit.training.monitor import Monitor, OnVersion
 from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import Supervisor
@@ -59,6 +60,9 @@ def train(
     overlap: int = 0,
     heartbeat_timeout: float = 4.0,
     join_timeout: float = 60.0,
+    target: float | None = None,
+    patience: int | None = None,
+    on_version: OnVersion | None = None,
 ) -> Run:
     """Train a problem on a lab; returns at once with a `Run`.
 
@@ -98,6 +102,15 @@ def train(
     join_timeout
         Seconds that the run waits for all workers at the start, before it begins without the missing ones (they may come later);
         and for anybody when every worker is lost, before it fails (`resume` goes on from there).
+    target
+        The run is stopped, with the reason in its record, when a retained version reaches this score on the score set.
+    patience
+        It is stopped when so many retained versions in a row (of which `checkpoints` come in a whole run) were no better on the
+        score set than the best before them. `run.model("best")` is the best one.
+    on_version
+        Called in a thread of this kernel as `on_version(run, version, measured)` for each retained version, `measured` with at
+        least "loss" and "score" on the score set: for a log of your own, or to `run.stop()`. What it raises fails the run. To
+        measure in mid-run costs this machine time: leave these three out where times are compared.
 
     Raises
     ------
@@ -112,6 +125,8 @@ def train(
     if not (heartbeat_timeout >= 1 and join_timeout >= 1):
         limits = f"heartbeat_timeout={heartbeat_timeout}, join_timeout={join_timeout}"
         raise ValueError(f"{limits}: workers send a heartbeat every 0.5 s and need some time to come; give 1 s at least.")
+    target = None if target is None else real("target", target, above=0, most=1)
+    patience = None if patience is None else whole("patience", patience, error=ValueError)
     check_traffic(update, exchange, overlap)
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
@@ -126,9 +141,10 @@ def train(
     lengths = {"passes": passes, "local_steps": local_steps, "seed": seed, "checkpoints": checkpoints}
     traffic = {"exchange": exchange, "overlap": int(overlap)}
     limits = {"heartbeat_timeout": float(heartbeat_timeout), "join_timeout": float(join_timeout)}
+    limits |= {"target": target, "patience": patience}
     config = configure(problem, lab, workers, update, partition, name=name, **lengths, **traffic, **limits)
     with leased(lab, workers, config.id, path):
-        return launch(problem, lab, config, update, partition, runs, takes_newcomers=newcomers)
+        return launch(problem, lab, config, update, partition, runs, takes_newcomers=newcomers, on_version=on_version)
 
 
 def configure(
@@ -163,6 +179,7 @@ def launch(
     runs: str | Path,
     *,
     takes_newcomers: bool = False,
+    on_version: OnVersion | None = None,
 ) -> Run:
     """The second half of `train`: a run of what was checked, on workers that are leased, by the caller."""
     flat, *shapes = flatten(problem.build(config.seed))
@@ -171,12 +188,15 @@ def launch(
     spec = ServerSpec(
         config, str(path), update, partition, flat.numpy(), layout, labels=labels_for(partition, problem), host=server_host(lab)
     )
-    return begin(path, lab, problem, spec, takes_newcomers)
+    return begin(path, lab, problem, spec, takes_newcomers, on_version)
 
 
-def begin(path: Path, lab: Lab, problem: Problem, spec: ServerSpec, takes_newcomers: bool) -> Run:
+def begin(
+    path: Path, lab: Lab, problem: Problem, spec: ServerSpec, takes_newcomers: bool, on_version: OnVersion | None = None
+) -> Run:
     """Start the server and the workers of a run whose directory is ready."""
-    supervisor = Supervisor(path, lab, problem, spec, takes_newcomers=takes_newcomers)
+    monitor = Monitor.of(problem, spec.config, on_version)
+    supervisor = Supervisor(path, lab, problem, spec, monitor, takes_newcomers=takes_newcomers)
     run = Run(path, problem=problem, follower=supervisor)
     lab.runs.append(run)
     supervisor.start(run)
