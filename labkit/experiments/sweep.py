@@ -114,7 +114,7 @@ def sweep(
 def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     """The table of a sweep's folder: a row a run, or as many as the run reported.
 
-    Columns: the parameters that were set, the results (a name that is taken gets the ending `_result`), `status` (done,
+    Columns: the parameters that were set, and those that differ between the runs, the results (a name that is taken gets the ending `_result`), `status` (done,
     failed, interrupted or running), `error` (cell and error in a line), `seconds`, `notebook` (the executed one), `id`.
     """
     out = Path(out).absolute()
@@ -124,7 +124,7 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     runs = [(path.parent, find_json(path)) for path in sorted(out.glob("*/params.json"))]
     runs = [(folder, record) for folder, record in runs if isinstance(record, dict) and "parameters" in record]
     runs.sort(key=lambda run: order.get(run[1]["id"], len(order)))
-    given = list(dict.fromkeys(name for _, record in runs for name in record["given"]))
+    given = list(dict.fromkeys(name for _, record in runs for name in [*record["given"], *_differing(runs)]))
     last = ["status", "error", "seconds", "notebook", "id"]
     table, results = [], {}
     for folder, record in runs:
@@ -137,6 +137,13 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
             results |= dict.fromkeys(named)
             table.append(row | named | ending)
     return pd.DataFrame(table, columns=[*given, *results, *last])
+
+
+def _differing(runs: Sequence[tuple[Path, Mapping]]) -> list[str]:
+    """Parameters that were not set but differ between runs: the notebook's own value was changed between two sweeps."""
+    names = dict.fromkeys(name for _, record in runs for name in record["parameters"])
+    values = {name: [record["parameters"].get(name) for _, record in runs] for name in names}
+    return [name for name, own in values.items() if any(value != own[0] for value in own)]
 
 
 def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping] | pd.DataFrame) -> None:

@@ -8,7 +8,6 @@ Used through `labkit.plots`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from labkit.plots import style
 from labkit.runs import analysis
 from labkit.runs.analysis import crossing
 from labkit.runs.events import effective
+from labkit.runs.labels import lines as by_line
 
 if TYPE_CHECKING:
     import holoviews as hv
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 Series = tuple[np.ndarray, np.ndarray]  # x, y of a polyline
 AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
 BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness
-# What the runs of one line share: all of the settings but the seed.
-SAME = ["update", "partition", "passes", "local_steps", "n_train", "n_workers", "kind", "emulated", "problem"]
-SAME += ["jitter", "drift", "stalls", "exchange", "overlap", "scenario"]
 
 
 # -- over time ---------------------------------------------------------------------------------------------------------
@@ -39,7 +36,8 @@ SAME += ["jitter", "drift", "stalls", "exchange", "overlap", "scenario"]
 def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: float | None = None) -> hv.Overlay:
     """Test accuracy against `x`, "seconds" or "samples" (of all workers together); one line for each setting.
 
-    Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
+    A line is labelled by its strategy and by what differs among the runs, such as "AGWU + IDPA, lr 0.01"; where nothing differs, by
+    the directory. Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
     `target` in (0, 1] is drawn as a level, and the legend has where each line crosses it, straight between points.
     RunError while a run is running: it has no curve yet.
     """
@@ -159,8 +157,7 @@ def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
         groups = {f"worker {int(worker)}": own["staleness"] for worker, own in merges[0].groupby("worker")}
     else:
         groups = {
-            label: np.concatenate([merges[runs.index(run)]["staleness"] for run in group])
-            for label, group in _settings(runs).items()
+            label: np.concatenate([merges[runs.index(run)]["staleness"] for run in group]) for label, group in by_line(runs).items()
         }
     width = int(values.max()) // 25 + 1  # versions in a bar
     edges = np.arange(0, values.max() + width + 1, width)
@@ -222,39 +219,35 @@ def _as_runs(runs: RunRecord | Sequence[RunRecord]) -> list[RunRecord]:
     return runs
 
 
-def _settings(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs by what was set: those of one list differ in seed alone. One label for two settings gets the run's name."""
-    groups: dict[tuple[str, str], list[RunRecord]] = {}
-    for run in runs:
-        same = [[getattr(run.config, key) for key in SAME], style.slowdowns(run)]
-        groups.setdefault((run.label, json.dumps(same, sort_keys=True, default=str)), []).append(run)
-    labels = [label for label, _ in groups]
-    return {label if labels.count(label) == 1 else f"{label} ({group[0].name})": group for (label, _), group in groups.items()}
-
-
 def _counted(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Each setting with ", 3 seeds" for a line of three runs; without where each line is one run, as the caption then states."""
-    texts, settings = {}, _settings(runs)
+    """Each label with ", 3 seeds" for a line of three runs; without where each line is one run, as the caption then states."""
+    texts, settings = {}, by_line(runs)
     for label, group in settings.items():
         n, seeds = len(group), len({run.config.seed for run in group})
         count = f", {n} {'seed' if seeds == n else 'run'}{'s' if n > 1 else ''}"
-        texts[label] = label + (count if len(runs) > len(settings) else "")
+        texts[label] = label + (count if any(len(group) > 1 for group in settings.values()) else "")
     return texts
 
 
 def _series(runs: Sequence[RunRecord], read: Callable[[RunRecord], pd.DataFrame], x: str, y: str) -> dict[str, list[Series]]:
-    """Column `y` against `x` of the table that `read` gives of each run, by setting; a setting without a point is left out."""
+    """Column `y` against `x` of the table that `read` gives of each run, by label; a label without a point is left out."""
     series = {}
-    for label, group in _settings(runs).items():
+    for label, group in by_line(runs).items():
         tables = [read(run).dropna(subset=[x, y]).sort_values(x) for run in group]
         series[label] = [(table[x].to_numpy(float), table[y].to_numpy(float)) for table in tables if len(table)]
     return {label: found for label, found in series.items() if found}
 
 
 def _draw(lines: dict[str, tuple], texts: dict[str, str], dims: tuple[str, str]) -> tuple[list, list]:
-    """A line for each setting (see `_median`), with a band where its runs differ; and the legend."""
+    """A line for each label of `texts` that has one (see `_median`), with a band where its runs differ; and the legend.
+
+    Its colour goes by the order of the runs, whether the others have a line or not.
+    """
     elements, legend = [], []
-    for number, (label, (at, middle, low, high)) in enumerate(lines.items()):
+    for number, label in enumerate(texts):
+        if label not in lines:
+            continue
+        at, middle, low, high = lines[label]
         band = (low, high) if np.any(high > low) else None
         elements.append(style.line(at, middle, number, texts[label], dims, band))
         legend.append((texts[label], number, "line"))
@@ -262,7 +255,8 @@ def _draw(lines: dict[str, tuple], texts: dict[str, str], dims: tuple[str, str])
 
 
 def _seeds(runs: Sequence[RunRecord]) -> str:
-    return "1 seed" if len(runs) == len(_settings(runs)) else "line: median, band: lowest to highest"
+    together = any(len(group) > 1 for group in by_line(runs).values())
+    return "line: median, band: lowest to highest" if together else "1 seed"
 
 
 def _median(series: Sequence[Series]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

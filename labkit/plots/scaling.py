@@ -106,5 +106,8 @@ def _logarithmic(lines: dict[str, pd.DataFrame], dims: tuple[str, str], title: s
 
 def _check(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     style.check_columns(frame, columns)
+    if len(columns) > 2 and frame.duplicated(at := [columns[0], columns[-1] if columns[-1] in AXES else columns[1]]).any():
+        where = ", ".join(f"{name} {value}" for name, value in frame[frame.duplicated(at)].iloc[0][at].items())
+        raise ValueError(f"several rows of the frame have {where}. Say in {at[0]} what differs between them, or take their median.")
     if len(frame) and not np.isfinite(frame[columns[1:]].to_numpy(float)).all():
         raise ValueError(f"the columns {', '.join(columns[1:])} must hold numbers alone; some are missing.")

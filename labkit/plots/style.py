@@ -31,6 +31,7 @@ GREY = "#555555"
 # In captions, of a run that no cluster has made.
 ORIGINS = {"counterfactual": "counterfactual: another update on recorded arrivals", "simulated": "simulated"}
 FONTS = {"title": 13, "labels": 12, "xticks": 11, "yticks": 11, "legend": 11}
+WIDE = 80  # characters of a title that fit; longer ones are smaller
 
 MODES = ("static", "interactive")
 
@@ -236,7 +237,8 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
     shape = options.pop("shape", {"aspect": "auto", "fig_inches": (8, height), "fig_bounds": (0, 0, 1, 1)})
     figure = hv.Overlay(list(elements))
     figure = figure.collate() if len(elements) > 1 else figure
-    common = {"title": title, "fontsize": FONTS, "show_grid": True, **options}
+    fonts = FONTS | {"title": max(9, min(FONTS["title"], FONTS["title"] * WIDE // max(1, len(title))))}
+    common = {"title": title, "fontsize": fonts, "show_grid": True, **options}
     beside = {"orientation": "vertical", "ncols": _columns(legend), "location": "left"}
     bokeh = {
         "responsive": True,  # as wide as the cell, at most 8 inches
@@ -248,7 +250,7 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
         "gridstyle": {f"{axis}grid_line_alpha": 0 for axis in "xy" if axis not in grid},
         "hooks": [_bokeh_look(note)],
     }
-    matplotlib = {**shape, "show_legend": False, "hooks": [_matplotlib_look(title, note, legend, grid)]}
+    matplotlib = {**shape, "show_legend": False, "hooks": [_matplotlib_look(title, fonts["title"], note, legend, grid)]}
     figure = figure.opts(hv.opts.Overlay(**common, **bokeh, backend="bokeh"))
     return figure.opts(hv.opts.Overlay(**common, **matplotlib, backend="matplotlib"))
 
@@ -321,13 +323,13 @@ def _bokeh_look(note: str) -> Any:
     return look
 
 
-def _matplotlib_look(title: str, note: str, legend: Sequence[tuple[str, int, str]], grid: str) -> Any:
+def _matplotlib_look(title: str, size: float, note: str, legend: Sequence[tuple[str, int, str]], grid: str) -> Any:
     def look(plot: Any, element: Any) -> None:
         from matplotlib.transforms import ScaledTranslation
 
         axis = plot.handles["axis"]
         axis.set_title("")
-        axis.set_title(title, loc="left", fontsize=FONTS["title"], fontweight="bold", pad=24 if note else 8)
+        axis.set_title(title, loc="left", fontsize=size, fontweight="bold", pad=24 if note else 8)
         above = {"xycoords": "axes fraction", "textcoords": "offset points"}
         axis.annotate(note, (0, 1), (0, 7), color=GREY, fontsize=11, **above)
         axis.spines[["top", "right"]].set_visible(False)

@@ -21,7 +21,7 @@ import numpy as np
 from labkit.errors import RunError
 from labkit.imports import rule_title
 from labkit.partition import PARTITIONS
-from labkit.runs import analysis, checkpoints, server_file
+from labkit.runs import analysis, checkpoints, labels, server_file
 from labkit.runs.config import RunConfig
 from labkit.runs.events import FILE, read_events
 from labkit.runs.files import read_json
@@ -191,8 +191,22 @@ def moved(old: Path, new: Path) -> None:
 
 
 def compare(runs: Iterable[RunRecord]) -> pd.DataFrame:
-    """The cost cards of several runs, a row a run."""
+    """The cost cards of several runs, a row a run, labelled by its strategy and what differs among them: "AGWU + IDPA, lr 0.01".
+
+    The settings that differ are columns too, behind the partition. `score` and `loss` are those of the test set.
+    """
     import pandas as pd
 
-    table = pd.DataFrame([{"run": run.label, **run.summary()} for run in runs])
-    return table.drop(columns="weight_per_worker").set_index("run") if len(table) else table
+    runs = list(runs)
+    table = pd.DataFrame([{"run": label, **run.summary()} for label, run in zip(labels.labels(runs), runs, strict=True)])
+    if table.empty:
+        return table
+    for name, values in reversed(labels.differing(runs).items()):
+        if name not in table:
+            table.insert(table.columns.get_loc("partition") + 1, name, pd.Series(values, dtype=_type(values)))
+    return table.drop(columns="weight_per_worker").set_index("run")
+
+
+def _type(values: list) -> type | None:
+    """Lists and mappings stay what they are in a column."""
+    return object if any(isinstance(value, list | tuple | dict) for value in values) else None

@@ -266,6 +266,14 @@ def test_summary_shows_each_reported_row_and_keeps_names_apart(tmp_path, instant
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
+def test_what_differs_between_two_sweeps_into_one_folder_is_in_the_table(tmp_path, instant):
+    """A default that was changed in the notebook: the rows would else be equal."""
+    for lr in (0.1, 0.2):
+        path = write(tmp_path / "n.ipynb", "1", first=f"seed: int = 0\nlr: float = {lr}\nsteps: int = 5")
+        table = sweep(path, {"seed": [1, 2]}, out=tmp_path / "out", progress=False)
+    assert table[["seed", "lr"]].to_numpy().tolist() == [[1, 0.2], [2, 0.2], [1, 0.1], [2, 0.1]] and "steps" not in table
+
+
 def test_report_accepts_dicts_and_frames_and_foreign_values(tmp_path):
     def reported(results):
         report(tmp_path / "a" / "run", results)

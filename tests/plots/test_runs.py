@@ -26,12 +26,33 @@ def test_seeds_share_a_line_and_other_settings_do_not(tmp_path):
     seeds = [Recorded(tmp_path, f"s{seed}", seed=seed) for seed in range(3)]
     other = Recorded(tmp_path, "even", slowdown=(1, 1))
     drawn = elements(plots.curves([*seeds, other], x="samples"), "Curve")
-    assert sorted(drawn) == ["AGWU + IDPA (even), 1 seed", "AGWU + IDPA (s0), 3 seeds"]
-    line = drawn["AGWU + IDPA (s0), 3 seeds"]
+    assert sorted(drawn) == ["AGWU + IDPA, no slowdown, 1 seed", "AGWU + IDPA, slowdown 1:4, 3 seeds"]
+    line = drawn["AGWU + IDPA, slowdown 1:4, 3 seeds"]
     every = np.stack([np.interp(line["samples"], run.curve()["samples"], run.curve()["score"]) for run in seeds])
     assert np.allclose(line["score"], np.median(every, axis=0))
     (band,) = elements(plots.curves(seeds, x="samples"), "Area").values()
     assert np.allclose(band["score"], every.min(axis=0)) and np.allclose(band["high"], every.max(axis=0))
+
+
+def test_runs_of_one_name_have_a_line_each_whose_colour_is_theirs(tmp_path):
+    """Labelled by the rate, and by the directory where all is equal; a run without a point leaves its colour free."""
+    runs = [Recorded(tmp_path / folder, "same") for folder in "abc"]
+    for run, lr in zip(runs, (0.01, 0.1, 0.1), strict=True):
+        run.config = run.config.replace(problem={"model": "lenet", "lr": lr})
+    said = ["lr 0.01", "lr 0.1 (b/same)", "lr 0.1 (c/same)"]
+    for draw in (plots.curves, plots.balance):
+        assert [label.partition(": mean")[0] for label in elements(draw(runs), "Curve")] == [
+            f"AGWU + IDPA, {what}" for what in said
+        ]
+    assert set(elements(plots.staleness(runs), "Rectangles")) == {f"AGWU + IDPA, {what}" for what in said}
+
+    def colour(figure, what):
+        curve = elements(figure, "Curve")[f"AGWU + IDPA, {what}"]
+        return curve.opts.get("style", backend="matplotlib").kwargs["color"]
+
+    whole = colour(plots.curves(runs), said[2])
+    runs[0].curve = lambda: Recorded(tmp_path / "d", passes=0).curve()
+    assert colour(plots.curves(runs), said[2]) == whole
 
 
 def test_segments_add_up_to_the_events(tmp_path):

@@ -73,6 +73,8 @@ def test_what_cannot_be_drawn_is_refused_or_a_message():
         plots.scaling(times(), "epochs")
     with pytest.raises(ValueError, match=r"the frame has no column samples\. It has: strategy, n_workers, seconds"):
         plots.scaling(times(), "samples")
+    with pytest.raises(ValueError, match=r"several rows of the frame have strategy .* n_workers .*Say in strategy what differs"):
+        plots.scaling(pd.concat([times(), times()]))
     with pytest.raises(ValueError, match="must hold numbers alone"):
         plots.saturation(crowds(10).assign(server_busy=None))
     for figure in (plots.scaling(times().iloc[:0]), plots.saturation(crowds(10).iloc[:0]), plots.errors(off().iloc[:0])):
