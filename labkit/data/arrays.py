@@ -29,7 +29,7 @@ def from_arrays(data: Sequence[Any], channels: str | None = None) -> Dataset:
     if len(data) not in (2, 4):
         raise DataError(f"{len(data)} arrays were given. Give two, (x, y), or four, ({', '.join(FOUR)}).")
     called = FOUR if len(data) == 4 else ("x", "y")
-    arrays = [_array(name, value) for name, value in zip(called, data, strict=True)]
+    arrays = [array_of(name, value) for name, value in zip(called, data, strict=True)]
     for at in range(0, len(data), 2):
         _check_order(called[at : at + 2], *data[at : at + 2])
     digest = hashlib.sha256()
@@ -40,7 +40,8 @@ def from_arrays(data: Sequence[Any], channels: str | None = None) -> Dataset:
     return cached("arrays", converted_key(digest.hexdigest(), channels), lambda: _splits(arrays, channels))
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def array_of(name: str, value: Any) -> np.ndarray:
+    """An array of numbers of a user, which messages call `name`; DataError for what is none."""
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         at = int(np.flatnonzero(np.ma.getmaskarray(value).reshape(len(value), -1).any(axis=1))[0]) if value.ndim else 0
         raise DataError(f"arrays: {name}[{at}] is masked. Fill or drop masked values: what is below a mask would be read.")

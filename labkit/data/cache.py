@@ -111,19 +111,25 @@ def rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def cached(
-    name: str, key: str, load: Callable[[], tuple[Source, Source | None]], *, synthetic: bool = False, note: str = ""
+    name: str,
+    key: str,
+    load: Callable[[], tuple[Source, Source | None]],
+    *,
+    synthetic: bool = False,
+    note: str = "",
+    classes: Sequence[str] | None = None,
 ) -> Dataset:
     """The data set under `name` and `key`: opened where it is ready, else made from `load()`, its training and test split.
 
-    Where the latter is None, a test split is held out. `note` is added to the data set's own. DataError where the samples or
+    Where the latter is None, a test split is held out. `note` is added to the data set's own, `classes` are their names. DataError where the samples or
     labels cannot be used, or the cache cannot be written.
     """
     path = cache_dir() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:20]}"
     meta = _ready(path)
     if meta is None:
         with replacing_folder(path, lambda: _ready(path) is not None) as folder:
-            meta = _write(folder, name, load, synthetic)
-    dataset = Dataset(path, meta, note)
+            meta = _write(folder, name, load, synthetic, classes)
+    dataset = Dataset(path, {**meta, "classes": list(classes)} if classes else meta, note)
     if dataset.note:
         print_once(dataset.note)
     return dataset
@@ -199,7 +205,9 @@ def hold_out(n: int) -> np.ndarray:
     return mask
 
 
-def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | None]], synthetic: bool) -> dict[str, Any]:
+def _write(
+    folder: Path, name: str, load: Callable[[], tuple[Source, Source | None]], synthetic: bool, classes: Sequence[str] | None
+) -> dict[str, Any]:
     """Check the splits, write them into `folder`, and return the `meta.json` that was written beside them."""
     train, test = load()
     given = {"train": train} if test is None else {"train": train, "test": test}
@@ -243,6 +251,8 @@ def _write(folder: Path, name: str, load: Callable[[], tuple[Source, Source | No
         "mean": mean,
         "std": std,
         "synthetic": synthetic,
+        "held_out": test is None,
+        "classes": list(classes) if classes else None,
         "note": " ".join(part for part in notes if part),
         "files": {f.name: f.stat().st_size for f in sorted(folder.glob("*.npy"))},
     }

@@ -60,6 +60,10 @@ class Dataset:
         The name of the field by which samples have classes: the only field of labels, if it is one number a sample.
     n_train, n_test : int
         Samples in each split.
+    held_out : bool
+        True where the samples came without a test split, and every tenth of a permutation was held out.
+    classes : list of str or None
+        The names of the classes, where folders have given them.
     synthetic : bool
         True for generated data, also where only a part of each sample was generated, as the note explains.
     note : str
@@ -72,6 +76,8 @@ class Dataset:
         self.name: str = meta["name"]
         self.n_train: int = meta["n"]["train"]
         self.n_test: int = meta["n"]["test"]
+        self.held_out: bool = meta.get("held_out", 10 * self.n_test - self.n_train - self.n_test in range(10))  # as far as one sees
+        self.classes: list[str] | None = meta.get("classes")
         self.synthetic: bool = meta["synthetic"]
         self.note: str = " ".join(part for part in (note, meta["note"]) if part)
         self._files: dict[str, int] = meta["files"]
@@ -95,6 +101,14 @@ class Dataset:
         """(centre, rate) of each channel of the first input, float32: a batch is (values as they were given - centre) * rate."""
         centre, rate = self._affine.get(self.inputs[0], (np.zeros(1, np.float32), np.ones(1, np.float32)))
         return centre.ravel(), rate.ravel()
+
+    def affine_of(self, field: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """(centre, rate) of a field, each (C, 1, ...), by which it is normalised; None where it stays as it is."""
+        return self._affine.get(field)
+
+    def stored_type(self, field: str) -> np.dtype:
+        """The type in which a field is stored: bytes stay bytes."""
+        return self._map(field, "train").dtype
 
     def __repr__(self) -> str:
         about = f"shape={self.shape}, n_classes={self.n_classes}" if list(self.fields) == ["x", "y"] else self.described()

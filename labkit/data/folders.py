@@ -112,7 +112,8 @@ def cached_classes(path: Path, suffixes: Set[str], options: Any, source: Callabl
         aside = f" Hidden or of the system, left out: {len(hidden)} ({hidden[0].name})." if hidden else ""
         return source(files, labels, about + aside + _copies(path, files, labels)), None
 
-    return cached(path.name, converted_key(file_key(files), options, counts), load)
+    named = [folder.name.encode(errors="replace").decode() for folder in classes]
+    return cached(path.name, converted_key(file_key(files), options, counts), load, classes=named)
 
 
 def _check_levels(path: Path, classes: list[Path], files: list[Path]) -> None:

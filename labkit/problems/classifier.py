@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -110,6 +111,14 @@ class Classifier(Problem):
             )
         loss = F.cross_entropy(logits.float(), y)
         return {"loss": loss.item(), "score": (logits.argmax(1) == y).float().mean().item()}
+
+    def predicted(self, outputs: np.ndarray) -> np.ndarray:
+        """Classes: int64 (n,), of logits (n, K); (n, *rest) of (n, K, *rest)."""
+        return outputs.argmax(1).astype(np.int64)
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        """Probabilities (n, K), float32, of logits (n, K)."""
+        return torch.from_numpy(outputs).softmax(1).numpy()
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "model": self.model if isinstance(self.model, str) else import_path(self.model)}

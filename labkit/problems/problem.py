@@ -7,6 +7,7 @@ Used by `labkit.training` and whatever stands on it; `labkit.problems.classifier
 """
 
 import contextlib
+import copy
 import numbers
 import os
 from collections.abc import Iterable, Mapping
@@ -188,6 +189,27 @@ class Problem:
                 f"{self._title()}: evaluate() gave {measured} and step() gave {stepped}. evaluate() must return "
                 '{"loss": float, "score": float in [0, 1]} and step() at least {"loss": tensor}.'
             )
+
+    # Samples that come after the training.
+
+    @property
+    def is_own_load(self) -> bool:
+        """Does `load` differ from labkit's, so that what becomes of raw samples is known to it alone?"""
+        return type(self).load is not Problem.load
+
+    def on(self, dataset: Dataset) -> "Problem":
+        """The same problem on the samples of another data set."""
+        other = copy.copy(self)
+        other.__dict__ |= {"dataset": dataset}
+        return other
+
+    def predicted(self, outputs: np.ndarray) -> np.ndarray:
+        """What `Run.predict` makes of the outputs of the network: here nothing."""
+        return outputs
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        """What `Run.predict_proba` makes of the outputs of the network."""
+        raise ProblemError(f"{self._title()} gives no probabilities; use predict().")
 
     # The data: what is trained on, scored on, tested on.
 

@@ -22,10 +22,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from labkit.errors import ProblemError, RunError, known
+from labkit.data import open_dataset
+from labkit.data.dataset import Field
+from labkit.data.given import arranged
+from labkit.errors import DataError, ProblemError, RunError, known
 from labkit.imports import by_value
 from labkit.models import make_model
 from labkit.models.flat import flatten
+from labkit.models.normalised import Normalise, Normalised
 from labkit.problems import Classifier, evaluating
 from labkit.runs import checkpoints
 from labkit.runs.config import FORMAT
@@ -56,7 +60,7 @@ class Subnets:
     ----------
     config : the settings, as in `config.json`
     decomposition : the `Decomposition`
-    module : all of it as one torch module, from normalised samples to logits
+    module : all of it as one torch module, from normalised samples to logits; `model()` takes raw ones
     baselines : what was trained besides: {"transfer": module, ...}, modules of the same kind
     rows, part_rows : what `table()` and `parts()` show
     """
@@ -70,7 +74,8 @@ class Subnets:
         return f"<Subnets: {self.decomposition!r} of {tuple(self.config['shape'])}, accuracy {self.rows[0]['accuracy']:.3f}>"
 
     def predict(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
-        """Classes, int64 (n,), of images as the data set holds them (bytes stay bytes): (n, C, H, W), (n, C, D, H, W).
+        """Classes, int64 (n,), of images as they were given for the training, in their own units: arrays or tensors (n, C, H, W) or
+        (n, C, D, H, W), channels first or last; a single channel may be left out.
 
         `by` is "coarse", "average" (mean probability), "majority" (equal votes: the larger summed probability), or a baseline that
         was trained: "transfer", for one.
@@ -80,27 +85,54 @@ class Subnets:
     def scores(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
         """What each class gets (n, K): probability, or share of the votes, where a trace of probability decides between equals."""
         known("by", by, [*VOTES, *self.baselines], " A baseline has to be trained: train_subnets(..., baselines=['transfer']).")
-        images, shape = np.asarray(images), tuple(self.config["shape"])
-        if images.ndim != len(shape) + 1 or images.shape[1:] != shape:
-            raise ProblemError(f"images of shape {images.shape} were given; these subnets need (n, {', '.join(map(str, shape))}).")
-        if images.dtype.kind not in "biuf" or not np.isfinite(images).all():
-            raise ProblemError(
-                f"images of {images.dtype} were given that are not all finite numbers; nothing can be predicted from those."
-            )
-        centre, rate = (
-            np.asarray(self.config[key], np.float32).reshape(-1, *(1,) * (len(shape) - 1)) for key in ("centre", "rate")
-        )
+        images, normalise = self._arranged(images), self._normalise()
         found = [np.empty((0, self.config["n_classes"]), np.float32)]
         with evaluating(self.baselines.get(by, self.module)) as module:
             for at in range(0, len(images), BATCH):
-                x = images[at : at + BATCH].astype(np.float32)
-                x -= centre
-                x *= rate
-                samples = torch.from_numpy(x)
                 with torch.no_grad():
+                    samples = normalise(torch.from_numpy(np.ascontiguousarray(images[at : at + BATCH])))
                     decided = module(samples).softmax(-1) if by in self.baselines else module.decide(*module.outputs(samples), by)
                 found.append(decided.numpy())
         return np.concatenate(found)
+
+    def predict_proba(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
+        """The probability of each class, float32 (n, K), as `Run.predict_proba`: `scores` by another name."""
+        return self.scores(images, by)
+
+    def evaluate(self, data: Any, by: str = "coarse") -> dict[str, float]:
+        """Score on raw samples with their labels: {"score": the share of right classes, "samples": n}.
+
+        `data` is (x, y), x as in `predict`, y with the numbers that classes had in the training; or a name, a path or a `Dataset`: its
+        test split.
+        """
+        if isinstance(data, tuple | list):
+            images, labels = data
+        else:
+            dataset = open_dataset(data)
+            every = np.arange(dataset.n_test)
+            images, labels = dataset.raw(every, "test"), dataset.labels("test")
+        labels = np.asarray(labels)
+        found = self.predict(images, by)
+        if labels.shape != found.shape:
+            raise ProblemError(f"y has shape {labels.shape} for {len(found)} samples. Give one label for each sample.")
+        return {"score": float((found == labels).mean()), "samples": len(found)}
+
+    def model(self, by: str = "coarse") -> nn.Module:
+        """One torch module from raw images (n, *shape), channels first, to logits (n, K): subnets and coarse network, or a baseline
+        that was trained. Its first layer normalises; `.network` is what takes normalised ones."""
+        known("by", by, ["coarse", *self.baselines], " Votes are no network: joined.predict(images, by='average').")
+        return Normalised(self.baselines.get(by, self.module), [self._normalise()]).eval()
+
+    def _normalise(self) -> Normalise:
+        return Normalise(self.config["centre"], self.config["rate"], len(self.config["shape"]))
+
+    def _arranged(self, images: Any) -> np.ndarray:
+        field = Field(tuple(self.config["shape"]), np.dtype(np.float32), "input")
+        try:
+            affine = np.asarray(self.config["centre"]), np.asarray(self.config["rate"])
+            return arranged(images, field, affine, np.dtype(np.uint8), "images")
+        except DataError as error:
+            raise ProblemError(f"these subnets cannot be given that: {error}") from error
 
     def table(self) -> pd.DataFrame:
         """A row a model: test accuracy, parameters, multiply-adds a sample, epochs, seconds and wall_s.

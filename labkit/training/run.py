@@ -8,12 +8,13 @@ Made by `labkit.training.train` and `labkit.simulation`; used by `labkit.experim
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from labkit.errors import RunError
+from labkit.errors import ProblemError, RunError
 from labkit.runs.record import RunRecord
 
 if TYPE_CHECKING:
@@ -149,7 +150,33 @@ class Run(RunRecord):
         return super().flat(version)
 
     def model(self, version: int | str | None = None) -> torch.nn.Module:
-        """The torch module that holds the global weights, on the CPU, in evaluation mode; `version` as in `flat`."""
+        """The trained network as a torch module that takes raw samples, on the CPU, in evaluation mode; `version` as in `flat`.
+
+        Its first layer normalises: it takes what was given as data, in its units, channels first, as a tensor (n, *shape) of any
+        type. `run.model().network` is the network alone, which takes normalised samples; the names in its `state_dict()` are those
+        of `run.weights()`, those of the whole have "network." in front. A problem with a `load` of its own is the only one to know
+        what it makes of raw samples: there the first layer does nothing, and a warning says so.
+        """
+        import torch
+
+        from labkit.models.normalised import Normalise, Normalised
+
+        problem, layers = self.problem(), [torch.nn.Identity()]
+        if problem.is_own_load:
+            warnings.warn(
+                f"{type(problem).__name__} loads its samples itself, so that run.model() cannot normalise raw ones: give it what "
+                "run.problem().load() gives.",
+                stacklevel=2,
+            )
+        else:
+            layers, data = [], problem.dataset
+            for name in data.inputs:
+                window = problem.window if name == data.inputs[0] else ()
+                affine, n_axes = data.affine_of(name), len(data.fields[name].shape)
+                layers.append(Normalise(*affine, n_axes, window) if affine else torch.nn.Identity())
+        return Normalised(self._network(version), layers).eval()
+
+    def _network(self, version: int | str | None = None) -> torch.nn.Module:
         import torch
 
         from labkit.models.flat import flatten
@@ -158,6 +185,72 @@ class Run(RunRecord):
         flat, *_ = flatten(module)
         flat.copy_(torch.from_numpy(np.array(self.flat(version))))
         return module.eval()
+
+    def predict(self, x: Any, version: int | str | None = None) -> np.ndarray:
+        """What the trained network says of raw samples: of a `Classifier` their classes, int64 (n,); else its outputs, float32.
+
+        Parameters
+        ----------
+        x : samples as they were given for the training, in their own units: an array, tensor, list or DataFrame of shape (n, *shape),
+            channels first or last; a single channel may be left out. They are converted and normalised as those of the training
+            were. Of several inputs a tuple, or a dict by name. Or a data set: its name, its path, or what `open_dataset` returns, with
+            a row for each sample of its test split, or of the whole where it came without one, in the order of its files or rows.
+        version : as in `flat`.
+
+        Raises
+        ------
+        DataError
+            The samples do not fit those of the training.
+        ProblemError
+            The problem loads its samples itself: what it makes of raw ones is not known.
+        """
+        return self.problem().predicted(self._outputs(x, version))
+
+    def predict_proba(self, x: Any, version: int | str | None = None) -> np.ndarray:
+        """The probability of each class, float32 (n, K), of raw samples `x` as in `predict`."""
+        return self.problem().probabilities(self._outputs(x, version))
+
+    def evaluate(self, data: Any = None, version: int | str | None = None) -> dict[str, float]:
+        """Loss and score on raw samples with their labels: {"loss": ..., "score": ..., "samples": n}.
+
+        `data` is what `data=` of the problem takes: (x, y), a dict by field, a name, a path, or a `Dataset`; x as in `predict`, y with
+        the numbers that classes had in the training. All samples are measured; of what comes with a test split, that split. By
+        default, and for the data set of the training, it is the test set of the run: `score` is then that of `run.curve()`.
+        """
+        from labkit.data.given import given
+        from labkit.training.evaluation import BATCH
+
+        problem, samples = self.problem(), None
+        if data is not None:
+            samples = given(data, problem.dataset, answers=True)
+        if samples is None or samples.is_own:
+            indices = problem.test_indices()
+        else:
+            problem, indices = self._on(samples), np.arange(samples.n_test)
+        return {**problem.measure(self._network(version), indices, "test", batch_size=BATCH), "samples": len(indices)}
+
+    def _on(self, samples: Any) -> Problem:
+        problem = self.problem()
+        if problem.is_own_load:
+            raise ProblemError(
+                f"{type(problem).__name__} loads its samples itself (load), so that what it makes of raw ones is not known here. Give "
+                "run.model() what problem.load() gives, or run.evaluate() without data."
+            )
+        return problem.on(samples)
+
+    def _outputs(self, x: Any, version: int | str | None) -> np.ndarray:
+        import torch
+
+        from labkit.data.given import given
+        from labkit.training.local import outputs
+
+        problem = self._on(given(x, self.problem().dataset, answers=False))
+
+        def forward(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+            with problem.autocast(torch.device("cpu")):
+                return network(x)
+
+        return outputs(problem, self._network(version), np.arange(problem.dataset.n_test), "test", forward=forward)
 
 
 def load_run(path: str | Path, *, problem: Problem | None = None) -> Run:

@@ -38,6 +38,6 @@ def test_width_rules():
 def test_a_subnet_is_a_problem_that_many_workers_can_train(lab, tmp_path):
     part = Subnet.of(problem("lenet"), Decomposition((2, 2), 1), 2, "linear")
     run = labkit.train(part, lab, update="agwu", partition="idpa", passes=3, seed=SEED, name="part", runs=tmp_path).wait(60)
-    again = labkit.load_run(run.path).model()
+    again = labkit.load_run(run.path).model().network
     assert run.weights()["conv1.weight"].shape == (8, 1, 5, 5) and again.dense1.in_features == part.build(0).dense1.in_features
     assert run.summary()["score"] > 0.2

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import labkit
 from labkit.errors import ProblemError, RunError
@@ -93,12 +94,25 @@ def test_a_model_of_a_notebook_is_given_again(train, tmp_path):
     assert np.array_equal(labkit.load_subnets(tmp_path / "joined", model=net).scores(images), joined.scores(images))
 
 
+def test_raw_images_in_any_layout_are_predicted_measured_and_taken_by_the_whole_model(train, tmp_path):
+    joined = train(epochs=1, baselines=["small"])
+    images, y = data(40)
+    for given in (images[:, 0], torch.from_numpy(images), images.tolist()):
+        assert np.array_equal(joined.predict(given), joined.predict(images))
+    assert joined.evaluate((images, y)) == {"score": (joined.predict(images) == y).mean(), "samples": 40}
+    for by in ("coarse", "small"):
+        logits = joined.model(by)(torch.from_numpy(images))
+        assert np.allclose(logits.softmax(1).detach().numpy(), joined.predict_proba(images, by), atol=1e-6)
+    with pytest.raises(ValueError, match="Votes are no network"):
+        joined.model("majority")
+
+
 def test_images_of_another_shape_are_refused(train):
     joined = train(epochs=1, baselines=["small"])
-    with pytest.raises(ProblemError, match=r"images of shape \(3, 8, 8\) were given; these subnets need \(n, 1, 8, 8\)"):
-        joined.predict(np.zeros((3, 8, 8)))
+    with pytest.raises(ProblemError, match=r"images has shape \(3, 8, 7\); this network needs \(n, 1, 8, 8\)"):
+        joined.predict(np.zeros((3, 8, 7)))
     for wrong in (np.full((3, 1, 8, 8), np.nan), np.full((3, 1, 8, 8), "a"), np.full((3, 1, 8, 8), None)):
-        with pytest.raises(ProblemError, match=r"images of .* were given that are not all finite numbers"):
+        with pytest.raises(ProblemError, match=r"images (of .* were given that are not all finite numbers|is of type object)"):
             joined.predict(wrong)
     for by in ("vote", "transfer"):
         with pytest.raises(ValueError, match=rf"by='{by}' is not known. Known: coarse, average, majority, small. .* be trained"):

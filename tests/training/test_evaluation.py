@@ -19,7 +19,7 @@ def test_here_and_on_a_lab_the_curve_is_the_same_and_it_is_that_of_the_weights(t
     curve = run.curve()
     assert curve.version.tolist() == checkpoints.versions(run.path) and curve.samples.iloc[-1] == run.config.budget
     assert measure(run, a_problem).equals(curve) and measure(run, a_problem, lab, [1]).equals(curve)
-    last = a_problem.measure(run.model(), a_problem.test_indices(), "test")
+    last = a_problem.measure(run.model().network, a_problem.test_indices(), "test")
     np.testing.assert_allclose(curve[["loss", "score"]].iloc[-1], [last["loss"], last["score"]], rtol=1e-6)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import _thread
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from torch import nn
 
 import labkit
@@ -112,7 +114,7 @@ def test_a_model_of_a_notebook_needs_its_problem_to_be_read_back(train):
     with pytest.raises(RunError, match=r"labkit\.load_run\(\.\.\., problem=problem\)"):
         again.model()
     module = labkit.load_run(run.path, problem=a_problem).model()
-    np.testing.assert_array_equal(module[1].weight.detach().numpy(), run.weights()["1.weight"])
+    np.testing.assert_array_equal(module.network[1].weight.detach().numpy(), run.weights()["1.weight"])
 
 
 def test_reading_what_is_no_run(tmp_path, train):
@@ -129,3 +131,54 @@ def test_progress_prints_lines_until_the_end(train, capsys, monkeypatch):
     run.progress()
     lines = capsys.readouterr().out.splitlines()
     assert run.state == "done" and lines and lines[-1].startswith("AGWU + UDPA: 100%") and lines[-1].endswith("done")
+
+
+# -- raw samples -------------------------------------------------------------------------------------------------------
+
+DIGITS = Path(__file__).parent.parent / "fixtures" / "runs" / "format-2-agwu"
+
+
+def test_raw_samples_are_predicted_and_measured_as_in_the_curve(cache):
+    run = labkit.load_run(DIGITS)
+    data, last = run.problem().dataset, run.curve().iloc[-1]
+    measured = run.evaluate()
+    assert measured["samples"] == 100 and measured["score"] == pytest.approx(last.score, abs=0.02)
+    assert run.evaluate("digits") == run.evaluate(data) == measured  # its own test set
+    at = run.problem().test_indices()
+    x, y = data.raw(at, "test"), data.labels("test")[at]
+    again = run.evaluate((x, y))
+    assert again == measured
+    for given in (x, x[:, 0], torch.from_numpy(x), x.astype(float).tolist()):
+        assert (run.predict(given) == y).mean() == pytest.approx(measured["score"])
+    chances = run.predict_proba(x)
+    assert chances.shape == (100, 10) and np.allclose(chances.sum(1), 1, atol=1e-5)
+    assert np.array_equal(chances.argmax(1), run.predict(x)) and run.predict(x).dtype == np.int64
+    model = run.model()
+    assert np.array_equal(model(torch.from_numpy(x)).argmax(1).numpy(), run.predict(x)) and not model.training
+    for name, tensor in model.network.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), run.weights()[name])
+    assert len(run.predict("digits")) == data.n_test
+    with pytest.raises(labkit.DataError, match=r"needs \(n, 1, 8, 8\)"):
+        run.predict(np.zeros((3, 9, 8)))
+
+
+class Loading(labkit.Classifier):
+    """Reads its samples in a way of its own."""
+
+    def load(self, indices, split="train", device="cpu"):
+        x, y = super().load(indices, split, device)
+        return x / 3, y
+
+
+def test_of_a_problem_that_loads_its_samples_itself_it_is_said_that_raw_ones_are_unknown(cache):
+    problem = Loading("lenet", "digits", model_args={"width": 0.08}, train_samples=200, test_samples=100, score_samples=40)
+    run = labkit.load_run(DIGITS, problem=problem)
+    with pytest.raises(labkit.ProblemError, match="Loading loads its samples itself"):
+        run.predict(np.zeros((3, 1, 8, 8)))
+    with pytest.raises(labkit.ProblemError, match="Loading loads its samples itself"):
+        run.evaluate((np.zeros((3, 1, 8, 8)), [0, 1, 2]))
+    assert run.evaluate()["samples"] == 100
+    with pytest.warns(UserWarning, match="cannot normalise raw ones"):
+        model = run.model()
+    x = problem.load(problem.test_indices()[:4], "test")[0]
+    assert torch.equal(model(x), model.network(x))

@@ -97,7 +97,7 @@ def test_running_statistics_travel(update, train):
     for name in ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var"):
         assert not np.allclose(weights[name], run.weights(0)[name]), name
         assert np.isfinite(weights[name]).all()
-    module = run.model()
+    module = run.model().network
     assert not module.training
     np.testing.assert_array_equal(module[1].running_mean.numpy(), weights["1.running_mean"])
     test = a_problem.test_indices()

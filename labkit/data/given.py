@@ -1,0 +1,170 @@
+"""Samples that are given after the training, for a network that was trained on a data set: converted and normalised as its own were.
+
+    (x, y), x, {"x": ..., "y": ...}    arrays: rearranged to the shapes of its fields, in the units that it was given in
+    a name, a path, a `Dataset`        the test split it comes with; all samples, in their order, where it has none of its own
+
+Used by `labkit.training.run` for `Run.predict` and `Run.evaluate`; `arranged` also by `labkit.subnets.result`.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from labkit.data import named, open_dataset
+from labkit.data.arrays import array_of
+from labkit.data.cache import hold_out
+from labkit.data.dataset import Dataset, Field
+from labkit.errors import DataError
+
+SCALES_APART = 50  # between the spread of what is given and of what was trained on: not the same units
+
+
+class Given(Dataset):
+    """Samples with the fields and the normalisation of the data set `like`; they are its test split."""
+
+    def __init__(self, like: Dataset, samples: Mapping[str, Any], is_own: bool = False) -> None:
+        self.__dict__.update(vars(like))
+        self.is_own = is_own  # the test split of `like` itself
+        self._samples = dict(samples)
+        self.fields = {name: field for name, field in like.fields.items() if name in samples}
+        self.answers = [name for name in like.answers if name in samples]
+        self.n_train, self.n_test = 0, len(next(iter(samples.values())))
+        if not self.n_test:
+            raise DataError("no samples were given. Give one at least.")
+
+    def _map(self, field: str, split: str) -> Any:
+        return self._samples[field]
+
+
+class Whole:
+    """One field of a data set whose test split was held out of the samples that were given: all of them, in their order."""
+
+    def __init__(self, train: np.ndarray, test: np.ndarray) -> None:
+        self.parts, held = (train, test), hold_out(len(train) + len(test))
+        self.split, self.at = held.astype(int), np.where(held, np.cumsum(held), np.cumsum(~held)) - 1
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        at, *rest = key if isinstance(key, tuple) else (key,)
+        split = self.split[at]
+        found = [part[(self.at[at][split == number], *rest)] for number, part in enumerate(self.parts)]
+        made = np.empty((len(at), *found[0].shape[1:]), found[0].dtype)
+        for number, part in enumerate(found):
+            made[split == number] = part
+        return made
+
+
+def given(data: Any, like: Dataset, answers: bool) -> Given:
+    """`data` as samples of the kind of `like`; with labels and targets if `answers`. DataError where they do not fit."""
+    names = [*like.inputs, *like.answers] if answers else like.inputs
+    if isinstance(data, Mapping):
+        if missing := [name for name in names if name not in data]:
+            raise DataError(f"{', '.join(missing)} missing: give {', '.join(names)}; the data hold {', '.join(map(str, data))}.")
+        return _of_arrays({name: data[name] for name in names}, like)
+    if not hasattr(data, "dtype") and not isinstance(data, tuple | list) and not hasattr(data, "iloc"):
+        return _of_dataset(data, like, names)
+    parts = data if answers or len(like.inputs) > 1 else (data,)
+    if hasattr(parts, "dtype") or len(parts) != len(names):
+        raise DataError(f"give a tuple of {len(names)}, ({', '.join(names)}), a name, a path or a data set.")
+    return _of_arrays(dict(zip(names, parts, strict=True)), like)
+
+
+def _of_arrays(arrays: Mapping[str, Any], like: Dataset) -> Given:
+    samples = {}
+    for name, value in arrays.items():
+        field = like.fields[name]
+        if field.role == "input":
+            samples[name] = arranged(value, field, like.affine_of(name), like.stored_type(name), name)
+        else:
+            samples[name] = _answers(value, field, name)
+    n = {name: len(part) for name, part in samples.items()}
+    if len(set(n.values())) > 1:
+        raise DataError(f"the arrays are of different lengths: {', '.join(f'{name} {length}' for name, length in n.items())}.")
+    return Given(like, samples)
+
+
+def arranged(x: Any, field: Field, affine: tuple[np.ndarray, np.ndarray] | None, stored: np.dtype, name: str = "x") -> np.ndarray:
+    """Raw inputs (n, *field.shape), in the type in which those of the training were stored, or in float32.
+
+    A single channel may be left out, and channels may be last: (n, H, W), (n, H, W, C). DataError for other shapes and for what is no
+    number; a warning where the values cannot be in the units of the training.
+    """
+    x, shape = array_of(name, x.detach().cpu().numpy() if hasattr(x, "detach") else x), tuple(field.shape)
+    if x.dtype.kind not in "biuf" or not np.isfinite(x).all():
+        raise DataError(f"{name} of {x.dtype} were given that are not all finite numbers; nothing can be predicted from those.")
+    own = x.shape[1:]
+    if own != shape and None not in shape:
+        if own == shape[1:] and shape[0] == 1:
+            x = x[:, None]
+        elif len(shape) > 1 and own == (*shape[1:], shape[0]):
+            x = np.moveaxis(x, -1, 1)
+        else:
+            hint = f" For one sample give {name}[None]." if x.shape in (shape, shape[1:], (*shape[1:], shape[0])) else ""
+            raise DataError(f"{name} has shape {x.shape}; this network needs (n, {', '.join(map(str, shape))}).{hint}")
+    if affine is None:
+        return x.astype(field.dtype)
+    if x.size and (spread := float(x.std(dtype=np.float64))) > 0:
+        usual = 1 / float(np.median(affine[1]))
+        if not 1 / SCALES_APART < spread / usual < SCALES_APART:
+            warnings.warn(
+                f"{name} spreads by {spread:.3g}, and the data of the training by {usual:.3g}: is it in the units of those? They "
+                "are normalised by themselves; give them as they were given for the training.",
+                stacklevel=4,
+            )
+    return x if x.dtype == stored else x.astype(np.float16 if stored == np.float16 else np.float32)
+
+
+def _answers(y: Any, field: Field, name: str) -> np.ndarray:
+    y = array_of(name, y.detach().cpu().numpy() if hasattr(y, "detach") else y)
+    if y.shape[1:] != tuple(field.shape) or not y.ndim:
+        raise DataError(f"{name} has shape {y.shape}; give (n{''.join(f', {n}' for n in field.shape)}).")
+    if field.role == "label":
+        if y.dtype.kind not in "biuf" or not np.isfinite(y).all() or (y != np.floor(y)).any() or (y < 0).any():
+            raise DataError(f"{name} are no labels: give whole numbers 0..{(field.n_values or 2) - 1}, as for the training.")
+        if field.n_values is not None and y.size and y.max() >= field.n_values:
+            raise DataError(f"{name} reaches {y.max()}; the network was trained on labels 0..{field.n_values - 1}.")
+    return y.astype(field.dtype)
+
+
+def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
+    other = open_dataset(data)
+    if isinstance(data, str | os.PathLike) and other.classes and like.classes and other.shape != like.shape:
+        other = open_dataset(data, size=tuple(like.shape[1:]))  # as the pictures and volumes of the training were
+    if missing := [name for name in names if name not in other.fields]:
+        raise DataError(f"data {other.name!r} have no {', '.join(missing)}: {other.described()}.")
+    for name in names:
+        here, there = other.fields[name], like.fields[name]
+        if here.shape != there.shape or here.role != there.role:
+            raise DataError(
+                f"data {other.name!r}: {name} is {here.role} {here.shape}; the network was trained on {there.role} {there.shape} of "
+                f"{like.name!r}. Open it with the options of the training: run.evaluate(labkit.open_dataset(..., size=...))."
+            )
+    is_own = other.path == like.path
+    is_whole = other.held_out and not is_own and not (isinstance(data, str) and data in named.NAMED)
+    split = {name: [other._map(name, split) for split in ("train", "test")] for name in names}
+    samples = {name: Whole(*parts) if is_whole else parts[1] for name, parts in split.items()}
+    if like.label in samples:
+        samples[like.label] = _renumbered(samples[like.label], other, like)
+    return Given(like, samples, is_own)
+
+
+def _renumbered(y: Any, other: Dataset, like: Dataset) -> np.ndarray:
+    """Labels by the numbers that the classes had in the training, where the classes of both have names (folders)."""
+    y = y[np.arange(len(y))]
+    if other.classes and like.classes and other.classes != like.classes:
+        if unknown := [name for name in other.classes if name not in like.classes]:
+            raise DataError(f"data {other.name!r} hold {', '.join(unknown)}; the network knows {', '.join(like.classes)}.")
+        y = np.array([like.classes.index(name) for name in other.classes])[y]
+    elif (other.classes or like.classes) and other.classes != like.classes and other.n_classes != like.n_classes:
+        raise DataError(
+            f"data {other.name!r} have {other.n_classes} classes and the training had {like.n_classes}; which is which cannot be told. "
+            "Give arrays (x, y) with the labels of the training."
+        )
+    if like.n_classes is not None and len(y) and y.max() >= like.n_classes:
+        raise DataError(f"data {other.name!r} reach label {y.max()}; the network was trained on labels 0..{like.n_classes - 1}.")
+    return y

@@ -1,0 +1,98 @@
+"""Samples given after the training become what the same samples were in it, whatever layout they come in; what cannot be is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from labkit import open_dataset
+from labkit.data.given import given
+from labkit.errors import DataError
+from tests.data.helpers import some, write_folder
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def every(data):
+    return data.batch(np.arange(data.n_test), "test")
+
+
+@pytest.mark.parametrize(
+    ("shape", "layouts"),
+    [
+        ((3, 8, 9), [lambda x: x, lambda x: np.moveaxis(x, 1, -1), torch.from_numpy, lambda x: x.tolist()]),
+        ((1, 6, 7), [lambda x: x, lambda x: x[:, 0], lambda x: x[..., None][:, 0]]),
+        ((5,), [lambda x: x, pd.DataFrame, lambda x: x.astype(np.float64)]),
+    ],
+)  # fmt: skip
+def test_any_layout_is_what_it_was_in_the_training(shape, layouts):
+    x, y = some(20, shape)
+    like = open_dataset((x[:12], y[:12], x[12:], y[12:]))
+    for layout in layouts:
+        assert np.array_equal(every(given(layout(x[12:]), like, answers=False))["x"], every(like)["x"])
+    both = every(given({"x": x[12:], "y": torch.from_numpy(y[12:])}, like, answers=True))
+    assert np.array_equal(both["x"], every(like)["x"]) and np.array_equal(both["y"], y[12:])
+
+
+def test_it_is_normalised_by_the_training_and_not_by_itself(tmp_path):
+    x, y = some(30, (3, 8, 8))
+    like = open_dataset((x, y))
+    other = open_dataset(write_folder(tmp_path / "other", x_train=5 * x, y_train=y, x_test=5 * x[:4], y_test=y[:4]))
+    centre, rate = like.affine_of("x")
+    for data in (other, str(tmp_path / "other")):
+        assert np.allclose(every(given(data, like, answers=True))["x"], (5 * x[:4] - centre) * rate, atol=1e-5)
+
+
+def test_of_a_data_set_without_a_test_split_all_are_taken_in_their_order(tmp_path):
+    x, y = some(37, (3, 8, 8), k=5)
+    like = open_dataset((x, y))
+    folder = write_folder(tmp_path / "new", x_train=x + 1, y_train=y)
+    samples = given(folder, like, answers=True)
+    centre, rate = like.affine_of("x")
+    assert np.allclose(every(samples)["x"], (x + 1 - centre) * rate, atol=1e-5) and np.array_equal(every(samples)["y"], y)
+    assert np.array_equal(samples.batch([30, 2, 30], "test")["y"], y[[30, 2, 30]])
+    assert given(like, like, answers=True).is_own and given(like, like, answers=True).n_test == 4
+
+
+def flowers(folder, names, side=9):
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (side, side), (20 * i, 40 * len(name), 10 * number)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_classes_of_folders_have_the_numbers_of_the_training_and_pictures_its_size(tmp_path):
+    like = open_dataset(flowers(tmp_path / "a", ["aster", "daisy", "roses", "tulip"]))
+    fewer = given(flowers(tmp_path / "b", ["daisy", "tulip"], side=20), like, answers=True)
+    assert fewer.n_test == 12 and every(fewer)["y"].tolist() == [1] * 6 + [3] * 6 and every(fewer)["x"].shape[1:] == like.shape
+    with pytest.raises(DataError, match="hold weed; the network knows aster, daisy, roses, tulip"):
+        given(flowers(tmp_path / "c", ["aster", "weed"]), like, answers=True)
+
+
+def test_what_does_not_fit_is_refused_and_other_units_are_said():
+    x, y = some(20, (3, 8, 9), dtype=np.uint8)
+    like = open_dataset((x, y))
+    for wrong, message in (
+        (x[0], r"x has shape \(3, 8, 9\); this network needs \(n, 3, 8, 9\)\. For one sample give x\[None\]"),
+        (x[:, :2], r"x has shape \(20, 2, 8, 9\)"),
+        (np.where(x > 50, np.nan, x), "not all finite"),
+        (x[:0], "no samples"),
+    ):
+        with pytest.raises(DataError, match=message):
+            given(wrong, like, answers=False)
+    for wrong, message in (
+        ((x, y + 1), "y reaches 3; the network was trained on labels 0..2"),
+        ((x, y + 0.5), "no labels"),
+        ((x, y[:-1]), "different lengths: x 20, y 19"),
+        ((x, y[:, None]), r"y has shape \(20, 1\); give \(n\)"),
+        (x, r"give a tuple of 2, \(x, y\)"),
+        ({"x": x}, "y missing"),
+    ):
+        with pytest.raises(DataError, match=message):
+            given(wrong, like, answers=True)
+    with pytest.warns(UserWarning, match="x spreads by 0.1.*is it in the units of those"):
+        given(x / 255.0, like, answers=False)
