@@ -24,7 +24,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from labkit.runs.files import read_json, replacing
 AGE_S = 30.0  # at least so often a version is saved, if there is a new one
 FORMAT = 1  # of a checkpoint; a reader refuses what is newer
 FOLDER = "checkpoints"
+WIDTHS = {"bfloat16": 2}  # bytes of the types that numpy has not
 ARRAY, ITEMS = "__array__", "__items__"  # in the JSON: a reference to a member; a dict whose keys are not all text
 
 
@@ -45,18 +46,29 @@ ARRAY, ITEMS = "__array__", "__items__"  # in the JSON: a reference to a member;
 
 @dataclass(frozen=True)
 class Layout:
-    """Which entries of a flat weight vector belong to which tensor: parameters first, then floating-point buffers."""
+    """Which entries of a flat weight vector belong to which tensor: parameters first, then float32 buffers, then other buffers.
+
+    The last len(types) tensors are buffers of these types, whose bytes are entries of their own (`labkit.models.flat`).
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     n_params: int
-    n_buffers: int
+    n_buffers: int  # entries of all buffers
+    types: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, params: Mapping[str, tuple[int, ...]], buffers: Mapping[str, tuple[int, ...]]) -> Layout:
-        """From the shapes of parameters and buffers by name, as `labkit.models.flat.flatten` returns them."""
+    def of(
+        cls,
+        params: Mapping[str, tuple[int, ...]],
+        buffers: Mapping[str, tuple[int, ...]],
+        exact: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
+    ) -> Layout:
+        """From shapes by name, as `labkit.models.flat.Flat.shapes` has them."""
         n_params, n_buffers = (sum(map(math.prod, some.values())) for some in (params, buffers))
-        return cls((*params, *buffers), (*params.values(), *buffers.values()), n_params, n_buffers)
+        types, shapes = zip(*exact.values(), strict=True) if exact else ((), ())
+        made = cls((*params, *buffers, *(exact or ())), (*params.values(), *buffers.values(), *shapes), n_params, n_buffers, types)
+        return replace(made, n_buffers=n_buffers + made.n_exact)
 
     @property
     def size(self) -> int:
@@ -65,17 +77,35 @@ class Layout:
     @property
     def blocks(self) -> tuple[int, ...]:
         """Sizes of the tensors that make the parameters, in their order."""
-        sizes = [math.prod(shape) for shape in self.shapes]
-        ends = itertools.accumulate(sizes)
-        return tuple(size for size, end in zip(sizes, ends, strict=True) if end <= self.n_params)
+        ends = itertools.accumulate(self._sizes)
+        return tuple(size for size, end in zip(self._sizes, ends, strict=True) if end <= self.n_params)
+
+    @property
+    def n_exact(self) -> int:
+        """Entries, at the end, that are bytes: no rule may compute with them."""
+        return sum(self._sizes[len(self._sizes) - len(self.types) :])
+
+    @property
+    def _sizes(self) -> list[int]:
+        bytes_of = [1] * (len(self.names) - len(self.types)) + [WIDTHS.get(kind) or np.dtype(kind).itemsize for kind in self.types]
+        return [math.prod(shape) * n for shape, n in zip(self.shapes, bytes_of, strict=True)]
 
     def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        """Name -> array of its shape, as views into `flat`."""
+        """Name -> array of its shape: views into `flat`, but for what is stored as bytes."""
+        kinds = (*[""] * (len(self.names) - len(self.types)), *self.types)
         tensors, start = {}, 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            n = math.prod(shape)
-            tensors[name], start = flat[start : start + n].reshape(shape), start + n
+        for name, shape, kind, n in zip(self.names, self.shapes, kinds, self._sizes, strict=True):
+            part, start = flat[start : start + n], start + n
+            tensors[name] = (_from_bytes(part, kind) if kind else part).reshape(shape)
         return tensors
+
+
+def _from_bytes(part: np.ndarray, kind: str) -> np.ndarray:
+    """The numbers of this type whose bytes are the entries of `part`; bfloat16, which numpy has not, as float32."""
+    stored = part.astype(np.uint8)
+    if kind == "bfloat16":
+        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return stored.view(kind)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ What earlier formats did not have is filled in by `RunConfig.load`; nobody else 
     1    no replays: probed speeds and threads of the workers are missing
     2    classes by the module that they were in, `silence` and `patience` for the two time limits
     3    public names (labkit:Classifier), batch_size, one_process
+    4    exact_buffers: counters, flags and other buffers that are not float32 are in the weight vector, bit for bit
 
 Used wherever a run is started, driven or read. Imports numpy alone, so that the server stays small.
 """
@@ -28,7 +29,7 @@ from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError
 from labkit.runs.files import read_json, write_json
 
-FORMAT = 3  # of the run directory; what is newer is refused
+FORMAT = 4  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
 OPTIONAL = ("target", "patience", "origin", "scenario", "resumed")  # settings that are left out where a run has none
@@ -59,6 +60,7 @@ class RunConfig(Mapping[str, Any]):
     budget: int
     checkpoints: int
     n_train: int
+    exact_buffers: bool = True  # are buffers that are not float32 in the weight vector (`labkit.models.flat`)?
     batch_size: int | None  # None: an earlier format, and a problem that sets its own
     exchange: str = "float32"  # how weights travel: `labkit.training.wire.compression`
     overlap: int = 0  # batches that a worker computes while its push is under way
@@ -137,6 +139,8 @@ def _present(stored: dict[str, Any]) -> dict[str, Any]:
                 config[now] = config.pop(before)
         processes = {(worker["host"], worker["pid"]) for worker in config["workers"]}
         config["one_process"] = len(processes) == 1 < len(config["workers"])
+    if config["format"] < 4:
+        config.setdefault("exact_buffers", False)
     return config
 
 

@@ -159,7 +159,8 @@ class RunRecord:
         """Which entries of the flat vector belong to which tensor (`labkit.runs.checkpoints.Layout`)."""
         stored = read_json(self.path / "layout.json")
         shapes = tuple(tuple(shape) for shape in stored["shapes"])
-        return checkpoints.Layout(tuple(stored["names"]), shapes, stored["n_params"], stored["n_buffers"])
+        types = tuple(stored.get("types", ()))  # format 4
+        return checkpoints.Layout(tuple(stored["names"]), shapes, stored["n_params"], stored["n_buffers"], types)
 
     def flat(self, version: int | None = None) -> np.ndarray:
         """The global weights as one flat float32 vector, by default of the newest version."""

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from labkit.errors import RunError
-from labkit.models.flat import flatten
+from labkit.models.flat import Flat
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
@@ -61,7 +61,7 @@ class Replicas:
     def join(self, worker: int, threads: int = 1, shared: bool = False) -> None:
         """A new incarnation of `worker`; with a `shared` generator its random numbers cannot be drawn again."""
         with torch.random.fork_rng(devices=[]):
-            replica = Replica(self.problem, self.config.seed, worker, self.config.budget)
+            replica = Replica(self.problem, self.config.seed, worker, self.config.budget, exact=self.config.exact_buffers)
         buffers = WeightBuffers(replica, self.config.exchange, apart=self.config.overlap > 0)
         self.workers[worker] = _Worker(replica, buffers, threads, shared)
 
@@ -151,7 +151,7 @@ def begin_course(
     config: RunConfig, problem: Problem, update: Update, partition: Partition, weights: np.ndarray | None = None, **options: Any
 ) -> Coordinator:
     """A coordinator as the server of this run would make it, by default at its initial weights; for `options` see there."""
-    flat, *shapes = flatten(problem.build(config.seed))
-    weights, layout = flat.numpy() if weights is None else weights, checkpoints.Layout.of(*shapes)
+    state = Flat(problem.build(config.seed), exact=config.exact_buffers)
+    weights, layout = state.vector.numpy() if weights is None else weights, checkpoints.Layout.of(*state.shapes)
     config, labels = config.replace(batch_size=problem.batch_size), labels_for(partition, problem)
     return Coordinator.begin(config, update, partition, weights, layout, labels=labels, **options)

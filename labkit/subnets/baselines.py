@@ -39,7 +39,7 @@ from labkit.errors import ProblemError
 from labkit.imports import constructor_arguments
 from labkit.models import MODELS, describe
 from labkit.models.costs import multiply_adds, n_parameters
-from labkit.models.flat import flatten
+from labkit.models.flat import Flat
 from labkit.problems import Classifier
 from labkit.runs import checkpoints
 from labkit.subnets.decomposition import Decomposition
@@ -124,7 +124,7 @@ def train_baseline(job: Job, worker: Worker) -> dict[str, Any]:
         return {}
     test = problem.test_indices()
     decided = outputs(problem, module, test, "test", worker.device).argmax(1)  # in float32, as `Subnets.predict` does
-    checkpoints.write(job.path / job.folder, job.number, flatten(module, "cpu")[0].numpy())
+    checkpoints.write(job.path / job.folder, job.number, Flat(module).vector.numpy())
     return {
         "accuracy": float((decided == problem.dataset.labels("test")[test]).mean()),
         "parameters": n_parameters(module),

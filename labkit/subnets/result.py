@@ -28,7 +28,7 @@ from labkit.data.given import arranged
 from labkit.errors import DataError, ProblemError, RunError, known
 from labkit.imports import by_value
 from labkit.models import make_model
-from labkit.models.flat import flatten
+from labkit.models.flat import Flat
 from labkit.models.normalised import Normalise, Normalised
 from labkit.problems import Classifier, evaluating
 from labkit.runs import checkpoints
@@ -177,7 +177,7 @@ class Subnets:
             fresh = {"id": secrets.token_hex(8), "rows": self.rows, "parts": self.part_rows}  # a mix of two saves is refused
             write_json(path / "config.json", self.config | fresh | {"format": FORMAT, "baselines": list(self.baselines)})
             for number, module in enumerate([self.module, *self.baselines.values()]):
-                checkpoints.write(path, number, flatten(module)[0].numpy())
+                checkpoints.write(path, number, Flat(module).vector.numpy())
         except OSError as error:
             raise RunError(f"the subnets cannot be saved in {path}: {error}.") from error
         return path
@@ -266,8 +266,12 @@ def make_baseline(name: str, config: Mapping[str, Any], model: Any, model_args: 
 def fill(module: nn.Module, path: Path, version: int) -> dict[str, Any]:
     """Give a module the weights of a checkpoint; returns the state that was written with them."""
     weights, state = checkpoints.read_state(path, version)
-    flat, *_ = flatten(module)
-    if len(weights) != len(flat):
-        raise RunError(f"{path}, version {version}: {len(weights)} weights for a model of {len(flat)}. It was changed since.")
-    flat.copy_(torch.from_numpy(weights.copy()))
+    flat = Flat(module)
+    if len(weights) == len(flat.vector) - flat.n_bytes:  # before buffers that are not float32 were stored
+        flat = Flat(module, exact=False)
+    if len(weights) != len(flat.vector):
+        raise RunError(
+            f"{path}, version {version}: {len(weights)} weights for a model of {len(flat.vector)}. It was changed since."
+        )
+    flat.load(torch.from_numpy(weights.copy()))
     return state

@@ -77,16 +77,30 @@ class Stack(nn.Module):
         loss = F.cross_entropy(self.logits.flatten(0, 1).float(), y.flatten(), reduction="none")
         return loss.view(y.shape).mean(1)
 
-    def rows(self, number: int) -> list[torch.Tensor]:
-        """All floating-point tensors of one module."""
-        return [tensor.data[number] for tensor in self.stacked.values() if tensor.is_floating_point()]
+    def row(self, number: int) -> "Row":
+        """The state of one module."""
+        return Row([tensor.data[number] for tensor in self.stacked.values()])
+
+
+class Row:
+    """The tensors of one module among those of all (`labkit.training.local.State`)."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def saved(self) -> list[torch.Tensor]:
+        return [tensor.clone() for tensor in self.tensors]
+
+    def load(self, saved: list[torch.Tensor]) -> None:
+        for tensor, value in zip(self.tensors, saved, strict=True):
+            tensor.copy_(value)
 
 
 def fit_together(problems: Sequence[Subnet], modules: Sequence[nn.Module], *, device: str = "cpu", **settings: Any) -> list[Fit]:
     """As `labkit.training.local.fit` for each of the modules, in place, all in one pass: `settings` as of `fit_epochs`; `seconds`
     are those of all together."""
     problem, stack = problems[0], Stack(modules, device)
-    optimisers, tensors = problem.optimisers(stack), [stack.rows(number) for number in range(len(modules))]
+    optimisers, states = problem.optimisers(stack), [stack.row(number) for number in range(len(modules))]
 
     def step(drawn: list[np.ndarray], clock: Clock) -> torch.Tensor:
         loaded = [own.load(batch, "train", device) for own, batch in zip(problems, drawn, strict=True)]
@@ -95,7 +109,7 @@ def fit_together(problems: Sequence[Subnet], modules: Sequence[nn.Module], *, de
         return stack.losses(y)
 
     samples = problem.train_indices(), problem.score_indices()
-    return fit_epochs(problems, modules, tensors, step, *samples, device=device, **settings)
+    return fit_epochs(problems, modules, states, step, *samples, device=device, **settings)
 
 
 def check_batching(problem: Subnet, seed: int) -> None:

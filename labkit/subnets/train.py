@@ -32,7 +32,7 @@ from labkit.cluster.lab import Lab, Worker
 from labkit.errors import ClusterError, ProblemError, RunError, known, real, whole
 from labkit.models import evaluating, seeded
 from labkit.models.costs import multiply_adds, n_parameters
-from labkit.models.flat import flatten
+from labkit.models.flat import Flat
 from labkit.partition import make_partition
 from labkit.plots.progress import following
 from labkit.problems import Classifier
@@ -274,7 +274,7 @@ def store_run(job: Job, worker: Worker) -> list[dict[str, Any]]:
     prepare_alone(worker, job.config, job.seed)
     problem, run, epochs = job.problem, Run(job.run), job.config["epochs"]
     module = problem.build(job.seed)
-    flatten(module, worker.device)[0].copy_(torch.from_numpy(run.flat().copy()))
+    Flat(module, worker.device, run.config.exact_buffers).load(torch.from_numpy(run.flat().copy()))
     measured = problem.measure(module, problem.score_indices(), device=worker.device)
     done = Fit(epochs, epochs, measured["loss"], measured["score"], run.summary()["seconds"])
     return [_store(job, module, done, worker, ", ".join(str(member["index"]) for member in run.config["workers"]), 1)]
@@ -288,7 +288,7 @@ def _store(job: Job, module: nn.Module, done: Fit, worker: Worker, trained_on: i
         wanted |= {"score": (problem.score_indices(), "train"), "test": (problem.test_indices(), "test")}
     how = {"device": worker.device, "forward": partial(subnet_outputs, inputs=job.config["inputs"])}
     found = {name: outputs(problem, module, *samples, **how) for name, samples in wanted.items() if len(samples[0])}
-    checkpoints.write(Path(job.path), problem.number, flatten(module, "cpu")[0].numpy(), {"outputs": found})
+    checkpoints.write(Path(job.path), problem.number, Flat(module).vector.numpy(), {"outputs": found})
     about = {"number": problem.number, "part": problem.part, "fold": problem.fold, "worker": trained_on, "batched": batched}
     return about | {"parameters": n_parameters(module), **asdict(done), "multiply_adds": job.cost}
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from labkit.models.flat import flatten
+from labkit.models.flat import Flat
 from labkit.runs import checkpoints
 from labkit.runs.events import effective
 from labkit.runs.files import replacing
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from labkit.cluster.lab import Lab
     from labkit.problems.problem import Problem
+    from labkit.runs.config import RunConfig
     from labkit.runs.record import RunRecord
 
 BATCH = 250
@@ -38,7 +39,7 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     versions = checkpoints.versions(run.path)
     n = len(workers or lab.free()) or 1 if lab else 1
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
-    items = [(problem, str(run.path), share, run.config.seed) for share in shares]
+    items = [(problem, str(run.path), share, run.config) for share in shares]
     results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
     rows = sorted(row for share in results for row in share)
     events = effective(run.events)
@@ -54,16 +55,16 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     return table
 
 
-def _evaluate(item: tuple[Problem, str, list[int], int]) -> list[tuple[int, float, float]]:
+def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[tuple[int, float, float]]:
     """Runs on a worker: (version, loss, score) of some versions of a run."""
-    problem, path, versions, seed = item
+    problem, path, versions, config = item
     prepare()
-    module = problem.build(seed)
-    flat, *_ = flatten(module)
+    module = problem.build(config.seed)
+    state = Flat(module, exact=config.exact_buffers)
     indices = problem.test_indices()
     rows = []
     for version in versions:
-        flat.copy_(torch.from_numpy(np.array(checkpoints.read_weights(Path(path), version, len(flat)))))
+        state.load(torch.from_numpy(np.array(checkpoints.read_weights(Path(path), version, len(state.vector)))))
         measured = problem.measure(module, indices, "test", batch_size=BATCH)
         rows.append((version, measured["loss"], measured["score"]))
     return rows

@@ -10,14 +10,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from labkit.errors import ProblemError
-from labkit.models.flat import flatten
+from labkit.models.flat import Flat
 from labkit.partition import UDPA
 from labkit.problems import Clock, Problem, evaluating
 from labkit.problems.splits import batches
@@ -37,6 +37,13 @@ class Fit:
     seconds: float = 0.0
 
 
+class State(Protocol):
+    """All that training changes of a module, such as a `Flat`: a copy of it, and back to one."""
+
+    def saved(self) -> Any: ...
+    def load(self, saved: Any) -> None: ...
+
+
 def fit(
     problem: Problem,
     module: nn.Module,
@@ -52,21 +59,21 @@ def fit(
 
     `each(epoch, loss, score)` is called after each epoch, with the score where it was measured; if it returns true, training ends.
     """
-    flat, *_ = flatten(module, device)
+    state = Flat(module, device)
     optimisers = problem.optimisers(module)
 
     def step(drawn: list[np.ndarray], clock: Clock) -> torch.Tensor:
         metrics = problem.step(module, problem.load(drawn[0], "train", device), optimisers, clock)
         return torch.as_tensor(metrics["loss"], device=device).reshape(1)
 
-    one = [problem], [module], [[flat]]
+    one = [problem], [module], [state]
     return fit_epochs(*one, step, train, held, seeds=[seed], device=device, each=[each], **settings)[0]
 
 
 def fit_epochs(
     problems: Sequence[Problem],
     modules: Sequence[nn.Module],
-    tensors: Sequence[Sequence[torch.Tensor]],
+    states: Sequence[State],
     step: Callable[[list[np.ndarray], Clock], torch.Tensor],
     train: np.ndarray,
     held: np.ndarray,
@@ -82,12 +89,12 @@ def fit_epochs(
     batch each and gives their losses (M,).
 
     With a `patience` the training of a module ends when its score on `held` has not grown for so many epochs (of equal scores the
-    lower loss is better), and what its `tensors`, all that training changes, held in the best epoch is put back. `after(started)`
+    lower loss is better), and what its state, all that training changes, was in the best epoch is put back. `after(started)`
     is called after each step and each measuring: emulated slowdown.
     """
     n, seen, started = len(train), 0, time.perf_counter()
     shards = [alone(n, seed) for seed in seeds]
-    fits, best, training = [Fit() for _ in seeds], [list(own) for own in tensors], list(range(len(seeds)))
+    fits, best, training = [Fit() for _ in seeds], {}, list(range(len(seeds)))
     for epoch in range(1, epochs + 1):
         total = torch.zeros(len(seeds), device=device)
         for drawn in zip(*(batches(shard.draw(n), problems[0].batch_size) for shard in shards), strict=True):
@@ -108,16 +115,16 @@ def fit_epochs(
                 after(began)
                 if patience is None or (score, -loss) > (done.score, -done.loss):
                     done.best, done.score, done.loss = epoch, score, loss
-                    best[number] = [tensor if epoch == epochs else tensor.clone() for tensor in tensors[number]]
+                    best[number] = states[number].saved()
             if each[number](epoch, loss, score) or (patience is not None and epoch - done.best >= patience):
                 training.remove(number)
         if not training:
             break
     seconds = time.perf_counter() - started
-    for done, own, values in zip(fits, tensors, best, strict=True):
+    for number, done in enumerate(fits):
         done.seconds = seconds
-        for tensor, value in zip(own, values, strict=True):
-            tensor.copy_(value)
+        if number in best:
+            states[number].load(best[number])
     return fits
 
 

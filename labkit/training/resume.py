@@ -134,9 +134,9 @@ def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
     n_train = len(given.train_indices())
     if n_train != run.config.n_train:
         raise RunError(f"the data have {n_train} training samples, and run {run.name} was begun with {run.config.n_train}.")
-    from labkit.models.flat import flatten
+    from labkit.models.flat import Flat
 
-    if checkpoints.Layout.of(*flatten(given.build(run.config.seed))[1:]) != run.layout:
+    if checkpoints.Layout.of(*Flat(given.build(run.config.seed), exact=run.config.exact_buffers).shapes) != run.layout:
         raise RunError(f"the model of this problem has other tensors than run {run.name} was begun with (layout.json).")
     return given
 

@@ -179,11 +179,10 @@ class Run(RunRecord):
     def _network(self, version: int | str | None = None) -> torch.nn.Module:
         import torch
 
-        from labkit.models.flat import flatten
+        from labkit.models.flat import Flat
 
         module = self.problem().build(self.config.seed)
-        flat, *_ = flatten(module)
-        flat.copy_(torch.from_numpy(np.array(self.flat(version))))
+        Flat(module, exact=self.config.exact_buffers).load(torch.from_numpy(np.array(self.flat(version))))
         return module.eval()
 
     def predict(self, x: Any, version: int | str | None = None) -> np.ndarray:

@@ -27,7 +27,7 @@ import numpy as np
 from labkit.cluster.lab import Lab
 from labkit.errors import ClusterError, RunError, known, real, whole
 from labkit.imports import rule_title
-from labkit.models.flat import flatten
+from labkit.models.flat import Flat
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs.checkpoints import Layout
@@ -182,11 +182,18 @@ def launch(
     on_version: OnVersion | None = None,
 ) -> Run:
     """The second half of `train`: a run of what was checked, on workers that are leased, by the caller."""
-    flat, *shapes = flatten(problem.build(config.seed))
-    layout = Layout.of(*shapes)
+    state = Flat(problem.build(config.seed), exact=config.exact_buffers)
+    layout = Layout.of(*state.shapes)
     path = new_run(Path(runs), config, asdict(layout))
     spec = ServerSpec(
-        config, str(path), update, partition, flat.numpy(), layout, labels=labels_for(partition, problem), host=server_host(lab)
+        config,
+        str(path),
+        update,
+        partition,
+        state.vector.numpy(),
+        layout,
+        labels=labels_for(partition, problem),
+        host=server_host(lab),
     )
     return begin(path, lab, problem, spec, takes_newcomers, on_version)
 

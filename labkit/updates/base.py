@@ -9,7 +9,7 @@ Used by the other files of `labkit.updates`, and by `labkit.training.server.coor
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,14 +61,18 @@ class Update:
     Versions are immutable arrays: a new version is a new array, so that a reply can be sent while the next push is merged.
 
     `merges` holds the contributions of the latest call and `drops` what it has thrown away (coefficient 0), for the record.
+
+    The last `n_exact` buffers are bytes of counters, flags and the like, with which nobody can compute: whatever a rule makes of
+    them, a version gets those of the push with the most samples in it (`_leading`), and a worker with weights of its own keeps its.
     """
 
     name = ""
+    n_exact = 0  # set before `start`
     collective = False  # True: workers exchange gradients among themselves at every step
     scored = False  # True: the rule asks for Q
     ahead = False  # True: a worker may train on while its push is under way, and its next push holds that too
     paced = False  # True: local passes in proportion to measured speed, whatever the partition
-    fleeting: tuple[str, ...] = ("weights", "bases")  # what `lasting` leaves out; dicts among these are by worker
+    fleeting: tuple[str, ...] = ("weights", "bases", "exact")  # what `lasting` leaves out; dicts among these are by worker
     written: tuple[str, ...] = ()  # arrays that the rule writes in place: a saved state holds copies of them
 
     def start(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int = 0, blocks: Iterable[int] = ()) -> None:
@@ -88,6 +92,7 @@ class Update:
         self.merges: list[Merge] = []
         self.drops: list[Merge] = []
         self.bases = {int(worker): 0 for worker in workers}  # worker -> version that it works from
+        self.exact: dict[int, np.ndarray] = {}  # worker -> the bytes in its latest push
         self._begin()
 
     def join(self, worker: int) -> list[Reply]:
@@ -114,7 +119,24 @@ class Update:
         """
         self._check(push)
         self.merges, self.drops = [], []
-        return self._merge(push)
+        if not self.n_exact:
+            return self._merge(push)
+        self.exact[push.worker] = push.weights[-self.n_exact :].copy()
+        return [self._exactly(reply) for reply in self._merge(push)]
+
+    def _exactly(self, reply: Reply) -> Reply:
+        """A reply with weights of the worker's own holds the bytes of its push."""
+        if reply.weights is self.weights or reply.worker not in self.exact:
+            return reply
+        own = reply.weights.copy()
+        own[-self.n_exact :] = self.exact[reply.worker]
+        own.flags.writeable = False
+        return replace(reply, weights=own)
+
+    def _leading(self, merges: list[Merge]) -> int | None:
+        """The worker whose bytes a version gets; None: they stay as they are."""
+        known = [merge for merge in merges if merge.worker in self.exact]
+        return max(known, key=lambda merge: merge.samples).worker if known else None
 
     @property
     def deadline(self) -> float | None:
@@ -177,6 +199,9 @@ class Update:
         self._publish_merged(weights, [self._merged(push, coefficient) for push, coefficient in merges])
 
     def _publish_merged(self, weights: np.ndarray, merges: list[Merge]) -> None:
+        if self.n_exact:
+            leading = self._leading(merges)
+            weights[-self.n_exact :] = self.weights[-self.n_exact :] if leading is None else self.exact[leading]
         weights.flags.writeable = False
         self.weights, self.version, self.merges = weights, self.version + 1, merges
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from labkit.errors import UpdateError
-from labkit.updates.base import Push, Reply, Update, number, one_of, weighted_sum
+from labkit.updates.base import Merge, Push, Reply, Update, number, one_of, weighted_sum
 
 
 class Barrier(Update):
@@ -181,6 +181,9 @@ class AllReduce(Barrier):
 
     name = "allreduce"
     collective = True
+
+    def _leading(self, merges: list[Merge]) -> int | None:
+        return merges[0].worker
 
     def _merge_all(self, pushes: list[Push]) -> None:
         first = pushes[0].weights[: self.n_params]

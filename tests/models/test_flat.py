@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from labkit.errors import WorkerError
-from labkit.models.flat import flatten
+from labkit.errors import ProblemError
+from labkit.models.flat import Flat
 from labkit.runs.checkpoints import Layout
 
 
@@ -29,17 +29,17 @@ class Odd(nn.Module):
         return self.norm(self.frozen(self.second(self.first(x)))) @ self.turned * self.scalar
 
 
-def test_flatten_keeps_values_and_makes_views():
+def test_values_stay_and_tensors_become_views():
     torch.manual_seed(0)
     module = Odd()
     before = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    flat, *shapes = flatten(module)
-    layout = Layout.of(*shapes)
+    state = Flat(module)
+    flat, layout = state.vector, Layout.of(*state.shapes)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     parts = layout.split(flat.numpy())
-    assert layout.size == flat.numel() == layout.n_params + layout.n_buffers and layout.n_buffers == 6
-    assert "norm.num_batches_tracked" not in parts and "second.weight" not in parts  # a counter; a weight that is there already
+    assert layout.size == flat.numel() == layout.n_params + layout.n_buffers and (layout.n_buffers, layout.n_exact) == (6 + 8, 8)
+    assert "second.weight" not in parts  # a weight that is there already
     for name, part in parts.items():
         np.testing.assert_array_equal(part, before[name].numpy())
     flat.fill_(7.0)
@@ -50,8 +50,8 @@ def test_flatten_keeps_values_and_makes_views():
 
 def test_steps_change_the_flat_vector_and_a_pull_changes_the_module():
     module = Odd()
-    flat, *shapes = flatten(module)
-    layout = Layout.of(*shapes)
+    state = Flat(module)
+    flat, layout = state.vector, Layout.of(*state.shapes)
     optimiser = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
     start = flat.clone()
     for _ in range(2):
@@ -69,7 +69,9 @@ def test_steps_change_the_flat_vector_and_a_pull_changes_the_module():
 
 
 def test_parameters_come_before_buffers():
-    flat, params, buffers = flatten(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)))
+    state = Flat(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)), exact=False)
+    flat, (params, buffers, exact) = state.vector, state.shapes
+    assert exact == {}
     assert list(params.items()) == [("0.weight", (3,)), ("0.bias", (3,)), ("1.weight", (2, 3)), ("1.bias", (2,))]
     assert list(buffers.items()) == [("0.running_mean", (3,)), ("0.running_var", (3,))]
     layout = Layout.of(params, buffers)
@@ -79,5 +81,5 @@ def test_parameters_come_before_buffers():
 
 
 def test_weights_that_are_not_float32_are_refused():
-    with pytest.raises(WorkerError, match=r"tensors \['weight', 'bias'\] are not float32.*precision='bfloat16'"):
-        flatten(nn.Linear(2, 2, dtype=torch.float64))
+    with pytest.raises(ProblemError, match=r"parameter 'weight' is float64, not float32.*precision='bfloat16'"):
+        Flat(nn.Linear(2, 2, dtype=torch.float64))

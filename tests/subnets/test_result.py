@@ -75,14 +75,14 @@ def test_what_was_damaged_mixed_or_is_something_else_is_refused(train, tmp_path)
 def test_subnets_of_before_the_word_was_changed_are_read(train, tmp_path):
     joined = train(baselines=["small"], epochs=1)
     config = json.loads((tmp_path / "joined" / "config.json").read_text())
-    assert config["format"] == 3 and "rivals" not in config
+    assert config["format"] == 4 and "rivals" not in config
     config |= {"format": 2, "rivals": config.pop("baselines")}
     (tmp_path / "joined" / "config.json").write_text(json.dumps(config))
     again, images = labkit.load_subnets(tmp_path / "joined"), data(5)[0]
     assert np.array_equal(again.scores(images, "small"), joined.scores(images, "small")) and again.table().equals(joined.table())
     again.save(tmp_path / "new")
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config["format"] == 3 and config["baselines"] == ["small"] and "rivals" not in config
+    assert config["format"] == 4 and config["baselines"] == ["small"] and "rivals" not in config
     assert list(labkit.load_subnets(tmp_path / "new").baselines) == ["small"]
 
 

@@ -39,7 +39,7 @@ def by_hand(a_problem, passes):
                     g = g.add(p, alpha=DECAY)
                     momenta[i] = momenta[i].mul_(MOMENTUM).add_(g) if i in momenta else g.clone()
                     p.add_(momenta[i], alpha=-LR)
-    return {name: t.detach().numpy() for name, t in module.state_dict().items() if t.is_floating_point()}
+    return {name: t.detach().numpy() for name, t in module.state_dict().items()}
 
 
 # -- the weights -------------------------------------------------------------------------------------------------------
@@ -93,7 +93,8 @@ def test_running_statistics_travel(update, train):
     a_problem = problem(net_with_statistics)
     run = ended(train(a_problem, update=update, passes=2))
     weights = run.weights()
-    assert run.layout.n_buffers == 2 * (2 + 9)
+    assert (run.layout.n_buffers, run.layout.n_exact) == (2 * (2 + 9) + 2 * 8, 2 * 8)
+    assert weights["1.num_batches_tracked"] == weights["4.num_batches_tracked"] > 10
     for name in ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var"):
         assert not np.allclose(weights[name], run.weights(0)[name]), name
         assert np.isfinite(weights[name]).all()

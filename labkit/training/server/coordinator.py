@@ -93,6 +93,7 @@ class Coordinator:
         **options: Any,
     ) -> Coordinator:
         """With update and partition at their start, or where the checkpoint of `weights` and `state` ends."""
+        update.n_exact = layout.n_exact
         if state:
             update.go_on(weights, config.indices, layout.n_buffers, state["update"])
             partition.load_state_dict(state["partition"])

@@ -5,9 +5,9 @@
 No connection, no server and no sleep: a worker does this live, and a replay or a simulation does it again with the same code, so
 the same weights, samples and clock give the same bits.
 
-The parameters and buffers of the module are views into one flat float32 vector. The optimisers' state stays with the replica across
-pulls: momentum goes on from where it was. BatchNorm's running statistics travel as buffers; integer buffers (its step counter) do
-not travel. A replica is made for one incarnation of a worker: a worker that comes back begins with fresh optimisers, whatever it
+The parameters and buffers of the module are one flat float32 vector (`labkit.models.flat`). The optimisers' state stays with the
+replica across pulls: momentum goes on from where it was. All buffers travel: BatchNorm's running statistics, and its step counter
+too. A replica is made for one incarnation of a worker: a worker that comes back begins with fresh optimisers, whatever it
 had not finished, so that no state remains which the record does not hold.
 
 With steps ahead, W is what was pushed and W' what it has become when the next version V comes: the replica goes on from
@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from labkit.models.flat import flatten
+from labkit.models.flat import Flat
 from labkit.problems.problem import Clock, Problem
 from labkit.problems.splits import batches
 from labkit.runs.checkpoints import Layout
@@ -45,15 +45,16 @@ class Replica:
         budget: int,
         *,
         device: str = "cpu",
+        exact: bool = True,
         after: Callable[..., None] = lambda started, waited=0.0: None,
         halted: Callable[[], object] = lambda: False,
     ) -> None:
-        """`after(started, waited)` is called after each piece of work (emulated slowdown); `halted()` ends a local pass early."""
+        """`exact` as of `Flat`. `after(started, waited)` is called after each piece of work (emulated slowdown); `halted()` ends a local pass early."""
         self.problem, self.seed, self.worker, self.budget, self.device = problem, seed, worker, budget, device
         self.after, self.halted = after, halted
         self.module = problem.build(seed)
-        self.flat, *shapes = flatten(self.module, device)
-        self.layout = Layout.of(*shapes)
+        self.state = Flat(self.module, device, exact)
+        self.flat, self.layout = self.state.vector, Layout.of(*self.state.shapes)
         self.optimisers = problem.optimisers(self.module)
         self.train_indices, self.scored = problem.train_indices(), problem.score_indices()
         self.shard: Shard | None = None
@@ -90,11 +91,13 @@ class Replica:
         """
         n = self.layout.n_params
         if carry:
+            self.state.pack()
             self.flat[:n].sub_(self.pushed[:n]).add_(weights[:n].to(self.device))
             self.flat[n:].copy_(weights[n:])
         else:
             self.flat.copy_(weights)
             self.carried = NOTHING
+        self.state.unpack()
 
     def local_pass(
         self,

@@ -121,7 +121,9 @@ class _Worker:
 
     def _replica(self) -> Replica:
         config, live = self.spec.config, {"after": self.slowness.after, "halted": lambda: self.heartbeat.interrupt}
-        return Replica(self.problem, config.seed, self.spec.index, config.budget, device=self.spec.device, **live)
+        return Replica(
+            self.problem, config.seed, self.spec.index, config.budget, device=self.spec.device, exact=config.exact_buffers, **live
+        )
 
     def _build(self) -> None:
         self.replica = self._replica()
@@ -185,7 +187,7 @@ class _Worker:
             self._close_group()
             weights, shard = self.replica.flat, self.replica.shard
             self._build()
-            self.replica.flat.copy_(weights)
+            self.replica.state.load(weights)
             self.replica.shard = shard
         where = {"meeting": spec.meeting, "device": spec.device, "one_process": spec.config.one_process}
         self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where)
@@ -261,9 +263,10 @@ class _Worker:
     def _exchange(self, done: dict, grant: Grant) -> dict:
         """Score, push and pull; returns the next message. With `overlap` as much of it as possible is done at the same time."""
         late = self.sender is not None and not self.spec.scored
+        body = self.buffers.pack()  # before Q is measured: a forward pass may change the module, and a replay does it in this order
         score, score_s = (None, 0.0) if late else self._score()
         times = {"score_s": score_s, "send_s": self.send_s} | ({"hidden_s": self.hidden_s} if self.sender else {})
-        body, started = self.buffers.pack(), time.perf_counter()
+        started = time.perf_counter()
         header = {"op": "push", "version": self.version, "score": score, "shift": self.buffers.shift, **times, **done}
         if self.sender is None:
             message, ended = self._push_and_pull(header, body)
@@ -329,9 +332,12 @@ class WeightBuffers:
             compression.unpack(self.pulled, self.dtype, self.weights)
         if self.host is not self.replica.flat:
             self.replica.pull(self.host, carry)
+        else:
+            self.replica.state.unpack()
 
     def pack(self) -> memoryview:
         """The weights of the replica as they are now, to be sent before the next pull."""
+        self.replica.state.pack()
         if self.host is not self.replica.flat:
             self.host.copy_(self.replica.flat)
         if self.dtype != "float32":
