@@ -8,10 +8,12 @@ Used by `labkit.problems`; `seeded` and `evaluating` also by users' own problems
 
 import contextlib
 import inspect
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +23,7 @@ from labkit.imports import imported, short
 from labkit.models.cnn import lenet, resnet20, vgg3, vgg9
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"lenet": lenet, "vgg3": vgg3, "vgg9": vgg9, "resnet20": resnet20}
-_seeding = threading.RLock()  # workers in threads share torch's one CPU generator
+_seeding = threading.RLock()  # workers in threads share the generators
 
 
 def check_model(model: str | Callable[..., nn.Module]) -> None:
@@ -72,10 +74,17 @@ def make_model(
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from torch's CPU generator as if it had just been seeded, and leave it as it was."""
+    """Draw from torch's CPU generator, numpy's global one and `random` as if just seeded, and leave them as they were."""
     with _seeding, torch.random.fork_rng(devices=[]):
+        before = random.getstate(), np.random.get_state()
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ Used by the replica of a worker, and wherever a stored vector becomes a model; `
 without torch.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -108,10 +109,10 @@ class Flat:
 
     def _point(self, take: bool) -> None:
         """Whatever no longer lies in the vector does so again, with its own values (`take`) or with those of the vector."""
-        moved = [i for i, (held, key, at) in enumerate(self.addresses) if key not in held or _address(held[key]) != at]
-        if not moved:  # nearly always
-            return
-        moved = [self.slots[i] for i in moved]
+        with contextlib.suppress(KeyError, AttributeError, RuntimeError):  # one is gone, or has no address
+            if all(held[key].data_ptr() == at for held, key, at in self.addresses):  # nearly always, and at each push: quick
+                return
+        moved = [slot for slot, (*_, at) in zip(self.slots, self.addresses, strict=True) if _address(slot.now()) != at]
         for slot in moved:
             self._check_moved(slot)
         for slot in moved if take else ():

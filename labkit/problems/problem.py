@@ -23,7 +23,9 @@ from labkit.data import names as data_names
 from labkit.errors import DataError, LabError, ProblemError, RunError, known, whole
 from labkit.imports import by_value, constructor_arguments, import_path, imported, plain
 from labkit.models import seeded
+from labkit.models.flat import Flat
 from labkit.problems.splits import batches, first, hold_out, shuffled
+from labkit.problems.trial import check_equal, check_outputs, check_rebuilt, copied, is_lazy, shared
 
 Optimisers = tuple[torch.optim.Optimizer, ...]
 Metrics = dict[str, torch.Tensor | float]
@@ -82,7 +84,7 @@ class Problem:
     # What a subclass must give.
 
     def build(self, seed: int) -> nn.Module:
-        """A new module on the CPU whose weights depend on `seed` alone; use `seeded(seed)` around its making."""
+        """A module on the CPU whose weights depend on `seed` alone; a worker makes it inside `seeded(seed)`."""
         raise NotImplementedError(f"{type(self).__name__} must define build(seed).")
 
     def optimisers(self, module: nn.Module) -> Optimisers:
@@ -92,8 +94,8 @@ class Problem:
     def step(self, module: nn.Module, batch: Any, optimisers: Optimisers, clock: Clock) -> Metrics:
         """One optimiser step; returns at least "loss", a tensor without gradient (no `.item()`: it waits for a GPU).
 
-        `module` may be wrapped by DistributedDataParallel, so call it rather than its parts. Its parameters are
-        views into one buffer: change them in place, never replace them.
+        `module` may be wrapped by DistributedDataParallel, so call it rather than its parts. All that it is must be in its
+        parameters and buffers. Their memory may be replaced (`p.data = ...`), which costs a copy; the Parameters must stay.
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(module, batch, optimisers, clock).")
 
@@ -163,32 +165,66 @@ class Problem:
             return torch.autocast(device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def check(self, seed: int = 0) -> None:
-        """Build the module and try it on two samples on the CPU: one evaluation, one step.
+    def new_module(self, seed: int) -> nn.Module:
+        """A module as `build` makes it, ready to be trained, and nobody else's.
 
-        Raises ProblemError (or DataError) where they do not fit each other.
+        Where `build` returns a module that exists (or one with tensors of such), it is a copy. Lazy layers have their sizes, by an
+        evaluation of two samples.
         """
-        train, _ = self.train_indices(), self.test_indices()
+        with seeded(seed):
+            module = self.build(seed)
+            if self._existing is None:
+                self._existing = shared(module, self.build(seed))
+            if self._existing:
+                module = copied(module, self._title())
+            if is_lazy(module):
+                self.evaluate(module, self.load(self.train_indices()[:2]))
+        return module
+
+    _existing: bool | None = None  # does `build` return what exists? Found out once, and known to the workers
+
+    def check(self, seed: int = 0) -> None:
+        """Try out on a few samples, on the CPU, what each worker will do: build the module, evaluate it, make a step, push it.
+
+        Raises ProblemError (or DataError), by the name of what is wrong, where they do not fit each other, where two builds are
+        different networks, or where a module cannot be made again from its parameters and buffers.
+        """
+        train, test, title = self.train_indices(), self.test_indices(), self._title()
         failed = "cannot be built for"
         try:
             with seeded(seed):
-                module = self.build(seed)
-                optimisers = self.optimisers(module)
+                module, other = self.new_module(seed), self.new_module(seed)
                 failed = "does not fit"
-                batch = self.load(train[:2])
+                batch = self.load(train[: min(2, self.batch_size)])
+                state, rebuilt = self._flat(module), self._flat(other)
+                check_equal(state, rebuilt, title)
+                optimisers = self.optimisers(module)
                 measured = self.evaluate(module, batch)
+
+                def evaluate(module: nn.Module) -> dict[str, float]:
+                    return self.evaluate(module, batch)
+
+                check_outputs(module, other, evaluate, seed, title)
+                self.evaluate(module, self.load(test[:2], "test"))
                 stepped = self.step(module, batch, optimisers, Clock(0, 1, 0.0))
+                check_rebuilt(state, rebuilt, evaluate, seed, title)
         except LabError:
             raise
         except Exception as error:
             data = f"data {self.dataset.name!r} of shape {self.dataset.shape}"
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            raise ProblemError(f"{self._title()} {failed} {data}: {reason}") from error
+            raise ProblemError(f"{title} {failed} {data}: {reason}") from error
         if not {"loss", "score"} <= set(measured) or "loss" not in stepped or not 0 <= measured["score"] <= 1:
             raise ProblemError(
-                f"{self._title()}: evaluate() gave {measured} and step() gave {stepped}. evaluate() must return "
+                f"{title}: evaluate() gave {measured} and step() gave {stepped}. evaluate() must return "
                 '{"loss": float, "score": float in [0, 1]} and step() at least {"loss": tensor}.'
             )
+
+    def _flat(self, module: nn.Module) -> Flat:
+        try:
+            return Flat(module)
+        except ProblemError as error:
+            raise ProblemError(f"{self._title()}: {error}") from error
 
     # Samples that come after the training.
 

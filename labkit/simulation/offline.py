@@ -151,7 +151,7 @@ def begin_course(
     config: RunConfig, problem: Problem, update: Update, partition: Partition, weights: np.ndarray | None = None, **options: Any
 ) -> Coordinator:
     """A coordinator as the server of this run would make it, by default at its initial weights; for `options` see there."""
-    state = Flat(problem.build(config.seed), exact=config.exact_buffers)
+    state = Flat(problem.new_module(config.seed), exact=config.exact_buffers)
     weights, layout = state.vector.numpy() if weights is None else weights, checkpoints.Layout.of(*state.shapes)
     config, labels = config.replace(batch_size=problem.batch_size), labels_for(partition, problem)
     return Coordinator.begin(config, update, partition, weights, layout, labels=labels, **options)

@@ -14,6 +14,7 @@ Made by `labkit.subnets.train`, baselines by `labkit.subnets.baselines`; read ba
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from labkit.data.dataset import Field
 from labkit.data.given import arranged
 from labkit.errors import DataError, ProblemError, RunError, known
 from labkit.imports import by_value
-from labkit.models import make_model
+from labkit.models import describe, make_model
 from labkit.models.flat import Flat
 from labkit.models.normalised import Normalise, Normalised
 from labkit.problems import Classifier, evaluating
+from labkit.problems.trial import separate
 from labkit.runs import checkpoints
 from labkit.runs.config import FORMAT
 from labkit.runs.files import read_json, write_json
@@ -233,12 +235,13 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
 def make_joined(config: Mapping[str, Any], model: Any, model_args: Mapping[str, Any]) -> Joined:
     """The graph of subnets and coarse network with random weights; those of part i derive from (seed, i)."""
     decomposition, shape, n_classes = Decomposition.of(config["decomposition"]), tuple(config["shape"]), config["n_classes"]
-    subnets = [
-        make_subnet(
-            model, model_args, decomposition, part, config["width_rule"], shape, n_classes, subnet_seed(config["seed"], part)
-        )
-        for part in range(decomposition.n_parts)
-    ]
+
+    def subnet(part: int) -> nn.Module:
+        seed = subnet_seed(config["seed"], part)
+        return make_subnet(model, model_args, decomposition, part, config["width_rule"], shape, n_classes, seed)
+
+    windows = enumerate(decomposition.shapes(shape))
+    subnets = [separate(partial(subnet, part), window, config["seed"], f"model {describe(model)}") for part, window in windows]
     inputs, size = config["inputs"], (decomposition.n_parts, n_classes)
     if inputs == "features":
         windows = zip(subnets, decomposition.shapes(shape), strict=True)
@@ -260,7 +263,9 @@ def make_baseline(name: str, config: Mapping[str, Any], model: Any, model_args: 
         return make_joined(config, model, model_args)
     if name == "small":
         model_args = narrowed(model_args, Decomposition.of(config["decomposition"]).n_parts, config["width_rule"])
-    return make_model(model, tuple(config["shape"]), config["n_classes"], model_args, config["seed"])
+    shape = tuple(config["shape"])
+    make = partial(make_model, model, shape, config["n_classes"], model_args, config["seed"])
+    return separate(make, shape, config["seed"], f"model {describe(model)}")
 
 
 def fill(module: nn.Module, path: Path, version: int) -> dict[str, Any]:

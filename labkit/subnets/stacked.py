@@ -114,7 +114,7 @@ def fit_together(problems: Sequence[Subnet], modules: Sequence[nn.Module], *, de
 
 def check_batching(problem: Subnet, seed: int) -> None:
     """Try a step of two modules at once, and whether each still gives the logits that it gives alone; ProblemError if not."""
-    modules = [problem.build(seed), problem.build(seed + 1)]
+    modules = [problem.new_module(seed), problem.new_module(seed + 1)]
     title = f"part {problem.part} of {problem.decomposition!r}: {problem._title()} cannot be trained in a batch of subnets"
     x, y = problem.load(problem.train_indices()[:2])
     try:

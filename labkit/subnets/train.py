@@ -207,10 +207,10 @@ def _check_subnets(problem: Classifier, subnets: list[Subnet], seed: int, inputs
     for subnet, shape in zip(subnets, shapes, strict=True):
         if shape not in costs:
             subnet.check(seed)
-            output_size(subnet.build(seed), shape, inputs)
+            output_size(subnet.new_module(seed), shape, inputs)
             if batched > 1:
                 check_batching(subnet, seed)
-            costs[shape] = multiply_adds(subnet.build(seed), shape)
+            costs[shape] = multiply_adds(subnet.new_module(seed), shape)
     return [costs[shape] for shape in shapes]
 
 
@@ -255,7 +255,7 @@ def train_jobs(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
     """
     config, seeds, problems = jobs[0].config, [job.seed for job in jobs], [job.problem for job in jobs]
     slowness = prepare_alone(worker, config, seeds[0])
-    modules = [problem.build(seed) for problem, seed in zip(problems, seeds, strict=True)]
+    modules = [problem.new_module(seed) for problem, seed in zip(problems, seeds, strict=True)]
     settings = {"epochs": config["epochs"], "patience": config["patience"], "device": worker.device, "after": slowness.after}
     training = jobs[0].path, config["id"]
     each = [partial(report, *training, problem.number) for problem in problems]
@@ -273,7 +273,7 @@ def store_run(job: Job, worker: Worker) -> list[dict[str, Any]]:
     """Runs on a worker: what a block of workers has trained is left in `path` as if this worker had trained it alone."""
     prepare_alone(worker, job.config, job.seed)
     problem, run, epochs = job.problem, Run(job.run), job.config["epochs"]
-    module = problem.build(job.seed)
+    module = problem.new_module(job.seed)
     Flat(module, worker.device, run.config.exact_buffers).load(torch.from_numpy(run.flat().copy()))
     measured = problem.measure(module, problem.score_indices(), device=worker.device)
     done = Fit(epochs, epochs, measured["loss"], measured["score"], run.summary()["seconds"])

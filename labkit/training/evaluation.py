@@ -59,7 +59,7 @@ def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[tuple[int
     """Runs on a worker: (version, loss, score) of some versions of a run."""
     problem, path, versions, config = item
     prepare()
-    module = problem.build(config.seed)
+    module = problem.new_module(config.seed)
     state = Flat(module, exact=config.exact_buffers)
     indices = problem.test_indices()
     rows = []

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from labkit.errors import RunError
-from labkit.models.flat import flatten
+from labkit.models.flat import Flat
 from labkit.runs import checkpoints
 from labkit.runs.config import RunConfig
 
@@ -42,7 +42,7 @@ class Monitor:
     def __init__(self, problem: Problem, config: RunConfig, on_version: OnVersion | None = None) -> None:
         self.config, self.on_version = config, on_version
         self.since = config.resumed[-1]["version"] if config.resumed else -1  # those up to here say only what is best
-        self.measure = _measurer(problem, config.seed)  # made before workers in this process draw from torch's generator
+        self.measure = _measurer(problem, config)  # made before workers in this process draw from torch's generator
         self.best, self.worse = -1.0, 0  # the best score, and how many versions have come since
         self._over = threading.Event()
 
@@ -88,7 +88,7 @@ class Monitor:
 
 def best(run: RunRecord, problem: Problem) -> int:
     """The retained version with the best score on the score set, which no curve is measured on; the earliest of equals."""
-    measure, size, scores = _measurer(problem, run.config.seed), run.layout.size, {}
+    measure, size, scores = _measurer(problem, run.config), run.layout.size, {}
     for version in checkpoints.versions(run.path):
         with contextlib.suppress(FileNotFoundError):  # the run goes on, and it was one of the newest only
             scores[version] = measure(checkpoints.read_weights(run.path, version, size))["score"]
@@ -97,15 +97,15 @@ def best(run: RunRecord, problem: Problem) -> int:
     return max(scores, key=scores.__getitem__)
 
 
-def _measurer(problem: Problem, seed: int) -> Callable[[np.ndarray], dict[str, float]]:
+def _measurer(problem: Problem, config: RunConfig) -> Callable[[np.ndarray], dict[str, float]]:
     """Measures global weights on the score set."""
-    module, indices = problem.build(seed), problem.score_indices()
+    module, indices = problem.new_module(config.seed), problem.score_indices()
     if not len(indices):
         raise RunError("this problem has no score set: target, patience and the best version need score_samples of at least 1.")
-    flat, *_ = flatten(module)
+    state = Flat(module, exact=config.exact_buffers)
 
     def measure(weights: np.ndarray) -> dict[str, float]:
-        flat.copy_(torch.from_numpy(np.array(weights)))
+        state.load(torch.from_numpy(np.array(weights)))
         return problem.measure(module, indices, "train")
 
     return measure

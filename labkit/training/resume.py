@@ -136,7 +136,7 @@ def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
         raise RunError(f"the data have {n_train} training samples, and run {run.name} was begun with {run.config.n_train}.")
     from labkit.models.flat import Flat
 
-    if checkpoints.Layout.of(*Flat(given.build(run.config.seed), exact=run.config.exact_buffers).shapes) != run.layout:
+    if checkpoints.Layout.of(*Flat(given.new_module(run.config.seed), exact=run.config.exact_buffers).shapes) != run.layout:
         raise RunError(f"the model of this problem has other tensors than run {run.name} was begun with (layout.json).")
     return given
 

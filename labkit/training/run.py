@@ -181,7 +181,7 @@ class Run(RunRecord):
 
         from labkit.models.flat import Flat
 
-        module = self.problem().build(self.config.seed)
+        module = self.problem().new_module(self.config.seed)
         Flat(module, exact=self.config.exact_buffers).load(torch.from_numpy(np.array(self.flat(version))))
         return module.eval()
 

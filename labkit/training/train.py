@@ -182,7 +182,7 @@ def launch(
     on_version: OnVersion | None = None,
 ) -> Run:
     """The second half of `train`: a run of what was checked, on workers that are leased, by the caller."""
-    state = Flat(problem.build(config.seed), exact=config.exact_buffers)
+    state = Flat(problem.new_module(config.seed), exact=config.exact_buffers)
     layout = Layout.of(*state.shapes)
     path = new_run(Path(runs), config, asdict(layout))
     spec = ServerSpec(

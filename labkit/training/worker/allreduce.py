@@ -156,7 +156,7 @@ def check_problem(problem: Problem, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder, seeded(seed):
         group = ProcessGroup(0, [0], 0, Heartbeat(), meeting=os.path.join(folder, "group"), one_process=True)
         try:
-            module = problem.build(seed)
+            module = problem.new_module(seed)
             optimisers, batch = problem.optimisers(module), problem.load(problem.train_indices()[:2])
             wrapped = group.wrap(module)
             wrapped.register_forward_pre_hook(lambda *_: called.append(True))

@@ -52,7 +52,7 @@ class Replica:
         """`exact` as of `Flat`. `after(started, waited)` is called after each piece of work (emulated slowdown); `halted()` ends a local pass early."""
         self.problem, self.seed, self.worker, self.budget, self.device = problem, seed, worker, budget, device
         self.after, self.halted = after, halted
-        self.module = problem.build(seed)
+        self.module = problem.new_module(seed)
         self.state = Flat(self.module, device, exact)
         self.flat, self.layout = self.state.vector, Layout.of(*self.state.shapes)
         self.optimisers = problem.optimisers(self.module)

@@ -1,0 +1,290 @@
+"""What a problem builds is tried out before a run: two builds are one network, nobody's own module is touched, and all that a step
+changes is in the vector, or it is said by name what is not."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import labkit
+from labkit.errors import ProblemError
+from labkit.models.flat import Flat
+from tests.helpers import problem
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+class Net(nn.Module):
+    """A small network for tests to change: 36 values to 3 classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(36, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x.flatten(1))))
+
+
+def refused(model, match, **options):
+    with warnings.catch_warnings(), pytest.raises(ProblemError, match=match):
+        warnings.simplefilter("ignore")
+        problem(model, **options).check(0)
+
+
+# -- two builds are one network ----------------------------------------------------------------------------------------
+
+
+class Drawing(Net):
+    """Draws what it computes with from numpy and `random` in its constructor."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = torch.from_numpy(np.random.permutation(36))
+        self.register_buffer("scale", torch.tensor(random.uniform(0.5, 2)))
+        self.shift = np.random.normal()
+
+    def forward(self, x):
+        return super().forward(x.flatten(1)[:, self.order] * self.scale + self.shift)
+
+
+def test_constructors_that_draw_from_numpy_and_random_are_seeded():
+    a_problem = problem(Drawing)
+    before = random.getstate(), np.random.get_state()[1].copy()
+    a_problem.check(0)
+    one, other, third = (a_problem.new_module(seed) for seed in (1, 1, 2))
+    assert torch.equal(one.order, other.order) and one.scale == other.scale and one.shift == other.shift
+    assert not torch.equal(one.order, third.order)
+    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all()
+
+
+class OwnGenerator(Drawing):
+    def __init__(self):
+        super().__init__()
+        self.order = torch.from_numpy(np.random.default_rng().permutation(36))
+
+
+class OwnWeights(Net):
+    def __init__(self):
+        super().__init__()
+        self.second.weight.data = torch.from_numpy(np.random.default_rng().normal(size=(3, 5)).astype("f4"))
+
+
+def in_turn(makers=itertools.cycle([nn.ReLU, nn.Tanh, nn.Sigmoid])):  # noqa: B008
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 5), next(makers)(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "what"), [(OwnGenerator, "'order' differ"), (OwnWeights, r"'second\.weight' differ"), (in_turn, "what")]
+)
+def test_builds_that_differ_are_refused_by_the_name_of_what_differs(model, what):
+    refused(model, f"two builds with one seed are different networks: {what}.*np.random")
+
+
+def test_an_evaluation_that_draws_numbers_is_no_other_network():
+    class Noisy(labkit.Classifier):
+        def evaluate(self, module, batch):
+            return {**super().evaluate(module, batch), "noise": np.random.default_rng().normal()}
+
+    problem(kind=Noisy).check(0)
+
+
+# -- nobody's own module is touched ------------------------------------------------------------------------------------
+
+
+def test_a_module_that_exists_is_copied_and_is_version_0():
+    pretrained = Net()
+    before = copy.deepcopy(pretrained.state_dict())
+    a_problem = problem(lambda: pretrained)
+    a_problem.check(0)
+    module = a_problem.new_module(0)
+    assert module is not pretrained and all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+    Flat(module).vector.zero_()
+    assert all(torch.equal(t, before[name]) for name, t in pretrained.state_dict().items()) and not module.first.weight.any()
+
+
+def test_a_part_or_a_constant_that_exists_is_copied_too():
+    body, mean = nn.Linear(36, 5), torch.full((36,), 0.5)
+
+    def model():
+        head = nn.Sequential(nn.Flatten(), body, nn.Linear(5, 3))
+        head.register_buffer("mean", mean)
+        return head
+
+    a_problem = problem(model)
+    a_problem.check(0)
+    one, other = a_problem.new_module(0), a_problem.new_module(0)
+    assert one[1] is not body and one[1].weight.data_ptr() != other[1].weight.data_ptr() != body.weight.data_ptr()
+    assert torch.equal(one[1].weight, body.weight) and one.mean is not mean
+
+
+def test_what_exists_and_cannot_be_copied_is_refused():
+    class Stubborn(Net):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("only one of me")
+
+    only = Stubborn()
+    refused(lambda: only, "cannot be copied for each worker.*only one of me.*Make a new module")
+
+
+def test_a_problem_of_ones_own_is_copied_from_as_well():
+    class Mine(labkit.Classifier):
+        def build(self, seed):
+            return KEPT
+
+    a_problem = problem(kind=Mine)
+    a_problem.check(0)
+    assert a_problem.new_module(0) is not KEPT and torch.equal(KEPT.first.weight, KEPT_WEIGHT)
+
+
+KEPT = Net()
+KEPT_WEIGHT = KEPT.first.weight.detach().clone()
+
+
+def test_lazy_layers_have_their_sizes_and_are_equal_everywhere():
+    def lazy():
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(3))
+
+    a_problem = problem(lazy)
+    a_problem.check(3)
+    one, other = (Flat(a_problem.new_module(3)).vector for _ in range(2))
+    assert torch.equal(one, other) and len(one) == 36 * 5 + 5 + 4 * 5 + 8 + 5 * 3 + 3
+
+    class Unused(Net):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.LazyLinear(2)
+
+    refused(Unused, r"parameter 'extra\.weight' has no shape yet")
+
+
+# -- what is in no vector ----------------------------------------------------------------------------------------------
+
+
+class Counting(Net):
+    """Its step counter is a plain number that its outputs do not depend on."""
+
+    calls = 0
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return super().forward(x)
+
+
+class Centred(Net):
+    """A running mean in a plain attribute, by which it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(36)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training:
+            self.mean = 0.9 * self.mean + x.mean(0).detach()
+        return super().forward(x - self.mean)
+
+
+class Listing(Centred):
+    def __init__(self):
+        super().__init__()
+        self.means = [0.0, 0.0]
+
+    def forward(self, x):
+        if self.training:
+            self.means[1] = 1.0 + self.means[1]
+        return Net.forward(self, x + self.means[1])
+
+
+class Caching(Net):
+    """Holds what it has computed last, as attention maps are kept: that is no state."""
+
+    last = None
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+class Growing(Net):
+    def forward(self, x):
+        if self.training and not hasattr(self, "extra"):
+            self.extra = nn.Linear(3, 3)
+        return super().forward(x)
+
+
+def test_state_in_plain_attributes_is_said_by_name():
+    refused(Centred, "'mean' changes in a step, and is no parameter or buffer.*register_buffer")
+    refused(Listing, r"'means\[1\]' changes in a step")
+    refused(Growing, r"'extra\.weight', 'extra\.bias' in its first step only")
+    with pytest.warns(UserWarning, match="'calls' changes in a step.*If it matters"):
+        problem(Counting).check(0)
+    problem(Caching).check(0)
+
+
+class Moving(Net):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        if self.training:
+            self.how(self)
+        return super().forward(x)
+
+
+def new_parameter(net):
+    net.second.weight = nn.Parameter(net.second.weight.detach().clone())
+
+
+def gone(net):
+    net.first.bias = None
+
+
+def other_shape(net):
+    net.second.weight.data = torch.zeros(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("how", "match"),
+    [
+        (new_parameter, r"parameter 'second\.weight' was replaced by a new Parameter"),
+        (gone, r"parameter 'first\.bias' has gone"),
+        (other_shape, r"second\.weight.*|.*does not fit"),
+    ],
+)
+def test_tensors_that_cannot_be_put_back_are_refused_by_name(how, match):
+    refused(lambda: Moving(how), match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda net: net.to(torch.float16), r"parameter 'first\.weight' is float16"),
+        (lambda net: setattr(net, "phase", nn.Parameter(torch.zeros(3, dtype=torch.complex64))), "'phase' is complex64.*real and"),
+        (lambda net: setattr(net, "mask", nn.Parameter(torch.eye(3).to_sparse())), "'mask' is sparse"),
+        (lambda net: net.second.to("meta"), r"'second\.weight' is on the device 'meta'"),
+        (lambda net: net.register_buffer("table", torch.eye(3).to_sparse()), "buffer 'table' is sparse"),
+        (
+            lambda net: setattr(net, "view", nn.Parameter(net.first.weight.data[1:])),
+            "'first.weight' and 'view' share a part of their memory",
+        ),
+    ],
+)
+def test_what_cannot_be_in_a_vector_is_refused_by_name(change, match):
+    def model():
+        change(net := Net())
+        return net
+
+    refused(model, match)
+
+
+def test_a_batch_is_no_larger_than_batches_are():
+    refused(lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)), "does not fit", batch_size=1)
