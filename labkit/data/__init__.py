@@ -8,16 +8,18 @@ Used by `labkit.problems` and by users.
 
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from labkit.data import arrays, cifar, folders, named, nifti, parquet, pictures
+from labkit.data import arrays, cifar, columns, folders, named, nifti, parquet, pictures
 from labkit.data.cache import opened
-from labkit.data.dataset import Dataset
+from labkit.data.columns import Asked
+from labkit.data.dataset import Dataset, Field
 from labkit.errors import DataError, did_you_mean, known
 from labkit.imports import imported
 
-__all__ = ["Dataset", "names", "open_dataset"]
+__all__ = ["Dataset", "Field", "names", "open_dataset"]
 
 OPTIONS = ("n", "size", "seed")  # those of the generated sets
 OF_PATHS = {
@@ -26,6 +28,7 @@ OF_PATHS = {
     "units": "volumes by class",
     "channels": "arrays",
 }
+OF_COLUMNS = ("label", "target", "inputs", "tokens", "as_given", "pad")
 CHANNELS = ("first", "last", "none")
 FILES = {".parquet": parquet.from_file, ".h5": arrays.from_hdf5, ".hdf5": arrays.from_hdf5}
 BY_CLASS = {pictures.from_folder: (pictures.SUFFIXES, ("size", "ground")), nifti.from_folder: (nifti.SUFFIXES, ("size", "units"))}
@@ -47,17 +50,27 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         - `channels="first"`, `"last"`, or `"none"` (volumes (N, D, H, W)) for arrays whose shape does not tell;
         - `size=(H, W)` and `ground="black"`, a colour for what is transparent (white by default), for pictures by class;
         - `size=(D, H, W)` and `units="HU"` (CT) or `"file"` (values as they are, for MRI) for volumes by class;
-        - `n`, `size`, `seed` for "head-lesions" and "chest-phantom".
+        - `n`, `size`, `seed` for "head-lesions" and "chest-phantom";
+        - `label=`, `target=`, `inputs=`: which columns of a dict, a DataFrame, a Parquet or HDF5 file are labels 0..K-1 (or texts, which
+          are numbered), targets (numbers, left as they are) and inputs, each a name or a list of names. Without the first two, columns
+          called y, label(s) or target(s) are labels where they hold whole numbers, else targets; without the last, all others are inputs;
+        - `tokens=`: which inputs are token ids or categories, int64 and not normalised; `as_given=`: which inputs are not normalised,
+          and keep their shape; a name, names, or True;
+        - `pad=0`: what stands behind the end of samples that are shorter than the longest.
     data
         One of
 
         - a registered name: see `names()`;
         - arrays `(x, y)` or `(x_train, y_train, x_test, y_test)`;
+        - a dict of arrays or of lists of samples, `{"image": ..., "age": ..., "label": ...}`; one number a sample is an input of shape
+          (1,). Texts are labels only. Names in _train and _test, or `{"train": {...}, "test": {...}}`, are two splits;
+        - a pandas DataFrame, whose columns of numbers are one input "x" together (also `{"train": frame, "test": frame}`);
         - a folder with `x_train.npy`, `y_train.npy` and, optionally, `x_test.npy`, `y_test.npy`;
         - a `.parquet` file: column `y` and either `x` (lists of one length, nested lists, tensors) or numbers `f0`,
           `f1`, ...; flat lists get their shape from the metadata `shape` of the column or the file, a JSON list such
           as `[1, 28, 28]`;
         - an `.h5` / `.hdf5` file with `x_train`, `y_train`, `x_test`, `y_test`, or with `x`, `y`;
+        - either of these files with columns of other names, which `label=`, `target=` or `inputs=` tell;
         - CIFAR-10's folder `cifar-10-batches-py`;
         - a folder with a folder for each class, that holds JPEG, PNG, BMP, PGM/PPM, WebP, TIFF or GIF pictures (TF-Flowers;
           Extended Yale B) or NIfTI volumes (MosMedData's CT-0, CT-1, ...; needs nibabel), also in folders below it;
@@ -95,20 +108,26 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
     if isinstance(data, str | os.PathLike):
         path = Path(data).expanduser()
         if path.exists():
-            _check_options(str(data), options, list(OF_PATHS))
+            _check_options(str(data), options, [*OF_PATHS, *OF_COLUMNS])
             return _from_path(path.resolve(), **options)
         raise DataError(
             f"No data set and no file or folder is called {str(data)!r}. Registered names: {', '.join(names())}."
             + did_you_mean(data, names())
         )
-    _check_options(f"data of type {type(data).__name__}", options, ["channels"] if isinstance(data, tuple | list) else [])
+    pair, named_columns = isinstance(data, tuple | list), isinstance(data, Mapping) or hasattr(data, "iloc")
+    fitting = ["channels", *OF_COLUMNS] if pair or named_columns else []
+    _check_options(f"data of type {type(data).__name__}", options, fitting)
     if isinstance(data, Dataset):
         return data
-    if isinstance(data, tuple | list):
+    if named_columns:
+        return columns.from_mapping(data, _asked(options))
+    if pair and (asked := _asked(options)).says_roles and len(data) in (2, 4):
+        return columns.from_mapping(dict(zip(arrays.FOUR if len(data) == 4 else ("x", "y"), data, strict=True)), asked)
+    if pair:
         return arrays.from_arrays(data, _channels(options))
     raise DataError(
         f"data is a {type(data).__name__}. Give a registered name ({', '.join(names())}), arrays (x, y) or "
-        "(x_train, y_train, x_test, y_test), a .parquet, .h5 or .hdf5 file, or a folder of .npy files, of pictures or of "
+        "(x_train, y_train, x_test, y_test), a dict of arrays, a DataFrame, a .parquet, .h5 or .hdf5 file, or a folder of .npy files, of pictures or of "
         "volumes."
     )
 
@@ -116,6 +135,11 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
 def _check_options(data: str, options: dict[str, Any], known: list[str]) -> None:
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"{data} has no option {', '.join(unknown)}. It has {', '.join(known) or 'none'}.")
+
+
+def _asked(options: dict[str, Any]) -> Asked:
+    _channels(options)
+    return Asked.of(**{name: value for name, value in options.items() if value is not None})
 
 
 def _channels(options: dict[str, Any]) -> str | None:
@@ -135,7 +159,8 @@ def _from_path(path: Path, **options: Any) -> Dataset:
         for reader, fitting in readers.items():
             _check_fitting(path, options, fitting)
             return reader(path, **options)
-    _check_fitting(path, options, () if is_cifar else ("channels",))
+    by_column = path.suffix.lower() in FILES and path.is_file()
+    _check_fitting(path, options, () if is_cifar else ("channels", *OF_COLUMNS) if by_column else ("channels",))
     channels = _channels(options)
     if path.is_dir():
         if is_cifar:
@@ -151,10 +176,10 @@ def _from_path(path: Path, **options: Any) -> Dataset:
             f"{path} ends in {path.suffix or 'nothing'!r}. Known are {', '.join(FILES)}, folders of .npy files, CIFAR-10's "
             "unpacked folder, and folders of pictures or .nii.gz volumes, one for each class."
         )
-    return FILES[path.suffix.lower()](path, channels)
+    return FILES[path.suffix.lower()](path, _asked(options))
 
 
 def _check_fitting(path: Path, options: dict[str, Any], fitting: tuple[str, ...]) -> None:
     for name, value in options.items():
         if name not in fitting:
-            raise ValueError(f"{name}={value!r} is for {OF_PATHS[name]}; {path} holds none.")
+            raise ValueError(f"{name}={value!r} is for {OF_PATHS.get(name, 'columns')}; {path} holds none.")

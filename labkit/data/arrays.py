@@ -6,14 +6,16 @@ Used by `labkit.data.open_dataset`, whose docstring lists what each of them must
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from labkit.data import columns
 from labkit.data.cache import Source, blocks, cached, converted_key, file_key, in_blocks, reading
+from labkit.data.columns import Asked
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
@@ -87,7 +89,8 @@ def _which(path: Path, present: Iterable[str], fewer: tuple[str, str]) -> tuple[
     present = set(present)
     names = FOUR if present & (set(FOUR) - set(fewer)) else fewer
     if missing := [name for name in names if name not in present]:
-        raise DataError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present)) or 'nothing'}.")
+        advice = "" if fewer == FOUR[:2] else " Give label=..., target=... or inputs=... for other names."
+        raise DataError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present)) or 'nothing'}.{advice}")
     return names
 
 
@@ -121,8 +124,11 @@ def _npy(path: Path) -> np.ndarray:
     return array
 
 
-def from_hdf5(path: Path, channels: str | None = None) -> Dataset:
-    """The data set in an HDF5 file."""
+def from_hdf5(path: Path, asked: Asked) -> Dataset:
+    """The data set in an HDF5 file: of `x` and `y`, or of the columns that are asked for by name."""
+    if asked.says_roles:
+        return columns.stored(path.stem, file_key([path]), lambda: _hdf5_columns(path, asked), asked)
+    channels = asked.channels
     return cached(path.stem, converted_key(file_key([path]), channels), lambda: _hdf5(path, channels))
 
 
@@ -130,19 +136,56 @@ def _hdf5(path: Path, channels: str | None) -> tuple[Source, Source | None]:
     import h5py
 
     def source(x_name: str, y_name: str) -> Source:
-        x, y = file[x_name], file[y_name]
-        for name, held in ((x_name, x), (y_name, y)):
-            if not isinstance(held, h5py.Dataset) or held.shape is None:
-                raise DataError(f"{path}: {name} is no array. Store it with create_dataset.")
-            if held.dtype.hasobject:
-                raise DataError(f"{path}: {name} is of type {held.dtype}, of no fixed size. Store numbers.")
-        return Source(x.shape, x.dtype, partial(chunks, x_name), y[()], about, channels)
-
-    def chunks(name: str) -> Iterator[np.ndarray]:
-        with reading(path), h5py.File(path, "r") as file:
-            yield from blocks(file[name])
+        return replace(_hdf5_column(path, file, x_name), y=_hdf5_held(path, file, y_name)[()], about=about, channels=channels)
 
     with reading(path, advice="Is it a whole HDF5 file?"), h5py.File(path, "r") as file:
         x, y, *test = taken = _which(path, file.keys(), ("x", "y"))
         about = _left_out(path, file.keys(), taken)
         return source(x, y), source(*test) if test else None
+
+
+def _hdf5_columns(path: Path, asked: Asked) -> dict[str, columns.Columns]:
+    """All arrays of an HDF5 file as columns, by split where all names end in _train or _test."""
+    import h5py
+
+    with reading(path, advice="Is it a whole HDF5 file?"), h5py.File(path, "r") as file:
+        held = list(file.keys())
+        splits = {"train": dict(zip(held, held, strict=True))}
+        if all(name.endswith(("_train", "_test")) for name in held):
+            splits = {s: {name.removesuffix(f"_{s}"): name for name in held if name.endswith(f"_{s}")} for s in ("train", "test")}
+        read = columns.read(splits["train"], asked)
+        about = columns.unread(path.stem, splits["train"], read)
+        return {
+            split: columns.noting({c: _hdf5_column(path, file, name, asked, c) for c, name in found.items() if c in read}, about)
+            for split, found in splits.items()
+            if found
+        }
+
+
+def _hdf5_held(path: Path, file: Any, name: str) -> Any:
+    import h5py
+
+    held = file[name]
+    if not isinstance(held, h5py.Dataset) or held.shape is None:
+        raise DataError(f"{path}: {name} is no array. Store it with create_dataset.")
+    if held.dtype.hasobject:
+        raise DataError(f"{path}: {name} is of type {held.dtype}, of no fixed size. Store numbers.")
+    return held
+
+
+def _hdf5_column(path: Path, file: Any, name: str, asked: Asked | None = None, column: str = "") -> Source:
+    import h5py
+
+    if asked is not None and isinstance(file[name], h5py.Dataset) and file[name].shape and file[name].dtype.hasobject:
+        texts = h5py.check_string_dtype(file[name].dtype) is not None
+        value = list(file[name].asstr()[()] if texts else file[name][()])
+        return columns.of_arrays(path.stem, {"train": {column: columns.in_memory(path.stem, column, value)}}, asked)["train"][
+            column
+        ]
+    held = _hdf5_held(path, file, name)
+
+    def chunks() -> Iterator[np.ndarray]:
+        with reading(path), h5py.File(path, "r") as again:
+            yield from blocks(again[name])
+
+    return Source(held.shape, held.dtype, chunks)

@@ -16,9 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import platformdirs
@@ -26,7 +26,8 @@ import platformdirs
 from labkit.data.dataset import SPLITS, Dataset, is_whole
 from labkit.errors import DataError
 
-FORMAT = 1
+FORMAT = 1  # x and y
+FORMAT_FIELDS = 2  # fields of any name
 CONVERSION = 2  # count up when what is made of the same files or arrays changes: what was made before is then made again
 CHUNK_BYTES = 1 << 24  # samples are converted and checked in blocks of about this size
 STEPS = 100  # values of a feature that are closer than 1 / STEPS of its range are merged: worth a word
@@ -43,15 +44,25 @@ class Source:
     `about` of the training split becomes a part of the data set's note; a function is called when all samples have been written.
     `channels` is where the channels are: "first", "last", "none", or None where the shape has to tell. `made` says that the samples
     were made out of files of another kind, so that equal ones were not given as such.
+
+    A split with named fields is a dict of these, each with its role and without `y`; what is `as_given` is not normalised, and what is
+    `padded` was filled up to one length.
     """
 
     shape: tuple[int, ...]  # (N, ...)
     dtype: np.dtype
     chunks: Callable[[], Iterable[np.ndarray]]  # all samples in order, a new iterator at each call
-    y: np.ndarray
+    y: np.ndarray | None = None
     about: str | Callable[[], str] = ""
     channels: str | None = None
     made: bool = False
+    role: str = "input"
+    as_given: bool = False
+    padded: bool = False
+    classes: tuple[str, ...] | None = None  # the names of labels that were texts
+
+
+Split = Source | dict[str, Source]
 
 
 def blocks(x: Any) -> Iterator[np.ndarray]:
@@ -113,7 +124,7 @@ def rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype) -> int:
 def cached(
     name: str,
     key: str,
-    load: Callable[[], tuple[Source, Source | None]],
+    load: Callable[[], tuple[Split, Split | None]],
     *,
     synthetic: bool = False,
     note: str = "",
@@ -144,7 +155,7 @@ def opened(path: Path) -> Dataset | None:
 def _ready(path: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((path / "meta.json").read_text())
-        return meta if meta["format"] == FORMAT and is_whole(path, meta["files"]) else None
+        return meta if meta["format"] in (FORMAT, FORMAT_FIELDS) and is_whole(path, meta["files"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not made yet, or damaged: it is only a copy, and is made again
 
@@ -206,10 +217,12 @@ def hold_out(n: int) -> np.ndarray:
 
 
 def _write(
-    folder: Path, name: str, load: Callable[[], tuple[Source, Source | None]], synthetic: bool, classes: Sequence[str] | None
+    folder: Path, name: str, load: Callable[[], tuple[Split, Split | None]], synthetic: bool, classes: Sequence[str] | None
 ) -> dict[str, Any]:
     """Check the splits, write them into `folder`, and return the `meta.json` that was written beside them."""
     train, test = load()
+    if isinstance(train, dict):
+        return _write_fields(folder, name, train, test, synthetic)
     given = {"train": train} if test is None else {"train": train, "test": test}
     _check_shapes(name, given)
     labels, n_classes, note = _check_labels(name, given)
@@ -260,14 +273,12 @@ def _write(
     return meta
 
 
-def _write_samples(folder: Path, called: str, source: Source, rows: dict[str, np.ndarray], stored: StoredAs) -> Ranges:
-    """Write the samples of a source into `x_<split>.npy` for each split in `rows`, a mask over the samples; their ranges."""
+def _write_samples(
+    folder: Path, called: str, source: Source, rows: dict[str, np.ndarray], stored: StoredAs, stem: str = "x"
+) -> Ranges:
+    """Write the samples of a source into `<stem>_<split>.npy` for each split in `rows`, a mask over the samples; their ranges."""
     ranges = Ranges(called.partition(": ")[2], stored)
-    with ExitStack() as stack:
-        files = {split: stack.enter_context(open(folder / f"x_{split}.npy", "wb")) for split in rows}
-        for split, file in files.items():
-            shape = (int(rows[split].sum()), *stored.shape)
-            np.lib.format.write_array_header_1_0(file, {"descr": stored.dtype.str, "fortran_order": False, "shape": shape})
+    with _opened_files(folder, stem, rows, stored.shape, stored.dtype) as files:
         seen = 0
         for block in source.chunks():
             arranged = stored.arrange(block)
@@ -277,6 +288,146 @@ def _write_samples(folder: Path, called: str, source: Source, rows: dict[str, np
                 file.write(part[rows[split][seen : seen + len(block)]].tobytes())
             seen += len(block)
     return ranges
+
+
+@contextmanager
+def _opened_files(
+    folder: Path, stem: str, rows: dict[str, np.ndarray], shape: tuple[int, ...], dtype: np.dtype
+) -> Iterator[dict[str, BinaryIO]]:
+    """Files `<stem>_<split>.npy` with their headers, for the samples of each split in `rows`."""
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(open(folder / f"{stem}_{split}.npy", "wb")) for split in rows}
+        for split, file in files.items():
+            about = {"descr": dtype.str, "fortran_order": False, "shape": (int(rows[split].sum()), *shape)}
+            np.lib.format.write_array_header_1_0(file, about)
+        yield files
+
+
+def _write_fields(
+    folder: Path, name: str, train: dict[str, Source], test: dict[str, Source] | None, synthetic: bool
+) -> dict[str, Any]:
+    """Check fields of any name, write them into `folder`, and return the `meta.json` that was written beside them."""
+    splits = {"train": train} if test is None else {"train": train, "test": test}
+    for split, fields in splits.items():
+        counts = {_label(field, split, splits): source.shape[0] for field, source in fields.items()}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{field} {n}" for field, n in counts.items())
+            raise DataError(f"{name}: fields have different numbers of samples: {listed}. Each sample needs all of them.")
+        if min(counts.values()) < (2 if test is None else 1):
+            raise DataError(f"{name}: the {split} split has {min(counts.values())} sample(s). Give 2 at least.")
+    if test is None:
+        held_out = hold_out(next(iter(train.values())).shape[0])
+        rows = {"train": {"train": ~held_out, "test": held_out}}
+    else:
+        rows = {split: {split: np.ones(next(iter(f.values())).shape[0], dtype=bool)} for split, f in splits.items()}
+    fields, notes, labels = {}, [], [source for source in train.values() if source.role == "label"]
+    for number, field in enumerate(train):
+        stem = field if re.fullmatch(r"[A-Za-z0-9._-]+", field) else f"field{number}"
+        given = {split: own[field] for split, own in splits.items()}
+        about = [source.about() if callable(source.about) else source.about for source in given.values()]
+        write = _write_as_given if given["train"].as_given else _write_normalised
+        fields[field], note = write(folder, name, field, stem, given, rows)
+        fields[field]["stem"] = stem
+        notes += [*dict.fromkeys(about), note]
+    meta = {
+        "format": FORMAT_FIELDS,
+        "name": name,
+        "n": {split: sum(int(own[split].sum()) for own in rows.values() if split in own) for split in SPLITS},
+        "fields": fields,
+        "synthetic": synthetic,
+        "held_out": test is None,
+        "classes": next((list(s.classes) for s in train.values() if s.classes), None) if len(labels) == 1 else None,
+        "note": " ".join(part for part in notes if part),
+        "files": {f.name: f.stat().st_size for f in sorted(folder.glob("*.npy"))},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    return meta
+
+
+def _write_normalised(
+    folder: Path, name: str, field: str, stem: str, given: dict[str, Source], rows: dict[str, dict[str, np.ndarray]]
+) -> tuple[dict[str, Any], str]:
+    """Write an input of images, volumes or features, with mean and standard deviation by channel; what of it is in the meta, a note."""
+    if len(given["train"].shape) == 1:  # one number a sample
+        given = {
+            split: replace(source, shape=(*source.shape, 1), chunks=lambda source=source: (b[:, None] for b in source.chunks()))
+            for split, source in given.items()
+        }
+    _check_shapes(name, given, field)
+    stored = _stored_as(name, given, field)
+    ranges = {}
+    for split, source in given.items():
+        called = f"{name}: {_label(field, split, given)}"
+        ranges[split] = _write_samples(folder, called, source, rows[split], stored, stem)
+        ranges[split].check(called, source.made, "")
+    scale = 255 if stored.dtype == np.uint8 else 1
+    mean, std = _moments(np.load(folder / f"{stem}_train.npy", "r", allow_pickle=False), scale)
+    called = f"{name}: {_label(field, 'train', given)}"
+    ranges["train"].check_normalised(called, scale * np.array(mean), scale * np.array(std))
+    notes = (stored.note, *(found.note(name) for found in ranges.values()), _apart(name, ranges, field))
+    about = {"shape": list(stored.shape), "dtype": "float32", "role": "input", "scale": scale, "mean": mean, "std": std}
+    return about, " ".join(note for note in notes if note)
+
+
+def _write_as_given(
+    folder: Path, name: str, field: str, stem: str, given: dict[str, Source], rows: dict[str, dict[str, np.ndarray]]
+) -> tuple[dict[str, Any], str]:
+    """Write labels, targets, token ids and what else is not normalised; what of it is in the meta, and a note.
+
+    Labels are checked to be 0..K-1 (in an array of labels those below 0 are left to the loss, to be ignored).
+    """
+    role, shape = given["train"].role, tuple(given["train"].shape[1:])
+    for split, source in given.items():
+        if source.shape[1:] != shape:
+            raise DataError(
+                f"{name}: samples of {_label(field, split, given)} have shape {source.shape[1:]}, those of "
+                f"{_label(field, 'train', given)} {shape}. Both splits need the same."
+            )
+        if 0 in source.shape[1:]:
+            raise DataError(f"{name}: {_label(field, split, given)} is empty, its shape is {source.shape}.")
+    n_values, note = None, ""
+    if role == "label" and not shape:
+        full = {s: np.concatenate(list(source.chunks())) for s, source in given.items()}
+        try:
+            labels, n_values, note = _check_labels(name, {s: replace(source, y=full[s]) for s, source in given.items()}, field)
+        except DataError as error:
+            raise DataError(f"{error} If they are numbers to be predicted, give target={field!r}.") from None
+        given = {s: in_blocks(labels[s], None) for s in given}
+        if len(rows) == 1:
+            note = " ".join(n for n in (note, _withheld(name, {s: labels["train"][m] for s, m in rows["train"].items()})) if n)
+    dtypes = {source.dtype for source in given.values()}
+    if role == "label" and any(dtype.kind not in "biu" for dtype in dtypes):
+        raise DataError(
+            f"{name}: {field} is of type {dtypes.pop()}, and labels are integers 0..K-1. Give target={field!r} for numbers."
+        )
+    kept, dtype = _as_torch_has_it(np.result_type(*dtypes), role)
+    low, high = np.inf, -np.inf
+    for split, source in given.items():
+        called, seen = f"{name}: {_label(field, split, given)}", 0
+        with _opened_files(folder, stem, rows[split], shape, kept) as files:
+            for block in source.chunks():
+                part = _finite_block(block, kept, called, seen)
+                if kept.kind in "iu":
+                    low, high = min(low, int(part.min())), max(high, int(part.max()))
+                for own, file in files.items():
+                    file.write(np.ascontiguousarray(part[rows[split][own][seen : seen + len(block)]]).tobytes())
+                seen += len(block)
+    if n_values is None and kept.kind in "iu" and role != "target":
+        if role == "label" and low < 0:
+            note = f"{name}: {field} goes down to {low}: what is below 0 is no class, and is to be ignored by the loss."
+        n_values = int(high) + 1
+    return {"shape": list(shape), "dtype": str(dtype), "role": role, "n_values": n_values}, note
+
+
+def _as_torch_has_it(dtype: np.dtype, role: str) -> tuple[np.dtype, np.dtype]:
+    """The type in which a field that is not normalised is stored, and the one in which batches have it."""
+    if dtype.kind == "f":
+        return (dtype, dtype) if dtype.itemsize <= 4 else (np.dtype(np.float32),) * 2
+    if dtype.kind == "b" and role == "label":
+        return np.dtype(np.uint8), np.dtype(np.int64)
+    if dtype.kind == "b":
+        return (np.dtype(np.float32 if role == "target" else bool),) * 2
+    return (dtype if dtype != np.uint64 else np.dtype(np.int64)), np.dtype(np.int64)
 
 
 def _moments(x: np.ndarray, scale: int) -> tuple[list[float], list[float]]:
@@ -309,11 +460,11 @@ def _label(letter: str, split: str, splits: Any) -> str:
     return letter if len(splits) == 1 else f"{letter}_{split}"
 
 
-def _check_shapes(name: str, given: dict[str, Source]) -> None:
+def _check_shapes(name: str, given: dict[str, Source], field: str = "x") -> None:
     """Raise DataError unless each split is (N, ...) with 2 to 5 axes, none empty, and all samples have one shape."""
     shapes = {split: source.shape for split, source in given.items()}
     for split, shape in shapes.items():
-        x = _label("x", split, shapes)
+        x = _label(field, split, shapes)
         if not 2 <= len(shape) <= 5:
             hint = " For one number a sample use x[:, None]." if len(shape) == 1 else ""
             raise DataError(
@@ -323,23 +474,23 @@ def _check_shapes(name: str, given: dict[str, Source]) -> None:
         if 0 in shape:
             raise DataError(f"{name}: {x} is empty, its shape is {shape}. Give at least one sample with one value.")
     if len(shapes) == 1 and shapes["train"][0] < 2:
-        raise DataError(f"{name}: x holds 1 sample, and a test split has to be held out. Give 2 samples at least.")
+        raise DataError(f"{name}: {field} holds 1 sample, and a test split has to be held out. Give 2 samples at least.")
     if len({shape[1:] for shape in shapes.values()}) > 1:
         raise DataError(
-            f"{name}: samples of x_train have shape {shapes['train'][1:]}, those of x_test {shapes['test'][1:]}. "
+            f"{name}: samples of {field}_train have shape {shapes['train'][1:]}, those of {field}_test {shapes['test'][1:]}. "
             "Both splits need the same."
         )
 
 
-def _check_labels(name: str, given: dict[str, Source]) -> tuple[dict[str, np.ndarray], int, str]:
+def _check_labels(name: str, given: dict[str, Source], field: str = "y") -> tuple[dict[str, np.ndarray], int, str]:
     """Labels as int64, the number of classes K (the largest training label plus 1), and a note; DataError for wrong ones."""
-    labels = {split: _integers(f"{name}: {_label('y', split, given)}", s.y, s.shape[0]) for split, s in given.items()}
-    y_train = _label("y", "train", given)
+    labels = {split: _integers(f"{name}: {_label(field, split, given)}", s.y, s.shape[0]) for split, s in given.items()}
+    y_train = _label(field, "train", given)
     n_classes = int(labels["train"].max()) + 1
     if "test" in labels and (beyond := labels["test"] >= n_classes).any():
         at = int(beyond.argmax())
         raise DataError(
-            f"{name}: y_test[{at}] is {labels['test'][at]}, but the labels of y_train end at {n_classes - 1}. "
+            f"{name}: {field}_test[{at}] is {labels['test'][at]}, but the labels of {y_train} end at {n_classes - 1}. "
             "Labels are 0..K-1 in both splits."
         )
     present = np.unique(labels["train"])
@@ -365,16 +516,19 @@ def _integers(called: str, y: np.ndarray, n: int) -> np.ndarray:
     y = y.astype(np.float64) if y.dtype.kind == "f" else y
     if (wrong := ~np.isfinite(y) | (y < 0) | (y > 2**31) | (y != np.floor(y))).any():
         at = int(wrong.argmax())
-        raise DataError(f"{called}[{at}] is {y[at]}. Labels are whole numbers 0..K-1: nothing below 0, or beyond K-1.")
+        advice = ""
+        if np.isfinite(y[at]) and y[at] != np.floor(y[at]):
+            advice = " For numbers to be predicted give open_dataset(..., target='y')."
+        raise DataError(f"{called}[{at}] is {y[at]}. Labels are whole numbers 0..K-1: nothing below 0, or beyond K-1.{advice}")
     return y.astype(np.int64)
 
 
-def _stored_as(name: str, given: dict[str, Source]) -> StoredAs:
+def _stored_as(name: str, given: dict[str, Source], field: str = "x") -> StoredAs:
     """Booleans, bytes, and integers within 0..255 become uint8; float16 stays; everything else becomes float32."""
     for split, source in given.items():
         if source.dtype.kind not in "biuf":
             raise DataError(
-                f"{name}: {_label('x', split, given)} is of type {source.dtype}. Give booleans, integers or floats; "
+                f"{name}: {_label(field, split, given)} is of type {source.dtype}. Give booleans, integers or floats; "
                 "arrays of Python objects are not read."
             )
     dtypes = {source.dtype for source in given.values()}
@@ -390,11 +544,11 @@ def _stored_as(name: str, given: dict[str, Source]) -> StoredAs:
     written, axes = f"(N, {', '.join(map(str, shape))})", ("D", "H", "W")[-max(len(shape) - 1, 1) :]
     if len(shape) == 1:
         if channels in ("last", "none"):
-            raise DataError(f"{name}: x of shape {written} has features and no channels. Leave channels={channels!r} out.")
+            raise DataError(f"{name}: {field} of shape {written} has features and no channels. Leave channels={channels!r} out.")
         return StoredAs(shape, stored, lambda block: block)
     if len(shape) == 2 or channels == "none":
         if len(shape) > 3 or (len(shape) == 2 and channels not in (None, "none")):
-            raise DataError(f"{name}: x has shape {written}, which does not fit channels={channels!r}.")
+            raise DataError(f"{name}: {field} has shape {written}, which does not fit channels={channels!r}.")
         return StoredAs((1, *shape), stored, lambda block: block[:, None])
     where = channels or _where_channels_are(shape)
     if where is None:
@@ -404,13 +558,13 @@ def _stored_as(name: str, given: dict[str, Source]) -> StoredAs:
             + (", or 'none' for volumes (N, D, H, W) without channels." if len(shape) == 3 else ".")
         )
     if where == "last":
-        note = f"{name}: x of shape {written} is read as (N, {', '.join(axes)}, C), stored as (N, C, {', '.join(axes)})."
+        note = f"{name}: {field} of shape {written} is read as (N, {', '.join(axes)}, C), stored as (N, C, {', '.join(axes)})."
         if channels is None and shape[-1] not in (1, 3):
             note += f" Give channels='first'{' or ' + repr('none') if len(shape) == 3 else ''} if it is not."
         return StoredAs((shape[-1], *shape[:-1]), stored, lambda block: np.moveaxis(block, -1, 1), note)
     if channels is None and shape[0] > FEW:
         others = "'last' or 'none'" if len(shape) == 3 else "'last'"
-        note = f"{name}: x of shape {written} is read as {shape[0]} channels of {'x'.join(map(str, shape[1:]))}."
+        note = f"{name}: {field} of shape {written} is read as {shape[0]} channels of {'x'.join(map(str, shape[1:]))}."
         return StoredAs(shape, stored, lambda block: block, f"{note} Give channels={others} if it is not.")
     return StoredAs(shape, stored, lambda block: block)
 
@@ -534,14 +688,14 @@ def _listed(found: Sequence[int], most: int = 5) -> str:
     return ", ".join(map(str, found[:most])) + ", ..." * (len(found) > most)
 
 
-def _apart(name: str, ranges: dict[str, Ranges]) -> str:
+def _apart(name: str, ranges: dict[str, Ranges], field: str = "x") -> str:
     """A note where the two splits cannot be of one scale."""
     if len(ranges) < 2:
         return ""
     train, test = (max(abs(float(r.low_stored.min())), abs(float(r.high_stored.max()))) for r in ranges.values())
     if max(train, test) <= SCALES_APART * min(train, test):
         return ""
-    return f"{name}: values reach {train:g} in x_train and {test:g} in x_test. Scale both splits in one way."
+    return f"{name}: values reach {train:g} in {field}_train and {test:g} in {field}_test. Scale both splits in one way."
 
 
 def _withheld(name: str, labels: dict[str, np.ndarray]) -> str:

@@ -63,7 +63,7 @@ class Dataset:
     held_out : bool
         True where the samples came without a test split, and every tenth of a permutation was held out.
     classes : list of str or None
-        The names of the classes, where folders have given them.
+        The names of the classes, where folders or texts have given them.
     synthetic : bool
         True for generated data, also where only a part of each sample was generated, as the note explains.
     note : str
@@ -88,6 +88,7 @@ class Dataset:
         self.fields = {
             name: Field(tuple(of["shape"]), np.dtype(of["dtype"]), of["role"], of.get("n_values")) for name, of in stored.items()
         }
+        self._stems = {name: of.get("stem", name) for name, of in stored.items()}
         self._affine = {name: _affine(of) for name, of in stored.items() if "mean" in of}
         self.inputs = [name for name, field in self.fields.items() if field.role == "input"]
         self.answers = [name for name in self.fields if name not in self.inputs]
@@ -136,6 +137,8 @@ class Dataset:
                 part = part.astype(np.float32)
                 part -= centre
                 part *= rate
+            else:
+                part = part.astype(self.fields[name].dtype, copy=False)
             made[name] = part
         return made
 
@@ -148,7 +151,7 @@ class Dataset:
         """All labels of a split, int64 of shape (N,), as a new array; DataError where samples have no class."""
         if self.label is None:
             raise DataError(f"data {self.name!r} have no field with one label a sample: {self.described()}.")
-        return np.array(self._map(self.label, split))
+        return np.array(self._map(self.label, split), dtype=np.int64)
 
     def described(self) -> str:
         """The fields in words, for messages."""
@@ -175,7 +178,7 @@ class Dataset:
                 )
             # plain arrays over the maps: indexing np.memmap itself costs several times as much
             _MAPS[self.path] = {name: np.asarray(np.load(path / name, "r", allow_pickle=False)) for name in self._files}
-        return _MAPS[self.path][f"{field}_{split}.npy"]
+        return _MAPS[self.path][f"{self._stems[field]}_{split}.npy"]
 
 
 def _affine(stored: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from labkit.data.cache import Source, cached, converted_key, file_key, reading
+from labkit.data.columns import Asked, Columns, check_pad, filled, noting, of_array, read, stored, unread
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
@@ -20,9 +21,72 @@ ROWS = 4096
 LISTED = 12  # names that the note lists
 
 
-def from_file(path: Path, channels: str | None = None) -> Dataset:
-    """The data set in a Parquet file."""
+def from_file(path: Path, asked: Asked) -> Dataset:
+    """The data set in a Parquet file: of `x` (or f0, f1, ...) and `y`, or of the columns that are asked for by name."""
+    if asked.says_roles:
+        return stored(path.stem, file_key([path]), lambda: {"train": _named(path, asked)}, asked, features=True)
+    channels = asked.channels
     return cached(path.stem, converted_key(file_key([path]), channels), lambda: (_source(path, channels), None))
+
+
+def _named(path: Path, asked: Asked) -> Columns:
+    """The columns of a file by name, each read a batch of rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with reading(path, advice="Is it a whole Parquet file?"), pq.ParquetFile(path) as file:
+        schema, n = file.schema_arrow, file.metadata.num_rows
+    if not n:
+        raise DataError(f"{path} is empty: it has no rows.")
+    taken = read(dict.fromkeys(schema.names), asked)
+    made = {name: _column(path, name, schema.field(name).type, n, asked, pa) for name in taken}
+    return noting(made, unread(path.stem, schema.names, taken))
+
+
+def _column(path: Path, name: str, kind: Any, n: int, asked: Asked, pa: Any) -> Source:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    def batches() -> Iterator[Any]:
+        with reading(path), pq.ParquetFile(path) as file:
+            yield from (batch for batch in file.iter_batches(ROWS, columns=[name]) if batch.num_rows)
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        texts = [text for batch in batches() for text in batch.column(name).to_pylist()]
+        if missing := texts.count(None):
+            raise DataError(f"{path}: column {name} has {missing} missing values. Fill or drop them.")
+        return of_array(np.array(texts, dtype=np.str_))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        lengths = [pc.min_max(pc.list_value_length(batch.column(name))).as_py() for batch in batches()]
+        if None in (least := [found["min"] for found in lengths]):
+            raise DataError(f"{path}: column {name} has missing values. Fill or drop them.")
+        least, most = min(least), max(found["max"] for found in lengths)
+        if least != most:
+            check_pad(path.stem, name, asked, least, most)
+            dtype = np.dtype(kind.value_type.to_pandas_dtype())
+
+            def whole() -> Iterator[np.ndarray]:
+                for batch in batches():
+                    column, at = batch.column(name), 0
+                    values, parts = _numbers(path, name, column.flatten()), []
+                    for length in pc.list_value_length(column).to_pylist():
+                        parts.append(values[at : at + length])
+                        at += length
+                    yield filled(parts, most, dtype, asked.pad)
+
+            about = f"{path.stem}: {name} has {least} to {most} entries a sample, filled up with {asked.pad:g} to {most}."
+            return Source((n, most), dtype, whole, about=about, padded=True)
+
+    def chunks() -> Iterator[np.ndarray]:
+        return (
+            _tensors(path, name, batch.column(name)) if nested else _numbers(path, name, batch.column(name)) for batch in batches()
+        )
+
+    nested = pa.types.is_nested(kind) or isinstance(kind, pa.FixedShapeTensorType)
+    first = next(chunks())
+    return Source((n, *first.shape[1:]), first.dtype, chunks)
 
 
 def _source(path: Path, channels: str | None) -> Source:
@@ -55,9 +119,9 @@ def _source(path: Path, channels: str | None) -> Source:
         raise DataError(f"{path} is empty: it has no rows.")
     about = ""
     if left:
-        read = "x" if columns == ["x"] else f"f0 to f{len(columns) - 1}" if len(columns) > 1 else "f0"
+        taken = "x" if columns == ["x"] else f"f0 to f{len(columns) - 1}" if len(columns) > 1 else "f0"
         listed = ", ".join(left[:LISTED]) + ", ..." * (len(left) > LISTED)
-        about = f"{path.name}: columns {read} and y are read; left out: {listed}."
+        about = f"{path.name}: columns {taken} and y are read; left out: {listed}."
     return Source((n, *first.shape[1:]), first.dtype, chunks, y, about, channels)
 
 
@@ -71,13 +135,13 @@ def _named_axes(schema: Any, columns: list[str]) -> str | None:
 def _columns(path: Path, names: list[str]) -> list[str]:
     has = f"It has {', '.join(names) or 'none'}."
     if "y" not in names:
-        raise DataError(f"{path} has no column 'y' for the labels. {has}")
+        raise DataError(f"{path} has no column 'y' for the labels. {has} Give label=... or target=... for another.")
     if "x" in names:
         return ["x"]
     numbered = {name for name in names if re.fullmatch(r"f\d+", name)}
     wanted = [f"f{i}" for i in range(len(numbered))]
     if not numbered:
-        raise DataError(f"{path} has neither a column 'x' nor columns f0, f1, ... {has}")
+        raise DataError(f"{path} has neither a column 'x' nor columns f0, f1, ... {has} Give inputs=[...] for others.")
     if missing := [name for name in wanted if name not in numbered]:
         raise DataError(f"{path} lacks the column {missing[0]} between f0 and f{len(numbered)}. {has}")
     return wanted
@@ -99,24 +163,29 @@ def _stated_shape(path: Path, schema: Any, columns: list[str]) -> tuple[int, ...
 
 def _samples(path: Path, batch: Any, columns: list[str]) -> np.ndarray:
     """The samples of a record batch, shape (n, ...)."""
+    if columns != ["x"]:
+        return np.stack([_numbers(path, name, batch.column(name)) for name in columns], axis=1)
+    return _tensors(path, "x", batch.column("x"))
+
+
+def _tensors(path: Path, name: str, values: Any) -> np.ndarray:
+    """The samples of a column of lists or tensors, shape (n, ...)."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if columns != ["x"]:
-        return np.stack([_numbers(path, name, batch.column(name)) for name in columns], axis=1)
-    values, shape = batch.column("x"), [batch.num_rows]
+    shape = [len(values)]
     if isinstance(values.type, pa.FixedShapeTensorType):
         shape += values.type.shape
         if values.type.permutation not in (None, list(range(len(values.type.shape)))):
-            raise DataError(f"{path}: the tensors of column x are permuted. Store them in row-major order.")
+            raise DataError(f"{path}: the tensors of column {name} are permuted. Store them in row-major order.")
         values = values.storage.flatten()
     while pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
         lengths = pc.unique(pc.list_value_length(values)).to_pylist()
         if len(lengths) != 1 or not lengths[0]:
-            raise DataError(f"{path}: lists in column x have the lengths {lengths[:5]}. All need one length above 0.")
+            raise DataError(f"{path}: lists in column {name} have the lengths {lengths[:5]}. All need one length above 0.")
         shape.append(lengths[0])
         values = values.flatten()
-    return _numbers(path, "x", values).reshape(shape)
+    return _numbers(path, name, values).reshape(shape)
 
 
 def _numbers(path: Path, name: str, values: Any) -> np.ndarray:

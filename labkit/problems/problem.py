@@ -113,11 +113,8 @@ class Problem:
         """
         data = self.dataset
         batch = {name: torch.from_numpy(part) for name, part in data.batch(indices, split, self.window).items()}
-        x, y = (
-            (self._laid_out(batch[name]).to(device) for name in data.inputs),
-            {name: batch[name].to(device) for name in data.answers},
-        )
-        x = tuple(x)
+        x = tuple(self._laid_out(batch[name]).to(device) for name in data.inputs)
+        y = {name: batch[name].to(device) for name in data.answers}
         return x[0] if len(x) == 1 else x, y if len(y) > 1 else next(iter(y.values()), None)
 
     def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
