@@ -18,7 +18,7 @@ from labkit.errors import RunError
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.simulation.exact import Life
-from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course
+from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course, push
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
 from labkit.training.wire.compression import n_bytes
@@ -117,7 +117,7 @@ class Arrivals:
         header = {"op": "push", "version": answer.grant.version, "score": score, **done, "wait_s": 0.0}
         header |= {key: row[key] for key in ("score_s", "send_s", "hidden_s") if key in row}
         header |= {"compute_s": round(row["compute_s"] * pace, 6)}
-        self.it.push(self.it.members[worker], header, weights, self.n_bytes)
+        push(self.it, worker, header, weights, self.n_bytes)
         self.progress(self.it.grants.done)
 
     def _unknown(self, worker: int) -> dict:

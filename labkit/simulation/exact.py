@@ -30,7 +30,7 @@ from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
 from labkit.training.wire.compression import n_bytes
-from labkit.updates import Update
+from labkit.updates import BadPush, Update
 
 BESIDE = ("release", "checkpoint", "refuse", "score")  # rows that change nothing: the server's own, and what it did not take in
 STAMPS = ("seq", "time", "seconds")
@@ -162,8 +162,12 @@ class Course:
             self._agrees(row, "score", self.replicas.score(worker))
         self.passes += 1
         header = {**row, "op": "push", "version": row["base_version"]}
-        fits = row["bytes"] == n_bytes(self.run.config.exchange, len(weights))
-        self.it.push(self.it.members[worker], header, weights if fits else None, row["bytes"])
+        fits, at = row["bytes"] == n_bytes(self.run.config.exchange, len(weights)), self.at
+        try:
+            self.it.push(self.it.members[worker], header, weights if fits else None, row["bytes"])
+        except BadPush:  # what came of it is the next row
+            if self.at == at:  # earlier servers recorded it
+                self._copy()
         self.progress(self.it.grants.done)
 
     # -- what follows ----------------------------------------------------------------------------------------------

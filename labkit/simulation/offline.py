@@ -34,7 +34,7 @@ from labkit.training.wire import compression
 from labkit.training.wire.protocol import Answer, Grant
 from labkit.training.worker.replica import Replica
 from labkit.training.worker.worker import WeightBuffers
-from labkit.updates import Update
+from labkit.updates import BadPush, Update
 
 Progress = Callable[[int], None]  # called with the samples done so far
 
@@ -145,6 +145,16 @@ class Ledger(contextlib.AbstractContextManager):
             self.status["reason"] = str(error)
         self.recorder.close()
         write_json(self.path / "status.json", self.status)
+
+
+def push(it: Coordinator, worker: int, header: dict, weights: np.ndarray, n_bytes: int) -> None:
+    """A push that cannot be merged ends the course: its worker, if it began anew, would do the same."""
+    member = it.members[worker]
+    try:
+        it.push(member, header, weights, n_bytes)
+    except BadPush as error:
+        it.stop("failed", str(error))
+        it.leave(member, str(error))
 
 
 def begin_course(

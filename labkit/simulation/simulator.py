@@ -28,7 +28,7 @@ from labkit.problems.problem import Problem
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
 from labkit.simulation.cost_model import Pace, Timing, stretch
-from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course
+from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course, push
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.wire.compression import n_bytes
 from labkit.training.wire.protocol import SCORE_EVERY_S, Answer, Grant
@@ -132,7 +132,7 @@ class Simulation:
         late = {"score": score, "score_s": times["score_s"]}
         done["score"] = None if self.late_score else score
         times |= {"score_s": 0.0} if self.late_score else {}
-        self.it.push(member, {"op": "push", "version": answer.grant.version, **done, **times}, weights, self.n_bytes)
+        push(self.it, worker, {"op": "push", "version": answer.grant.version, **done, **times}, weights, self.n_bytes)
         if self.late_score and score is not None:
             self._write("score", worker=worker, incarnation=incarnation, **{"pass": member.passes}, **late)
         self.progress(self.it.grants.done)

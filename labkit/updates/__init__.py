@@ -21,7 +21,7 @@ Used by `labkit.training.server.coordinator` (live) and by anybody who tests or 
 
 from labkit.imports import make_rule
 from labkit.updates.asynchronous import AGWU, Downpour, FedAsync, FedBuff
-from labkit.updates.base import Changes, Merge, Push, Reply, Update
+from labkit.updates.base import BadPush, Changes, Diverged, Merge, Push, Reply, Update
 from labkit.updates.bounded import SSP, Rescaled, Ringmaster
 from labkit.updates.elastic import EASGD, GEM
 from labkit.updates.outer import DelayedNesterov, DiLoCo, HeLoCo
@@ -31,7 +31,7 @@ RULES = (SGWU, LocalSGD, AllReduce, AGWU, Downpour, FedAsync, FedBuff, SSP, Ring
 RULES += (DiLoCo, DelayedNesterov, HeLoCo)
 UPDATES = {rule.name: rule for rule in RULES}
 
-__all__ = ["UPDATES", "Barrier", "Changes", "Merge", "Push", "Reply", "Update", "make_update", "names"]
+__all__ = ["UPDATES", "BadPush", "Barrier", "Changes", "Diverged", "Merge", "Push", "Reply", "Update", "make_update", "names"]
 __all__ += [rule.__name__ for rule in RULES]
 
 

@@ -8,6 +8,7 @@ comes from its driver: `deadline` is for how many seconds the rule waits for oth
 Used by the other files of `labkit.updates`, and by `labkit.training.server.coordinator`, which drives a rule.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +54,15 @@ class Merge:
 
 
 CHUNK = 1 << 16  # weights
+SAFE = 1e15  # of larger weights a product, or a sum of squares, may leave the range of float32
+
+
+class BadPush(UpdateError):
+    """A push that cannot be merged; the rule is as it was before. Its worker is at fault, not the rule."""
+
+
+class Diverged(BadPush):
+    """Its weights are no numbers any more."""
 
 
 class Update:
@@ -74,6 +84,7 @@ class Update:
     paced = False  # True: local passes in proportion to measured speed, whatever the partition
     fleeting: tuple[str, ...] = ("weights", "bases", "exact")  # what `lasting` leaves out; dicts among these are by worker
     written: tuple[str, ...] = ()  # arrays that the rule writes in place: a saved state holds copies of them
+    largest = 0.0  # |w| of all pushes so far
 
     def start(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int = 0, blocks: Iterable[int] = ()) -> None:
         """Begin at version 0 with `weights` (float32, shape (n,); the last `n_buffers` entries are buffers).
@@ -84,7 +95,7 @@ class Update:
         if weights.ndim != 1:
             raise UpdateError(f"weights have shape {weights.shape}; one flat vector is needed.")
         weights.flags.writeable = False
-        self.weights, self.version = weights, 0
+        self.weights, self.version, self.largest = weights, 0, 0.0
         self.n_params = len(weights) - n_buffers
         self.blocks = [int(size) for size in blocks] or [self.n_params]
         if sum(self.blocks) != self.n_params:
@@ -109,16 +120,55 @@ class Update:
         return []
 
     def push(self, push: Push) -> list[Reply]:
-        """Merge, hold or drop one push.
+        """Merge, hold or drop one push: `check` and `merge`."""
+        self.check(push)
+        return self.merge(push)
+
+    def check(self, push: Push) -> float:
+        """The largest magnitude among the weights of a push that can be merged.
 
         Raises
         ------
+        BadPush
+            The worker is no member, the vector has the wrong shape or type, or Q lies outside [0, 1].
+        Diverged
+            The vector holds NaN or infinity.
         UpdateError
-            The worker is no member, the vector has the wrong shape or type, or holds NaN or infinity, or Q lies outside
-            [0, 1]. The state is then as it was.
+            So does the version that its worker was given: the rule made it.
         """
-        self._check(push)
+        got, who = push.weights, f"push of worker {push.worker} (from version {push.base_version})"
+        if push.worker not in self.bases:
+            raise BadPush(f"{who} refused: it is not a member. Members: {sorted(self.bases)}. Join first.")
+        if push.base_version != self.bases[push.worker]:
+            raise BadPush(f"{who} refused: it was last given version {self.bases[push.worker]}.")
+        if got.shape != self.weights.shape or got.dtype != np.float32:
+            want = self.weights.shape
+            raise BadPush(f"{who} refused: {got.dtype} of shape {got.shape}, but float32 of {want} is needed.")
+        if not math.isfinite(most := magnitude(got)):
+            if not math.isfinite(magnitude(self.weights)):
+                raise UpdateError(f"version {self.version} holds NaN or infinity, which no push did: the rule made it.")
+            raise Diverged(f"{who} refused: its weights hold NaN or infinity. Lower the learning rate.")
+        if (push.score is None and self.scored) or not 0.0 <= (push.score or 0.0) <= 1.0:
+            raise BadPush(f"{who} refused: its score is {push.score}, but Q lies in [0, 1].")
+        self.largest = max(self.largest, most)
+        return most
+
+    def merge(self, push: Push) -> list[Reply]:
+        """Merge, hold or drop one push that was checked. `BadPush` when float32 cannot hold what comes out."""
         self.merges, self.drops = [], []
+        if self.largest <= SAFE:
+            return self._merge_exactly(push)
+        before = self.state_dict()
+        try:
+            with np.errstate(all="ignore"):
+                replies = self._merge_exactly(push)
+            self._check_range()
+        except BadPush:
+            self.load_state_dict(before)
+            raise
+        return replies
+
+    def _merge_exactly(self, push: Push) -> list[Reply]:
         if not self.n_exact:
             return self._merge(push)
         self.exact[push.worker] = push.weights[-self.n_exact :].copy()
@@ -154,7 +204,7 @@ class Update:
 
     def state_dict(self) -> dict:
         """Everything that the future of the rule depends on: numbers, lists, dicts and arrays; no objects."""
-        state = {key: value for key, value in vars(self).items() if key not in ("merges", "drops")}
+        state = {key: value for key, value in vars(self).items() if key not in ("merges", "drops", "largest")}
         return {key: _copied(value, key in self.written) for key, value in state.items()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -181,19 +231,12 @@ class Update:
     def _merge(self, push: Push) -> list[Reply]:
         raise NotImplementedError
 
-    def _check(self, push: Push) -> None:
-        got, who = push.weights, f"push of worker {push.worker} (from version {push.base_version})"
-        if push.worker not in self.bases:
-            raise UpdateError(f"{who} refused: it is not a member. Members: {sorted(self.bases)}. Join first.")
-        if push.base_version != self.bases[push.worker]:
-            raise UpdateError(f"{who} refused: it was last given version {self.bases[push.worker]}.")
-        if got.shape != self.weights.shape or got.dtype != np.float32:
-            want = self.weights.shape
-            raise UpdateError(f"{who} refused: {got.dtype} of shape {got.shape}, but float32 of {want} is needed.")
-        if not np.isfinite(np.add.reduce(got)):  # one pass, no temporary: NaN and infinity survive a sum
-            raise UpdateError(f"{who} refused: its weights hold NaN or infinity. Lower the learning rate.")
-        if (push.score is None and self.scored) or not 0.0 <= (push.score or 0.0) <= 1.0:
-            raise UpdateError(f"{who} refused: its score is {push.score}, but Q lies in [0, 1].")
+    def _check_range(self) -> None:
+        """After weights beyond `SAFE`: is all that the rule holds within the range of float32?"""
+        arrays = (value for value in vars(self).values() if isinstance(value, np.ndarray) and value.dtype.kind == "f")
+        if not all(math.isfinite(magnitude(array.ravel())) for array in arrays):
+            text = f"with weights as large as {self.largest:.3g} what the rule makes of them is beyond the range of float32"
+            raise BadPush(f"{text} (3.4e38). Lower the learning rate.")
 
     def _publish(self, weights: np.ndarray, merges: Iterable[tuple[Push, float]]) -> None:
         self._publish_merged(weights, [self._merged(push, coefficient) for push, coefficient in merges])
@@ -204,6 +247,8 @@ class Update:
             weights[-self.n_exact :] = self.weights[-self.n_exact :] if leading is None else self.exact[leading]
         weights.flags.writeable = False
         self.weights, self.version, self.merges = weights, self.version + 1, merges
+        if self.largest > SAFE:
+            self._check_range()
 
     def _merged(self, push: Push, coefficient: float) -> Merge:
         """The share of a push in the next version."""
@@ -259,6 +304,19 @@ class Changes(Update):
 def chunks(n: int) -> Iterator[slice]:
     """`n` weights in slices that fit into the cache of a processor: a formula of many steps then goes through memory once."""
     return (slice(start, min(n, start + CHUNK)) for start in range(0, n, CHUNK))
+
+
+def magnitude(vector: np.ndarray) -> float:
+    """The largest |w|, or a little more where it is below 30,000; NaN or infinity if the vector holds any.
+
+    A sum would call finite weights of 1e38 infinite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = sum(float(np.dot(vector[part], vector[part])) for part in chunks(len(vector)))
+    if squares < 1e9:
+        return math.sqrt(squares)  # quicker than two passes for the extremes
+    low, high = float(vector.min()), float(vector.max())
+    return max(high, -low) if high == high else high
 
 
 def weighted_sum(vectors: list[np.ndarray], factors: list[float]) -> np.ndarray:

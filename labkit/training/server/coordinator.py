@@ -21,6 +21,8 @@ Used by `labkit.training.server.server` (live) and `labkit.simulation.offline` (
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -32,8 +34,9 @@ from labkit.runs.checkpoints import AGE_S, Layout, Policy
 from labkit.runs.config import RunConfig
 from labkit.training.server.grants import Grants, Share
 from labkit.training.server.membership import Member
+from labkit.training.wire import compression
 from labkit.training.wire.protocol import Answer
-from labkit.updates import Push, Reply, Update
+from labkit.updates import BadPush, Diverged, Push, Reply, Update
 
 REPORTED = ("samples", "loss", "score", "compute_s", "score_s", "wait_s", "send_s", "hidden_s")  # by a worker, of its local pass
 AGAIN = "it came again."  # the reason of a worker's leave when its next incarnation joins
@@ -74,6 +77,8 @@ class Coordinator:
         self.last_lost_at: float | None = None  # when the last worker of a running run was lost
         self.started = self.finished = self.over = False  # finished: the budget is met, and all have been answered
         self.state, self.reason = "running", ""
+        self.traceback = ""  # of a rule that has raised
+        self.limit = compression.largest(config.exchange)  # of a weight that can be sent to the others
         if state:
             self._restore(state)
         else:
@@ -168,31 +173,56 @@ class Coordinator:
         self._row("refuse", member, version=self.update.version, samples=samples, message=late)
 
     def push(self, member: Member, header: dict, weights: np.ndarray | None, n_bytes: int) -> None:
-        """A worker has finished a local pass. `weights` is only read until the worker is answered; None: of the wrong size."""
+        """A worker has finished a local pass. `weights` is only read until the worker is answered; None: of the wrong size.
+
+        Raises `BadPush` for one that cannot be merged: its worker should leave, and nothing else has changed.
+        """
         index, samples, version = member.index, int(header["samples"]), int(header["version"])
+        push = Push(index, version, weights, header["score"], samples)
+        if self.state == "running":
+            try:
+                self._check(member, push, n_bytes)
+            except BadPush as error:
+                raise type(error)(f"worker {index} at version {version}: {error}") from error
+            except UpdateError as error:  # of the rule, which has made a version of NaN
+                return self._fail(error, f"worker {index} at version {version}: ")
         member.passes += 1
         self.round = max(self.round, member.passes)
         member.loss, member.score = header["loss"], member.score if header["score"] is None else header["score"]
         reported = {"pass": member.passes, **{key: header[key] for key in REPORTED if key in header}}
         self._row("push", member, base_version=version, staleness=self.update.version - version, bytes=n_bytes, **reported)
         member.held_since = self.clock()
-        granted = self.grants.end_pass(member)
+        self.grants.end_pass(member)
         if self.state != "running":
             return self._dismiss(member)
         try:
-            if samples != granted:
-                raise UpdateError(f"a push of {samples} samples, but {granted} were granted.")
-            if weights is None:
-                raise UpdateError(f"a push of {n_bytes} bytes, which are not the {len(self.update.weights)} weights of this model.")
-            replies = self.update.push(Push(index, version, weights, header["score"], samples))
+            replies = self.update.merge(push)
+        except BadPush as error:  # its local pass is over, and counts for nothing
+            raise type(error)(f"worker {index} at version {version}: {error}") from error
         except Exception as error:  # the rule may be a user's own
-            why = error if isinstance(error, UpdateError) else repr(error)
-            return self.stop("failed", f"worker {index} at version {version}: {why}")
+            return self._fail(error, f"worker {index} at version {version}: ")
         self.grants.pushed(member, samples, header["compute_s"] + header["score_s"])
         if all(reply.worker != index for reply in replies):
             member.unmerged = samples
             self._hold(member)
         self._release(replies)
+
+    def _check(self, member: Member, push: Push, n_bytes: int) -> None:
+        granted = member.granted - member.ahead
+        if push.samples != granted or not member.busy:
+            raise BadPush(f"a push of {push.samples} samples, but {granted if member.busy else 0} were granted.")
+        if push.weights is None:
+            raise BadPush(f"a push of {n_bytes} bytes, which are not the {len(self.update.weights)} weights of this model.")
+        try:
+            largest = self.update.check(push)
+        except Diverged as error:
+            if self.limit == math.inf:
+                raise
+            raise Diverged(
+                f"{error} Or they are beyond {self.limit:g}: float16 holds no more, exchange='bfloat16' does."
+            ) from error
+        if largest > self.limit:
+            raise BadPush(f"weights as large as {largest:.3g} do not fit into float16 ({self.limit:g}). Use exchange='bfloat16'.")
 
     def tick(self) -> None:
         """Time has passed: from `expires` on the rule releases the workers that it holds."""
@@ -201,8 +231,8 @@ class Coordinator:
         self.record("expire", version=self.update.version)
         try:
             replies = self.update.expire()
-        except UpdateError as error:
-            return self.stop("failed", str(error))
+        except Exception as error:
+            return self._fail(error)
         self._release(replies)
 
     def leave(self, member: Member, why: str = "") -> None:
@@ -219,8 +249,8 @@ class Coordinator:
             self.grants.ranks.disband()
             try:
                 replies = self.update.leave(member.index)
-            except UpdateError as error:  # the others' round closes, and cannot be merged
-                self.stop("failed", str(error))
+            except Exception as error:  # the others' round closes, and cannot be merged
+                self._fail(error)
             else:
                 self._release(replies)
                 self._serve_shardless()
@@ -243,6 +273,11 @@ class Coordinator:
                 self._dismiss(member)
         # Last: when it cannot be written, all have been answered nevertheless.
         self.record("error" if state == "failed" else "stop", message=reason)
+
+    def _fail(self, error: Exception, where: str = "") -> None:
+        """The rule has raised: the run ends, with its traceback."""
+        self.traceback = "".join(traceback.format_exception(error))
+        self.stop("failed", f"{where}{error if isinstance(error, UpdateError) else repr(error)}")
 
     def checkpoint(self) -> None:
         """Save the newest version, if it is not saved yet, with all that is needed to resume from it."""
@@ -357,8 +392,8 @@ class Coordinator:
         self.finished = True
         try:
             self.update.finish()
-        except UpdateError as error:
-            return self.stop("failed", str(error))
+        except Exception as error:
+            return self._fail(error)
         self._count()
         for index in sorted(self.members):
             self._dismiss(self.members[index])

@@ -1,4 +1,5 @@
-"""The members of a run: what is known about each worker that has joined, and which of them are the ranks of an all-reduce.
+"""The members of a run: what is known about each worker that has joined, which of them are the ranks of an all-reduce, and how
+often each was lost.
 
 Used by `labkit.training.server.coordinator`, `labkit.training.server.grants` and `labkit.training.server.server`.
 """
@@ -6,6 +7,8 @@ Used by `labkit.training.server.coordinator`, `labkit.training.server.grants` an
 from dataclasses import dataclass
 
 FRUITLESS = 10  # how often the group of an all-reduce may break in a row before the run fails
+LOSSES = 5  # a worker that was lost, or dropped, so often in a row without a push that counts is not let in again
+PAUSE_S = 0.25  # of a worker that comes back for the second time; twice as long each time after that
 
 
 @dataclass
@@ -46,3 +49,37 @@ class Ranks:
     def disband(self) -> None:
         """The group has broken, or a rank is gone: the next one is another, even if the same workers make it."""
         self.members = []
+
+
+class Losses:
+    """How often in a row each worker was lost, or dropped for a message that cannot be meant, without a push that counts."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[int, list[str]] = {}  # by worker, since its latest push that counts
+        self.diverged: set[int] = set()  # whose weights became NaN, since the latest push of anybody that counts
+
+    def add(self, worker: int, why: str) -> str:
+        """One more; returns why, and how often it has happened."""
+        self.reasons.setdefault(worker, []).append(why)
+        return self.out(worker) or (f"{why.rstrip('.')} ({n} times in a row)" if (n := len(self.reasons[worker])) > 1 else why)
+
+    def counts(self, worker: int) -> None:
+        """A push of this worker counts."""
+        self.reasons.pop(worker, None)
+        self.diverged.clear()
+
+    def pause(self, worker: int) -> float:
+        """Seconds that it waits before it is let in again."""
+        n = len(self.reasons.get(worker, ()))
+        return PAUSE_S * 2 ** (n - 2) if n > 1 else 0.0
+
+    def out(self, worker: int) -> str:
+        """Why it is not let in again; empty if it is."""
+        reasons = self.reasons.get(worker, [])
+        if len(reasons) < LOSSES:
+            return ""
+        return f"{reasons[-1].rstrip('.')} ({len(reasons)} times in a row without a push that counts: worker {worker} is not let in again)"
+
+    def all_out(self) -> dict[int, str]:
+        """By worker, why it is not let in again."""
+        return {worker: why for worker in sorted(self.reasons) if (why := self.out(worker))}

@@ -5,10 +5,19 @@ A process of its own that imports numpy but neither torch nor Dask. Each connect
 happen outside the lock: versions are immutable arrays, so one worker can still be receiving version 7 while another makes version
 8. `labkit.training.wire.protocol` shows the messages in both directions.
 
+A worker whose message cannot be meant is dropped, with the reason in the record, and may join again, as one may that was lost: after
+a pause that grows, and not more than `LOSSES` times in a row without a push that counts. The run fails when nobody is left. Any
+other exception, in whatever thread, is a fault of the server or of the user's rule: the run fails with its traceback
+(`Server.fail`).
+
+A server ends by itself: `ENDING_S` after the run has ended at the latest, and that it has, `join_timeout` after its last worker is
+gone; who vanishes without closing its connection is gone after `heartbeat_timeout`. Whether its kernel is there is all one to it.
+
 Started by `labkit.training.supervisor` in a process of its own; asked by it and by others through `labkit.training.attach`.
 """
 
 import contextlib
+import functools
 import json
 import pickle
 import queue
@@ -17,23 +26,30 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
-from labkit.errors import UpdateError, WireError
+from labkit.errors import LabError, RunError, UpdateError, WireError
 from labkit.partition import Partition
 from labkit.runs import checkpoints, server_file
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
-from labkit.training.server.coordinator import Coordinator
-from labkit.training.server.membership import Member
+from labkit.training.server.coordinator import AGAIN, Coordinator
+from labkit.training.server.membership import Losses, Member
 from labkit.training.wire import compression, transport
-from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S, Answer, check_request
-from labkit.updates import Update
+from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S, Answer, Refused, check_request
+from labkit.updates import BadPush, Diverged, Update
+
+ENDING_S = 5.0  # how long workers may take to leave when the run has been stopped or has failed
+LATE_PUSHES = 3  # of a worker that was taken to be gone: what was on its way when it was asked to join anew
+LOG_BYTES = 500_000  # of server.log that one server writes at most
 
 
 @dataclass
@@ -67,7 +83,8 @@ class Server:
         self.generations: dict[int, int] = {}  # by worker: how often the kernel has started its task
         self.versions: queue.SimpleQueue[tuple[int, np.ndarray, dict] | None] = queue.SimpleQueue()  # to be saved
         self.over, self.wake_up = threading.Event(), threading.Event()  # wake_up: look at the time, or at `over`
-        self.unwritten = ""  # why the record is not complete
+        self.losses = Losses()
+        self.failure: dict = {}  # of the server itself or the user's rule: how the run ends then
         self._packing = threading.Lock()
         self._packed: tuple[np.ndarray, np.ndarray] | None = None  # the version that was packed last, and as what
         self.course = Coordinator.begin(
@@ -79,7 +96,7 @@ class Server:
             labels=spec.labels,
             state=spec.state,
             deliver=lambda worker, answer: self.outboxes[worker].put(answer),
-            record=self.recorder.event,
+            record=self._record,
             save=lambda *version: self.versions.put(version),
             clock=time.monotonic,
             alarm=lambda _: self.wake_up.set(),
@@ -91,38 +108,102 @@ class Server:
     def address(self) -> tuple[str, int]:
         return self.listener.getsockname()[:2]
 
-    def serve(self) -> dict:
-        try:
-            return self._serve()
-        finally:
-            server_file.withdraw(Path(self.spec.path))
+    @property
+    def dropped(self) -> dict[str, str]:
+        """By worker, why it is not let in again; as JSON has it."""
+        return {str(worker): why for worker, why in self.losses.all_out().items()}
 
-    def _serve(self) -> dict:
-        saver = threading.Thread(target=self._save_versions)
-        saver.start()
-        threading.Thread(target=self._accept, daemon=True).start()
+    def serve(self) -> dict:
+        """Until the run has ended; returns how. Whatever goes wrong in here ends it too."""
+        saver = self._thread(self._save_versions)
+        self._guarded(self._serve)
+        if self.course.state == "running":
+            self._guarded(self.stop, "failed", "the server ended.")
+        transport.shut(self.listener)
+        with self.lock:
+            self._guarded(self.course.checkpoint)
+            links = list(self.connections.values())
+        for link in links if self.course.members else ():  # of workers that did not leave in time
+            link.close()
+        self.versions.put(None)
+        saver.join()
+        status: dict = {}
+        written = functools.partial(write_json, Path(self.spec.path) / "status.json", status)
+        for last in (self._ended, self.recorder.close, written):
+            try:
+                status |= (last() or {}) | self.failure
+            except OSError as error:
+                self.failure = self.failure or {"state": "failed", "reason": self._unwritable(error)}
+            except Exception as error:
+                self.fail(error)
+            status |= self.failure
+        server_file.withdraw(Path(self.spec.path))
+        return status
+
+    def _ended(self) -> dict:
+        """How the run has ended."""
+        status = {key: self.course.status()[key] for key in ("state", "reason", "version", "samples")}
+        more = {"dropped": self.dropped, "traceback": self.course.traceback}
+        return status | {key: value for key, value in more.items() if value}
+
+    def _serve(self) -> None:
+        self._thread(self._accept)
         self._wait_for_start()
-        while not self.over.is_set():  # ended by the last worker that leaves; how long each may be silent has a limit
+        limit = None
+        while not self.over.is_set():  # ended by the last worker that leaves
             expires = self.course.expires
             self.wake_up.wait(0.5 if expires is None else min(0.5, max(0.001, expires - time.monotonic())))
             self.wake_up.clear()
             with self.lock:
                 self._fail_without_workers()
-                self._tick()
-        transport.shut(self.listener)
-        with self.lock:
-            self.course.checkpoint()
-        self.versions.put(None)
-        saver.join()
-        status = {key: self.course.status()[key] for key in ("state", "reason", "version", "samples")}
-        for last in (self.recorder.close, lambda: write_json(Path(self.spec.path) / "status.json", status)):
-            try:
-                last()
-            except OSError as error:
-                self.unwritten = self.unwritten or self._unwritable(error)
-            if self.unwritten:
-                status.update(state="failed", reason=self.unwritten)
-        return status
+                self.course.tick()
+                if self.course.state != "running":
+                    self.stop_workers()
+            if self.course.state in ("stopped", "failed"):
+                limit = limit or time.monotonic() + ENDING_S
+                if time.monotonic() > limit:
+                    return
+
+    # -- what goes wrong here ------------------------------------------------------------------------------------------
+
+    def _thread(self, work: Callable[..., None], *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=self._guarded, args=(work, *arguments), daemon=True)
+        thread.start()
+        return thread
+
+    def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Whatever nobody expected, in any thread: the run has failed, with the traceback. The first error counts."""
+        reason = str(error) if isinstance(error, LabError) else f"{type(error).__name__}: {error}"
+        text = "".join(traceback.format_exception(error))
+        first = not self.failure
+        self.failure = self.failure or {"state": "failed", "reason": f"the server failed: {reason}", "traceback": text}
+        try:
+            with self.lock:
+                self.stop("failed", self.failure["reason"])
+        except Exception:  # nothing works any more; `serve` closes the connections
+            self.course.state = "failed"
+            self.over.set()
+            self.wake_up.set()
+        if first:
+            print(text, file=sys.stderr)
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        """A run whose record has a hole is no run: it fails, and every worker is sent the reason."""
+        try:
+            self.recorder.event(kind, **fields)
+        except OSError as error:
+            reason = self._unwritable(error)
+            self.failure = self.failure or {"state": "failed", "reason": reason}
+            raise _Unwritable(reason) from error
+
+    def _unwritable(self, error: OSError) -> str:
+        return f"the run directory {self.spec.path} cannot be written: {error}."
 
     def _wait_for_start(self) -> None:
         """Until everybody has joined; after `join_timeout` it begins with those who have, and the others may come later."""
@@ -139,15 +220,23 @@ class Server:
         since, timeout = self.course.last_lost_at, self.config.join_timeout
         if since is not None and time.monotonic() - since > timeout:
             done = f"{self.course.grants.done} of {self.course.grants.budget} samples"
-            self.stop("failed", f"every worker was lost after {done}, and none came back within {timeout:g} s.")
+            dropped = "".join(f" Worker {index}: {why}." for index, why in self.losses.all_out().items())
+            self.stop("failed", f"every worker was lost after {done}, and none came back within {timeout:g} s.{dropped}")
 
-    def _tick(self) -> None:
-        try:
-            self.course.tick()
-        except OSError as error:
-            self.cannot_write(error)
-        if self.course.state != "running":
-            self.stop_workers()
+    def lost(self, worker: int, why: str, *, diverged: bool = False) -> str:
+        """A worker was lost, or dropped: returns why, with the count. The run fails if none is left that may come back."""
+        why, known = self.losses.add(worker, why), {*self.generations, *self.course.workers}
+        self.losses.diverged |= {worker} if diverged else set()
+        out = self.losses.all_out()
+        if self.course.state != "running" or self.course.finished:
+            pass
+        elif known <= self.losses.diverged | set(out) and diverged:
+            self.stop("failed", f"{why} So it is with every worker." if len(known) > 1 else why)
+        elif known <= set(out):
+            self.stop("failed", "no worker is left. " + " ".join(f"Worker {index}: {reason}." for index, reason in out.items()))
+        elif worker in out and not self.course.started and (there := set(self.course.workers) - set(out)):
+            self.course.expect(there)
+        return why
 
     def packed(self, weights: np.ndarray) -> np.ndarray:
         """A version as it goes over the wire; that of several workers at a time is made once."""
@@ -162,7 +251,7 @@ class Server:
 
     def _accept(self) -> None:
         for sock in transport.incoming(self.listener):
-            threading.Thread(target=self._serve_peer, args=(sock,), daemon=True).start()
+            self._thread(self._serve_peer, sock)
 
     def _serve_peer(self, sock: socket.socket) -> None:
         """A thread of its own for each peer: a worker, or a kernel that watches."""
@@ -189,16 +278,31 @@ class Server:
                 elif request["op"] == "drop":
                     for index in set(request["workers"]) & set(self.connections):
                         self.connections[index].close()
-                status = self.course.status()
+                elif request["op"] == "lost":
+                    self._lost_process(**{key: request[key] for key in ("worker", "generation", "reason")})
+                status = self.course.status() | {"dropped": self.dropped}
             started = self.recorder.started
             connection.send({"op": "status", "seconds": time.time() - started if started else 0.0, **status})
 
-    def leave(self, member: Member, why: str) -> None:
+    def _lost_process(self, worker: int, generation: int, reason: str) -> None:
+        """The process of a worker has ended. If it had joined, that was noticed here; one that never did is counted now."""
+        joined = generation <= self.generations.get(worker, -1)
+        if reasons := self.losses.reasons.get(worker) if joined else None:
+            reasons[-1] = reason  # the connection did not say as much
+        why = reason if joined else self.lost(worker, reason)
+        self._record("refuse", worker=worker, message=why)
+
+    def leave(self, member: Member, why: str, *, diverged: bool = False) -> None:
+        """A worker is gone; `why`, if that was no orderly end."""
+        if self.course.members.get(member.index) is not member:
+            return
+        if not why and member.busy and self.course.state == "running":
+            why = "it left in the middle of a local pass"
+        counts = why and self.course.state == "running" and not self.course.finished
         try:
-            self.course.leave(member, why)
-        except OSError as error:
-            self.cannot_write(error)
-            self.course.over = not self.course.members
+            self.course.leave(member, self.lost(member.index, why, diverged=diverged) if counts else why)
+        except _Unwritable as error:
+            self.fail(error)
         if self.course.state != "running":
             self.stop_workers()
         elif self.course.update.collective and member.busy:  # the others wait for it in the middle of a step
@@ -208,26 +312,15 @@ class Server:
     # -- the end, checkpoints ------------------------------------------------------------------------------------------
 
     def stop(self, state: str, reason: str) -> None:
-        try:
+        with contextlib.suppress(_Unwritable):  # everybody has been answered, and `failure` says why
             self.course.stop(state, reason)
-        except OSError:
-            self.unwritten = self.unwritten or reason
         self.stop_workers()
         self._end_if_over()
 
     def _end_if_over(self) -> None:
-        if self.course.over:
+        if self.course.state != "running" and not self.course.members:
             self.over.set()
             self.wake_up.set()
-
-    def cannot_write(self, error: OSError) -> str:
-        """A run whose record has a hole is no run: it fails, and every worker is sent the reason."""
-        self.unwritten = self.unwritten or self._unwritable(error)
-        self.stop("failed", self.unwritten)
-        return self.unwritten
-
-    def _unwritable(self, error: OSError) -> str:
-        return f"the run directory {self.spec.path} cannot be written: {error}."
 
     def stop_workers(self) -> None:
         """Those that are in the middle of a local pass; the others are answered by the coordinator."""
@@ -236,7 +329,7 @@ class Server:
     def _interrupt(self, message: dict) -> None:
         for member in list(self.course.members.values()):
             if member.busy:
-                threading.Thread(target=_notify, args=(self.connections[member.index], message), daemon=True).start()
+                self._thread(_notify, self.connections[member.index], message)
 
     def _save_versions(self) -> None:
         """Writes versions to the disk away from the lock, so that a slow disk delays no worker."""
@@ -246,9 +339,14 @@ class Server:
                 checkpoints.save(self.recorder, *item)
                 retained = checkpoints.retained(self.recorder.saved, self.config.budget, self.config.checkpoints)
                 checkpoints.prune(path, retained | self.recorder.resumed)
-            except Exception as error:  # whatever it is: without its versions a run is not whole
-                with self.lock:
-                    self.cannot_write(error)
+            except OSError as error:  # without its versions a run is not whole
+                self.fail(RunError(self._unwritable(error)))
+            except Exception as error:
+                self.fail(error)
+
+
+class _Unwritable(RunError):
+    """The record cannot be written; `Server.failure` says why."""
 
 
 class WorkerConnection:
@@ -262,54 +360,63 @@ class WorkerConnection:
         self.buffer = compression.buffer(self.dtype, n)  # of its pushes, as they come
         self.weights = self.buffer if self.dtype == "float32" else np.empty(n, np.float32)
         self.pulled = server.spec.weights  # with which it was released last
+        self.unscored = False  # has it pushed without a score, which may come later?
 
     def serve(self) -> dict | None:
         """Until the worker is gone; its next join, if it comes back on the same connection."""
-        member, refused = self._admit()
-        if member is None:
-            self.connection.send({"op": "stop", "reason": refused, "wait_s": 0.0})
-            return None
-        why = ""
-        self.connection.set_timeout(self.heartbeat_timeout)
+        server, index = self.server, self.join["worker"]
+        member, why, dropped, diverged = None, "", False, False
         try:
+            server.over.wait(server.losses.pause(index))
+            with server.lock:
+                member, refused = self._admit()
+            if member is None:
+                self.connection.send({"op": "stop", "reason": refused, "wait_s": 0.0})
+                return None
+            self.connection.set_timeout(self.heartbeat_timeout)
             self._answer(member)
             while self._receive(member):
                 self._answer(member)
         except _Expired as expired:
             why = str(expired)
+        except BadPush as error:
+            why, dropped, diverged = str(error), True, isinstance(error, Diverged)
         except WireError as error:
             why = str(error)
             raise
-        except OSError as error:  # the record cannot be written: nothing that happens from now on would be known
-            with self.server.lock:
-                why = self.server.cannot_write(error)
-            _notify(self.connection, {"op": "stop", "reason": why, "wait_s": 0.0})
+        except Exception as error:
+            server.fail(error)
+            why = server.failure["reason"]
         finally:
-            with self.server.lock:
-                self.server.leave(member, why)
-        return self._serve_expired(member) if why and self.course.state == "running" else None
+            with server.lock:
+                if member is None and server.connections.get(index) is self.connection:  # it was about to join
+                    member = self.course.members.get(index)
+                if member:
+                    server.leave(member, why, diverged=diverged)
+        if why and self.course.state == "running":
+            return self._serve_expired(member, why if dropped else "")
+        if why:
+            _notify(self.connection, {"op": "stop", "reason": self.course.reason or why, "wait_s": 0.0})
+        return None
 
     def _admit(self) -> tuple[Member | None, str]:
         """A worker joins, for the first time or again; or the reason why it cannot."""
         server, join = self.server, self.join
         index, generation = join["worker"], join.get("generation") or 0
-        with server.lock:
-            if self.course.state != "running" or self.course.finished:
-                return None, "the run has ended."
-            if generation < server.generations.get(index, 0):
-                return None, f"worker {index} has been started again elsewhere."
-            before = server.connections.get(index)
-            server.generations[index], server.outboxes[index], server.connections[index] = generation, self.outbox, self.connection
-            try:
-                about = {key: join[key] for key in ("device", "threads", "generator") if join.get(key) is not None}
-                member = self.course.join(index, join.get("about") or "", join.get("seconds_per_sample"), **about)
-            except OSError as error:
-                refused = server.cannot_write(error)
-                server.leave(self.course.members[index], refused)
-                return None, refused
+        if self.course.state != "running" or self.course.finished:
+            return None, "the run has ended."
+        if generation < server.generations.get(index, 0):
+            return None, f"worker {index} has been started again elsewhere."
+        if index in self.course.members:
+            server.lost(index, AGAIN)
+        if out := server.losses.out(index):
+            return None, out
+        before = server.connections.get(index)
+        server.generations[index], server.outboxes[index], server.connections[index] = generation, self.outbox, self.connection
         if before is not None and before is not self.connection:
             before.close()
-        return member, ""
+        about = {key: join[key] for key in ("device", "threads", "generator") if join.get(key) is not None}
+        return self.course.join(index, join.get("about") or "", join.get("seconds_per_sample"), **about), ""
 
     def _receive(self, member: Member) -> bool:
         """Process the messages of a local pass, until the worker needs an answer (True) or leaves (False)."""
@@ -331,14 +438,21 @@ class WorkerConnection:
                     continue
                 if header["op"] == "push":
                     self.course.push(member, header, weights, n)
-                    if self.course.state != "running":
+                    self.unscored = header["score"] is None
+                    if self.course.state == "running":
+                        self.server.losses.counts(member.index)
+                    else:
                         self.server.stop_workers()
                     return True
+                if header["op"] == "regroup" and not self.course.update.collective:
+                    raise Refused("a 'regroup' message was refused: this run has no group.")
                 if header["op"] == "regroup":
                     self.course.regroup(member, header.get("reason") or "")
                     return True
                 if header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
                     self.server.stop("failed", header["reason"])
+                elif header["op"] != "leave":
+                    raise Refused(f"a {header['op']!r} message was refused: it is unknown, or out of place.")
                 return False
 
     def _answer(self, member: Member) -> None:
@@ -363,7 +477,7 @@ class WorkerConnection:
         n = self.connection.send(answer.header(), *self._packed(answer))
         if grant := answer.grant:
             who = {"worker": member.index, "incarnation": member.incarnation}
-            self.server.recorder.event("release", bytes=n, **who, version=grant.version, wait_s=grant.wait_s)
+            self.server._record("release", bytes=n, **who, version=grant.version, wait_s=grant.wait_s)
 
     def _packed(self, answer: Answer) -> list[np.ndarray]:
         """What goes over the wire with this answer."""
@@ -388,20 +502,28 @@ class WorkerConnection:
 
     def _score(self, member: Member, header: dict) -> None:
         """Measured while the push was under way, for a rule that does not ask for it."""
+        if not self.unscored:
+            raise Refused("a 'score' message was refused: there is no push that waits for one.")
+        self.unscored = False
         member.score = header["score"]
         who = {"worker": member.index, "incarnation": member.incarnation, "pass": member.passes}
-        self.server.recorder.event("score", **who, score=header["score"], score_s=header["score_s"])
+        self.server._record("score", **who, score=header["score"], score_s=header["score_s"])
 
-    def _serve_expired(self, member: Member) -> dict | None:
-        """A worker that was taken to be gone sends again: nothing that it has done counts; it is asked to join anew."""
+    def _serve_expired(self, member: Member, dropped: str = "") -> dict | None:
+        """A worker that was dropped, or that was taken to be gone and sends again: nothing that it sends counts until it has joined anew."""
         self.connection.set_timeout(SERVER_TIMEOUT_S)
-        asked = False
+        asked, late = bool(dropped), 0
+        if dropped:
+            self.connection.send({"op": "rejoin", "reason": dropped})
         while not self.server.over.is_set():
             if not self.connection.waiting(HEARTBEAT_S):
                 continue
             header, _ = self.connection.receive(self._buffer_for)
             if header["op"] in ("join", "leave", "fail"):
                 return header
+            late += header["op"] == "push"
+            if late > LATE_PUSHES:
+                raise WireError("it goes on pushing without joining anew.")
             if not asked or header["op"] == "push":
                 with self.server.lock:
                     self.course.refuse(member, header)
@@ -428,12 +550,28 @@ def _notify(connection: transport.Connection, message: dict) -> None:
         connection.send(message)
 
 
+class _Log:
+    """Standard error, up to `LOG_BYTES`: a rule of the user's own may print at each push."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.left = stream, LOG_BYTES
+
+    def write(self, text: str) -> int:
+        if self.left > 0:
+            self.left -= len(text)
+            self.stream.write(text if self.left > 0 else "\n... and so on: the rest is left out.\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def main() -> None:
     """Read the spec from standard input (which only the parent can write), print where it listens, serve, print how it ended."""
-    spec = pickle.load(sys.stdin.buffer)
-    server = Server(spec)
-    try:
-        print(json.dumps({"host": server.address[0], "port": server.address[1]}), flush=True)
-        print(json.dumps(server.serve()), flush=True)
-    except BrokenPipeError:
-        pass  # the parent is gone
+    parent, sys.stdout = sys.stdout, _Log(sys.stderr)  # what a rule prints is no message to the parent
+    sys.stderr = sys.stdout
+    server = Server(pickle.load(sys.stdin.buffer))
+    threading.excepthook = lambda args: server.fail(args.exc_value)  # of threads that a rule has started
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        print(json.dumps({"host": server.address[0], "port": server.address[1]}), file=parent, flush=True)
+        print(json.dumps(server.serve()), file=parent, flush=True)

@@ -25,6 +25,7 @@ from labkit.updates.base import chunks
 
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST = float(np.finfo(np.float16).max)
+LARGEST_BFLOAT16 = float(np.uint32(0x7F7F7FFF).view(np.float32))  # what is larger would be rounded to infinity
 HEADROOM, SHIFTS = 14, 64  # a scaled float16 change is below 2^15; and how far it is scaled at most
 
 
@@ -36,6 +37,11 @@ def n_bytes(dtype: str, n: int) -> int:
 def buffer(dtype: str, n: int) -> np.ndarray:
     """An array that n weights on the wire fit into."""
     return np.empty(n, np.float32 if dtype == "float32" else np.uint16)
+
+
+def largest(dtype: str) -> float:
+    """The largest magnitude of a weight that can be sent to a worker."""
+    return LARGEST if dtype == "float16" else math.inf
 
 
 def pack(weights: np.ndarray, dtype: str) -> np.ndarray:
@@ -68,7 +74,7 @@ def pack_change(weights: np.ndarray, pulled: np.ndarray, dtype: str, wire: np.nd
     Of the parameters their change since what was `pulled` (on the wire), times 2^shift; of the buffers behind them, their values.
     """
     shift = 0
-    with np.errstate(invalid="ignore"):  # what is no number stays so, for the server to refuse
+    with np.errstate(invalid="ignore", over="ignore"):  # what is no number stays so, for the server to refuse
         if dtype == "float16":
             most = max((float(np.abs(w - g).max()) for w, g in _apart(weights, pulled, dtype, n_params)), default=0.0)
             if 0 < most < math.inf:
@@ -86,11 +92,12 @@ def pack_change(weights: np.ndarray, pulled: np.ndarray, dtype: str, wire: np.nd
 def add_change(base: np.ndarray, wire: np.ndarray, dtype: str, shift: int, weights: np.ndarray, n_params: int) -> None:
     """What the server makes of a push, into float32 `weights`: the version `base` that the worker has pulled, and its change."""
     factor = np.float32(2.0**-shift)
-    for part in chunks(n_params):
-        change = _floats(wire[part], dtype)
-        if shift:
-            change *= factor
-        np.add(base[part], change, out=weights[part])
+    with np.errstate(invalid="ignore", over="ignore"):  # as above
+        for part in chunks(n_params):
+            change = _floats(wire[part], dtype)
+            if shift:
+                change *= factor
+            np.add(base[part], change, out=weights[part])
     weights[n_params:] = _floats(wire[n_params:], dtype)
 
 
@@ -109,8 +116,9 @@ def _halves(part: np.ndarray, dtype: str) -> np.ndarray:
     rounded += 0x7FFF
     rounded >>= 16
     halves = rounded.astype(np.uint16)
-    if (lost := np.isnan(part)).any():  # rounding up may have carried into the sign
-        halves[lost] = 0x7FC0
+    if not (part.max(initial=0) <= LARGEST_BFLOAT16 and part.min(initial=0) >= -LARGEST_BFLOAT16):
+        halves[np.isnan(part)] = 0x7FC0  # rounding up may have carried into the sign
+        halves[np.isfinite(part) & (halves & 0x7FFF == 0x7F80)] -= 1  # or into infinity
     return halves
 
 

@@ -13,7 +13,7 @@
       regroup                    ------->     begins anew with those who are left
       leave, fail                ------->
 
-    kernel: watch, and then status, stop, expect, drop ------->  <------- status
+    kernel: watch, and then status, stop, expect, drop, lost ------->  <------- status
 
 Who has the secret of the run may still be mistaken: another version, a bug, a damaged value. A message is checked as a whole
 before anything is done with it, so that half a push never changes a run, and half a grant no replica. Fields that are not named
@@ -201,6 +201,7 @@ REQUESTS = {
     "stop": {"state": ENDING, "reason": _or_nothing(TEXT)},
     "expect": {"workers": INDICES},
     "drop": {"workers": INDICES},
+    "lost": {"worker": INDEX, "generation": COUNT, "reason": TEXT},
 }
 
 REPLIES = {

@@ -10,7 +10,7 @@ import pytest
 
 from labkit.errors import ClusterError
 from labkit.partition import IDPA, UDPA
-from labkit.updates import AGWU, EASGD, SGWU, SSP, AllReduce, FedBuff, Ringmaster, make_update, names
+from labkit.updates import AGWU, EASGD, SGWU, SSP, AllReduce, BadPush, FedBuff, Ringmaster, make_update, names
 from tests.helpers import SAMPLES, WORKERS, Course, begun
 
 RULES = [SGWU, AGWU, AllReduce]
@@ -250,12 +250,17 @@ def test_a_record_that_cannot_be_written_does_not_keep_a_held_worker_waiting():
     assert course.answer(0).grant is None and course.it.state == "failed"
 
 
-def test_a_bad_push_fails_the_run():
-    course = Course(AGWU()).join(*WORKERS)
-    work = course.answer(1)
-    course.push(1, work, score=2.0)
-    assert course.it.state == "failed" and course.it.reason.startswith("worker 1 at version 0: push of worker 1")
-    assert course.answer(1).grant is None and course.it.grants.done == 0
+@pytest.mark.parametrize("rule", RULES)
+def test_a_bad_push_is_refused_and_its_worker_may_leave_and_come_back(rule):
+    course = Course(rule()).join(*WORKERS)
+    work = {w: course.answer(w) for w in WORKERS}
+    with pytest.raises(BadPush, match="worker 1 at version 0: push of worker 1"):
+        course.push(1, work.pop(1), score=2.0)
+    assert course.it.state == "running" and not course.of("push") and course.it.grants.done == 0
+    course.it.leave(course.members[1], "bad")
+    course.join(1)
+    course.finish(work)
+    assert course.it.state == "done" and course.it.grants.done >= course.it.grants.budget - len(WORKERS)
 
 
 def test_versions_are_kept_evenly_over_the_run():

@@ -23,9 +23,10 @@ from labkit.runs.checkpoints import Layout
 from labkit.runs.events import read_events
 from labkit.runs.files import read_json
 from labkit.training import supervisor
+from labkit.training.server import membership
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import transport
-from labkit.updates import AGWU, SGWU, AllReduce
+from labkit.updates import AGWU, SGWU, AllReduce, LocalSGD
 from tests.helpers import settings, until
 
 SECRET = b"x" * 32
@@ -257,34 +258,154 @@ BAD_PUSHES = {
 
 
 @pytest.mark.parametrize("what", BAD_PUSHES)
-def test_a_bad_push_fails_the_run_and_frees_the_others(what, tmp_path):
+def test_a_bad_push_costs_its_worker_its_membership_and_nobody_else_anything(what, tmp_path):
+    """The others of the barrier do not wait for it; it may join anew."""
     changes, words = BAD_PUSHES[what]
     with serving(spec(tmp_path, SGWU())) as (server, result, thread):
         held, bad = join(server, 0, 1)
         held.push()
         until(lambda: len(events(server, "hold")) == 1)
         bad.push(**changes)
-        assert bad.pull()["op"] == held.pull()["op"] == "stop"
-        assert held.message["wait_s"] >= 0 and f"worker {bad.index} at version" in held.message["reason"]
-        held.leave(), bad.leave()
+        assert held.pull()["op"] == "grant" and bad.pull()["op"] == "rejoin"
+        assert re.search(words, bad.message["reason"]), bad.message
+        bad.connection.send({"op": "join", "worker": 1, "seconds_per_sample": 0.01})
+        until(lambda: len(events(server, "join")) == 3)
+        threads = [threading.Thread(target=client.train) for client in (held,)]
+        [t.start() for t in threads]
+        if bad.pull()["op"] == "grant":
+            bad.train()
+        [t.join(10) for t in threads]
         thread.join(10)
-    assert result["state"] == "failed"
-    assert re.search(words, result["reason"]), result["reason"]
-    assert list(events(server, "error").message) == [result["reason"]] and len(events(server, "merge")) == 0
-    assert checkpoints.versions(tmp_path) == [0]
+    assert (result["state"], result["samples"]) == ("done", 34)
+    assert events(server, "leave").message.iloc[0] == bad_reason(server, words) and len(events(server, "error")) == 0
+    assert (
+        events(server, "merge").samples.sum() == 34
+        and np.isfinite(checkpoints.read_weights(tmp_path, result["version"], SIZE)[1]).all()
+    )
 
 
-def test_a_worker_in_the_middle_of_a_pass_is_interrupted_at_the_end(tmp_path):
+def bad_reason(server, words):
+    (reason,) = [text for text in events(server, "leave").message if re.search(words, text)]
+    assert reason.startswith("worker 1 at version ")
+    return reason
+
+
+@pytest.mark.parametrize("update", [SGWU, AGWU, AllReduce])
+def test_weights_that_become_nan_everywhere_fail_the_run_at_once(update, tmp_path):
+    with serving(spec(tmp_path, update())) as (server, result, thread):
+        first, second = join(server, 0, 1)
+        first.push(np.full(SIZE, np.nan, np.float32))
+        assert first.pull()["op"] == "rejoin"
+        second.push(np.full(SIZE, np.nan, np.float32))
+        while second.pull()["op"] != "stop":
+            pass
+        thread.join(10)
+    assert result["state"] == "failed" and result["samples"] == 0 and len(events(server, "join")) == 2
+    assert re.fullmatch(
+        r"worker 1 at version 0: .*NaN or infinity\. Lower the learning rate\. So it is with every worker\.", result["reason"]
+    )
+    assert list(events(server, "error").message) == [result["reason"]] and checkpoints.versions(tmp_path) == [0]
+
+
+def test_a_worker_that_is_lost_or_dropped_again_and_again_is_not_let_in_again(tmp_path, monkeypatch):
+    """It pauses longer each time; the others make the run, and its record and status say why and how often."""
+    monkeypatch.setattr(membership, "PAUSE_S", 0.02)
+    with serving(spec(tmp_path, AGWU())) as (server, result, thread):
+        there = Client(server.address, 0)
+        server.clients.append(there)
+        for n in range(membership.LOSSES):
+            bad = Client(server.address, 1)
+            server.clients.append(bad)
+            assert bad.pull()["op"] == "grant"
+            there.pull() if n == 0 else None
+            bad.push(score=7.0) if n % 2 else bad.connection.close()
+            until(lambda n=n: len(events(server, "leave")) == n + 1)
+        (bad,) = join(server, 1)
+        assert bad.message["op"] == "stop" and "5 times in a row without a push that counts" in bad.message["reason"]
+        assert list(ask(server)["dropped"]) == ["1"]
+        there.train()
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 34) and "5 times in a row" in result["dropped"]["1"]
+    left = events(server, "leave").query("worker == 1").message.tolist()
+    assert [re.search(r"(\d) times", text)[1] for text in left[1:]] == ["2", "3", "4", "5"]
+
+
+def test_a_run_of_which_no_worker_is_left_fails_with_what_was_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(membership, "PAUSE_S", 0.01)
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        for _ in range(membership.LOSSES):
+            (bad,) = join(server, 0)
+            bad.push(np.zeros(3, np.float32))
+            assert bad.pull()["op"] in ("rejoin", "stop")
+            bad.connection.close()
+        thread.join(10)
+    assert result["state"] == "failed" and "no worker is left" in result["reason"] and "a push of 12 bytes" in result["reason"]
+    assert len(events(server, "join")) == membership.LOSSES
+
+
+def test_processes_that_end_before_they_join_are_counted_too(tmp_path):
     with serving(spec(tmp_path)) as (server, result, thread):
-        busy, bad = join(server, 0, 1)
-        assert not busy.connection.waiting()
-        bad.push(np.full(SIZE, np.nan, np.float32))
-        until(busy.connection.waiting)
-        busy.push()  # it had finished before it heard of it: no harm
-        assert busy.pull()["op"] == "stop"
-        busy.leave(), bad.pull(), bad.leave()
+        there = Client(server.address, 0)
+        server.clients.append(there)
+        for n in range(membership.LOSSES):
+            dropped = ask(server, op="lost", worker=1, generation=n, reason="its process ended")["dropped"]
+        assert "its process ended (5 times in a row" in dropped["1"]
+        assert there.pull()["op"] == "grant"  # nobody waits for it any longer
+        there.train()
         thread.join(10)
-    assert result["state"] == "failed" and result["samples"] == 0
+    assert result["state"] == "done" and len(events(server, "refuse")) == membership.LOSSES
+
+
+def test_scores_and_regroups_that_nobody_asked_for_do_not_fill_the_record(tmp_path):
+    for number, message in enumerate(({"op": "score", "score": 0.5, "score_s": 0.0}, {"op": "regroup"})):
+        (tmp_path / str(number)).mkdir()
+        with serving(spec(tmp_path / str(number), LocalSGD())) as (server, result, thread):
+            bad, there = join(server, 0, 1)
+            bad.connection.send(message)
+            there.train()
+            thread.join(10)
+        assert result["state"] == "done" and len(events(server, "score")) == len(events(server, "regroup")) == 0
+
+
+def test_a_late_worker_that_goes_on_pushing_does_not_fill_the_record(tmp_path):
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
+        bad, there = join(server, 0, 1)
+        grant = bad.message
+        bad.push(score=None)
+        assert bad.pull()["op"] == "rejoin"
+        bad.message = grant
+        with pytest.raises(WireError):
+            for _ in range(10_000):
+                bad.push()
+        there.train()
+        thread.join(10)
+    assert result["state"] == "done" and len(events(server, "refuse")) <= 3
+
+
+@pytest.mark.parametrize(
+    "where", ["update.join", "update.leave", "update.merge", "update.finish", "partition.allocate", "partition.leave"]
+)
+def test_what_goes_wrong_in_the_users_own_rules_is_the_reason_with_its_traceback(where, tmp_path, monkeypatch):
+    object, name = where.split(".")
+
+    def slip(*_):
+        raise KeyError("learning_rate")
+
+    with serving(spec(tmp_path, SGWU(), budget=17 if name == "finish" else 34)) as (server, result, thread):
+        gone, there = join(server, 0, 1)
+        monkeypatch.setattr(type(getattr(server.course, object)), name, slip)
+        if name in ("join", "leave"):
+            gone.connection.close()
+        if name == "join":
+            until(lambda: len(events(server, "leave")) == 1)
+            join(server, 0)
+        else:
+            clients = [gone, there] if name != "leave" else [there]
+            [client.push() for client in clients]
+        thread.join(10)
+        assert not thread.is_alive()
+    assert result["state"] == "failed" and "KeyError" in result["reason"] and "learning_rate" in result["reason"]
+    assert "in slip" in result["traceback"]
 
 
 def test_an_exception_of_a_worker_is_the_reason(tmp_path):
