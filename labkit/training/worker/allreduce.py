@@ -36,6 +36,8 @@ from labkit.training.worker.heartbeat import Heartbeat
 
 # One-channel images in channels_last give the first convolution a gradient of equal layout but other strides: nothing is wrong.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+# A parameter that takes no part in one step may take part in another.
+warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
 
 TIMEOUT = datetime.timedelta(seconds=60)  # of an exchange; a rank that is gone is noticed at once, a frozen one by the server
 FORMING_S = 30.0  # how long the ranks may take to find each other
@@ -49,12 +51,16 @@ class Broken(Exception):
     """The group can no longer be used: a rank is gone. Caught by the worker, which asks for a new group."""
 
 
+class Unused(Broken):
+    """A parameter took no part in the loss, which DDP has to know beforehand: the next group does."""
+
+
 class ProcessGroup:
     """One rank's membership, from `__init__` to `close`; `close` is what the other ranks notice when this one is gone.
 
     `index` is this worker, `ranks` are the workers that make the group, `number` says how often one was formed in this run;
     `one_process`: the ranks are threads of one process. `meeting` begins the names of the files through which they find each
-    other. The `heartbeat` is notified by the server when a rank is gone, and then breaks off an exchange that waits for it.
+    other. `unused`: on this rank, or another, a step may leave parameters without a gradient. The `heartbeat` is notified by the server when a rank is gone, and then breaks off an exchange that waits for it.
     """
 
     def __init__(
@@ -67,13 +73,15 @@ class ProcessGroup:
         meeting: str,
         device: str = "cpu",
         one_process: bool = False,
+        unused: bool = False,
     ) -> None:
         if not dist.is_available():
             raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
         self.one_process, self.number, self.rank, self.heartbeat = one_process, number, ranks.index(index), heartbeat
         self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), _Waiting()), None
         file = f"{meeting}-{number}"
-        devices = self._meet(file, len(ranks), (socket.gethostname(), device))
+        found = self._meet(file, len(ranks), (socket.gethostname(), device, str(unused)))
+        devices, self.unused = [(host, device) for host, device, _ in found], any(unused == "True" for *_, unused in found)
         try:
             if one_process:
                 self.exchange.group = _gloo_between_threads(file, self.rank, len(ranks))
@@ -90,8 +98,8 @@ class ProcessGroup:
             raise Broken(f"the group could not be formed: {error}") from error
         heartbeat.on_interrupt = lambda: self.exchange.waiting.fail(GONE)
 
-    def _meet(self, file: str, n_ranks: int, own: tuple[str, str]) -> list[tuple[str, str]]:
-        """Wait until every rank is here; host and device of each, of which `own` are this one's.
+    def _meet(self, file: str, n_ranks: int, own: tuple[str, str, str]) -> list[tuple[str, str, str]]:
+        """Wait until every rank is here; host, device and `unused` of each, of which `own` are this one's.
 
         torch would wait for the whole of its time limit for one that is gone.
         """
@@ -107,7 +115,7 @@ class ProcessGroup:
     def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
         """The module whose backward pass averages gradients over the samples of all ranks."""
         with self.exchanging():  # the ranks compare their parameters
-            self.ddp = DistributedDataParallel(module, process_group=self.exchange.group)
+            self.ddp = DistributedDataParallel(module, process_group=self.exchange.group, find_unused_parameters=self.unused)
         self.ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then no rank waits for them
         self.ddp.register_comm_hook(self.exchange, _average)
         return self.ddp
@@ -117,7 +125,11 @@ class ProcessGroup:
         """An error of the other ranks in here is `Broken`; one of the model stays what it is."""
         try:
             yield
+            if self.ddp is not None:
+                self.ddp._check_reducer_finalized()  # else the next forward pass says it, and after the last step nobody does
         except RuntimeError as error:
+            if "Expected to have finished reduction" in str(error) and not self.unused:
+                raise Unused("a parameter took no part in the loss of a step") from error
             if self.exchange.waiting.broken or isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise Broken(self.exchange.waiting.broken or _short(error)) from error
             raise
@@ -150,14 +162,16 @@ class ProcessGroup:
 def check_problem(problem: Problem, seed: int) -> None:
     """Two steps in a group of one rank, here; ProblemError for a problem that cannot be trained by all-reduce.
 
-    A module whose forward pass is not called, or of which a loss leaves parameters out, fails in the second step at the latest.
+    A module whose forward pass is not called, or whose parts are trained one after the other, fails in the second step at the latest.
     """
     called: list[bool] = []
     with tempfile.TemporaryDirectory() as folder, seeded(seed):
-        group = ProcessGroup(0, [0], 0, Heartbeat(), meeting=os.path.join(folder, "group"), one_process=True)
+        module = problem.new_module(seed)
+        optimisers, batch = problem.optimisers(module), problem.load(problem.train_indices()[:2])
+        with gradients(module) as unused:
+            problem.step(module, batch, optimisers, Clock(0, 1, 0.0))
+        group = ProcessGroup(0, [0], 0, Heartbeat(), meeting=os.path.join(folder, "group"), one_process=True, unused=bool(unused))
         try:
-            module = problem.new_module(seed)
-            optimisers, batch = problem.optimisers(module), problem.load(problem.train_indices()[:2])
             wrapped = group.wrap(module)
             wrapped.register_forward_pre_hook(lambda *_: called.append(True))
             for _ in range(2):
@@ -170,9 +184,21 @@ def check_problem(problem: Problem, seed: int) -> None:
     if reason:
         raise ProblemError(
             f"{problem._title()} cannot be trained with update='allreduce': {reason}. The module is wrapped as a whole to average "
-            "gradients, so step() must call it (module(x), not module['part']) and its loss must use all parameters. Networks that "
-            "are used one after the other need another update: 'sgwu', 'agwu'."
+            "gradients, so step() must call it (module(x), not module['part']). Networks that are used one after the other need "
+            "another update: 'sgwu', 'agwu'."
         )
+
+
+@contextlib.contextmanager
+def gradients(module: torch.nn.Module) -> Iterator[set[torch.nn.Parameter]]:
+    """The trained parameters that have had no gradient yet, as steps are made in here."""
+    unused = {parameter for parameter in module.parameters() if parameter.requires_grad}
+    hooks = [parameter.register_post_accumulate_grad_hook(unused.discard) for parameter in list(unused)]
+    try:
+        yield unused
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _short(error: Exception) -> str:

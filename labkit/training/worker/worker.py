@@ -31,7 +31,7 @@ from labkit.problems.problem import Clock, Problem
 from labkit.runs.config import RunConfig
 from labkit.training.wire import compression, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S, Grant, Refused, check_reply
-from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup
+from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup, Unused, gradients
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.process import prepare, synchroniser
 from labkit.training.worker.replica import Replica
@@ -84,6 +84,7 @@ class _Worker:
         self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
         self.heartbeat = Heartbeat()
         self.sender = ThreadPoolExecutor(1, "labkit-sender") if spec.config.overlap else None
+        self.unused = False  # do steps leave parameters without a gradient?
         self.broken = -1  # the latest group of an all-reduce that the server has called broken between two passes
 
     def run(self) -> None:
@@ -162,7 +163,7 @@ class _Worker:
                     self._join_group(grant)
                     done = self._local_pass(grant)
             except Broken as error:
-                broken = str(error)
+                broken, self.unused = str(error), self.unused or isinstance(error, Unused)
             interrupt = self.heartbeat.pop_interrupt()
             if interrupt and interrupt["op"] != "regroup":
                 message = interrupt
@@ -190,7 +191,7 @@ class _Worker:
             self.replica.state.load(weights)
             self.replica.shard = shard
         where = {"meeting": spec.meeting, "device": spec.device, "one_process": spec.config.one_process}
-        self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where)
+        self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where, unused=self.unused)
         self.group.wrap(self.replica.module)
 
     def notify_failure(self, message: str) -> None:
@@ -216,11 +217,13 @@ class _Worker:
         self._slow(replace(self.spec.uneven, stalls=None))
         replica, times = self._replica(), []
         indices = np.arange(min(self.problem.batch_size, len(replica.train_indices)))
-        for _ in range(PROBE_STEPS):
-            started = time.perf_counter()
-            replica.step(indices, Clock(0, self.spec.config.budget, 0.0))
-            self.slowness.synchronise()
-            times.append((time.perf_counter() - started) / len(indices))
+        with gradients(replica.module) as unused:
+            for _ in range(PROBE_STEPS):
+                started = time.perf_counter()
+                replica.step(indices, Clock(0, self.spec.config.budget, 0.0))
+                self.slowness.synchronise()
+                times.append((time.perf_counter() - started) / len(indices))
+        self.unused = bool(unused)
         self._slow(self.spec.uneven)
         return float(np.median(times[1:]))
 

@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+import labkit
 from labkit.errors import ProblemError
 from labkit.problems import Classifier
 from labkit.training.worker import allreduce
 from labkit.training.worker.allreduce import Broken, ProcessGroup, backend
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.sampler import steps
+from tests.helpers import ended, problem
 from tests.problems.test_problem import TinyGan
 
 # -- groups between threads --------------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tm
     folder = str(tmp_path / "ranks")
     with monkeypatch.context() as short:
         short.setattr(allreduce, "TIMEOUT", datetime.timedelta(seconds=1))
-        dist.FileStore(f"{folder}-1-here", 2).set("1", f"{socket.gethostname()} cpu")  # and then it is gone
+        dist.FileStore(f"{folder}-1-here", 2).set("1", f"{socket.gethostname()} cpu False")  # and then it is gone
         with pytest.raises(Broken, match="could not be formed"):
             ProcessGroup(0, [0, 1], 1, Heartbeat(), meeting=folder)
     other = subprocess.Popen([sys.executable, "-c", RANK, folder])
@@ -260,3 +262,31 @@ def test_networks_that_are_used_one_after_the_other_are_refused(kind, reason):
 def test_a_module_that_is_called_as_one_is_not_refused():
     allreduce.check_problem(Classifier("resnet20", "digits", precision="bfloat16", channels_last=True), 0)
     allreduce.check_problem(TwoRates("lenet", "digits"), 0)
+
+
+class Partly(nn.Module):
+    """An auxiliary layer that takes part in no loss, and a head that takes part in those of every other step."""
+
+    def __init__(self, alternating):
+        super().__init__()
+        self.body, self.head, self.other = nn.Linear(36, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+        self.auxiliary = None if alternating else nn.Linear(5, 2)
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x):
+        h = self.body(x.flatten(1)).relu()
+        self.calls += self.training
+        return self.other(h) if self.auxiliary is None and self.training and self.calls % 2 else self.head(h)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("alternating", [False, True])
+def test_parameters_without_a_gradient_are_trained_around(alternating, tmp_path):
+    """Known from the start, and found out in the middle: the group is formed again, and the pass is made again."""
+    a_problem = problem(lambda: Partly(alternating))
+    with labkit.connect("threads", 2) as lab:
+        run = ended(labkit.train(a_problem, lab, update="allreduce", partition="udpa", passes=2, runs=tmp_path))
+    first, last = run.weights(0), run.weights()
+    moved = {name for name in first if not np.array_equal(first[name], last[name])}
+    assert {"body.weight", "head.weight"} <= moved and ("other.weight" in moved) == alternating
+    assert not any(name.startswith("auxiliary") for name in moved)
