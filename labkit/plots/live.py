@@ -1,7 +1,9 @@
-"""The live view of a run: the score that workers report, their samples/s, and how many are here, redrawn while it is running.
+"""The live view of a run: the held-out score that workers report, their samples/s, and how many are here, redrawn while it runs.
 
-A thread reads what was appended to the record, twice a second, and sends it to the figure; the kernel stays free.
-A browser gets its first picture only from a free kernel, so `await` the run in the next cell instead of blocking it.
+A thread reads what was appended to the record, twice a second, and the kernel sends it to the figure between its cells. A browser
+that begins to listen, at first or after the page was loaded again, gets all that is known then, so that the figure ends with the
+last picture, however late that is. It begins to listen only when the kernel is free: `await` the run in the next cell instead of
+blocking it.
 
 Used through `labkit.plots` and `Run.live`.
 """
@@ -9,12 +11,15 @@ Used through `labkit.plots` and `Run.live`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from labkit.errors import LabError
 from labkit.plots import style
 from labkit.runs.events import Tail
 
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
     from labkit.runs.record import RunRecord
 
 PERIOD_S = 0.5  # between two redraws
-ASKING_S = 3.0  # from a free kernel until the browser's figure listens
+FAILURES = 20  # of reading the record in a row, before the view stops
 POINTS = 400  # of a worker's line, at most: a long run must not slow the browser down
 
 Series = dict[int, list[tuple[float, float, float]]]  # worker: (seconds, score, samples/s) of each push
@@ -36,13 +41,18 @@ class Seen(NamedTuple):
     series: Series
     here: list[tuple[float, int]]  # (seconds, how many workers are here from then on)
     workers: frozenset[int]  # who is here, or was to the end
+    test: float | None = None  # the score of the newest version on the test set, when the run has ended
+
+
+NOTHING = Seen({}, [], frozenset())
 
 
 def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
-    """Score and samples/s of each worker, and how many are here, against time, until the run ends or `timeout` seconds have passed.
+    """Held-out score and samples/s of each worker, and how many are here, against time, until the run ends or `timeout` seconds have
+    passed; then the title has the score on the test set.
 
     Moves under "Run All" if the next cell leaves the kernel free: `await asyncio.to_thread(run.wait)`; after a cell
-    that blocks it, only the last picture comes. In static mode nothing can move: this then waits for the end of the
+    that blocks it, the picture of that moment comes. In static mode nothing can move: this then waits for the end of the
     run, and returns the final picture.
     """
     watch = Watch(run)
@@ -53,15 +63,14 @@ def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
         return style.stack([draw(run, watch.look()) for draw in VIEWS])
     import holoviews as hv
 
-    pipe = hv.streams.Pipe(data=Seen({}, [], frozenset()))
+    pipe = hv.streams.Pipe(data=NOTHING)
     views = [hv.DynamicMap(lambda data, draw=draw: draw(run, data), streams=[pipe]) for draw in VIEWS]
-    free = threading.Event()
     try:
-        asyncio.get_running_loop().call_later(PERIOD_S, free.set)  # the kernel's, which runs between its cells
+        post = asyncio.get_running_loop().call_soon_threadsafe  # the kernel's, which runs between its cells
     except RuntimeError:
-        free.set()
-    feed = threading.Thread(target=_feed, args=(run, watch, pipe, free, timeout), name=f"live-{run.name}", daemon=True)
-    feed.start()
+        post = _now
+    screen = Screen(pipe, post)
+    threading.Thread(target=_feed, args=(run, watch, screen, timeout), name=f"live-{run.name}", daemon=True).start()
     return style.stack(views)
 
 
@@ -69,7 +78,7 @@ class Watch:
     """Pushes and membership of a run so far; `look` reads what was appended to its record since it was last called."""
 
     def __init__(self, run: RunRecord) -> None:
-        self.tail = Tail(run.path)
+        self.run, self.tail = run, Tail(run.path)
         self.series: Series = {}
         self.here: list[tuple[float, int]] = []
         self.workers: set[int] = set()
@@ -79,7 +88,7 @@ class Watch:
         for row in self.tail.read():
             self._count(row)
         series = {worker: points[:: len(points) // POINTS + 1] for worker, points in self.series.items()}
-        return Seen(series, self.here[-POINTS:], frozenset(self.workers))
+        return Seen(series, self.here[-POINTS:], frozenset(self.workers), self.run.test_score)
 
     def _count(self, event: dict[str, Any]) -> None:
         kind, worker, now = event["kind"], event.get("worker"), event.get("seconds")
@@ -106,24 +115,62 @@ class Watch:
             self.series[worker][-1] = (pushed, event["score"], rate)
 
 
-def _feed(run: RunRecord, watch: Watch, pipe: Any, free: threading.Event, timeout: float) -> None:
-    """Send the figure what is new until the run ends; the state is read first, so that the last push is drawn too.
+class Screen:
+    """The figure of a live view, wherever it is shown: `show` has it show something new, as soon as a browser can.
 
-    What is sent before the browser has requested the figure is lost, and a kernel answers that request only when it is `free`.
+    What is sent before the browser listens is lost. The comm of a figure is opened by the browser when it does (`_comm` is None
+    before), and again by each page that shows it later: then all is sent, after nothing, since only what changes travels.
     """
-    limit, seen = time.monotonic() + timeout, -1
-    if not free.wait(2 * PERIOD_S):  # the next cell blocks the kernel: then the figure comes when it has ended
-        if not free.wait(timeout):
-            return
-        time.sleep(ASKING_S)
-    while time.monotonic() < limit:
-        ended = run.state != "running"
-        data = watch.look()
-        if watch.tail.offset != seen:
-            seen = watch.tail.offset
-            pipe.send(data)
-        if ended:
-            return
+
+    def __init__(self, pipe: Any, post: Callable[[Callable[[], None]], Any]) -> None:
+        self.pipe, self.post = pipe, post
+        self.latest, self.posted = NOTHING, False
+
+    def show(self, seen: Seen) -> None:
+        """From any thread; `post` has the kernel draw, which must not do two things at once to a figure."""
+        self.latest = seen
+        if not self.posted:
+            self.posted = True
+            self.post(self._draw)
+
+    def _draw(self) -> None:
+        self.posted = False
+        comms = {id(plot.comm): plot.comm for plot in map(_plot, self.pipe.subscribers) if getattr(plot, "comm", None)}
+        for comm in comms.values():
+            comm._on_open = self._again
+        if all(comm._comm for comm in comms.values()):  # sending would open it from this side, where nobody listens yet
+            self.pipe.send(self.latest)
+
+    def _again(self, _: Any) -> None:
+        self.pipe.send(NOTHING)
+        self.pipe.send(self.latest)
+
+
+def _plot(subscriber: Any) -> Any:
+    return getattr(subscriber, "__self__", None)
+
+
+def _now(call: Callable[[], None]) -> None:
+    call()
+
+
+def _feed(run: RunRecord, watch: Watch, screen: Screen, timeout: float) -> None:
+    """Show what is new until the run ends; the state is read first, so that the last push is drawn too."""
+    limit, shown, failures = time.monotonic() + timeout, None, 0
+    while time.monotonic() < limit and failures < FAILURES:
+        try:
+            ended = run.state != "running"
+            seen = watch.look()
+            failures = 0
+        except (LabError, OSError, ValueError):  # the next look may be luckier
+            failures += 1
+        else:
+            if (watch.tail.offset, seen.test) != shown:
+                shown = watch.tail.offset, seen.test
+                with contextlib.suppress(RuntimeError):  # the kernel ends
+                    screen.show(seen)
+            if ended:
+                return
         time.sleep(PERIOD_S)
 
 
@@ -132,8 +179,10 @@ def _scores(run: RunRecord, seen: Seen) -> Any:
     title = f"{run.label}: waiting for the first push"
     if values:
         now = max(points[-1][0] for points in seen.series.values())
-        title = f"{run.label}: mean score {np.mean(values):.3f} after {now:.0f} s"
-    return _panel(run, seen.series, 1, title, style.caption([run]), "score of the worker", legend=False)
+        title = f"{run.label}: mean held-out score {np.mean(values):.3f} after {now:.0f} s"
+        if seen.test is not None:
+            title = f"{run.label}: test score {seen.test:.3f} after {now:.0f} s"
+    return _panel(run, seen.series, 1, title, style.caption([run]), "held-out score", legend=False)
 
 
 def _rates(run: RunRecord, seen: Seen) -> Any:

@@ -42,7 +42,7 @@ def membership(run: RunRecord, faults: pd.DataFrame | None = None) -> hv.Layout:
     end = 1.02 * max(float(table.end.max()), float(curve.seconds.max()))
     lost = int((table.message != "").sum())
     times = "once" if lost == 1 else f"{lost} times"
-    title = f"{run.label}: a worker was lost {times}, accuracy {100 * curve.score.iloc[-1]:.1f} % in the end"
+    title = f"{run.label}: a worker was lost {times}, test accuracy {100 * curve.score.iloc[-1]:.1f} % in the end"
     upper = style.line(curve.seconds.to_numpy(), curve.score.to_numpy(), 0, "global weights", ("seconds", "score"))
     upper = style.finish(
         [upper], title, style.caption([run]), xlabel="", ylabel="test accuracy", xlim=(0, end), **_size(HEIGHTS[0])

@@ -11,22 +11,27 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from labkit.errors import LabError
 from labkit.plots import style
 
 EVERY_S = 5.0  # between two lines of a batch
 BAR_S = 0.5  # between two moves of the bar
+FAILURES = 20  # of reading the status in a row, before the bar stops
 SOON_S = 2.0  # shorter work needs no bar: a cell may do a hundred of them
 
 
 def line(status: dict) -> str:
-    """One line: share done, samples, version, latest scores, time left."""
+    """One line: share done, samples, version, the mean of the workers' held-out scores, time left; at the end the test score."""
     share, samples = _share(status), f"{status.get('samples', 0):,} of {status.get('budget') or 1:,} samples"
     fields = [f"{share:4.0%}", samples, f"version {status.get('version', 0)}"]
-    scores = [w["score"] for w in status.get("workers", {}).values() if w.get("score") is not None]
-    if scores:
-        fields.append(f"score {sum(scores) / len(scores):.3f}")
+    running = status.get("state") == "running"
+    scores = [score for w in status.get("workers", {}).values() if (score := w.get("held_out_score", w.get("score"))) is not None]
+    if not running and status.get("test_score") is not None:
+        fields.append(f"test score {status['test_score']:.3f}")
+    elif scores:
+        fields.append(f"held-out score {sum(scores) / len(scores):.3f}")
     seconds = status.get("seconds", 0.0)
-    if status.get("state") != "running":
+    if not running:
         fields.append(status["state"] + (f": {status['reason']}" if status.get("reason") else ""))
     elif not status.get("started"):
         fields.append("workers are starting")
@@ -38,13 +43,23 @@ def line(status: dict) -> str:
 
 
 def show(label: str, read: Callable[[], dict]) -> None:
-    """See `Run.progress`: `read()` gives the status of the run with this label."""
+    """See `Run.progress`: `read()` gives the status of the run with this label, and `test_score` when it has ended.
+
+    Where the status cannot be read, the next look may be luckier; after FAILURES of them the line says why it stops.
+    """
     bar, text = _bar() if style.interactive() else (None, None)
 
     def follow() -> None:
-        printed, running = 0.0, True
+        printed, running, failures, status = 0.0, True, 0, {}
         while running:
-            status = read()
+            try:
+                status, failures = read(), 0
+            except (LabError, OSError, ValueError) as error:
+                failures += 1
+                if failures == FAILURES:
+                    status = status | {"state": "unknown", "reason": str(error)}
+                elif not status:
+                    status = {"state": "running"}
             running, now = status["state"] == "running", time.monotonic()
             if bar:
                 bar.value, text.value = _share(status), f"{label}: {line(status)}"
@@ -131,7 +146,8 @@ def _in_bar(names: Mapping[int, str], epochs: int, done: Collection[int]) -> Any
 
 
 def _epoch(name: str, row: dict[str, Any], epochs: int) -> str:
-    numbers = [f", {column} {row[column]:.3f}" for column in ("loss", "score") if row[column] is not None]
+    names = {"loss": "loss", "score": "held-out score"}
+    numbers = [f", {name} {row[column]:.3f}" for column, name in names.items() if row[column] is not None]
     return f"{name}: epoch {row['epoch']} of {epochs}{''.join(numbers)}"
 
 

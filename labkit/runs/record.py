@@ -98,7 +98,7 @@ class RunRecord:
         return self._events[1].copy()
 
     def curve(self) -> pd.DataFrame:
-        """Learning curve of the global weights on the test set: seconds, samples, version, loss, score; a row a retained version.
+        """Learning curve of the global weights: seconds, samples, version, and loss and score on the test set; a row a retained version.
 
         It is measured after the run, so that measuring it does not slow the run.
         """
@@ -113,6 +113,14 @@ class RunRecord:
 
     def _measured(self) -> pd.DataFrame:
         raise RunError(f"the curve of run {self.name} is not measured yet: labkit.load_run({str(self.path)!r}).curve() does it.")
+
+    @property
+    def test_score(self) -> float | None:
+        """Score of the newest version on the test set: the last of `curve()`, `summary()["score"]`; None until the curve is measured."""
+        if not (self.path / "metrics.parquet").exists():
+            return None
+        curve = self.curve()
+        return float(curve.score.iloc[-1]) if len(curve) else None
 
     def allocations(self) -> pd.DataFrame:
         """Samples by worker: worker, pass (number of the allocation), samples (added), total (held then)."""
@@ -129,7 +137,7 @@ class RunRecord:
         return analysis.balance(self.events)
 
     def summary(self) -> dict:
-        """The cost card: settings, final score and loss, time, throughput, waiting, staleness, balance, traffic.
+        """The cost card: settings, final score and loss on the test set, time, throughput, waiting, staleness, balance, traffic.
 
         Samples count once, also where a run was cut off and made some again; time, waiting and traffic are all that it cost.
         """

@@ -311,7 +311,7 @@ def _train(
         for row in rows:
             done.add(row["number"])
             title = f"subnet {len(done)} of {len(jobs)}: {names[row['number']]} {subnets[0].decomposition.place(row['part'])}"
-            how = f"score {row['score']:.3f}, {row['seconds']:.1f} s on worker {row['worker']}"
+            how = f"held-out score {row['score']:.3f}, {row['seconds']:.1f} s on worker {row['worker']}"
             if progress:
                 print(f"{title}, epoch {row['best']} of {row['epochs']}, {how}", flush=True)
 

@@ -57,8 +57,15 @@ class Run(RunRecord):
         return self._follower.state if self._follower else super().state
 
     def status(self) -> dict:
-        """State, samples, budget, version and seconds of the run, loss and score of each worker."""
-        return self._follower.status() if self._follower else super().status()
+        """State, samples, budget, version and seconds of the run; of each worker loss, passes and `held_out_score`.
+
+        That is the score of its own weights on the score set, which is held out of the training samples, and it is `score` in events
+        (and here, too). The score of the global weights on the test set is another: `test_score`, `curve()`, `summary()["score"]`.
+        """
+        status = self._follower.status() if self._follower else super().status()
+        if workers := status.get("workers"):
+            status = status | {"workers": {i: {**own, "held_out_score": own.get("score")} for i, own in workers.items()}}
+        return status
 
     def attach(self) -> Run:
         """Follow and control a run of another kernel: its state, `status`, `wait`, `stop`, `progress`; returns the run.
@@ -110,7 +117,7 @@ class Run(RunRecord):
 
         self._check_attached()
         try:
-            show(self.label, self.status)
+            show(self.label, lambda: self.status() | {"test_score": self.test_score})
         except KeyboardInterrupt:  # as in `wait`
             self.stop()
             raise

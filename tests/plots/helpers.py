@@ -23,7 +23,7 @@ class Recorded:
         about = {"passes": passes, "seed": seed, "emulated": emulated, "problem": {"model": "lenet"}}
         about |= {"update": {"name": update.lower()}, "partition": {"name": "idpa"}, "n_workers": len(slowdown)}
         self.config = settings().replace(name=name, workers=[{"index": i, "slowdown": s} for i, s in enumerate(slowdown)], **about)
-        self.rows, self.barrier = [], update == "SGWU"
+        self.rows, self.barrier, self.test_score = [], update == "SGWU", None
         if passes:
             self._play(np.random.default_rng(seed), passes, slowdown)
         self.events = pd.DataFrame(self.rows, columns=COLUMNS)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
+from types import SimpleNamespace
 
 import numpy as np
+from bokeh.document import Document
 
 from labkit import plots
-from labkit.plots.live import Watch
+from labkit.errors import RunError
+from labkit.plots.live import NOTHING, Screen, Watch, _feed
+from tests.helpers import until
 from tests.plots.helpers import elements, title
 
 
@@ -21,7 +26,7 @@ def test_the_watch_reads_each_line_once_and_whole(run):
     before = sum(map(len, watch.look().series.values()))
     assert sum(map(len, watch.look().series.values())) == before
     file.write_bytes(lines)
-    (series, here, workers), pushes = watch.look(), run.events[run.events["kind"] == "push"]
+    (series, here, workers, _), pushes = watch.look(), run.events[run.events["kind"] == "push"]
     for worker, own in pushes.groupby("worker"):
         seconds, score, rate = np.array(series[worker]).T
         assert np.array_equal(seconds, own["seconds"]) and np.array_equal(score, own["score"])
@@ -29,7 +34,7 @@ def test_the_watch_reads_each_line_once_and_whole(run):
     assert workers == {0, 1} and [n for _, n in here] == [1, 2]
     with open(file, "a") as more:
         more.write('{"kind": "leave", "worker": 1, "seconds": 90.0, "message": "it broke."}\n')
-    assert watch.look()[1:] == ([(0.0, 1), (0.0, 2), (90.0, 1)], {0})
+    assert watch.look()[1:3] == ([(0.0, 1), (0.0, 2), (90.0, 1)], {0})
 
 
 def test_a_push_without_a_score_keeps_the_latest_and_a_late_score_is_that_of_its_push(run):
@@ -47,6 +52,74 @@ def test_live_static_waits_for_the_end(run):
     run.state = "running"
     threading.Timer(0.2, setattr, (run, "state", "done")).start()
     assert len(elements(plots.live(run), "Curve")["worker 0"]) == 7
+
+
+class Browser:
+    """What pages get of a figure: its state as the page was shown, and what is sent once the page has opened its comm."""
+
+    def __init__(self, figure, monkeypatch):
+        import holoviews as hv
+        from panel.io.model import add_to_doc
+        from pyviz_comms import JupyterComm
+
+        monkeypatch.setattr("ipykernel.comm.Comm", self._opened)
+        self.sent = {}
+        self.comm, (self.pane, _) = JupyterComm(id="figure"), hv.renderer("bokeh")._validate(figure, None)
+        page = Document()
+        add_to_doc(self.pane.layout._render_model(page, self.comm), page, hold=True)
+
+    def _opened(self, target_name, data):
+        messages = self.sent[len(self.sent)] = []
+        return SimpleNamespace(send=lambda data, **how: messages.append(data), on_msg=lambda handle: None)
+
+    def open(self):
+        """A page listens: at first, and each time that it is loaded."""
+        self.comm.init()
+
+    def titles(self):
+        """The titles of the first panel that were sent to the latest page, in their order."""
+        return re.findall(r'"(AGWU[^"]*)"', "".join(part for part in self.sent[len(self.sent) - 1] if isinstance(part, str)))
+
+
+def test_a_browser_that_comes_late_or_again_gets_the_last_picture(run, monkeypatch):
+    plots.extension("interactive")
+    lines = (run.path / "events.jsonl").read_bytes()
+    (run.path / "events.jsonl").write_bytes(b"")
+    run.state = "running"
+    browser = Browser(plots.live(run), monkeypatch)
+    (run.path / "events.jsonl").write_bytes(lines)
+    until(lambda: browser.comm._on_open)  # something new was to be shown
+    run.state, run.test_score = "done", 0.75
+    until(lambda: not any(thread.name == f"live-{run.name}" for thread in threading.enumerate()))
+    assert not browser.sent  # nobody listened: it would have been lost
+    for page in range(2):
+        browser.open()
+        assert len(browser.sent) == page + 1
+        last = run.events.loc[run.events["kind"] == "push", "seconds"].max()
+        assert browser.titles()[-1] == f"AGWU + IDPA: test score 0.750 after {last:.0f} s"
+
+
+def test_what_is_new_is_drawn_once_between_two_cells_and_a_record_that_cannot_be_read_is_read_again(run):
+    posted, drawn = [], []
+    pipe = SimpleNamespace(subscribers=[], send=drawn.append)
+    screen = Screen(pipe, posted.append)
+    for number in range(5):  # while a cell blocks the kernel
+        screen.show(NOTHING._replace(test=number))
+    assert len(posted) == 1 and not drawn
+    posted[0]()
+    assert [seen.test for seen in drawn] == [4]
+
+    looks = iter([OSError(), RunError("busy"), NOTHING, NOTHING])
+
+    def look():
+        found = next(looks)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    watch = SimpleNamespace(look=look, tail=SimpleNamespace(offset=7))
+    _feed(run, watch, screen, timeout=60)
+    assert len(posted) == 2 and next(looks) is NOTHING
 
 
 def test_live_follows_a_run_and_stops_with_it(run):
@@ -69,6 +142,6 @@ def test_live_follows_a_run_and_stops_with_it(run):
             thread.join(10)
             assert not thread.is_alive()
     assert {label: len(line) for label, line in elements(panel[()], "Curve").items()} == {"worker 0": 7, "worker 1": 7}
-    assert title(panel[()]).startswith("AGWU + IDPA: mean score")
+    assert title(panel[()]).startswith("AGWU + IDPA: mean held-out score")
     last = run.events.loc[run.events["kind"] == "push", "seconds"].max()
     assert [plot.x_range.end for plot in shown] == [last] * 3  # the axes follow

@@ -32,5 +32,5 @@ def test_the_roster_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
     marks = {name: len(mark) for name, mark in elements(figure, "Scatter").items() if name in ("kill", "drop")}
     assert marks == {"kill": 1, "drop": 2}
     above, below = (title(view) for view in figure)
-    assert above.startswith("AGWU + IDPA: a worker was lost 4 times, accuracy")
+    assert above.startswith("AGWU + IDPA: a worker was lost 4 times, test accuracy")
     assert below == "Who was here, and the 3 faults injected"

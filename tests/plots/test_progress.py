@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from labkit.errors import RunError
 from labkit.plots.progress import line, meter, show
 
 RUNNING = {"state": "running", "samples": 25, "budget": 100, "version": 3, "seconds": 5.0, "started": True}
@@ -13,7 +14,9 @@ RUNNING = {"state": "running", "samples": 25, "budget": 100, "version": 3, "seco
     ("change", "end"),
     [
         ({}, "version 3, 15 s left"),
-        ({"workers": {0: {"score": 0.5}, 1: {"score": 0.75}, 2: {"score": None}}}, "score 0.625, 15 s left"),
+        ({"workers": {0: {"score": 0.5}, 1: {"score": 0.75}, 2: {"score": None}}}, "held-out score 0.625, 15 s left"),
+        ({"workers": {0: {"held_out_score": 0.5}}, "test_score": 0.9}, "held-out score 0.500, 15 s left"),
+        ({"state": "done", "workers": {0: {"held_out_score": 0.5}}, "test_score": 0.9}, "version 3, test score 0.900, done"),
         ({"started": False}, "workers are starting"),
         ({"samples": 100}, "measuring the curve"),
         ({"state": "failed", "reason": "it broke."}, "failed: it broke."),
@@ -35,6 +38,24 @@ def test_a_bar_moves_to_the_end_of_a_run(monkeypatch):
     show("AGWU + IDPA", lambda: next(read))
     bar, text = shown[0].children
     assert (bar.value, bar.bar_style, text.value) == (1.0, "success", "AGWU + IDPA: 100%, 100 of 100 samples, version 3, done")
+
+
+def test_a_status_that_cannot_be_read_does_not_end_the_line(capsys, monkeypatch):
+    """Now and then it fails; for good, the line says why."""
+
+    def read():
+        if found := next(statuses):
+            return found
+        raise RunError("the server does not answer.")
+
+    monkeypatch.setenv("LABKIT_PLOTS", "static")
+    monkeypatch.setattr("labkit.plots.progress.time.sleep", lambda seconds: None)
+    statuses = iter([None, RUNNING, *[None] * 19, RUNNING, RUNNING | {"state": "done"}])
+    show("a", read)
+    assert capsys.readouterr().out.endswith("version 3, done\n")
+    statuses = iter([RUNNING, *[None] * 20])
+    show("a", read)
+    assert capsys.readouterr().out.endswith("version 3, unknown: the server does not answer.\n")
 
 
 def test_a_bar_is_shown_only_for_work_that_is_long(monkeypatch):

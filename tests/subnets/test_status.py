@@ -48,7 +48,7 @@ def test_long_subnets_report_their_epochs_now_and_then(way, train, capsys, monke
         assert set(joined.parts().worker) == {"0", "1"}  # disjoint blocks, at the same time
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  part ")]
     loss = r"(, loss \d+\.\d{3})?" if "team" in way else r", loss \d+\.\d{3}"  # a worker that has just begun has none yet
-    score = r", score [01]\.\d{3}" if "patience" in way else ""
+    score = r", held-out score [01]\.\d{3}" if "patience" in way else ""
     seen = 0
     for part in (0, 1):
         matches = [re.fullmatch(rf"  part {part}: epoch (\d+) of 30{loss}{score}.*", line) for line in lines]
