@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from labkit.errors import ClusterError, LabError, PartitionError, RunError
+from labkit.errors import ClusterError, LabError, PartitionError, RunError, known, real, several, whole
 from labkit.partition import UDPA
 from labkit.runs import checkpoints, server_file
 from labkit.runs.analysis import intervals
@@ -65,9 +66,10 @@ def thaw(lab: Lab, worker: int) -> None:
 
 def drop_link(run: Run, worker: int) -> None:
     """Cut the connection between a worker and the server of a run; both stay alive, and the worker connects again."""
+    worker = whole("worker", worker, 0)
     server = _server(run)
     with watch((server["host"], server["port"]), server["secret"]) as ask:
-        here = sorted(int(index) for index in ask("drop", workers=[int(worker)])["workers"])
+        here = sorted(int(index) for index in ask("drop", workers=[worker])["workers"])
     if worker not in here:
         raise ClusterError(f"worker {worker} has no link to run {run.name}; workers {here} have one.")
 
@@ -79,6 +81,7 @@ def kill_server(run: Run) -> None:
 
 def corrupt_checkpoint(run: Run, version: int | None = None, seed: int = 0) -> Path:
     """Flip one bit of a checkpoint, the newest by default; returns the file."""
+    version, seed = None if version is None else whole("version", version, 0), whole("seed", seed, 0)
     versions = checkpoints.versions(run.path)
     if not versions or version not in (None, *versions):
         raise RunError(f"run {run.name} has no version {'at all' if version is None else version}; it has {versions}.")
@@ -132,9 +135,11 @@ class Storm:
         most_joins: int = 2,
         seed: int = 0,
     ) -> None:
-        unknown = set(faults) - set(FAULTS)
-        if unknown or not faults:
-            raise ValueError(f"unknown faults {sorted(unknown)}. Known: {', '.join(FAULTS)}.")
+        faults = several("faults", faults, partial(known, options=FAULTS))
+        if not faults:
+            raise ValueError(f"faults=[]: give one at least. Known: {', '.join(FAULTS)}.")
+        every, most, seed = real("every", every, above=0), whole("most", most, 0), whole("seed", seed, 0)
+        most_joins = whole("most_joins", most_joins, 0)
         if {"kill", "freeze"} & set(faults) and any(worker.pid == os.getpid() for worker in lab.workers):
             raise ClusterError("these workers are threads of this process: Storm(faults=['drop']), or connect(kind='dask').")
         if run.state != "running":
@@ -231,8 +236,7 @@ def draw(faults: Sequence[str], every: float, most: int, seed: int) -> list[tupl
 
 def _process(lab: Lab, worker: int) -> psutil.Process:
     """The process of a worker, if it is here and its own."""
-    if not 0 <= worker < len(lab.workers):
-        raise ClusterError(f"there is no worker {worker}; this lab has workers 0 to {len(lab.workers) - 1}.")
+    (worker,) = lab.checked([worker])
     about = lab.workers[worker]
     if lab.closed:
         raise ClusterError("this lab is closed.")

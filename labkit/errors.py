@@ -3,6 +3,9 @@
 A message states what happened, with the values, and then what to do. Errors travel between processes, so each of them
 survives pickling. Plain bad arguments stay `ValueError` and `TypeError`.
 
+Every public argument goes through one of the checks once, where it is given, and its caller goes on with what the check returns:
+Python's own int, float, bool, str, list or `Path`, whatever scalar, array or sequence it was.
+
 Used by every module; imports nothing of labkit.
 """
 
@@ -10,7 +13,9 @@ import difflib
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -69,23 +74,35 @@ def did_you_mean(given: Any, options: Iterable[Any]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def plain_scalar(value: Any) -> Any:
+    """A scalar of numpy, torch or pandas, or an array without axes, as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 def known(name: str, value: Any, options: Iterable[Any], advice: str = "", error: type[Exception] = ValueError) -> Any:
-    """`value`, if it is one of `options`; otherwise an `error` with all of them and the nearest."""
-    options = list(options)
-    if value in options:
-        return value
+    """The one of `options` that `value` is; otherwise an `error` with all of them and the nearest. True is not taken for 1."""
+    options, given = list(options), plain_scalar(value)
+    for option in options:
+        if isinstance(given, str | int | float | None) and given == option and isinstance(given, bool) == isinstance(option, bool):
+            return option
     listed = ", ".join(str(option) for option in options) or "(none)"
-    raise error(f"{name}={value!r} is not known. Known: {listed}.{did_you_mean(value, options)}{advice}")
+    raise error(f"{name}={_shown(value)} is not known. Known: {listed}.{did_you_mean(value, options)}{advice}")
 
 
-def whole(name: str, value: Any, least: int = 1, error: type[Exception] = TypeError) -> int:
-    """`value` as an int of at least `least`, ValueError otherwise; `error` where it is no whole number."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise error(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
-    value = operator.index(value)
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}.")
-    return value
+def whole(name: str, value: Any, least: int = 1, most: float = math.inf, error: type[Exception] = TypeError) -> int:
+    """`value` as an int, least <= value <= most, ValueError otherwise; `error` where it is no whole number. 2.0 is one."""
+    number = plain_scalar(value)
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        number = int(number) if _is_whole(number) else operator.index(number)
+    except TypeError:
+        raise error(f"{name}={_shown(value)} must be a whole number, not {type(value).__name__}.") from None
+    if number < least:
+        raise ValueError(f"{name}={number} must be at least {least}.")
+    if number > most:
+        raise ValueError(f"{name}={number} must be at most {most}.")
+    return number
 
 
 def real(
@@ -96,13 +113,72 @@ def real(
     below: float = math.inf,
     most: float = math.inf,
     error: type[Exception] = TypeError,
+    *,
+    finite: bool = True,
 ) -> float:
-    """`value` as a float with above < value < below, least <= value <= most, else ValueError; `error` where it is no number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise error(f"{name}={value!r} must be a number, not {type(value).__name__}.")
-    value = float(value)
-    if not (above < value < below and least <= value <= most):
-        low = f"above {above:g}" if math.isfinite(above) else f"at least {least:g}"
-        high = f"below {below:g}" if below < math.inf else f"at most {most:g}" if most < math.inf else "finite"
-        raise ValueError(f"{name}={value:g} must be {low} and {high}.")
-    return value
+    """`value` as a float with above < value < below, least <= value <= most, else ValueError; `error` where it is no number.
+
+    Infinity is refused, unless `finite` is False: a limit of time that never ends.
+    """
+    number = plain_scalar(value)
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise error(f"{name}={_shown(value)} must be a number, not {type(value).__name__}.")
+    try:
+        number = float(number)
+    except OverflowError:  # an int of hundreds of digits
+        raise ValueError(f"{name}={_shown(value)} is too large.") from None
+    if not (above < number and least <= number <= most and (number < below or (not finite and number == below == math.inf))):
+        low = f"above {above:g}" if math.isfinite(above) else f"at least {least:g}" if math.isfinite(least) else ""
+        high = f"below {below:g}" if below < math.inf else f"at most {most:g}" if most < math.inf else "finite" if finite else ""
+        raise ValueError(f"{name}={number:g} must be {' and '.join(filter(None, (low, high))) or 'a number'}.")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value` as a bool; 1 and 0 will do. TypeError for anything else: the string "false" is true to Python."""
+    given = plain_scalar(value)
+    if isinstance(given, int | float) and given in (0, 1):
+        return bool(given)
+    raise TypeError(f"{name}={_shown(value)} must be True or False, not {type(value).__name__}.")
+
+
+def text(name: str, value: Any) -> str:
+    """`value` as a str; TypeError for anything else."""
+    given = plain_scalar(value)
+    if not isinstance(given, str):
+        raise TypeError(f"{name}={_shown(value)} must be a string, not {type(value).__name__}.")
+    return str(given)
+
+
+def file_path(name: str, value: Any) -> Path:
+    """`value`, a str or a path, as a `Path` with ~ for the home folder; TypeError for anything else."""
+    given = plain_scalar(value)
+    if not isinstance(given, str | os.PathLike) or not isinstance(os.fspath(given), str):
+        raise TypeError(f"{name}={_shown(value)} must be a path, not {type(value).__name__}.")
+    if "\0" in os.fspath(given):
+        raise ValueError(f"{name}={given!r} holds a null character, and no path does.")
+    try:
+        return Path(os.fspath(given)).expanduser()
+    except RuntimeError as error:  # no such user
+        raise ValueError(f"{name}={os.fspath(given)!r}: {error}") from error
+
+
+def several(name: str, values: Any, convert: Callable[[str, Any], Any], error: type[Exception] = TypeError) -> list[Any]:
+    """Each of `values` as `convert(name, value)` gives it, in a list; `error` where they are a single one, a string or a dict."""
+    try:
+        if isinstance(values, str | bytes | Mapping):
+            raise TypeError
+        values = list(values)
+    except TypeError:
+        raise error(f"{name}={_shown(values)} must be a list, not {type(values).__name__}.") from None
+    return [convert(name, value) for value in values]
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, numbers.Real) and math.isfinite(number) and number == int(number)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, on one line."""
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -16,10 +16,11 @@ Used by `labkit.training.server.coordinator`, which calls `allocate` whenever it
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
-from labkit.errors import PartitionError, real, whole
+from labkit.errors import PartitionError, flag, real, several, whole
 from labkit.imports import make_rule, rule_config
 
 
@@ -58,7 +59,7 @@ class Partition:
     batches = 1  # allocations until all samples are handed out
 
     def __init__(self, *, stratified: bool = False) -> None:
-        self.stratified = bool(stratified)
+        self.stratified = flag("stratified", stratified)
 
     def start(self, n_samples: int, workers: Iterable[int], *, seed: int = 0, labels: np.ndarray | None = None) -> None:
         """Shuffle the samples and forget every allocation; `labels` (n_samples,) is needed when stratified."""
@@ -259,7 +260,7 @@ class IDPA(Partition):
     ) -> None:
         super().__init__(stratified=stratified)
         self.batches, self.smoothing = (whole(*n, error=ValueError) for n in (("batches", batches), ("smoothing", smoothing)))
-        self.speeds = None if speeds is None else [real("speeds", speed, above=0) for speed in speeds]
+        self.speeds = None if speeds is None else several("speeds", speeds, partial(real, above=0))
 
     def start(self, n_samples: int, workers: Iterable[int], *, seed: int = 0, labels: np.ndarray | None = None) -> None:
         super().start(n_samples, workers, seed=seed, labels=labels)

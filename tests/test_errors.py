@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from labkit.errors import known, real, whole
+from labkit.errors import file_path, flag, known, real, several, text, whole
 
 
 def test_known():
@@ -16,13 +19,23 @@ def test_known():
         known("optimiser", "adm", ("sgd", "adam"))
     with pytest.raises(ValueError, match=r"a=1 is not known. Known: \(none\).$"):
         known("a", 1, ())
+    assert type(known("optimiser", np.str_("sgd"), ("sgd",))) is str and type(known("part", np.int64(1), range(3))) is int
+    assert known("fold", None, (None, 0)) is None
+    for bad in (True, [1], np.array([1, 2]), math.nan):
+        with pytest.raises(ValueError, match="part="):
+            known("part", bad, (0, 1))
 
 
 def test_whole():
     assert whole("n", np.int64(3)) == 3 and type(whole("n", np.int64(3))) is int
-    for bad, error in ((0, ValueError), (2.0, TypeError), (True, TypeError), ("3", TypeError), (None, TypeError)):
-        with pytest.raises(error, match="n="):
+    for given in (3, 3.0, np.float32(3), np.array(3), np.array(3.0), np.uint8(3), torch.tensor(3), torch.tensor(3.0), Fraction(3)):
+        assert whole("n", given) == 3 and type(whole("n", given)) is int
+    for bad in (2.5, True, np.True_, torch.tensor(True), "3", np.str_("3"), None, math.nan, math.inf, [3], np.array([3]), 3 + 0j):
+        with pytest.raises(TypeError, match=r"n=.* must be a whole number"):
             whole("n", bad)
+    for bad, most in ((0, 9), (10, 9)):
+        with pytest.raises(ValueError, match=f"n={bad} must be at"):
+            whole("n", bad, most=most)
 
 
 def test_real():
@@ -34,3 +47,44 @@ def test_real():
     for bad, error in ((math.nan, ValueError), (math.inf, ValueError), (True, TypeError), ("0.1", TypeError)):
         with pytest.raises(error, match="lr="):
             real("lr", bad, above=0)
+    for given in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)):
+        assert real("lr", given) == 0.5 and type(real("lr", given)) is float
+    assert real("timeout", math.inf, least=0, finite=False) == math.inf
+    for bad in (math.nan, -1, -math.inf):
+        with pytest.raises(ValueError, match=r"timeout=.* must be at least 0"):
+            real("timeout", bad, least=0, finite=False)
+    with pytest.raises(ValueError, match="x=1000"):
+        real("x", 10**400)
+
+
+def test_flag():
+    assert [flag("f", given) for given in (True, np.False_, 1, 0.0, torch.tensor(True))] == [True, False, True, False, True]
+    for bad in ("false", None, 2, math.nan, [True], np.array([True, False])):
+        with pytest.raises(TypeError, match=r"f=.* must be True or False"):
+            flag("f", bad)
+
+
+def test_text():
+    assert type(text("name", np.str_("a"))) is str
+    for bad in (3, None, b"a", ["a"], Path("a")):
+        with pytest.raises(TypeError, match=r"name=.* must be a string"):
+            text("name", bad)
+
+
+def test_file_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert file_path("out", "~/a") == file_path("out", Path("~/a")) == file_path("out", np.str_("~/a")) == Path("/home/me/a")
+    assert file_path("out", "a/~b") == Path("a/~b")
+    for bad, error in ((3, TypeError), (None, TypeError), (b"a", TypeError), (["a"], TypeError), ("a\0", ValueError)):
+        with pytest.raises(error, match="out="):
+            file_path("out", bad)
+
+
+def test_several():
+    for given in ([1, 2], (1, 2.0), np.array([1, 2]), torch.tensor([1, 2]), range(1, 3), iter([1, 2]), {1: "a", 2: "b"}.keys()):
+        assert several("n", given, whole) == [1, 2]
+    for bad in (1, "12", b"12", {1: 2}, None, np.array(1), torch.tensor(1)):
+        with pytest.raises(TypeError, match=r"n=.* must be a list"):
+            several("n", bad, whole)
+    with pytest.raises(TypeError, match="n=True must be a whole number"):
+        several("n", [1, True], whole)

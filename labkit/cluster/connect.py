@@ -16,12 +16,13 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from labkit.cluster.backend import Request, made_by, quiet
 from labkit.cluster.emulation import make_stalls, opposite
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, known, real, whole
+from labkit.errors import ClusterError, file_path, known, real, several, text, whole
 
 BACKENDS = {  # kind -> module with `check` and `open`, which is loaded when it is asked for (`labkit.cluster.backend`)
     "threads": "labkit.cluster.dask_backend",
@@ -102,7 +103,7 @@ def connect(
     if joins > 1:
         raise ClusterError(f"give {'address or client' if profile is None else 'profile or client'}, not both.")
     n_workers = 2 if n_workers is None and not joins else n_workers
-    uneven = {"slowdown": tuple(slowdown or ()), "jitter": jitter, "drift": drift, "stalls": stalls}
+    uneven = {"slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls}
     there = {"address": address, "client": client, "security": security, "profile": profile, "engines": engines}
     how = {"threads": threads_per_worker, "resources": resources, "timeout": timeout, "job": job}
     request = _checked(Request(kind, n_workers, **uneven, **there, **how))
@@ -145,19 +146,33 @@ def _kind(address: str | None, client: Any, profile: str | None) -> str:
 
 
 def _checked(request: Request) -> Request:
-    """The request, its numbers checked; a `ClusterError` where one makes no sense."""
-    n_workers, slowdown = request.n_workers, request.slowdown
-    if slowdown and n_workers not in (None, len(slowdown)):
-        raise ClusterError(f"slowdown has {len(slowdown)} entries for {n_workers} workers. Give one factor for each worker.")
+    """The request with everything in the plain type that back ends use; a `ClusterError` where something makes no sense."""
+    given, resources = request, request.resources
     try:
-        for name, count in (("n_workers", n_workers), ("threads_per_worker", request.threads)):
-            if count is not None:
-                whole(name, count)
-        for factor in slowdown:
-            real("slowdown", factor, least=1)
-        for name, value in (("jitter", request.jitter), ("drift", request.drift)):
-            real(name, value, least=0)
+        request = replace(
+            given,
+            n_workers=None if given.n_workers is None else whole("n_workers", given.n_workers),
+            threads=whole("threads_per_worker", given.threads),
+            slowdown=() if given.slowdown is None else tuple(several("slowdown", given.slowdown, partial(real, least=1))),
+            jitter=real("jitter", given.jitter, least=0),
+            drift=real("drift", given.drift, least=0),
+            stalls=make_stalls(given.stalls),
+            address=None if given.address is None else _address(given.address),
+            resources=None if resources is None else {name: real(f"resources[{name!r}]", resources[name]) for name in resources},
+            engines=text("engines", given.engines),
+            profile=None if given.profile is None else text("profile", given.profile),
+            timeout=real("timeout", given.timeout, above=0),
+        )
+        n_workers, slowdown = request.n_workers, request.slowdown
+        if slowdown and n_workers not in (None, len(slowdown)):
+            raise ClusterError(f"slowdown has {len(slowdown)} entries for {n_workers} workers. Give one factor for each worker.")
         opposite(slowdown or [1.0], request.drift)
-        return replace(request, stalls=make_stalls(request.stalls))
     except (TypeError, ValueError) as error:
         raise ClusterError(str(error)) from None
+    return request
+
+
+def _address(given: Any) -> str:
+    """Of a scheduler, or of a file with it."""
+    path = os.fspath(file_path("address", given))
+    return path if path.endswith(".json") else text("address", given)

@@ -17,9 +17,12 @@ Used by the workers of `labkit.training` (with sleep), and by `labkit.simulation
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from labkit.errors import real, several
 
 SEGMENTS = 16  # of a local pass, in which drift is taken as constant, where only its length is asked for
 NAP_S = 0.2  # sleep is cut into such intervals
@@ -72,15 +75,16 @@ def opposite(slowdown: Sequence[float], drift: float) -> list[float]:
 
 
 def make_stalls(stalls: Sequence[float] | None) -> tuple[float, float] | None:
-    """(every, seconds), both above 0; None and an empty list are none. ValueError otherwise."""
-    if stalls is None or len(stalls) == 0:
+    """(every, seconds), both above 0; None and an empty list are none. ValueError or TypeError otherwise."""
+    given = [] if stalls is None else several("stalls", stalls, partial(real, finite=False))
+    if not given:
         return None
-    if len(stalls) != 2 or not (0 < stalls[0] < np.inf and 0 < stalls[1] <= LONGEST_S):
+    if len(given) != 2 or not (0 < given[0] < np.inf and 0 < given[1] <= LONGEST_S):
         raise ValueError(
             f"stalls={stalls}: give (every, seconds), such as (20, 1), and at most {LONGEST_S:g} s of standing still: an "
             "all-reduce gives up a worker that is silent for a minute."
         )
-    return float(stalls[0]), float(stalls[1])
+    return given[0], given[1]
 
 
 class Slowness:

@@ -11,17 +11,22 @@ Made by `labkit.cluster.connect`; used by `labkit.training.train`, `labkit.train
 every notebook.
 """
 
+import math
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from labkit.cluster.backend import About, Answer, Backend, Request, quiet
 from labkit.cluster.emulation import Unevenness, opposite, unsteadiness
 from labkit.cluster.tasks import Task, spread
-from labkit.errors import ClusterError
+from labkit.errors import ClusterError, real, several, whole
+from labkit.sources import pack_call
 
 DESCRIBE_S = 1.0  # how long `refresh` waits for a newcomer's description; the next time it looks again
 
@@ -38,6 +43,11 @@ class Worker:
     pid: int
     slowdown: float
     drifts_to: float
+
+    @property
+    def here(self) -> bool:
+        """Is it a thread of this process?"""
+        return self.pid == os.getpid() and self.host == socket.gethostname()
 
 
 class Lab(AbstractContextManager):
@@ -88,12 +98,13 @@ class Lab(AbstractContextManager):
     def start(self, worker: int, fn: Callable, *args: Any) -> Task:
         """Run `fn(*args)` on one worker, however long it takes; it is never moved to another one and never run twice."""
         self._check_open()
-        self._check_known([worker])
+        (worker,) = self.checked([worker])
         if worker in self.lost():
             raise ClusterError(f"worker {worker} was lost. connect() again for a full lab.")
         with self._lock:
-            id = self._ids[worker]
-            return Task(self._backend.submit(id, self.workers[worker].pid, fn, args), worker, self._backend, id)
+            id, about = self._ids[worker], self.workers[worker]
+            fn, args = (fn, args) if about.here else pack_call(fn, args)
+            return Task(self._backend.submit(id, about.pid, fn, args), worker, self._backend, id)
 
     def map(
         self,
@@ -112,6 +123,7 @@ class Lab(AbstractContextManager):
         called here as `each(number, result)` when an item is done, once for each.
         """
         self._check_open()
+        workers, timeout = None if workers is None else self.checked(workers), real("timeout", timeout, above=0, finite=False)
 
         def idle() -> set[int]:
             return set(workers if workers is not None else self.free() or range(len(self))) - set(self.lost())
@@ -145,12 +157,11 @@ class Lab(AbstractContextManager):
     def add(self, n: int = 1, timeout: float = 60.0) -> list[int]:
         """Start n more workers, where this lab started the cluster itself; their indices, once they have come."""
         self._check_open()
-        if int(n) != n or n < 1:
-            raise ClusterError(f"add({n}): one worker at least.")
+        n, timeout = whole("n", n, error=ClusterError), real("timeout", timeout, above=0)
         before, limit = len(self._arrivals), time.monotonic() + timeout
         known = len(self) if self._backend.keeps_names else 0  # who comes back to an old index meanwhile is not new
         with quiet():
-            self._backend.add(int(n))
+            self._backend.add(n)
             while len(came := [index for index in self._arrivals[before:] if index >= known]) < n:
                 if time.monotonic() > limit:
                     raise ClusterError(f"{len(came)} of {n} new workers came in {timeout:g} s. {self._backend.trouble()}".strip())
@@ -243,8 +254,7 @@ class Lab(AbstractContextManager):
         `holder` is the id of a run, `name` what messages call it.
         """
         self._check_open()
-        workers = sorted(set(workers))
-        self._check_known(workers)
+        workers = sorted(set(self.checked(workers)))
         with self._lock:
             name = name or self._names.get(holder, holder)
             held = {index: self._names[other] for index in workers if (other := self._leases.get(index, holder)) != holder}
@@ -307,7 +317,7 @@ class Lab(AbstractContextManager):
 
     def settings(self, workers: Sequence[int]) -> dict[str, Any]:
         """Where a run on these workers goes, by the names of `labkit.runs.config.RunConfig`."""
-        self._check_known(workers)
+        workers = self.checked(workers)
         return {
             "kind": self.kind,
             "n_workers": len(workers),
@@ -329,10 +339,13 @@ class Lab(AbstractContextManager):
         if self.closed:
             raise ClusterError("this lab is closed. Run the cell with connect() again.")
 
-    def _check_known(self, workers: Iterable[int]) -> None:
+    def checked(self, workers: Iterable[int]) -> list[int]:
+        """Indices of workers that this lab has, as ints."""
+        workers = several("workers", workers, partial(whole, least=-math.inf, error=ClusterError), ClusterError)
         for worker in workers:
             if not 0 <= worker < len(self):
                 raise ClusterError(f"there is no worker {worker}; this lab has workers 0 to {len(self) - 1}.")
+        return workers
 
 
 def _natural(name: Any) -> tuple:

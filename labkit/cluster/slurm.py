@@ -24,7 +24,7 @@ from typing import Any
 
 from labkit.cluster import dask_backend
 from labkit.cluster.backend import THREAD_VARIABLES, Request
-from labkit.errors import ClusterError, known
+from labkit.errors import ClusterError, file_path, known, several, text, whole
 
 LOGS = "runs/slurm"  # where the logs of the jobs go, seen from the folder of the notebook; on a disk that all machines share
 POLL_S = 0.1
@@ -93,8 +93,12 @@ def start_cluster(
         SLURM or dask-jobqueue is missing, a job was refused, or workers did not come: then with the reason that SLURM gives and
         the end of the newest log.
     """
+    n_workers, cores, gpus = whole("n_workers", n_workers), whole("cores", cores), whole("gpus", gpus, 0)
+    memory, walltime = text("memory", memory), text("walltime", walltime)
+    named = {"queue": queue, "account": account, "interface": interface}
+    queue, account, interface = (None if value is None else text(name, value) for name, value in named.items())
+    job_extra, logs = several("job_extra", job_extra, text), file_path("log_directory", log_directory or LOGS).absolute()
     cluster_class, job_class = _slurm()
-    logs = Path(log_directory or LOGS).absolute()
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:

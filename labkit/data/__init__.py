@@ -16,7 +16,7 @@ from labkit.data import arrays, cifar, columns, folders, named, nifti, parquet, 
 from labkit.data.cache import opened
 from labkit.data.columns import Asked
 from labkit.data.dataset import Dataset, Field
-from labkit.errors import DataError, did_you_mean, known
+from labkit.errors import DataError, did_you_mean, file_path, known
 from labkit.imports import imported
 
 __all__ = ["Dataset", "Field", "names", "open_dataset"]
@@ -106,7 +106,7 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         _check_options(data, options, [name for name in inspect.signature(open_it).parameters if name in OPTIONS])
         return open_it(**options)
     if isinstance(data, str | os.PathLike):
-        path = Path(data).expanduser()
+        path = file_path("data", data)
         if path.exists():
             _check_options(str(data), options, [*OF_PATHS, *OF_COLUMNS])
             return _from_path(path.resolve(), **options)

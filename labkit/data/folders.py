@@ -15,7 +15,7 @@ from typing import Any
 
 from labkit.data.cache import Source, cached, converted_key, file_key
 from labkit.data.dataset import Dataset
-from labkit.errors import DataError
+from labkit.errors import DataError, several, whole
 
 AMBIENT = "_Ambient.pgm"  # Yale B: the room without flash, another size, no face of the set
 SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
@@ -172,6 +172,10 @@ def checked_size(size: Any, axes: str, default: tuple[int, ...]) -> tuple[int, .
     """`size` as a tuple of whole numbers above 0, one for each of `axes`; the default for None."""
     if size is None:
         return default
-    if not isinstance(size, tuple | list) or len(size) != len(default) or not all(type(n) is int and n > 0 for n in size):
-        raise ValueError(f"size={size!r} is no size. Give {axes}, for instance {default}.")
-    return tuple(size)
+    try:
+        sides = tuple(several("size", size, whole))
+        if len(sides) == len(default):
+            return sides
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"size={size!r} is no size. Give {axes}, for instance {default}.")

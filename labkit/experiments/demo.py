@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from labkit.errors import SweepError
+from labkit.errors import SweepError, file_path
 from labkit.experiments.sweep import sweep
 
 STRATEGIES = ["sgwu+udpa", "sgwu+idpa", "agwu+udpa", "agwu+idpa", "allreduce+udpa"]
@@ -35,6 +35,7 @@ def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
 
     Writes `table.csv` and `curves.png` to `out`. Returns 0, or 1 when a run failed.
     """
+    out = file_path("out", out)
     notebook = Path(__file__).resolve().parents[2] / "notebooks" / "03-update-the-weights.ipynb"
     if not notebook.is_file():
         raise SweepError(f"the demo needs {notebook}, which comes with the repository: clone it, and `pip install -e .`")
@@ -45,9 +46,9 @@ def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
     shown = table.reindex(columns=list(DEMO_COLUMNS)).rename(columns=DEMO_COLUMNS)
     shown["wait %"] = 100 * shown["wait %"].astype(float)
     shown["strategy"] = [label(name) for name in shown["strategy"]]
-    shown.to_csv(Path(out) / "table.csv", index=False)
+    shown.to_csv(out / "table.csv", index=False)
     print(shown.to_string(index=False, na_rep="-", float_format="{:.3g}".format))
-    print(verdict(table) + _open(_draw(table, Path(out)), table))
+    print(verdict(table) + _open(_draw(table, out), table))
     return int("failed" in set(table["status"]))
 
 

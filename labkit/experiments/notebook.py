@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from labkit.errors import SweepError
+from labkit.errors import SweepError, file_path
 
 TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list, "tuple": list, "dict": dict}
 
@@ -68,7 +68,7 @@ def load(notebook: str | os.PathLike[str]) -> dict:
     """The notebook as nbformat 4.5 without outputs: what is hashed, and what each run starts from."""
     import nbformat
 
-    path = Path(notebook)
+    path = file_path("notebook", notebook)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["nbformat"] != 4:

@@ -26,7 +26,7 @@ from typing import Any
 
 import pandas as pd
 
-from labkit.errors import SweepError, did_you_mean
+from labkit.errors import SweepError, did_you_mean, file_path, flag, real, text, whole
 from labkit.experiments.executor import GRACE, alone, check_kernel, execute, state
 from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.runs.files import find_json, write_json
@@ -88,10 +88,18 @@ def sweep(
         Before a kernel starts: unknown parameter, value of a wrong type, unreadable notebook, unwritable folder.
         Later: the lab broke down. A run that fails is a row of the table and not an exception.
     """
-    path = Path(notebook).absolute()
-    folder = Path(out if out is not None else Path("runs") / path.stem).absolute()
-    if not isinstance(parallel, int) or parallel < 1 or not timeout > 0:
-        raise SweepError(f"parallel={parallel!r}, timeout={timeout!r}: give at least one kernel and more than 0 s.")
+    try:
+        path = file_path("notebook", notebook).absolute()
+        folder = (file_path("out", out) if out is not None else Path("runs") / path.stem).absolute()
+        parallel, timeout, kernel_name = (
+            whole("parallel", parallel),
+            real("timeout", timeout, above=0),
+            text("kernel_name", kernel_name),
+        )
+        flags = {"retry_failed": retry_failed, "fresh": fresh, "progress": progress}
+        retry_failed, fresh, progress = (flag(name, value) for name, value in flags.items())
+    except (TypeError, ValueError) as error:
+        raise SweepError(str(error)) from None
     jobs = _jobs(path, grid, folder, kernel_name, timeout)
     check_kernel(kernel_name)
     _check_folder(folder)
@@ -117,7 +125,7 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     Columns: the parameters that were set, and those that differ between the runs, the results (a name that is taken gets the ending `_result`), `status` (done,
     failed, interrupted or running), `error` (cell and error in a line), `seconds`, `notebook` (the executed one), `id`.
     """
-    out = Path(out).absolute()
+    out = file_path("out", out).absolute()
     if not out.is_dir():
         raise SweepError(f"there is no folder {out}; sweep(..., out=...) makes it.")
     order = {run: number for number, run in enumerate((find_json(out / "sweep.json") or {}).get("runs", []))}
@@ -157,9 +165,10 @@ def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping]
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
         raise SweepError(f"report() needs a dict, a list of dicts or a DataFrame, not {type(results).__name__}.")
     rows = [{str(name): plain(value, str(name), strict=False) for name, value in row.items()} for row in rows]
+    run_dir = file_path("run_dir", run_dir).absolute()
     try:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        write_json(Path(run_dir).absolute() / "results.json", rows)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "results.json", rows)
     except OSError as error:
         raise SweepError(f"the results cannot be written to {run_dir}: {error.strerror}.") from error
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from labkit.errors import LabError
+from labkit.errors import LabError, real
 from labkit.plots import style
 from labkit.runs.events import Tail
 
@@ -55,6 +55,7 @@ def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
     that blocks it, the picture of that moment comes. In static mode nothing can move: this then waits for the end of the
     run, and returns the final picture.
     """
+    timeout = real("timeout", timeout, least=0, finite=False)
     watch = Watch(run)
     if style.extension() == "static":
         limit = time.monotonic() + timeout

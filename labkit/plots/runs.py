@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from labkit.errors import real
 from labkit.plots import style
 from labkit.runs import analysis
 from labkit.runs.analysis import crossing
@@ -43,8 +44,7 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
     """
     if x not in AXES:
         raise ValueError(f"curves can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
-    if target is not None and not 0 < target <= 1:
-        raise ValueError(f"target is {target}; it is a share of right answers, in (0, 1], such as 0.9.")
+    target = None if target is None else real("target", target, above=0, most=1)
     style.extension()
     runs = _as_runs(runs)
     title = f"Test accuracy against {'time' if x == 'seconds' else 'samples'}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from labkit.errors import real
 from labkit.plots import style
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
 
     `frame`: configuration, and error = simulated over measured time, less 1.
     """
+    bar = real("bar", bar, least=0)
     style.extension()
     _check(frame, ["configuration", "error"])
     if frame.empty:

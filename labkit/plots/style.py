@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.cluster.emulation import unsteadiness
+from labkit.errors import file_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,18 +116,18 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
 
     Returns the path. Missing folders are made; an ending other than .png and .html is a ValueError.
     """
+    path = file_path("path", path)
+    if path.suffix not in (".png", ".html"):
+        raise ValueError(f"cannot save a figure as {path.name!r}: use a name that ends in .png or .html.")
     extension()
     import holoviews as hv
     from bokeh.resources import INLINE
 
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         hv.save(figure, str(path), fmt="png", backend="matplotlib", dpi=120)
-    elif path.suffix == ".html":
-        hv.save(figure, str(path), fmt="html", backend="bokeh", resources=INLINE)
     else:
-        raise ValueError(f"cannot save a figure as {path.name!r}: use a name that ends in .png or .html.")
+        hv.save(figure, str(path), fmt="html", backend="bokeh", resources=INLINE)
     return path
 
 

@@ -54,6 +54,8 @@ class Classifier(Problem):
         channels_last: bool = False,
     ) -> None:
         check_model(model)
+        if model_args is not None and not isinstance(model_args, Mapping):
+            raise TypeError(f"model_args={model_args!r} must be a dict, not {type(model_args).__name__}.")
         self.model, self.model_args = model, dict(model_args or {})
         self.lr = real("lr", lr, above=0)
         self.momentum = real("momentum", momentum, least=0, below=1)

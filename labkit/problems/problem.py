@@ -20,12 +20,13 @@ from torch import nn
 
 from labkit.data import Dataset, open_dataset
 from labkit.data import names as data_names
-from labkit.errors import DataError, LabError, ProblemError, RunError, known, whole
+from labkit.errors import DataError, LabError, ProblemError, RunError, file_path, flag, known, plain_scalar, whole
 from labkit.imports import by_value, constructor_arguments, import_path, imported, plain
 from labkit.models import seeded
 from labkit.models.flat import Flat
 from labkit.problems.splits import batches, first, hold_out, shuffled
 from labkit.problems.trial import check_equal, check_outputs, check_rebuilt, copied, is_lazy, shared
+from labkit.sources import needed
 
 Optimisers = tuple[torch.optim.Optimizer, ...]
 Metrics = dict[str, torch.Tensor | float]
@@ -73,13 +74,14 @@ class Problem:
         precision: str = "float32",
         channels_last: bool = False,
     ) -> None:
-        self.data = _reference(data)
         self.batch_size = whole("batch_size", batch_size)
         self.train_samples = None if train_samples is None else whole("train_samples", train_samples)
         self.test_samples = None if test_samples is None else whole("test_samples", test_samples)
         self.score_samples = whole("score_samples", score_samples)
         self.precision = known("precision", precision, ("float32", "bfloat16"))
-        self.channels_last = bool(known("channels_last", channels_last, (True, False)))
+        self.channels_last = flag("channels_last", channels_last)
+        self.data = _reference(data)  # last: arrays go into the cache, and a call that is refused leaves nothing there
+        needed(self)  # from here on it is known what the modules of the user's own were loaded from
 
     # What a subclass must give.
 
@@ -318,10 +320,10 @@ def problem_from_config(config: Mapping[str, Any]) -> Problem:
 
 def _reference(data: Any) -> str | Dataset:
     """What of `data` travels: a registered name, an absolute path (workers may run elsewhere), or a Dataset."""
+    data = plain_scalar(data)
     if not isinstance(data, str | os.PathLike):
         return open_dataset(data)
-    name = os.fspath(data)
-    path = os.path.abspath(os.path.expanduser(name))
+    name, path = os.fspath(data), os.path.abspath(file_path("data", data))
     return path if name not in data_names() and os.path.exists(path) else name
 
 

@@ -32,7 +32,7 @@ from labkit.runs.files import read_json, write_json
 FORMAT = 4  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
-OPTIONAL = ("target", "patience", "origin", "scenario", "resumed")  # settings that are left out where a run has none
+OPTIONAL = ("target", "patience", "sources", "origin", "scenario", "resumed")  # settings that are left out where a run has none
 PACKAGES = ("labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot")
 PUBLIC = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}  # of format 2 and before
 
@@ -70,6 +70,7 @@ class RunConfig(Mapping[str, Any]):
     patience: int | None = None  # it ends after so many retained versions that are no better
     synthetic: bool = False  # are the data generated?
     data_note: str = ""
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of users' modules (`labkit.sources`)
     # where
     kind: str = "threads"
     n_workers: int

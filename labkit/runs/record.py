@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.errors import RunError
+from labkit.errors import RunError, file_path, real, whole
 from labkit.imports import rule_title
 from labkit.partition import PARTITIONS
 from labkit.runs import analysis, checkpoints, labels, server_file
@@ -43,7 +43,7 @@ class RunRecord:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = file_path("path", path)
         self.config = RunConfig.load(self.path)
         self.name = self.config.name or self.path.name
         self._events: tuple[int, pd.DataFrame] | None = None
@@ -156,7 +156,7 @@ class RunRecord:
 
         Between retained versions the curve is interpolated.
         """
-        curve = self.curve()
+        score, curve = real("score", score), self.curve()
         seconds = analysis.crossing(curve.seconds.to_numpy(), curve.score.to_numpy(), score)
         return None if np.isnan(seconds) else seconds
 
@@ -177,6 +177,7 @@ class RunRecord:
             if not versions:
                 raise RunError(f"run {self.name} has no weights in {self.path / checkpoints.FOLDER}.")
             version = versions[-1]
+        version = whole("version", version, 0)
         return checkpoints.read_weights(self.path, version, self.layout.size)
 
     def weights(self, version: int | None = None) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from labkit.cluster.emulation import Unevenness
-from labkit.errors import RunError, real
+from labkit.errors import RunError
 from labkit.runs.events import effective
 from labkit.training.wire.compression import n_bytes
 
@@ -73,8 +73,8 @@ class Timing:
 
     def with_links(self, bandwidth: float | None, latency: float | None) -> Timing:
         """Other links: `bandwidth` in bytes/s and `latency` in seconds, each way; None leaves it as it was measured."""
-        fixed = self.exchange.fixed if latency is None else 2 * real("latency", latency, least=0)
-        per_byte = self.exchange.per_byte if bandwidth is None else 2 / real("bandwidth", bandwidth, above=0)
+        fixed = self.exchange.fixed if latency is None else 2 * latency
+        per_byte = self.exchange.per_byte if bandwidth is None else 2 / bandwidth
         return replace(self, exchange=Line(fixed, per_byte))
 
     def on_servers(self, n: int) -> Timing:

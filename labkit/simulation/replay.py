@@ -9,7 +9,7 @@ Used from notebooks; the work is done in `labkit.simulation.exact` and `labkit.s
 import copy
 from pathlib import Path
 
-from labkit.errors import RunError
+from labkit.errors import RunError, file_path
 from labkit.imports import rule_title
 from labkit.partition import Partition
 from labkit.plots.progress import meter
@@ -21,6 +21,7 @@ from labkit.simulation.exact import Course, read_lives
 from labkit.simulation.offline import Ledger
 from labkit.training.resume import is_rule_of, problem_of, rule_of
 from labkit.training.run import Run
+from labkit.training.train import run_name
 from labkit.updates import Update, make_update
 
 
@@ -61,6 +62,8 @@ def replay(
         the steps), was computed on a GPU, or by threads that shared a generator of random numbers. Or the replay differs from it:
         the first difference, with its event and worker.
     """
+    folder = run.path.parent if runs is None else file_path("runs", runs)
+    name = None if name is None else run_name(name)
     rule = rule_of(run, "update", by="replay") if update is None else copy.deepcopy(make_update(update))
     exact = update is None or is_rule_of(run, "update", rule)
     _check_replayable(run, rule)
@@ -72,7 +75,7 @@ def replay(
     layout = read_json(run.path / "layout.json")
     name = name or f"{run.name}-replay" + ("" if exact else f"-{rule_title(rule.config())}")
     with (
-        Ledger(Path(runs or run.path.parent), name, config, layout, origin) as ledger,
+        Ledger(folder, name, config, layout, origin) as ledger,
         meter(f"{origin['kind']} of {run.name}", run.config.budget) as progress,
     ):
         if exact:

@@ -7,13 +7,13 @@ Used by `labkit.simulation.simulate`.
 """
 
 import copy
-import math
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from labkit.cluster.emulation import make_stalls, opposite
-from labkit.errors import RunError, real, whole
+from labkit.errors import RunError, real, several, whole
 from labkit.partition import Partition, make_partition
 from labkit.runs.config import RunConfig
 from labkit.simulation.cost_model import Line, Pace, Timing, fit
@@ -21,7 +21,7 @@ from labkit.simulation.simulator import Change, Simulation
 from labkit.training.resume import is_rule_of, rule_of
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
-from labkit.training.train import check_traffic
+from labkit.training.train import MOST, SEEDS, check_traffic
 from labkit.updates import Update, make_update
 
 RECORDED = "as recorded"
@@ -33,7 +33,7 @@ UNKNOWN = {"n_weights": 20_000, "n_train": 60_000, "batch_size": 64, "exchange":
 
 def of_speeds(speeds: Sequence[float]) -> tuple[Timing, RunConfig]:
     """Timing and settings where only the samples/s of each worker are known."""
-    paces = tuple(Pace(1 / real("speed", speed, above=0)) for speed in speeds)
+    paces = tuple(Pace(1 / speed) for speed in several("speed", speeds, partial(real, above=0)))
     config = RunConfig(
         update=make_update("agwu").config(),
         partition=make_partition("idpa").config(),
@@ -69,13 +69,14 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, RunConfig]:
 def changed(recorded: RunConfig, update: Update, partition: Partition, given: Mapping[str, Any]) -> RunConfig:
     """The settings of the scenario; `given` are the arguments of `simulate`, by name, None where they are to be as recorded."""
     n_workers, slowdown, drift, stalls = (given[name] for name in ("n_workers", "slowdown", "drift", "stalls"))
+    slowdown = None if slowdown is None else several("slowdown", slowdown, partial(real, least=1))
     exchange, overlap, local_steps = (given[name] for name in ("exchange", "overlap", "local_steps"))
     if update.collective:
         raise ValueError("an all-reduce cannot be simulated: it exchanges within every step. Known to work: every other update.")
     before = recorded.workers
     n = len(before if slowdown is None else slowdown) if n_workers is None else whole("n_workers", n_workers)
     again = [before[i % len(before)] for i in range(n)]
-    slow = [worker["slowdown"] for worker in again] if slowdown is None else [real("slowdown", s, least=1) for s in slowdown]
+    slow = [worker["slowdown"] for worker in again] if slowdown is None else slowdown
     if len(slow) != n:
         raise ValueError(f"slowdown has {len(slow)} entries for {n} workers. Give one factor for each worker.")
     moves = slowdown is not None or drift is not None
@@ -96,31 +97,45 @@ def changed(recorded: RunConfig, update: Update, partition: Partition, given: Ma
         "exchange": recorded.exchange if exchange is None else exchange,
         "resumed": (),
     }
-    check_traffic(update, settings["exchange"], overlap or 0)
+    traffic = check_traffic(update, settings["exchange"], 0 if overlap is None else overlap)
+    settings["exchange"] = traffic["exchange"]
     if overlap is not None or (update.scored and not update.ahead):  # a rule that allows none does not inherit it
-        settings["overlap"] = overlap or 0
+        settings["overlap"] = traffic["overlap"]
     if given["jitter"] is not None:
         settings["jitter"] = real("jitter", given["jitter"], least=0)
     if given["seed"] is not None:
-        settings["seed"] = whole("seed", given["seed"], 0)
-    if local_steps != RECORDED:
+        settings["seed"] = whole("seed", given["seed"], 0, SEEDS)
+    if not isinstance(local_steps, str) or local_steps != RECORDED:
         settings["local_steps"] = None if local_steps is None else whole("local_steps", local_steps)
     n_train = recorded.n_train if given["samples"] is None else whole("samples", given["samples"])
     passes = recorded.passes if given["passes"] is None else real("passes", given["passes"], above=0)
-    return recorded.replace(**settings, n_train=n_train, passes=passes, budget=max(1, round(passes * n_train)))
+    return recorded.replace(
+        **settings, n_train=n_train, passes=passes, budget=whole("passes x samples", max(1, round(passes * n_train)), most=MOST)
+    )
 
 
-def changes(failures: Sequence[tuple], n_workers: int) -> list[Change]:
-    """(seconds, worker) is lost for good; (seconds, worker, away) comes back."""
-    made = []
-    for failure in failures:
-        if len(failure) not in (2, 3) or not 0 <= failure[1] < n_workers or not all(0 <= part < math.inf for part in failure):
+def checked_failures(failures: Sequence[Sequence[float]], n_workers: int) -> list[list[float]]:
+    """Each as [seconds, worker] or [seconds, worker, away]; ValueError where one makes no sense."""
+    checked = []
+    for failure in several("failures", failures, lambda _, failure: failure):
+        try:
+            seconds, worker, *away = several("failures", failure, partial(real, least=0))
+            if len(away) > 1:
+                raise ValueError
+            checked.append([seconds, whole("failures", worker, 0, n_workers - 1), *away])
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"failure {failure!r}: give (seconds, worker) or (seconds, worker, away), workers 0 to {n_workers - 1}."
-            )
-        made.append(Change(float(failure[0]), int(failure[1]), False))
-        if len(failure) == 3:
-            made.append(Change(float(failure[0] + failure[2]), int(failure[1]), True))
+                f"failures: {failure!r}: give (seconds, worker) or (seconds, worker, away), workers 0 to {n_workers - 1}."
+            ) from error
+    return checked
+
+
+def changes(failures: Sequence[Sequence[float]]) -> list[Change]:
+    """[seconds, worker] is lost for good; [seconds, worker, away] comes back."""
+    made = []
+    for seconds, worker, *away in failures:
+        made.append(Change(seconds, worker, False))
+        made += [Change(seconds + later, worker, True) for later in away]
     return made
 
 

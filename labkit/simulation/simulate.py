@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-from labkit.errors import whole
+from labkit.errors import file_path, flag, real, whole
 from labkit.partition import Partition, make_partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
@@ -19,6 +19,7 @@ from labkit.simulation.offline import Ledger
 from labkit.simulation.simulator import Simulation
 from labkit.training.resume import problem_of, rule_of
 from labkit.training.run import Run
+from labkit.training.train import run_name
 from labkit.updates import Update, make_update
 
 
@@ -101,6 +102,8 @@ def simulate(
         partition = rule_of(base, "partition", by="simulate")
     update = copy.deepcopy(make_update(recorded.update if update is None else update))
     partition = copy.deepcopy(make_partition(recorded.partition if partition is None else partition))
+    bandwidth = None if bandwidth is None else real("bandwidth", bandwidth, above=0)
+    latency = None if latency is None else real("latency", latency, least=0)
     given = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls, "seed": seed}
     given |= {"passes": passes, "local_steps": local_steps, "samples": samples, "exchange": exchange, "overlap": overlap}
     config = scenario.changed(recorded, update, partition, given)
@@ -108,23 +111,25 @@ def simulate(
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
     problem = problem_of(base, problem or base._problem, by="simulate") if numerics else None
     batch_size = config.batch_size or base.problem().batch_size
-    servers = whole("servers", servers)
+    servers, numerics = whole("servers", servers), flag("numerics", numerics)
     size = base.layout.size if base else scenario.UNKNOWN["n_weights"]
     size = size if n_weights is None else whole("n_weights", n_weights)
     layout = read_json(base.path / "layout.json") if base else {"names": [], "shapes": [], "n_params": size, "n_buffers": 0}
     if failures is None and base and n_workers is None and slowdown is None:
         changes = scenario.recorded_changes(base)
     else:
-        changes = scenario.changes(failures or (), config.n_workers)
+        failures = None if failures is None else scenario.checked_failures(failures, config.n_workers)
+        changes = scenario.changes(failures or ())
     error = scenario.compared(base, update, partition, batch_size) if base else None
     origin = {"kind": "simulated", "run": base.name if base else None, "numerics": bool(numerics), "error": error}
-    asked = {"bandwidth": bandwidth, "latency": latency, "servers": servers, "n_weights": n_weights}
-    asked |= {"failures": [list(failure) for failure in failures] if failures is not None else None}
+    asked = {"bandwidth": bandwidth, "latency": latency, "servers": servers, "n_weights": None if n_weights is None else size}
+    asked |= {"failures": failures}
     config = config.replace(batch_size=batch_size, scenario=asked)
-    folder = Path(runs) if runs is not None else base.path.parent if base else Path("runs")
-    ledger = Ledger(folder, name or (f"{base.name}-simulated" if base else "simulated"), config, layout, origin)
-    rules = {"update": update, "partition": partition, "changes": changes, "problem": problem}
+    folder = file_path("runs", runs) if runs is not None else base.path.parent if base else Path("runs")
+    name = run_name(name) if name is not None else f"{base.name}-simulated" if base else "simulated"
     timing = timing.with_links(bandwidth, latency).on_servers(servers)
+    ledger = Ledger(folder, name, config, layout, origin)
+    rules = {"update": update, "partition": partition, "changes": changes, "problem": problem}
     with ledger, meter(f"simulation of {config.n_workers} workers", config.budget) as progress:
         made = Simulation(config, timing, size, **rules, ledger=ledger, progress=progress).run()
         ledger.ended(made.it, server_busy=made.busy / made.merged_at if made.merged_at else 0.0)

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from labkit.errors import ProblemError, known, whole
+from labkit.errors import ProblemError, known, plain_scalar, several, whole
 
 BORDERS = ("equal", "cut")
 Window = tuple[slice, ...]
@@ -46,15 +48,17 @@ class Decomposition:
     """
 
     def __init__(self, grid: Sequence[int], overlap: int | Sequence[int] = 0, *, border: str = "equal") -> None:
-        if isinstance(grid, str) or not hasattr(grid, "__len__") or len(grid) not in (2, 3):
+        self.grid = tuple(several("grid", grid, whole))
+        if len(self.grid) not in (2, 3):
             raise TypeError(f"grid={grid!r} must have 2 entries (images) or 3 (volumes), such as (2, 2) or (2, 4, 4).")
-        self.grid = tuple(whole("grid", n) for n in grid)
-        each = list(overlap) if hasattr(overlap, "__len__") else [overlap] * len(self.grid)
+        overlap = plain_scalar(overlap)
+        each = [overlap] * len(self.grid) if isinstance(overlap, numbers.Number) else overlap
+        each = several("overlap", each, partial(whole, least=0))
         if len(each) != len(self.grid):
             raise ValueError(
                 f"overlap={overlap!r} has {len(each)} entries for {len(self.grid)} axes. Give one number, or one an axis."
             )
-        self.overlap = tuple(whole("overlap", pixels, least=0) for pixels in each)
+        self.overlap = tuple(each)
         self.border = known("border", border, BORDERS)
 
     @property

@@ -54,12 +54,12 @@ class Subnet(Classifier):
         fold: int | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(model, data, **common)
         self.decomposition = Decomposition.of(decomposition)
         self.part = known("part", part, range(self.decomposition.n_parts))
         self.width_rule = known("width_rule", width_rule, WIDTH_RULES)
         self.stacking = known("stacking", stacking, STACKING)
         self.fold = known("fold", fold, [None, *range(FOLDS)] if stacking == "out-of-fold" else [None])
+        super().__init__(model, data, **common)
 
     @classmethod
     def of(

@@ -13,6 +13,7 @@ Made by `labkit.subnets.train`, baselines by `labkit.subnets.baselines`; read ba
 
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import nn
 from labkit.data import open_dataset
 from labkit.data.dataset import Field
 from labkit.data.given import arranged
-from labkit.errors import DataError, ProblemError, RunError, known
+from labkit.errors import DataError, ProblemError, RunError, file_path, known
 from labkit.imports import by_value
 from labkit.models import describe, make_model
 from labkit.models.flat import Flat
@@ -36,6 +37,7 @@ from labkit.problems.trial import separate
 from labkit.runs import checkpoints
 from labkit.runs.config import FORMAT
 from labkit.runs.files import read_json, write_json
+from labkit.sources import changed
 from labkit.subnets.coarse import VOTES, Joined, coarse_net, subnet_outputs
 from labkit.subnets.decomposition import Decomposition
 from labkit.subnets.problem import make_subnet, narrowed, subnet_seed
@@ -86,7 +88,9 @@ class Subnets:
 
     def scores(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
         """What each class gets (n, K): probability, or share of the votes, where a trace of probability decides between equals."""
-        known("by", by, [*VOTES, *self.baselines], " A baseline has to be trained: train_subnets(..., baselines=['transfer']).")
+        by = known(
+            "by", by, [*VOTES, *self.baselines], " A baseline has to be trained: train_subnets(..., baselines=['transfer'])."
+        )
         images, normalise = self._arranged(images), self._normalise()
         found = [np.empty((0, self.config["n_classes"]), np.float32)]
         with evaluating(self.baselines.get(by, self.module)) as module:
@@ -171,7 +175,7 @@ class Subnets:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write all of it to a folder, whole or not at all; what another model left there is not touched: RunError."""
-        path = Path(path).absolute()
+        path = file_path("path", path).absolute()
         if (path / "config.json").exists() and read_json(path / "config.json").get("what") != "subnets":
             raise RunError(f"{path} holds something else than subnets. Save to a new folder.")
         try:
@@ -207,7 +211,7 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
 
     A model that was written in a notebook is not in the file: give its function as `model`.
     """
-    path = Path(path).absolute()
+    path = file_path("path", path).absolute()
     config = read_json(path / "config.json")
     config = ADDED | {RENAMED.get(key, key): value for key, value in config.items()}
     if config.get("what") != "subnets":
@@ -221,6 +225,8 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
     settings = config["problem"]
     if model is None and (lost := by_value([settings["model"], settings["model_args"]])) is not None:
         raise RunError(f"{path}: the model {lost!r} was written in a notebook. Give its function: load_subnets(..., model=...).")
+    for file in changed(config.get("sources", {})):
+        warnings.warn(f"{file} is not what the subnets in {path} were trained with; what they predict may differ.", stacklevel=2)
     network = model or settings["model"], settings["model_args"]
     try:
         joined = Subnets(make_joined(config, *network), config, config["rows"], config["parts"])

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from labkit.cluster.lab import Lab, Worker
-from labkit.errors import ClusterError, ProblemError, RunError, known, real, whole
+from labkit.errors import ClusterError, ProblemError, RunError, file_path, flag, known, real, several, whole
 from labkit.models import evaluating, seeded
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import Flat
@@ -49,7 +49,7 @@ from labkit.subnets.status import awaited, latest, report, stopped
 from labkit.training.blocks import run_on_blocks
 from labkit.training.local import Fit, fit, outputs
 from labkit.training.run import Run
-from labkit.training.train import check_shards, choose, claim, configure, launch, leased
+from labkit.training.train import SEEDS, check_shards, check_sources, choose, claim, configure, launch, leased, run_name
 from labkit.training.worker.process import prepare_alone
 from labkit.updates import make_update
 
@@ -132,17 +132,15 @@ def train_subnets(
     if type(problem) is not Classifier:
         raise TypeError(f"problem is a {type(problem).__name__}; subnets are made of a labkit.Classifier(...).")
     decomposition = Decomposition.of(decomposition)
-    known("stacking", stacking, STACKING)
-    known("width_rule", width_rule, WIDTH_RULES)
-    known("inputs", inputs, INPUTS)
-    if isinstance(baselines, str) or not hasattr(hidden, "__len__"):
-        raise TypeError(f"baselines={baselines!r} and hidden={hidden!r} must be lists, such as ['transfer'] and [64, 32].")
-    epochs, hidden = whole("epochs", epochs), [whole("hidden", width) for width in hidden]
+    stacking, inputs = known("stacking", stacking, STACKING), known("inputs", inputs, INPUTS)
+    width_rule = known("width_rule", width_rule, WIDTH_RULES)
+    epochs, hidden = whole("epochs", epochs), several("hidden", hidden, whole)
     batched, timeout = whole("batched", batched), real("timeout", timeout, above=0)
     patience = None if patience is None else whole("patience", patience)
-    real("dropout", dropout, least=0, below=1)
-    seed = whole("seed", seed, least=0, error=ValueError)
-    baselines = list(dict.fromkeys(known("baselines", name, BASELINES) for name in baselines))
+    dropout, progress = real("dropout", dropout, least=0, below=1), flag("progress", progress)
+    seed = whole("seed", seed, 0, SEEDS, error=ValueError)
+    baselines = list(dict.fromkeys(several("baselines", baselines, partial(known, options=BASELINES))))
+    runs, name = file_path("runs", runs), None if name is None else run_name(name)
     subnets = [Subnet.of(problem, decomposition, part, width_rule, stacking) for part in range(decomposition.n_parts)]
     if team is not None and patience is not None:
         raise ValueError(f"patience={patience}: what a team trains is not stopped early. Leave out patience, or team.")
@@ -154,12 +152,13 @@ def train_subnets(
     if "width" in baselines:
         channel_groups(problem, len(subnets))[-1].build(seed)  # refused now, not when all subnets are trained
     name = name or f"subnets-{'x'.join(map(str, decomposition.grid))}-{width_rule}-seed{seed}"
-    id, path = secrets.token_hex(8), Path(runs) / name
+    id, path = secrets.token_hex(8), runs / name
     workers = choose(lab, workers, path)
     team = None if team is None else _complete(team, subnets[0], workers)
+    sources = check_sources(lab, problem)
     with leased(lab, workers, id, path):
         try:
-            path = claim(Path(runs), name)
+            path = claim(runs, name)
             config = {
                 "id": id,
                 "name": name,
@@ -168,7 +167,8 @@ def train_subnets(
                 "seed": seed,
             }
             config |= {"width_rule": width_rule, "epochs": epochs, "patience": patience, "stacking": stacking, "inputs": inputs}
-            config |= {"hidden": hidden, "dropout": float(dropout), "team": team, "batched": batched, **lab.settings(workers)}
+            config |= {"hidden": hidden, "dropout": dropout, "team": team, "batched": batched, **lab.settings(workers)}
+            config |= {"sources": sources} if sources else {}
             write_json(path / "config.json", config)
             write_json(path / "environment.json", environment())
             run = partial(_map, lab, workers=workers, timeout=timeout)

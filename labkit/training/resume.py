@@ -22,7 +22,7 @@ import numpy as np
 
 from labkit.cluster.connect import connect, current
 from labkit.cluster.lab import Lab
-from labkit.errors import LabError, PartitionError, RunError
+from labkit.errors import LabError, PartitionError, RunError, file_path
 from labkit.imports import by_value, imported
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
@@ -32,7 +32,7 @@ from labkit.training.monitor import OnVersion
 from labkit.training.run import Run, load_run
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import MEETING
-from labkit.training.train import begin, choose, labels_for, leased, server_host
+from labkit.training.train import begin, check_sources, choose, labels_for, leased, server_host
 from labkit.updates import Update, make_update
 
 ENDING_S = 5.0  # a server that has ended the run has so long to go
@@ -71,7 +71,7 @@ def resume(
         The run is still running, is done, or has no whole checkpoint; or problem, update or partition are not those of the run, or
         were written in a notebook cell and are not given.
     """
-    run = load_run(path, problem=problem)
+    run = load_run(file_path("path", path), problem=problem)
     _check_ended(run)
     version, refused = checkpoints.newest(run.path)
     weights, state = checkpoints.read_state(run.path, version)
@@ -87,11 +87,12 @@ def resume(
     workers = choose(lab, workers, run.path)
     if len(workers) > run.config.n_train:
         raise PartitionError(f"{run.config.n_train} samples cannot fill {len(workers)} shards. Use fewer workers.")
+    sources = check_sources(lab, problem, update, partition)
     with leased(lab, workers, run.config.id, run.path):
         for reason in refused:
             print(f"Not used: {reason}")
         print(f"Run {run.name!r} goes on from version {version}, after {state['done']:,} of {run.config.budget:,} samples.")
-        config = _clear(run, lab.settings(workers), version, state["done"])
+        config = _clear(run, lab.settings(workers) | {"sources": sources}, version, state["done"])
         about = {"labels": labels_for(partition, problem), "host": server_host(lab), "state": state}
         spec = ServerSpec(config, str(run.path), update, partition, np.array(weights), layout, **about)
         return begin(run.path, lab, problem, spec, newcomers, on_version)
@@ -123,6 +124,7 @@ def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
         given = run.problem()
     if not isinstance(given, Problem):
         raise TypeError(f"problem is a {type(given).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
+    run.warn_of_edits()
     settings = json.loads(json.dumps(given.config()))
     names = [name for name in {**recorded, **settings} if name != "data"]
     other = [name for name in names if _found(settings.get(name)) != _found(recorded.get(name))]
@@ -191,7 +193,7 @@ def _lab_like(run: Run) -> Lab:
 
 def _clear(run: Run, where: dict, version: int, done: int) -> RunConfig:
     """Remove what says that the run has ended; the settings, which are returned, say from where it is resumed."""
-    earlier = {key: run.config[key] for key in where}
+    earlier = {key: getattr(run.config, key) for key in where if key in run.config}
     note = {"version": version, "samples": done, "resumed": datetime.now(UTC).isoformat(timespec="seconds"), "before": earlier}
     config = run.config.replace(**where, resumed=[*run.config.resumed, note])
     try:

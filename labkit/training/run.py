@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from labkit.errors import ProblemError, RunError
+from labkit.errors import ProblemError, RunError, file_path, real
 from labkit.runs.record import RunRecord
+from labkit.sources import changed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +49,7 @@ class Run(RunRecord):
         super().__init__(path)
         self._problem = problem
         self._follower = follower
+        self._changed: set[str] = set()  # files that were warned of
 
     # -- while it runs -------------------------------------------------------------------------------------------
 
@@ -93,6 +95,7 @@ class Run(RunRecord):
         RunError
             It is still running after `timeout` seconds, or in another kernel (`attach`).
         """
+        timeout = real("timeout", timeout, least=0, finite=False)
         self._check_attached()
         if self._follower:
             try:
@@ -106,6 +109,7 @@ class Run(RunRecord):
 
     def stop(self, timeout: float = 30.0) -> Run:
         """End the run now; everything so far can be read. Stopping twice, or a run that has ended, is fine."""
+        timeout = real("timeout", timeout, least=0, finite=False)
         self._check_attached()
         if self._follower:
             self._follower.stop(timeout)
@@ -146,7 +150,17 @@ class Run(RunRecord):
             from labkit.problems.problem import problem_from_config
 
             self._problem = problem_from_config(self.config.problem)
+        self.warn_of_edits()
         return self._problem
+
+    def warn_of_edits(self) -> None:
+        """Warn, once, of files of the user's own that are not what the run was trained with."""
+        files = [file for file in changed(self.config.sources) if file not in self._changed]
+        self._changed.update(files)
+        for file in files:
+            warnings.warn(
+                f"{file} is not what run {self.name} was trained with; what is made from it now may differ.", stacklevel=3
+            )
 
     def flat(self, version: int | str | None = None) -> np.ndarray:
         """The global weights as one flat float32 vector: of a retained version, of the newest, or of the "best" by the score set."""
@@ -261,7 +275,7 @@ class Run(RunRecord):
 
 def load_run(path: str | Path, *, problem: Problem | None = None) -> Run:
     """Read a run back from its directory; `problem` where its model was written in a notebook cell."""
-    path = Path(path)
+    path = file_path("path", path)
     if not path.is_dir():
         near = sorted(p.name for p in path.parent.iterdir() if (p / "config.json").exists()) if path.parent.is_dir() else []
         raise RunError(f"there is no run at {path}." + (f" Runs beside it: {', '.join(near)}." if near else ""))

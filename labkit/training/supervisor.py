@@ -15,12 +15,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from labkit.cluster.lab import Lab, Task, Worker
 from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError
 from labkit.problems.problem import Problem
 from labkit.runs.files import write_json
+from labkit.sources import pack
 from labkit.training.attach import watch
 from labkit.training.evaluation import measure
 from labkit.training.monitor import Monitor
@@ -47,6 +49,7 @@ class Supervisor:
         self.path, self.lab, self.problem, self.spec, self.takes_newcomers = path, lab, problem, spec, takes_newcomers
         self.monitor, self._reason = monitor, ""  # why the monitor ends the run
         self._failure: BaseException | None = None  # of the monitor
+        self.sent = problem  # to the workers
         self.error: BaseException | None = None
         self._raised: dict[int, BaseException] = {}  # by worker
         self.state = "running"
@@ -61,6 +64,8 @@ class Supervisor:
     def start(self, run: Run) -> None:
         self.run, self.server = run, None
         try:
+            if not all(worker.here for worker in self.lab.workers):
+                self.sent = pack(self.problem)  # once, so that who comes late trains the same
             self.server, self.address = _start_server(self.spec, self.path)
             for index in self.spec.config.indices:
                 self._start_worker(index)
@@ -119,7 +124,7 @@ class Supervisor:
             meeting=str(self.path / self.meeting) if self.spec.update.collective else None,
             scored=self.spec.update.scored,
         )
-        self.tasks[index] = self.lab.start(index, run_worker, self.problem, spec)
+        self.tasks[index] = self.lab.start(index, run_worker, self.sent, spec)
         self._raised.pop(index, None)
 
     def _follow(self) -> None:
@@ -141,7 +146,7 @@ class Supervisor:
         self._measuring.set()
         ended = sorted(index for index, task in self.tasks.items() if task.done and not task.lost)
         try:
-            measure(self.run, self.problem, self.lab if ended else None, ended)
+            measure(self.run, self.sent if ended else self.problem, self.lab if ended else None, ended)
         except Exception as error:
             return f"its curve is not measured yet: {error}"
         return ""
@@ -274,7 +279,7 @@ def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[
     """The server in a process of its own; it gets its spec, secret included, through a pipe that nobody else can read."""
     import cloudpickle
 
-    message = cloudpickle.dumps(spec)
+    message = cloudpickle.dumps(replace(spec, update=pack(spec.update), partition=pack(spec.partition)))
     environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     # A rule of the user's own may be in any module that can be imported here.
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(folder or os.getcwd() for folder in sys.path))

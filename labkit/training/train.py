@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, RunError, known, real, whole
+from labkit.errors import ClusterError, RunError, file_path, known, real, text, whole
 from labkit.imports import rule_title
 from labkit.models.flat import Flat
 from labkit.partition import Partition, make_partition
@@ -34,6 +34,7 @@ from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig, environment
 from labkit.runs.files import write_json
 from labkit.runs.record import moved
+from labkit.sources import check, digests, needed
 from labkit.training.monitor import Monitor, OnVersion
 from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
@@ -41,6 +42,9 @@ from labkit.training.supervisor import Supervisor
 from labkit.training.wire.compression import DTYPES
 from labkit.training.worker.allreduce import check_problem
 from labkit.updates import Update, make_update
+
+SEEDS = 2**63 - 1  # the largest seed that torch's generators accept
+MOST = 2**53  # of a count: beyond it a float is no longer exact
 
 
 def train(
@@ -118,30 +122,27 @@ def train(
         The request makes no sense; nothing has been started.
     """
     update, partition = make_update(update), make_partition(partition)
-    real("passes", passes, above=0)
-    whole("local_steps", 1 if local_steps is None else local_steps, error=ValueError)
-    whole("checkpoints", checkpoints, error=ValueError)
-    whole("seed", seed, 0, error=ValueError)
-    if not (heartbeat_timeout >= 1 and join_timeout >= 1):
-        limits = f"heartbeat_timeout={heartbeat_timeout}, join_timeout={join_timeout}"
-        raise ValueError(f"{limits}: workers send a heartbeat every 0.5 s and need some time to come; give 1 s at least.")
-    target = None if target is None else real("target", target, above=0, most=1)
-    patience = None if patience is None else whole("patience", patience, error=ValueError)
-    check_traffic(update, exchange, overlap)
+    lengths = {
+        "passes": real("passes", passes, above=0),
+        "local_steps": None if local_steps is None else whole("local_steps", local_steps, most=MOST, error=ValueError),
+        "seed": (seed := whole("seed", seed, 0, SEEDS, error=ValueError)),
+        "checkpoints": whole("checkpoints", checkpoints, most=MOST, error=ValueError),
+    }
+    traffic = check_traffic(update, exchange, overlap)
+    limits = check_limits(heartbeat_timeout, join_timeout)
+    limits["target"] = None if target is None else real("target", target, above=0, most=1)
+    limits["patience"] = None if patience is None else whole("patience", patience, error=ValueError)
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
+    runs, name = file_path("runs", runs), None if name is None else run_name(name)
     problem.check(seed)
     if update.collective:
         check_problem(problem, seed)
     name = name or "-".join([*(rule_title(rule.config()) for rule in (update, partition)), f"seed{seed}"])
     newcomers = workers is None
-    path = Path(runs) / name
+    path = runs / name
     workers = choose(lab, workers, path)
     check_shards(problem, workers, partition)
-    lengths = {"passes": passes, "local_steps": local_steps, "seed": seed, "checkpoints": checkpoints}
-    traffic = {"exchange": exchange, "overlap": int(overlap)}
-    limits = {"heartbeat_timeout": float(heartbeat_timeout), "join_timeout": float(join_timeout)}
-    limits |= {"target": target, "patience": patience}
     config = configure(problem, lab, workers, update, partition, name=name, **lengths, **traffic, **limits)
     with leased(lab, workers, config.id, path):
         return launch(problem, lab, config, update, partition, runs, takes_newcomers=newcomers, on_version=on_version)
@@ -152,6 +153,7 @@ def configure(
 ) -> RunConfig:
     """The settings of a new run, with a new id; `settings` are further fields of `RunConfig`, as in `train`."""
     n_train = len(problem.train_indices())
+    sources = check_sources(lab, problem, update, partition)
     return RunConfig(
         id=secrets.token_hex(8),
         labkit=metadata.version("labkit"),
@@ -160,14 +162,22 @@ def configure(
         update=update.config(),
         partition=partition.config(),
         passes=passes,
-        budget=max(1, round(passes * n_train)),
+        budget=whole("passes x training samples", max(1, round(passes * n_train)), most=MOST),
         n_train=n_train,
         batch_size=problem.batch_size,
         synthetic=problem.dataset.synthetic,
         data_note=problem.dataset.note,
+        sources=sources,
         **settings,
         **lab.settings(workers),
     )
+
+
+def check_sources(lab: Lab, problem: Problem, *rules: Update | Partition) -> dict[str, str]:
+    """The digests of the user's own modules, for the record; ClusterError where other processes would import something else."""
+    sent = () if all(worker.here for worker in lab.workers) else (problem,)
+    check(needed(*rules, *sent))
+    return digests(needed(problem, *rules))
 
 
 def launch(
@@ -217,10 +227,19 @@ def server_host(lab: Lab) -> str:
     return "127.0.0.1" if {worker.host for worker in lab.workers} == {socket.gethostname()} else get_ip()
 
 
-def check_traffic(update: Update, exchange: str, overlap: int) -> None:
-    """Can weights travel like this under this rule?"""
-    known("exchange", exchange, DTYPES)
-    whole("overlap", overlap, 0, error=ValueError)
+def check_limits(heartbeat_timeout: float, join_timeout: float) -> dict[str, float]:
+    """The two limits of time of a run, by name."""
+    limits = {"heartbeat_timeout": heartbeat_timeout, "join_timeout": join_timeout}
+    limits = {name: real(name, seconds, error=ValueError) for name, seconds in limits.items()}
+    if min(limits.values()) < 1:
+        given = ", ".join(f"{name}={seconds:g}" for name, seconds in limits.items())
+        raise ValueError(f"{given}: workers send a heartbeat every 0.5 s and need some time to come; give 1 s at least.")
+    return limits
+
+
+def check_traffic(update: Update, exchange: str, overlap: int) -> dict[str, Any]:
+    """How weights travel, by name; ValueError where they cannot travel like this under this rule."""
+    exchange, overlap = known("exchange", exchange, DTYPES), whole("overlap", overlap, 0, MOST, error=ValueError)
     if update.collective and (exchange != "float32" or overlap):
         raise ValueError(f"{update.name} exchanges gradients within every step, by torch: leave exchange and overlap as they are.")
     if overlap and update.scored and not update.ahead:
@@ -228,6 +247,7 @@ def check_traffic(update: Update, exchange: str, overlap: int) -> None:
             f"with {update.name} nothing can be done while a push is under way: it needs the score first, and everybody waits for "
             "the others. Use overlap=0, or an update that answers at once, such as 'agwu' or 'fedasync'."
         )
+    return {"exchange": exchange, "overlap": overlap}
 
 
 def check_shards(problem: Problem, workers: list[int], partition: Partition) -> None:
@@ -244,6 +264,7 @@ def choose(lab: Lab, workers: Sequence[int] | None, path: Path) -> list[int]:
     """The workers of a run in `path`: those asked for, or all that no other run holds."""
     if lab.closed:
         raise ClusterError("this lab is closed. Run the cell with connect() again.")
+    workers = None if workers is None else lab.checked(workers)
     lab.refresh()
     gone = set(lab.lost()) & set(range(len(lab)) if workers is None else workers)
     if gone:
@@ -278,11 +299,17 @@ def _earlier(lab: Lab, path: Path) -> Run | None:
     return next((run for run in lab.runs if run.path.resolve() == path.resolve() and run.state == "running"), None)
 
 
+def run_name(name: str) -> str:
+    """A name that a run can have: RunError where it cannot become a folder of its own."""
+    name = text("name", name)
+    if not name or name != Path(name).name or name.startswith(".") or "\0" in name:
+        raise RunError(f"name={name!r} cannot be the name of a run: it becomes a folder.")
+    return name
+
+
 def claim(runs: Path, name: str) -> Path:
     """A new, empty directory `runs/name`; what was there before is kept under the next free number."""
-    if not name or name != Path(name).name or name.startswith("."):
-        raise RunError(f"{name!r} cannot be the name of a run: it becomes a folder in {runs}.")
-    path = (runs / name).absolute()
+    path = (runs / run_name(name)).absolute()
     try:
         if path.exists():
             number = next(n for n in itertools.count(1) if not path.with_name(f"{name}.{n}").exists())

@@ -16,6 +16,7 @@ import math
 
 import numpy as np
 
+from labkit.errors import flag
 from labkit.updates.base import Changes, Push, Reply, chunks, count, number, one_of, weighted_sum
 from labkit.updates.synchronous import Barrier, shares
 
@@ -93,7 +94,7 @@ class DelayedNesterov(Changes):
 
     def __init__(self, lr: float = 0.7, momentum: float = 0.9, *, period: int | None = None, dynamic: bool = True) -> None:
         self.lr, self.momentum = number(self, "lr", lr, above=0), number(self, "momentum", momentum, least=0, most=0.999)
-        self.period, self.dynamic = count(self, "period", period), bool(dynamic)
+        self.period, self.dynamic = count(self, "period", period), flag("DelayedNesterov: dynamic", dynamic)
 
     @property
     def paced(self) -> bool:

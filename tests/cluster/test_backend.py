@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -114,6 +115,66 @@ def test_map_keeps_the_order_and_arrays_travel(lab):
     assert lab.map(lambda x: x + offset, [1, 2, 3]) == [6, 7, 8]
     places = [{place} for place in lab.map(lambda _: where(), range(4), workers=[1])]
     assert all(place == places[0] for place in places)
+
+
+EDITED = """
+import numpy as np
+from torch import nn
+import labkit
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.layer(x * FACTOR)
+
+def factor(x):
+    return FACTOR * x
+
+class Shifted(labkit.updates.LocalSGD):
+    def _publish(self, weights, merges):
+        super()._publish(weights + np.float32(SHIFT), merges)
+"""
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """A module of the user's own, written with these numbers and loaded (again)."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(factor, shift=0.0):
+        (tmp_path / "edited_net.py").write_text(EDITED.replace("FACTOR", str(factor)).replace("SHIFT", str(shift)))
+        importlib.invalidate_caches()
+        return importlib.reload(sys.modules["edited_net"]) if "edited_net" in sys.modules else importlib.import_module("edited_net")
+
+    yield write
+    sys.modules.pop("edited_net", None)
+
+
+def test_a_module_that_was_edited_and_reloaded_is_what_workers_run(lab, edited):
+    assert lab.map(edited(1.0).factor, [2, 3]) == [2.0, 3.0]
+    assert lab.map(edited(4.0).factor, [2, 3]) == [8.0, 12.0]
+
+
+@pytest.mark.slow
+def test_a_module_that_was_edited_and_reloaded_is_what_is_trained(lab, edited, tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(60, 12)).astype("f4"), np.arange(60) % 3
+
+    def trained(*numbers):
+        mine = edited(*numbers)
+        problem = labkit.Classifier(mine.Net, data=(x, y), batch_size=8)
+        run = labkit.train(problem, lab, partition="udpa", update=mine.Shifted(), passes=1, runs=tmp_path / "runs").wait(60)
+        return run, run.weights()["layer.weight"] - run.weights(0)["layer.weight"]
+
+    run, moved = trained(1.0, 0.0)
+    assert 0 < np.abs(moved).max() < 1
+    assert list(run.config.sources) == ["edited_net"]
+    run, moved = trained(0.0, 1.0)  # no gradient, and the server shifts every version by one
+    np.testing.assert_allclose(moved, run.events.version.max(), rtol=1e-5)
+    assert run.curve().version.iloc[-1] == run.events.version.max()
 
 
 def test_waits_have_limits(lab):

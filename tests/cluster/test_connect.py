@@ -51,7 +51,7 @@ REQUESTS = {
     "jitter=nan must be at least 0 and finite": {"jitter": float("nan")},
     "drift=-5 must be at least 0": {"slowdown": [1, 4], "drift": -5},
     "drift=9 moves each worker to the slowdown of the one at the other end of the list, and [1.0] is the same": {"drift": 9},
-    "and [4, 4] is the same from both ends. Give uneven ones": {"slowdown": [4, 4], "drift": 9},
+    "and [4.0, 4.0] is the same from both ends. Give uneven ones": {"slowdown": [4, 4], "drift": 9},
     "stalls=(5, 0): give (every, seconds), such as (20, 1)": {"stalls": (5, 0)},
     "slowdown=nan must be at least 1": {"slowdown": [1, float("nan")]},
     "give address or client, not both.": {"kind": "dask", "address": "tcp://x:1", "client": object()},

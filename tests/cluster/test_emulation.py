@@ -113,10 +113,12 @@ def test_a_worker_sleeps_through_its_stalls(monkeypatch):
     assert min(naps) == pytest.approx(1.0) and sum(naps) == pytest.approx(100 * 1.4, rel=0.25)
 
 
-@pytest.mark.parametrize("stalls", [(1,), (1, 2, 3), (0, 1), (1, 0), (5, 31), (float("nan"), 1), (float("inf"), 1)])
+@pytest.mark.parametrize("stalls", [(1,), (1, 2, 3), (0, 1), (1, 0), (5, 31), (float("inf"), 1)])
 def test_stalls_that_make_no_sense_are_refused(stalls):
     with pytest.raises(ValueError, match=r"stalls=\(.*\): give \(every, seconds\), such as \(20, 1\), and at most 30 s"):
         make_stalls(stalls)
+    with pytest.raises(ValueError, match="stalls=nan"):
+        make_stalls((float("nan"), 1))
 
 
 def test_what_is_emulated_is_described_for_readers():

@@ -54,7 +54,7 @@ def test_what_is_ready_is_not_read_again(flowers, mosmed, monkeypatch):
 
 
 def test_options_go_where_they_belong(flowers, tmp_path):
-    for size in (16, (16,), (16, 0), (16.0, 16), (16, 16, 16), "16x16"):
+    for size in (16, (16,), (16, 0), (16.5, 16), (True, 16), (16, 16, 16), "16x16"):
         with pytest.raises(ValueError, match="Give \\(height, width\\)"):
             open_dataset(flowers, size=size)
     np.save(tmp_path / "x_train.npy", np.zeros((2, 3)))

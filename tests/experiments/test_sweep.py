@@ -84,8 +84,8 @@ def test_a_wrong_request_is_refused_before_a_kernel_starts(tmp_path, no_kernel, 
     for settings, message in [
         ({"out": tmp_path / "file" / "out"}, "cannot be written to"),
         ({"kernel_name": "fortran"}, "there is no Jupyter kernel 'fortran' here. Installed: .*python3"),
-        ({"parallel": 0}, "at least one kernel"),
-        ({"timeout": 0}, "more than 0 s"),
+        ({"parallel": 0}, "parallel=0 must be at least 1"),
+        ({"timeout": 0}, "timeout=0 must be above 0"),
     ]:
         with pytest.raises(SweepError, match=message):
             sweep(notebook, {}, **({"out": tmp_path / "out"} | settings))

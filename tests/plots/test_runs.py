@@ -149,7 +149,7 @@ def test_speed_compares_the_fastest_with_the_slowest():
 def test_bad_arguments_are_refused(run):
     with pytest.raises(ValueError, match="'seconds' or 'samples', not 'epochs'"):
         plots.curves(run, x="epochs")
-    with pytest.raises(ValueError, match="target is 90;"):
+    with pytest.raises(ValueError, match="target=90 must be above 0 and at most 1"):
         plots.curves(run, target=90)
     with pytest.raises(ValueError, match="at least one"):
         plots.balance([])

@@ -158,7 +158,7 @@ def test_a_model_that_returns_no_tensor():
         ({"optimiser": "sdg"}, ValueError, r"optimiser='sdg' .* Known: sgd, adam, adamw. Did you mean 'sgd'\?"),
         ({"schedule": "cosin"}, ValueError, r"Known: constant, cosine. Did you mean 'cosine'\?"),
         ({"precision": "float16"}, ValueError, r"Known: float32, bfloat16. Did you mean 'b?float\d+'\?"),
-        ({"channels_last": "no"}, ValueError, "channels_last='no' is not known"),
+        ({"channels_last": "no"}, TypeError, "channels_last='no' must be True or False"),
         ({"score_samples": 0}, ValueError, "score_samples=0"),
         ({"train_samples": -3}, ValueError, "train_samples=-3"),
         ({"test_samples": "all"}, TypeError, "test_samples='all'"),

@@ -235,7 +235,7 @@ def test_figures_tables_and_words_say_that_it_is_simulated(simulate):
         ({"slowdown": [1, 2]}, None, ""),
         ({"slowdown": [1, 2], "n_workers": 3}, ValueError, "slowdown has 2 entries for 3 workers"),
         ({"slowdown": [0.5]}, ValueError, "slowdown=0.5 must be at least 1"),
-        ({"failures": [(1.0, 3)]}, ValueError, r"failure \(1.0, 3\): give \(seconds, worker\) .* workers 0 to 2"),
+        ({"failures": [(1.0, 3)]}, ValueError, r"failures: \(1.0, 3\): give \(seconds, worker\) .* workers 0 to 2"),
         ({"failures": [(-1.0, 1)]}, ValueError, "failure"),
         ({"numerics": True}, ValueError, "not with speeds"),
         ({"samples": 2}, PartitionError, "2 samples cannot fill 3 shards"),

@@ -131,8 +131,8 @@ def test_a_grid_that_does_not_fit_says_why(arguments, shape, message):
         (((2, 2), 1.5), TypeError, "overlap=1.5 must be a whole number"),
         (((2, 2), (1, 2, 3)), ValueError, "3 entries for 2 axes"),
         (((0, 2),), ValueError, "grid=0 must be at least 1"),
-        ((4,), TypeError, r"grid=4 must have 2 entries .* or 3"),
-        (("22",), TypeError, "grid='22' must have 2 entries"),
+        ((4,), TypeError, "grid=4 must be a list"),
+        (("22",), TypeError, "grid='22' must be a list"),
         (((2, 2, 2, 2),), TypeError, "must have 2 entries"),
     ],
 )

@@ -49,7 +49,7 @@ def begun(monkeypatch):
     """What would be started: the spec that the server would get."""
     specs = []
 
-    def begin(path, lab, problem, spec, takes_newcomers):
+    def begin(path, lab, problem, spec, takes_newcomers, on_version=None):
         specs.append((spec, problem))
         return labkit.load_run(path, problem=problem)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _thread
+import importlib
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,8 +16,10 @@ import torch
 from torch import nn
 
 import labkit
+from labkit import sources
 from labkit.errors import RunError
-from tests.helpers import Slow, ended, problem, until
+from labkit.training.resume import problem_of
+from tests.helpers import Slow, ended, problem, settings, until
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -182,3 +186,30 @@ def test_of_a_problem_that_loads_its_samples_itself_it_is_said_that_raw_ones_are
         model = run.model()
     x = problem.load(problem.test_indices()[:4], "test")[0]
     assert torch.equal(model(x), model.network(x))
+
+
+def test_what_is_made_from_a_file_that_was_edited_since_is_said(tmp_path, monkeypatch):
+    """In this kernel, and where its module is not loaded yet."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (file := tmp_path / "net_of_run.py").write_text(
+        "from tests.helpers import net as made\ndef net(shape, n): return made(shape, n)\n"
+    )
+    own = problem(model=importlib.import_module("net_of_run").net)
+    found = sources.digests(sources.needed(own))
+    assert "net_of_run" in found
+    (tmp_path / "r").mkdir()
+    settings(problem=own.config(), sources=found).save(tmp_path / "r")
+    labkit.load_run(tmp_path / "r").problem()
+    file.write_text(file.read_text() + "# edited\n")
+    labkit.load_run(tmp_path / "r").problem()  # not loaded again
+    del sys.modules["net_of_run"]
+    assert sources.changed(found) == [str(file)]
+    importlib.import_module("net_of_run")
+    run = labkit.load_run(tmp_path / "r")
+    with pytest.warns(UserWarning, match="net_of_run.py is not what run r was trained with"):
+        run.problem()
+    run.problem()  # said once
+    with pytest.warns(UserWarning, match="net_of_run.py is not what run r was trained with"), pytest.raises(labkit.RunError):
+        problem_of(labkit.load_run(tmp_path / "r"), own)  # as resume and replay do
+    del sys.modules["net_of_run"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import time
 import types
 
@@ -11,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import labkit
+from labkit.cluster.lab import Worker
 from labkit.errors import ClusterError, PartitionError, ProblemError, RunError
 from labkit.partition import UDPA
 from labkit.problems.problem import Clock
@@ -322,3 +325,27 @@ def test_the_server_is_reachable_from_other_hosts_only_when_there_are_any(lab):
 def test_waits_that_make_no_sense(train, wait, words):
     with pytest.raises(ValueError, match=words):
         train(problem(), **wait)
+
+
+def test_a_module_that_is_not_what_its_file_says_is_refused_before_anything_is_written(lab, tmp_path, monkeypatch):
+    """A rule by any lab, as its server is a process; a problem by workers that are processes. In threads it is what is trained."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    text = "import labkit\nfrom tests.helpers import net\nWIDTH = 3\nclass Rule(labkit.AGWU): pass\ndef mine(s, n): return net(s, n, WIDTH)\n"
+    (file := tmp_path / "mine_edited.py").write_text(text)
+    mine = importlib.import_module("mine_edited")
+    own = problem(model=mine.mine)
+    mine.WIDTH = 5
+    with pytest.raises(ClusterError, match=r"mine_edited.py is not what this kernel has loaded: 'WIDTH'"):
+        labkit.train(own, lab, update=mine.Rule(), runs=tmp_path / "runs")
+    with monkeypatch.context() as patched, pytest.raises(ClusterError, match=r"mine_edited.py is not what .*importlib.reload"):
+        patched.setattr(Worker, "here", False)
+        labkit.train(own, lab, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists() and lab.free() == [0, 1]
+    run = labkit.train(own, lab, passes=0.1, runs=tmp_path / "runs").wait(60)
+    assert run.config.sources["mine_edited"] == "" and run.weights()["1.weight"].shape[0] == 5
+    with pytest.warns(UserWarning, match=r"mine_edited.py is not what run .* was trained with"):
+        run.problem()
+    importlib.reload(mine)
+    file.unlink()
+    del sys.modules["mine_edited"]

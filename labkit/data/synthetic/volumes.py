@@ -8,6 +8,7 @@ Used by `labkit.data.open_dataset`; the anatomy is in `head` and `phantom`.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,7 @@ from labkit.data.dataset import Dataset
 from labkit.data.folders import checked_size
 from labkit.data.synthetic import head, phantom
 from labkit.data.synthetic.fields import Patient, along_vessels, blur, lesion
+from labkit.errors import whole
 
 LEAST_SIDE = 16  # below it a lesion is a voxel
 LESIONS = (3, 7)  # from, to before: several, so that more than one part of a volume sees one
@@ -76,14 +78,12 @@ def head_lesions(n: int = 400, size: tuple[int, int, int] = (32, 64, 64), seed: 
 
 
 def _checked(n: int, size: tuple[int, int, int], seed: int) -> tuple[int, tuple[int, int, int], int]:
-    if type(n) is not int or n < 20:
-        raise ValueError(f"n={n!r} volumes are too few. Give a whole number, 20 at least.")
+    if (n := whole("n", n, -math.inf, error=ValueError)) < 20:
+        raise ValueError(f"n={n} volumes are too few. Give a whole number, 20 at least.")
     size = checked_size(size, "(depth, height, width)", (32, 64, 64))
     if min(size) < LEAST_SIDE:
         raise ValueError(f"size={size} is too small for lesions to have a shape. Give {LEAST_SIDE} at least on each side.")
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"seed={seed!r} must be a whole number from 0.")
-    return n, size, seed
+    return n, size, whole("seed", seed, 0, error=ValueError)
 
 
 def _key(n: int, size: tuple[int, ...], seed: int, of: str) -> str:

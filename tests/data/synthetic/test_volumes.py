@@ -40,7 +40,8 @@ def test_a_patient_depends_on_seed_and_number_alone(name, little_ct):
 def test_what_is_asked_of_volumes_is_checked():
     for options, words in [
         ({"n": 19}, "n=19"),
-        ({"n": 40.0}, "n=40.0"),
+        ({"n": 40.5}, "n=40.5"),
+        ({"n": True}, "n=True"),
         ({"size": (8, 64, 64)}, "16 at least"),
         ({"size": (64, 64)}, "(depth, height, width)"),
         ({"seed": -1}, "seed=-1"),

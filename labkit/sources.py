@@ -1,0 +1,382 @@
+"""The source of users' modules: what this kernel has loaded is what the other processes of a run import.
+
+    kernel    pack(thing)  -> Packed: its pickle, and the text of each module of the user's own that it needs
+    worker    unpickled    -> modules whose text here is another one are dropped; what is imported then comes from the texts sent
+
+A module of the user's own is a .py file outside of Python, of site-packages and of labkit. Which ones a thing needs is read from the
+names in its pickle and from the import statements in those modules.
+
+Python does not retain the text that a module was loaded from. It is read when labkit first sees the module after it was loaded or
+reloaded, and compared with the functions and constants that the module holds: where the file was edited and not reloaded, or a cell
+has changed the module, that is a ClusterError with the file's name. In threads of the kernel there is nothing to send.
+
+Used by `labkit.cluster.lab`, by `labkit.training.supervisor` for the server and for workers that come late, and wherever the record
+of a run holds the digests of what was trained.
+"""
+
+import ast
+import dis
+import functools
+import hashlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import io
+import pickle
+import re
+import sys
+import sysconfig
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import cloudpickle
+
+from labkit.errors import ClusterError
+
+PROCESS = uuid.uuid4().hex  # of this process
+_Cached = type(functools.cache(lambda: None))
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of one module."""
+
+    name: str
+    file: str
+    text: str
+    is_package: bool = False
+    fixed: bool = False  # it belongs to a C extension, which a process cannot load twice
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+# -- in the kernel: which modules, and what is in them -----------------------------------------------------------------
+
+_seen: dict[str, tuple[importlib.machinery.ModuleSpec, Source]] = {}  # by module; reloading makes a new spec
+
+
+def find_source(name: str) -> Source | None:
+    """What a module of the user's own was loaded from; None where it is not loaded, or is none."""
+    module, spec = sys.modules.get(name), getattr(sys.modules.get(name), "__spec__", None)
+    if not _is_own(name, module) or spec is None:
+        return None
+    if name not in _seen or _seen[name][0] is not spec:
+        try:
+            if isinstance(spec.loader, Sent):
+                text = spec.loader.get_source(name)
+            else:
+                text = importlib.util.decode_source(Path(module.__file__).read_bytes())
+        except (OSError, SyntaxError, UnicodeDecodeError):
+            return None
+        _seen[name] = spec, Source(name, module.__file__, text, hasattr(module, "__path__"), _has_extension(name))
+    return _seen[name][1]
+
+
+def _is_own(name: str, module: ModuleType | None) -> bool:
+    file = getattr(module, "__file__", None)
+    if not isinstance(file, str) or not file.endswith(".py") or name in ("__main__", "__mp_main__"):
+        return False
+    return name.partition(".")[0] not in _others() and not file.startswith(_folders()) and "-packages/" not in Path(file).as_posix()
+
+
+@functools.cache
+def _folders() -> tuple[str, ...]:
+    """Where Python is."""
+    return tuple({sysconfig.get_path(path) + "/" for path in ("stdlib", "platstdlib")})
+
+
+@functools.cache
+def _others() -> frozenset[str]:
+    """labkit and what it stands on: never the user's own, also where somebody works on them."""
+    try:
+        needed = metadata.requires("labkit") or []
+    except metadata.PackageNotFoundError:
+        needed = ["torch", "numpy", "dask", "ipyparallel", "cloudpickle"]
+    return frozenset({"labkit", "distributed", *(re.match(r"[\w.-]+", line)[0].replace("-", "_") for line in needed)})
+
+
+def _has_extension(name: str) -> bool:
+    top, endings = name.partition(".")[0], tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    modules = (module for other, module in list(sys.modules.items()) if other.startswith(f"{top}."))
+    return any(str(getattr(module, "__file__", "")).endswith(endings) for module in modules)
+
+
+def needed(*things: Any) -> dict[str, Source]:
+    """By name, the modules of the user's own without which `things` cannot be used elsewhere; none where they cannot be pickled."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    try:
+        pickler.dump(things)
+    except Exception:  # whoever sends them says why
+        return {}
+    paths = {match.decode() for match in re.findall(rb"([A-Za-z_][\w.]*):[A-Za-z_]", file.getbuffer())}  # "my_module:Mine"
+    found, todo = {}, [*pickler.names, *paths]
+    while todo:
+        name = todo.pop()
+        if name not in found and (source := find_source(name)):
+            found[name] = source
+            todo += [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
+            todo += _imports(source)
+    return found
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Notes the modules of what it pickles, also those that functions import which travel by value."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5, buffer_callback=lambda _: None)  # names alone: arrays are left out
+        self.names: set[str] = set()
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, ModuleType):
+            self.names.add(obj.__name__)
+        elif isinstance(obj, CodeType):
+            self.names |= set(_imported_in(obj))
+        else:
+            self.names.add(str(getattr(obj, "__module__", "")))
+        return super().reducer_override(obj)
+
+
+def _imported_in(code: CodeType) -> Iterator[str]:
+    module = ""
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            yield (module := step.argval)
+        elif step.opname == "IMPORT_FROM":
+            yield f"{module}.{step.argval}"
+
+
+@functools.lru_cache(1024)
+def _imports(source: Source) -> tuple[str, ...]:
+    """What may be modules among the names that its statements import, also inside functions, and among its strings."""
+    package, found = source.name if source.is_package else source.name.rpartition(".")[0], set()
+    for node in ast.walk(ast.parse(source.text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *filter(None, [node.module])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 100:
+            found |= {node.value, f"{package}.{node.value}"}  # importlib.import_module(...)
+    return tuple(found)
+
+
+def edited(sources: Mapping[str, Source]) -> dict[str, str]:
+    """What differs between these texts and the loaded modules: {module: name of a function or constant}."""
+    by_file, found = {source.file: source for source in sources.values()}, {}
+    for name, source in sources.items():
+        module = sys.modules[name]
+        if not isinstance(module.__spec__.loader, importlib.abc.SourceLoader | Sent):
+            continue  # a loader that changes what it loads, as pytest's does
+        for function in _functions(vars(module).values(), sources):  # also what it has of a module that was reloaded since
+            if function.__module__ == "__main__":
+                found.setdefault(name, function.__name__)
+            own, code = by_file.get(function.__code__.co_filename), function.__code__
+            if own and _comparable(code) not in _compiled(own).get(code.co_name, ()):
+                found.setdefault(own.name, code.co_name)
+        for constant, value in _constants(source).items():
+            held = vars(module).get(constant)
+            if type(held) is not type(value) or held != value:
+                found.setdefault(name, constant)
+    return found
+
+
+def _functions(values: Iterable[Any], sources: Mapping[str, Source], inside: bool = False) -> Iterator[FunctionType]:
+    """The functions among `values`, and the methods of the classes there that come from these modules, or were put there by a cell."""
+    for value in list(values):
+        if isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, staticmethod | classmethod):
+            value = value.__func__
+        while isinstance(value, FunctionType | _Cached) and hasattr(value, "__wrapped__"):
+            value = value.__wrapped__
+        if isinstance(value, FunctionType):
+            yield value
+        elif isinstance(value, type) and not inside and value.__module__ in {*sources, "__main__"}:
+            yield from _functions(vars(value).values(), sources, inside=True)
+
+
+def _comparable(code: CodeType) -> CodeType:
+    """A code without the lines and the file that it stands in."""
+    constants = tuple(_comparable(each) if isinstance(each, CodeType) else each for each in code.co_consts)
+    return code.replace(co_firstlineno=1, co_linetable=b"", co_filename="", co_consts=constants)
+
+
+@functools.lru_cache(1024)
+def _compiled(source: Source) -> dict[str, list[CodeType]]:
+    """All code in a text, by the name of its function."""
+    found, todo = {}, [compile(source.text, source.file, "exec", dont_inherit=True)]
+    while todo:
+        code = todo.pop()
+        found.setdefault(code.co_name, []).append(_comparable(code))
+        todo += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return found
+
+
+@functools.lru_cache(1024)
+def _constants(source: Source) -> dict[str, Any]:
+    """Numbers, strings and tuples of these that a module is given once, in its own lines: RATE = 0.1."""
+    tree, found = ast.parse(source.text), {}
+    nodes = list(ast.walk(tree))
+    stored = Counter(node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load))
+    changed = {name for node in nodes if isinstance(node, ast.Global) for name in node.names}
+    changed |= {
+        alias.asname or alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
+    }
+    for node in tree.body if "*" not in changed else ():
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        for name in [target.id for target in targets if isinstance(target, ast.Name) and stored[target.id] == 1]:
+            try:
+                value = ast.literal_eval(node.value)
+            except (ValueError, TypeError, SyntaxError, MemoryError):
+                continue
+            if isinstance(value, int | float | complex | str | bytes | tuple) and name not in changed:
+                found[name] = value
+    return found
+
+
+def check(sources: Mapping[str, Source]) -> None:
+    """ClusterError where the kernel holds something else than these texts."""
+    for name, what in edited(sources).items():
+        raise ClusterError(
+            f"{sources[name].file} is not what this kernel has loaded: {what!r} is another one there, and workers would import the "
+            f"file. Load it again, importlib.reload({name}) or a new kernel, and make what comes from it again."
+        )
+
+
+# -- on the way --------------------------------------------------------------------------------------------------------
+
+
+class Packed:
+    """Something with the texts of the modules that it needs, as they were when it was packed; unpickled it is the thing itself."""
+
+    def __init__(self, sources: Mapping[str, Source], pickled: bytes) -> None:
+        self.sources, self.pickled = dict(sources), pickled
+
+    def __reduce__(self) -> tuple:
+        return _unpack, (PROCESS, self.sources, self.pickled)
+
+
+class PackedCall:
+    """A function and its arguments as bytes, so that nobody on the way (Dask's scheduler) needs what they need."""
+
+    def __init__(self, name: str, pickled: bytes) -> None:
+        self.__name__, self.pickled = name, pickled
+
+    def __call__(self) -> Any:
+        fn, args = pickle.loads(self.pickled)
+        return fn(*args)
+
+
+def pack(thing: Any) -> Any:
+    """`thing` for another process: `Packed` if it needs modules of the user's own, else as it is.
+
+    ClusterError where the kernel holds something else than their files.
+    """
+    check(sources := needed(thing))
+    return Packed(sources, cloudpickle.dumps(thing)) if sources else thing
+
+
+def pack_call(fn: Any, args: tuple) -> tuple[Any, tuple]:
+    """A call for another process: function and arguments. What was packed before stays as it was."""
+    packed = (fn, args) if _has_packed(args) else pack((fn, args))
+    if isinstance(packed, Packed) or _has_packed(args):
+        return PackedCall(getattr(fn, "__name__", "task"), cloudpickle.dumps(packed)), ()
+    return fn, args
+
+
+def _has_packed(value: Any) -> bool:
+    return isinstance(value, Packed) or (isinstance(value, tuple | list) and any(map(_has_packed, value)))
+
+
+# -- on the worker -----------------------------------------------------------------------------------------------------
+
+
+class Sent(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Finds and loads the modules whose texts were sent to this process."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, Source] = {}
+        self.lock = threading.RLock()
+
+    def use(self, sources: Mapping[str, Source]) -> None:
+        """What is imported from now on has these texts. Modules that have others are dropped, with all that were sent before, as
+        they may hold something of them."""
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+        if all(self.sources.get(name) == source for name, source in sources.items()):
+            return
+        for name, source in sources.items():
+            here = self.sources.get(name) or find_source(name)
+            if source.fixed and here and here.digest != source.digest:
+                raise ClusterError(
+                    f"{source.file} has changed, and this process has loaded the one before, with a C extension that cannot be loaded "
+                    "twice. Close the lab and connect() again."
+                )
+        for name in {*self.sources, *sources}:
+            if not (sources.get(name) or self.sources[name]).fixed:
+                sys.modules.pop(name, None)
+        self.sources = dict(sources)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        source = self.sources.get(name)
+        return source and importlib.util.spec_from_file_location(name, source.file, loader=self)
+
+    def is_package(self, name: str) -> bool:
+        return self.sources[name].is_package
+
+    def get_source(self, name: str) -> str:
+        return self.sources[name].text
+
+    def get_code(self, name: str) -> CodeType:
+        return compile(self.sources[name].text, self.sources[name].file, "exec", dont_inherit=True)
+
+
+_sent = Sent()
+
+
+def _unpack(process: str, sources: Mapping[str, Source], pickled: bytes) -> Any:
+    if process == PROCESS:  # it has not left
+        return pickle.loads(pickled)
+    with _sent.lock:
+        _sent.use(sources)
+        return pickle.loads(pickled)
+
+
+# -- in the record -----------------------------------------------------------------------------------------------------
+
+
+def digests(sources: Mapping[str, Source]) -> dict[str, str]:
+    """The SHA-256 of each text, by module; "" where the kernel holds something else than the file, which the record cannot name."""
+    other = edited(sources)
+    return {name: "" if name in other else source.digest for name, source in sorted(sources.items())}
+
+
+def changed(recorded: Mapping[str, str]) -> list[str]:
+    """The files of those modules whose text is not the recorded one; the name of the module where it is not found."""
+    found = []
+    for name, digest in recorded.items():
+        source = find_source(name) if name in sys.modules else _on_disk(name)
+        if source is None or source.digest != digest or (name in sys.modules and edited({name: source})):
+            found.append(source.file if source else name)
+    return found
+
+
+def _on_disk(name: str) -> Source | None:
+    """What a module would be loaded from; nothing is loaded but the packages that it is in."""
+    try:
+        file = importlib.util.find_spec(name).origin
+        return Source(name, file, importlib.util.decode_source(Path(file).read_bytes()))
+    except (ImportError, AttributeError, TypeError, ValueError, OSError, SyntaxError):
+        return None
