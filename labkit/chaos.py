@@ -32,9 +32,11 @@ import psutil
 
 from labkit.errors import ClusterError, LabError, PartitionError, RunError, known, real, several, whole
 from labkit.partition import UDPA
-from labkit.runs import checkpoints, server_file
+from labkit.runs import checkpoints, metrics, server_file, status
 from labkit.runs.analysis import intervals
-from labkit.runs.events import effective
+from labkit.runs.checkpoints import Layout
+from labkit.runs.events import effective, read_events
+from labkit.runs.files import read_json
 from labkit.training.attach import watch
 
 if TYPE_CHECKING:
@@ -285,12 +287,29 @@ def _limit_files(run: Run, size: int) -> None:
 def audit(run: Run) -> list[str]:
     """What is inconsistent in the record of a run that has ended; an empty list if nothing is.
 
-    All samples of the budget were merged, each merge has its push, versions and events are numbered without holes, and the newest
-    checkpoint holds the last version and every sample exactly once.
+    All samples of the budget were merged, each merge has its push, versions and events are numbered without holes, the newest
+    checkpoint holds the last version and every sample exactly once, and no file is damaged or of another run.
     """
-    wrong, events, budget = [], run.events, run.config.budget
-    if list(events.seq) != list(range(len(events))):
-        wrong.append("events are not numbered 0, 1, 2, ...")
+    wrong, budget, id = [], run.config.budget, run.config.id
+    curve = [lambda: metrics.read(run.path, id, run.config.format > 3)] if (run.path / metrics.FILE).exists() else []
+    for read in (
+        lambda: status.read(run.path, id),
+        lambda: read_json(run.path / "environment.json", id),
+        lambda: Layout.load(run.path, id),
+        *curve,
+    ):
+        try:
+            read()
+        except RunError as error:
+            wrong.append(str(error))
+    try:
+        events = read_events(run.path)
+    except RunError as error:
+        return [*wrong, str(error)]
+    try:
+        status.check(run.path, events, run.config, run._ended(), checkpoints.versions(run.path))
+    except RunError as error:
+        wrong.append(str(error))
     counted = effective(events)
     merges, pushes = (counted[counted.kind == kind] for kind in ("merge", "push"))
     joint = int(events.worker.nunique()) if run.config.update["name"] == "allreduce" else 1  # they stop together

@@ -19,7 +19,7 @@ import labkit
 from labkit import chaos
 from labkit.errors import ClusterError, LabError, RunError
 from labkit.runs import checkpoints
-from labkit.runs.events import COLUMNS
+from labkit.runs.events import COLUMNS, read_rows
 from labkit.training import supervisor
 from tests.helpers import until
 
@@ -186,7 +186,7 @@ def test_the_audit_finds_what_is_wrong(threads, tmp_path):
     run = train(threads, tmp_path, passes=5).wait(60)
     assert chaos.audit(run) == [] and chaos.losses(run).empty
     file = run.path / "events.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows, whole = read_rows(run.path), file.read_bytes()
 
     def tampered(change):
         table = [dict(row) for row in rows]
@@ -195,12 +195,16 @@ def test_the_audit_finds_what_is_wrong(threads, tmp_path):
         return " ".join(chaos.audit(labkit.load_run(run.path)))
 
     merge, push = (next(i for i, row in enumerate(rows) if row["kind"] == kind) for kind in ("merge", "push"))
-    assert "events are not numbered" in tampered(lambda table: table.pop(push))
+    assert "is missing or out of place" in tampered(lambda table: table.pop(push))
     assert "has no push" in tampered(lambda table: table[push].update(kind="hold"))
     n, more = run.config["budget"], {"samples": rows[merge]["samples"] + 1}
     assert f"{n + 1} of {n} samples were merged" in tampered(lambda table: table[merge].update(more))
     assert "versions are not numbered" in tampered(lambda table: table[merge].update(version=9999))
     assert tampered(lambda table: None) == ""
+    file.write_bytes(whole)
+    damaged = run.path / "layout.json"
+    damaged.write_text(damaged.read_text().replace("2", "3", 1))
+    assert "layout.json is damaged" in " ".join(chaos.audit(run))
     chaos.corrupt_checkpoint(run)
     assert "is damaged" in " ".join(chaos.audit(run))
 

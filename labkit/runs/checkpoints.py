@@ -24,7 +24,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,13 @@ import numpy as np
 
 from labkit.errors import RunError
 from labkit.runs.events import Recorder
-from labkit.runs.files import read_json, replacing
+from labkit.runs.files import read_json, replacing, run_id, write_json
 
 AGE_S = 30.0  # at least so often a version is saved, if there is a new one
 FORMAT = 1  # of a checkpoint; a reader refuses what is newer
 FOLDER = "checkpoints"
 WIDTHS = {"bfloat16": 2}  # bytes of the types that numpy has not
+LAYOUT = "layout.json"
 ARRAY, ITEMS = "__array__", "__items__"  # in the JSON: a reference to a member; a dict whose keys are not all text
 
 
@@ -69,6 +70,26 @@ class Layout:
         types, shapes = zip(*exact.values(), strict=True) if exact else ((), ())
         made = cls((*params, *buffers, *(exact or ())), (*params.values(), *buffers.values(), *shapes), n_params, n_buffers, types)
         return replace(made, n_buffers=n_buffers + made.n_exact)
+
+    @classmethod
+    def load(cls, run: Path, id: str) -> Layout:
+        """What layout.json of the run with this id says; `RunError` where that is missing, damaged, or of another run."""
+        file = Path(run) / LAYOUT
+        stored = read_json(file, id)
+        try:
+            shapes = tuple(tuple(shape) for shape in stored["shapes"])
+            types = tuple(stored.get("types", ()))  # format 4
+            layout = cls(tuple(stored["names"]), shapes, stored["n_params"], stored["n_buffers"], types)
+            ends = list(itertools.accumulate(layout._sizes, initial=0))
+            named = len(set(layout.names)) == len(shapes) == len(layout.names) and all(isinstance(n, str) for n in layout.names)
+            if not named or (shapes and (layout.size != ends[-1] or layout.n_params not in ends)):  # a simulation names none
+                raise ValueError("names, shapes and sizes do not fit each other")
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{file} is not whole: {error}. Put a copy of it back.") from error
+        return layout
+
+    def save(self, run: Path, id: str) -> None:
+        write_json(Path(run) / LAYOUT, asdict(self), run=id)
 
     @property
     def size(self) -> int:
@@ -141,7 +162,7 @@ def write(path: Path, version: int, weights: np.ndarray, state: dict | None = No
     """
     members = {"weights": _member(weights)}
     tree = _referring(state or {}, members, "state")
-    head = {"format": FORMAT, "run": _run_id(path), "version": int(version), "state": tree}
+    head = {"format": FORMAT, "run": run_id(path), "version": int(version), "state": tree}
     members["state"] = _member(np.frombuffer(json.dumps(head).encode(), np.uint8))
     members["digest"] = _member(np.frombuffer(_digest({name: member.sha for name, member in members.items()}), np.uint8))
     file = file_of(path, version)
@@ -241,7 +262,7 @@ def read_state(path: Path, version: int) -> tuple[np.ndarray, dict]:
         raise _refused(path, version, f"is no checkpoint of labkit: {error}.") from error
     except Exception as error:  # whatever zipfile, numpy and json make of damaged bytes
         raise _refused(path, version, f"is damaged: {error}.") from error
-    if head["run"] != (run := _run_id(path)):
+    if head["run"] != (run := run_id(path)):
         raise _refused(path, version, f"belongs to another run: {head['run'] or 'one without id'}, not {run or 'without id'}.")
     if head["version"] != version:
         raise _refused(path, version, f"holds version {head['version']}: it was renamed.")
@@ -271,12 +292,6 @@ class _Foreign(Exception):
 
 def file_of(path: Path, version: int) -> Path:
     return Path(path) / FOLDER / f"{version:08d}.npz"
-
-
-def _run_id(path: Path) -> str:
-    """What distinguishes the checkpoints of this run from those of another one."""
-    config = Path(path) / "config.json"
-    return str(read_json(config).get("id", "")) if config.exists() else ""
 
 
 def _refused(path: Path, version: int, why: str) -> RunError:

@@ -9,6 +9,7 @@ What earlier formats did not have is filled in by `RunConfig.load`; nobody else 
     2    classes by the module that they were in, `silence` and `patience` for the two time limits
     3    public names (labkit:Classifier), batch_size, one_process
     4    exact_buffers: counters, flags and other buffers that are not float32 are in the weight vector, bit for bit
+         digests: of JSON files, of each event, of the curve; what holds none is of an earlier format, or was damaged
 
 Used wherever a run is started, driven or read. Imports numpy alone, so that the server stays small.
 """
@@ -23,11 +24,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError
-from labkit.runs.files import read_json, write_json
+from labkit.runs.files import find_json, read_json, write_json
 
 FORMAT = 4  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs
@@ -93,13 +95,24 @@ class RunConfig(Mapping[str, Any]):
         try:
             if stored.get("format", 0) > FORMAT:
                 raise RunError(f"{run} was written by a later labkit ({stored.get('labkit')}). Update labkit to read it.")
-            return cls(**{key: value for key, value in _present(stored).items() if key in cls.__dataclass_fields__})
-        except (TypeError, ValueError, KeyError) as error:
-            raise RunError(f"{file} is not whole: {error}. Is it the file of a run?") from error
+            config = cls(**{key: value for key, value in _present(stored).items() if key in cls.__dataclass_fields__})
+            config._check(set(stored) - {"run"} if stored.get("format", 0) > 3 else set())
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RunError(f"{file} is not whole: {error}. Is it the file of a run? Put a copy of it back.") from error
+        _check_own(file, config.id)
+        return config
+
+    def _check(self, stored: set[str]) -> None:
+        """TypeError for a setting of another type than it is written in, or that no run has."""
+        if unknown := stored - set(self.__dataclass_fields__):
+            raise TypeError(f"{min(unknown)!r} is no setting of a run")
+        for name, kind in get_type_hints(RunConfig).items():
+            if not _is_a(value := getattr(self, name), kind):
+                raise TypeError(f"{name} is {value!r}")
 
     def save(self, run: Path) -> None:
         """Write `config.json`, in the present format. What a run does not have is left out."""
-        write_json(Path(run) / FILE, {**self, "format": FORMAT})
+        write_json(Path(run) / FILE, {**self, "format": FORMAT}, run=self.id)
 
     def replace(self, **changes: Any) -> RunConfig:
         """The same settings but for these."""
@@ -126,6 +139,34 @@ class RunConfig(Mapping[str, Any]):
         slow = next((about for about in self.workers if about["index"] == worker), {"slowdown": 1.0})
         here, there = float(slow["slowdown"]), float(slow.get("drifts_to", slow["slowdown"]))
         return Unevenness(here, self.jitter, self.drift, there, tuple(self.stalls) if self.stalls else None)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Is this what JSON makes of such a setting?"""
+    if kind is Any:
+        return True
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if (of := get_origin(kind)) is not None:
+        return (
+            isinstance(value, of) and not isinstance(value, str) and all(_is_a(item, get_args(kind)[-1]) for item in _items(value))
+        )
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _items(value: Any) -> Any:
+    return value.values() if isinstance(value, Mapping) else value
+
+
+def _check_own(file: Path, run: str) -> None:
+    """The files beside it must not be all of one other run."""
+    beside = {name: find_json(file.with_name(name)) for name in ("environment.json", "layout.json", "status.json")}
+    others = {name: value["run"] for name, value in beside.items() if isinstance(value, dict) and isinstance(value.get("run"), str)}
+    if others and run not in others.values() and len(set(others.values())) == 1:
+        raise RunError(
+            f"{file} belongs to another run: it has the id {run or 'of none'!r}, and {', '.join(others)} beside it "
+            f"{min(others.values())!r}. Put its own back."
+        )
 
 
 def _present(stored: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Files of a run directory: written whole or not at all, read whole or refused by name.
 
 A file that is replaced is written beside its old version and renamed, so that no reader ever sees half of one, also after a crash.
-A file that grows is read by lines; what follows the last newline is still being written.
+A JSON file of a run ends with a `digest` of its contents and says whose it is (`run`), so what was changed, cut or taken from
+another run is found where it is read; earlier formats have neither. A file that grows is read by lines; what follows the last
+newline is still being written.
 
 Used by whoever writes or reads a run directory, a checkpoint, or the folder of a sweep.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import threading
@@ -38,21 +41,30 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Any]:
         os.close(folder)
 
 
-def write_json(path: Path, value: dict, mode: int = 0o666) -> None:
+def write_json(path: Path, value: Any, mode: int = 0o666, run: str | None = None) -> None:
+    """With the id of a `run` its file: an object that says so, and ends with its digest."""
+    if run is not None:
+        value = json.loads(json.dumps({**value, "run": run}))  # as it is read back: keys are text
+        value["digest"] = _digest(value)
     with replacing(path, mode) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object of a run directory; what is missing or damaged is refused by name."""
+def read_json(path: Path, run: str | None = None) -> dict:
+    """A JSON object of a run directory, without its digest; what is missing, damaged, or not of this `run` is refused by name."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing: is {Path(path).parent} a run directory?") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise RunError(f"{path} cannot be read: {error}.") from error
     if not isinstance(value, dict):
         raise RunError(f"{path} holds a {type(value).__name__}, not a JSON object: it was not written by labkit.")
+    digest = value.pop("digest", None)
+    if digest is not None and digest != _digest(value):
+        raise RunError(f"{path} is damaged: its contents do not fit its digest. Put a copy of it back.")
+    if run is not None and (other := value.pop("run", run)) != run:
+        raise RunError(f"{path} belongs to another run: {other}, not {run or 'one without id'}. Put its own back.")
     return value
 
 
@@ -62,6 +74,17 @@ def find_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def run_id(path: Path) -> str:
+    """What distinguishes the files of this run from those of another one; "" where there is none."""
+    config = Path(path) / "config.json"
+    return str(read_json(config).get("id", "")) if config.exists() else ""
+
+
+def _digest(value: dict) -> str:
+    """Whatever the order of its keys."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read_lines_since(path: Path, offset: int = 0) -> tuple[list[bytes], int]:

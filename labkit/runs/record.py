@@ -4,13 +4,15 @@
     server.json  while the run is running (`labkit.runs.server_file`)
 
 It can be read during the run, after it, and from another kernel. Tables and numbers are made of the events
-(`labkit.runs.analysis`).
+(`labkit.runs.analysis`). Each file is checked when it is read, for itself and against the others: what is wrong is refused by name
+(`RunError`), and what can be made anew from the rest is, which is printed.
 
 Base of `labkit.training.run.Run`; every figure reads it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,10 +23,10 @@ import numpy as np
 from labkit.errors import RunError, file_path, real, whole
 from labkit.imports import rule_title
 from labkit.partition import PARTITIONS
-from labkit.runs import analysis, checkpoints, labels, server_file
+from labkit.runs import analysis, checkpoints, labels, metrics, server_file
+from labkit.runs import status as how_it_ended
 from labkit.runs.config import RunConfig
-from labkit.runs.events import FILE, read_events
-from labkit.runs.files import read_json
+from labkit.runs.events import Table, effective
 from labkit.updates import UPDATES
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ class RunRecord:
         self.path = file_path("path", path)
         self.config = RunConfig.load(self.path)
         self.name = self.config.name or self.path.name
-        self._events: tuple[int, pd.DataFrame] | None = None
+        self._table: Table | None = None
+        self._checked: tuple | None = None  # the table and the end that were found to fit each other
+        self._said: set[str] = set()  # of what was made anew
         _read.add(self)
 
     # -- its state -----------------------------------------------------------------------------------------------
@@ -62,12 +66,35 @@ class RunRecord:
 
     def recorded(self) -> dict:
         """The status by the directory alone: how the run ended, or that its server is alive, or that it was cut off."""
-        status = self.path / "status.json"
-        if not status.exists() and server_file.alive(self.path) is not False:
-            return {"state": "running", "reason": ""}
-        if status.exists():  # also if it ended just now
-            return read_json(status)
-        return {"state": "failed", "reason": f"cut off; labkit.resume({str(self.path)!r}) continues it"}
+        ended = self._ended() or {"state": "running", "reason": ""}
+        return {key: value for key, value in ended.items() if key != "events"}
+
+    def _ended(self) -> dict | None:
+        """`labkit.runs.status` of the run, made anew where it can be, or that it was cut off; None while it is running."""
+        file = self.path / how_it_ended.FILE
+        if not file.exists() and server_file.alive(self.path) is not False:
+            return None
+        try:
+            if (ended := how_it_ended.read(self.path, self.config.id)) is not None:  # also if it ended just now
+                return ended
+            why = RunError(f"{file} is missing.")
+        except RunError as error:
+            why = error
+        saved = checkpoints.versions(self.path)
+        anew = how_it_ended.anew(self._fitting(None, saved), self.config, saved)
+        if anew is None and file.exists():
+            raise RunError(f"{why} No other file says how the run ended. Delete this one: the run then counts as cut off.") from why
+        if anew is None:
+            return {"state": "failed", "reason": f"cut off; labkit.resume({str(self.path)!r}) continues it"}
+        with contextlib.suppress(OSError):
+            how_it_ended.write(self.path, self.config.id, anew)
+        self._say(f"{why} It was made anew from the events of the run: {anew['state']}.")
+        return anew
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            print(what)
 
     @property
     def label(self) -> str:
@@ -91,25 +118,54 @@ class RunRecord:
     @property
     def events(self) -> pd.DataFrame:
         """One row an event, in order (columns: `labkit.runs.events.COLUMNS`)."""
-        file = self.path / FILE
-        size = file.stat().st_size if file.exists() else 0
-        if self._events is None or self._events[0] != size:
-            self._events = (size, read_events(self.path))
-        return self._events[1].copy()
+        ended, saved = self._ended(), checkpoints.versions(self.path)  # before the table, which may grow meanwhile
+        return self._fitting(ended, saved).copy()
+
+    def _fitting(self, ended: dict | None, saved: list[int]) -> pd.DataFrame:
+        """The events, of which only what was added is read, and which fit how the run `ended` and the versions `saved`."""
+        if self._table is None or self._table.path != self.path:
+            self._table = Table(self.path)
+        table = self._table.read()
+        if self._checked is None or self._checked[0] is not table or self._checked[1:] != (ended, saved):
+            how_it_ended.check(self.path, table, self.config, ended, saved)
+            self._checked = table, ended, saved
+        return table
 
     def curve(self) -> pd.DataFrame:
         """Learning curve of the global weights: seconds, samples, version, and loss and score on the test set; a row a retained version.
 
         It is measured after the run, so that measuring it does not slow the run.
         """
-        import pandas as pd
-
-        file = self.path / "metrics.parquet"
-        if file.exists():
-            return pd.read_parquet(file)
-        if self.state == "running":
+        why = None
+        if (self.path / metrics.FILE).exists():
+            try:
+                return self._kept_curve()
+            except RunError as error:
+                why = error
+        elif self.state == "running":
             raise RunError(f"run {self.name} is still running; its curve is measured at the end. Use run.wait() first.")
-        return self._measured()
+        try:
+            curve = self._measured()
+        except Exception as error:
+            if why is None:
+                raise
+            raise RunError(f"{why} It cannot be measured anew: {error}") from error
+        if why is not None:
+            self._say(f"{why} It was measured anew.")
+        return curve
+
+    def _kept_curve(self) -> pd.DataFrame:
+        file, (*_, newest) = self.path / metrics.FILE, (-1, *checkpoints.versions(self.path))
+        curve = metrics.read(self.path, self.config.id, self.config.format > 3)
+        if newest > (curve.version.max() if len(curve) else -1) and self.state == "done":
+            raise RunError(f"{file} is an older one: the run goes on to version {newest}.")
+        if self.config.format <= 3 and len(curve):  # it holds no digest
+            events = effective(self.events)
+            merges = events[events.kind == "merge"].groupby("version")[["seconds", "total"]].max()
+            merges.loc[0] = 0.0
+            if not (merges.reindex(curve.version).to_numpy() == curve[["seconds", "samples"]].to_numpy()).all():
+                raise RunError(f"{file} is damaged: its seconds and samples are not those of the events.")
+        return curve
 
     def _measured(self) -> pd.DataFrame:
         raise RunError(f"the curve of run {self.name} is not measured yet: labkit.load_run({str(self.path)!r}).curve() does it.")
@@ -165,10 +221,13 @@ class RunRecord:
     @property
     def layout(self) -> checkpoints.Layout:
         """Which entries of the flat vector belong to which tensor (`labkit.runs.checkpoints.Layout`)."""
-        stored = read_json(self.path / "layout.json")
-        shapes = tuple(tuple(shape) for shape in stored["shapes"])
-        types = tuple(stored.get("types", ()))  # format 4
-        return checkpoints.Layout(tuple(stored["names"]), shapes, stored["n_params"], stored["n_buffers"], types)
+        try:
+            return checkpoints.Layout.load(self.path, self.config.id)
+        except RunError as error:
+            return self._layout_anew(error)
+
+    def _layout_anew(self, why: RunError) -> checkpoints.Layout:
+        raise why
 
     def flat(self, version: int | None = None) -> np.ndarray:
         """The global weights as one flat float32 vector, by default of the newest version."""
@@ -177,15 +236,34 @@ class RunRecord:
             if not versions:
                 raise RunError(f"run {self.name} has no weights in {self.path / checkpoints.FOLDER}.")
             version = versions[-1]
+            if (last := self._last_saved()) > version:
+                raise RunError(
+                    f"{checkpoints.file_of(self.path, last)} is missing, the last version of run {self.name}. Put a copy of it back; "
+                    f"the newest that is there is version {version}."
+                )
         version = whole("version", version, 0)
         return checkpoints.read_weights(self.path, version, self.layout.size)
+
+    def _last_saved(self) -> int:
+        """The last version that was saved, by the record; -1 while the run is running, or where it does not say."""
+        ended = self._ended()
+        if ended is None:
+            return -1
+        if ended["state"] in ("done", "stopped") and "version" in ended:
+            return ended["version"]
+        events = effective(self.events)
+        saved = events.version[events.kind == "checkpoint"].max()
+        return -1 if np.isnan(saved) else int(saved)
 
     def weights(self, version: int | None = None) -> dict[str, np.ndarray]:
         """The global weights by name, by default of the newest version."""
         return {name: np.array(tensor) for name, tensor in self.layout.split(self.flat(version)).items()}
 
     def __repr__(self) -> str:
-        status = self.status()
+        try:
+            status = self.status()
+        except RunError as error:
+            return f"<Run {self.name}: damaged: {error}>"
         done = f", {status['samples']} of {self.config.budget} samples" if "samples" in status else ""
         reason = f": {status['reason']}" if status.get("reason") else ""
         source = (self.config.origin or {}).get("run")

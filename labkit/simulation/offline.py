@@ -24,10 +24,9 @@ from labkit.errors import RunError
 from labkit.models.flat import Flat
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
-from labkit.runs import checkpoints
+from labkit.runs import checkpoints, metrics, status
 from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
-from labkit.runs.files import replacing, write_json
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.train import labels_for, new_run
 from labkit.training.wire import compression
@@ -119,7 +118,7 @@ class Ledger(contextlib.AbstractContextManager):
     Its driver sets the clock of the `recorder`, and the `status` when the run has `ended`.
     """
 
-    def __init__(self, runs: Path, name: str, config: RunConfig, layout: dict, origin: dict) -> None:
+    def __init__(self, runs: Path, name: str, config: RunConfig, layout: checkpoints.Layout, origin: dict) -> None:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         self.config = config.replace(id=secrets.token_hex(8), name=name, origin=origin, created=created)
         self.path = new_run(runs, self.config, layout)
@@ -133,8 +132,7 @@ class Ledger(contextlib.AbstractContextManager):
 
     def no_curve(self) -> None:
         """There are no weights to measure, so the curve is empty."""
-        with replacing(self.path / "metrics.parquet") as file:
-            pd.DataFrame(columns=["seconds", "samples", "version", "loss", "score"], dtype=float).to_parquet(file)
+        metrics.write(self.path, self.config.id, pd.DataFrame(columns=metrics.COLUMNS, dtype=float))
 
     def ended(self, it: Coordinator, **other: Any) -> None:
         """The status as this course has ended; `other` entries count for more."""
@@ -144,7 +142,7 @@ class Ledger(contextlib.AbstractContextManager):
         if isinstance(error, RunError):
             self.status["reason"] = str(error)
         self.recorder.close()
-        write_json(self.path / "status.json", self.status)
+        status.write(self.path, self.config.id, self.status, self.recorder.events)
 
 
 def push(it: Coordinator, worker: int, header: dict, weights: np.ndarray, n_bytes: int) -> None:

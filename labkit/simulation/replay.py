@@ -15,7 +15,6 @@ from labkit.partition import Partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
 from labkit.runs.config import REPLAYABLE
-from labkit.runs.files import read_json
 from labkit.simulation.counterfactual import Arrivals
 from labkit.simulation.exact import Course, read_lives
 from labkit.simulation.offline import Ledger
@@ -72,7 +71,7 @@ def replay(
     lives = read_lives(run)
     origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.id}
     config = run.config if exact else run.config.replace(update=rule.config())
-    layout = read_json(run.path / "layout.json")
+    layout = run.layout
     name = name or f"{run.name}-replay" + ("" if exact else f"-{rule_title(rule.config())}")
     with (
         Ledger(folder, name, config, layout, origin) as ledger,

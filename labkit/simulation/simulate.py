@@ -13,7 +13,7 @@ from labkit.errors import file_path, flag, real, whole
 from labkit.partition import Partition, make_partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
-from labkit.runs.files import read_json
+from labkit.runs.checkpoints import Layout
 from labkit.simulation import scenario
 from labkit.simulation.offline import Ledger
 from labkit.simulation.simulator import Simulation
@@ -114,7 +114,7 @@ def simulate(
     servers, numerics = whole("servers", servers), flag("numerics", numerics)
     size = base.layout.size if base else scenario.UNKNOWN["n_weights"]
     size = size if n_weights is None else whole("n_weights", n_weights)
-    layout = read_json(base.path / "layout.json") if base else {"names": [], "shapes": [], "n_params": size, "n_buffers": 0}
+    layout = base.layout if base else Layout((), (), size, 0)
     if failures is None and base and n_workers is None and slowdown is None:
         changes = scenario.recorded_changes(base)
     else:

@@ -181,7 +181,8 @@ class Subnets:
         try:
             (path / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
             fresh = {"id": secrets.token_hex(8), "rows": self.rows, "parts": self.part_rows}  # a mix of two saves is refused
-            write_json(path / "config.json", self.config | fresh | {"format": FORMAT, "baselines": list(self.baselines)})
+            settings = self.config | fresh | {"format": FORMAT, "baselines": list(self.baselines)}
+            write_json(path / "config.json", settings, run=fresh["id"])
             for number, module in enumerate([self.module, *self.baselines.values()]):
                 checkpoints.write(path, number, Flat(module).vector.numpy())
         except OSError as error:
@@ -213,7 +214,7 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
     """
     path = file_path("path", path).absolute()
     config = read_json(path / "config.json")
-    config = ADDED | {RENAMED.get(key, key): value for key, value in config.items()}
+    config = ADDED | {RENAMED.get(key, key): value for key, value in config.items() if key != "run"}
     if config.get("what") != "subnets":
         raise RunError(f"{path} does not hold subnets. A run of labkit.train is read by labkit.load_run.")
     if not isinstance(config.get("format"), int) or config["format"] > FORMAT:

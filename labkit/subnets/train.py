@@ -169,8 +169,8 @@ def train_subnets(
             config |= {"width_rule": width_rule, "epochs": epochs, "patience": patience, "stacking": stacking, "inputs": inputs}
             config |= {"hidden": hidden, "dropout": dropout, "team": team, "batched": batched, **lab.settings(workers)}
             config |= {"sources": sources} if sources else {}
-            write_json(path / "config.json", config)
-            write_json(path / "environment.json", environment())
+            write_json(path / "config.json", config, run=id)
+            write_json(path / "environment.json", environment(), run=id)
             run = partial(_map, lab, workers=workers, timeout=timeout)
             way = partial(_on_blocks, lab, workers, timeout, run) if team else partial(_in_batches, run, len(workers))
             (folder := path / "parts").joinpath(checkpoints.FOLDER).mkdir(parents=True)

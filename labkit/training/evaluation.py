@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from labkit.models.flat import Flat
-from labkit.runs import checkpoints
+from labkit.runs import checkpoints, metrics
 from labkit.runs.events import effective
-from labkit.runs.files import replacing
 from labkit.training.worker.process import prepare
 
 if TYPE_CHECKING:
@@ -49,9 +48,8 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     table = table[table.version.isin(merges.index)]  # a full disk may lack the merge of the last one
     table["seconds"] = table.version.map(merges.seconds)
     table["samples"] = table.version.map(merges.total).astype("int64")
-    table = table[["seconds", "samples", "version", "loss", "score"]]
-    with replacing(run.path / "metrics.parquet") as file:
-        table.to_parquet(file)
+    table = table[metrics.COLUMNS]
+    metrics.write(run.path, run.config.id, table)
     return table
 
 

@@ -8,6 +8,7 @@ Made by `labkit.training.train` and `labkit.simulation`; used by `labkit.experim
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from labkit.errors import ProblemError, RunError, file_path, real
+from labkit.runs import checkpoints
+from labkit.runs.checkpoints import Layout
 from labkit.runs.record import RunRecord
 from labkit.sources import changed
 
@@ -143,6 +146,20 @@ class Run(RunRecord):
 
         lab = self._follower.lab if self._follower else None
         return measure(self, self.problem(), lab if lab and not lab.closed and lab.free() else None)
+
+    def _layout_anew(self, why: RunError) -> Layout:
+        """From the model, where its size is that of the newest version."""
+        from labkit.models.flat import Flat
+
+        try:
+            layout = Layout.of(*Flat(self.problem().new_module(self.config.seed), exact=self.config.exact_buffers).shapes)
+            checkpoints.read_weights(self.path, checkpoints.newest(self.path)[0], layout.size)
+        except Exception as error:  # whatever becomes of a model of the user's own
+            raise RunError(f"{why} It cannot be made anew from the model: {error}") from error
+        with contextlib.suppress(OSError):
+            layout.save(self.path, self.config.id)
+        self._say(f"{why} It was made anew from the model.")
+        return layout
 
     def problem(self) -> Problem:
         """What was trained. A model that was written in a notebook cell is known only to the kernel that trained it."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from labkit.cluster.lab import Lab, Task, Worker
 from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError
 from labkit.problems.problem import Problem
-from labkit.runs.files import write_json
+from labkit.runs import status as how_it_ended
 from labkit.sources import pack
 from labkit.training.attach import watch
 from labkit.training.evaluation import measure
@@ -253,8 +253,10 @@ class Supervisor:
     def _finish(self, state: str, reason: str) -> None:
         self._status = {**self._status, "reason": reason}
         if state == "failed":
-            with contextlib.suppress(OSError):  # an unwritable folder may be why it failed
-                write_json(self.path / "status.json", {**self._status, "state": "failed"})
+            with contextlib.suppress(OSError, RunError):  # an unwritable folder may be why it failed
+                id = self.run.config.id
+                n = (how_it_ended.read(self.path, id) or {}).get("events")  # by the server, if it has come so far
+                how_it_ended.write(self.path, id, {**self._status, "state": "failed"}, n)
         for file in self.path.glob(f"{self.meeting}*"):
             file.unlink(missing_ok=True)
         if self.monitor:

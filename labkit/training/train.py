@@ -16,7 +16,6 @@ import itertools
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -194,7 +193,7 @@ def launch(
     """The second half of `train`: a run of what was checked, on workers that are leased, by the caller."""
     state = Flat(problem.new_module(config.seed), exact=config.exact_buffers)
     layout = Layout.of(*state.shapes)
-    path = new_run(Path(runs), config, asdict(layout))
+    path = new_run(Path(runs), config, layout)
     spec = ServerSpec(
         config,
         str(path),
@@ -322,13 +321,13 @@ def claim(runs: Path, name: str) -> Path:
     return path
 
 
-def new_run(runs: Path, config: RunConfig, layout: dict) -> Path:
-    """The directory of a run that begins, with all but its record; `layout` are the fields of a `Layout`."""
+def new_run(runs: Path, config: RunConfig, layout: Layout) -> Path:
+    """The directory of a run that begins, with all but its record."""
     path = claim(runs, config.name)
     try:
         config.save(path)
-        write_json(path / "environment.json", environment())
-        write_json(path / "layout.json", layout)
+        write_json(path / "environment.json", environment(), run=config.id)
+        layout.save(path, config.id)
     except OSError as error:
         raise _unrecordable(path, error) from error
     return path

@@ -33,7 +33,9 @@ def test_the_watch_reads_each_line_once_and_whole(run):
         assert np.allclose(rate, own["samples"].astype(float) / np.diff(seconds, prepend=0.0))
     assert workers == {0, 1} and [n for _, n in here] == [1, 2]
     with open(file, "a") as more:
-        more.write('{"kind": "leave", "worker": 1, "seconds": 90.0, "message": "it broke."}\n')
+        more.write(
+            f'{{"seq": {lines.count(bytes([10]))}, "kind": "leave", "worker": 1, "seconds": 90.0, "message": "it broke."}}\n'
+        )
     assert watch.look()[1:3] == ([(0.0, 1), (0.0, 2), (90.0, 1)], {0})
 
 
@@ -41,8 +43,8 @@ def test_a_push_without_a_score_keeps_the_latest_and_a_late_score_is_that_of_its
     rows = [("push", 1.0, 0.3), ("push", 2.0, None), ("push", 3.0, None), ("score", 3.1, 0.6), ("push", 4.0, None)]
     (run.path / "events.jsonl").write_text(
         "".join(
-            json.dumps({"kind": kind, "worker": 0, "seconds": now, "score": score, "samples": 10}) + "\n"
-            for kind, now, score in rows
+            json.dumps({"seq": seq, "kind": kind, "worker": 0, "seconds": now, "score": score, "samples": 10}) + "\n"
+            for seq, (kind, now, score) in enumerate(rows)
         )
     )
     assert [score for _, score, _ in Watch(run).look().series[0]] == [0.3, 0.3, 0.6, 0.6]

@@ -8,6 +8,7 @@ import pytest
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError
 from labkit.runs.config import FORMAT, RunConfig, environment
+from labkit.runs.files import read_json
 from tests.helpers import settings
 
 WORKER = {"index": 0, "host": "a", "pid": 1, "device": "cpu", "threads": 1, "slowdown": 1.0}
@@ -17,7 +18,7 @@ def stored(path, **changes):
     """`config.json` as it is written, with changes; None takes a key out."""
     settings([0, 3]).save(path)
     file = path / "config.json"
-    config = {key: value for key, value in (json.loads(file.read_text()) | changes).items() if value is not None}
+    config = {key: value for key, value in (read_json(file) | changes).items() if value is not None}
     file.write_text(json.dumps(config))
     return path
 

@@ -77,13 +77,13 @@ def test_a_damaged_line_is_named(recorder, tmp_path, line):
     with open(tmp_path / "events.jsonl", "a") as file:
         file.write(line + "\n")
     recorder.event("join")
-    with pytest.raises(RunError, match=r"events\.jsonl, line 2 is damaged: .* Remove the line to read the rest"):
+    with pytest.raises(RunError, match=r"events\.jsonl, line 2 is damaged: .* Put a copy of the file back"):
         read_events(tmp_path)
 
 
 def test_events_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "events.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(RunError, match=r"events\.jsonl cannot be read"):
+    with pytest.raises(RunError, match=r"events\.jsonl, line 1 is damaged"):
         read_events(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_a_tail_gives_each_event_once_and_whole(recorder, tmp_path):
     assert tail.read() == []
     with open(tmp_path / "events.jsonl", "a") as file:
         file.write(' "ä"}\n17\n')
-    with pytest.raises(RunError, match=r"line 4 is damaged"):
+    with pytest.raises(RunError, match=r"line 3 is damaged: it does not fit its checksum"):
         tail.read()
 
 
@@ -110,9 +110,9 @@ def test_another_clock_sets_the_time_and_a_copy_retains_its_time(tmp_path):
     recorder.copy({"time": 3.0, "seconds": 2.0, "seq": 99, "kind": "push", "worker": 1})
     recorder.close()
     assert (tmp_path / "events.jsonl").read_text().splitlines() == [
-        '{"seq":0,"time":7.0,"seconds":null,"kind":"join","worker":1}',
-        '{"seq":1,"time":8.5,"seconds":0.5,"kind":"start"}',
-        '{"seq":2,"time":3.0,"seconds":2.0,"kind":"push","worker":1}',
+        '{"seq":0,"time":7.0,"seconds":null,"kind":"join","worker":1,"crc":"67de624a"}',
+        '{"seq":1,"time":8.5,"seconds":0.5,"kind":"start","crc":"20ad755e"}',
+        '{"seq":2,"time":3.0,"seconds":2.0,"kind":"push","worker":1,"crc":"0d9b8b5a"}',
     ]
 
 

@@ -306,7 +306,7 @@ TAMPERED = {
     "hole": (lambda rows: rows.remove(nth(rows, "push")), r"event \d+ is missing or out of place"),
     "end": (lambda rows: rows.__delitem__(slice(len(rows) // 2, None)), "the end of events.jsonl is missing|the record ends"),
     "nothing": (lambda rows: rows.clear(), "its record has no start"),
-    "alien": (lambda rows: nth(rows, "merge").update(kind="merger"), "by the record, and 'merge' now"),
+    "alien": (lambda rows: nth(rows, "merge").update(kind="merger"), r"line \d+ is damaged: 'merger' is not known"),
 }
 
 

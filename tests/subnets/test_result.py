@@ -11,6 +11,8 @@ import torch
 import labkit
 from labkit.errors import ProblemError, RunError
 from labkit.runs import checkpoints
+from labkit.runs.config import FORMAT
+from labkit.runs.files import read_json
 from labkit.subnets.decomposition import Decomposition
 from labkit.subnets.result import BASELINES, NAMES
 from tests.subnets.helpers import data, net, problem, same, weights
@@ -50,7 +52,7 @@ def test_what_was_damaged_mixed_or_is_something_else_is_refused(train, tmp_path)
             with pytest.raises(RunError, match=message):
                 labkit.load_subnets(tmp_path / "copy")
         file.write_bytes(whole)
-    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    config = read_json(tmp_path / "copy" / "config.json")
     for change, message in (
         ({"what": "run"}, "does not hold subnets"),
         ({"format": 99}, "by a later labkit"),
@@ -74,15 +76,15 @@ def test_what_was_damaged_mixed_or_is_something_else_is_refused(train, tmp_path)
 
 def test_subnets_of_before_the_word_was_changed_are_read(train, tmp_path):
     joined = train(baselines=["small"], epochs=1)
-    config = json.loads((tmp_path / "joined" / "config.json").read_text())
-    assert config["format"] == 4 and "rivals" not in config
+    config = read_json(tmp_path / "joined" / "config.json")
+    assert config["format"] == FORMAT and "rivals" not in config
     config |= {"format": 2, "rivals": config.pop("baselines")}
     (tmp_path / "joined" / "config.json").write_text(json.dumps(config))
     again, images = labkit.load_subnets(tmp_path / "joined"), data(5)[0]
     assert np.array_equal(again.scores(images, "small"), joined.scores(images, "small")) and again.table().equals(joined.table())
     again.save(tmp_path / "new")
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config["format"] == 4 and config["baselines"] == ["small"] and "rivals" not in config
+    assert config["format"] == FORMAT and config["baselines"] == ["small"] and "rivals" not in config
     assert list(labkit.load_subnets(tmp_path / "new").baselines) == ["small"]
 
 

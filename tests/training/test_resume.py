@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,14 +213,23 @@ def test_a_run_without_a_whole_checkpoint_or_without_state(cut, refused):
     for version in (0, 4):
         file(run, version).write_bytes(b"")
     refused(run, r"(?s)holds no whole checkpoint.*Train it again\..*00000004.*00000000")
-    checkpoints.write(run.path, 5, np.zeros(run.layout.size, np.float32))
+    recorder = Recorder(run.path)
+    checkpoints.save(recorder, 5, np.zeros(run.layout.size, np.float32))
+    recorder.close()
     refused(run, "holds weights alone: version 5 has no state to go on from")
 
 
 def test_another_run_s_checkpoint_is_not_taken(cut, refused, tmp_path):
     run = cut(versions=(4,))
-    write_json(run.path / "config.json", {**run.config, "id": "of-another"})
+    weights = np.zeros(run.layout.size, np.float32)
+    (tmp_path / "other").mkdir()
+    run.config.replace(id="of-another").save(tmp_path / "other")
+    (tmp_path / "other" / "checkpoints").mkdir()
+    checkpoints.write(tmp_path / "other", 4, weights, state(run, 40))
+    file(run, 4).write_bytes(file(SimpleNamespace(path=tmp_path / "other"), 4).read_bytes())
     refused(run, r"(?s)no whole checkpoint.*belongs to another run")
+    write_json(run.path / "config.json", {**run.config, "id": "of-another"})
+    refused(run, r"config\.json belongs to another run: it has the id 'of-another', and environment\.json, layout\.json beside it")
 
 
 def test_a_model_of_a_notebook_needs_its_problem(cut, refused, begun, lab):

@@ -17,7 +17,6 @@ Started by `labkit.training.supervisor` in a process of its own; asked by it and
 """
 
 import contextlib
-import functools
 import json
 import pickle
 import queue
@@ -37,10 +36,10 @@ import numpy as np
 from labkit.errors import LabError, RunError, UpdateError, WireError
 from labkit.partition import Partition
 from labkit.runs import checkpoints, server_file
+from labkit.runs import status as how_it_ended
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
-from labkit.runs.files import write_json
 from labkit.training.server.coordinator import AGAIN, Coordinator
 from labkit.training.server.membership import Losses, Member
 from labkit.training.wire import compression, transport
@@ -128,8 +127,11 @@ class Server:
         self.versions.put(None)
         saver.join()
         status: dict = {}
-        written = functools.partial(write_json, Path(self.spec.path) / "status.json", status)
-        for last in (self._ended, self.recorder.close, written):
+
+        def write() -> None:
+            how_it_ended.write(Path(self.spec.path), self.config.id, status, self.recorder.events)
+
+        for last in (self._ended, self.recorder.close, write):
             try:
                 status |= (last() or {}) | self.failure
             except OSError as error:

@@ -106,7 +106,7 @@ def serving(a_spec, change=lambda server: None):
             server.stop("stopped", "the test is over")
         thread.join(15)
         assert not thread.is_alive(), "the server does not end"
-        assert read_json(server.recorder.path / "status.json") == result
+        assert read_json(server.recorder.path / "status.json", "") == {**result, "events": server.recorder.events}
 
 
 def join(server, *indices, **options):
