@@ -155,4 +155,6 @@ def test_it_keeps_the_conventions(name):
     for cell in code:
         lines = [line for line in "".join(cell["source"]).splitlines() if line.strip()]
         assert len(lines) <= 8 or "parameters" in cell["metadata"].get("tags", []), lines
+    folders = [parameter.default for parameter in labkit.parameters(path_of(name)) if parameter.name == "run_dir"]
+    assert folders == [f"runs/{Path(name).name}"], "of its own: notebooks do not overwrite each other's results"
     assert all(parameter.help for parameter in labkit.parameters(path_of(name))), "each parameter has a comment"

@@ -157,7 +157,8 @@ def _differing(runs: Sequence[tuple[Path, Mapping]]) -> list[str]:
 def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping] | pd.DataFrame) -> None:
     """Hand in the results of a run, as the last cell of its notebook does: `labkit.report(run_dir, {"score": 0.9})`.
 
-    A dict is one row of the sweep's table, a list of dicts or a DataFrame several. A second call replaces the first.
+    A dict is one row of the sweep's table, a list of dicts or a DataFrame several. A second call replaces the first. Where another
+    notebook of this Jupyter server has reported into the same folder, its results stay: these go to `results-<notebook>.json`.
     """
     if hasattr(results, "columns"):
         results = results.to_dict("records")
@@ -168,9 +169,22 @@ def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping]
     run_dir = file_path("run_dir", run_dir).absolute()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "results.json", rows)
+        write_json(_results_file(run_dir), rows)
     except OSError as error:
         raise SweepError(f"the results cannot be written to {run_dir}: {error.strerror}.") from error
+
+
+def _results_file(folder: Path) -> Path:
+    """Of this notebook, as far as it is known: a Jupyter server tells its kernels, a sweep gives each run a folder of its own."""
+    notebook, owner = os.environ.get("JPY_SESSION_NAME"), folder / ".results-of"
+    if not notebook:
+        return folder / "results.json"
+    if (folder / "results.json").exists() and owner.exists() and owner.read_text() != notebook:
+        other = folder / f"results-{Path(notebook).stem}.json"
+        print(f"{folder} holds the results of {owner.read_text()}; these are in {other.name}. Give each notebook its own run_dir.")
+        return other
+    owner.write_text(notebook)
+    return folder / "results.json"
 
 
 # -- before the first kernel -------------------------------------------------------------------------------------------

@@ -266,6 +266,18 @@ def test_summary_shows_each_reported_row_and_keeps_names_apart(tmp_path, instant
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
+def test_notebooks_of_one_folder_leave_each_other_their_results(tmp_path, monkeypatch, capsys):
+    for name, value in (("a.ipynb", 1), ("b.ipynb", 2), ("a.ipynb", 3), ("b.ipynb", 4)):
+        monkeypatch.setenv("JPY_SESSION_NAME", f"/home/me/{name}")
+        report(tmp_path, {"value": value})
+    assert json.loads((tmp_path / "results.json").read_text()) == [{"value": 3}]
+    assert json.loads((tmp_path / "results-b.json").read_text()) == [{"value": 4}]
+    assert "holds the results of /home/me/a.ipynb; these are in results-b.json" in capsys.readouterr().out
+    monkeypatch.delenv("JPY_SESSION_NAME")
+    report(tmp_path, {"value": 5})
+    assert json.loads((tmp_path / "results.json").read_text()) == [{"value": 5}]
+
+
 def test_what_differs_between_two_sweeps_into_one_folder_is_in_the_table(tmp_path, instant):
     """A default that was changed in the notebook: the rows would else be equal."""
     for lr in (0.1, 0.2):
