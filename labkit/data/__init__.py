@@ -16,6 +16,7 @@ from labkit.data import arrays, cifar, columns, folders, named, nifti, parquet, 
 from labkit.data.cache import opened
 from labkit.data.columns import Asked
 from labkit.data.dataset import Dataset, Field
+from labkit.data.items import from_items, is_items, is_items_path
 from labkit.errors import DataError, did_you_mean, file_path, known
 from labkit.imports import imported
 
@@ -29,6 +30,7 @@ OF_PATHS = {
     "channels": "arrays",
 }
 OF_COLUMNS = ("label", "target", "inputs", "tokens", "as_given", "pad")
+OF_ITEMS = ("label", "target", "inputs", "pad")
 CHANNELS = ("first", "last", "none")
 FILES = {".parquet": parquet.from_file, ".h5": arrays.from_hdf5, ".hdf5": arrays.from_hdf5}
 BY_CLASS = {pictures.from_folder: (pictures.SUFFIXES, ("size", "ground")), nifti.from_folder: (nifti.SUFFIXES, ("size", "units"))}
@@ -74,7 +76,11 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         - CIFAR-10's folder `cifar-10-batches-py`;
         - a folder with a folder for each class, that holds JPEG, PNG, BMP, PGM/PPM, WebP, TIFF or GIF pictures (TF-Flowers;
           Extended Yale B) or NIfTI volumes (MosMedData's CT-0, CT-1, ...; needs nibabel), also in folders below it;
-        - a `Dataset`, which is returned as it is.
+        - a torch `Dataset` (map-style) of your own, whose items `(x, y)`, `((x1, x2), y)` or dicts are made on the workers by its own
+          code, transforms included, and are not normalised; anything with `__len__` and `__getitem__` that gives such items will do. Two of
+          them, as a pair or `{"train": ..., "test": ...}`, are two splits. It travels by value up to 8 MiB; a larger one is made on each
+          worker by a function: `"my_module:make_my_set"`;
+        - a `Dataset` of labkit, which is returned as it is.
 
         `x` is (N, F) features, (N, H, W) grey images, (N, C, H, W) images or (N, C, D, H, W) volumes, of booleans,
         integers or floats. (N, H, W, C) and (N, D, H, W, C) are recognised where the sides tell them apart (C = 1 or 3 where
@@ -110,15 +116,23 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         if path.exists():
             _check_options(str(data), options, [*OF_PATHS, *OF_COLUMNS])
             return _from_path(path.resolve(), **options)
+        if is_items_path(data):
+            _check_options(data, options, OF_ITEMS)
+            return from_items(data, _asked(options))
         raise DataError(
             f"No data set and no file or folder is called {str(data)!r}. Registered names: {', '.join(names())}."
             + did_you_mean(data, names())
         )
     pair, named_columns = isinstance(data, tuple | list), isinstance(data, Mapping) or hasattr(data, "iloc")
-    fitting = ["channels", *OF_COLUMNS] if pair or named_columns else []
+    if isinstance(data, Mapping) and set(data) == {"import_path", "options"}:  # as a record names it
+        return open_dataset(data["import_path"], **data["options"])
+    items = not isinstance(data, Dataset) and _by_items(data)
+    fitting = OF_ITEMS if items else ["channels", *OF_COLUMNS] if pair or named_columns else []
     _check_options(f"data of type {type(data).__name__}", options, fitting)
     if isinstance(data, Dataset):
         return data
+    if items:
+        return from_items(data, _asked(options))
     if named_columns:
         return columns.from_mapping(data, _asked(options))
     if pair and (asked := _asked(options)).says_roles and len(data) in (2, 4):
@@ -127,7 +141,7 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         return arrays.from_arrays(data, _channels(options))
     raise DataError(
         f"data is a {type(data).__name__}. Give a registered name ({', '.join(names())}), arrays (x, y) or "
-        "(x_train, y_train, x_test, y_test), a dict of arrays, a DataFrame, a .parquet, .h5 or .hdf5 file, or a folder of .npy files, of pictures or of "
+        "(x_train, y_train, x_test, y_test), a dict of arrays, a DataFrame, a torch Dataset, a .parquet, .h5 or .hdf5 file, or a folder of .npy files, of pictures or of "
         "volumes."
     )
 
@@ -135,6 +149,17 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
 def _check_options(data: str, options: dict[str, Any], known: list[str]) -> None:
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"{data} has no option {', '.join(unknown)}. It has {', '.join(known) or 'none'}.")
+
+
+def _by_items(data: Any) -> bool:
+    """Is it a data set of the user's own, or a dict or pair of two, rather than arrays or columns?"""
+    if isinstance(data, Mapping):
+        return "train" in data and all(_by_items(part) for part in data.values())
+    if isinstance(data, list) and data and isinstance(data[0], Mapping):
+        return True
+    if isinstance(data, tuple | list):
+        return len(data) == 2 and all(not isinstance(part, tuple | list | Mapping) and _by_items(part) for part in data)
+    return is_items(data) and not isinstance(data, str | bytes) and not hasattr(data, "iloc") and not hasattr(data, "dtype")
 
 
 def _asked(options: dict[str, Any]) -> Asked:

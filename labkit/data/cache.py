@@ -225,7 +225,7 @@ def _write(
         return _write_fields(folder, name, train, test, synthetic)
     given = {"train": train} if test is None else {"train": train, "test": test}
     _check_shapes(name, given)
-    labels, n_classes, note = _check_labels(name, given)
+    labels, n_classes, note = check_labels(name, given)
     stored = _stored_as(name, given)
 
     if test is None:
@@ -389,7 +389,7 @@ def _write_as_given(
     if role == "label" and not shape:
         full = {s: np.concatenate(list(source.chunks())) for s, source in given.items()}
         try:
-            labels, n_values, note = _check_labels(name, {s: replace(source, y=full[s]) for s, source in given.items()}, field)
+            labels, n_values, note = check_labels(name, {s: replace(source, y=full[s]) for s, source in given.items()}, field)
         except DataError as error:
             raise DataError(f"{error} If they are numbers to be predicted, give target={field!r}.") from None
         given = {s: in_blocks(labels[s], None) for s in given}
@@ -482,7 +482,7 @@ def _check_shapes(name: str, given: dict[str, Source], field: str = "x") -> None
         )
 
 
-def _check_labels(name: str, given: dict[str, Source], field: str = "y") -> tuple[dict[str, np.ndarray], int, str]:
+def check_labels(name: str, given: dict[str, Source], field: str = "y") -> tuple[dict[str, np.ndarray], int, str]:
     """Labels as int64, the number of classes K (the largest training label plus 1), and a note; DataError for wrong ones."""
     labels = {split: _integers(f"{name}: {_label(field, split, given)}", s.y, s.shape[0]) for split, s in given.items()}
     y_train = _label(field, "train", given)

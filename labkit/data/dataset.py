@@ -103,6 +103,11 @@ class Dataset:
         centre, rate = self._affine.get(self.inputs[0], (np.zeros(1, np.float32), np.ones(1, np.float32)))
         return centre.ravel(), rate.ravel()
 
+    @property
+    def reference(self) -> Any:
+        """What a record names it by: its path, an import path, or {"by_value": name}."""
+        return self.path
+
     def affine_of(self, field: str) -> tuple[np.ndarray, np.ndarray] | None:
         """(centre, rate) of a field, each (C, 1, ...), by which it is normalised; None where it stays as it is."""
         return self._affine.get(field)

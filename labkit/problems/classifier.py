@@ -52,6 +52,7 @@ class Classifier(Problem):
         score_samples: int = 256,
         precision: str = "float32",
         channels_last: bool = False,
+        augment: str | Callable[..., Any] | None = None,
     ) -> None:
         check_model(model)
         if model_args is not None and not isinstance(model_args, Mapping):
@@ -70,6 +71,7 @@ class Classifier(Problem):
             score_samples=score_samples,
             precision=precision,
             channels_last=channels_last,
+            augment=augment,
         )
 
     def build(self, seed: int) -> nn.Module:

@@ -8,9 +8,10 @@ Used by `labkit.training` and whatever stands on it; `labkit.problems.classifier
 
 import contextlib
 import copy
+import inspect
 import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,8 +21,9 @@ from torch import nn
 
 from labkit.data import Dataset, open_dataset
 from labkit.data import names as data_names
+from labkit.data.items import Items, is_items_path, seed_of_items, seeding
 from labkit.errors import DataError, LabError, ProblemError, RunError, file_path, flag, known, plain_scalar, whole
-from labkit.imports import by_value, constructor_arguments, import_path, imported, plain
+from labkit.imports import by_value, constructor_arguments, import_path, imported, plain, short
 from labkit.models import seeded
 from labkit.models.flat import Flat
 from labkit.problems.splits import batches, first, hold_out, shuffled
@@ -59,8 +61,12 @@ class Problem:
         is never more than a fifth of that split.
     precision : "float32", or "bfloat16" for autocast over float32 weights.
     channels_last : give batches to the module with the channels as the innermost axis in memory.
+    augment : a function of a batch that is trained on, or its import path: `augment(x)` gives x, `augment(x, y)` gives (x, y), as many
+        samples of the same types. It runs on the workers; random numbers that it draws from torch's global generator, numpy's or
+        Python's are seeded for each batch, so that a run can be replayed.
     """
 
+    augment: str | Callable[..., Any] | None = None
     window: tuple[slice, ...] = ()  # what `load` reads of each sample: slices of the axes behind the channels
 
     def __init__(
@@ -73,6 +79,7 @@ class Problem:
         score_samples: int = 256,
         precision: str = "float32",
         channels_last: bool = False,
+        augment: str | Callable[..., Any] | None = None,
     ) -> None:
         self.batch_size = whole("batch_size", batch_size)
         self.train_samples = None if train_samples is None else whole("train_samples", train_samples)
@@ -80,6 +87,9 @@ class Problem:
         self.score_samples = whole("score_samples", score_samples)
         self.precision = known("precision", precision, ("float32", "bfloat16"))
         self.channels_last = flag("channels_last", channels_last)
+        if not (augment is None or callable(augment) or (isinstance(augment, str) and ":" in augment)):
+            raise TypeError(f'augment={augment!r}: give a function of a batch of inputs, or its import path, "my_module:flip".')
+        self.augment = augment
         self.data = _reference(data)  # last: arrays go into the cache, and a call that is refused leaves nothing there
         needed(self)  # from here on it is known what the modules of the user's own were loaded from
 
@@ -114,7 +124,8 @@ class Problem:
         or None where there is none.
         """
         data = self.dataset
-        batch = {name: torch.from_numpy(part) for name, part in data.batch(indices, split, self.window).items()}
+        with seeded(seed_of_items()) if isinstance(data, Items) else contextlib.nullcontext():
+            batch = {name: torch.from_numpy(part) for name, part in data.batch(indices, split, self.window).items()}
         x = tuple(self._laid_out(batch[name]).to(device) for name in data.inputs)
         y = {name: batch[name].to(device) for name in data.answers}
         return x[0] if len(x) == 1 else x, y if len(y) > 1 else next(iter(y.values()), None)
@@ -125,6 +136,56 @@ class Problem:
             x = x.movedim(1, -1).contiguous()
             x = x.view(-1).view(x.shape).movedim(-1, 1)
         return x
+
+    def draw(self, indices: np.ndarray, device: str | torch.device = "cpu", generator: torch.Generator | None = None) -> Any:
+        """A batch to train on: `load` of the samples `indices` of the training split, augmented.
+
+        Whatever random numbers the data set's own code and `augment` draw from the global generators depend on `generator` (on the CPU)
+        alone, which gives one number a batch where there are any.
+        """
+        if self.augment is None and not isinstance(self.dataset, Items):
+            return self.load(indices, "train", device)
+        seed = 0 if generator is None else int(torch.randint(1 << 31, (), generator=generator))
+        with seeding(seed):
+            batch = self.load(indices, "train", device)
+        if self.augment is None:
+            return batch
+        with seeded(seed + 1):
+            return self._augmented(batch)
+
+    def _augmented(self, batch: Any) -> Any:
+        augment, (x, y) = self._augment, batch
+        made = augment(x, y) if self._augments_pairs else (augment(x), y)
+        if not isinstance(made, tuple) or len(made) != 2 or type(made[0]) is not type(x):
+            got = type(made).__name__ if self._augments_pairs else type(made[0]).__name__
+            raise ProblemError(
+                f"augment={short(self.augment)} gave a {got}. Return what it is given: x, or (x, y) where it takes both."
+            )
+        for before, after in zip(
+            x if isinstance(x, tuple) else (x,), made[0] if isinstance(x, tuple) else (made[0],), strict=False
+        ):
+            if len(after) != len(before) or after.dtype != before.dtype:
+                raise ProblemError(
+                    f"augment={short(self.augment)} made {tuple(after.shape)} {after.dtype} of {tuple(before.shape)} {before.dtype}. "
+                    "It gets a batch and returns as many samples of the same type."
+                )
+        return made
+
+    @cached_property
+    def _augment(self) -> Callable[..., Any]:
+        return imported(self.augment) if isinstance(self.augment, str) else self.augment
+
+    @cached_property
+    def _augments_pairs(self) -> bool:
+        """Does `augment` take x and y?"""
+        with contextlib.suppress(TypeError, ValueError):
+            positional = [
+                p
+                for p in inspect.signature(self._augment).parameters.values()
+                if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+            ]
+            return len(positional) == 2
+        return False
 
     def measure(
         self, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu", batch_size: int = MEASURED
@@ -205,7 +266,7 @@ class Problem:
 
                 check_outputs(module, other, evaluate, seed, title)
                 self.evaluate(module, self.load(test[:2], "test"))
-                stepped = self.step(module, batch, optimisers, Clock(0, 1, 0.0))
+                stepped = self.step(module, self.draw(train[: min(2, self.batch_size)]), optimisers, Clock(0, 1, 0.0))
                 check_rebuilt(state, rebuilt, evaluate, seed, title)
         except LabError:
             raise
@@ -286,17 +347,27 @@ class Problem:
 
     def config(self) -> dict[str, Any]:
         """The settings as JSON can store them; `problem_from_config` makes the problem again."""
-        settings = {name: v.path if isinstance(v, Dataset) else plain(v) for name, v in constructor_arguments(self).items()}
+        settings = {name: v.reference if isinstance(v, Dataset) else plain(v) for name, v in constructor_arguments(self).items()}
+        if self.augment is None:
+            settings.pop("augment", None)  # as in records of before
+        elif callable(self.augment):
+            settings["augment"] = import_path(self.augment)
         return {"kind": import_path(type(self)), **settings}
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("dataset", "_split")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("dataset", "_split", "_augment")}
         if "dataset" in self.__dict__:
             state["_expected"] = _identity(self.dataset)
         return state
 
     def _title(self) -> str:
         return f"problem {type(self).__name__}"
+
+
+def draws(seed: int, worker: int, incarnation: int = 0) -> torch.Generator:
+    """The generator on the CPU from which a worker seeds what is random in its batches."""
+    stream = np.random.SeedSequence([seed, worker, incarnation, 1])
+    return torch.Generator().manual_seed(int(stream.generate_state(1)[0]))
 
 
 def problem_from_config(config: Mapping[str, Any]) -> Problem:
@@ -324,7 +395,9 @@ def _reference(data: Any) -> str | Dataset:
     if not isinstance(data, str | os.PathLike):
         return open_dataset(data)
     name, path = os.fspath(data), os.path.abspath(file_path("data", data))
-    return path if name not in data_names() and os.path.exists(path) else name
+    if name in data_names() or not os.path.exists(path):
+        return open_dataset(name) if is_items_path(name) else name
+    return path
 
 
 def _identity(dataset: Dataset) -> tuple[Any, ...]:

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from labkit.errors import LabError, ProblemError
 from labkit.problems import Clock, evaluating
+from labkit.problems.problem import draws
 from labkit.subnets.problem import Subnet
 from labkit.training.local import Fit, fit_epochs
 
@@ -101,9 +102,10 @@ def fit_together(problems: Sequence[Subnet], modules: Sequence[nn.Module], *, de
     are those of all together."""
     problem, stack = problems[0], Stack(modules, device)
     optimisers, states = problem.optimisers(stack), [stack.row(number) for number in range(len(modules))]
+    generators = [draws(seed, 0) for seed in settings["seeds"]]
 
     def step(drawn: list[np.ndarray], clock: Clock) -> torch.Tensor:
-        loaded = [own.load(batch, "train", device) for own, batch in zip(problems, drawn, strict=True)]
+        loaded = [own.draw(batch, device, of) for own, batch, of in zip(problems, drawn, generators, strict=True)]
         x, y = (torch.stack(tensors) for tensors in zip(*loaded, strict=True))
         problem.step(stack, (x, y.flatten()), optimisers, clock)
         return stack.losses(y)

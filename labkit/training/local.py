@@ -20,6 +20,7 @@ from labkit.errors import ProblemError
 from labkit.models.flat import Flat
 from labkit.partition import UDPA
 from labkit.problems import Clock, Problem, evaluating
+from labkit.problems.problem import draws
 from labkit.problems.splits import batches
 from labkit.training.worker.sampler import Shard
 
@@ -60,10 +61,10 @@ def fit(
     `each(epoch, loss, score)` is called after each epoch, with the score where it was measured; if it returns true, training ends.
     """
     state = Flat(module, device)
-    optimisers = problem.optimisers(module)
+    optimisers, generator = problem.optimisers(module), draws(seed, 0)
 
     def step(drawn: list[np.ndarray], clock: Clock) -> torch.Tensor:
-        metrics = problem.step(module, problem.load(drawn[0], "train", device), optimisers, clock)
+        metrics = problem.step(module, problem.draw(drawn[0], device, generator), optimisers, clock)
         return torch.as_tensor(metrics["loss"], device=device).reshape(1)
 
     one = [problem], [module], [state]

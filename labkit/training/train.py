@@ -256,7 +256,9 @@ def check_shards(problem: Problem, workers: list[int], partition: Partition) -> 
 
 def labels_for(partition: Partition, problem: Problem) -> np.ndarray | None:
     """Classes of the training samples, where the partition needs them; int64 (n_train,)."""
-    return problem.labels(problem.train_indices()) if partition.stratified else None
+    if not partition.stratified or (problem.dataset.label is None and type(problem).labels is Problem.labels):
+        return None  # the partition says that it needs some
+    return problem.labels(problem.train_indices())
 
 
 def choose(lab: Lab, workers: Sequence[int] | None, path: Path) -> list[int]:

@@ -21,7 +21,7 @@ from labkit.data import open_dataset
 from labkit.errors import DataError, ProblemError, RunError
 from labkit.models import evaluating, seeded
 from labkit.problems import Classifier, Clock, Problem
-from labkit.problems.problem import problem_from_config
+from labkit.problems.problem import draws, problem_from_config
 
 pytestmark = pytest.mark.usefixtures("cache")
 START = Clock(0, 100, 0.0)
@@ -96,6 +96,88 @@ def test_channels_last_leaves_features_and_takes_volumes():
 
 
 # Measuring.
+
+
+def noisy(x):
+    assert x.dtype == torch.float32
+    return x + torch.rand(len(x), 1, 1, 1)
+
+
+def mirrored(x, y):
+    return (x.flip(-1), y) if np.random.rand() < 2 else None
+
+
+def test_augmentation_is_drawn_from_the_generator_of_a_worker_and_measuring_goes_without():
+    problem = tiny(augment=noisy)
+    indices = problem.train_indices()[:5]
+    before = torch.get_rng_state()
+    batches = [
+        [problem.draw(indices, generator=one)[0] for _ in range(2)] for one in (draws(0, 1, 2), draws(0, 1, 2), draws(0, 1, 3))
+    ]
+    assert torch.equal(before, torch.get_rng_state())
+    torch.testing.assert_close(batches[0], batches[1], rtol=0, atol=0)
+    assert not torch.equal(*batches[0]) and not torch.equal(batches[0][0], batches[2][0])
+    x, y = problem.load(indices)
+    assert (batches[0][0] - x).min() > 0 and (batches[0][0] - x).max() < 1
+    both = tiny(augment=f"{__name__}:mirrored").draw(indices, generator=draws(0, 0))
+    assert torch.equal(both[0], x.flip(-1)) and torch.equal(both[1], y)
+    generator = draws(0, 0)
+    state = generator.get_state()
+    assert torch.equal(tiny().draw(indices, generator=generator)[0], x) and torch.equal(state, generator.get_state())
+
+
+def test_augmentation_is_recorded_and_what_is_none_is_refused():
+    assert tiny(augment=noisy).config()["augment"] == f"{__name__}:noisy" and "augment" not in tiny().config()
+    again = problem_from_config(tiny(model="lenet", augment=noisy).config())
+    assert torch.equal(again.draw([1])[0], tiny(augment=noisy).draw([1])[0])
+    with pytest.raises(TypeError, match="augment=3"):
+        tiny(augment=3)
+    for wrong, words in ((lambda x: x[:1], "made"), (lambda x: x.double(), "float64"), (lambda x: None, "gave a NoneType")):
+        with pytest.raises(ProblemError, match=words):
+            tiny(augment=wrong).check()
+
+
+class Items:
+    """A set of the user's own that draws at random."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return {"a": torch.full((4,), float(i)) + torch.rand(4), "b": np.float32([i + np.random.rand()]), "y": i % 2}
+
+
+def test_items_of_the_users_own_are_read_by_the_generator_of_a_worker():
+    problem = Classifier(lambda: nn.Linear(4, 2), Items(), batch_size=8)
+    indices = problem.train_indices()[:3]
+    draw = [problem.draw(indices, generator=draws(0, 1)) for _ in range(2)]
+    (a, b), y = draw[0]
+    assert a.shape == (3, 4) and b.shape == (3, 1) and y.dtype == torch.int64 and torch.equal(a, draw[1][0][0])
+    (c, d), _ = problem.draw(indices, generator=draws(0, 2))
+    assert not torch.equal(a, c) and not torch.equal(b, d) and torch.equal(a.floor(), c.floor())
+    torch.testing.assert_close(
+        problem.load(indices), problem.load(indices), rtol=0, atol=0
+    )  # measured on the same samples each time
+    assert problem.config()["data"] == {"by_value": "Items"}
+    with pytest.raises(RunError, match="'Items' of this run"):
+        problem_from_config({**problem.config(), "model": "lenet"})
+    named = Classifier(lambda: nn.Linear(4, 2), f"{__name__}:Items", batch_size=8)
+    assert named.config()["data"] == f"{__name__}:Items" and named.dataset.n_classes == 2
+    assert pickle.loads(pickle.dumps(named.dataset)).fields == named.dataset.fields
+
+
+def test_samples_without_classes_have_no_strata():
+    problem = Classifier("lenet", open_dataset({"x": images()[0], "size": np.linspace(0, 1, 60)}, target="size"))
+    x, size = problem.load(problem.train_indices()[:2])
+    assert size.dtype == torch.float32 and x.shape == (2, 1, 8, 8) and len(problem.score_indices()) == 10
+    with pytest.raises(DataError, match="no field with one label a sample"):
+        problem.labels(problem.train_indices())
+    assert Classifier("lenet", open_dataset({"x": images()[0]})).load(np.arange(2))[1] is None
+    several = open_dataset({"x": images()[0], "u": np.arange(60) % 2, "v": np.arange(60.0)}, label="u", target="v")
+    assert {name: part.dtype for name, part in Classifier("lenet", several).load(np.arange(2))[1].items()} == {
+        "u": torch.int64,
+        "v": torch.float32,
+    }
 
 
 class Counting(Problem):

@@ -135,6 +135,28 @@ def test_a_replay_has_the_same_bits(update, partition, train):
     np.testing.assert_allclose(again.curve()[pick], run.curve()[pick])
 
 
+class Drawn:
+    """A set of the user's own, with something random in each of its items."""
+
+    def __len__(self):
+        return 90
+
+    def __getitem__(self, i):
+        return torch.randn(6) + i % 3, i % 3
+
+
+def scaled(x):
+    return x * (1 + torch.rand(len(x), 1))
+
+
+def test_what_is_random_in_batches_is_drawn_again(lab, tmp_path):
+    """Also by threads, which share the global generators."""
+    drawing = labkit.Classifier(lambda: nn.Linear(6, 3), Drawn(), batch_size=8, augment=scaled)
+    run = labkit.train(drawing, lab, update="agwu", partition="udpa", passes=3, seed=0, name="r", runs=tmp_path)
+    run.wait(timeout=60)
+    assert same(run, labkit.replay(run, problem=drawing)) and run.summary()["score"] > 0.5
+
+
 RULES = [
     *("delayed-nesterov", "easgd"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("heloco", "gem", "ssp", "diloco", "fedbuff")),

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from labkit.models.flat import Flat
-from labkit.problems.problem import Clock, Problem
+from labkit.problems.problem import Clock, Problem, draws
 from labkit.problems.splits import batches
 from labkit.runs.checkpoints import Layout
 from labkit.training.wire.protocol import Grant
@@ -58,6 +58,7 @@ class Replica:
         self.optimisers = problem.optimisers(self.module)
         self.train_indices, self.scored = problem.train_indices(), problem.score_indices()
         self.shard: Shard | None = None
+        self.draws: torch.Generator | None = None  # what is random in its batches
         self.left = np.empty(0, np.int64)  # samples of this grant that are trained on ahead
         self.pushed: torch.Tensor | None = None  # the weights as they were before that
         self.carried = NOTHING  # what was trained on ahead, and belongs to the next push
@@ -65,7 +66,7 @@ class Replica:
     def begin(self, incarnation: int, own_generator: bool = True) -> None:
         """An empty shard; and for dropout and the like a stream of random numbers, unless workers share torch's generator."""
         seeds = [self.seed, self.worker, incarnation]
-        self.shard = Shard(*seeds)
+        self.shard, self.draws = Shard(*seeds), draws(*seeds)
         if own_generator:
             seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
             (torch.default_generator.manual_seed if self.device == "cpu" else torch.manual_seed)(seed)
@@ -78,7 +79,7 @@ class Replica:
     def step(self, indices: np.ndarray, clock: Clock, group: ProcessGroup | None = None) -> torch.Tensor | float:
         """One optimiser step on training samples; returns the loss."""
         started = time.perf_counter()
-        batch = self.problem.load(self.train_indices[indices], "train", self.device)
+        batch = self.problem.draw(self.train_indices[indices], self.device, self.draws)
         with group.exchanging() if group else contextlib.nullcontext():
             metrics = self.problem.step(group.ddp if group else self.module, batch, self.optimisers, clock)
         self.after(started, group.waited if group else 0.0)
