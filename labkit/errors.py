@@ -163,6 +163,13 @@ def file_path(name: str, value: Any) -> Path:
         raise ValueError(f"{name}={os.fspath(given)!r}: {error}") from error
 
 
+def instance(name: str, value: Any, cls: type, such: str = "") -> Any:
+    """`value`, if it is one of `cls`; TypeError otherwise, with `such` as what to give."""
+    if not isinstance(value, cls):
+        raise TypeError(f"{name}={_shown(value)} must be a {cls.__name__}{such}, not {type(value).__name__}.")
+    return value
+
+
 def several(name: str, values: Any, convert: Callable[[str, Any], Any], error: type[Exception] = TypeError) -> list[Any]:
     """Each of `values` as `convert(name, value)` gives it, in a list; `error` where they are a single one, a string or a dict."""
     try:

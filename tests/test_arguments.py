@@ -299,3 +299,29 @@ def test_no_argument_is_forgotten():
         assert (
             names - {name for name, *_ in arguments} - BIG - ELSEWHERE - {"figure", "frame", "note", "runs", "x", "faults"} == set()
         ), call
+
+
+def test_a_lab_a_run_a_dict_of_another_kind(threads, home):
+    for call in (
+        lambda: labkit.train(PROBLEM, "threads"),
+        lambda: labkit.train_subnets(PROBLEM, None, (2, 2)),
+        lambda: labkit.train_subnets(PROBLEM, threads, (2, 2), team=["n_workers"]),
+        lambda: labkit.replay("runs/mine"),
+        lambda: labkit.simulate(3),
+        lambda: labkit.connect("dask", 2, resources=["GPU"]),
+        lambda: labkit.Classifier(model_args=3),
+    ):
+        with pytest.raises((TypeError, labkit.LabError), match=r"(lab|team|run|source|resources|model_args)=.* must be a "):
+            call()
+    assert os.listdir(home) == []
+
+
+def test_data_do_not_go_into_the_cache_of_a_problem_that_is_refused(home, monkeypatch):
+    monkeypatch.setenv("LABKIT_CACHE", str(home / "cache"))
+    x, y = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20) % 2
+    for bad in ({"batch_size": 2.5}, {"precision": "half"}, {"channels_last": "no"}, {"lr": -1}, {"model_args": 3}):
+        with pytest.raises((TypeError, ValueError)):
+            labkit.Classifier(data=(x, y), **bad)
+    with pytest.raises(ValueError, match="part=9"):
+        labkit.Subnet(data=(x, y), decomposition=(2, 2), part=9)
+    assert os.listdir(home) == []

@@ -14,7 +14,7 @@ import atexit
 import importlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from labkit.cluster.backend import Request, made_by, quiet
 from labkit.cluster.emulation import make_stalls, opposite
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, file_path, known, real, several, text, whole
+from labkit.errors import ClusterError, file_path, instance, known, real, several, text, whole
 
 BACKENDS = {  # kind -> module with `check` and `open`, which is loaded when it is asked for (`labkit.cluster.backend`)
     "threads": "labkit.cluster.dask_backend",
@@ -149,6 +149,7 @@ def _checked(request: Request) -> Request:
     """The request with everything in the plain type that back ends use; a `ClusterError` where something makes no sense."""
     given, resources = request, request.resources
     try:
+        instance("resources", resources or {}, Mapping)
         request = replace(
             given,
             n_workers=None if given.n_workers is None else whole("n_workers", given.n_workers),

@@ -23,7 +23,7 @@ import numpy as np
 
 from labkit.data.cache import Source, blocks, cached, converted_key, rows_per_chunk
 from labkit.data.dataset import SPLITS, Dataset
-from labkit.errors import DataError, did_you_mean
+from labkit.errors import DataError, did_you_mean, real
 
 ANSWERS = ("y", "label", "labels", "target", "targets")
 IDS = ("ids", "input_ids", "token_ids", "tokens", "attention_mask", "token_type_ids")
@@ -49,8 +49,7 @@ class Asked:
         """TypeError for what is neither a name nor names, or no number."""
         for name, value in options.items():
             if name == "pad":
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise TypeError(f"pad={value!r} is no number. Give the value behind the end of shorter samples, such as pad=0.")
+                options[name] = real(name, value)  # what is behind the end of shorter samples
             elif name != "channels" and not isinstance(value, bool):
                 options[name] = _names(name, value)
             elif value is False or (value is True and name not in ("tokens", "as_given")):

@@ -9,7 +9,7 @@ Used from notebooks; the work is done in `labkit.simulation.exact` and `labkit.s
 import copy
 from pathlib import Path
 
-from labkit.errors import RunError, file_path
+from labkit.errors import RunError, file_path, instance
 from labkit.imports import rule_title
 from labkit.partition import Partition
 from labkit.plots.progress import meter
@@ -61,6 +61,7 @@ def replay(
         the steps), was computed on a GPU, or by threads that shared a generator of random numbers. Or the replay differs from it:
         the first difference, with its event and worker.
     """
+    instance("run", run, Run, ", such as labkit.load_run(path)")
     folder = run.path.parent if runs is None else file_path("runs", runs)
     name = None if name is None else run_name(name)
     rule = rule_of(run, "update", by="replay") if update is None else copy.deepcopy(make_update(update))

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-from labkit.errors import file_path, flag, real, whole
+from labkit.errors import file_path, flag, real, several, whole
 from labkit.partition import Partition, make_partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
@@ -91,7 +91,7 @@ def simulate(
     ValueError, TypeError, PartitionError, ProblemError
         The request makes no sense. An all-reduce cannot be simulated: it exchanges within every step.
     """
-    measured = [source] if isinstance(source, Run) else list(source)
+    measured = [source] if isinstance(source, Run) else several("source", source, lambda _, one: one)
     if not measured:
         raise ValueError("simulate() needs a run, several, or the samples/s of at least one worker.")
     base = measured[0] if isinstance(measured[0], Run) else None

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from labkit.cluster.lab import Lab, Worker
-from labkit.errors import ClusterError, ProblemError, RunError, file_path, flag, known, real, several, whole
+from labkit.errors import ClusterError, ProblemError, RunError, file_path, flag, instance, known, real, several, whole
 from labkit.models import evaluating, seeded
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import Flat
@@ -131,7 +131,8 @@ def train_subnets(
     """
     if type(problem) is not Classifier:
         raise TypeError(f"problem is a {type(problem).__name__}; subnets are made of a labkit.Classifier(...).")
-    decomposition = Decomposition.of(decomposition)
+    instance("lab", lab, Lab, " of labkit.connect(...)")
+    decomposition, team = Decomposition.of(decomposition), None if team is None else instance("team", team, Mapping)
     stacking, inputs = known("stacking", stacking, STACKING), known("inputs", inputs, INPUTS)
     width_rule = known("width_rule", width_rule, WIDTH_RULES)
     epochs, hidden = whole("epochs", epochs), several("hidden", hidden, whole)

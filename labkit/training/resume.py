@@ -22,7 +22,7 @@ import numpy as np
 
 from labkit.cluster.connect import connect, current
 from labkit.cluster.lab import Lab
-from labkit.errors import LabError, PartitionError, RunError, file_path
+from labkit.errors import LabError, PartitionError, RunError, file_path, instance
 from labkit.imports import by_value, imported
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
@@ -82,7 +82,7 @@ def resume(
     if len(weights) != layout.size:
         raise RunError(f"version {version} holds {len(weights)} weights, and layout.json of {run.path} says {layout.size}.")
     update, partition = rule_of(run, "update", update), rule_of(run, "partition", partition)
-    lab = lab or current() or _lab_like(run)
+    lab = current() or _lab_like(run) if lab is None else instance("lab", lab, Lab, " of labkit.connect(...)")
     newcomers = workers is None
     workers = choose(lab, workers, run.path)
     if len(workers) > run.config.n_train:

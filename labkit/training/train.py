@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, RunError, file_path, known, real, text, whole
+from labkit.errors import ClusterError, RunError, file_path, instance, known, real, text, whole
 from labkit.imports import rule_title
 from labkit.models.flat import Flat
 from labkit.partition import Partition, make_partition
@@ -133,6 +133,7 @@ def train(
     limits["patience"] = None if patience is None else whole("patience", patience, error=ValueError)
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
+    instance("lab", lab, Lab, " of labkit.connect(...)")
     runs, name = file_path("runs", runs), None if name is None else run_name(name)
     problem.check(seed)
     if update.collective:

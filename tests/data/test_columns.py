@@ -160,7 +160,7 @@ def test_wrong_columns_are_refused_by_name():
     refused({"x": IMAGES[:0], "y": Y[:0]}, "x of the train split is empty")
     refused({3: IMAGES, "y": Y}, "column 3 has no name")
     refused((IMAGES, AGE), "target='y'")
-    with pytest.raises(TypeError, match="pad='0' is no number"):
+    with pytest.raises(TypeError, match="pad='0' must be a number"):
         open_dataset({"x": IMAGES}, pad="0")
     with pytest.raises(TypeError, match="label=3"):
         open_dataset({"x": IMAGES}, label=3)
