@@ -4,8 +4,9 @@
                parameters, float32                         buffers, float32     one number 0..255 a byte
 
 Parameters and float32 buffers are views into the vector, so a pull is received straight into the model and a push is sent straight
-out of it. Buffers of any other type (counters, flags, indices, float64) must come through bit for bit: they are views into one
-vector of bytes, which `pack` and `unpack` convert at once. A byte is exact in every precision of the wire.
+out of it. Buffers of any other type (counters, flags, indices, float64), and those that begin with infinity (a mask, say), must come
+through bit for bit: they are views into one vector of bytes, which `pack` and `unpack` convert at once. A byte is exact in every
+precision of the wire.
 
 A module may replace the memory of its tensors (`p.data = ...`, `self.mean = 0.9 * self.mean + ...`) at any time; `pack` and
 `unpack` compare addresses, copy the values back and point the module at the vector again.
@@ -56,7 +57,7 @@ class Flat:
         own = [(name, tensor, what) for name, _, _, tensor, what in _held(module) if first[name] == name]
         params = {name: tensor for name, tensor, what in own if what == "parameter"}
         others = {name: tensor for name, tensor, what in own if what == "buffer"}
-        buffers = {name: tensor for name, tensor in others.items() if tensor.dtype == torch.float32}
+        buffers = {name: tensor for name, tensor in others.items() if _is_averaged(tensor, exact)}
         # The widest first, so that every view of the bytes is aligned.
         odd = sorted(set(others) - set(buffers), key=lambda name: (-others[name].element_size(), list(others).index(name)))
         odd = {name: others[name] for name in odd if exact}
@@ -156,6 +157,11 @@ def _held(module: torch.nn.Module) -> Iterator[tuple[str, Mapping, str, torch.Te
             for key, tensor in list(held.items()):
                 if tensor is not None:
                     yield f"{prefix}{key}", held, key, tensor, what
+
+
+def _is_averaged(buffer: torch.Tensor, exact: bool) -> bool:
+    """Is a buffer among the numbers that a rule averages?"""
+    return buffer.dtype == torch.float32 and (not exact or bool(torch.isfinite(buffer).all()))
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -35,8 +35,14 @@ def shared(one: nn.Module, other: nn.Module) -> bool:
 
 def copied(module: nn.Module, title: str) -> nn.Module:
     """A module of its own with the same values; ProblemError where it cannot be copied."""
+    computed = (value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor))
+    known = {
+        id(tensor): tensor.detach().clone() for tensor in computed if not tensor.is_leaf
+    }  # such as the product of a weight norm
+    lazy = (buffer for buffer in module.buffers() if isinstance(buffer, UninitializedBuffer))  # torch cannot copy these
+    known |= {id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype) for buffer in lazy}
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, known)
     except Exception as error:
         raise ProblemError(
             f"{title} is made by a function that returns one module, or one with the same tensors, each time, and this cannot be "

@@ -1,6 +1,13 @@
-"""The flat vector of a module: values stay, tensors are views, and the layout states which entries are whose."""
+"""The flat vector of a module: values stay, tensors are views, and the layout states which entries are whose.
+
+`zoo.py` holds modules of every kind; each is trained in a course without a cluster and compared with a plain loop.
+"""
 
 from __future__ import annotations
+
+import time
+from contextlib import closing
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,8 +15,18 @@ import torch
 from torch import nn
 
 from labkit.errors import ProblemError
+from labkit.models import evaluating
 from labkit.models.flat import Flat
+from labkit.partition import UDPA
+from labkit.problems import Clock
+from labkit.problems.splits import batches
 from labkit.runs.checkpoints import Layout
+from labkit.simulation.offline import Replicas, begin_course
+from labkit.training.local import alone
+from labkit.training.wire import compression
+from labkit.updates import make_update
+from tests.helpers import SEED, problem, settings
+from tests.models.zoo import PRETRAINED, ZOO, Zoo
 
 
 class Odd(nn.Module):
@@ -83,3 +100,138 @@ def test_parameters_come_before_buffers():
 def test_weights_that_are_not_float32_are_refused():
     with pytest.raises(ProblemError, match=r"parameter 'weight' is float64, not float32.*precision='bfloat16'"):
         Flat(nn.Linear(2, 2, dtype=torch.float64))
+
+
+# -- the zoo: what is trained, sent and built again is one network -----------------------------------------------------
+
+
+def course(a_problem, update, workers=(0,), exchange="float32", overlap=0):
+    """A run without a cluster: the last version, and the replicas of the workers once they have pulled it."""
+    n, answers, it = len(a_problem.train_indices()), {}, None
+    config = settings(
+        workers, n_train=n, budget=2 * n * len(workers), batch_size=a_problem.batch_size, seed=SEED, exchange=exchange
+    )
+    replicas, rule = Replicas(a_problem, config.replace(overlap=overlap)), make_update(update)
+    it = begin_course(
+        config,
+        a_problem,
+        rule,
+        UDPA(),
+        deliver=answers.__setitem__,
+        record=lambda *args, **fields: None,
+        save=lambda *version: None,
+        clock=time.monotonic,
+    )
+    for worker in workers:
+        replicas.join(worker)
+        it.join(worker)
+    with closing(replicas):
+        while answers:
+            worker, answer = next(iter(answers.items()))
+            del answers[worker]
+            if answer.grant is None:
+                it.leave(it.members[worker])
+                continue
+            done, weights = replicas.work(worker, answer)
+            header = {**done, "op": "push", "version": answer.grant.version, "score": replicas.score(worker), "score_s": 0.0}
+            it.push(it.members[worker], header, weights, weights.nbytes)
+    assert it.state == "done", it.reason
+    found = []
+    for own in replicas.workers.values():
+        np.copyto(own.buffers.pulled, compression.pack(rule.weights, exchange))
+        own.buffers.unpack(0)
+        found.append(own.replica)
+    return rule.weights, found
+
+
+def by_hand(a_problem, passes):
+    """The same training as a plain loop, on a module that no vector holds."""
+    module, indices = a_problem.new_module(SEED), a_problem.train_indices()
+    optimisers, shard = a_problem.optimisers(module), alone(len(indices), SEED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.SeedSequence([SEED, 0, 0]).generate_state(1)[0]))
+        for epoch in range(passes):
+            for batch in batches(shard.draw(len(indices)), a_problem.batch_size):
+                a_problem.step(module, a_problem.load(indices[batch]), optimisers, Clock(0, 1, epoch))
+    return module
+
+
+def logits(a_problem, module):
+    with evaluating(module):
+        return module(a_problem.load(a_problem.test_indices()[:20], "test")[0])
+
+
+def state(module):
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("kind", ZOO)
+def test_one_worker_is_a_plain_loop_and_its_last_version_is_what_it_trained(kind):
+    a_problem = problem(ZOO[kind], train_samples=36)
+    weights, (replica,) = course(a_problem, "sgwu")
+    plain, built = by_hand(a_problem, 2), a_problem.new_module(SEED)
+    Flat(built).load(torch.tensor(weights))
+    moved = 0
+    for name, tensor in state(plain).items():
+        own = state(built)[name]
+        same = torch.allclose(own, tensor, rtol=1e-4, atol=1e-6) if kind in LAST_BIT else torch.equal(own, tensor)
+        assert same and own.dtype == tensor.dtype, name
+        moved += not torch.equal(tensor, state(a_problem.new_module(SEED))[name])
+    assert moved
+    assert torch.equal(logits(a_problem, built), logits(a_problem, replica.module))  # last: some change when they are evaluated
+    assert all(torch.equal(a, b) for a, b in zip(PRETRAINED.parameters(), BEFORE, strict=True))
+
+
+# Kernels that go by the place of a tensor in memory, or its strides: views of a vector have others.
+LAST_BIT = ("orthogonal", "spectral_norm", "spectral_norm_by_hooks", "group_norm_channels_last")
+BEFORE = [parameter.detach().clone() for parameter in PRETRAINED.parameters()]
+FAMILIES = (
+    "sgwu",
+    "agwu",
+    "downpour",
+    "fedasync",
+    "fedbuff",
+    "easgd",
+    "gem",
+    "diloco",
+    "delayed-nesterov",
+    "heloco",
+    "ssp",
+    "rescaled",
+)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("update", "exchange"),
+    [
+        ("easgd", "bfloat16"),
+        *(pytest.param(*rule, marks=pytest.mark.slow) for rule in [*product(FAMILIES, ["float32"]), ("sgwu", "float16")]),
+    ],
+)
+def test_under_every_rule_a_new_module_is_the_network_of_every_replica(update, exchange):
+    a_problem = problem(Zoo, train_samples=32, lr=0.01)
+    weights, replicas = course(a_problem, update, (0, 1), exchange)
+    built = a_problem.new_module(SEED)
+    Flat(built).load(torch.tensor(compression_of(weights, exchange)))
+    for replica in replicas:
+        assert all(torch.equal(state(built)[name], tensor) for name, tensor in state(replica.module).items())
+    expected = logits(a_problem, built)
+    assert expected.isfinite().all() and not torch.equal(expected, logits(a_problem, a_problem.new_module(SEED)))
+    for replica in replicas:
+        assert torch.equal(expected, logits(a_problem, replica.module))
+    assert built.cages["activation_norm"].initialised and built.cages["counter_assigned_anew"].steps >= 2
+
+
+@pytest.mark.usefixtures("cache")
+def test_the_zoo_passes_the_check():
+    problem(Zoo, train_samples=32).check(SEED)
+
+
+def compression_of(weights, exchange):
+    """What a worker gets of a version."""
+    if exchange == "float32":
+        return weights
+    compression.unpack(compression.pack(weights, exchange), exchange, rounded := np.empty_like(weights))
+    return rounded

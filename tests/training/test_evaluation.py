@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import labkit
 from labkit.runs import checkpoints
 from labkit.training.evaluation import measure
 from tests.helpers import ended, net_with_statistics, problem
+from tests.models.zoo import Zoo
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -29,3 +31,33 @@ def test_a_curve_that_was_not_measured_is_measured_when_it_is_asked_for(train):
     curve = run.curve()
     (run.path / "metrics.parquet").unlink()
     assert labkit.load_run(run.path, problem=a_problem).curve().equals(curve) and (run.path / "metrics.parquet").exists()
+
+
+RULES = {"sgwu": [0], "agwu": [0, 1], "fedbuff": [0, 1], "diloco": [0, 1], "easgd": [0, 1], "allreduce": [0, 1]}
+rare = (pytest.mark.cluster, pytest.mark.slow)
+LABS = [
+    ("threads", ["sgwu"]),
+    pytest.param("threads", list(RULES), marks=pytest.mark.slow),
+    *(pytest.param(kind, ["sgwu", "agwu", "allreduce"], marks=rare) for kind in ("dask", "ipyparallel")),
+]
+
+
+@pytest.mark.parametrize(("kind", "rules"), LABS)
+def test_what_a_worker_trains_is_what_is_measured_and_what_is_given(kind, rules, tmp_path):
+    """Modules of every kind in one network, and the last version under each rule: for the worker, on the curve, as a model."""
+    with labkit.connect(kind, 2) as lab:
+        for rule in rules:
+            but = ["embedding_with_sparse_gradients"] if rule == "allreduce" else []  # no gradients that DDP could average
+            a_problem = problem(Zoo, train_samples=64, lr=0.01, model_args={"but": but})
+            run = ended(labkit.train(a_problem, lab, update=rule, passes=2, checkpoints=2, runs=tmp_path, workers=RULES[rule]))
+            last = a_problem.measure(run.model().network, a_problem.test_indices(), "test", batch_size=250)
+            np.testing.assert_allclose(run.curve()[["loss", "score"]].iloc[-1], [last["loss"], last["score"]], rtol=1e-6)
+            if rule == "sgwu":
+                scored = a_problem.measure(run.model().network, a_problem.score_indices())
+                assert run.events.query("kind == 'push'").score.iloc[-1] == pytest.approx(scored["score"], rel=1e-6)
+            weights = run.weights()
+            assert weights["cages.activation_norm.initialised"] and weights["cages.batch_norm.1.num_batches_tracked"] >= 4
+            for name, tensor in run.model().network.state_dict().items():
+                if name in weights:  # tied ones come once
+                    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+                    np.testing.assert_array_equal(tensor.numpy(), weights[name], err_msg=name)

@@ -53,7 +53,8 @@ class Replica:
         self.problem, self.seed, self.worker, self.budget, self.device = problem, seed, worker, budget, device
         self.after, self.halted = after, halted
         self.module = problem.new_module(seed)
-        self.state = Flat(self.module, device, exact)
+        self.state, self.exact = Flat(self.module, device, exact), exact
+        self.is_measuring_pure: bool | None = None  # does it leave weights and buffers as they are? None: not known yet
         self.flat, self.layout = self.state.vector, Layout.of(*self.state.shapes)
         self.optimisers = problem.optimisers(self.module)
         self.train_indices, self.scored = problem.train_indices(), problem.score_indices()
@@ -169,6 +170,10 @@ class Replica:
     def score(self) -> float:
         """Q in [0, 1] of the replica's weights on the score set that all workers share."""
         started = time.perf_counter()
+        before = self.state.saved() if self.is_measuring_pure is not True and self.exact else None
         score = self.problem.quality(self.module, self.scored, self.device)
+        if before is not None:  # measuring is no training; where it leaves no trace the first time, it is not looked at again
+            self.is_measuring_pure = bool(((now := self.state.pack()) == before).logical_or(now.isnan()).all())
+            self.state.load(before)
         self.after(started)
         return score
