@@ -51,6 +51,10 @@ class RunError(LabError):
     """A run directory cannot be written, read or understood."""
 
 
+class RunningError(RunError):
+    """The run of this directory is running, or somebody else writes in it."""
+
+
 class SweepError(LabError):
     """A sweep was asked for something that its notebook does not have."""
 

@@ -21,13 +21,13 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from labkit.errors import SweepError
 from labkit.experiments.notebook import quiet
+from labkit.locks import alone
 from labkit.runs.files import find_json, replacing, write_json
 
 ENGINE = "labkit"  # papermill's name for the engine of `labkit.experiments.outputs`
@@ -114,20 +114,6 @@ def execute(job: dict) -> str:
             (folder / "error.txt").write_text(details + "\n", encoding="utf-8")
         write_json(folder / "status.json", status)
     return status["state"]
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One at a time is in this block for a folder, of all threads and processes; where the file system has locks of folders."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _claim(folder: Path, status: dict) -> str:

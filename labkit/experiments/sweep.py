@@ -27,8 +27,9 @@ from typing import Any
 import pandas as pd
 
 from labkit.errors import SweepError, did_you_mean, file_path, flag, real, text, whole
-from labkit.experiments.executor import GRACE, alone, check_kernel, execute, state
+from labkit.experiments.executor import GRACE, check_kernel, execute, state
 from labkit.experiments.notebook import conform, load, plain, read_parameters
+from labkit.locks import alone
 from labkit.runs.files import find_json, write_json
 
 ROOM = 50e6  # bytes that must be free where the runs go

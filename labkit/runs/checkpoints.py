@@ -32,7 +32,7 @@ import numpy as np
 
 from labkit.errors import RunError
 from labkit.runs.events import Recorder
-from labkit.runs.files import read_json, replacing, run_id, write_json
+from labkit.runs.files import check_owner, read_json, replacing, run_id, write_json
 
 AGE_S = 30.0  # at least so often a version is saved, if there is a new one
 FORMAT = 1  # of a checkpoint; a reader refuses what is newer
@@ -140,10 +140,10 @@ def prepare(path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def save(recorder: Recorder, version: int, weights: np.ndarray, state: dict | None = None) -> None:
+def save(recorder: Recorder, version: int, weights: np.ndarray, state: dict | None = None, *, run: str | None = None) -> None:
     """Save a version and the state to resume from, whole or not at all, and record it; `state["done"]` is in samples."""
     recorder.sync()  # no checkpoint is ahead of the record
-    size = write(recorder.path, version, weights, state)
+    size = write(recorder.path, version, weights, state, run=run)
     recorder.event("checkpoint", version=version, total=(state or {}).get("done"), bytes=size)
 
 
@@ -155,14 +155,19 @@ class _Member(NamedTuple):
     sha: bytes
 
 
-def write(path: Path, version: int, weights: np.ndarray, state: dict | None = None) -> int:
+def write(path: Path, version: int, weights: np.ndarray, state: dict | None = None, *, run: str | None = None) -> int:
     """Save a version, whole or not at all; returns the bytes of the file.
 
     `state` is a nested dict of JSON values and numpy arrays, with keys that are text or whole numbers; tuples come back as lists.
+    `run` is the id of the run to which the directory must belong; by default it is the one that is there.
     """
+    if run is None:
+        run = run_id(path)
+    else:
+        check_owner(path, run)
     members = {"weights": _member(weights)}
     tree = _referring(state or {}, members, "state")
-    head = {"format": FORMAT, "run": run_id(path), "version": int(version), "state": tree}
+    head = {"format": FORMAT, "run": run, "version": int(version), "state": tree}
     members["state"] = _member(np.frombuffer(json.dumps(head).encode(), np.uint8))
     members["digest"] = _member(np.frombuffer(_digest({name: member.sha for name, member in members.items()}), np.uint8))
     file = file_of(path, version)
@@ -393,8 +398,10 @@ def retained(done: Mapping[int, int], budget: int, snapshots: int = 32, points: 
     return {*first.values(), *sorted(done)[-points:]}
 
 
-def prune(path: Path, retained: Iterable[int]) -> list[int]:
-    """Delete every version that is not among `retained`; returns those that were deleted."""
+def prune(path: Path, retained: Iterable[int], *, run: str | None = None) -> list[int]:
+    """Delete every version (of the run with the id `run`) that is not among `retained`; returns those that were deleted."""
+    if run is not None:
+        check_owner(path, run)
     gone = sorted(set(versions(path)) - set(retained))
     for version in gone:
         file_of(path, version).unlink(missing_ok=True)

@@ -68,6 +68,15 @@ def read_json(path: Path, run: str | None = None) -> dict:
     return value
 
 
+def check_owner(run: Path, id: str) -> None:
+    """Before anything is written by path: `RunError` where the directory is not that of the run with this id any more."""
+    found = find_json(Path(run) / "config.json")
+    if isinstance(found, dict) and found.get("id", "") != id:
+        raise RunError(
+            f"{run} holds another run now ({found.get('id')}, not {id}): it was moved or replaced while its run was running."
+        )
+
+
 def find_json(path: Path) -> Any:
     """What a JSON file holds, or None where it is missing or damaged."""
     try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from labkit.errors import RunError
-from labkit.runs.files import replacing
+from labkit.runs.files import check_owner, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +33,7 @@ def write(path: Path, run: str, table: pd.DataFrame) -> None:
 
     stored = pa.Table.from_pandas(table, preserve_index=False)
     about = json.dumps({"run": run, "digest": _digest(table)}).encode()
+    check_owner(path, run)
     with replacing(Path(path) / FILE) as file:
         parquet.write_table(stored.replace_schema_metadata({**stored.schema.metadata, KEY: about}), file)
 

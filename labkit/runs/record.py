@@ -13,7 +13,7 @@ Base of `labkit.training.run.Run`; every figure reads it.
 from __future__ import annotations
 
 import contextlib
-import weakref
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,14 +25,14 @@ from labkit.imports import rule_title
 from labkit.partition import PARTITIONS
 from labkit.runs import analysis, checkpoints, labels, metrics, server_file
 from labkit.runs import status as how_it_ended
+from labkit.runs.config import FILE as CONFIG
 from labkit.runs.config import RunConfig
 from labkit.runs.events import Table, effective
+from labkit.runs.files import find_json
 from labkit.updates import UPDATES
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_read: weakref.WeakSet[RunRecord] = weakref.WeakSet()
 
 
 class RunRecord:
@@ -45,13 +45,27 @@ class RunRecord:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = file_path("path", path)
-        self.config = RunConfig.load(self.path)
-        self.name = self.config.name or self.path.name
+        self._path, self._seen = file_path("path", path), None
+        self.config = RunConfig.load(self._path)
+        self.name = self.config.name or self._path.name
         self._table: Table | None = None
         self._checked: tuple | None = None  # the table and the end that were found to fit each other
         self._said: set[str] = set()  # of what was made anew
-        _read.add(self)
+
+    @property
+    def path(self) -> Path:
+        """Where the run is now. Another run of its name may have taken its place; then it is kept under a number beside that."""
+        seen = _identity(self._path)
+        if seen is None or seen != self._seen:  # another file than the last time: of this run still, as when it is resumed?
+            id = _id(self._path)
+            if id != self.config.id:
+                kept = [it for it in self._path.absolute().parent.glob(f"{self._path.name}.*") if _id(it) == self.config.id]
+                if kept:
+                    self._path, self._table = kept[0], None
+                elif id is not None:
+                    raise RunError(f"{self._path} holds another run now, and run {self.name} is not beside it any more.")
+            self._seen = _identity(self._path)
+        return self._path
 
     # -- its state -----------------------------------------------------------------------------------------------
 
@@ -271,11 +285,18 @@ class RunRecord:
         return f"<Run {self.name}: {label}, {self.state}{reason}{done}>"
 
 
-def moved(old: Path, new: Path) -> None:
-    """A run directory has been renamed: what this process has read of it follows."""
-    for run in list(_read):
-        if run.path.absolute() == old:
-            run.path = new
+def _identity(run: Path) -> tuple[int, int] | None:
+    """Of the file with the settings, which is another one when it is written again."""
+    try:
+        about = os.stat(run / CONFIG)
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns
+
+
+def _id(run: Path) -> str | None:
+    found = find_json(run / CONFIG)
+    return found.get("id", "") if isinstance(found, dict) else None
 
 
 def compare(runs: Iterable[RunRecord]) -> pd.DataFrame:

@@ -1,10 +1,13 @@
-"""Is a run alive, and where does its server listen: `server.json` in the run directory, for as long as the server lives.
+"""Does a run live, and where does its server listen: `server.json` in the run directory, for as long as the server lives.
 
     host, port   where it listens
     machine      the name of its machine; pid and started identify its process there, also after the number is used again
     secret       of the run, in hex: who can read this file can control the run, so nobody but its owner can
 
-Written and removed by the server of a run; read by the handle of the run, by `attach`, by `resume` and by `labkit.chaos`.
+A run lives while its directory is held (`labkit.locks`); by `server.json` where the file system has no locks. Nobody else takes,
+renames, resumes or prunes it then: `hold` is the only way to a directory that is there already.
+
+Written and removed by the server of a run; read by the handle of the run, by `attach`, by `train` and `resume`, and by `labkit.chaos`.
 """
 
 import contextlib
@@ -12,9 +15,11 @@ import ipaddress
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
-from labkit.errors import RunError
+from labkit import locks
+from labkit.errors import RunError, RunningError
 from labkit.runs.files import write_json
 
 FORMAT = 1
@@ -22,6 +27,7 @@ FILE = "server.json"
 FIELDS = {"host": str, "port": int, "machine": str, "pid": int, "started": float, "secret": bytes.fromhex}
 CLOCK_S = 2.0  # by which the start time of one process may differ between two readings
 ANSWER_S = 2.0  # for a connection to another machine
+STARTING_S = 60.0  # without locks: so long after its directory was taken a run may be without `server.json`
 
 
 def announce(path: Path, address: tuple[str, int], secret: bytes) -> None:
@@ -56,7 +62,9 @@ def find(path: Path) -> dict | None:
 
 
 def alive(path: Path) -> bool | None:
-    """Does the server of a run live? None where that cannot be seen from here: another machine's loopback, another user's run."""
+    """Does a run live? None where that cannot be seen from here: another machine's loopback, another user's run."""
+    if locks.held(path):
+        return True
     try:
         server = find(path)
     except RunError as error:
@@ -64,13 +72,58 @@ def alive(path: Path) -> bool | None:
             return None
         raise
     if server is None:
-        return False
+        return _starts(Path(path))
     if server["machine"] == socket.gethostname():
         return _lives(server["pid"], server["started"])
     if loopback(server["host"]):
         return None
     with contextlib.suppress(OSError), socket.create_connection((server["host"], server["port"]), timeout=ANSWER_S):
         return True
+    return False
+
+
+def hold(path: Path, id: str = "") -> locks.DirectoryLock:
+    """Hold a run directory that is there already, for the run with this id; `RunningError` while its run lives, or may live.
+
+    So do runs in folders inside it, such as those of the subnets of a training.
+    """
+    path = Path(path)
+    try:
+        lock = locks.DirectoryLock(path, id) if alive(path) is False else None
+    except BlockingIOError:
+        lock = None
+    living = (
+        path if lock is None else next((it.parent for it in path.glob(f"*/**/{locks.LOCK}") if alive(it.parent) is not False), None)
+    )
+    if living is None:
+        return lock
+    if lock:
+        lock.release()
+    raise RunningError(_says(living))
+
+
+def _says(path: Path) -> str:
+    """That the run in `path` lives, and what to do."""
+    server = None
+    with contextlib.suppress(RunError):
+        server = find(path)
+    if alive(path) is None:
+        file = f"delete {path / FILE}" if server else "ask who started it"
+        return (
+            f"run {path.name} may still be running on another machine. Look there; {file} if it is not, or choose another name=..."
+        )
+    where = f" (its server is process {server['pid']} on {server['machine']})" if server else ""
+    return (
+        f"run {path.name} is still running{where}, or is being written, in {path}. labkit.load_run({str(path)!r}).attach() follows it, "
+        ".stop() then ends it; or choose another name=... If its workers are gone, it ends by itself after its join_timeout."
+    )
+
+
+def _starts(path: Path) -> bool:
+    """Was this directory taken just now? Asked where there are no locks."""
+    if locks.held(path) is None and not (path / "status.json").exists():
+        with contextlib.suppress(OSError):
+            return time.time() - (path / locks.LOCK).stat().st_mtime < STARTING_S
     return False
 
 

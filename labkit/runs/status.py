@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from labkit.errors import RunError
 from labkit.runs.events import FILE as EVENTS
 from labkit.runs.events import RESTORE, effective
-from labkit.runs.files import read_json, write_json
+from labkit.runs.files import check_owner, read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +32,7 @@ KEYS = {"state": str, "reason": str, "version": int, "samples": int, "events": i
 
 def write(path: Path, run: str, status: Mapping[str, Any], events: int | None = None) -> None:
     """The run of this id has ended; its record holds so many `events`."""
+    check_owner(path, run)
     write_json(Path(path) / FILE, {**status, **({} if events is None else {"events": events})}, run=run)
 
 

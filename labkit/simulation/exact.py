@@ -213,7 +213,7 @@ class Course:
                 raise self._differs(row, f"{n} of {len(weights)} weights of version {version} differ, by {apart:.3g} at most")
             self.compared += 1
         if version in self.retained or (self.last and version == self.newest):
-            checkpoints.write(self.ledger.path, version, weights)
+            checkpoints.write(self.ledger.path, version, weights, run=self.ledger.config.id)
 
     def _differs(self, row: dict, what: str) -> RunError:
         who = f" of worker {row['worker']}" if "worker" in row else ""

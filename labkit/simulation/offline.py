@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 from labkit.errors import RunError
+from labkit.locks import DirectoryLock
 from labkit.models.flat import Flat
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
@@ -28,7 +29,7 @@ from labkit.runs import checkpoints, metrics, status
 from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
 from labkit.training.server.coordinator import Coordinator
-from labkit.training.train import labels_for, new_run
+from labkit.training.train import labels_for, new_run, under_name
 from labkit.training.wire import compression
 from labkit.training.wire.protocol import Answer, Grant
 from labkit.training.worker.replica import Replica
@@ -118,16 +119,23 @@ class Ledger(contextlib.AbstractContextManager):
     Its driver sets the clock of the `recorder`, and the `status` when the run has `ended`.
     """
 
-    def __init__(self, runs: Path, name: str, config: RunConfig, layout: checkpoints.Layout, origin: dict) -> None:
+    def __init__(
+        self, runs: Path, name: str | None, default: str, config: RunConfig, layout: checkpoints.Layout, origin: dict
+    ) -> None:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        self.config = config.replace(id=secrets.token_hex(8), name=name, origin=origin, created=created)
-        self.path = new_run(runs, self.config, layout)
+        self.config = config.replace(id=secrets.token_hex(8), name=name or default, origin=origin, created=created)
+
+        def begin_as(name: str) -> tuple[Path, DirectoryLock]:
+            self.config = self.config.replace(name=name)
+            return new_run(runs, self.config, layout)
+
+        self.path, self._lock = under_name(name, default, begin_as)
         self.status = {"state": "failed", "reason": f"this {origin['kind']} run was cut off."}
         self.recorder = Recorder(self.path)
 
     def save(self, version: int, weights: np.ndarray, state: dict) -> None:
         """A checkpoint without its state, as nothing goes on from it, and its event."""
-        size = checkpoints.write(self.path, version, weights)
+        size = checkpoints.write(self.path, version, weights, run=self.config.id)
         self.recorder.event("checkpoint", version=version, total=state["done"], bytes=size)
 
     def no_curve(self) -> None:
@@ -143,6 +151,7 @@ class Ledger(contextlib.AbstractContextManager):
             self.status["reason"] = str(error)
         self.recorder.close()
         status.write(self.path, self.config.id, self.status, self.recorder.events)
+        self._lock.release()
 
 
 def push(it: Coordinator, worker: int, header: dict, weights: np.ndarray, n_bytes: int) -> None:

@@ -73,9 +73,9 @@ def replay(
     origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.id}
     config = run.config if exact else run.config.replace(update=rule.config())
     layout = run.layout
-    name = name or f"{run.name}-replay" + ("" if exact else f"-{rule_title(rule.config())}")
+    default = f"{run.name}-replay" + ("" if exact else f"-{rule_title(rule.config())}")
     with (
-        Ledger(folder, name, config, layout, origin) as ledger,
+        Ledger(folder, name, default, config, layout, origin) as ledger,
         meter(f"{origin['kind']} of {run.name}", run.config.budget) as progress,
     ):
         if exact:

@@ -126,9 +126,9 @@ def simulate(
     asked |= {"failures": failures}
     config = config.replace(batch_size=batch_size, scenario=asked)
     folder = file_path("runs", runs) if runs is not None else base.path.parent if base else Path("runs")
-    name = run_name(name) if name is not None else f"{base.name}-simulated" if base else "simulated"
+    name, default = None if name is None else run_name(name), f"{base.name}-simulated" if base else "simulated"
     timing = timing.with_links(bandwidth, latency).on_servers(servers)
-    ledger = Ledger(folder, name, config, layout, origin)
+    ledger = Ledger(folder, name, default, config, layout, origin)
     rules = {"update": update, "partition": partition, "changes": changes, "problem": problem}
     with ledger, meter(f"simulation of {config.n_workers} workers", config.budget) as progress:
         made = Simulation(config, timing, size, **rules, ledger=ledger, progress=progress).run()

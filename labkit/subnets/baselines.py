@@ -120,10 +120,10 @@ def train_baseline(job: Job, worker: Worker) -> dict[str, Any]:
     except ProblemError as error:
         asked_for = "width" if job.folder == GROUPS else job.baseline  # a channel group is trained as a global network
         raise ProblemError(f"baseline {asked_for!r}: {error}") from error
-    if stopped(*training):
-        return {}
     test = problem.test_indices()
     decided = outputs(problem, module, test, "test", worker.device).argmax(1)  # in float32, as `Subnets.predict` does
+    if stopped(*training):  # asked when it is written: another training of this name may have begun
+        return {}
     checkpoints.write(job.path / job.folder, job.number, Flat(module).vector.numpy())
     return {
         "accuracy": float((decided == problem.dataset.labels("test")[test]).mean()),

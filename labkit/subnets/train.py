@@ -49,7 +49,7 @@ from labkit.subnets.status import awaited, latest, report, stopped
 from labkit.training.blocks import run_on_blocks
 from labkit.training.local import Fit, fit, outputs
 from labkit.training.run import Run
-from labkit.training.train import SEEDS, check_shards, check_sources, choose, claim, configure, launch, leased, run_name
+from labkit.training.train import SEEDS, check_shards, check_sources, choose, claim, configure, launch, leased, run_name, under_name
 from labkit.training.worker.process import prepare_alone
 from labkit.updates import make_update
 
@@ -152,38 +152,48 @@ def train_subnets(
     costs = _check_subnets(problem, subnets, seed, inputs, batched)
     if "width" in baselines:
         channel_groups(problem, len(subnets))[-1].build(seed)  # refused now, not when all subnets are trained
-    name = name or f"subnets-{'x'.join(map(str, decomposition.grid))}-{width_rule}-seed{seed}"
-    id, path = secrets.token_hex(8), runs / name
-    workers = choose(lab, workers, path)
+    default = f"subnets-{'x'.join(map(str, decomposition.grid))}-{width_rule}-seed{seed}"
+    id = secrets.token_hex(8)
+    workers = choose(lab, workers, runs / (name or default))
     team = None if team is None else _complete(team, subnets[0], workers)
     sources = check_sources(lab, problem)
-    with leased(lab, workers, id, path):
-        try:
-            path = claim(runs, name)
-            config = {
-                "id": id,
-                "name": name,
-                **describe_problem(problem),
-                "decomposition": decomposition.config(),
-                "seed": seed,
-            }
-            config |= {"width_rule": width_rule, "epochs": epochs, "patience": patience, "stacking": stacking, "inputs": inputs}
-            config |= {"hidden": hidden, "dropout": dropout, "team": team, "batched": batched, **lab.settings(workers)}
-            config |= {"sources": sources} if sources else {}
-            write_json(path / "config.json", config, run=id)
-            write_json(path / "environment.json", environment(), run=id)
-            run = partial(_map, lab, workers=workers, timeout=timeout)
-            way = partial(_on_blocks, lab, workers, timeout, run) if team else partial(_in_batches, run, len(workers))
-            (folder := path / "parts").joinpath(checkpoints.FOLDER).mkdir(parents=True)
-            with awaited(folder, config["id"]):
-                joined = _train(problem, subnets, costs, folder, config, way, progress)
+
+    def record_as(name: str) -> Subnets:
+        with leased(lab, workers, id, runs / name):
+            try:
+                path, lock = claim(runs, name, id)
+                try:
+                    return train_in(path)
+                finally:
+                    lock.release()
+            finally:
+                lab.release(id)
+
+    def train_in(path: Path) -> Subnets:
+        config = {
+            "id": id,
+            "name": path.name,
+            **describe_problem(problem),
+            "decomposition": decomposition.config(),
+            "seed": seed,
+        }
+        config |= {"width_rule": width_rule, "epochs": epochs, "patience": patience, "stacking": stacking, "inputs": inputs}
+        config |= {"hidden": hidden, "dropout": dropout, "team": team, "batched": batched, **lab.settings(workers)}
+        config |= {"sources": sources} if sources else {}
+        write_json(path / "config.json", config, run=id)
+        write_json(path / "environment.json", environment(), run=id)
+        run = partial(_map, lab, workers=workers, timeout=timeout)
+        way = partial(_on_blocks, lab, workers, timeout, run) if team else partial(_in_batches, run, len(workers))
+        (folder := path / "parts").joinpath(checkpoints.FOLDER).mkdir(parents=True)
+        with awaited(folder, config["id"]):
+            joined = _train(problem, subnets, costs, folder, config, way, progress)
+            joined.save(path)
+            if baselines:
+                train_baselines(problem, joined, path, baselines, run)
                 joined.save(path)
-                if baselines:
-                    train_baselines(problem, joined, path, baselines, run)
-                    joined.save(path)
-            return joined
-        finally:
-            lab.release(id)
+        return joined
+
+    return under_name(name, default, record_as)
 
 
 def _map(lab: Lab, fn: Callable, items: Sequence[Any], *, workers: list[int], timeout: float, each: Any = None) -> list[Any]:
@@ -265,9 +275,8 @@ def train_jobs(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
     else:
         indices = problems[0].train_indices(), problems[0].score_indices()
         fits = [fit(problems[0], modules[0], *indices, seed=seeds[0], **settings, each=each[0])]
-    if stopped(*training):
-        return []
-    return [_store(*one, worker, worker.index, len(jobs)) for one in zip(jobs, modules, fits, strict=True)]
+    rows = [_store(*one, worker, worker.index, len(jobs)) for one in zip(jobs, modules, fits, strict=True)]
+    return rows if all(rows) else []
 
 
 def store_run(job: Job, worker: Worker) -> list[dict[str, Any]]:
@@ -278,17 +287,20 @@ def store_run(job: Job, worker: Worker) -> list[dict[str, Any]]:
     Flat(module, worker.device, run.config.exact_buffers).load(torch.from_numpy(run.flat().copy()))
     measured = problem.measure(module, problem.score_indices(), device=worker.device)
     done = Fit(epochs, epochs, measured["loss"], measured["score"], run.summary()["seconds"])
-    return [_store(job, module, done, worker, ", ".join(str(member["index"]) for member in run.config["workers"]), 1)]
+    row = _store(job, module, done, worker, ", ".join(str(member["index"]) for member in run.config["workers"]), 1)
+    return [row] if row else []
 
 
 def _store(job: Job, module: nn.Module, done: Fit, worker: Worker, trained_on: int | str, batched: int) -> dict[str, Any]:
-    """Write the weights of a subnet and its outputs to disk; its row."""
+    """Write the weights of a subnet and its outputs to disk; its row, or none where the folder is not this training's any more."""
     problem = job.problem
     wanted = {"stack": (problem.stack_indices(), "train")}
     if problem.fold is None:
         wanted |= {"score": (problem.score_indices(), "train"), "test": (problem.test_indices(), "test")}
     how = {"device": worker.device, "forward": partial(subnet_outputs, inputs=job.config["inputs"])}
     found = {name: outputs(problem, module, *samples, **how) for name, samples in wanted.items() if len(samples[0])}
+    if stopped(job.path, job.config["id"]):
+        return {}
     checkpoints.write(Path(job.path), problem.number, Flat(module).vector.numpy(), {"outputs": found})
     about = {"number": problem.number, "part": problem.part, "fold": problem.fold, "worker": trained_on, "batched": batched}
     return about | {"parameters": n_parameters(module), **asdict(done), "multiply_adds": job.cost}

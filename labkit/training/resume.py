@@ -24,6 +24,7 @@ from labkit.cluster.connect import connect, current
 from labkit.cluster.lab import Lab
 from labkit.errors import LabError, PartitionError, RunError, file_path, instance
 from labkit.imports import by_value, imported
+from labkit.locks import DirectoryLock
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints, server_file
@@ -71,8 +72,27 @@ def resume(
         The run is still running, is done, or has no whole checkpoint; or problem, update or partition are not those of the run, or
         were written in a notebook cell and are not given.
     """
-    run = load_run(file_path("path", path), problem=problem)
+    run = load_run(path := file_path("path", path))
     _check_ended(run)
+    lock = server_file.hold(path, run.config.id)
+    try:
+        return _go_on(load_run(path, problem=problem), lab, problem, update, partition, workers, on_version, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _go_on(
+    run: Run,
+    lab: Lab | None,
+    problem: Problem | None,
+    update: Update | None,
+    partition: Partition | None,
+    workers: Sequence[int] | None,
+    on_version: OnVersion | None,
+    lock: DirectoryLock,
+) -> Run:
+    """The second half of `resume`, in a directory that is held."""
     version, refused = checkpoints.newest(run.path)
     weights, state = checkpoints.read_state(run.path, version)
     if not state:
@@ -95,7 +115,7 @@ def resume(
         config = _clear(run, lab.settings(workers) | {"sources": sources}, version, state["done"])
         about = {"labels": labels_for(partition, problem), "host": server_host(lab), "state": state}
         spec = ServerSpec(config, str(run.path), update, partition, np.array(weights), layout, **about)
-        return begin(run.path, lab, problem, spec, newcomers, on_version)
+        return begin(run.path, lab, problem, spec, lock, newcomers, on_version)
 
 
 def _check_ended(run: Run) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from labkit.cluster.lab import Lab, Task, Worker
 from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError
+from labkit.locks import DirectoryLock
 from labkit.problems.problem import Problem
 from labkit.runs import status as how_it_ended
 from labkit.sources import pack
@@ -44,9 +45,18 @@ class Supervisor:
     """One run in the kernel that has started it, from `start` to its end."""
 
     def __init__(
-        self, path: Path, lab: Lab, problem: Problem, spec: ServerSpec, monitor: Monitor | None = None, *, takes_newcomers: bool
+        self,
+        path: Path,
+        lab: Lab,
+        problem: Problem,
+        spec: ServerSpec,
+        lock: DirectoryLock,
+        monitor: Monitor | None = None,
+        *,
+        takes_newcomers: bool,
     ) -> None:
         self.path, self.lab, self.problem, self.spec, self.takes_newcomers = path, lab, problem, spec, takes_newcomers
+        self.lock = lock  # of the run directory: the server inherits it, so that it is held while one of the two lives
         self.monitor, self._reason = monitor, ""  # why the monitor ends the run
         self._failure: BaseException | None = None  # of the monitor
         self.sent = problem  # to the workers
@@ -66,7 +76,7 @@ class Supervisor:
         try:
             if not all(worker.here for worker in self.lab.workers):
                 self.sent = pack(self.problem)  # once, so that who comes late trains the same
-            self.server, self.address = _start_server(self.spec, self.path)
+            self.server, self.address = _start_server(self.spec, self.path, self.lock)
             for index in self.spec.config.indices:
                 self._start_worker(index)
         except BaseException as error:
@@ -261,6 +271,7 @@ class Supervisor:
             file.unlink(missing_ok=True)
         if self.monitor:
             self.monitor.close()
+        self.lock.release()
         self.lab.release(self.run.config.id)
         if self.run in self.lab.runs:
             self.lab.runs.remove(self.run)
@@ -277,8 +288,13 @@ def _message(error: BaseException) -> str:
     return str(error.args[0]) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
 
 
-def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[subprocess.Popen, tuple[str, int]]:
-    """The server in a process of its own; it gets its spec, secret included, through a pipe that nobody else can read."""
+def _start_server(
+    spec: ServerSpec, path: Path, lock: DirectoryLock | None = None, timeout: float = 60.0
+) -> tuple[subprocess.Popen, tuple[str, int]]:
+    """The server in a process of its own; it gets its spec, secret included, through a pipe that nobody else can read.
+
+    It inherits the lock of the run directory, if that is held, and never closes it.
+    """
     import cloudpickle
 
     message = cloudpickle.dumps(replace(spec, update=pack(spec.update), partition=pack(spec.partition)))
@@ -292,6 +308,7 @@ def _start_server(spec: ServerSpec, path: Path, timeout: float = 60.0) -> tuple[
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
+            pass_fds=(lock.fd,) if lock else (),
             start_new_session=True,  # an interrupt of the kernel is for the kernel
         )
     watchdog = threading.Timer(timeout, server.kill)

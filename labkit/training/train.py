@@ -15,24 +15,26 @@ import copy
 import itertools
 import secrets
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from labkit import locks
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, RunError, file_path, instance, known, real, text, whole
+from labkit.errors import ClusterError, RunError, RunningError, file_path, instance, known, real, text, whole
 from labkit.imports import rule_title
+from labkit.locks import DirectoryLock
 from labkit.models.flat import Flat
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
+from labkit.runs import server_file
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig, environment
 from labkit.runs.files import write_json
-from labkit.runs.record import moved
 from labkit.sources import check, digests, needed
 from labkit.training.monitor import Monitor, OnVersion
 from labkit.training.run import Run
@@ -42,6 +44,7 @@ from labkit.training.wire.compression import DTYPES
 from labkit.training.worker.allreduce import check_problem
 from labkit.updates import Update, make_update
 
+T = TypeVar("T")
 SEEDS = 2**63 - 1  # the largest seed that torch's generators accept
 MOST = 2**53  # of a count: beyond it a float is no longer exact
 
@@ -85,8 +88,8 @@ def train(
     seed
         Initial weights, shuffles and orders all derive from it.
     name, runs
-        The run is recorded in `runs/name`; an earlier run there is kept under `name.1`, `name.2`, ... Default name: strategy
-        and seed.
+        The run is recorded in `runs/name`; an earlier run there that has ended is kept under `name.1`, `name.2`, ... Default name:
+        strategy and seed, and where another kernel's run of that name is running, the next free of `name-2`, `name-3`, ...
     checkpoints
         How many versions to keep and to measure afterwards, spread evenly over the run.
     workers
@@ -118,7 +121,8 @@ def train(
     Raises
     ------
     ProblemError, DataError, PartitionError, RunError, ClusterError, ValueError
-        The request makes no sense; nothing has been started.
+        The request makes no sense; nothing has been started. A `RunningError`, which is a RunError: a run of this name is running
+        that another kernel has started, which may have died; follow or stop it (`load_run(...).attach()`), or choose another name.
     """
     update, partition = make_update(update), make_partition(partition)
     lengths = {
@@ -138,14 +142,18 @@ def train(
     problem.check(seed)
     if update.collective:
         check_problem(problem, seed)
-    name = name or "-".join([*(rule_title(rule.config()) for rule in (update, partition)), f"seed{seed}"])
+    default = "-".join([*(rule_title(rule.config()) for rule in (update, partition)), f"seed{seed}"])
     newcomers = workers is None
-    path = runs / name
-    workers = choose(lab, workers, path)
+    workers = choose(lab, workers, runs / (name or default))
     check_shards(problem, workers, partition)
-    config = configure(problem, lab, workers, update, partition, name=name, **lengths, **traffic, **limits)
-    with leased(lab, workers, config.id, path):
-        return launch(problem, lab, config, update, partition, runs, takes_newcomers=newcomers, on_version=on_version)
+    config = configure(problem, lab, workers, update, partition, name=name or default, **lengths, **traffic, **limits)
+
+    def begin_as(name: str) -> Run:
+        with leased(lab, workers, config.id, runs / name):
+            settings, options = config.replace(name=name), {"takes_newcomers": newcomers, "on_version": on_version}
+            return launch(problem, lab, settings, update, partition, runs, **options)
+
+    return under_name(name, default, begin_as)
 
 
 def configure(
@@ -194,7 +202,7 @@ def launch(
     """The second half of `train`: a run of what was checked, on workers that are leased, by the caller."""
     state = Flat(problem.new_module(config.seed), exact=config.exact_buffers)
     layout = Layout.of(*state.shapes)
-    path = new_run(Path(runs), config, layout)
+    path, lock = new_run(Path(runs), config, layout)
     spec = ServerSpec(
         config,
         str(path),
@@ -205,15 +213,21 @@ def launch(
         labels=labels_for(partition, problem),
         host=server_host(lab),
     )
-    return begin(path, lab, problem, spec, takes_newcomers, on_version)
+    return begin(path, lab, problem, spec, lock, takes_newcomers, on_version)
 
 
 def begin(
-    path: Path, lab: Lab, problem: Problem, spec: ServerSpec, takes_newcomers: bool, on_version: OnVersion | None = None
+    path: Path,
+    lab: Lab,
+    problem: Problem,
+    spec: ServerSpec,
+    lock: DirectoryLock,
+    takes_newcomers: bool,
+    on_version: OnVersion | None = None,
 ) -> Run:
-    """Start the server and the workers of a run whose directory is ready."""
+    """Start the server and the workers of a run whose directory is ready, and held by `lock`."""
     monitor = Monitor.of(problem, spec.config, on_version)
-    supervisor = Supervisor(path, lab, problem, spec, monitor, takes_newcomers=takes_newcomers)
+    supervisor = Supervisor(path, lab, problem, spec, lock, monitor, takes_newcomers=takes_newcomers)
     run = Run(path, problem=problem, follower=supervisor)
     lab.runs.append(run)
     supervisor.start(run)
@@ -309,31 +323,57 @@ def run_name(name: str) -> str:
     return name
 
 
-def claim(runs: Path, name: str) -> Path:
-    """A new, empty directory `runs/name`; what was there before is kept under the next free number."""
+def under_name(given: str | None, default: str, start: Callable[[str], T]) -> T:
+    """`start(name)`: the given name, whose run must not be running, or else the first free one of default, default-2, ..."""
+    if given is not None:
+        return start(given)
+    living, number, name = "", 1, default
+    while True:
+        try:
+            made = start(name)
+            break
+        except RunningError as error:
+            living, number = living or str(error), number + 1
+            name = f"{default}-{number}"
+    if living:
+        print(f"This one is recorded as {name!r}: {living}")
+    return made
+
+
+def claim(runs: Path, name: str, id: str) -> tuple[Path, DirectoryLock]:
+    """A new, empty directory `runs/name`, held for the run with this id; what was there is kept under the next free number.
+
+    `RunningError` if a run that is there is running.
+    """
     path = (runs / run_name(name)).absolute()
     try:
-        if path.exists():
-            number = next(n for n in itertools.count(1) if not path.with_name(f"{name}.{n}").exists())
-            moved(path, path.rename(path.with_name(f"{name}.{number}")))
-            print(f"The earlier run {name!r} is kept as {name}.{number}.")
-        (path / "checkpoints").mkdir(parents=True)
+        runs.mkdir(parents=True, exist_ok=True)
+        with locks.alone(runs):
+            if path.exists():
+                earlier = server_file.hold(path)
+                number = next(n for n in itertools.count(1) if not path.with_name(f"{name}.{n}").exists())
+                path.rename(path.with_name(f"{name}.{number}"))
+                earlier.release()
+                print(f"The earlier run {name!r} is kept as {name}.{number}.")
+            path.mkdir()
+            lock = DirectoryLock(path, id)
+        (path / "checkpoints").mkdir()
         (path / "figures").mkdir()
     except OSError as error:
         raise _unrecordable(path, error) from error
-    return path
+    return path, lock
 
 
-def new_run(runs: Path, config: RunConfig, layout: Layout) -> Path:
-    """The directory of a run that begins, with all but its record."""
-    path = claim(runs, config.name)
+def new_run(runs: Path, config: RunConfig, layout: Layout) -> tuple[Path, DirectoryLock]:
+    """The directory of a run that begins, with all but its record, and its lock."""
+    path, lock = claim(runs, config.name, config.id)
     try:
         config.save(path)
         write_json(path / "environment.json", environment(), run=config.id)
         layout.save(path, config.id)
     except OSError as error:
         raise _unrecordable(path, error) from error
-    return path
+    return path, lock
 
 
 def _unrecordable(path: Path, error: OSError) -> RunError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from labkit.errors import RunError
 from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
-from labkit.runs.record import RunRecord, compare, moved
+from labkit.runs.record import RunRecord, compare
 from tests.helpers import settings
 
 
@@ -40,9 +41,17 @@ def test_events_are_read_again_when_there_are_more(run):
 
 
 def test_a_renamed_directory_is_followed(run, tmp_path):
-    run.path.rename(tmp_path / "b")
-    moved(tmp_path / "a", tmp_path / "b")
-    assert run.path == tmp_path / "b" and len(run.events) == 2
+    path, again = run.path, RunRecord(run.path)
+    path.rename(tmp_path / "a.1")
+    assert run.path == tmp_path / "a.1" and len(run.events) == 2
+    path.mkdir()
+    run.config.replace(id="another").save(path)  # by another kernel
+    assert again.path == tmp_path / "a.1" and len(again.events) == 2
+    with pytest.raises(RunError, match="a holds another run now, and run kept is not beside it"):
+        shutil.rmtree(again.path)
+        again = RunRecord(path)
+        run.config.replace(id="a third").save(path)
+        again.flat()
 
 
 def test_what_is_missing_is_an_error(run):

@@ -50,8 +50,9 @@ def begun(monkeypatch):
     """What would be started: the spec that the server would get."""
     specs = []
 
-    def begin(path, lab, problem, spec, takes_newcomers, on_version=None):
+    def begin(path, lab, problem, spec, lock, takes_newcomers, on_version=None):
         specs.append((spec, problem))
+        lock.release()
         return labkit.load_run(path, problem=problem)
 
     monkeypatch.setattr(resuming, "begin", begin)
@@ -228,8 +229,12 @@ def test_another_run_s_checkpoint_is_not_taken(cut, refused, tmp_path):
     checkpoints.write(tmp_path / "other", 4, weights, state(run, 40))
     file(run, 4).write_bytes(file(SimpleNamespace(path=tmp_path / "other"), 4).read_bytes())
     refused(run, r"(?s)no whole checkpoint.*belongs to another run")
-    write_json(run.path / "config.json", {**run.config, "id": "of-another"})
-    refused(run, r"config\.json belongs to another run: it has the id 'of-another', and environment\.json, layout\.json beside it")
+    path = run.path
+    write_json(path / "config.json", {**run.config, "id": "of-another"})
+    refused(
+        SimpleNamespace(path=path),
+        r"config\.json belongs to another run: it has the id 'of-another', and environment\.json, layout\.json beside it",
+    )
 
 
 def test_a_model_of_a_notebook_needs_its_problem(cut, refused, begun, lab):

@@ -40,6 +40,7 @@ from labkit.runs import status as how_it_ended
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
+from labkit.runs.files import check_owner
 from labkit.training.server.coordinator import AGAIN, Coordinator
 from labkit.training.server.membership import Losses, Member
 from labkit.training.wire import compression, transport
@@ -101,7 +102,8 @@ class Server:
             alarm=lambda _: self.wake_up.set(),
             age=spec.age,
         )
-        server_file.announce(Path(spec.path), self.address, spec.secret)  # before its parent is sent the address
+        check_owner(self.recorder.path, self.config.id)
+        server_file.announce(self.recorder.path, self.address, spec.secret)  # before its parent is sent the address
 
     @property
     def address(self) -> tuple[str, int]:
@@ -139,7 +141,9 @@ class Server:
             except Exception as error:
                 self.fail(error)
             status |= self.failure
-        server_file.withdraw(Path(self.spec.path))
+        with contextlib.suppress(RunError):  # of another run
+            check_owner(self.recorder.path, self.config.id)
+            server_file.withdraw(self.recorder.path)
         return status
 
     def _ended(self) -> dict:
@@ -338,9 +342,9 @@ class Server:
         path = Path(self.spec.path)
         while (item := self.versions.get()) is not None:
             try:
-                checkpoints.save(self.recorder, *item)
+                checkpoints.save(self.recorder, *item, run=self.config.id)
                 retained = checkpoints.retained(self.recorder.saved, self.config.budget, self.config.checkpoints)
-                checkpoints.prune(path, retained | self.recorder.resumed)
+                checkpoints.prune(path, retained | self.recorder.resumed, run=self.config.id)
             except OSError as error:  # without its versions a run is not whole
                 self.fail(RunError(self._unwritable(error)))
             except Exception as error:

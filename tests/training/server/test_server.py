@@ -631,10 +631,10 @@ def test_a_full_disk_fails_the_run_and_frees_everyone(when, tmp_path):
 def test_a_version_that_cannot_be_saved_fails_the_run_even_if_it_is_the_last(tmp_path, monkeypatch):
     write = checkpoints.write
 
-    def full(path, version, weights, state):
+    def full(path, version, weights, state, **run):
         if version >= 2:
             raise OSError(28, "No space left on device")
-        return write(path, version, weights, state)
+        return write(path, version, weights, state, **run)
 
     monkeypatch.setattr(checkpoints, "write", full)
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):

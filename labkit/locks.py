@@ -1,0 +1,101 @@
+"""Locks of the operating system on folders: they end with the process that holds them, also when it is killed.
+
+    alone(folder)         a block in which one thread or process at a time works on a folder
+    DirectoryLock(path)   a run directory is in use: nobody else writes, renames, prunes or resumes it
+    held(path)            does anybody hold that?
+
+The lock of a run directory is one on the file `.lock` in it. It belongs to the open file, not to a process: the server of a run
+inherits it from its kernel, so that the directory is held without a gap for as long as one of the two lives.
+
+Used by `labkit.runs.server_file`, which says whether a run lives, also where a file system has no locks; and by `labkit.cluster.leases`
+and `labkit.experiments`.
+"""
+
+import contextlib
+import os
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCK = ".lock"
+LOOK_S = 0.2  # so long a lock is tried: `held` holds it for a moment
+
+
+class DirectoryLock:
+    """A run directory that is held until `release`, or until every process that has inherited `fd` has ended.
+
+    `id` is that of its run, for those who look (`held`). `BlockingIOError` if another one holds it. Where the file system has no locks, nobody is kept out.
+    """
+
+    def __init__(self, path: Path, id: str = "") -> None:
+        self.path = Path(path)
+        file = self.path / LOCK
+        self.fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        self._close = weakref.finalize(self, os.close, self.fd)
+        _open.add(self)
+        limit = time.monotonic() + LOOK_S
+        while (locked := _flock(self.fd, exclusive=True)) is False and time.monotonic() < limit:
+            time.sleep(0.01)
+        if locked is False or not _same(self.fd, file):  # or it was renamed meanwhile, and another one is there
+            self._close()
+            raise BlockingIOError(f"{self.path} is in use.")
+        if id and not os.pread(self.fd, 1, 0):
+            os.pwrite(self.fd, id.encode(), 0)
+
+    def release(self) -> None:
+        """Nobody holds the directory any more, whoever has inherited the lock. Twice is fine."""
+        if self._close.alive:
+            _flock(self.fd, unlock=True)
+            self._close()
+
+
+_open: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+# What this process forks without starting another program, such as a pool of processes, is no owner of its run.
+os.register_at_fork(after_in_child=lambda: [lock._close() for lock in list(_open)])
+
+
+def held(path: Path, id: str | None = None) -> bool | None:
+    """Is this run directory held (by the run with this id)? None where that cannot be seen: no file, no locks, another run's."""
+    try:
+        fd = os.open(Path(path) / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        if id is not None and os.pread(fd, 200, 0).decode(errors="replace") != id:
+            return None
+        free = _flock(fd)
+        return None if free is None else not free
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One at a time is in this block for a folder, of all threads and processes; where the file system has locks of folders."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        _flock(fd, exclusive=True, wait=True)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _flock(fd: int, *, exclusive: bool = False, wait: bool = False, unlock: bool = False) -> bool | None:
+    """Lock an open file, or unlock it; False if another one holds it, None where there are no locks."""
+    try:
+        import fcntl
+
+        how = fcntl.LOCK_UN if unlock else fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+        fcntl.flock(fd, how | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+def _same(fd: int, file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.stat(file))
+    return False

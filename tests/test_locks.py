@@ -1,0 +1,121 @@
+"""Locks on folders: one holder at a time, as long as a process that has inherited the lock lives, and not a moment longer."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from labkit import locks
+from labkit.locks import DirectoryLock, alone, held
+
+
+def test_a_directory_is_held_until_it_is_released(tmp_path):
+    assert held(tmp_path) is None  # as of an earlier labkit
+    lock = DirectoryLock(tmp_path, "a1")
+    assert (held(tmp_path), held(tmp_path, "a1"), held(tmp_path, "b2")) == (True, True, None)
+    with pytest.raises(BlockingIOError, match="is in use"):
+        DirectoryLock(tmp_path)
+    lock.release()
+    lock.release()
+    assert held(tmp_path, "a1") is False
+    DirectoryLock(tmp_path)  # nobody has it any more: it is collected
+    assert held(tmp_path) is False
+
+
+def test_it_is_held_while_one_lives_who_has_inherited_it_also_under_another_name(tmp_path):
+    path = tmp_path / "a"
+    path.mkdir()
+    lock = DirectoryLock(path)
+    heir = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.fd,))
+    with heir:
+        lock._close()  # as by kill -9
+        assert held(path)
+        path.rename(tmp_path / "b")
+        assert held(tmp_path / "b") and held(path) is None
+        heir.kill()
+        heir.wait()
+    assert held(tmp_path / "b") is False
+
+
+def test_what_a_holder_forks_holds_nothing(tmp_path):
+    lock = DirectoryLock(tmp_path)
+    ready, go_on = os.pipe()
+    if not (child := os.fork()):
+        os.close(go_on)
+        os.read(ready, 1)
+        os._exit(0)
+    os.close(ready)
+    lock._close()
+    for _ in range(100):  # until it has closed its own
+        if not held(tmp_path):
+            break
+        threading.Event().wait(0.01)
+    assert held(tmp_path) is False
+    os.close(go_on)
+    os.waitpid(child, 0)
+
+
+def test_who_looks_keeps_nobody_out(tmp_path):
+    DirectoryLock(tmp_path).release()
+    over = threading.Event()
+
+    def look():
+        while not over.is_set():
+            held(tmp_path)
+
+    watchers = [threading.Thread(target=look) for _ in range(3)]
+    [watcher.start() for watcher in watchers]
+    try:
+        for _ in range(50):
+            DirectoryLock(tmp_path).release()
+    finally:
+        over.set()
+        [watcher.join() for watcher in watchers]
+
+
+def test_a_directory_that_was_renamed_while_it_was_taken_is_not_taken(tmp_path, monkeypatch):
+    path, flock = tmp_path / "a", locks._flock
+    path.mkdir()
+
+    def renamed(fd, **how):
+        path.rename(tmp_path / "a.1")
+        path.mkdir()
+        return flock(fd, **how)
+
+    monkeypatch.setattr(locks, "_flock", renamed)
+    with pytest.raises(BlockingIOError):
+        DirectoryLock(path)
+
+
+def test_without_locks_nobody_can_tell(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    lock = DirectoryLock(tmp_path)
+    assert held(tmp_path) is None
+    lock.release()
+    with alone(tmp_path):
+        pass
+
+
+def test_one_at_a_time_is_alone(tmp_path):
+    inside, most = [], []
+
+    def work():
+        for _ in range(20):
+            with alone(tmp_path):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert max(most) == 1 and len(most) == 60
