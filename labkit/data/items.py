@@ -39,7 +39,7 @@ from labkit.imports import imported
 BY_VALUE = 8 << 20  # bytes of a data set that goes to each worker as it is
 LOOKED_AT = 8  # items that are looked at where there is no need to see all
 
-_MADE: dict[str, dict[str, Any]] = {}  # the data sets that were made in this process, by import path
+_MADE: dict[str, tuple[Any, dict[str, Any]]] = {}  # by import path: what it stood for, and the data set that this has made
 _making = threading.RLock()  # workers in threads share the data set and the global generators
 _seed: ContextVar[int] = ContextVar("seed of the items that are read", default=0)
 
@@ -181,7 +181,7 @@ def from_items(data: Any, asked: Asked) -> Dataset:
             )
         path = f"{name}-{hashlib.sha256(payload).hexdigest()[:20]}"
     if own is None:
-        _MADE[path] = splits
+        _MADE[path] = imported(path, DataError), splits
     for split, source in splits.items():
         if not len(source) or (len(splits) == 1 and len(source) < 2):
             raise DataError(f"{name}: the {split} split has {len(source)} item(s). Give 2 at least.")
@@ -243,11 +243,12 @@ def _splits(data: Any) -> dict[str, Any]:
 
 
 def _made(path: str) -> dict[str, Any]:
-    """The data set of this import path, made in this process the first time."""
+    """The data set of this import path, made in this process the first time, and anew when its module was loaded again."""
     with _making:
-        if path not in _MADE:
-            _MADE[path] = _splits(_called(path))
-        return _MADE[path]
+        make = imported(path, DataError)
+        if path not in _MADE or _MADE[path][0] is not make:
+            _MADE[path] = make, _splits(_called(path))
+        return _MADE[path][1]
 
 
 def _rows(n: int, split: str) -> np.ndarray:

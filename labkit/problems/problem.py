@@ -171,7 +171,7 @@ class Problem:
                 )
         return made
 
-    @cached_property
+    @property
     def _augment(self) -> Callable[..., Any]:
         return imported(self.augment) if isinstance(self.augment, str) else self.augment
 
@@ -355,7 +355,7 @@ class Problem:
         return {"kind": import_path(type(self)), **settings}
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("dataset", "_split", "_augment")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("dataset", "_split")}
         if "dataset" in self.__dict__:
             state["_expected"] = _identity(self.dataset)
         return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import random
 import sys
@@ -195,3 +196,16 @@ def test_what_is_no_data_set_by_items_is_refused():
         open_dataset(Mine(n=0))
     with pytest.raises(ValueError, match="no option channels"):
         open_dataset(Mine(), channels="first")
+
+
+def test_it_is_made_anew_when_its_module_was_loaded_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    text = "def made(): return [({'x': [FACTOR * i, 1.0], 'y': i % 2}) for i in range(20)]"
+    (tmp_path / "items_edited.py").write_text(text.replace("FACTOR", "1.0"))
+    data = open_dataset("items_edited:made")
+    x = data.batch([3])["x"]
+    (tmp_path / "items_edited.py").write_text(text.replace("FACTOR", "-2.00"))
+    importlib.reload(sys.modules["items_edited"])
+    np.testing.assert_array_equal(data.batch([3])["x"], x * [-2, 1])
+    del sys.modules["items_edited"]
