@@ -84,7 +84,7 @@ def begin(*_, **__):
 
 
 def of_train(monkeypatch, lab, **given):
-    monkeypatch.setattr(train, "leased", begin)
+    monkeypatch.setattr(train, "under_name", begin)
     monkeypatch.setattr(PROBLEM, "check", lambda seed: None)
     found = caught(lambda: labkit.train(PROBLEM, lab, **{"update": "agwu"} | given))
     return found | dict(found["config"]) | {"runs": found["runs"], "workers": found["workers"]}
@@ -99,7 +99,7 @@ def of_connect(monkeypatch, lab, **given):
 
 def of_subnets(monkeypatch, lab, **given):
     monkeypatch.setattr(subnets, "_check_subnets", lambda *_: 0)
-    monkeypatch.setattr(subnets, "leased", begin)
+    monkeypatch.setattr(subnets, "under_name", begin)
     return caught(lambda: labkit.train_subnets(PROBLEM, lab, (2, 2), **given))
 
 
