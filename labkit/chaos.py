@@ -315,7 +315,7 @@ def audit(run: Run) -> list[str]:
     joint = int(events.worker.nunique()) if run.config.update["name"] == "allreduce" else 1  # they stop together
     if not budget - joint < merges.samples.sum() <= budget:
         wrong.append(f"{int(merges.samples.sum())} of {budget} samples were merged")
-    steps = merges.version.drop_duplicates().astype(int).tolist()
+    steps = counted.version[counted.kind.isin(["merge", "settle"])].drop_duplicates().astype(int).tolist()
     if steps != list(range(1, len(steps) + 1)):
         wrong.append("versions are not numbered 1, 2, 3, ...")
     for worker, own in merges.groupby("worker"):

@@ -154,6 +154,7 @@ class Course:
         checkpoints=4,
         state=None,
         overlap=0,
+        milestones=(),
     ):
         self.now, self.answers, self.rows, self.saved = 0.0, {w: [] for w in workers}, [], []
         partition = partition or UDPA()
@@ -163,7 +164,7 @@ class Course:
         else:
             update.start(np.zeros(SIZE, np.float32), workers, 1)
             partition.start(SAMPLES, workers, seed=3)
-        lengths = {"budget": budget, "checkpoints": checkpoints, "n_train": SAMPLES}
+        lengths = {"budget": budget, "checkpoints": checkpoints, "n_train": SAMPLES, "milestones": milestones}
         self.it = Coordinator(
             settings(workers, **lengths, batch_size=batch_size, local_steps=local_steps, overlap=overlap),
             update,
@@ -189,12 +190,13 @@ class Course:
         if answer and answer.grant:
             assert len(answer.indices) == answer.grant.n_indices
             self.indices[worker] = self.indices[worker][: answer.grant.retain] + answer.indices.tolist()
-            assert self.indices[worker] == self.it.partition.shard(worker).tolist()
+            assert answer.grant.settle or self.indices[worker] == self.it.partition.shard(worker).tolist()
         return answer
 
     def push(self, worker, answer, seconds=1.0, **changes):
         weights = answer.weights + np.float32(1 if self.it.update.collective else 1 + worker)  # replicas are equal
-        header = {"samples": answer.grant.samples, "version": answer.grant.version, "loss": 1.0, "score": 0.5}
+        samples = answer.grant.carry + answer.grant.samples - answer.grant.ahead
+        header = {"samples": samples, "version": answer.grant.version, "loss": 1.0, "score": 0.5}
         header |= {"compute_s": seconds, "score_s": 0.0, "wait_s": 0.0, "send_s": 0.0}
         self.it.push(self.members[worker], header | changes, weights, weights.nbytes)
 

@@ -219,6 +219,19 @@ class Problem:
         names = [name for name, value in found[0][0].items() if name in ("loss", "score") or isinstance(value, numbers.Real)]
         return {name: float(sum(values[name] * n for values, n in found) / sum(n for _, n in found)) for name in names}
 
+    def milestones(self) -> Iterable[float]:
+        """Passes over the training samples, by all workers together, after which `settle` is called once: none by default."""
+        return ()
+
+    def settle(self, module: nn.Module, clock: Clock) -> None:
+        """Change the weights of `module` in place, once for the whole run, from the newest global ones: clusters by k-means, say.
+
+        One worker does so when everything up to the milestone is merged; its weights are the next version, from which all workers
+        go on, under every update. The rule begins anew; the optimisers of the workers stay as they are. If that worker is lost,
+        another one does it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has milestones, and must define settle(module, clock).")
+
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The precision asked for, around forward pass and loss."""
         if self.precision == "bfloat16":

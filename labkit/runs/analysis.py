@@ -39,7 +39,7 @@ def intervals(events: pd.DataFrame) -> pd.DataFrame:
     first, last: the index of the events that begin and end it. Kinds:
 
         here      a join to the leave (with its message), to what cut the run off (`CUT_OFF`), or to the end of the events
-        pass      a release to the push of the local pass
+        pass      a release to the push of the local pass, or to what a milestone asked for
         answer    a push to the release that answers it
         refill    the same, of a worker without samples; or a join to its first release
         broken    a release to the next one, because the group of an all-reduce broke
@@ -67,7 +67,7 @@ def intervals(events: pd.DataFrame) -> pd.DataFrame:
             own.kind = "broken"
         elif kind == "hold":
             own.held = seconds
-        elif kind == "push":
+        elif kind in ("push", "settle"):
             if own.kind == "pass":
                 rows.append((worker, incarnation, "pass", own.start, seconds, np.nan, "", own.first, label))
             own.begin("answer", seconds, label)

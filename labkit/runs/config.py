@@ -34,7 +34,8 @@ from labkit.runs.files import find_json, read_json, write_json
 FORMAT = 4  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
-OPTIONAL = ("target", "patience", "sources", "origin", "scenario", "resumed")  # settings that are left out where a run has none
+# Settings that are left out where a run has none.
+OPTIONAL = ("milestones", "target", "patience", "sources", "origin", "scenario", "resumed")
 PACKAGES = ("labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot")
 PUBLIC = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}  # of format 2 and before
 
@@ -68,6 +69,7 @@ class RunConfig(Mapping[str, Any]):
     overlap: int = 0  # batches that a worker computes while its push is under way
     heartbeat_timeout: float = 4.0  # seconds
     join_timeout: float = 60.0  # seconds
+    milestones: Sequence[int] = ()  # samples, of all workers, after which the problem settles something
     target: float | None = None  # the score on the score set at which the run ends
     patience: int | None = None  # it ends after so many retained versions that are no better
     synthetic: bool = False  # are the data generated?

@@ -331,8 +331,8 @@ def effective(events: pd.DataFrame) -> pd.DataFrame:
     counts, row = np.ones(len(events), bool), np.arange(len(events))
     for resume in np.flatnonzero(kind == "resume"):
         earlier = counts & (row < resume)
-        made = np.flatnonzero(earlier & (kind == "merge") & (version <= version[resume]))
+        made = np.flatnonzero(earlier & np.isin(kind, ("merge", "settle")) & (version <= version[resume]))
         after = earlier & (row > (made[-1] if len(made) else -1))
-        counts &= ~(after & np.isin(kind, ("push", "score", "merge", "drop")))
+        counts &= ~(after & np.isin(kind, ("push", "score", "merge", "drop", "settle")))
         counts &= ~(earlier & (kind == "checkpoint") & (version > version[resume]))
     return events if counts.all() else events[counts]

@@ -64,12 +64,13 @@ class Pace:
 
 @dataclass(frozen=True)
 class Timing:
-    """The workers that were measured, in the order of their indices; the links; the server; and the mean score."""
+    """The workers that were measured, in the order of their indices; the links; the server; the mean score, and milestones."""
 
     paces: tuple[Pace, ...]
     exchange: Line
     server: Line
     score: float = 1.0
+    settle_s: float = 0.0  # what a milestone takes, on whichever worker
 
     def with_links(self, bandwidth: float | None, latency: float | None) -> Timing:
         """Other links: `bandwidth` in bytes/s and `latency` in seconds, each way; None leaves it as it was measured."""
@@ -93,7 +94,7 @@ def stretch(uneven: Unevenness, ages: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def fit(runs: Sequence[Run]) -> Timing:
     """The timing that the events of `runs` show; RunError where there is too little."""
     measured: dict[int, list[tuple]] = {}
-    exchanges, merges, scores = [], [], []
+    exchanges, merges, scores, settled = [], [], [], []
     for run in runs:
         events = effective(run.events)
         size = n_bytes(run.config.exchange, run.layout.size)
@@ -106,6 +107,7 @@ def fit(runs: Sequence[Run]) -> Timing:
             exchanges += [(size, seconds) for seconds in own.exchange_s.dropna()]
         merges += [(4 * run.layout.size, seconds) for seconds in _merge_times(events)]
         scores += events.score.dropna().tolist()
+        settled += events.compute_s[events.kind == "settle"].tolist()
     if not measured or not exchanges:
         names = ", ".join(run.name for run in runs)
         raise RunError(f"nothing can be fitted from {names}: no worker has made two local passes. Give a longer run.")
@@ -115,13 +117,19 @@ def fit(runs: Sequence[Run]) -> Timing:
         spread, probe = (tuple(np.concatenate([part[i] for part in own]).tolist()) for i in (3, 4))
         paces.append(Pace(compute / samples, score_s / len(own), spread, probe or (1.0,)))
     score = float(np.mean(scores)) if scores else 1.0
-    return Timing(tuple(paces), _line(exchanges, "exchange"), _line(merges, "server"), min(1.0, max(score, 1e-3)))
+    return Timing(
+        tuple(paces),
+        _line(exchanges, "exchange"),
+        _line(merges, "server"),
+        min(1.0, max(score, 1e-3)),
+        float(np.mean(settled or [0])),
+    )
 
 
 def _passes(events):
     """The pushes, with what lies between them and the release before that is neither computing nor waiting."""
     rows, freed, pushed = [], {}, {}
-    for event in events[events.kind.isin(["push", "score", "release", "join"])].to_dict("records"):
+    for event in events[events.kind.isin(["push", "score", "release", "join", "settle"])].to_dict("records"):
         worker = event["worker"]
         if event["kind"] == "release":
             sent = event["seconds"] - pushed[worker] - event["wait_s"] if worker in pushed else 0.0
@@ -133,6 +141,9 @@ def _passes(events):
             if not math.isnan(event["hidden_s"]):  # partly at the same time as computing: the worker says how long
                 exchange_s = (event["send_s"] + event["hidden_s"]) or math.nan
             rows.append({**event, "exchange_s": exchange_s})
+            pushed[worker] = event["seconds"]
+        elif event["kind"] == "settle":
+            freed.pop(worker, None)
             pushed[worker] = event["seconds"]
         elif event["kind"] == "score":  # of its latest push
             next(row for row in reversed(rows) if row["worker"] == worker).update(score=event["score"], score_s=event["score_s"])

@@ -62,13 +62,13 @@ class Arrivals:
             for row in self.rows:
                 self.row = row  # the clock
                 self.it.tick()
-                self._settle()
+                self._catch_up()
                 self._happens(row)
-                self._settle()
+                self._catch_up()
             while self.it.state == "running" and self.work:
                 worker = next(iter(self.work))
                 self._push(self.paces.get(worker) or self._unknown(worker))
-                self._settle()
+                self._catch_up()
         if self.it.state == "running":
             self.it.stop("stopped", "nobody is left to push.")
         self.it.checkpoint()
@@ -95,9 +95,11 @@ class Arrivals:
         self.work.pop(worker, None)
         self.queue = [row for row in self.queue if row["worker"] != worker]
 
-    def _settle(self) -> None:
-        """Who has been dismissed leaves, and arrivals that waited for the release of their worker are merged."""
+    def _catch_up(self) -> None:
+        """Who has been dismissed leaves, a milestone is done at once, and arrivals that waited for their worker are merged."""
         while True:
+            for worker in [worker for worker, answer in self.work.items() if answer.grant.settle]:
+                self._push(self.paces.get(worker) or self._unknown(worker))
             for worker in sorted(self.dismissed):
                 self.it.leave(self.it.members[worker])
                 self.dismissed.remove(worker)
@@ -112,11 +114,11 @@ class Arrivals:
         worker, self.paces[row["worker"]] = row["worker"], row
         answer = self.work.pop(worker)
         done, weights = self.replicas.work(worker, answer)
-        score = self.replicas.score(worker) if self.it.update.scored else None
+        score = self.replicas.score(worker) if self.it.update.scored and not answer.grant.settle else None
         pace = done["samples"] / max(1, row["samples"])
         header = {"op": "push", "version": answer.grant.version, "score": score, **done, "wait_s": 0.0}
         header |= {key: row[key] for key in ("score_s", "send_s", "hidden_s") if key in row}
-        header |= {"compute_s": round(row["compute_s"] * pace, 6)}
+        header |= {} if answer.grant.settle else {"compute_s": round(row["compute_s"] * pace, 6)}
         push(self.it, worker, header, weights, self.n_bytes)
         self.progress(self.it.grants.done)
 

@@ -78,7 +78,7 @@ class Course:
         self.run, self.ledger, self.progress = run, ledger, progress
         workers, version, self.rows, self.last, lasting = life
         self.retained = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lasting}
-        self.newest = max((row["version"] for row in self.rows if row["kind"] == "merge"), default=version or 0)
+        self.newest = max((row["version"] for row in self.rows if row["kind"] in ("merge", "settle")), default=version or 0)
         self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
         self.replicas, self.answers = Replicas(problem, run.config), {}
         weights = state = None
@@ -133,7 +133,7 @@ class Course:
         elif kind == "expire":
             self.now = max(self.now, self.it.expires or 0.0)  # what is recorded is rounded, and of another clock
             self.it.tick()
-        elif kind in ("push", "leave"):
+        elif kind in ("push", "settle", "leave"):
             if (member := self.it.members.get(worker)) is None:
                 raise self._differs(row, f"worker {worker} is not there")
             if kind == "leave":
@@ -156,11 +156,12 @@ class Course:
         if answer is None or not answer.grant:
             raise self._differs(row, f"worker {worker} has nothing to push")
         done, weights = self.replicas.work(worker, answer)
-        self._agrees(row, "samples", done["samples"])
-        self._agrees(row, "loss", done["loss"])
-        if row["score"] is not None:
-            self._agrees(row, "score", self.replicas.score(worker))
-        self.passes += 1
+        if row["kind"] == "push":
+            self._agrees(row, "samples", done["samples"])
+            self._agrees(row, "loss", done["loss"])
+            if row["score"] is not None:
+                self._agrees(row, "score", self.replicas.score(worker))
+            self.passes += 1
         header = {**row, "op": "push", "version": row["base_version"]}
         fits, at = row["bytes"] == n_bytes(self.run.config.exchange, len(weights)), self.at
         try:

@@ -109,9 +109,10 @@ def changed(recorded: RunConfig, update: Update, partition: Partition, given: Ma
         settings["local_steps"] = None if local_steps is None else whole("local_steps", local_steps)
     n_train = recorded.n_train if given["samples"] is None else whole("samples", given["samples"])
     passes = recorded.passes if given["passes"] is None else real("passes", given["passes"], above=0)
-    return recorded.replace(
-        **settings, n_train=n_train, passes=passes, budget=whole("passes x samples", max(1, round(passes * n_train)), most=MOST)
-    )
+    budget = whole("passes x samples", max(1, round(passes * n_train)), most=MOST)
+    milestones = [max(1, round(samples * n_train / recorded.n_train)) for samples in recorded.milestones]
+    settings |= {"milestones": tuple(samples for samples in milestones if samples < budget), "target": None, "patience": None}
+    return recorded.replace(**settings, n_train=n_train, passes=passes, budget=budget)
 
 
 def checked_failures(failures: Sequence[Sequence[float]], n_workers: int) -> list[list[float]]:

@@ -127,7 +127,7 @@ class Simulation:
         if self.replicas:
             made, weights = self.replicas.work(worker, answer)
             done |= {"samples": made["samples"], "loss": made["loss"]}
-        if times["score_s"] or self.it.update.scored:
+        if not answer.grant.settle and (times["score_s"] or self.it.update.scored):
             score = self.replicas.score(worker) if self.replicas else self.timing.score
         late = {"score": score, "score_s": times["score_s"]}
         done["score"] = None if self.late_score else score
@@ -158,6 +158,8 @@ class Simulation:
         """Seconds of a local pass, up to its push and while that is under way, and of a score."""
         pace, chance, samples = self._pace(worker), self.chance[worker], grant.samples
         steps, (slowness, came) = max(1, round(samples / self.config.batch_size)), self.slowness[worker]
+        if grant.settle:
+            return self.timing.settle_s, 0.0, 0.0
         compute = pace.seconds * samples * pace.spread[chance.integers(len(pace.spread))]
         compute = slowness.stretched(compute, self.now - came, steps)
         ahead, score = compute * grant.ahead / max(1, samples), 0.0

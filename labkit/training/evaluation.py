@@ -42,7 +42,7 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
     rows = sorted(row for share in results for row in share)
     events = effective(run.events)
-    merges = events[events.kind == "merge"].groupby("version")[["seconds", "total"]].max()
+    merges = events[events.kind.isin(["merge", "settle"])].groupby("version")[["seconds", "total"]].max()
     merges.loc[0] = 0.0
     table = pd.DataFrame(rows, columns=["version", "loss", "score"])
     table = table[table.version.isin(merges.index)]  # a full disk may lack the merge of the last one

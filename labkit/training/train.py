@@ -25,7 +25,7 @@ import numpy as np
 
 from labkit import locks
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, RunError, RunningError, file_path, instance, known, real, text, whole
+from labkit.errors import ClusterError, ProblemError, RunError, RunningError, file_path, instance, known, real, text, whole
 from labkit.imports import rule_title
 from labkit.locks import DirectoryLock
 from labkit.models.flat import Flat
@@ -162,6 +162,7 @@ def configure(
     """The settings of a new run, with a new id; `settings` are further fields of `RunConfig`, as in `train`."""
     n_train = len(problem.train_indices())
     sources = check_sources(lab, problem, update, partition)
+    budget = whole("passes x training samples", max(1, round(passes * n_train)), most=MOST)
     return RunConfig(
         id=secrets.token_hex(8),
         labkit=metadata.version("labkit"),
@@ -170,7 +171,8 @@ def configure(
         update=update.config(),
         partition=partition.config(),
         passes=passes,
-        budget=whole("passes x training samples", max(1, round(passes * n_train)), most=MOST),
+        budget=budget,
+        milestones=tuple(m for m in milestones_of(problem, n_train) if m < budget),
         n_train=n_train,
         batch_size=problem.batch_size,
         synthetic=problem.dataset.synthetic,
@@ -186,6 +188,14 @@ def check_sources(lab: Lab, problem: Problem, *rules: Update | Partition) -> dic
     sent = () if all(worker.here for worker in lab.workers) else (problem,)
     check(needed(*rules, *sent))
     return digests(needed(problem, *rules))
+
+
+def milestones_of(problem: Problem, n_train: int) -> list[int]:
+    """The milestones of a problem in samples, in order; ProblemError for those that make no sense."""
+    try:
+        return sorted({max(1, round(real("milestones", passes, above=0) * n_train)) for passes in problem.milestones()})
+    except (TypeError, ValueError) as error:
+        raise ProblemError(f"milestones() of {type(problem).__name__} must give passes above 0: {error}") from error
 
 
 def launch(

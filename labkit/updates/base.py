@@ -221,6 +221,20 @@ class Update:
         self.load_state_dict(lasting)
         self.bases = dict.fromkeys(self.bases, self.version)
 
+    def restart(self, weights: np.ndarray, workers: Iterable[int]) -> list[Reply]:
+        """A new version that no push has made: everybody begins anew from `weights`, and what the rule remembers is gone.
+
+        Raises `UpdateError` where they are not those of this model, or hold NaN or infinity.
+        """
+        weights, version = np.asarray(weights), self.version + 1
+        if weights.shape != self.weights.shape or not np.isfinite(np.add.reduce(weights)):
+            raise UpdateError(
+                f"weights of shape {weights.shape} cannot be version {version}: they hold NaN, or are not of this model."
+            )
+        self.start(weights, workers, len(weights) - self.n_params, self.blocks)
+        self.version = version
+        return self._release(sorted(self.bases))
+
     def config(self) -> dict:
         """Name (a user's own class: its import path) and settings, stored as attributes, as JSON that `make_update` reads back."""
         return rule_config(self, UpdateError)

@@ -233,6 +233,32 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_the_same_future_bit_for_bit(ru
 
 
 @every_rule
+def test_a_restart_forgets_what_was_and_releases_everybody(rule):
+    life = Life(make_update(rule))
+    for _ in range(40):
+        life.act()
+    own, version, weights = life.rule, life.rule.version, life.weights()
+    with pytest.raises(UpdateError, match="cannot be version"):
+        own.restart(weights * np.float32(np.nan), [0, 4])
+    with pytest.raises(UpdateError, match="cannot be version"):
+        own.restart(weights[1:], [0, 4])
+    assert own.version == version
+    replies = own.restart(weights, [4, 0])
+    assert [(reply.worker, reply.version) for reply in replies] == [(0, version + 1), (4, version + 1)]
+    assert all((reply.weights == weights).all() for reply in replies) and not own.weights.flags.writeable
+    fresh = make_update(rule)
+    fresh.start(weights, [0, 4], 2, [3, 2])
+    fresh._release([0, 4])
+    kept = {"version", "bases"}
+    assert bits({k: v for k, v in own.state_dict().items() if k not in kept}) == bits(
+        {k: v for k, v in fresh.state_dict().items() if k not in kept}
+    )
+    life.ready, life.held = {reply.worker: reply.weights for reply in replies}, {}
+    for _ in range(40):
+        life.act()
+
+
+@every_rule
 def test_a_bad_push_is_refused_and_changes_nothing(rule):
     rule = started(make_update(rule), workers=(0, 1, 2))
     push(rule, 1, (3, 4))

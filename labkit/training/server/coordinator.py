@@ -11,6 +11,7 @@ time limit goes to `alarm`, and the driver calls `tick` then.
     leave   -> the shard is given back, update.leave may release workers that were held
     join    -> update.join -> a reply      in mid-run: a new incarnation, served from what the others give back
     regroup -> update.join -> replies      an all-reduce whose group has broken begins anew from the latest version
+    milestone -> one worker settles -> update.restart -> replies      when all up to it is merged and nobody is at work
 
 A run trains on `budget` samples, counted over all workers (`labkit.training.server.grants`); what a rule throws away does not
 count. A worker for which nothing is left of it is sent "stop". When the last worker is lost the run waits for others; its driver
@@ -67,12 +68,13 @@ class Coordinator:
         self.members: dict[int, Member] = {}
         joint = config.local_steps and config.local_steps * config.batch_size
         ahead = config.overlap * config.batch_size if update.ahead else 0
-        self.grants = Grants(partition, config.budget, joint, update, self.members, record, ahead)
+        self.grants = Grants(partition, config.budget, joint, update, self.members, record, ahead, config.milestones)
         self.policy, self.save = Policy(config.budget, config.checkpoints, clock, age), save
         self.incarnations: dict[int, int] = {}
         self.round = 0  # local passes of the quickest worker; one that joins counts on from there, so that no number comes twice
         self.idle: set[int] = set()  # workers for which nothing is left of the budget, unless another one is lost
         self.shardless: set[int] = set()  # workers for which no samples are in the pool yet; the update does not know them
+        self.settling = False  # everybody waits for what a milestone asks for
         self.expires: float | None = None  # the deadline of the rule: `tick`
         self.last_lost_at: float | None = None  # when the last worker of a running run was lost
         self.started = self.finished = self.over = False  # finished: the budget is met, and all have been answered
@@ -177,6 +179,8 @@ class Coordinator:
 
         Raises `BadPush` for one that cannot be merged: its worker should leave, and nothing else has changed.
         """
+        if member.settles:
+            return self._settled(member, header, weights, n_bytes)
         index, samples, version = member.index, int(header["samples"]), int(header["version"])
         push = Push(index, version, weights, header["score"], samples)
         if self.state == "running":
@@ -306,11 +310,12 @@ class Coordinator:
             "partition": self.partition.state_dict(),
             "incarnations": dict(self.incarnations),
             "round": self.round,
+            "settled": self.grants.settled,
         }
 
     def _restore(self, state: dict) -> None:
         """Begin where a checkpoint ends; update and partition stand there already. The workers may be others than before."""
-        self.grants.restore(int(state["done"]), self.workers)
+        self.grants.restore(int(state["done"]), self.workers, int(state.get("settled", 0)))
         self.incarnations = {int(worker): int(n) for worker, n in state["incarnations"].items()}
         self.round = int(state["round"])
         self.policy.resume(self.grants.merged, self.update.version)
@@ -342,6 +347,8 @@ class Coordinator:
 
     def _grant(self, replies: list[Reply]) -> None:
         members = [self.members[reply.worker] for reply in replies]
+        if self.settling:
+            return self._settle(replies)
         if self.grants.remaining < (len(members) if self.update.collective else 1):
             return self._leave_idle(replies)
         if not members:
@@ -377,28 +384,63 @@ class Coordinator:
 
     def _serve_idle(self) -> None:
         """What has come back of the budget is for the idle workers."""
-        while self.idle and self.grants.remaining > 0 and self.state == "running":
+        while self.idle and self.grants.remaining > 0 and self.state == "running" and not self.settling:
             self.idle.remove(index := min(self.idle))
             self._release(self.update.join(index))
 
     def _serve_shardless(self) -> None:
         """The pool has samples again: for the next worker that has none."""
-        if self.shardless and len(self.partition.pool) and self.state == "running":
+        if self.shardless and len(self.partition.pool) and self.state == "running" and not self.settling:
             self.shardless.remove(index := min(self.shardless))
             self._release(self.update.join(index))
 
     def _finish(self) -> None:
-        """The budget is met and no local pass is under way: what the rule has held back is merged, and all are answered."""
-        self.finished = True
+        """The limit is met and no local pass is under way: what the rule has held back is merged, and all are answered."""
+        self.finished = len(self.grants.limits) == 1
         try:
             self.update.finish()
         except Exception as error:
             return self._fail(error)
         self._count()
+        if not self.finished:
+            return self._settle()
         for index in sorted(self.members):
             self._dismiss(self.members[index])
         self.idle.clear()
         self.shardless.clear()
+
+    def _settle(self, replies: Iterable[Reply] = ()) -> None:
+        """A milestone is reached: the first worker that is here settles the newest version, and everybody waits for it."""
+        self.settling = True
+        for reply in replies:
+            self.idle.add(reply.worker)
+            self._hold(self.members[reply.worker])
+        if not self.members or any(member.settles for member in self.members.values()):
+            return  # when the first one comes, or when it has
+        member = self.members[min(set(self.members) - self.shardless or self.members)]
+        member.settles, reply = True, Reply(member.index, self.update.version, self.update.weights)
+        self.deliver(member.index, self.grants.settle(member, reply, self._waited(member)))
+
+    def _settled(self, member: Member, header: dict, weights: np.ndarray | None, n_bytes: int) -> None:
+        """It has: its weights are the next version, from which all begin."""
+        if weights is None:
+            raise BadPush(f"a push of {n_bytes} bytes, which are not the {len(self.update.weights)} weights of this model.")
+        member.settles, self.settling, member.held_since = False, False, self.clock()
+        self.grants.end_pass(member)
+        if self.state != "running":
+            return self._dismiss(member)
+        before, members = self.update.version, sorted(set(self.members) - self.shardless)
+        try:
+            replies = self.update.restart(weights, members)
+        except Exception as error:
+            return self._fail(error, f"worker {member.index} settled version {before}: ")
+        reported = {key: header[key] for key in REPORTED if header.get(key) is not None}
+        versions = {"base_version": before, "version": self.update.version, "total": self.grants.merged}
+        self._row("settle", member, bytes=n_bytes, **versions, **reported)
+        del self.grants.limits[0]
+        self.idle.clear()
+        self.checkpoint()
+        self._release(replies)
 
     def _dismiss(self, member: Member) -> None:
         member.waited = self._waited(member)

@@ -12,7 +12,7 @@ Used by `labkit.training.server.coordinator`.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +38,7 @@ class Grants:
     """The counts, and the shards as the members hold them. `joint`: samples of a local pass, on average; None: the whole shard.
 
     `members` are those of the coordinator, `record` writes a row; `ahead` is how many samples a worker trains on while its push
-    is under way.
+    is under way; `milestones` are numbers of samples at which everybody waits.
     """
 
     def __init__(
@@ -50,20 +50,29 @@ class Grants:
         members: Mapping[int, Member],
         record: Callable[..., None],
         ahead: int = 0,
+        milestones: Sequence[int] = (),
     ) -> None:
+        self.limits = [*milestones, budget]  # up to which samples are granted, one after the other
         self.partition, self.budget, self.joint, self.update = partition, budget, joint, update
         self.members, self.record, self.ahead = members, record, ahead
+        self._n_limits = len(self.limits)
         self.granted = self.done = self.merged = 0
         self.seconds: dict[int, float] = {}  # per sample, measured (probed at first) and not yet known to the partition
         self.ranks = Ranks()  # of an all-reduce
 
     @property
     def remaining(self) -> int:
-        """What is left of the budget to be granted."""
-        return self.budget - self.granted
+        """What is left to be granted, of the budget or up to the next milestone."""
+        return self.limits[0] - self.granted
 
-    def restore(self, done: int, workers: list[int]) -> None:
+    @property
+    def settled(self) -> int:
+        """How many milestones are behind us."""
+        return self._n_limits - len(self.limits)
+
+    def restore(self, done: int, workers: list[int], settled: int = 0) -> None:
         """Begin where a checkpoint ends; the workers may be others than before."""
+        del self.limits[:settled]
         self.granted = self.done = self.merged = done
         for worker in set(workers) - set(self.partition.workers):
             self.partition.join(worker)
@@ -177,6 +186,12 @@ class Grants:
             pace=share.pace,
         )
         return Answer(grant, reply.weights, indices)
+
+    def settle(self, member: Member, reply: Reply, wait_s: float) -> Answer:
+        """No samples: this worker does what a milestone asks for."""
+        member.busy = True
+        who = {"incarnation": member.incarnation, "version": reply.version, "retain": member.held, "done": self.done}
+        return Answer(Grant(**who, wait_s=wait_s, settle=1), reply.weights, np.empty(0, np.int64))
 
     def _proportions(self) -> Mapping[int, int]:
         """In what proportion the workers train: as their shards, or for a paced rule as their speeds."""

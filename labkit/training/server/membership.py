@@ -18,7 +18,8 @@ class Member:
     index: int
     incarnation: int
     passes: int = 0
-    busy: bool = False  # a local pass is under way
+    busy: bool = False  # a local pass is under way, or
+    settles: bool = False  # what a milestone asks for
     granted: int = 0  # samples that it has been granted and has not pushed
     ahead: int = 0  # of these, those that it trains on while its push is under way: they belong to its next one
     group: int = 0  # number of the group of an all-reduce in which that is

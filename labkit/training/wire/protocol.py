@@ -62,6 +62,7 @@ class Grant:
     rank_samples: tuple[int, ...] = ()  # what each of them trains on
     group: int = 0  # number of that group
     done: int = 0  # samples that all workers had pushed
+    settle: int = 0  # 1: no samples, but what a milestone asks for (`Problem.settle`)
     pace: float = 0.0  # samples of all workers while this one trains on one: the clock of learning-rate schedules
 
     def header(self) -> dict:
@@ -85,6 +86,7 @@ class Grant:
             ("carry", done + grant.carry <= budget, left),
             ("samples", done + grant.carry + granted <= budget, left),
             ("ahead", grant.ahead <= granted, f"at most the {granted} samples of the grant"),
+            ("settle", grant.settle <= 1 and not (grant.settle and granted), "0, or 1 with no samples"),
             ("ranks", not ranks or worker in ranks, f"a list with worker {worker}"),
             ("ranks", len(set(ranks)) == len(ranks), "a list that names each worker once"),
             ("rank_samples", len(shares) == len(ranks), f"a list of {len(ranks)} numbers"),

@@ -113,6 +113,8 @@ class Replica:
         Returns samples, loss (their mean), compute_s and wait_s, with those that were trained on ahead before. After each step
         `progress` gets samples and summed loss so far.
         """
+        if grant.settle:
+            return self._settle(grant)
         drawn, batch_size = self.shard.draw(grant.samples), self.problem.batch_size
         now, self.left = np.split(drawn, [len(drawn) - grant.ahead])
         if group:
@@ -126,6 +128,13 @@ class Replica:
         (samples, loss, compute_s, wait_s), self.carried = map(sum, zip(self.carried, done, strict=True)), NOTHING
         mean_loss = loss / max(1, samples)
         return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(wait_s, 6)}
+
+    def _settle(self, grant: Grant) -> dict:
+        """What a milestone asks for, on the newest weights."""
+        started = time.perf_counter()
+        self.problem.settle(self.module, Clock(grant.done, self.budget, grant.done / len(self.train_indices)))
+        self.after(started)
+        return {"samples": 0, "loss": None, "compute_s": round(time.perf_counter() - started, 6), "wait_s": 0.0}
 
     def ahead(self, grant: Grant) -> None:
         """Train ahead on samples of this grant, while the weights as they are now, which are being pushed, are under way.

@@ -182,7 +182,7 @@ class _Worker:
     def _join_group(self, grant: Grant) -> None:
         """With an all-reduce the module is wrapped, anew whenever the group has changed."""
         spec = self.spec
-        if not spec.meeting or (self.group and self.group.number == grant.group):
+        if not spec.meeting or grant.settle or (self.group and self.group.number == grant.group):
             return
         if self.group or grant.group > 1:  # others have another momentum, or none
             self._close_group()
@@ -265,9 +265,9 @@ class _Worker:
 
     def _exchange(self, done: dict, grant: Grant) -> dict:
         """Score, push and pull; returns the next message. With `overlap` as much of it as possible is done at the same time."""
-        late = self.sender is not None and not self.spec.scored
+        late = self.sender is not None and not self.spec.scored and not grant.settle
         body = self.buffers.pack()  # before Q is measured: a forward pass may change the module, and a replay does it in this order
-        score, score_s = (None, 0.0) if late else self._score()
+        score, score_s = (None, 0.0) if late or grant.settle else self._score()
         times = {"score_s": score_s, "send_s": self.send_s} | ({"hidden_s": self.hidden_s} if self.sender else {})
         started = time.perf_counter()
         header = {"op": "push", "version": self.version, "score": score, "shift": self.buffers.shift, **times, **done}

@@ -610,3 +610,80 @@ def test_under_easgd_each_worker_is_answered_with_its_own_weights_and_the_centre
     assert course.saved[-1][0] == 1 and course.saved[-1][1] is course.it.update.weights
     course.push(1, answer)  # (1.4 + 2) - 0.6 = 2.8, of which 0.3
     assert course.it.update.weights == pytest.approx(np.full(5, 0.6 + 0.84))
+
+
+# -- milestones --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [*RULES, *OTHERS], ids=lambda rule: getattr(rule, "__name__", None) or str(rule))
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_at_a_milestone_everybody_waits_until_one_worker_has_settled(rule, overlap):
+    rule = rule() if isinstance(rule, type) else make_update(rule)
+    course = Course(rule, IDPA(batches=2), budget=80, milestones=(20, 50), overlap=overlap, local_steps=2).join(*WORKERS)
+    course.finish(speeds={0: 3, 1: 1, 2: 2})
+    assert (course.it.state, course.it.reason) == ("done", "")
+    settled, few = course.of("settle"), len(WORKERS) - 1 if rule.collective else 0
+    assert len(settled) == 2 and {row["worker"] for row in settled} == {0} and {row["samples"] for row in settled} == {0}
+    for row, milestone in zip(settled, (20, 50), strict=True):
+        before = course.rows[: course.rows.index(row)]
+        merged = sum(other["samples"] for other in before if other["kind"] == "merge")
+        thrown = sum(other["samples"] for other in before if other["kind"] == "drop")
+        assert row["total"] == merged and milestone - few - thrown <= merged <= milestone
+        assert row["version"] == row["base_version"] + 1
+    merged = sum(row["samples"] for row in course.of("merge"))
+    assert 80 - few <= merged <= 80
+    versions = [row["version"] for row in course.rows if row["kind"] in ("merge", "settle")]
+    assert sorted(set(versions)) == list(range(1, max(versions) + 1))
+
+
+@pytest.mark.parametrize("rule", [SGWU, AGWU, AllReduce, EASGD])
+def test_a_milestone_is_settled_once_whoever_is_lost_meanwhile(rule):
+    course = Course(rule(), budget=60, milestones=(30,)).join(*WORKERS)
+    answers = {w: course.answer(w) for w in WORKERS}
+
+    def work():
+        """Everybody works until one is to settle."""
+        while not any(answer.grant.settle for answer in answers.values()):
+            for worker in [w for w in answers if w in course.it.members]:
+                course.push(worker, answers.pop(worker))
+            answers.update({w: answer for w in course.it.members if (answer := course.answer(w))})
+        return next(worker for worker, answer in answers.items() if answer.grant.settle)
+
+    assert work() == 0
+    course.it.leave(course.members[0], "killed")
+    answers = {1: course.answer(1)}
+    assert answers[1].grant.settle and not course.answers[2] and not course.of("settle")
+    course.it.leave(course.members[1], "killed")
+    course.it.leave(course.answer(2) and course.members[2], "killed")
+    assert not course.of("settle") and course.it.last_lost_at is not None
+    course.join(2, 0)
+    answers = {2: course.answer(2)}
+    assert answers[2].grant.settle and not course.answers[0]
+    course.push(2, answers.pop(2))
+    assert len(course.of("settle")) == 1
+    course.finish()
+    assert course.it.state == "done" and len(course.of("settle")) == 1
+    assert 60 - (len(WORKERS) - 1) * rule.collective <= sum(row["samples"] for row in course.of("merge")) <= 60
+
+
+def test_a_checkpoint_knows_which_milestones_are_behind_it():
+    course = Course(SGWU(), budget=60, milestones=(20, 40)).join(*WORKERS)
+    states, save = [], course.it.save
+    course.it.save = lambda version, weights, state: (states.append(state), save(version, weights, state))
+    course.finish()
+    assert sorted({state["settled"] for state in states}) == [0, 1, 2]
+    for state in states:
+        again = Course(SGWU(), UDPA(), budget=60, milestones=(20, 40), state=state).join(*WORKERS)
+        again.finish()
+        assert again.it.state == "done" and len(again.of("settle")) == 2 - state["settled"]
+
+
+def test_weights_that_are_nan_after_a_milestone_fail_the_run():
+    course = Course(AGWU(), budget=60, milestones=(SAMPLES,)).join(*WORKERS)
+    answers = {w: course.answer(w) for w in WORKERS}
+    for worker in WORKERS:
+        course.push(worker, answers[worker])
+    answer = course.answer(0)
+    assert answer.grant.settle
+    course.it.push(course.members[0], {"compute_s": 1.0}, answer.weights * np.float32(np.nan), answer.weights.nbytes)
+    assert course.it.state == "failed" and "worker 0 settled version 3" in course.it.reason
