@@ -13,14 +13,16 @@ import torch
 from torch.nn import functional as F
 
 import labkit
+from labkit import chaos
 from labkit.cluster.lab import Worker
 from labkit.errors import ClusterError, PartitionError, ProblemError, RunError
 from labkit.partition import UDPA
 from labkit.problems.problem import Clock
 from labkit.problems.splits import batches
+from labkit.runs.events import effective
 from labkit.training import train as training
 from labkit.training.worker.sampler import pass_order, steps
-from tests.helpers import DECAY, LR, MOMENTUM, SEED, Slow, ended, net_with_statistics, problem, until
+from tests.helpers import DECAY, LR, MOMENTUM, SEED, Settling, Slow, ended, net_with_statistics, problem, until
 from tests.problems.test_problem import TinyGan
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -349,3 +351,63 @@ def test_a_module_that_is_not_what_its_file_says_is_refused_before_anything_is_w
     importlib.reload(mine)
     file.unlink()
     del sys.modules["mine_edited"]
+
+
+# -- milestones --------------------------------------------------------------------------------------------------------
+
+
+def assert_settled(run, ranks=1):
+    """Each milestone once, in its place, and the weights of its version are those that were settled."""
+    events, milestones = run.events, run.config.milestones
+    settled = events[events.kind == "settle"]
+    merged = events[events.kind == "merge"]
+    assert len(settled) == len(milestones) and run.state == "done"
+    for row, milestone in zip(settled.itertuples(), milestones, strict=True):
+        assert milestone - ranks < row.total <= milestone and merged[merged.seq < row.seq].samples.sum() == row.total
+        busy = events[(events.seq < row.seq) & events.kind.isin(["push", "release", "join"])].groupby("worker").tail(1)
+        assert (busy[busy.worker != row.worker].kind != "release").all()  # everybody waits
+    assert chaos.audit(run) == []
+    return settled
+
+
+@pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce", pytest.param("easgd", marks=pytest.mark.slow)])
+def test_a_milestone_is_settled_once_and_all_go_on_from_it(update, train, tmp_path):
+    a_problem = problem(kind=Settling, lr=1e-30)
+    a_problem.log = tmp_path / "log"
+    run = ended(train(a_problem, update=update, passes=3))
+    n = run.config.n_train
+    assert run.config.milestones == [n, 2 * n] and len(a_problem.log.read_text().splitlines()) == 2
+    settled = assert_settled(run, 2 if update == "allreduce" else 1)
+    np.testing.assert_allclose(run.weights()["3.bias"], settled.total.iloc[-1], rtol=1e-6)  # and so little was learnt since
+    assert not ended(train(problem(kind=Settling), update=update, passes=0.5)).config.milestones
+
+
+def test_a_milestone_whose_worker_is_lost_is_settled_by_another(train, tmp_path):
+    a_problem = problem(kind=Settling)
+    a_problem.log, a_problem.pause, a_problem.at = tmp_path / "log", 0.5, (1.0,)
+    run = train(a_problem, update="agwu", passes=2, checkpoints=400)
+    until(lambda: a_problem.log.exists())
+    chaos.drop_link(run, 0)
+    ended(run)
+    assert_settled(run)
+    assert len(a_problem.log.read_text().splitlines()) == 2
+
+
+def test_a_run_that_is_stopped_and_resumed_settles_the_milestones_that_are_left(train, lab):
+    a_problem = problem(kind=Settling)
+    a_problem.pause = 0.2
+    run = train(a_problem, update="sgwu", passes=4, checkpoints=400)
+    until(lambda: "settle" in run.events.kind.tolist())
+    run.stop()
+    n = (run.events.kind == "settle").sum()
+    again = ended(labkit.resume(run.path, lab, problem=a_problem))
+    counted = effective(again.events)
+    assert n >= 1 and (counted.kind == "settle").sum() == 2 and chaos.audit(again) == []
+
+
+@pytest.mark.parametrize("at", [(0.0,), (-1.0,), ("first",), (float("nan"),)])
+def test_milestones_that_make_no_sense_start_nothing(at, train):
+    a_problem = problem(kind=Settling)
+    a_problem.at = at
+    with pytest.raises(ProblemError, match=r"milestones\(\) of Settling must give passes above 0"):
+        train(a_problem)
