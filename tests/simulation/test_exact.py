@@ -23,7 +23,7 @@ from labkit.runs.events import read_rows
 from labkit.runs.files import read_json, write_json
 from labkit.training import supervisor
 from labkit.updates import make_update
-from tests.helpers import ended, net_with_statistics, problem, until
+from tests.helpers import Settling, ended, net_with_statistics, problem, until
 from tests.simulation.own_rules import Backwards, Cautious
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -497,3 +497,21 @@ def test_kills_joins_and_refusals_are_replayed(tmp_path, monkeypatch):
     assert same(run, labkit.replay(run))
     other = labkit.replay(run, update="sgwu")
     assert other.origin == "counterfactual" and other.summary()["samples"] > 0
+
+
+# -- milestones --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "update", ["agwu", pytest.param("sgwu", marks=pytest.mark.slow), pytest.param("fedbuff", marks=pytest.mark.slow)]
+)
+def test_milestones_are_replayed_and_simulated(update, train):
+    run = train(problem(net_with_statistics, kind=Settling), update=update, passes=3)
+    events = run.events
+    assert len(events[events.kind == "settle"]) == 2 and same(run, labkit.replay(run))
+    for other in (labkit.replay(run, update="easgd"), labkit.simulate(run, update="sgwu"), labkit.simulate(run, numerics=True)):
+        rows = other.events
+        assert other.state == "done" and (rows.kind == "settle").sum() == 2
+        assert rows.total[rows.kind == "settle"].tolist() == list(run.config.milestones)
+    longer = labkit.simulate(run, samples=2 * run.config.n_train)
+    assert list(longer.config.milestones) == [2 * samples for samples in run.config.milestones]

@@ -364,7 +364,7 @@ def assert_settled(run, ranks=1):
     assert len(settled) == len(milestones) and run.state == "done"
     for row, milestone in zip(settled.itertuples(), milestones, strict=True):
         assert milestone - ranks < row.total <= milestone and merged[merged.seq < row.seq].samples.sum() == row.total
-        busy = events[(events.seq < row.seq) & events.kind.isin(["push", "release", "join"])].groupby("worker").tail(1)
+        busy = events[(events.seq < row.seq) & events.kind.isin(["push", "release", "join", "leave"])].groupby("worker").tail(1)
         assert (busy[busy.worker != row.worker].kind != "release").all()  # everybody waits
     assert chaos.audit(run) == []
     return settled
@@ -411,3 +411,23 @@ def test_milestones_that_make_no_sense_start_nothing(at, train):
     a_problem.at = at
     with pytest.raises(ProblemError, match=r"milestones\(\) of Settling must give passes above 0"):
         train(a_problem)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize(("kind", "updates"), [("dask", ["agwu", "allreduce"]), ("ipyparallel", ["sgwu", "easgd"])])
+def test_a_milestone_in_whose_midst_a_process_is_killed_is_settled_once_and_replayed(kind, updates, tmp_path):
+    with labkit.connect(kind, 2) as lab:
+        for update in updates:
+            a_problem = problem(kind=Settling)
+            a_problem.log, a_problem.pause, a_problem.at = tmp_path / f"{update}.log", 1.0, (1.0,)
+            run = labkit.train(a_problem, lab, update=update, partition="udpa", passes=2, runs=tmp_path, name=update, seed=SEED)
+            until(a_problem.log.exists, 60)
+            chaos.kill(lab, int(run.events.query("kind == 'release'").worker.iloc[-1]))
+            ended(run, timeout=90)
+            assert_settled(run, 2 if update == "allreduce" else 1)
+            replayed = labkit.replay(run) if update != "allreduce" else run
+            np.testing.assert_array_equal(replayed.flat(), run.flat())
+            if kind == "ipyparallel":
+                lab.add(1)
+            until(lambda: len(lab.free()) == 2, 60)
