@@ -46,7 +46,7 @@ def test_a_run_ends_at_its_target_and_every_version_was_shown(train):
     assert seen[-1][2]["score"] >= 0.6 > max([measured["score"] for *_, measured in seen[:-1]], default=0)
     assert f"version {versions[-1]} has" in run.status()["reason"] and versions[-1] in run.curve().version.tolist()
     for version, measured in ((version, measured) for _, version, measured in seen):
-        assert problem().measure(run.model(version), problem().score_indices()) == pytest.approx(measured)
+        assert problem().measure(run.model(version).network, problem().score_indices()) == pytest.approx(measured)
     assert labkit.load_run(run.path).state == "stopped"
     again = labkit.resume(run.path, problem=problem(kind=Slow))  # only what comes now is judged
     assert again.config.target == 0.6 and again.wait(60).state in ("stopped", "done")
@@ -62,13 +62,13 @@ def test_the_best_version_is_that_of_the_score_set(train):
     a_problem = problem(lr=0.02)
     run = train(a_problem, passes=6, checkpoints=6).wait(60)
     scores = {
-        version: a_problem.measure(run.model(version), a_problem.score_indices())["score"]
+        version: a_problem.measure(run.model(version).network, a_problem.score_indices())["score"]
         for version in run.curve().version.tolist()
     }
     best = max(scores, key=scores.get)
     np.testing.assert_array_equal(run.flat("best"), run.flat(best))
     assert run.weights("best").keys() == run.weights().keys()
-    assert a_problem.measure(run.model("best"), a_problem.score_indices())["score"] == scores[best]
+    assert a_problem.measure(run.model("best").network, a_problem.score_indices())["score"] == scores[best]
 
 
 def test_what_the_callback_raises_fails_the_run_and_is_raised(train):
