@@ -292,7 +292,7 @@ def in_memory(name: str, column: str, value: Any) -> np.ndarray | list[np.ndarra
     if hasattr(value, "cat") and hasattr(getattr(value, "dtype", None), "categories"):
         value = value.astype(value.dtype.categories.dtype)
     try:
-        array = np.asarray(value.numpy() if hasattr(value, "numpy") and hasattr(value, "device") else value)
+        array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
     except (ValueError, TypeError, RuntimeError):
         array = None  # samples of different lengths
     if array is not None and array.ndim == 0:

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import random
+import socket
 import sys
 import threading
 import time
@@ -119,10 +121,14 @@ class Items(Dataset):
     def _items(self, at: np.ndarray, split: str) -> list[tuple[int, Any]]:
         """The items at these indices, each with its number in the user's own data set."""
         made = _made(self.path) if self._own is None else self._own
-        if self._held_out:
-            source, at = made["train"], _rows(len(made["train"]), split)[at]
-        else:
-            source = made[split]
+        source = made["train" if self._held_out else split]
+        n = self.n_train + self.n_test if self._held_out else {"train": self.n_train, "test": self.n_test}[split]
+        if len(source) != n:
+            raise DataError(
+                f"{self.path} has {len(source)} items in the {split} split on {socket.gethostname()}, but {n} where the problem comes from. "
+                "It has to be the same on every machine."
+            )
+        at = _rows(n, split)[at] if self._held_out else at
         with _seeded(seed_of_items()):
             return _read(self.name, source, at)
 
@@ -130,6 +136,8 @@ class Items(Dataset):
         field, keys = self.fields[name], self._keys[name]
         if not items:
             return np.empty((0, *(n or 0 for n in field.shape)), field.dtype)
+        if (quick := _stacked(items, keys)) is not None and quick.shape[1:] == field.shape:
+            return quick.astype(field.dtype, copy=False)
         parts = [_value(item, keys, f"{self.name}: item {number}") for number, item in items]
         shapes = {part.shape for part in parts}
         if len(shapes) == 1 and (None in field.shape or field.shape in shapes):
@@ -251,6 +259,7 @@ def _made(path: str) -> dict[str, Any]:
         return _MADE[path][1]
 
 
+@functools.lru_cache(maxsize=8)
 def _rows(n: int, split: str) -> np.ndarray:
     held = hold_out(n)
     return np.flatnonzero(held if split == "test" else ~held)
@@ -290,6 +299,20 @@ def _value(item: Any, keys: tuple[Any, ...], called: str) -> np.ndarray:
     if array.dtype.hasobject:
         raise DataError(f"{called}: {keys[-1]!r} is of type {type(value).__name__}. Give numbers, arrays or tensors.")
     return array
+
+
+def _stacked(items: list[tuple[int, Any]], keys: tuple[Any, ...]) -> np.ndarray | None:
+    """What stands at `keys` in all items, where it is tensors of one kind or numbers, which most sets give; else None."""
+    with contextlib.suppress(Exception):
+        values = [item for _, item in items]
+        for key in keys:
+            values = [value[key] for value in values]
+        kinds = {type(value) for value in values}
+        if kinds <= {int} or kinds <= {float}:
+            return np.array(values)
+        if "torch" in sys.modules and kinds == {sys.modules["torch"].Tensor} and len({value.dtype for value in values}) == 1:
+            return sys.modules["torch"].stack(values).detach().numpy()
+    return None
 
 
 def _leaves(item: Any) -> tuple[dict[str, tuple[Any, ...]], list[str]]:

@@ -50,11 +50,12 @@ class Problem:
     Store each constructor argument as an attribute of the same name, hand the common ones on with `**common`, and the
     record of a run can name the settings and make the problem again. A GAN has both networks in one module
     (`nn.ModuleDict`), returns two optimisers, and its `step` uses one after the other (all-reduce refuses that); a loss whose
-    weight changes during training reads `clock.passes` in `step`; data that are not (x, y) pairs need a `load` of their own.
+    weight changes during training reads `clock.passes` in `step`.
 
     Parameters
     ----------
-    data : registered name, tuple of arrays, path, or Dataset. Names and paths are opened on first use.
+    data : what `labkit.data.open_dataset` reads: a registered name, arrays, a dict of them, a DataFrame, a torch Dataset of your own or
+        the import path of what makes it, a path, or a Dataset of labkit. Names and paths are opened on first use.
     batch_size : samples in one optimiser step on one worker.
     train_samples, test_samples : use only so many, chosen once for all runs; None means all.
     score_samples : size of the score set, which is held out of the training split, class by class in proportion; it

@@ -130,6 +130,9 @@ def test_it_travels_by_value_or_is_made_where_it_is_used(monkeypatch):
     assert data.reference == f"{__name__}:make_mine"
     regression = open_dataset(f"{__name__}:make_mine", target="y")
     assert open_dataset(regression.reference).fields == regression.fields and regression.n_classes is None
+    monkeypatch.setitem(items._MADE, data.path, (make_mine, {"train": Mine(n=29), "test": Mine(n=7)}))
+    with pytest.raises(DataError, match=r"has 29 items in the train split .* 30 where the problem comes from"):
+        data.batch([0])
     large = TensorDataset(torch.zeros(3, 1 << 20))
     with pytest.raises(DataError, match=r"has 12.0 MiB, and by value at most 8 MiB travel.*my_module:make_my_set"):
         open_dataset(large)
