@@ -1,9 +1,9 @@
 """The live view of a run: the held-out score that workers report, their samples/s, and how many are here, redrawn while it runs.
 
 A thread reads what was appended to the record, twice a second, and the kernel sends it to the figure between its cells. A browser
-that begins to listen, at first or after the page was loaded again, gets all that is known then, so that the figure ends with the
-last picture, however late that is. It begins to listen only when the kernel is free: `await` the run in the next cell instead of
-blocking it.
+gets its first picture only from a free kernel, so `await` the run in the next cell instead of blocking it; when it begins to listen, it
+gets all that is known then. At the end of the run the output of the cell is replaced by the last picture, which needs no kernel any
+more: it is there however late the browser was, and in the notebook that is saved.
 
 Used through `labkit.plots` and `Run.live`.
 """
@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,15 +65,17 @@ def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
         return style.stack([draw(run, watch.look()) for draw in VIEWS])
     import holoviews as hv
 
-    pipe = hv.streams.Pipe(data=NOTHING)
+    pipe = hv.streams.Pipe(data=watch.look())
     views = [hv.DynamicMap(lambda data, draw=draw: draw(run, data), streams=[pipe]) for draw in VIEWS]
     try:
         post = asyncio.get_running_loop().call_soon_threadsafe  # the kernel's, which runs between its cells
     except RuntimeError:
         post = _now
-    screen = Screen(pipe, post)
+    screen = Screen(pipe, post, lambda seen: style.stack([draw(run, seen) for draw in VIEWS]))
     threading.Thread(target=_feed, args=(run, watch, screen, timeout), name=f"live-{run.name}", daemon=True).start()
-    return style.stack(views)
+    figure, shown = style.stack(views), style.stack(views)
+    figure._ipython_display_ = lambda: screen.display(shown)  # what a notebook calls instead of showing `figure` in its own way
+    return figure
 
 
 class Watch:
@@ -120,22 +123,38 @@ class Screen:
     """The figure of a live view, wherever it is shown: `show` has it show something new, as soon as a browser can.
 
     What is sent before the browser listens is lost. The comm of a figure is opened by the browser when it does (`_comm` is None
-    before), and again by each page that shows it later: then all is sent, after nothing, since only what changes travels.
+    before): then all is sent, after nothing, since only what changes travels. What is displayed under an id can be replaced without
+    a comm: that is how the last picture comes, which `picture(seen)` draws.
     """
 
-    def __init__(self, pipe: Any, post: Callable[[Callable[[], None]], Any]) -> None:
-        self.pipe, self.post = pipe, post
-        self.latest, self.posted = NOTHING, False
+    def __init__(self, pipe: Any, post: Callable[[Callable[[], None]], Any], picture: Callable[[Seen], Any]) -> None:
+        self.pipe, self.post, self.picture = pipe, post, picture
+        self.latest, self.posted, self.ended = NOTHING, False, False
+        self.displayed: str | None = None  # the id
 
-    def show(self, seen: Seen) -> None:
+    def display(self, figure: Any) -> None:
+        """Show the figure below the cell, or, if the run has ended, its last picture."""
+        from IPython.display import display
+
+        self.displayed = self.displayed or uuid.uuid4().hex
+        display(self.picture(self.latest) if self.ended else figure, display_id=self.displayed)
+
+    def show(self, seen: Seen, last: bool = False) -> None:
         """From any thread; `post` has the kernel draw, which must not do two things at once to a figure."""
-        self.latest = seen
+        self.latest, self.ended = seen, last
         if not self.posted:
             self.posted = True
             self.post(self._draw)
 
     def _draw(self) -> None:
         self.posted = False
+        if self.ended and self.displayed:
+            from IPython.display import display
+
+            # JupyterLab draws nothing where the new output has the form of the old one; so there is another one between.
+            display({"text/plain": ""}, raw=True, display_id=self.displayed, update=True)
+            display(self.picture(self.latest), display_id=self.displayed, update=True)
+            return
         comms = {id(plot.comm): plot.comm for plot in map(_plot, self.pipe.subscribers) if getattr(plot, "comm", None)}
         for comm in comms.values():
             comm._on_open = self._again
@@ -166,10 +185,10 @@ def _feed(run: RunRecord, watch: Watch, screen: Screen, timeout: float) -> None:
         except (LabError, OSError, ValueError):  # the next look may be luckier
             failures += 1
         else:
-            if (watch.tail.offset, seen.test) != shown:
-                shown = watch.tail.offset, seen.test
+            if watch.tail.offset != shown or ended:
+                shown = watch.tail.offset
                 with contextlib.suppress(RuntimeError):  # the kernel ends
-                    screen.show(seen)
+                    screen.show(seen, ended)
             if ended:
                 return
         time.sleep(PERIOD_S)

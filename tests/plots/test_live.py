@@ -12,7 +12,7 @@ from bokeh.document import Document
 
 from labkit import plots
 from labkit.errors import RunError
-from labkit.plots.live import NOTHING, Screen, Watch, _feed
+from labkit.plots.live import NOTHING, VIEWS, Screen, Watch, _feed
 from tests.helpers import until
 from tests.plots.helpers import elements, title
 
@@ -101,10 +101,29 @@ def test_a_browser_that_comes_late_or_again_gets_the_last_picture(run, monkeypat
         assert browser.titles()[-1] == f"AGWU + IDPA: test score 0.750 after {last:.0f} s"
 
 
+def test_at_the_end_the_output_of_the_cell_is_the_last_picture(run, monkeypatch):
+    plots.extension("interactive")
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda figure, **how: shown.append((figure, how)))
+    run.state = "running"
+    figure = plots.live(run)
+    figure._ipython_display_()
+    run.state, run.test_score = "done", 0.75
+    until(lambda: len(shown) == 3)
+    (_, first), (between, _), (last, how) = shown
+    assert between == {"text/plain": ""}
+    assert how == first | {"update": True} and title(next(iter(last))).startswith("AGWU + IDPA: test score 0.750")
+    assert all(
+        title(view) == title(again) for view, again in zip(last, [draw(run, Watch(run).look()) for draw in VIEWS], strict=True)
+    )
+    figure._ipython_display_()  # in another cell, later
+    assert title(next(iter(shown[3][0]))) == title(next(iter(last))) and shown[3][1] == first
+
+
 def test_what_is_new_is_drawn_once_between_two_cells_and_a_record_that_cannot_be_read_is_read_again(run):
     posted, drawn = [], []
     pipe = SimpleNamespace(subscribers=[], send=drawn.append)
-    screen = Screen(pipe, posted.append)
+    screen = Screen(pipe, posted.append, None)
     for number in range(5):  # while a cell blocks the kernel
         screen.show(NOTHING._replace(test=number))
     assert len(posted) == 1 and not drawn
