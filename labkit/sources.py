@@ -183,8 +183,8 @@ def edited(sources: Mapping[str, Source]) -> dict[str, str]:
             if function.__module__ == "__main__":
                 found.setdefault(name, function.__name__)
             own, code = by_file.get(function.__code__.co_filename), function.__code__
-            if own and _comparable(code) not in _compiled(own).get(code.co_name, ()):
-                found.setdefault(own.name, code.co_name)
+            if own and _comparable(code) not in _compiled(own).get(code.co_qualname, ()):
+                found.setdefault(own.name, code.co_qualname)
         for constant, value in _constants(source).items():
             held = vars(module).get(constant)
             if type(held) is not type(value) or held != value:
@@ -219,7 +219,7 @@ def _compiled(source: Source) -> dict[str, list[CodeType]]:
     found, todo = {}, [compile(source.text, source.file, "exec", dont_inherit=True)]
     while todo:
         code = todo.pop()
-        found.setdefault(code.co_name, []).append(_comparable(code))
+        found.setdefault(code.co_qualname, []).append(_comparable(code))
         todo += [each for each in code.co_consts if isinstance(each, CodeType)]
     return found
 

@@ -122,7 +122,8 @@ def train(
     ------
     ProblemError, DataError, PartitionError, RunError, ClusterError, ValueError
         The request makes no sense; nothing has been started. A `RunningError`, which is a RunError: a run of this name is running
-        that another kernel has started, which may have died; follow or stop it (`load_run(...).attach()`), or choose another name.
+        that another kernel has started, which may have died; follow or stop it (`load_run(...).attach()`), or choose another name. A ClusterError also:
+        a module of your own is not what this kernel has loaded, as its file was edited since.
     """
     update, partition = make_update(update), make_partition(partition)
     lengths = {
