@@ -13,6 +13,7 @@ launches runs on workers that it holds already, and by `labkit.simulation.offlin
 import contextlib
 import copy
 import itertools
+import pickle
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cloudpickle
 import numpy as np
 
 from labkit import locks
@@ -147,6 +149,7 @@ def train(
     newcomers = workers is None
     workers = choose(lab, workers, runs / (name or default))
     check_shards(problem, workers, partition)
+    check_travels(lab, problem, update, partition)
     config = configure(problem, lab, workers, update, partition, name=name or default, **lengths, **traffic, **limits)
 
     def begin_as(name: str) -> Run:
@@ -182,6 +185,27 @@ def configure(
         **settings,
         **lab.settings(workers),
     )
+
+
+def check_travels(lab: Lab, problem: Problem, *rules: Update | Partition) -> None:
+    """ProblemError, by name, where the rules cannot go to the server, or the problem not to workers in other processes."""
+    for thing in rules if all(worker.here for worker in lab.workers) else (problem, *rules):
+        if error := _unpicklable(thing):
+            lost = next((name for name, value in vars(thing).items() if _unpicklable(value)), None)
+            what = f"its {lost!r} holds something that" if lost else "it"
+            raise ProblemError(
+                f"{type(thing).__name__} cannot be sent to other processes: {what} cannot be pickled ({error}). Make locks, files, "
+                "generators and connections where they are used, not beside the function or in the constructor."
+            )
+
+
+def _unpicklable(thing: Any) -> str:
+    """Why another process would not get `thing`; "" where it would."""
+    try:
+        pickle.loads(cloudpickle.dumps(thing))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def check_sources(lab: Lab, problem: Problem, *rules: Update | Partition) -> dict[str, str]:

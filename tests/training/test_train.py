@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 import time
 import types
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import labkit
@@ -351,6 +353,30 @@ def test_a_module_that_is_not_what_its_file_says_is_refused_before_anything_is_w
     importlib.reload(mine)
     file.unlink()
     del sys.modules["mine_edited"]
+
+
+def test_what_cannot_travel_is_refused_by_name_before_anything_is_begun(tmp_path):
+    lock = threading.Lock()
+
+    def model():
+        with lock:
+            return nn.Linear(2, 2)
+
+    class Waiting(labkit.SGWU):
+        def __init__(self):
+            super().__init__()
+            self.lock = lock
+
+    elsewhere = types.SimpleNamespace(workers=[types.SimpleNamespace(here=False)])
+    with pytest.raises(
+        ProblemError, match=r"Classifier cannot be sent to other processes: its 'model' holds.*_thread\.lock.*Make locks"
+    ):
+        training.check_travels(elsewhere, problem(model))
+    with labkit.connect("threads", 1) as lab:
+        training.check_travels(lab, problem(model), labkit.SGWU())  # threads share it; the server is a process of its own
+        with pytest.raises(ProblemError, match="Waiting cannot be sent to other processes: its 'lock' holds"):
+            labkit.train(problem(), lab, update=Waiting(), runs=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # -- milestones --------------------------------------------------------------------------------------------------------
