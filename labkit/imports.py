@@ -13,8 +13,9 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,50 @@ def by_value(value: Any) -> str | None:
     return next((name for name in map(by_value, value) if name is not None), None)
 
 
+def chosen(what: str, given: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a user has chosen, and its settings: a name of `options`, an import path, one of these with settings
+    ({"name": "huber", "delta": 2.0}), or the function, class or object itself.
+
+    Names may be written in any case, with or without hyphens. ValueError for another name, TypeError for what is neither.
+    """
+    settings = dict(given) if isinstance(given, Mapping) else {"name": given}
+    name = settings.pop("name", None)
+    if isinstance(name, str) and ":" in name:
+        return imported(name, ValueError), settings
+    if isinstance(name, str):
+        spelt = {_letters(option): option for option in options}
+        advice = ' An import path "my_module:mine" or a function will do as well.'
+        return options[known(what, spelt.get(_letters(name), name), options, advice)], settings
+    if isinstance(given, Mapping) or not (callable(name) or hasattr(name, "update")):
+        raise TypeError(f'{what}={short(given)} must be a name, an import path, {{"name": ..., settings}} or a function.')
+    return name, settings
+
+
+def check_settings(title: str, make: Callable, settings: Mapping[str, Any], beside: tuple[str, ...] = ()) -> None:
+    """ValueError for a setting that `make` has not, with those that it has (but for those `beside`)."""
+    parameters = inspect.signature(make).parameters.values()
+    free = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in beside]
+    for name in settings:
+        if name in beside or (name not in free and not any(p.kind is p.VAR_KEYWORD for p in parameters)):
+            listed = f"It has: {', '.join(free) or 'none'}.{did_you_mean(name, free)}"
+            raise ValueError(f"{title} has no setting {name!r}. {listed}")
+
+
+def reference(value: Any) -> Any:
+    """What `chosen` gets, as the record has it: functions and classes by import path or, where they have none, by value."""
+    if isinstance(value, list | tuple):
+        return [reference(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): reference(item) for key, item in value.items()}
+    if callable(value):
+        return import_path(value)
+    return value.tolist() if hasattr(value, "tolist") else plain(value)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
 def rule_config(rule: Any, error: type[Exception]) -> dict[str, Any]:
     """Name and settings of an update or a partition, as JSON; the name of a class of the user's own is its import path."""
     own = type(rule).__module__.partition(".")[0] != "labkit"
@@ -146,6 +191,6 @@ def rule_title(config: Mapping[str, Any]) -> str:
 
 def short(value: Any) -> str:
     """A name for `value` that fits into a message."""
-    name = getattr(value, "__qualname__", None) or repr(value)
+    name = getattr(value, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # another one in each process
     name = " ".join(name.split())
     return name if len(name) <= 80 else name[:77] + "..."

@@ -1,6 +1,6 @@
 """The models that have a name, and how a model is made from a name, an import path or a function.
 
-A model is a function that returns a torch module, called as `f()` or as `f(shape, n_classes)`, where `shape` is that of
+A model is a function that returns a torch module, called as `f()`, `f(shape)` or `f(shape, n_outputs)`, where `shape` is that of
 one sample. A model of the user's own needs no entry here.
 
 Used by `labkit.problems`; `seeded` and `evaluating` also by users' own problems and wherever a module is called.
@@ -39,32 +39,32 @@ def check_model(model: str | Callable[..., nn.Module]) -> None:
 
 def make_model(
     model: str | Callable[..., nn.Module],
-    shape: tuple[int, ...],
-    n_classes: int,
+    shape: tuple[Any, ...],
+    n_outputs: Any,
     arguments: Mapping[str, Any],
     seed: int,
 ) -> nn.Module:
     """The module that `model` makes for samples of `shape`; the same seed gives the same weights.
 
-    A function with two required positional parameters is called with (shape, n_classes), one without any with
-    nothing; `arguments` go to it by keyword. Raises ProblemError where it has others, or returns no module.
+    A function with two required positional parameters is called with (shape, n_outputs), one with one that is named for a shape with
+    that, one without any with nothing; `arguments` go to it by keyword. Raises ProblemError where it has others, or returns no module.
     """
     title = f"model {describe(model)}"
     make = model if callable(model) else imported(model) if ":" in model else MODELS[model]
     parameters = inspect.signature(make).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p.name for p in positional if p.default is p.empty and p.name not in arguments]
-    if len(needed) not in (0, 2):
+    if len(needed) not in (0, 2) and not (len(needed) == 1 and "shape" in needed[0]):  # one number might be anything
         raise ProblemError(
-            f"{title} needs {len(needed)} positional argument(s): {', '.join(needed)}. A model is called as f() or as "
-            "f(shape, n_classes); give others by model_args={...}."
+            f"{title} needs {len(needed)} positional argument(s): {', '.join(needed)}. A model is called as f(), f(shape) or "
+            "f(shape, n_outputs); give others by model_args={...}."
         )
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         free = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in needed]
         for name in arguments:
             known(f"{title}: model_args", name, free, error=ProblemError)
     with seeded(seed):
-        module = make(*((shape, n_classes) if needed else ()), **arguments)
+        module = make(*(shape, n_outputs)[: len(needed)], **arguments)
     if not isinstance(module, nn.Module):
         raise ProblemError(f"{title} returned {short(module)} ({type(module).__name__}), not a torch.nn.Module.")
     if not any(parameter.requires_grad for parameter in module.parameters()):

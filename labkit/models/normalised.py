@@ -30,7 +30,8 @@ class Normalise(nn.Module):
 
 
 class Normalised(nn.Module):
-    """A network that takes samples as they were given: `network(normalise(x))`; of several inputs x is a tuple.
+    """A network that takes samples as they were given: `network(normalise(x))`; of several inputs x is a tuple, and the
+    network is called with each of them.
 
     Attributes
     ----------
@@ -46,5 +47,5 @@ class Normalised(nn.Module):
 
     def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
         if isinstance(self.normalise, nn.ModuleList):
-            return self.network(tuple(layer(part) for layer, part in zip(self.normalise, x, strict=True)))
+            return self.network(*(layer(part) for layer, part in zip(self.normalise, x, strict=True)))
         return self.network(self.normalise(x))

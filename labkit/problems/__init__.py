@@ -1,7 +1,8 @@
-"""What is trained: `Problem`, the interface that a worker drives, and `Classifier`, the one that most people want."""
+"""What is trained: `Problem`, the interface that a worker drives, and those that most people want: `Classifier`, `Regressor`."""
 
 from labkit.models import evaluating
 from labkit.problems.classifier import Classifier
 from labkit.problems.problem import Clock, Problem
+from labkit.problems.regressor import Regressor
 
-__all__ = ["Classifier", "Clock", "Problem", "evaluating"]
+__all__ = ["Classifier", "Clock", "Problem", "Regressor", "evaluating"]

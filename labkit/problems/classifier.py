@@ -1,39 +1,52 @@
-"""`Classifier`: a network trained with cross-entropy, which is what most people want.
+"""`Classifier`: a network that gives a number for each class; by default it is trained with cross-entropy.
 
 A model that is a function travels to the workers by import path, or by value when it was written in a notebook cell.
 
 Used by users through `labkit.Classifier`, and as the base class of the problems in `labkit.subnets`.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from labkit.errors import ProblemError, known, real
-from labkit.imports import import_path
-from labkit.models import check_model, describe, evaluating, make_model
-from labkit.problems.problem import Clock, Metrics, Optimisers, Problem
+from labkit.errors import ProblemError
+from labkit.problems.metrics import Meter
+from labkit.problems.supervised import Supervised, mean
 
 
-class Classifier(Problem):
-    """A network trained with cross-entropy; its score is the share of samples that it classifies correctly.
+class Classifier(Supervised):
+    """A network that gives a number for each class; its score is the share of what it classifies correctly.
+
+    Outputs are (n, K) for labels (n,), and (n, K, ...) for a class for each pixel or token, labels (n, ...), whose share of right
+    ones is then counted over all of them but those that the loss ignores. With several labels a sample (data whose targets are
+    multi-hot, of the shape of the outputs) the loss is "bce-with-logits", say, and the score the share of single labels that are
+    right, where an output above 0 says yes.
 
     Parameters beside those of `Problem`
     ------------------------------------
     model : "lenet", "vgg3", "vgg9", "resnet20", an import path "my_module:make_model", or a function. It is called as
-        `f()` or `f(shape, n_classes)`, by its number of required positional parameters, and with `model_args`.
+        `f()`, `f(shape)` or `f(shape, n_classes)`, by its number of required positional parameters, and with `model_args`; `shape`
+        is that of one sample, of several inputs a tuple of them.
     lr : learning rate; 0.05 suits "sgd", about 0.001 the others.
     momentum : of "sgd"; of "adam" and "adamw" it is the first beta.
-    optimiser : "sgd", "adam" or "adamw" (these two in torch's fused form where the device has one).
-    schedule : "constant", or "cosine": lr (1 + cos(pi samples / total)) / 2, with the samples of all workers.
+    optimiser : "sgd", "adam" or "adamw" (these two in torch's fused form where the device has one), any other of torch's by its
+        name, with settings {"name": "rmsprop", "alpha": 0.9}, or a function of the parameters, f(parameters) or f(parameters, lr).
+    schedule : what lr is multiplied by: "constant", "cosine", (1 + cos(pi samples / total)) / 2 with the samples of all workers,
+        "one-cycle", "warm-up", "step" (`labkit.problems.schedules` has their settings), or a function of the `Clock`.
+    loss : "cross-entropy" or another of torch's by its name, with settings such as class weights
+        {"name": "cross-entropy", "weight": [1, 5], "label_smoothing": 0.1, "ignore_index": 255}, or a function (outputs, targets).
+    metrics : further numbers that are measured with loss and score: a list of names, of functions (outputs, targets) of a whole
+        set, of objects as torchmetrics has them or their import paths, or a dict of these by name (`labkit.problems.metrics`).
+    clip_norm : the largest norm of the gradient; longer ones are shortened. `step` then returns it as "grad_norm".
+    accumulate : the gradient of a batch is computed in so many parts, one after the other, for less memory; BatchNorm sees parts.
 
     A bad argument is a ValueError or TypeError at once; a model that does not fit the data a ProblemError in `check`.
     """
+
+    unwritten: ClassVar = {**Supervised.unwritten, "loss": "cross-entropy"}
 
     def __init__(
         self,
@@ -44,8 +57,8 @@ class Classifier(Problem):
         lr: float = 0.05,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        optimiser: str = "sgd",
-        schedule: str = "constant",
+        optimiser: Any = "sgd",
+        schedule: Any = "constant",
         model_args: Mapping[str, Any] | None = None,
         train_samples: int | None = None,
         test_samples: int | None = None,
@@ -53,79 +66,97 @@ class Classifier(Problem):
         precision: str = "float32",
         channels_last: bool = False,
         augment: str | Callable[..., Any] | None = None,
+        loss: Any = "cross-entropy",
+        metrics: Any = (),
+        clip_norm: float | None = None,
+        accumulate: int = 1,
     ) -> None:
-        check_model(model)
-        if model_args is not None and not isinstance(model_args, Mapping):
-            raise TypeError(f"model_args={model_args!r} must be a dict, not {type(model_args).__name__}.")
-        self.model, self.model_args = model, dict(model_args or {})
-        self.lr = real("lr", lr, above=0)
-        self.momentum = real("momentum", momentum, least=0, below=1)
-        self.weight_decay = real("weight_decay", weight_decay, least=0)
-        self.optimiser = known("optimiser", optimiser, ("sgd", "adam", "adamw"))
-        self.schedule = known("schedule", schedule, ("constant", "cosine"))
         super().__init__(
+            model,
             data,
             batch_size=batch_size,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            optimiser=optimiser,
+            schedule=schedule,
+            model_args=model_args,
             train_samples=train_samples,
             test_samples=test_samples,
             score_samples=score_samples,
             precision=precision,
             channels_last=channels_last,
             augment=augment,
+            loss=loss,
+            metrics=metrics,
+            clip_norm=clip_norm,
+            accumulate=accumulate,
         )
 
-    def build(self, seed: int) -> nn.Module:
-        if self.dataset.n_classes is None:
-            raise ProblemError(f"data {self.dataset.name!r} have no classes, and a Classifier needs them: give labels.")
-        return make_model(self.model, self.dataset.shape, self.dataset.n_classes, self.model_args, seed)
-
-    def optimisers(self, module: nn.Module) -> Optimisers:
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        common = {"lr": self.lr, "weight_decay": self.weight_decay}
-        if self.optimiser == "sgd":  # torch's default form: a loop written by hand gets the same bits
-            return (torch.optim.SGD(parameters, momentum=self.momentum, **common),)
-        kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-        return (kind(parameters, betas=(self.momentum, 0.999), fused=fused, **common),)
-
-    def step(self, module: nn.Module, batch: Any, optimisers: Optimisers, clock: Clock) -> Metrics:
-        x, y = batch
-        (optimiser,) = optimisers
-        if self.schedule == "cosine":
-            lr = self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, clock.samples / clock.total)))
-            for group in optimiser.param_groups:
-                group["lr"] = lr
-        optimiser.zero_grad(set_to_none=True)
-        with self.autocast(x.device):
-            loss = F.cross_entropy(module(x).float(), y)
-        loss.backward()
-        optimiser.step()
-        return {"loss": loss.detach()}
-
-    def evaluate(self, module: nn.Module, batch: Any) -> dict[str, float]:
-        x, y = batch
-        with evaluating(module) as plain, self.autocast(x.device):
-            logits = plain(x)
-        expected = (len(y), self.dataset.n_classes)
-        if not isinstance(logits, torch.Tensor) or logits.shape != expected:
-            got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+    @property
+    def n_outputs(self) -> int:
+        data = self.dataset
+        if data.n_classes is not None:
+            return data.n_classes
+        targets = [data.fields[name] for name in data.answers]
+        if len(targets) != 1 or len(targets[0].shape) != 1:
             raise ProblemError(
-                f"{self._title()} gave {got} for {len(y)} samples of shape {tuple(x.shape[1:])}; a Classifier needs "
+                f"data {data.name!r} have no classes, and a Classifier needs them: one field of labels, or one of multi-hot targets of "
+                f"shape (K,). They have {data.described()}."
+            )
+        return targets[0].shape[0]
+
+    def fitted(self, outputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        n = len(targets)
+        by_class = self.dataset.n_classes is None  # a number for each class: yes or no, or its probability
+        expected = tuple(targets.shape) if by_class else (n, self.n_outputs, *targets.shape[1:])
+        if not isinstance(outputs, torch.Tensor) or outputs.shape != expected:
+            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else f"a {type(outputs).__name__}"
+            raise ProblemError(
+                f"{self._title()} gave {got} for {n} samples of shape {self.dataset.shape}; a Classifier needs "
                 f"logits of shape {expected}, one for each class. Change the last layer."
             )
-        loss = F.cross_entropy(logits.float(), y)
-        return {"loss": loss.item(), "score": (logits.argmax(1) == y).float().mean().item()}
+        return outputs, targets.float() if by_class else targets
+
+    def scorer(self) -> Meter:
+        return _Right(self._loss)
 
     def predicted(self, outputs: np.ndarray) -> np.ndarray:
-        """Classes: int64 (n,), of logits (n, K); (n, *rest) of (n, K, *rest)."""
+        """Classes: int64 (n,), of logits (n, K); (n, *rest) of (n, K, *rest); of several labels a sample 0 or 1 for each, (n, K)."""
+        if self._several:
+            return (outputs > self._loss.threshold).astype(np.int64)
         return outputs.argmax(1).astype(np.int64)
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
-        """Probabilities (n, K), float32, of logits (n, K)."""
-        return torch.from_numpy(outputs).softmax(1).numpy()
+        """Probabilities, float32, of logits: (n, K, *rest); they sum to 1 over classes, unless a sample has several labels."""
+        logits = torch.from_numpy(outputs)
+        if self._several:
+            return outputs if self._loss.threshold else logits.sigmoid().numpy()
+        return logits.softmax(1).numpy()
 
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "model": self.model if isinstance(self.model, str) else import_path(self.model)}
+    @property
+    def _several(self) -> bool:
+        """Has a sample several labels?"""
+        return self.dataset.n_classes is None and not self._loss.of_classes
 
-    def _title(self) -> str:
-        return f"model {describe(self.model)}"
+
+class _Right:
+    """The share of right answers, batch by batch."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss, self.found = loss, []
+
+    def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        if not targets.is_floating_point():
+            right = outputs.argmax(1) == targets
+            if targets.dim() > 1 or self.loss.uneven:
+                right = right[targets != self.loss.ignored]
+                return self.found.append((right.double().mean().item() if right.numel() else 0.0, right.numel()))
+        elif self.loss.of_classes:  # a probability for each class
+            right = outputs.argmax(1) == targets.argmax(1)
+        else:
+            right = (outputs > self.loss.threshold) == (targets > 0.5)
+        self.found.append((right.float().mean().item(), len(targets)))
+
+    def compute(self) -> float:
+        return mean(self.found)

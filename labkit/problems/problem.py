@@ -13,7 +13,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,8 @@ class Problem:
     """
 
     augment: str | Callable[..., Any] | None = None
+    # Arguments that the record leaves out at these values, as it did before they were there.
+    unwritten: ClassVar[Mapping[str, Any]] = {"augment": None}
     window: tuple[slice, ...] = ()  # what `load` reads of each sample: slices of the axes behind the channels
 
     def __init__(
@@ -361,15 +363,15 @@ class Problem:
 
     def config(self) -> dict[str, Any]:
         """The settings as JSON can store them; `problem_from_config` makes the problem again."""
-        settings = {name: v.reference if isinstance(v, Dataset) else plain(v) for name, v in constructor_arguments(self).items()}
-        if self.augment is None:
-            settings.pop("augment", None)  # as in records of before
-        elif callable(self.augment):
+        given = {name: v for name, v in constructor_arguments(self).items() if not _equal(self.unwritten.get(name, self), v)}
+        settings = {name: v.reference if isinstance(v, Dataset) else plain(v) for name, v in given.items()}
+        if callable(self.augment):
             settings["augment"] = import_path(self.augment)
         return {"kind": import_path(type(self)), **settings}
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("dataset", "_split")}
+        made = {name for cls in type(self).__mro__ for name, value in vars(cls).items() if isinstance(value, cached_property)}
+        state = {name: value for name, value in self.__dict__.items() if name not in made}
         if "dataset" in self.__dict__:
             state["_expected"] = _identity(self.dataset)
         return state
@@ -401,6 +403,13 @@ def problem_from_config(config: Mapping[str, Any]) -> Problem:
         return made(**settings)
     except (ProblemError, TypeError, ValueError) as error:
         raise RunError(f"the record of this run does not describe a problem that can be made here: {error}") from error
+
+
+def _equal(default: Any, value: Any) -> bool:
+    """Is it a default: of the same type, lists and tuples being one?"""
+    if isinstance(value, list | tuple) and isinstance(default, list | tuple):
+        return list(value) == list(default)
+    return type(value) is type(default) and value == default
 
 
 def _reference(data: Any) -> str | Dataset:

@@ -159,6 +159,8 @@ class Course:
         if row["kind"] == "push":
             self._agrees(row, "samples", done["samples"])
             self._agrees(row, "loss", done["loss"])
+            if "metrics" in row:
+                self._agrees(row, "metrics", done.get("metrics"))
             if row["score"] is not None:
                 self._agrees(row, "score", self.replicas.score(worker))
             self.passes += 1
@@ -229,4 +231,6 @@ class Course:
 
 def _same(a: Any, b: Any) -> bool:
     """Equal to the last bit; nothing and no entry are the same."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
     return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))

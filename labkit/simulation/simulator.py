@@ -126,7 +126,7 @@ class Simulation:
         done, weights, score = {"samples": member.granted - member.ahead, "loss": None}, answer.weights + STEP, None
         if self.replicas:
             made, weights = self.replicas.work(worker, answer)
-            done |= {"samples": made["samples"], "loss": made["loss"]}
+            done |= {name: made[name] for name in ("samples", "loss", "metrics") if name in made}
         if not answer.grant.settle and (times["score_s"] or self.it.update.scored):
             score = self.replicas.score(worker) if self.replicas else self.timing.score
         late = {"score": score, "score_s": times["score_s"]}

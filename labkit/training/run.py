@@ -285,7 +285,7 @@ class Run(RunRecord):
 
         def forward(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
             with problem.autocast(torch.device("cpu")):
-                return network(x)
+                return network(*x) if isinstance(x, tuple) else network(x)
 
         return outputs(problem, self._network(version), np.arange(problem.dataset.n_test), "test", forward=forward)
 

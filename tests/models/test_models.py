@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_weights():
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        (lambda a: nn.Linear(2, 2), {}, r"needs 1 positional argument\(s\): a\. .* f\(shape, n_classes\)"),
+        (lambda a: nn.Linear(2, 2), {}, r"needs 1 positional argument\(s\): a\. .* f\(shape, n_outputs\)"),
         (lambda a, b, c: nn.Linear(2, 2), {}, r"needs 3 positional argument\(s\): a, b, c"),
         ("lenet", {"widht": 2}, r"model 'lenet': model_args='widht' is not known. Known: width, piece. Did you mean 'width'"),
         (lambda: {"net": 1}, {}, r"returned \{'net': 1\} \(dict\), not a torch.nn.Module"),

@@ -43,8 +43,8 @@ def test_it_can_be_saved_and_takes_several_inputs():
     assert torch.equal(torch.load(file, weights_only=False)(x), whole(x))
 
     class Two(nn.Module):
-        def forward(self, both):
-            return both[0].sum(1) + both[1]
+        def forward(self, first, second):
+            return first.sum(1) + second
 
     both = Normalised(Two(), [Normalise(np.ones(4), np.full(4, 2.0), 1), nn.Identity()])
     assert torch.equal(both((x, torch.ones(3))), 2 * (x - 1).sum(1) + 1)

@@ -39,7 +39,17 @@ from labkit.training.wire import compression
 from labkit.training.wire.protocol import Answer
 from labkit.updates import BadPush, Diverged, Push, Reply, Update
 
-REPORTED = ("samples", "loss", "score", "compute_s", "score_s", "wait_s", "send_s", "hidden_s")  # by a worker, of its local pass
+REPORTED = (
+    "samples",
+    "loss",
+    "score",
+    "compute_s",
+    "score_s",
+    "wait_s",
+    "send_s",
+    "hidden_s",
+    "metrics",
+)  # by a worker, of its local pass
 AGAIN = "it came again."  # the reason of a worker's leave when its next incarnation joins
 
 

@@ -39,6 +39,7 @@ HEARTBEAT_S = 0.5  # how often a worker sends a sign of life, and the server to 
 SCORE_EVERY_S = 1.0  # how often a worker measures its score where the rule does not ask for it
 SERVER_TIMEOUT_S = 60.0  # a server that sends nothing for longer to a waiting worker, or to the kernel, is taken to be gone
 MAX_WORKERS = 1 << 16
+MAX_METRICS = 256  # beside the loss, of a local pass
 LARGEST = 2**53  # whole numbers beyond it are not the same in every JSON reader
 
 
@@ -151,6 +152,10 @@ def _text(value: Any) -> bool:  # without half of a surrogate pair, which no fil
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= MAX_METRICS and all(_text(k) and _number(x) for k, x in value.items())
+
+
 def _list_of(fits: Any) -> Any:
     return lambda value: isinstance(value, list) and len(value) <= MAX_WORKERS and all(map(fits, value))
 
@@ -173,6 +178,7 @@ SHIFT = (f"a whole number from -{SHIFTS} to {SHIFTS}", lambda value: _whole(valu
 TEXT = ("text", _text)
 FLAG = ("true or false", lambda value: isinstance(value, bool))
 TABLE = ("a table", lambda value: isinstance(value, dict))
+NUMBERS = (f"a table of at most {MAX_METRICS} numbers by name", _numbers)
 ENDING = ("'stopped' or 'failed'", lambda value: value is None or value in ("stopped", "failed"))
 GENERATOR = ("'own' or 'shared'", lambda value: value in ("own", "shared"))
 
@@ -195,6 +201,7 @@ REQUESTS = {
         **dict.fromkeys(("compute_s", "score_s", "wait_s", "send_s"), SECONDS),
         "hidden_s": _or_nothing(SECONDS),
         "shift": _or_nothing(SHIFT),
+        "metrics": _or_nothing(NUMBERS),
     },
     "score": {"score": SHARE, "score_s": SECONDS},
     "regroup": {"reason": _or_nothing(TEXT)},

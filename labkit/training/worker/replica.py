@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from labkit.models.flat import Flat
-from labkit.problems.problem import Clock, Problem, draws
+from labkit.problems.problem import Clock, Metrics, Problem, draws
 from labkit.problems.splits import batches
 from labkit.runs.checkpoints import Layout
 from labkit.training.wire.protocol import Grant
 from labkit.training.worker.allreduce import ProcessGroup
 from labkit.training.worker.sampler import Shard, steps
 
-NOTHING = (0, 0.0, 0.0, 0.0)  # samples, summed loss, compute_s, wait_s
+NOTHING = (0, {}, 0.0, 0.0)  # samples; of each entry that steps returned its sum and number of samples; compute_s, wait_s
 
 
 class Replica:
@@ -77,14 +77,14 @@ class Replica:
         self.shard.retain(retain)
         self.shard.add(indices)
 
-    def step(self, indices: np.ndarray, clock: Clock, group: ProcessGroup | None = None) -> torch.Tensor | float:
-        """One optimiser step on training samples; returns the loss."""
+    def step(self, indices: np.ndarray, clock: Clock, group: ProcessGroup | None = None) -> Metrics:
+        """One optimiser step on training samples; returns the loss and whatever else the problem's step does."""
         started = time.perf_counter()
         batch = self.problem.draw(self.train_indices[indices], self.device, self.draws)
         with group.exchanging() if group else contextlib.nullcontext():
             metrics = self.problem.step(group.ddp if group else self.module, batch, self.optimisers, clock)
         self.after(started, group.waited if group else 0.0)
-        return metrics["loss"]
+        return metrics
 
     def pull(self, weights: torch.Tensor, carry: int) -> None:
         """Go on from `weights` (n,), on any device; with what was trained on ahead on top if the `carry` samples of it count.
@@ -110,8 +110,8 @@ class Replica:
     ) -> dict | None:
         """Train on the samples of this grant, but for those to be trained on ahead; None when it was halted in between.
 
-        Returns samples, loss (their mean), compute_s and wait_s, with those that were trained on ahead before. After each step
-        `progress` gets samples and summed loss so far.
+        Returns samples, loss (their mean), compute_s and wait_s, with those that were trained on ahead before; and as `metrics` the
+        means of what else the steps returned, if anything. After each step `progress` gets samples and summed loss so far.
         """
         if grant.settle:
             return self._settle(grant)
@@ -125,9 +125,12 @@ class Replica:
             done = self._train(batches(now, batch_size), grant, 0, progress)
         if done is None:
             return None
-        (samples, loss, compute_s, wait_s), self.carried = map(sum, zip(self.carried, done, strict=True)), NOTHING
-        mean_loss = loss / max(1, samples)
-        return {"samples": samples, "loss": mean_loss, "compute_s": round(compute_s, 6), "wait_s": round(wait_s, 6)}
+        before, self.carried = self.carried, NOTHING
+        samples, compute_s, wait_s = (before[at] + done[at] for at in (0, 2, 3))
+        sums = [{name: part.get(name, (0.0, 0)) for name in {**before[1], **done[1]}} for part in (before[1], done[1])]
+        means = {name: (sums[0][name][0] + total) / max(1, sums[0][name][1] + n) for name, (total, n) in sums[1].items()}
+        made = {"samples": samples, "loss": means.pop("loss"), "compute_s": round(compute_s, 6), "wait_s": round(wait_s, 6)}
+        return made | ({"metrics": means} if means else {})
 
     def _settle(self, grant: Grant) -> dict:
         """What a milestone asks for, on the newest weights."""
@@ -156,12 +159,13 @@ class Replica:
         weights: Sequence[float] = (),
         joint: Sequence[int] = (),
     ) -> tuple | None:
-        """Steps on these batches, `before` samples after the beginning of the grant: samples, summed loss, compute_s, wait_s.
+        """Steps on these batches, `before` samples after the beginning of the grant: samples; of each entry that
+        they returned the sum and the number of samples; compute_s, wait_s.
 
         In a `group`, `weights` and `joint` are those of `steps`: its ranks read one clock, as their parameters stay equal.
         """
         started = time.perf_counter()
-        samples, waited, loss = 0, 0.0, torch.zeros((), device=self.device)
+        samples, waited, sums, counts = 0, 0.0, {"loss": torch.zeros((), device=self.device)}, {"loss": 0}
         for number, part in enumerate(parts):
             if self.halted():
                 return None
@@ -169,12 +173,16 @@ class Replica:
                 group.begin(weights[number])
             seen = min(self.budget, grant.done + (joint[number] if group else int((before + samples) * grant.pace)))
             clock = Clock(seen, self.budget, seen / len(self.train_indices))
-            loss += torch.as_tensor(self.step(part, clock, group), device=self.device).detach() * len(part)
+            for name, value in self.step(part, clock, group).items():
+                if name not in sums:
+                    sums[name], counts[name] = torch.zeros((), device=self.device), 0
+                sums[name] += torch.as_tensor(value, device=self.device).detach() * len(part)
+                counts[name] += len(part)
             samples += len(part)
             waited += group.waited if group else 0.0
-            progress(samples, loss)
-        loss = float(loss)  # reads the device, so the time below is true on a GPU
-        return samples, loss, time.perf_counter() - started - waited, waited
+            progress(samples, sums["loss"])
+        totals = {name: (float(value), counts[name]) for name, value in sums.items()}  # reads the device: the time below is true
+        return samples, totals, time.perf_counter() - started - waited, waited
 
     def score(self) -> float:
         """Q in [0, 1] of the replica's weights on the score set that all workers share."""

@@ -1,0 +1,100 @@
+"""Losses: one of torch's by its name, with its settings, or a function of (outputs, targets) that returns a scalar.
+
+    "huber"                                                   a name of `LOSSES`
+    {"name": "cross-entropy", "weight": [1, 5]}               with settings: also label_smoothing, ignore_index, pos_weight, delta
+    "my_module:focal", a function, nn.HuberLoss(delta=2.0)    called with (outputs, targets); a class is made without arguments
+
+Used by `labkit.problems.supervised`.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from labkit.errors import ProblemError
+from labkit.imports import check_settings, chosen, short
+
+LOSSES: dict[str, type[nn.Module]] = {
+    # of classes: outputs (n, K, ...) and targets (n, ...)
+    "cross-entropy": nn.CrossEntropyLoss,
+    "nll": nn.NLLLoss,
+    "multi-margin": nn.MultiMarginLoss,
+    # element by element: outputs of the shape of the targets
+    "mse": nn.MSELoss,
+    "mae": nn.L1Loss,
+    "l1": nn.L1Loss,
+    "smooth-l1": nn.SmoothL1Loss,
+    "huber": nn.HuberLoss,
+    "poisson-nll": nn.PoissonNLLLoss,
+    "bce-with-logits": nn.BCEWithLogitsLoss,
+    "bce": nn.BCELoss,
+    "multi-label-soft-margin": nn.MultiLabelSoftMarginLoss,
+    "soft-margin": nn.SoftMarginLoss,
+}
+OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+REDUCTIONS = ("reduction", "reduce", "size_average")  # a loss is one number
+
+
+class Loss:
+    """What training lowers: `loss(outputs, targets)` is a scalar tensor, a mean over as many targets as `count` says.
+
+    ValueError or TypeError for a name or a setting that does not exist.
+    """
+
+    def __init__(self, given: Any) -> None:
+        made, settings = chosen("loss", given, LOSSES)
+        self.title = f"loss {(given if isinstance(given, str) else short(made))!r}"
+        named = made in LOSSES.values()
+        check_settings(self.title, made, settings, beside=REDUCTIONS if named else ())
+        if named:
+            settings |= {name: _weights(name, settings[name]) for name in ("weight", "pos_weight") if name in settings}
+        self.call = made(**settings) if isinstance(made, type) else partial(made, **settings) if settings else made
+        if isinstance(self.call, nn.Module) and any(True for _ in self.call.parameters()):
+            raise ValueError(f"{self.title} has parameters to train. Put them into the model, which the workers exchange.")
+        self.of_classes = isinstance(self.call, OF_CLASSES)
+        self.threshold = 0.5 if isinstance(self.call, nn.BCELoss) else 0.0  # of an output that says yes
+        self.ignored = getattr(self.call, "ignore_index", None)
+        self.uneven = self.of_classes and (self.call.weight is not None or "ignore_index" in settings)
+        self.on: dict[torch.device, Any] = {}  # with its class weights on each device
+
+    def __call__(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """ProblemError where it is no scalar."""
+        call = self._on(outputs.device) if isinstance(outputs, torch.Tensor) else self.call
+        if self.uneven and not targets.is_floating_point():  # torch's mean over nothing is NaN: a batch may be ignored as a whole
+            smoothing = {"label_smoothing": call.label_smoothing} if isinstance(call, nn.CrossEntropyLoss) else {}
+            of = F.cross_entropy if smoothing else F.nll_loss
+            loss = of(outputs, targets, call.weight, ignore_index=call.ignore_index, reduction="sum", **smoothing)
+            return loss / self.count(targets).clamp(min=torch.finfo(torch.float32).tiny)
+        loss = call(outputs, targets)
+        if not isinstance(loss, torch.Tensor) or loss.dim():
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+            raise ProblemError(f"{self.title} gave {got}. A loss is a tensor with one number, such as the mean over the batch.")
+        return loss
+
+    def count(self, targets: Any) -> torch.Tensor | int:
+        """Of a batch with these targets: how many its loss is a mean over, in proportion; classes by their weights."""
+        if not self.uneven or targets.is_floating_point():
+            return len(next(iter(targets.values()))) if isinstance(targets, dict) else len(targets)
+        counted = targets != self.ignored
+        if self.call.weight is None:
+            return counted.sum().float()
+        return self._on(targets.device).weight[targets[counted]].sum()
+
+    def _on(self, device: torch.device) -> Any:
+        if device.type == "cpu" or not isinstance(self.call, nn.Module):
+            return self.call
+        if device not in self.on:
+            self.on[device] = copy.deepcopy(self.call).to(device)
+        return self.on[device]
+
+
+def _weights(name: str, given: Any) -> torch.Tensor:
+    weights = torch.as_tensor(np.asarray(given, dtype=np.float32))
+    if not (torch.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError(f"{name}={short(given)} must be a list of numbers of at least 0, one for each class, not all of them 0.")
+    return weights

@@ -1,0 +1,146 @@
+"""Metrics: what is measured beside loss and score, over a whole set at once.
+
+    "mae", "rmse", "r2", "accuracy"                                          names of `METRICS`
+    a function                                                               f(outputs, targets) -> float, called once, on the CPU,
+                                                                             with those of all samples
+    an object with update, compute and reset, such as those of torchmetrics  updated batch by batch
+    "torchmetrics:F1Score", {"name": "torchmetrics:F1Score", "task": ...}    made where it is needed; the record holds it whole
+
+torchmetrics is no dependency: it is imported where somebody names it. A metric of NaN stays NaN in the tables; who reads them is told.
+
+Used by `labkit.problems.supervised`.
+"""
+
+import copy
+import numbers
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from labkit.errors import ProblemError
+from labkit.imports import check_settings, chosen
+
+TAKEN = (
+    "loss",
+    "score",
+    "seconds",
+    "samples",
+    "version",
+)  # columns of a curve; "train_..." are what the steps of training returned
+
+
+class Meter(Protocol):
+    """What is measured over batches."""
+
+    def update(self, outputs: Any, targets: Any) -> None: ...
+    def compute(self) -> Any: ...
+
+
+def mae(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs - targets).abs().mean()
+
+
+def rmse(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs - targets).square().mean().sqrt()
+
+
+def r2(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The share of the variance that is explained; NaN for targets that are all the same."""
+    return 1 - (outputs - targets).square().sum() / (targets - targets.mean(0)).square().sum()
+
+
+def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs.argmax(1) == targets).float().mean()
+
+
+METRICS = {"mae": mae, "rmse": rmse, "r2": r2, "accuracy": accuracy}
+
+
+def check_metrics(given: Any) -> dict[str, Any]:
+    """The metrics by the names of their columns; ValueError or TypeError for what is none, or for a name that is taken."""
+    if isinstance(given, Mapping) and "name" not in given:
+        named = dict(given)
+    else:
+        listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        named = {}
+        for one in listed:
+            name = _column(one)
+            if name in named:
+                raise ValueError(f"two metrics are called {name!r}. Name them: metrics={{'name': metric, ...}}.")
+            named[name] = one
+    for name, one in named.items():
+        if name in TAKEN or name.startswith("train_") or not name.isprintable() or "<" in name:
+            raise ValueError(f"a metric cannot be called {name!r}. Name it: metrics={{'name': metric}}.")
+        made, settings = chosen("metrics", one, METRICS)
+        if settings or isinstance(made, type):
+            check_settings(f"metric {name!r}", made, settings)
+    return named
+
+
+def make_meters(named: Mapping[str, Any], device: torch.device | str) -> dict[str, Meter]:
+    """A fresh meter of each metric."""
+    return {name: _meter(one, device) for name, one in named.items()}
+
+
+def number(name: str, value: Any) -> dict[str, float]:
+    """What a metric gave, as columns: one number, or several by name; ProblemError for anything else."""
+    if isinstance(value, Mapping):
+        return {column: x for key, part in value.items() for column, x in number(f"{name}_{key}", part).items()}
+    if (hasattr(value, "item") and getattr(value, "size", 0) == 1) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        shape = tuple(getattr(value, "shape", ()))
+        got = f"shape {shape}" if shape else f"a {type(value).__name__}"
+        raise ProblemError(f"metric {name!r} gave {got}. A metric is one number, or a dict of them by name.")
+    return {name: float(value)}
+
+
+class _Whole:
+    """A function of all outputs and targets, collected on the CPU."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.seen = function, []
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        self.seen.append((_to_cpu(outputs), _to_cpu(targets)))
+
+    def compute(self) -> Any:
+        return self.function(*(_joined(parts) for parts in zip(*self.seen, strict=True)))
+
+
+def _meter(one: Any, device: torch.device | str) -> Meter:
+    made, settings = chosen("metrics", one, METRICS)
+    if isinstance(made, type):
+        made = made(**settings)
+    elif settings:
+        made = partial(made, **settings)
+    if not hasattr(made, "update"):
+        return _Whole(made)
+    meter = copy.deepcopy(made)  # workers in threads share the problem
+    meter.reset()
+    return meter.to(device) if hasattr(meter, "to") else meter
+
+
+def _column(one: Any) -> str:
+    if isinstance(one, str) and one in METRICS:
+        return one
+    made, _ = chosen("metrics", one, METRICS)
+    return getattr(made, "__name__", None) or getattr(getattr(made, "func", made), "__name__", None) or type(made).__name__
+
+
+def _to_cpu(tensors: Any) -> Any:
+    if isinstance(tensors, Mapping):
+        return {name: _to_cpu(part) for name, part in tensors.items()}
+    if isinstance(tensors, list | tuple):
+        return tuple(_to_cpu(part) for part in tensors)
+    return tensors.detach().cpu()
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], Mapping):
+        return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+    if isinstance(parts[0], tuple):
+        return tuple(map(_joined, zip(*parts, strict=True)))
+    return torch.cat(parts)

@@ -1,0 +1,204 @@
+"""What `Classifier` and `Regressor` share: one module, called on the inputs of a sample, and a loss of its outputs and the targets.
+
+    outputs = module(x)                 of one input; module(a, b) of several, in the order of the fields
+    step       rate of the moment -> loss -> backward, in `accumulate` parts -> gradients cut to `clip_norm` -> optimiser
+    measure    loss, score and metrics over a whole set: what is no mean over samples is computed once, of all of them
+
+A loss, an optimiser, a schedule and a metric are each a name, a name with settings ({"name": "huber", "delta": 2.0}), an import
+path or a function; functions of a notebook cell travel by value, as models do.
+
+Used as the base of `labkit.problems.classifier` and `labkit.problems.regressor`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from labkit.errors import ProblemError, real, whole
+from labkit.imports import reference
+from labkit.models import check_model, describe, evaluating, make_model
+from labkit.problems.losses import Loss
+from labkit.problems.metrics import Meter, check_metrics, make_meters, number
+from labkit.problems.optimisers import check_optimiser, make_optimiser
+from labkit.problems.problem import MEASURED, Clock, Metrics, Optimisers, Problem
+from labkit.problems.schedules import make_schedule
+from labkit.problems.splits import batches
+
+
+class Supervised(Problem):
+    """A problem with one module, one loss and one optimiser; a subclass gives `n_outputs`, `fitted` and `scorer`."""
+
+    unwritten: ClassVar = {"metrics": (), "clip_norm": None, "accumulate": 1}
+
+    def __init__(
+        self,
+        model: str | Callable[..., nn.Module],
+        data: Any,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        optimiser: Any,
+        schedule: Any,
+        model_args: Mapping[str, Any] | None,
+        loss: Any,
+        metrics: Any,
+        clip_norm: float | None,
+        accumulate: int,
+        **common: Any,
+    ) -> None:
+        check_model(model)
+        self.model, self.model_args = model, dict(model_args or {})
+        self.lr = real("lr", lr, above=0)
+        self.momentum = real("momentum", momentum, least=0, below=1)
+        self.weight_decay = real("weight_decay", weight_decay, least=0)
+        self.optimiser, self.schedule, self.loss, self.metrics = optimiser, schedule, loss, metrics
+        self.clip_norm = None if clip_norm is None else real("clip_norm", clip_norm, above=0)
+        self.accumulate = whole("accumulate", accumulate)
+        check_optimiser(optimiser, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        make_schedule(schedule), Loss(loss), check_metrics(metrics)
+        super().__init__(data, **common)
+
+    # What a subclass gives.
+
+    @property
+    def n_outputs(self) -> Any:
+        """What a model function is called with beside the shape."""
+        raise NotImplementedError
+
+    def fitted(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
+        """Both as the loss wants them; ProblemError where they do not fit each other."""
+        raise NotImplementedError
+
+    def scorer(self) -> Meter:
+        """Measures the score, in [0, 1]."""
+        raise NotImplementedError
+
+    # What a worker drives.
+
+    def build(self, seed: int) -> nn.Module:
+        shapes = tuple(self.dataset.fields[name].shape for name in self.dataset.inputs)
+        return make_model(self.model, self.dataset.shape if len(shapes) == 1 else shapes, self.n_outputs, self.model_args, seed)
+
+    def optimisers(self, module: nn.Module) -> Optimisers:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        common = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        return (make_optimiser(self.optimiser, parameters, **common),)
+
+    def step(self, module: nn.Module, batch: Any, optimisers: Optimisers, clock: Clock) -> Metrics:
+        x, y = batch
+        (optimiser,) = optimisers
+        if self._schedule:
+            factor = self._schedule(clock)
+            for group in optimiser.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        optimiser.zero_grad(set_to_none=True)
+        if self.accumulate == 1:
+            loss = self._loss_of(module, x, y)
+            loss.backward()
+        else:
+            loss = self._accumulated(module, x, y)
+        metrics = {"loss": loss.detach()}
+        if self.clip_norm is not None:
+            parameters = [p for group in optimiser.param_groups for p in group["params"]]
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        optimiser.step()
+        return metrics
+
+    def evaluate(self, module: nn.Module, batch: Any) -> dict[str, float]:
+        return self._measured(module, [batch])
+
+    def measure(
+        self, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu", batch_size: int = MEASURED
+    ) -> dict[str, float]:
+        """Over all samples `indices` of `split`: "loss", "score" in [0, 1], and each of the metrics."""
+        if type(self).evaluate is not Supervised.evaluate:
+            return super().measure(module, indices, split, device, batch_size)
+        return self._measured(module, (self.load(part, split, device) for part in batches(indices, batch_size)))
+
+    def config(self) -> dict[str, Any]:
+        named = ("model", "optimiser", "schedule", "loss", "metrics")
+        return {name: reference(getattr(self, name)) if name in named else value for name, value in super().config().items()}
+
+    # How.
+
+    @cached_property
+    def _loss(self) -> Loss:
+        return Loss(self.loss)
+
+    @cached_property
+    def _schedule(self) -> Callable[[Clock], float] | None:
+        return make_schedule(self.schedule)
+
+    def _loss_of(self, module: nn.Module, x: Any, y: Any) -> torch.Tensor:
+        with self.autocast(_first(x).device):
+            outputs = module(*x) if isinstance(x, tuple) else module(x)
+            return self._loss(*self.fitted(_float(outputs), x if y is None else y))
+
+    def _accumulated(self, module: nn.Module, x: Any, y: Any) -> torch.Tensor:
+        """The loss of the batch, whose gradient is the sum of those of its parts; a part has two samples at least (BatchNorm)."""
+        n = max(1, min(self.accumulate, len(_first(x)) // 2))
+        parts = list(zip(_cut(x, n), _cut(y, n), strict=True))
+        counts = [self._loss.count(part if own is None else own) for part, own in parts]
+        loss, total = 0.0, sum(counts)
+        for at, ((part, own), count) in enumerate(zip(parts, counts, strict=True), 1):
+            alone = isinstance(module, DistributedDataParallel) and at < n  # the ranks meet in the last backward pass
+            with module.no_sync() if alone else contextlib.nullcontext():
+                share = self._loss_of(module, part, own) * (count / total)
+                share.backward()
+            loss = loss + share.detach()
+        return loss
+
+    def _measured(self, module: nn.Module, loaded: Iterable[Any]) -> dict[str, float]:
+        losses, meters = [], {}
+        for x, y in loaded:
+            device = _first(x).device
+            meters = meters or {"score": self.scorer(), **make_meters(check_metrics(self.metrics), device)}
+            with evaluating(module) as plain, self.autocast(device):
+                outputs = plain(*x) if isinstance(x, tuple) else plain(x)
+            outputs, targets = self.fitted(_float(outputs), x if y is None else y)
+            losses.append((self._loss(outputs, targets).item(), float(self._loss.count(targets))))
+            for meter in meters.values():
+                meter.update(outputs, targets)
+        if not losses:
+            raise ProblemError(f"{self._title()} is measured on no samples. Give some to its score set and its test split.")
+        found = {name: meter.compute() for name, meter in meters.items()}
+        return {"loss": mean(losses)} | {key: x for name, value in found.items() for key, x in number(name, value).items()}
+
+    def _title(self) -> str:
+        return f"model {describe(self.model)}"
+
+
+def mean(values: list[tuple[float, float]]) -> float:
+    """Of (value, weight); NaN where nothing has a weight."""
+    total = sum(weight for _, weight in values)
+    return float(sum(value * weight for value, weight in values if weight) / total) if total else float("nan")
+
+
+def _first(x: Any) -> torch.Tensor:
+    return x[0] if isinstance(x, tuple) else x
+
+
+def _float(outputs: Any) -> Any:
+    if isinstance(outputs, torch.Tensor):
+        return outputs.float() if outputs.is_floating_point() else outputs
+    if isinstance(outputs, tuple):
+        return tuple(map(_float, outputs))
+    return {name: _float(part) for name, part in outputs.items()} if isinstance(outputs, Mapping) else outputs
+
+
+def _cut(tensors: Any, n: int) -> list[Any]:
+    """A batch in n parts."""
+    if tensors is None:
+        return [None] * n
+    if isinstance(tensors, tuple):
+        return list(zip(*(_cut(part, n) for part in tensors), strict=True))
+    if isinstance(tensors, Mapping):
+        return [dict(zip(tensors, parts, strict=True)) for parts in zip(*(_cut(part, n) for part in tensors.values()), strict=True)]
+    return list(tensors.tensor_split(n))

@@ -1,0 +1,84 @@
+"""Losses: those of torch to the bit, means over what counts, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from labkit.errors import ProblemError
+from labkit.problems.losses import LOSSES, Loss
+
+Y = torch.arange(12) % 3
+LOGITS = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_name_is_the_loss_of_torch_to_the_bit():
+    x, y = LOGITS, LOGITS.flip(0)
+    assert torch.equal(Loss("cross-entropy")(x, Y), F.cross_entropy(x, Y))
+    assert torch.equal(Loss({"name": "huber", "delta": 0.3})(x, y), F.huber_loss(x, y, delta=0.3))
+    assert torch.equal(Loss("MSELoss".replace("Loss", ""))(x, y), F.mse_loss(x, y)) and Loss("CrossEntropy").of_classes
+    assert torch.equal(Loss({"name": "bce_with_logits", "pos_weight": [1, 2, 3]})(x, (y > 0).float()), F.binary_cross_entropy_with_logits(
+        x, (y > 0).float(), pos_weight=torch.tensor([1.0, 2, 3])))  # fmt: skip
+    assert all(Loss(name) for name in LOSSES)
+
+
+@pytest.mark.parametrize("options", [{"weight": [1, 5, 0.5]}, {"ignore_index": 2}, {"weight": [1, 5.0, 2], "label_smoothing": 0.1}])
+def test_means_of_batches_make_the_mean_of_the_set(options):
+    loss = Loss({"name": "cross-entropy", **options})
+    kwargs = {**options, **({"weight": torch.tensor(options["weight"])} if "weight" in options else {})}
+    assert loss(LOGITS, Y).item() == pytest.approx(F.cross_entropy(LOGITS, Y, **kwargs).item())
+    parts = [(loss(x, y).item(), float(loss.count(y))) for x, y in zip(LOGITS.split(5), Y.split(5), strict=True)]
+    assert sum(v * n for v, n in parts) / sum(n for _, n in parts) == pytest.approx(loss(LOGITS, Y).item())
+
+
+def test_a_batch_that_is_ignored_as_a_whole_gives_no_nan():
+    x = LOGITS.clone().requires_grad_()
+    loss = Loss({"name": "cross-entropy", "ignore_index": 2})(x, torch.full((12,), 2))
+    loss.backward()
+    assert loss.item() == 0 and not x.grad.any()
+
+
+def focal(outputs, targets, gamma=2.0):
+    p = F.log_softmax(outputs, 1).gather(1, targets[:, None])
+    return (-((1 - p.exp()) ** gamma) * p).mean()
+
+
+def test_functions_modules_and_import_paths():
+    assert torch.equal(Loss(focal)(LOGITS, Y), focal(LOGITS, Y))
+    assert torch.equal(Loss({"name": "tests.problems.test_losses:focal", "gamma": 1.0})(LOGITS, Y), focal(LOGITS, Y, 1.0))
+    assert torch.equal(Loss(nn.SmoothL1Loss(beta=0.2))(LOGITS, LOGITS + 1), F.smooth_l1_loss(LOGITS, LOGITS + 1, beta=0.2))
+    assert Loss(nn.CrossEntropyLoss).of_classes and Loss(nn.CrossEntropyLoss(ignore_index=2)).ignored == 2
+
+
+@pytest.mark.parametrize(
+    "given", [lambda x, y: F.cross_entropy(x, y, reduction="none"), lambda x, y: 3.0, nn.MSELoss(reduction="none")]
+)
+def test_a_loss_that_is_no_scalar(given):
+    with pytest.raises(
+        ProblemError, match=r"loss .* gave (a tensor of shape \(12.*\)|a float). A loss is a tensor with one number"
+    ):
+        Loss(given)(LOGITS, LOGITS if isinstance(given, nn.Module) else Y)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("cross_entrpy", ValueError, r"Did you mean 'cross-entropy'\?"),
+        ({"name": "huber", "beta": 1}, ValueError, r"loss 'HuberLoss' has no setting 'beta'. It has: delta"),
+        ({"name": "mse", "reduction": "sum"}, ValueError, "no setting 'reduction'"),
+        (
+            {"name": "cross-entropy", "weight": [1, -1, 1]},
+            ValueError,
+            r"weight=\[1, -1, 1\] must be a list of numbers of at least 0",
+        ),
+        ({"name": "cross-entropy", "weight": [0, 0]}, ValueError, "not all of them 0"),
+        (nn.Linear(2, 2), ValueError, "has parameters to train. Put them into the model"),
+        ({"name": "tests.problems.test_losses:focal", "gama": 1}, ValueError, r"Did you mean 'gamma'\?"),
+        (None, TypeError, "loss=None must be a name"),
+    ],
+)
+def test_what_is_no_loss_is_refused_at_once(given, error, message):
+    with pytest.raises(error, match=message):
+        Loss(given)
