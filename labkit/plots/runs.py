@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.errors import real
+from labkit.errors import known, real
 from labkit.plots import style
 from labkit.runs import analysis
 from labkit.runs.analysis import crossing
@@ -34,41 +34,70 @@ BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its 
 # -- over time ---------------------------------------------------------------------------------------------------------
 
 
-def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: float | None = None) -> hv.Overlay:
-    """Test accuracy against `x`, "seconds" or "samples" (of all workers together); one line for each setting.
+def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: float | None = None, y: str = "score") -> hv.Overlay:
+    """Test accuracy, or another column `y` of the curves, against `x`, "seconds" or "samples" (of all workers together); one line
+    for each setting.
+
+    `y` is "loss", a metric of the problem, or, with "train_" before it, what the steps of training returned: "train_loss".
 
     A line is labelled by its strategy and by what differs among the runs, such as "AGWU + IDPA, lr 0.01"; where nothing differs, by
     the directory. Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
-    `target` in (0, 1] is drawn as a level, and the legend has where each line crosses it, straight between points.
-    RunError while a run is running: it has no curve yet.
+    `target` (of a score in (0, 1]) is drawn as a level, and the legend has where each line crosses it, straight between points,
+    from whichever side it comes. RunError while a run is running: it has no curve yet.
     """
     if x not in AXES:
         raise ValueError(f"curves can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
-    target = None if target is None else real("target", target, above=0, most=1)
+    target = None if target is None else real("target", target, **({"above": 0, "most": 1} if y == "score" else {}))
     style.extension()
     runs = _as_runs(runs)
-    title = f"Test accuracy against {'time' if x == 'seconds' else 'samples'}"
-    lines = {label: _median(series) for label, series in _series(runs, lambda run: run.curve(), x, "score").items()}
+    tables = {run: _curve(run, y) for run in runs}
+    known("y", y, dict.fromkeys(column for table in tables.values() for column in table if column not in (*AXES, "version")))
+    tables = {run: table if y in table else table.assign(**{y: np.nan}) for run, table in tables.items()}
+    what, amount, of = _meaning(runs, y), _percent if y == "score" else "{:g}".format, "" if y == "score" else f"{y} "
+    title = f"{what[0].upper()}{what[1:]} against {'time' if x == 'seconds' else 'samples'}"
+    lines = {label: _median(series) for label, series in _series(runs, tables.__getitem__, x, y).items()}
+    if not lines and any(len(table) for table in tables.values()):
+        return style.message(title, f"{_names(runs)}: {y} is NaN in every row of the curve.")
     if not lines:
         return style.message(title, f"{_names(runs)}: no version was retained, so there is nothing to evaluate.")
     texts, reached = _counted(runs), {}
     for label, (at, middle, *_) in lines.items() if target is not None else ():
-        where = reached[label] = crossing(at, middle, target)
-        texts[label] += f": {_percent(target)} {f'at {_amount(where, x)}' if np.isfinite(where) else 'not reached'}"
+        sign = -1 if y != "score" and middle[0] > target else 1
+        where = reached[label] = crossing(at, sign * middle, sign * target)
+        texts[label] += f": {of}{amount(target)} {f'at {_amount(where, x)}' if np.isfinite(where) else 'not reached'}"
     levels = [style.level(target)] if target is not None else []
-    elements, legend = _draw(lines, texts, (x, "score"))
+    elements, legend = _draw(lines, texts, (x, y))
     first = min(reached, key=lambda label: reached[label] if np.isfinite(reached[label]) else np.inf, default=None)
     if first is not None and np.isfinite(reached[first]):
         order = "first, " if len(lines) > 1 else ""
-        title = f"{first} reaches {_percent(target)} {order}after {_amount(reached[first], x)}"
+        title = f"{first} reaches {of}{amount(target)} {order}after {_amount(reached[first], x)}"
     elif first is not None:
-        title = f"{'No run reaches' if len(lines) > 1 else first + ' does not reach'} {_percent(target)} test accuracy"
-    note = style.caption(runs, _seeds(runs))
+        title = (
+            f"{'No run reaches' if len(lines) > 1 else first + ' does not reach'} {of}{amount(target)}{'' if of else ' ' + what}"
+        )
+    gaps = sum(int(table[y].isna().iloc[int(y.startswith("train_")) :].sum()) for table in tables.values())
+    note = style.caption(runs, _seeds(runs), f"{gaps} NaN not drawn" if gaps else "")
     # The untrained weights lie far below the rest and would press what matters against the top.
     seen = np.concatenate([np.r_[low[1:], high[1:]] if len(low) > 1 else low for _, _, low, high in lines.values()])
     bottom, top = np.floor(20 * seen.min()) / 20, max(seen.max(), target or 0.0)
     ylim = (bottom, top + 0.05 * (top - bottom) + 0.005)
-    return style.finish(levels + elements, title, note, legend, xlabel=AXES[x], ylabel="test accuracy", ylim=ylim)
+    if y != "score":
+        bottom, top = (pick(seen.min(), seen.max(), *([] if target is None else [target])) for pick in (min, max))
+        room = 0.05 * (top - bottom) or 0.05 * abs(top) or 0.05
+        ylim = (bottom - room, top + room)
+    return style.finish(levels + elements, title, note, legend, xlabel=AXES[x], ylabel=what, ylim=ylim)
+
+
+def _curve(run: RunRecord, y: str) -> pd.DataFrame:
+    curve = run.curve()
+    return curve.join(run.trained(curve)) if y.startswith("train_") and y not in curve else curve
+
+
+def _meaning(runs: Sequence[RunRecord], y: str) -> str:
+    """A column of the curve in words; the score of all but a regressor is called accuracy."""
+    if y == "score":
+        return "test score" if any(run.config["problem"].get("kind") == "labkit:Regressor" for run in runs) else "test accuracy"
+    return y.replace("train_", "training ", 1) if y.startswith("train_") else f"test {y}"
 
 
 def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:

@@ -109,13 +109,16 @@ class Problem:
     def step(self, module: nn.Module, batch: Any, optimisers: Optimisers, clock: Clock) -> Metrics:
         """One optimiser step; returns at least "loss", a tensor without gradient (no `.item()`: it waits for a GPU).
 
+        Other numbers by name are recorded with it, each as its mean over the samples of a local pass.
+
         `module` may be wrapped by DistributedDataParallel, so call it rather than its parts. All that it is must be in its
         parameters and buffers. Their memory may be replaced (`p.data = ...`), which costs a copy; the Parameters must stay.
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(module, batch, optimisers, clock).")
 
     def evaluate(self, module: nn.Module, batch: Any) -> dict[str, float]:
-        """Means over the batch: "loss", and "score" in [0, 1]; use `evaluating(module)` around the forward pass."""
+        """Means over the batch: "loss", "score" in [0, 1], and other numbers by name; use `evaluating(module)` around the forward
+        pass. A score, of which more is better, may be left out where no rule weighs pushes by it."""
         raise NotImplementedError(f"{type(self).__name__} must define evaluate(module, batch).")
 
     # What a subclass may replace.
@@ -201,12 +204,12 @@ class Problem:
         parts = batches(indices, batch_size)
         return self._mean((self.evaluate(module, self.load(part, split, device)) for part in parts), parts)
 
-    def quality(self, module: nn.Module, indices: np.ndarray, device: str = "cpu") -> float:
+    def quality(self, module: nn.Module, indices: np.ndarray, device: str = "cpu") -> float | None:
         """Q in [0, 1], by which a rule may weigh a push: the score of `measure`, or the mean of `score` where that is replaced."""
         if not len(indices):
             return 0.0
         if getattr(self.score, "__func__", None) is Problem.score:
-            return self.measure(module, indices, "train", device)["score"]
+            return self.measure(module, indices, "train", device).get("score")
         parts = batches(indices, MEASURED)
         return self._mean(({"score": self.score(module, self.load(part, "train", device))} for part in parts), parts)["score"]
 
@@ -259,11 +262,12 @@ class Problem:
 
     _existing: bool | None = None  # does `build` return what exists? Found out once, and known to the workers
 
-    def check(self, seed: int = 0) -> None:
+    def check(self, seed: int = 0, scored: bool = True) -> None:
         """Try out on a few samples, on the CPU, what each worker will do: build the module, evaluate it, make a step, push it.
 
         Raises ProblemError (or DataError), by the name of what is wrong, where they do not fit each other, where two builds are
-        different networks, or where a module cannot be made again from its parameters and buffers.
+        different networks, or where a module cannot be made again from its parameters and buffers; where it is not `scored` by
+        anything, a score may be missing.
         """
         train, test, title = self.train_indices(), self.test_indices(), self._title()
         failed = "cannot be built for"
@@ -290,11 +294,19 @@ class Problem:
             data = f"data {self.dataset.name!r} of shape {self.dataset.shape}"
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise ProblemError(f"{title} {failed} {data}: {reason}") from error
-        if not {"loss", "score"} <= set(measured) or "loss" not in stepped or not 0 <= measured["score"] <= 1:
+        score = measured.get("score", -1.0 if scored else 0.0)
+        if "loss" not in measured or "loss" not in stepped or not 0 <= score <= 1:
             raise ProblemError(
                 f"{title}: evaluate() gave {measured} and step() gave {stepped}. evaluate() must return "
-                '{"loss": float, "score": float in [0, 1]} and step() at least {"loss": tensor}.'
+                '{"loss": float, "score": float in [0, 1]} and step() at least {"loss": tensor}. Without a score go rules that do '
+                "not weigh pushes by it, such as 'fedasync', with neither target nor patience."
             )
+        for name, value in stepped.items():
+            if not isinstance(value, numbers.Real) and not (isinstance(value, torch.Tensor) and value.dim() == 0):
+                got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
+                raise ProblemError(
+                    f"{title}: {name!r} of step() is {got}. Each entry is one number or a tensor with one, shape ()."
+                )
 
     def _flat(self, module: nn.Module) -> Flat:
         try:

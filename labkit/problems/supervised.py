@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from labkit.errors import ProblemError, real, whole
+from labkit.errors import LabError, ProblemError, real, whole
 from labkit.imports import reference
 from labkit.models import check_model, describe, evaluating, make_model
 from labkit.problems.losses import Loss
@@ -112,7 +112,8 @@ class Supervised(Problem):
         return metrics
 
     def evaluate(self, module: nn.Module, batch: Any) -> dict[str, float]:
-        return self._measured(module, [batch])
+        """Loss and score of the batch; metrics are of a whole set: `measure`."""
+        return self._measured(module, [batch], {})
 
     def measure(
         self, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu", batch_size: int = MEASURED
@@ -120,7 +121,19 @@ class Supervised(Problem):
         """Over all samples `indices` of `split`: "loss", "score" in [0, 1], and each of the metrics."""
         if type(self).evaluate is not Supervised.evaluate:
             return super().measure(module, indices, split, device, batch_size)
-        return self._measured(module, (self.load(part, split, device) for part in batches(indices, batch_size)))
+        loaded = (self.load(part, split, device) for part in batches(indices, batch_size))
+        return self._measured(module, loaded, check_metrics(self.metrics))
+
+    def check(self, seed: int = 0, scored: bool = True) -> None:
+        super().check(seed, scored)
+        if self.metrics:
+            try:
+                self.measure(self.new_module(seed), self.score_indices())
+            except LabError:
+                raise
+            except Exception as error:
+                names, reason = ", ".join(check_metrics(self.metrics)), f"{type(error).__name__}: {str(error).strip()}"
+                raise ProblemError(f"{self._title()}: metrics ({names}) cannot be measured on the score set: {reason}") from error
 
     def config(self) -> dict[str, Any]:
         named = ("model", "optimiser", "schedule", "loss", "metrics")
@@ -155,11 +168,11 @@ class Supervised(Problem):
             loss = loss + share.detach()
         return loss
 
-    def _measured(self, module: nn.Module, loaded: Iterable[Any]) -> dict[str, float]:
+    def _measured(self, module: nn.Module, loaded: Iterable[Any], metrics: Mapping[str, Any]) -> dict[str, float]:
         losses, meters = [], {}
         for x, y in loaded:
             device = _first(x).device
-            meters = meters or {"score": self.scorer(), **make_meters(check_metrics(self.metrics), device)}
+            meters = meters or {"score": self.scorer(), **make_meters(metrics, device)}
             with evaluating(module) as plain, self.autocast(device):
                 outputs = plain(*x) if isinstance(x, tuple) else plain(x)
             outputs, targets = self.fitted(_float(outputs), x if y is None else y)

@@ -165,6 +165,22 @@ def balance(events: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index().astype({"pass": int})
 
 
+def trained(events: pd.DataFrame, curve: pd.DataFrame) -> pd.DataFrame:
+    """Of each entry that steps returned the mean over the samples of the pushes since the row before of a `curve`; NaN without any."""
+    import pandas as pd
+
+    events = effective(events)
+    pushes = events[(events.kind == "push") & (events.samples > 0)]
+    rows = np.searchsorted(curve.seconds.to_numpy(float), pushes.seconds.to_numpy(float))  # the first version that holds a push
+    entries = pd.DataFrame([given if isinstance(given, dict) else {} for given in pushes.metrics], index=pushes.index)
+    found = {}
+    for name, values in {"loss": pushes.loss, **entries}.items():
+        weights = pushes.samples.where(values.notna())
+        sums = pd.DataFrame({"value": values * weights, "weight": weights}).groupby(rows).sum(min_count=1)
+        found[f"train_{name}"] = (sums.value / sums.weight).reindex(range(len(curve))).to_numpy(float)
+    return pd.DataFrame(found, index=curve.index)
+
+
 def summary(events: pd.DataFrame, config: RunConfig, curve: pd.DataFrame | None) -> dict[str, Any]:
     """See `labkit.runs.record.RunRecord.summary`; without a `curve` no score and no loss."""
     counted = effective(events)
@@ -180,7 +196,7 @@ def summary(events: pd.DataFrame, config: RunConfig, curve: pd.DataFrame | None)
     coefficients = merges.groupby("worker").coefficient.sum()
     total = float(coefficients.sum())
     return {
-        "score": None if curve is None or curve.empty else float(curve.score.iloc[-1]),
+        "score": None if curve is None or curve.score.isna().all() else float(curve.score.iloc[-1]),
         "loss": None if curve is None or curve.empty else float(curve.loss.iloc[-1]),
         "seconds": seconds,
         "samples": int(samples),

@@ -46,7 +46,8 @@ COLUMNS = [
     "message",
     "metrics",  # of a push: means over its samples of what the problem's step returned beside the loss, by name
 ]  # fmt: skip
-TEXT_COLUMNS = ("kind", "device", "generator", "message", "metrics")
+TEXT_COLUMNS = ("kind", "device", "generator", "message")
+NO_NUMBERS = (*TEXT_COLUMNS, "metrics")
 KNOWN = frozenset(COLUMNS)
 KINDS = frozenset(  # of formats 1 to 3, whose lines have no checksum
     [
@@ -253,7 +254,7 @@ class Tail:
             for name, value in row.items():
                 if name not in KNOWN or (name == "kind" and value not in KINDS):
                     raise ValueError(f"{value if name == 'kind' else name!r} is not known")
-                of_type = str if name in TEXT_COLUMNS else (int, float)
+                of_type = dict if name == "metrics" else str if name in TEXT_COLUMNS else (int, float)
                 if value is not None and (not isinstance(value, of_type) or isinstance(value, bool)):
                     raise ValueError(f"its {name} is {value!r}")
         except (ValueError, TypeError, RecursionError) as error:
@@ -305,7 +306,7 @@ def _columns(rows: list[dict]) -> dict[str, np.ndarray]:
     columns = {}
     for name in COLUMNS:
         values = [row.get(name) for row in rows]
-        if name in TEXT_COLUMNS:
+        if name in NO_NUMBERS:
             columns[name] = np.array(values, object)
         else:
             whole = all(type(value) is int for value in values)
@@ -319,7 +320,7 @@ def _columns(rows: list[dict]) -> dict[str, np.ndarray]:
 def _frame(columns: dict[str, np.ndarray]) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame({name: values.tolist() if name in TEXT_COLUMNS else values for name, values in columns.items()})
+    return pd.DataFrame({name: values.tolist() if name in NO_NUMBERS else values for name, values in columns.items()})
 
 
 def effective(events: pd.DataFrame) -> pd.DataFrame:

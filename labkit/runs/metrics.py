@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILE = "metrics.parquet"
-COLUMNS = ["seconds", "samples", "version", "loss", "score"]
+COLUMNS = ["seconds", "samples", "version", "loss", "score"]  # then what else the problem measures; a score may be NaN
 KEY = b"labkit"  # in the metadata
 
 
@@ -49,7 +49,7 @@ def read(path: Path, run: str, checked: bool) -> pd.DataFrame:
         table = stored.to_pandas()
         if about.get("run", run) != run:
             raise RunError(f"{file} belongs to another run: {about['run']}, not {run or 'one without id'}.")
-        if list(table.columns) != COLUMNS or any(kind.kind not in "iuf" for kind in table.dtypes):
+        if list(table.columns)[: len(COLUMNS)] != COLUMNS or any(kind.kind not in "iuf" for kind in table.dtypes):
             raise ValueError(f"it holds {', '.join(map(str, table.columns))}")
         if about.get("digest", None if checked else _digest(table)) != _digest(table):
             raise ValueError("its columns do not fit its digest")

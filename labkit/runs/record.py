@@ -146,14 +146,16 @@ class RunRecord:
         return table
 
     def curve(self) -> pd.DataFrame:
-        """Learning curve of the global weights: seconds, samples, version, and loss and score on the test set; a row a retained version.
+        """Learning curve of the global weights: seconds, samples, version, and loss, score and whatever else the problem measures on the
+        test set; a row a retained version.
 
-        It is measured after the run, so that measuring it does not slow the run.
+        It is measured after the run, so that measuring it does not slow the run. Where steps returned more than a loss, columns
+        `train_...` have the means of what they returned since the row before (`train_loss` for the loss).
         """
         why = None
         if (self.path / metrics.FILE).exists():
             try:
-                return self._kept_curve()
+                return self._with_training(self._kept_curve())
             except RunError as error:
                 why = error
         elif self.state == "running":
@@ -166,7 +168,7 @@ class RunRecord:
             raise RunError(f"{why} It cannot be measured anew: {error}") from error
         if why is not None:
             self._say(f"{why} It was measured anew.")
-        return curve
+        return self._with_training(curve)
 
     def _kept_curve(self) -> pd.DataFrame:
         file, (*_, newest) = self.path / metrics.FILE, (-1, *checkpoints.versions(self.path))
@@ -180,6 +182,13 @@ class RunRecord:
             if not (merges.reindex(curve.version).to_numpy() == curve[["seconds", "samples"]].to_numpy()).all():
                 raise RunError(f"{file} is damaged: its seconds and samples are not those of the events.")
         return curve
+
+    def _with_training(self, curve: pd.DataFrame) -> pd.DataFrame:
+        return curve.join(self.trained(curve)) if self.events.metrics.notna().any() else curve
+
+    def trained(self, curve: pd.DataFrame) -> pd.DataFrame:
+        """What the steps of training returned, `train_loss` and so on, for each row of the curve: means since the row before."""
+        return analysis.trained(self.events, curve)
 
     def _measured(self) -> pd.DataFrame:
         raise RunError(f"the curve of run {self.name} is not measured yet: labkit.load_run({str(self.path)!r}).curve() does it.")

@@ -31,8 +31,8 @@ BATCH = 250
 
 
 def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: Sequence[int] | None = None) -> pd.DataFrame:
-    """Loss and score of every retained version on the test set, as `metrics.parquet`; on `workers` of the lab (by default those
-    that no run holds), or here without a lab."""
+    """All that the problem's `measure` gives of every retained version on the test set, as `metrics.parquet`; on `workers` of the lab
+    (by default those that no run holds), or here without a lab. What is NaN is printed."""
     import pandas as pd
 
     versions = checkpoints.versions(run.path)
@@ -40,21 +40,25 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
     items = [(problem, str(run.path), share, run.config) for share in shares]
     results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
-    rows = sorted(row for share in results for row in share)
+    rows = sorted((row for share in results for row in share), key=lambda row: row["version"])
     events = effective(run.events)
     merges = events[events.kind.isin(["merge", "settle"])].groupby("version")[["seconds", "total"]].max()
     merges.loc[0] = 0.0
-    table = pd.DataFrame(rows, columns=["version", "loss", "score"])
+    others = list(dict.fromkeys(name for row in rows for name in row if name not in metrics.COLUMNS))
+    table = pd.DataFrame(rows, columns=[*metrics.COLUMNS, *others])
     table = table[table.version.isin(merges.index)]  # a full disk may lack the merge of the last one
     table["seconds"] = table.version.map(merges.seconds)
     table["samples"] = table.version.map(merges.total).astype("int64")
-    table = table[metrics.COLUMNS]
+    table = table[[*metrics.COLUMNS, *others]].astype(dict.fromkeys(("loss", "score", *others), float))
+    for name in others:
+        if without := table.version[table[name].isna()].tolist():
+            print(f"Run {run.name!r}: {name} is NaN for version{'s' * (len(without) > 1)} {', '.join(map(str, without[:12]))}.")
     metrics.write(run.path, run.config.id, table)
     return table
 
 
-def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[tuple[int, float, float]]:
-    """Runs on a worker: (version, loss, score) of some versions of a run."""
+def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[dict[str, float]]:
+    """Runs on a worker: version, loss, score and so on of some versions of a run."""
     problem, path, versions, config = item
     prepare()
     module = problem.new_module(config.seed)
@@ -63,6 +67,5 @@ def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[tuple[int
     rows = []
     for version in versions:
         state.load(torch.from_numpy(np.array(checkpoints.read_weights(Path(path), version, len(state.vector)))))
-        measured = problem.measure(module, indices, "test", batch_size=BATCH)
-        rows.append((version, measured["loss"], measured["score"]))
+        rows.append({"version": version, **problem.measure(module, indices, "test", batch_size=BATCH)})
     return rows

@@ -66,11 +66,11 @@ class Monitor:
             for version, weights in _retained_as_they_come(run.path, self.config, self._over):
                 measured = self.measure(weights)
                 if version <= self.since:
-                    self.best = max(self.best, measured["score"])
+                    self.best = max(self.best, measured.get("score", -1.0))
                     continue
                 if self.on_version:
                     self.on_version(run, version, dict(measured))
-                if reason := self.verdict(version, measured["score"]):
+                if reason := self.verdict(version, measured.get("score", -1.0)):
                     return end(reason)
         except BaseException as error:
             fail(error)
@@ -87,11 +87,12 @@ class Monitor:
 
 
 def best(run: RunRecord, problem: Problem) -> int:
-    """The retained version with the best score on the score set, which no curve is measured on; the earliest of equals."""
+    """The retained version with the best score (without one, the lowest loss) on the score set, which no curve is measured on; the earliest of equals."""
     measure, size, scores = _measurer(problem, run.config), run.layout.size, {}
     for version in checkpoints.versions(run.path):
         with contextlib.suppress(FileNotFoundError):  # the run goes on, and it was one of the newest only
-            scores[version] = measure(checkpoints.read_weights(run.path, version, size))["score"]
+            measured = measure(checkpoints.read_weights(run.path, version, size))
+            scores[version] = measured.get("score", -measured["loss"])
     if not scores:
         raise RunError(f"run {run.name} has no weights in {run.path / checkpoints.FOLDER}.")
     return max(scores, key=scores.__getitem__)

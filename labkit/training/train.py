@@ -142,7 +142,7 @@ def train(
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
     instance("lab", lab, Lab, " of labkit.connect(...)")
     runs, name = file_path("runs", runs), None if name is None else run_name(name)
-    problem.check(seed)
+    problem.check(seed, scored=update.scored or target is not None or patience is not None)
     if update.collective:
         check_problem(problem, seed)
     default = "-".join([*(rule_title(rule.config()) for rule in (update, partition)), f"seed{seed}"])

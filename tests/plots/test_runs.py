@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from labkit import plots
+from labkit.plots import style
 from labkit.runs.events import COLUMNS, effective
 from tests.plots.helpers import Recorded, elements, rates, title
 
@@ -166,3 +167,24 @@ def test_what_a_resume_has_undone_is_drawn_where_time_went_and_counted_nowhere_e
     assert len(plots.segments(run)) == spans
     for figure in (plots.staleness(run), plots.weights(run), plots.timeline(run)):
         assert title(figure)
+
+
+def test_any_column_of_the_curve_is_drawn(tmp_path, monkeypatch):
+    run = Recorded(tmp_path)
+    curve = run.curve().assign(mae=lambda table: 3.0 - table.score)
+    run.curve, run.trained = lambda: curve, lambda curve: curve[["mae"]].rename(columns={"mae": "train_loss"})
+    figure = plots.curves(run, "samples", 2.5, y="mae")
+    where = np.interp(-2.5, -curve["mae"], curve["samples"])
+    assert title(figure) == f"AGWU + IDPA reaches mae 2.5 after {where:,.0f} samples"
+    (drawn,) = elements(figure, "Curve").values()
+    assert np.array_equal(drawn["mae"], curve["mae"])
+    assert title(plots.curves(run, y="train_loss")) == "Training loss against time"
+    with pytest.raises(ValueError, match=r"y='maee' is not known. Known: score, mae.*Did you mean 'mae'\?"):
+        plots.curves(run, y="maee")
+    curve.loc[3:4, "mae"] = np.nan
+    notes, finish = [], style.finish
+    monkeypatch.setattr(style, "finish", lambda *given, **options: notes.append(given[2:]) or finish(*given, **options))
+    plots.curves(run, y="mae")
+    assert "2 NaN not drawn" in notes[0][0]
+    curve["mae"] = np.nan
+    assert "mae is NaN in every row" in str(plots.curves(run, y="mae").traverse(lambda element: element.data, ["Text"]))

@@ -61,3 +61,49 @@ def test_what_a_worker_trains_is_what_is_measured_and_what_is_given(kind, rules,
                 if name in weights:  # tied ones come once
                     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
                     np.testing.assert_array_equal(tensor.numpy(), weights[name], err_msg=name)
+
+
+class Reports(labkit.Classifier):
+    """More than a loss in each step, and a number of its own in each measure."""
+
+    def step(self, module, batch, optimisers, clock):
+        made = super().step(module, batch, optimisers, clock)
+        return {**made, "size": len(batch[1]), "twice": 2 * made["loss"]}
+
+
+def test_every_entry_of_step_and_measure_is_in_the_record_and_in_the_curve(train, capsys):
+    def never(outputs, targets):
+        return float("nan")
+
+    a_problem = problem(kind=Reports, metrics={"top2": top2, "never": never, "acc": "accuracy"}, clip_norm=1.0)
+    run = ended(train(a_problem, passes=2, checkpoints=4))
+    pushes = run.events.query("kind == 'push'")
+    assert all(set(given) == {"grad_norm", "size", "twice"} for given in pushes.metrics)
+    assert [given["twice"] for given in pushes.metrics] == pytest.approx(2 * pushes.loss)
+    curve = run.curve()
+    measured = ["seconds", "samples", "version", "loss", "score", "top2", "never", "acc"]
+    assert list(curve.columns) == [*measured, "train_loss", "train_grad_norm", "train_size", "train_twice"]
+    np.testing.assert_allclose(curve.acc, curve.score, rtol=1e-6)
+    assert (curve.top2 >= curve.score).all() and curve.train_loss.isna().tolist() == [True] + [False] * (len(curve) - 1)
+    assert (curve.train_size[1:] <= a_problem.batch_size).all() and curve.never.isna().all()
+    assert f"Run {run.name!r}: never is NaN for versions 0, " in capsys.readouterr().out
+    assert labkit.plots.curves(run, y="train_twice") and labkit.plots.curves(run, y="top2")
+    again = labkit.replay(run, problem=a_problem)
+    assert again.events.metrics.dropna().tolist() == pushes.metrics.tolist()
+
+
+def top2(outputs, targets):
+    return (outputs.topk(2, 1).indices == targets[:, None]).any(1).float().mean()
+
+
+def test_a_problem_without_a_score_is_for_rules_that_do_not_weigh_by_it(train):
+    class NoScore(labkit.Classifier):
+        def evaluate(self, module, batch):
+            return {"loss": super().evaluate(module, batch)["loss"]}
+
+    a_problem = problem(kind=NoScore)
+    with pytest.raises(labkit.ProblemError, match="Without a score go rules that do not weigh pushes by it"):
+        train(a_problem, passes=1)  # AGWU
+    run = ended(train(a_problem, passes=1, update="fedasync"))
+    assert run.curve().score.isna().all() and run.summary()["score"] is None and run.summary()["loss"] > 0
+    assert run.events.score.isna().all()

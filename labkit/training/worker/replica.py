@@ -49,7 +49,8 @@ class Replica:
         after: Callable[..., None] = lambda started, waited=0.0: None,
         halted: Callable[[], object] = lambda: False,
     ) -> None:
-        """`exact` as of `Flat`. `after(started, waited)` is called after each piece of work (emulated slowdown); `halted()` ends a local pass early."""
+        """`exact` as of `Flat`. `after(started, waited)` is called after each piece of work (emulated slowdown); `halted()` ends a
+        local pass early."""
         self.problem, self.seed, self.worker, self.budget, self.device = problem, seed, worker, budget, device
         self.after, self.halted = after, halted
         self.module = problem.new_module(seed)
@@ -184,8 +185,8 @@ class Replica:
         totals = {name: (float(value), counts[name]) for name, value in sums.items()}  # reads the device: the time below is true
         return samples, totals, time.perf_counter() - started - waited, waited
 
-    def score(self) -> float:
-        """Q in [0, 1] of the replica's weights on the score set that all workers share."""
+    def score(self) -> float | None:
+        """Q in [0, 1], if the problem has one, of the replica's weights on the score set that all workers share."""
         started = time.perf_counter()
         before = self.state.saved() if self.is_measuring_pure is not True and self.exact else None
         score = self.problem.quality(self.module, self.scored, self.device)
