@@ -59,6 +59,7 @@ class Regressor(Supervised):
         score_samples: int = 256,
         precision: str = "float32",
         channels_last: bool = False,
+        augment: str | Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -79,6 +80,7 @@ class Regressor(Supervised):
             score_samples=score_samples,
             precision=precision,
             channels_last=channels_last,
+            augment=augment,
         )
 
     @property

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from labkit.errors import ProblemError, known, real
+from labkit.errors import ProblemError, real
 from labkit.imports import check_settings, chosen, short
 from labkit.problems.problem import Clock
 
@@ -69,7 +69,8 @@ def make_schedule(given: Any) -> Callable[[Clock], float] | None:
 
 def _of_share(given: Any) -> Callable[[float], float]:
     made, settings = chosen("schedule", given, SCHEDULES)
-    known("schedule", made, SCHEDULES.values())
+    if made not in SCHEDULES.values():
+        raise ValueError(f"schedule {short(made)!r} cannot follow another one. Known: {', '.join(SCHEDULES)}.")
     check_settings(f"schedule {(given['name'] if settings else given)!r}", made, settings, beside=("p",))
     return partial(made, **settings)
 

@@ -34,7 +34,7 @@ from labkit.problems.splits import batches
 class Supervised(Problem):
     """A problem with one module, one loss and one optimiser; a subclass gives `n_outputs`, `fitted` and `scorer`."""
 
-    unwritten: ClassVar = {"metrics": (), "clip_norm": None, "accumulate": 1}
+    unwritten: ClassVar = {**Problem.unwritten, "metrics": (), "clip_norm": None, "accumulate": 1}
 
     def __init__(
         self,
@@ -54,6 +54,8 @@ class Supervised(Problem):
         **common: Any,
     ) -> None:
         check_model(model)
+        if model_args is not None and not isinstance(model_args, Mapping):
+            raise TypeError(f"model_args={model_args!r} must be a dict, not {type(model_args).__name__}.")
         self.model, self.model_args = model, dict(model_args or {})
         self.lr = real("lr", lr, above=0)
         self.momentum = real("momentum", momentum, least=0, below=1)
