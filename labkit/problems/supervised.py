@@ -127,6 +127,8 @@ class Supervised(Problem):
         return self._measured(module, loaded, check_metrics(self.metrics))
 
     def check(self, seed: int = 0, scored: bool = True) -> None:
+        for made in ("_loss", "_schedule"):  # of a module that may have been loaded again
+            self.__dict__.pop(made, None)
         super().check(seed, scored)
         if self.metrics:
             try:
