@@ -1,8 +1,9 @@
 """The supervisor of a run: its server process, its workers' tasks, and the thread of the kernel that follows them to the end.
 
 Workers may be lost and come back, or come for the first time, in mid-run: each gets its task. Every wait in here has a
-limit, and whatever goes wrong ends the run with a reason: a worker's own error with its traceback, a server that did not start or
-died, a folder that cannot be written.
+limit, and whatever goes wrong ends the run with a reason: an error of a worker, of the server or in here, with its traceback, a
+server that did not start or died, a folder that cannot be written. A worker whose process ends again and again is not started again
+(`labkit.training.server.membership.Losses` counts).
 
 Used by `labkit.training.train`; a `Run` follows it.
 """
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +69,7 @@ class Supervisor:
         self.started_on: dict[int, Worker] = {}  # the worker as it was then: one that comes back is another process
         self.generations: dict[int, int] = {}  # how often it was started
         self.meeting = f"{MEETING}{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
+        self._reported: set[tuple[int, int]] = set()  # processes that are gone, and of which the server knows: worker, generation
         self._all_lost_at: float | None = None  # before the start: since when all are lost
         self._status: dict = {"state": "running", "samples": 0, "budget": spec.config.budget, "version": 0}
         self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
@@ -139,14 +142,30 @@ class Supervisor:
 
     def _follow(self) -> None:
         """Poll the server until the run has ended; then record how, and measure its curve."""
+        state, reason = "failed", ""
         try:
             self._watch()
             state, reason = self._ending()
             reason = self._measure() or reason if state == "done" or self._reason else reason
         except BaseException as error:  # whatever it is, `wait` must end and raise it
+            state, reason = "failed", self._failed_here(error)
             _end(self.server)
-            state, reason, self.error = "failed", str(error), self.error or error
-        self._finish(state, reason)
+        try:
+            self._finish(state, reason)
+        except BaseException as error:
+            self._failed_here(error)
+            self.state = "failed"
+        finally:
+            self._over.set()
+
+    def _failed_here(self, error: BaseException) -> str:
+        """An error that nobody expected in this thread; returns the reason."""
+        reason = f"its supervisor failed: {_message(error)}"
+        if self.error is None:
+            text = "".join(traceback.format_exception(error))
+            self.error = RunError(f"run {self.run.name} failed: {reason}\n{text}")
+            self.error.__cause__ = error
+        return reason
 
     def _measure(self) -> str:
         """The curve, on the workers whose tasks have ended, or else here: a frozen one would keep it waiting.
@@ -178,6 +197,9 @@ class Supervisor:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.server.wait(timeout=RETRY_S)
         self._last_line = _end(self.server)
+        self._await_tasks()
+
+    def _await_tasks(self) -> None:
         limit = time.monotonic() + ENDING_S
         for task in self.tasks.values():
             while not task.done and time.monotonic() < limit:
@@ -191,6 +213,12 @@ class Supervisor:
             return {"op": "stop", "state": "failed", "reason": trouble}
         if self._stop.is_set():
             return {"op": "stop", "reason": self._reason}
+        for index, task in self.tasks.items():
+            life = index, self.generations[index]
+            if life not in self._reported and (task.lost or self.lab.workers[index] != self.started_on[index]):
+                self._reported.add(life)
+                why = f"its process {self.started_on[index].pid} is gone: killed, out of memory, or ended by what it ran"
+                return {"op": "lost", "worker": index, "generation": life[1], "reason": why}
         here = self._start_workers()
         if here and not self._status.get("started"):
             return {"op": "expect", "workers": here}
@@ -199,7 +227,7 @@ class Supervisor:
     def _start_workers(self) -> list[int]:
         """Start the workers that have come back, or come anew and are free; returns all that are here."""
         came = self.lab.refresh(self.run.config.id)
-        lost = set(self.lab.lost())
+        lost = set(self.lab.lost()) | {int(index) for index in self._status.get("dropped", ())}
         if self.takes_newcomers and (new := [index for index in came if index not in self.tasks]):
             with contextlib.suppress(ClusterError):  # another run was quicker
                 self.lab.lease(new, self.run.config.id, self.run.name)
@@ -253,7 +281,8 @@ class Supervisor:
             # The error of a worker says more than the server's line; the worker that the line names failed first.
             errors = [error for index in self.tasks if (error := self._error(index)) and not _lost_server(error)]
             errors.sort(key=lambda error: _message(error) != ended["reason"])
-            self.error = LabError(f"run {self.run.name} failed: {ended['reason']}")
+            text = self._status.pop("traceback", "")
+            self.error = LabError(f"run {self.run.name} failed: {ended['reason']}" + (f"\n{text}" if text else ""))
             if errors and isinstance(errors[0], WorkerError):
                 self.error = errors[0]
             elif errors or self._failure:
@@ -262,21 +291,21 @@ class Supervisor:
 
     def _finish(self, state: str, reason: str) -> None:
         self._status = {**self._status, "reason": reason}
-        if state == "failed":
-            with contextlib.suppress(OSError, RunError):  # an unwritable folder may be why it failed
-                id = self.run.config.id
-                n = (how_it_ended.read(self.path, id) or {}).get("events")  # by the server, if it has come so far
-                how_it_ended.write(self.path, id, {**self._status, "state": "failed"}, n)
-        for file in self.path.glob(f"{self.meeting}*"):
-            file.unlink(missing_ok=True)
-        if self.monitor:
-            self.monitor.close()
-        self.lock.release()
-        self.lab.release(self.run.config.id)
-        if self.run in self.lab.runs:
-            self.lab.runs.remove(self.run)
-        self.state = state
-        self._over.set()
+        with contextlib.ExitStack() as last:  # all of it, the last line first, whatever fails of it
+            last.callback(self._over.set)
+            last.callback(setattr, self, "state", state)
+            last.callback(lambda: self.run in self.lab.runs and self.lab.runs.remove(self.run))
+            last.callback(self.lab.release, self.run.config.id)
+            last.callback(self.lock.release)
+            if self.monitor:
+                last.callback(self.monitor.close)
+            for file in self.path.glob(f"{self.meeting}*"):
+                file.unlink(missing_ok=True)
+            if state == "failed":
+                with contextlib.suppress(OSError, RunError):  # an unwritable folder may be why it failed
+                    id = self.run.config.id
+                    n = (how_it_ended.read(self.path, id) or {}).get("events")  # by the server, if it has come so far
+                    how_it_ended.write(self.path, id, {**self._status, "state": "failed"}, n)
 
 
 def _lost_server(error: BaseException | None) -> bool:

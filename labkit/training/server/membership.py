@@ -79,7 +79,8 @@ class Losses:
         reasons = self.reasons.get(worker, [])
         if len(reasons) < LOSSES:
             return ""
-        return f"{reasons[-1].rstrip('.')} ({len(reasons)} times in a row without a push that counts: worker {worker} is not let in again)"
+        often = f"{len(reasons)} times in a row without a push that counts"
+        return f"{reasons[-1].rstrip('.')} ({often}: worker {worker} is not let in again)"
 
     def all_out(self) -> dict[int, str]:
         """By worker, why it is not let in again."""

@@ -5,10 +5,10 @@ A process of its own that imports numpy but neither torch nor Dask. Each connect
 happen outside the lock: versions are immutable arrays, so one worker can still be receiving version 7 while another makes version
 8. `labkit.training.wire.protocol` shows the messages in both directions.
 
-A worker whose message cannot be meant is dropped, with the reason in the record, and may join again, as one may that was lost: after
-a pause that grows, and not more than `LOSSES` times in a row without a push that counts. The run fails when nobody is left. Any
-other exception, in whatever thread, is a fault of the server or of the user's rule: the run fails with its traceback
-(`Server.fail`).
+A worker whose message cannot be meant is dropped, with the reason in the record, and may join again, as one may that was lost:
+after a pause that grows, and not when that has happened `LOSSES` times in a row without a push that counts. The run fails when
+nobody is left. Any other exception, in whatever thread, is a fault of the server or of the user's rule: the run fails with its
+traceback (`Server.fail`).
 
 A server ends by itself: `ENDING_S` after the run has ended at the latest, and that it has, `join_timeout` after its last worker is
 gone; who vanishes without closing its connection is gone after `heartbeat_timeout`. Whether its kernel is there is all one to it.
@@ -516,7 +516,7 @@ class WorkerConnection:
         self.server._record("score", **who, score=header["score"], score_s=header["score_s"])
 
     def _serve_expired(self, member: Member, dropped: str = "") -> dict | None:
-        """A worker that was dropped, or that was taken to be gone and sends again: nothing that it sends counts until it has joined anew."""
+        """A worker that was dropped, or was taken to be gone and sends again: nothing counts until it has joined anew."""
         self.connection.set_timeout(SERVER_TIMEOUT_S)
         asked, late = bool(dropped), 0
         if dropped:

@@ -233,9 +233,9 @@ class _Waiting:
                 return
             try:
                 future.set_result(result.value()[0])
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is, the step waits for this future
                 self.broken = self.broken or _short(error)
-                future.set_exception(error)
+                future.set_exception(RuntimeError(self.broken))
 
     def fail(self, why: str) -> None:
         """From another thread: what waits fails, and what would begin."""

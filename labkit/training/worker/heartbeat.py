@@ -19,12 +19,14 @@ class Heartbeat:
     """Sends signs of life from `start` to `stop`; between two local passes the worker alone receives.
 
     `interrupt` is the message that ends the local pass early, or None: one of the server, or "lost" when the connection is gone.
-    `on_interrupt` is called when there is one: it breaks off an exchange that waits for the other ranks.
+    `on_interrupt` is called when there is one: it breaks off an exchange that waits for the other ranks. `error` is what went wrong
+    in the thread itself, which closes the connection then.
     """
 
     def __init__(self) -> None:
         self.lock, self.thread, self.ended = threading.Lock(), None, threading.Event()
         self.interrupt: dict | None = None
+        self.error: Exception | None = None
         self.on_interrupt = lambda: None
         self.progress: dict = {}
         self.receiving, self.group = False, 0
@@ -58,6 +60,15 @@ class Heartbeat:
         return message
 
     def _run(self, connection: Connection, ended: threading.Event) -> None:
+        try:
+            self._beat(connection, ended)
+        except Exception as error:
+            self.error, self.interrupt = error, {"op": "lost", "reason": str(error)}
+            connection.close()
+            with contextlib.suppress(Exception):  # it may be what went wrong
+                self.on_interrupt()
+
+    def _beat(self, connection: Connection, ended: threading.Event) -> None:
         while not ended.wait(HEARTBEAT_S):
             try:
                 connection.send({"op": "heartbeat", **self.progress})

@@ -64,19 +64,30 @@ def run_worker(problem: Problem, spec: WorkerSpec) -> None:
     WorkerError
         Anything that went wrong here, with the traceback; the server is notified first, so that the others stop.
     """
-    worker = _Worker(problem, spec)
+    worker = failure = None
     try:
-        return worker.run()
+        worker = _Worker(problem, spec)
+        worker.run()
+    except BaseException as error:  # also a step that calls sys.exit()
+        failure = _failure(error, worker, spec)
+    try:
+        if worker:
+            worker.close()
     except Exception as error:
-        if isinstance(error, WireError) and not isinstance(error, Refused):
-            failure = WorkerError(f"worker {spec.index} lost the server: {error}", spec.index)
-        else:
-            message = f"worker {spec.index} ({spec.device}) failed at version {worker.version}: {type(error).__name__}: {error}"
-            worker.notify_failure(message)
-            failure = WorkerError(message, spec.index, traceback.format_exc())
-    finally:
-        worker.close()
-    raise failure  # out here the frames of the error are gone, and with them what they held of the group
+        failure = failure or _failure(error, worker, spec)
+    if failure:
+        raise failure  # out here the frames of the error are gone, and with them what they held of the group
+
+
+def _failure(error: BaseException, worker: "_Worker | None", spec: WorkerSpec) -> WorkerError:
+    """What the run is to raise; the server is sent the message, unless it is the server that was lost."""
+    if isinstance(error, WireError) and not isinstance(error, Refused):
+        return WorkerError(f"worker {spec.index} lost the server: {error}", spec.index)
+    version = worker.version if worker else 0
+    message = f"worker {spec.index} ({spec.device}) failed at version {version}: {type(error).__name__}: {error}"
+    if worker:
+        worker.notify_failure(message)
+    return WorkerError(message, spec.index, "".join(traceback.format_exception(error)))
 
 
 class _Worker:
@@ -135,6 +146,8 @@ class _Worker:
 
     def _connect_again(self, error: WireError) -> None:
         """The link is down; the server may be there all the same. Where nothing listens any more, the run is over."""
+        if self.heartbeat.error:  # which has closed it
+            raise self.heartbeat.error
         self._close_group()
         self.connection.close()
         self.heartbeat.stop()
@@ -196,7 +209,7 @@ class _Worker:
 
     def notify_failure(self, message: str) -> None:
         if self.connection:
-            with contextlib.suppress(WireError):  # then the server sees the connection close
+            with contextlib.suppress(Exception):  # then the server sees the connection close
                 self.connection.send({"op": "fail", "reason": message})
 
     def close(self) -> None:
