@@ -155,7 +155,10 @@ class Supervisor:
         except BaseException as error:
             self._failed_here(error)
             self.state = "failed"
-        finally:
+        finally:  # also where `_finish` is what failed; twice is fine
+            with contextlib.suppress(Exception):
+                self.lab.release(self.run.config.id)
+                self.lab.runs.remove(self.run)
             self._over.set()
 
     def _failed_here(self, error: BaseException) -> str:
