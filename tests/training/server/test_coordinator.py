@@ -10,8 +10,9 @@ import pytest
 
 from labkit.errors import ClusterError
 from labkit.partition import IDPA, UDPA
+from labkit.training.wire import compression
 from labkit.updates import AGWU, EASGD, SGWU, SSP, AllReduce, BadPush, FedBuff, Ringmaster, make_update, names
-from tests.helpers import SAMPLES, WORKERS, Course, begun
+from tests.helpers import SAMPLES, SIZE, WORKERS, Course, begun
 
 RULES = [SGWU, AGWU, AllReduce]
 OTHERS = [name for name in names() if name not in ("sgwu", "agwu", "allreduce")]
@@ -261,6 +262,92 @@ def test_a_bad_push_is_refused_and_its_worker_may_leave_and_come_back(rule):
     course.join(1)
     course.finish(work)
     assert course.it.state == "done" and course.it.grants.done >= course.it.grants.budget - len(WORKERS)
+
+
+BAD = {  # what a worker may push: changes of the header, and its weights
+    "NaN": ({}, np.nan),
+    "infinity": ({}, np.inf),
+    "minus infinity": ({}, -np.inf),
+    "a score above 1": ({"score": 1.5}, 0),
+    "a score below 0": ({"score": -0.1}, 0),
+    "a score of NaN": ({"score": float("nan")}, 0),
+    "a version from the future": ({"version": 7}, 0),
+    "too many samples": ({"samples": 10_000}, 0),
+    "no samples": ({"samples": 0}, 0),
+    "half the weights": ({}, np.zeros(SIZE // 2, np.float32)),
+    "too many weights": ({}, np.zeros(2 * SIZE, np.float32)),
+    "double precision": ({}, np.zeros(SIZE)),
+    "no weights": ({}, None),
+}
+
+
+@pytest.mark.parametrize("rule", names())
+def test_a_bad_push_of_one_worker_disturbs_nobody_under_any_rule(rule):
+    """It leaves and comes back, and does it again; the others do not wait for it, and nothing of it is in any version."""
+    for what, (changes, weights) in BAD.items():
+        course, work = begun(make_update(rule))
+        for _ in range(2):
+            bad = work.pop(1)
+            header = {"samples": bad.grant.samples, "version": bad.grant.version, "loss": 1.0, "score": 0.5, "wait_s": 0.0}
+            pushed = np.full(SIZE, weights, np.float32) if np.isscalar(weights) else weights
+            with pytest.raises(BadPush, match="worker 1 at version "):
+                course.it.push(course.members[1], header | {"compute_s": 1.0, "score_s": 0.0, "send_s": 0.0} | changes, pushed, 0)
+            course.it.leave(course.members[1], what)
+            if rule == "allreduce":  # its group has broken
+                for other in [worker for worker in work if worker != 1]:
+                    course.it.regroup(course.members[other], what)
+            course.join(1)
+            work = {worker: course.answer(worker) or work.get(worker) for worker in WORKERS}
+            work = {worker: answer for worker, answer in work.items() if answer and course.members[worker].busy}
+            if 1 not in work:  # it begins with the next round
+                break
+        course.finish(work)
+        assert (course.it.state, course.it.reason) == ("done", ""), what
+        assert not course.of("push", worker=1, incarnation=0) and sum(row["samples"] for row in course.of("merge")) >= 32, what
+        assert np.isfinite(course.it.update.weights).all(), what
+
+
+@pytest.mark.parametrize("rule", names())
+@pytest.mark.parametrize("large", [1e16, 1e38, 3e38])
+def test_large_finite_weights_are_no_nan(rule, large):
+    """They are merged, or refused for what the rule would make of them; the run goes on with finite weights."""
+    course, work = begun(make_update(rule), budget=8 * SAMPLES)
+    for _ in range(3):
+        for worker in list(work):
+            answer = work.pop(worker)
+            header = {"samples": answer.grant.samples, "version": answer.grant.version, "loss": 1.0, "score": 0.5, "wait_s": 0.0}
+            header |= {"compute_s": 1.0, "score_s": 0.0, "send_s": 0.0}
+            weights = np.full(SIZE, large if worker == 1 or course.it.update.collective else 1.0, np.float32)
+            try:
+                course.it.push(course.members[worker], header, weights, 0)
+            except BadPush as error:
+                assert "beyond the range of float32" in str(error) and "NaN" not in str(error)
+                course.it.leave(course.members[worker], str(error))
+                course.join(worker)
+        work = {worker: answer for worker in WORKERS if (answer := course.answer(worker)) and answer.grant}
+        assert course.it.state == "running" and np.isfinite(course.it.update.weights).all()
+    state = [value for value in vars(course.it.update).values() if isinstance(value, np.ndarray)]
+    assert all(np.isfinite(array).all() for array in state)
+
+
+def test_a_rule_that_makes_nan_of_good_weights_is_what_is_at_fault():
+    class Mine(AGWU):
+        def _merge(self, push):
+            self._publish(push.weights * np.float32("nan"), [(push, 1.0)])
+            return self._release([push.worker])
+
+    course, work = begun(Mine(), budget=200)
+    course.push(0, work[0])
+    course.push(0, course.answer(0))
+    assert course.it.state == "failed" and "version 1 holds NaN or infinity, which no push did" in course.it.reason
+
+
+def test_float16_refuses_what_it_cannot_send_to_the_others():
+    course, work = begun(AGWU(), budget=200)
+    course.it.limit = compression.largest("float16")
+    with pytest.raises(BadPush, match=r"as large as 1e\+06 do not fit into float16 \(65504\)"):
+        course.it.push(course.members[0], {"samples": work[0].grant.samples, "version": 0, "loss": 1.0, "score": 0.5},
+                       np.full(SIZE, 1e6, np.float32), 0)  # fmt: skip
 
 
 def test_versions_are_kept_evenly_over_the_run():
