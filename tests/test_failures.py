@@ -107,7 +107,7 @@ class InThread:
 
 @pytest.fixture
 def in_threads(monkeypatch):
-    def start(spec, path, timeout=60.0):
+    def start(spec, path, *_):
         process = InThread(spec, path)
         return process, process.server.address
 

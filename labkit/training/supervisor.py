@@ -157,6 +157,7 @@ class Supervisor:
             self.state = "failed"
         finally:  # also where `_finish` is what failed; twice is fine
             with contextlib.suppress(Exception):
+                self.lock.release()
                 self.lab.release(self.run.config.id)
                 self.lab.runs.remove(self.run)
             self._over.set()

@@ -227,7 +227,7 @@ class Update:
         Raises `UpdateError` where they are not those of this model, or hold NaN or infinity.
         """
         weights, version = np.asarray(weights), self.version + 1
-        if weights.shape != self.weights.shape or not np.isfinite(np.add.reduce(weights)):
+        if weights.shape != self.weights.shape or not math.isfinite(magnitude(weights)):
             raise UpdateError(
                 f"weights of shape {weights.shape} cannot be version {version}: they hold NaN, or are not of this model."
             )
