@@ -126,7 +126,7 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
     pair, named_columns = isinstance(data, tuple | list), isinstance(data, Mapping) or hasattr(data, "iloc")
     if isinstance(data, Mapping) and set(data) == {"import_path", "options"}:  # as a record names it
         return open_dataset(data["import_path"], **data["options"])
-    items = not isinstance(data, Dataset) and _by_items(data)
+    items = not isinstance(data, Dataset) and by_items(data)
     fitting = OF_ITEMS if items else ["channels", *OF_COLUMNS] if pair or named_columns else []
     _check_options(f"data of type {type(data).__name__}", options, fitting)
     if isinstance(data, Dataset):
@@ -151,14 +151,14 @@ def _check_options(data: str, options: dict[str, Any], known: list[str]) -> None
         raise ValueError(f"{data} has no option {', '.join(unknown)}. It has {', '.join(known) or 'none'}.")
 
 
-def _by_items(data: Any) -> bool:
+def by_items(data: Any) -> bool:
     """Is it a data set of the user's own, or a dict or pair of two, rather than arrays or columns?"""
     if isinstance(data, Mapping):
-        return "train" in data and all(_by_items(part) for part in data.values())
+        return "train" in data and all(by_items(part) for part in data.values())
     if isinstance(data, list) and data and isinstance(data[0], Mapping):
         return True
     if isinstance(data, tuple | list):
-        return len(data) == 2 and all(not isinstance(part, tuple | list | Mapping) and _by_items(part) for part in data)
+        return len(data) == 2 and all(not isinstance(part, tuple | list | Mapping) and by_items(part) for part in data)
     return is_items(data) and not isinstance(data, str | bytes) and not hasattr(data, "iloc") and not hasattr(data, "dtype")
 
 

@@ -60,6 +60,7 @@ class Source:
     as_given: bool = False
     padded: bool = False
     classes: tuple[str, ...] | None = None  # the names of labels that were texts
+    columns: tuple[str, ...] | None = None  # of a table, of which this is made
 
 
 Split = Source | dict[str, Source]
@@ -328,6 +329,8 @@ def _write_fields(
         write = _write_as_given if given["train"].as_given else _write_normalised
         fields[field], note = write(folder, name, field, stem, given, rows)
         fields[field]["stem"] = stem
+        if given["train"].columns:
+            fields[field]["columns"] = list(given["train"].columns)
         notes += [*dict.fromkeys(about), note]
     meta = {
         "format": FORMAT_FIELDS,

@@ -403,7 +403,7 @@ def _side_by_side(name: str, columns: Columns) -> Source:
         for parts in zip(*(_even(source) for source in columns.values()), strict=True):
             yield np.stack([part.astype(dtype, copy=False) for part in parts], axis=1)
 
-    return Source((n.pop(), len(columns)), dtype, chunks)
+    return Source((n.pop(), len(columns)), dtype, chunks, columns=tuple(columns))
 
 
 ROWS = 4096

@@ -89,6 +89,7 @@ class Dataset:
             name: Field(tuple(of["shape"]), np.dtype(of["dtype"]), of["role"], of.get("n_values")) for name, of in stored.items()
         }
         self._stems = {name: of.get("stem", name) for name, of in stored.items()}
+        self._columns = {name: of["columns"] for name, of in stored.items() if "columns" in of}
         self._affine = {name: _affine(of) for name, of in stored.items() if "mean" in of}
         self.inputs = [name for name, field in self.fields.items() if field.role == "input"]
         self.answers = [name for name in self.fields if name not in self.inputs]
@@ -111,6 +112,10 @@ class Dataset:
     def affine_of(self, field: str) -> tuple[np.ndarray, np.ndarray] | None:
         """(centre, rate) of a field, each (C, 1, ...), by which it is normalised; None where it stays as it is."""
         return self._affine.get(field)
+
+    def columns_of(self, field: str) -> list[str]:
+        """The columns of a table that a field is made of: several features are one input."""
+        return self._columns.get(field, [field])
 
     def stored_type(self, field: str) -> np.dtype:
         """The type in which a field is stored: bytes stay bytes."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data import named, open_dataset
+from labkit.data import by_items, named, open_dataset
 from labkit.data.arrays import array_of
 from labkit.data.cache import hold_out
 from labkit.data.dataset import Dataset, Field
@@ -62,6 +62,10 @@ class Whole:
 def given(data: Any, like: Dataset, answers: bool) -> Given:
     """`data` as samples of the kind of `like`; with labels and targets if `answers`. DataError where they do not fit."""
     names = [*like.inputs, *like.answers] if answers else like.inputs
+    if by_items(data):
+        return _of_dataset(data, like, names)
+    if hasattr(data, "iloc") and hasattr(data, "columns") and set(like.columns_of(like.inputs[0])) <= set(data.columns):
+        data = _of_table(data, like, names)
     if isinstance(data, Mapping):
         if missing := [name for name in names if name not in data]:
             raise DataError(f"{', '.join(missing)} missing: give {', '.join(names)}; the data hold {', '.join(map(str, data))}.")
@@ -72,6 +76,25 @@ def given(data: Any, like: Dataset, answers: bool) -> Given:
     if hasattr(parts, "dtype") or len(parts) != len(names):
         raise DataError(f"give a tuple of {len(names)}, ({', '.join(names)}), a name, a path or a data set.")
     return _of_arrays(dict(zip(names, parts, strict=True)), like)
+
+
+def _of_table(table: Any, like: Dataset, names: list[str]) -> dict[str, Any]:
+    """The columns of a DataFrame as the fields that they are in `like`, texts as the numbers of their classes."""
+    made = {}
+    for name in names:
+        columns = like.columns_of(name)
+        if missing := [column for column in columns if column not in table.columns]:
+            raise DataError(f"{', '.join(missing)} missing: the table has {', '.join(map(str, table.columns))}.")
+        if (n := int(table[columns].isna().to_numpy().sum())) > 0:
+            raise DataError(f"{name} has {n} missing values. Fill or drop them.")
+        values = table[columns].to_numpy(float) if columns != [name] or like.fields[name].shape == (1,) else table[name].to_numpy()
+        if like.classes and name == like.label and values.dtype.kind not in "biuf":
+            numbers = {text: number for number, text in enumerate(like.classes)}
+            if unknown := [text for text in dict.fromkeys(values.tolist()) if text not in numbers]:
+                raise DataError(f"{name} {unknown[0]!r} is new; the network knows {', '.join(like.classes)}.")
+            values = np.array([numbers[text] for text in values.tolist()], dtype=np.int64)
+        made[name] = values
+    return made
 
 
 def _of_arrays(arrays: Mapping[str, Any], like: Dataset) -> Given:
@@ -132,7 +155,10 @@ def _answers(y: Any, field: Field, name: str) -> np.ndarray:
 
 
 def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
-    other = open_dataset(data)
+    roles = {} if isinstance(data, Dataset) or not by_items(data) else {"pad": getattr(like, "pad", None)}
+    for option, role in (("label", "label"), ("target", "target"), ("inputs", "input")) if roles else ():
+        roles[option] = [name for name in names if like.fields[name].role == role] or None
+    other = open_dataset(data, **roles)
     if isinstance(data, str | os.PathLike) and other.classes and like.classes and other.shape != like.shape:
         other = open_dataset(data, size=tuple(like.shape[1:]))  # as the pictures and volumes of the training were
     if missing := [name for name in names if name not in other.fields]:

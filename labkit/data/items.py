@@ -83,6 +83,7 @@ class Items(Dataset):
     ) -> None:
         super().__init__(path, meta)
         self._own, self._labels, self._asked = own, labels, asked
+        self.pad = asked.pad
         self._keys: dict[str, tuple[Any, ...]] = meta["keys"]
         self._held_out: bool = meta["held_out"]
 

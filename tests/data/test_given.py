@@ -96,3 +96,52 @@ def test_what_does_not_fit_is_refused_and_other_units_are_said():
             given(wrong, like, answers=True)
     with pytest.warns(UserWarning, match="x spreads by 0.1.*is it in the units of those"):
         given(x / 255.0, like, answers=False)
+
+
+def test_a_table_is_read_by_the_columns_of_the_training():
+    pandas = pytest.importorskip("pandas")
+    rng, n = np.random.default_rng(0), 40
+    frame = pandas.DataFrame(
+        {"a": rng.normal(5, 2, n), "b": rng.normal(size=n), "kind": ["u", "v"] * (n // 2), "price": np.arange(n)}
+    )
+    like = open_dataset(frame, label="kind", target="price")
+    one = given(frame[["price", "kind", "b", "a"]], like, answers=True)
+    at = np.arange(n)
+    features = frame[["a", "b"]].to_numpy(np.float32)
+    np.testing.assert_array_equal(one.raw(at, "test"), features)
+    centre, rate = like.affine
+    batch = one.batch(at, "test")
+    np.testing.assert_allclose(batch["x"], (features - centre) * rate, rtol=1e-6)
+    np.testing.assert_array_equal(batch["kind"], at % 2)
+    np.testing.assert_array_equal(batch["price"], at)
+    assert given(frame[["a", "b"]], like, answers=False).answers == []
+    for table, words in (
+        (frame.assign(kind="w"), "kind 'w' is new; the network knows u, v"),
+        (frame.drop(columns="price"), "price missing"),
+        (frame.assign(a=None), "x has 40 missing values"),
+    ):
+        with pytest.raises(DataError, match=words):
+            given(table, like, answers=True)
+
+
+class Numbered:
+    """A set by items whose answers are whole numbers, trained on as targets."""
+
+    def __init__(self, n=20):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return np.full(i % 3 + 1, float(i)), i
+
+
+def test_a_set_by_items_is_read_in_the_roles_of_the_training():
+    like = open_dataset(Numbered(), target="y", pad=0)
+    for data, n in ((Numbered(7), 7), ({"train": Numbered(), "test": Numbered(5)}, 5), ((Numbered(), Numbered(5)), 5)):
+        one = given(data, like, answers=True)
+        batch = one.batch(np.arange(n), "test")
+        assert one.n_test == n and batch["y"].dtype == like.fields["y"].dtype
+        np.testing.assert_array_equal(batch["y"], np.arange(n))
+        np.testing.assert_array_equal(batch["x"], [[i] * (i % 3 + 1) + [0] * (2 - i % 3) for i in range(n)])
