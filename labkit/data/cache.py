@@ -133,8 +133,8 @@ def cached(
 ) -> Dataset:
     """The data set under `name` and `key`: opened where it is ready, else made from `load()`, its training and test split.
 
-    Where the latter is None, a test split is held out. `note` is added to the data set's own, `classes` are their names. DataError where the samples or
-    labels cannot be used, or the cache cannot be written.
+    Where the latter is None, a test split is held out. `note` is added to the data set's own, `classes` are their names. DataError
+    where the samples or labels cannot be used, or the cache cannot be written.
     """
     path = cache_dir() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:20]}"
     meta = _ready(path)

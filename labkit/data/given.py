@@ -104,7 +104,8 @@ def _of_arrays(arrays: Mapping[str, Any], like: Dataset) -> Given:
         if field.role == "input":
             samples[name] = arranged(value, field, like.affine_of(name), like.stored_type(name), name)
         else:
-            samples[name] = _answers(value, field, name)
+            names = like.classes if name == like.label else None
+            samples[name] = _answers(_numbered(value, names, name) if names else value, field, name)
     n = {name: len(part) for name, part in samples.items()}
     if len(set(n.values())) > 1:
         raise DataError(f"the arrays are of different lengths: {', '.join(f'{name} {length}' for name, length in n.items())}.")
@@ -140,6 +141,16 @@ def arranged(x: Any, field: Field, affine: tuple[np.ndarray, np.ndarray] | None,
                 stacklevel=4,
             )
     return x if x.dtype == stored else x.astype(np.float16 if stored == np.float16 else np.float32)
+
+
+def _numbered(y: Any, classes: list[str], name: str) -> Any:
+    """Labels that are names of classes by their numbers; others as they are."""
+    texts = np.asarray(y)
+    if texts.dtype.kind not in "UO" or not all(isinstance(text, str) for text in texts.flat):
+        return y
+    if unknown := sorted({*texts.flat} - {*classes}):
+        raise DataError(f"{name} holds {', '.join(unknown[:5])}; the network knows {', '.join(classes)}.")
+    return np.vectorize(classes.index, otypes=[np.int64])(texts)
 
 
 def _answers(y: Any, field: Field, name: str) -> np.ndarray:

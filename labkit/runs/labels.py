@@ -12,6 +12,7 @@ Used by `labkit.runs.record.compare` and `labkit.plots`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 MOST = 4  # settings in a label, unless more are needed to tell two runs apart
 OF_STRATEGY = ("update.", "partition.", "origin.")  # compared among runs of one strategy
 ASIDE = ("checkpoints", "heartbeat_timeout", "join_timeout", "one_process", "budget", "batch_size", "labkit", "hosts", "source")
+ASIDE += ("exact_buffers",)
+# What is derived from the rest, or told in a way of its own.
+UNSAID = ("format", "id", "name", "created", "data_note", "synthetic", "emulated", "problem", "update", "partition", "workers")
+UNSAID += ("origin", "scenario", "resumed", "sources", "milestones")
 DERIVED = {"n_train": ("data", "train_samples")}  # differs because one of these does
 
 
@@ -82,6 +87,10 @@ def _settings(run: RunRecord) -> dict[str, Any]:
     found["device"] = sorted({str(worker.get("device", "cpu")).partition(":")[0] for worker in workers})
     found["threads"] = sorted({int(worker.get("threads") or 1) for worker in workers})
     found |= {key: config[key] for key in ("jitter", "drift", "stalls")} | _flat("scenario", config.get("scenario") or {})
+    others = [key for key in run.config.__dataclass_fields__ if key not in (*found, *UNSAID, *ASIDE, "seed")]
+    found |= {key: getattr(run.config, key) for key in others}
+    sources = json.dumps(dict(config.get("sources") or {}), sort_keys=True)  # of users' modules
+    found["code"] = hashlib.sha256(sources.encode()).hexdigest()[:6]
     found["seed"] = config["seed"]
     found["hosts"] = sorted({str(worker.get("host")) for worker in workers})
     found["source"] = (config.get("origin") or {}).get("run")
@@ -128,12 +137,9 @@ def _labels(runs: Sequence[RunRecord], read: Sequence[Mapping[str, Any]], but: I
     for key in main:
         if key in shown:
             tell(key)
-    aside = []
     for key in (key for key in keys if key in ASIDE):
         before = [dict(own) for own in told]
-        if tell(key):
-            aside.append(key)
-        else:
+        if not tell(key):
             told = before
     texts = [", ".join([label, *(_said(*said) for said in rest)]) for label, *rest in told]
     texts = [text + ", ..." * (len(shown) < len(main)) for text in texts]

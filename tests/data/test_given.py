@@ -73,6 +73,15 @@ def test_classes_of_folders_have_the_numbers_of_the_training_and_pictures_its_si
         given(flowers(tmp_path / "c", ["aster", "weed"]), like, answers=True)
 
 
+def test_labels_may_be_the_names_of_the_classes(tmp_path):
+    like = open_dataset(flowers(tmp_path / "a", ["aster", "daisy"]))
+    x = np.zeros((3, 3, 9, 9), np.uint8)
+    for y in (["daisy", "aster", "daisy"], pd.Series(["daisy", "aster", "daisy"]), np.array([1, 0, 1])):
+        assert every(given((x, y), like, answers=True))["y"].tolist() == [1, 0, 1]
+    with pytest.raises(DataError, match="y holds weed; the network knows aster, daisy"):
+        given((x, ["weed", "aster", "daisy"]), like, answers=True)
+
+
 def test_what_does_not_fit_is_refused_and_other_units_are_said():
     x, y = some(20, (3, 8, 9), dtype=np.uint8)
     like = open_dataset((x, y))

@@ -44,6 +44,8 @@ def of_run(name, *values):
         (of_run("kind", "dask", "threads"), ("kind dask", "kind threads")),
         (of_run("update", {"name": "agwu", "q": "raw"}, {"name": "agwu", "q": "normalised"}), ("q raw", "q normalised")),
         (of_run("origin", None, {"kind": "replay", "run": "a"}), ("origin live", "origin replay")),
+        (of_run("target", None, 0.9), ("no target", "target 0.9")),
+        (of_run("sources", {}, {"m": "1"}), ("code 44136f", "code 41b15a")),
         (of_run("checkpoints", 3, 30), ("checkpoints 3", "checkpoints 30")),  # said only because nothing else differs
         ([{"seed": 0}, {"seed": 1}], ("seed 0", "seed 1")),
         ([{"slowdown": (1, 1)}, {"slowdown": (1, 4)}], ("no slowdown", "slowdown 1:4")),
