@@ -114,6 +114,9 @@ class ProcessGroup:
 
     def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
         """The module whose backward pass averages gradients over the samples of all ranks."""
+        # Buffers are those of one version on every rank, and gloo has not all of their types.
+        buffers = [name for name, _ in module.named_buffers(remove_duplicate=False)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
         with self.exchanging():  # the ranks compare their parameters
             self.ddp = DistributedDataParallel(module, process_group=self.exchange.group, find_unused_parameters=self.unused)
         self.ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then no rank waits for them

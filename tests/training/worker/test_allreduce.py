@@ -25,6 +25,7 @@ from labkit.training.worker.allreduce import Broken, ProcessGroup, backend
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.sampler import steps
 from tests.helpers import ended, problem
+from tests.models.zoo import Zoo
 from tests.problems.test_problem import TinyGan
 
 # -- groups between threads --------------------------------------------------------------------------------------------
@@ -290,3 +291,9 @@ def test_parameters_without_a_gradient_are_trained_around(alternating, tmp_path)
     moved = {name for name in first if not np.array_equal(first[name], last[name])}
     assert {"body.weight", "head.weight"} <= moved and ("other.weight" in moved) == alternating
     assert not any(name.startswith("auxiliary") for name in moved)
+
+
+@pytest.mark.usefixtures("cache")
+def test_buffers_of_any_type_are_no_hindrance():
+    but = ["embedding_with_sparse_gradients"]  # gradients that DDP cannot average
+    allreduce.check_problem(problem(Zoo, train_samples=32, model_args={"but": but}), 0)
