@@ -4,7 +4,7 @@
     DirectoryLock(path)   a run directory is in use: nobody else writes, renames, prunes or resumes it
     held(path)            does anybody hold that?
 
-The lock of a run directory is one on the file `.lock` in it. It belongs to the open file, not to a process: the server of a run
+The lock of a run directory is one on the file `.run-lock` in it. It belongs to the open file, not to a process: the server of a run
 inherits it from its kernel, so that the directory is held without a gap for as long as one of the two lives.
 
 Used by `labkit.runs.server_file`, which says whether a run lives, also where a file system has no locks; and by `labkit.cluster.leases`
@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-LOCK = ".lock"
+LOCK = ".run-lock"
 LOOK_S = 0.2  # so long a lock is tried: `held` holds it for a moment
 
 

@@ -106,10 +106,11 @@ class Backend(Protocol):
     def add(self, n: int) -> None:
         """Start n more workers; a `ClusterError` where this back end started none."""
 
-    def lease(self, ids: Iterable[Hashable], holder: str, name: str) -> Mapping[Hashable, str]:
+    def lease(self, ids: Iterable[Hashable], holder: str, name: str, path: str = "") -> Mapping[Hashable, Any]:
         """Lease workers to a holder in the sight of other notebooks, all or none; {id: who holds it}, if others do.
 
-        `holder` identifies the holder, `name` is what others read of it.
+        `holder` identifies the holder, `name` is what others read of it; `path` is the directory of its run. The lease ends with
+        the run (`labkit.cluster.leases`), also where this kernel dies.
         """
 
     def release(self, holder: str) -> None:

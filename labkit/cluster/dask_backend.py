@@ -10,14 +10,12 @@ import ast
 import asyncio
 import concurrent.futures
 import contextlib
-import functools
 import json
 import logging
 import multiprocessing.spawn
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -28,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from labkit.cluster.backend import THREAD_VARIABLES, About, Again, Request, describe, made_by, quiet
+from labkit.cluster.leases import Lease, at_work, give_back, lease_all
 from labkit.errors import ClusterError
 
 ASK_S = 0.5  # how old the list of workers may be before the scheduler is asked again
 SILENT_S = 15.0  # a scheduler that has not answered for so long is gone
-LEASE_S = 5.0  # the longest wait for the scheduler's answer about a lease
+LEASE_S = 5.0  # the longest wait for a worker's answer about a lease
 SETTINGS = {  # what Dask should do otherwise in a cluster of ours
     "distributed.worker.profile.enabled": False,  # it samples every 10 ms and would be timed too
     "distributed.admin.system-monitor.gil.enabled": False,
@@ -57,7 +56,7 @@ class DaskWorkers:
         self._asked = -ASK_S
         self._asking = threading.Lock()
         self._describing: list[concurrent.futures.Future] = []
-        self._locks: dict[str, dict[str, Any]] = {}  # holder -> worker id -> semaphore
+        self._leased: dict[str, set[str]] = {}  # holder -> worker ids
 
     @property
     def keeps_names(self) -> bool:
@@ -145,40 +144,33 @@ class DaskWorkers:
         with dask.config.set(SETTINGS):
             self.cluster.scale(len(self.cluster.plan) + n)
 
-    def lease(self, ids: Iterable[str], holder: str, name: str) -> dict[str, str]:
-        # A semaphore that its client refreshes: when a kernel dies, its leases end after Dask's locks.lease-timeout (30 s).
-        # Nobody waits while holding one, so two runs cannot wait for each other.
+    def lease(self, ids: Iterable[str], holder: str, name: str, path: str = "") -> dict[str, Lease]:
         if self.client.scheduler.address.startswith("inproc"):
             return {}  # no other process can reach it
-        from distributed import Semaphore
-
-        leased: dict[str, Any] = {}
-        scheduler, sync = self.client.scheduler, functools.partial(self.client.sync, callback_timeout=LEASE_S)
-        try:
-            for id in sorted(set(ids) - set(self._locks.get(holder, {}))):
-                keys = ["labkit", _address(id)]
-                leased[id] = Semaphore(1, "-".join(keys), scheduler_rpc=scheduler, loop=self.client.loop)
-                if not sync(leased[id]._acquire, timeout=0):
-                    other = sync(scheduler.get_metadata, keys=keys, default=None)
-                    self._give_back(leased)
-                    return {id: other or "another notebook"}
-                label = f"{name} (another notebook, process {os.getpid()} on {socket.gethostname()})"
-                sync(scheduler.set_metadata, keys=keys, value=label)
-        except (OSError, RuntimeError) as error:
-            self._give_back(leased)
-            raise ClusterError(f"the Dask scheduler does not answer: {error or type(error).__name__}.") from error
-        self._locks.setdefault(holder, {}).update(leased)
-        return {}
+        ids = sorted(set(ids) - self._leased.get(holder, set()))
+        others = lease_all(ids, Lease(holder, name, path), self._ask_each)
+        if not others:
+            self._leased.setdefault(holder, set()).update(ids)
+        return others
 
     def release(self, holder: str) -> None:
-        self._give_back(self._locks.pop(holder, {}))
+        with contextlib.suppress(ClusterError):  # the scheduler is gone, and its workers with it
+            self._ask_each(sorted(self._leased.pop(holder, set()) & set(self.alive())), give_back, holder)
 
-    def _give_back(self, locks: dict[str, Any]) -> None:
-        for lock in locks.values():
-            with contextlib.suppress(OSError, RuntimeError):  # the scheduler is gone, and its leases with it
-                self.client.loop.add_callback(lock.refresh_callback.stop)
-                if lock._leases:
-                    self.client.sync(lock._release, lock._leases.popleft(), callback_timeout=LEASE_S)
+    def _ask_each(self, ids: Iterable[str], fn: Any, *args: Any) -> dict[str, Any]:
+        """What `fn(*args)` returns on each worker, in its event loop; None of one that does not answer."""
+
+        async def one(id: str) -> Any:
+            with contextlib.suppress(Exception):  # frozen, or gone
+                return (await asyncio.wait_for(self.client._run(fn, *args, workers=[_address(id)]), LEASE_S))[_address(id)]
+
+        async def each() -> dict[str, Any]:
+            return dict(zip(ids, await asyncio.gather(*map(one, ids)), strict=True))
+
+        try:
+            return self._ask(each()).result(2 * LEASE_S) if ids else {}
+        except (OSError, RuntimeError, concurrent.futures.CancelledError) as error:
+            raise ClusterError(f"the Dask scheduler does not answer: {error or type(error).__name__}.") from error
 
     def trouble(self) -> str:
         return ""
@@ -186,9 +178,9 @@ class DaskWorkers:
     def close(self) -> None:
         if self.closed:
             return
-        self.closed = True
-        for holder in list(self._locks):
+        for holder in list(self._leased):
             self.release(holder)
+        self.closed = True
         for future in [*self._describing, *(self._question or ())[:1]]:
             future.cancel()
         for nanny in getattr(self.cluster, "workers", {}).values():  # a frozen worker does not handle the request to end
@@ -343,4 +335,5 @@ def _only_once(token: str, pid: int, fn: Any, *args: Any) -> Any:
     if token in _begun or os.getpid() != pid:
         raise Again(f"process {pid} was lost while its task ran; it is not run again.")
     _begun.add(token)
-    return fn(*args)
+    with at_work():
+        return fn(*args)

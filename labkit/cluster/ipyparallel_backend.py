@@ -22,9 +22,11 @@ from typing import Any
 
 from labkit.cluster.backend import Request, describe, made_by
 from labkit.cluster.ipyparallel_local import LocalEngines, mpiexec
+from labkit.cluster.leases import Lease, at_work, give_back, lease_all
 from labkit.errors import ClusterError, WorkerError, known
 
 ENGINES = ("local", "mpi")
+LEASE_S = 5.0  # the longest wait for the engines' answers about a lease
 SHORT_S = 0.02  # what a new task may take before the engine answers that it is at work
 POLL_S = (0.01, 0.5)  # pause before a task is asked for again: it grows from the first to the second
 
@@ -37,6 +39,7 @@ class Engines:
 
     def __init__(self, client: Any, local: LocalEngines | None = None, *, own_client: bool = True) -> None:
         self.client, self._local, self._own_client, self._closed = client, local, own_client, False
+        self._leased: dict[str, set[int]] = {}  # holder -> engines
         self._lock = threading.RLock()  # the kernel's cells and the threads that follow runs share the client
         with contextlib.suppress(ImportError):
             from IPython import get_ipython
@@ -61,17 +64,32 @@ class Engines:
             raise ClusterError("this lab did not start its engines, so it cannot add any. Start them there: they are noticed.")
         self._local.start(n)
 
-    def lease(self, ids: Iterable[int], holder: str, name: str) -> dict[int, str]:
-        return {}  # a controller knows no leases; within one kernel those of the lab hold
+    def lease(self, ids: Iterable[int], holder: str, name: str, path: str = "") -> dict[int, Lease]:
+        ids = sorted(set(ids) - self._leased.get(holder, set()))
+        others = lease_all(ids, Lease(holder, name, path), self._ask_each)
+        if not others:
+            self._leased.setdefault(holder, set()).update(ids)
+        return others
 
     def release(self, holder: str) -> None:
-        pass
+        self._ask_each(sorted(self._leased.pop(holder, set()) & set(self.alive())), give_back, holder)
+
+    def _ask_each(self, ids: Iterable[int], fn: Any, *args: Any) -> dict[int, Any]:
+        """What `fn(*args)` returns on each engine; None of one that does not answer."""
+        asked, found = {id: self.ask(id, fn, *args) for id in ids}, dict.fromkeys(ids)
+        limit = time.monotonic() + LEASE_S
+        for id, answer in asked.items():
+            with contextlib.suppress(Exception):  # frozen, or gone
+                found[id] = answer.get(timeout=max(0.1, limit - time.monotonic()))
+        return found
 
     def trouble(self) -> str:
         """The last lines of what engines and controller have written."""
         return self._local.log() if self._local else ""
 
     def close(self) -> None:
+        for holder in list(self._leased):
+            self.release(holder)
         self._closed = True
         with self._lock:
             if self._own_client:
@@ -262,7 +280,8 @@ def _work() -> None:
     while True:
         token = _tasks.get()
         if payload := _waiting.pop(token, None):
-            reply = _run(payload)
+            with at_work():
+                reply = _run(payload)
             with _finished:
                 _done[token] = reply
                 _finished.notify_all()

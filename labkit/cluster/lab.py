@@ -63,6 +63,7 @@ class Lab(AbstractContextManager):
         self._visible: list[tuple[str, str]] = []  # host and visible GPUs, by index: who shares them counts devices together
         self._leases: dict[int, str] = {}  # index -> holder
         self._names: dict[str, str] = {}  # holder -> what messages call it
+        self._paths: dict[str, str] = {}  # holder -> the directory of its run
         self._arrivals: list[int] = []
         self._seen: dict[str, int] = {}  # holder -> how many arrivals it has been given
         self._asked: dict[Hashable, Answer | None] = {}  # newcomers that were asked who they are
@@ -227,7 +228,7 @@ class Lab(AbstractContextManager):
                 self._asked[id] = None
                 continue
             holder = self._leases.get(index)
-            if holder and self._backend.lease([id], holder, self._names[holder]):
+            if holder and self._backend.lease([id], holder, self._names[holder], self._paths[holder]):
                 continue  # another notebook was quicker
             before = self.workers[index] if index < len(self) else None
             self._list(index, id, name, about, (before.slowdown, before.drifts_to) if before else (1.0, 1.0))
@@ -248,25 +249,30 @@ class Lab(AbstractContextManager):
 
     # -- leases --------------------------------------------------------------------------------------------------
 
-    def lease(self, workers: Iterable[int], holder: str, name: str = "") -> None:
+    def lease(self, workers: Iterable[int], holder: str, name: str = "", path: str = "") -> None:
         """Lease workers to one holder, all of them or, with a `ClusterError` that names the holders, none.
 
-        `holder` is the id of a run, `name` what messages call it.
+        `holder` is the id of a run, `name` what messages call it, `path` its directory. On a cluster that other notebooks use the
+        lease is the run's: it lasts while that lives, also when this kernel dies.
         """
         self._check_open()
         workers = sorted(set(self.checked(workers)))
         with self._lock:
-            name = name or self._names.get(holder, holder)
+            name, path = name or self._names.get(holder, holder), path or self._paths.get(holder, "")
             held = {index: self._names[other] for index in workers if (other := self._leases.get(index, holder)) != holder}
             if not held:
                 gone = set(self.lost())
-                others = self._backend.lease([self._ids[index] for index in workers if index not in gone], holder, name)
+                others = self._backend.lease([self._ids[index] for index in workers if index not in gone], holder, name, path)
                 held = {index: others[id] for index in workers if (id := self._ids[index]) in others}
             if held:
                 who = ", ".join(f"worker {index} by {other!r}" for index, other in held.items())
-                raise ClusterError(f"workers are held: {who}. Wait for that run, stop it, or train on others: workers=[...].")
+                there = dict.fromkeys(filter(None, (getattr(other, "path", "") for other in held.values())))
+                how = "".join(
+                    f" Stop it: labkit.load_run({at!r}).attach().stop(); labkit.resume({at!r}) goes on with it." for at in there
+                )
+                raise ClusterError(f"workers are held: {who}. Wait for that run, stop it, or train on others: workers=[...].{how}")
             self._seen.setdefault(holder, len(self._arrivals))
-            self._names[holder] = name
+            self._names[holder], self._paths[holder] = name, path
             self._leases.update(dict.fromkeys(workers, holder))
 
     def release(self, holder: str) -> None:
@@ -275,6 +281,7 @@ class Lab(AbstractContextManager):
             self._leases = {index: other for index, other in self._leases.items() if other != holder}
             self._seen.pop(holder, None)
             self._names.pop(holder, None)
+            self._paths.pop(holder, None)
             if not self.closed:
                 self._backend.release(holder)
 

@@ -11,16 +11,19 @@ Used by `labkit.subnets.train` and `labkit.subnets.baselines`.
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from labkit.locks import held
 
 
 @contextlib.contextmanager
 def awaited(folder: Path, id: str) -> Iterator[None]:
     """While it is open, the workers of the training with this id are to go on."""
     file = _flag(folder, id)
-    file.touch()
+    file.write_text(socket.gethostname())
     try:
         yield
     finally:
@@ -28,8 +31,12 @@ def awaited(folder: Path, id: str) -> Iterator[None]:
 
 
 def stopped(folder: str | Path, id: str) -> bool:
-    """Runs on a worker: no kernel waits for these subnets any more."""
-    return not _flag(folder, id).exists()
+    """Runs on a worker: no kernel waits for these subnets any more; where it was on this machine, also since it was killed."""
+    try:
+        machine = _flag(folder, id).read_text()
+    except OSError:
+        return True
+    return machine == socket.gethostname() and held(Path(folder).parent) is False
 
 
 def _flag(folder: str | Path, id: str) -> Path:

@@ -337,7 +337,7 @@ def leased(lab: Lab, workers: list[int], id: str, path: Path) -> Iterator[None]:
         print(f"Stopping {path.name!r}, which is begun again.")
         if earlier.stop().state == "running":
             raise ClusterError(f"{path.name!r} does not end. Call run.wait() on it, or connect() again for a fresh lab.")
-    lab.lease(workers, id, path.name)
+    lab.lease(workers, id, path.name, str(path.absolute()))
     try:
         yield
     except BaseException:

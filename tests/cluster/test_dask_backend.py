@@ -111,10 +111,12 @@ def test_a_dask_cluster_elsewhere(tmp_path):
                 lab.lease([0], "1a", "mine")
                 stranger = DaskWorkers(theirs)  # as in another notebook
                 held = stranger.lease(stranger.alive(), "2b", "theirs")
-                assert list(held.values()) == [f"mine (another notebook, process {os.getpid()} on {socket.gethostname()})"]
+                assert list(map(repr, held.values())) == [
+                    f"'mine' (another notebook, process {os.getpid()} on {socket.gethostname()})"
+                ]
                 lab.release("1a")
                 assert stranger.lease(stranger.alive(), "2b", "theirs") == {}
-                with pytest.raises(ClusterError, match=r"worker 0 by 'theirs \(another notebook"):
+                with pytest.raises(ClusterError, match=r"worker 0 by 'theirs' \(another notebook"):
                     lab.lease([0], "1a", "mine")
                 assert lab.free() == [0]  # nobody here holds it
                 stranger.release("2b")
@@ -203,7 +205,7 @@ def test_the_leases_of_a_notebook_that_died_end_by_themselves(tmp_path):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "leased\n"
             with labkit.connect(address=cluster.scheduler_address) as lab:
-                with pytest.raises(ClusterError, match=r"worker 0 by 'theirs \(another notebook, process \d+ on "):
+                with pytest.raises(ClusterError, match=r"worker 0 by 'theirs' \(another notebook, process \d+ on "):
                     lab.lease([0, 1], "ours")
                 lab.lease([1], "ours")
                 process.kill()

@@ -74,7 +74,7 @@ class FakeWorkers:
             future.set_result(about)
         return future
 
-    def lease(self, ids, holder, name):
+    def lease(self, ids, holder, name, path=""):
         return {id: self.held[id] for id in ids if id in self.held}
 
     def release(self, holder):

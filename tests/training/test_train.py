@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 import threading
 import time
@@ -17,7 +18,8 @@ from torch.nn import functional as F
 import labkit
 from labkit import chaos
 from labkit.cluster.lab import Worker
-from labkit.errors import ClusterError, PartitionError, ProblemError, RunError
+from labkit.errors import ClusterError, LabError, PartitionError, ProblemError, RunError, RunningError
+from labkit.locks import DirectoryLock
 from labkit.partition import UDPA
 from labkit.problems.problem import Clock
 from labkit.problems.splits import batches
@@ -277,6 +279,44 @@ def test_running_the_cell_again_begins_again_and_keeps_the_earlier_run(train, ca
     third = ended(train(problem(), passes=1, name="x"))
     assert second.path.name == "x.2" and third.path.name == "x" and first.path.name == "x.1"
     assert sorted(path.name for path in third.path.parent.iterdir()) == ["x", "x.1", "x.2"]
+
+
+def test_a_directory_whose_run_lives_is_not_taken(train, tmp_path, lab, capsys):
+    """A kernel that was killed leaves a server that holds it, as this lock does; a default name gives way, a given one is refused."""
+    path = tmp_path / "runs" / "agwu-udpa-seed0"
+    (inside := path.with_name("s") / "parts" / "one").mkdir(parents=True)
+    path.mkdir()
+    DirectoryLock(path.with_name("s")).release()
+    (path / "config.json").write_text("its own")
+    locks = DirectoryLock(path, "dead"), DirectoryLock(inside, "of a subnet")
+    before = sorted(path.parent.rglob("*"))
+    for name, what in ((path.name, path), ("s", inside)):
+        with pytest.raises(
+            RunningError, match=rf"run {what.name} is still running.*load_run\('{what}'\)\.attach\(\) .* name="
+        ) as refused:
+            train(problem(), passes=1, name=name)
+        assert isinstance(refused.value, RunError) and lab.free() == [0, 1] and sorted(path.parent.rglob("*")) == before
+    run = ended(train(problem(), passes=1, seed=0))
+    assert run.path.name == run.config["name"] == "agwu-udpa-seed0-2" and run.state == "done"
+    assert "This one is recorded as 'agwu-udpa-seed0-2': run agwu-udpa-seed0 is still running" in capsys.readouterr().out
+    with pytest.raises(RunningError):
+        labkit.replay(run, name=path.name)
+    assert path.joinpath("config.json").read_text() == "its own" and len(list(path.iterdir())) == 2
+    [lock.release() for lock in locks]
+    assert ended(train(problem(), passes=1, seed=0)).path == path and path.with_name(f"{path.name}.1").exists()
+
+
+def test_a_run_whose_directory_was_replaced_by_hand_does_not_write_into_the_other_one(train):
+    run = train(problem(kind=Slow), passes=1000, name="x")
+    until(lambda: run.status()["version"] >= 1)
+    path = run.path
+    path.rename(path.with_name("x.1"))
+    shutil.copytree(path.with_name("x.1"), path, ignore=shutil.ignore_patterns("server.json"))
+    run.config.replace(id="of another").save(path)
+    files = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(LabError, match="x holds another run now"):
+        run.stop().wait(20)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == files
 
 
 # -- requests that make no sense ---------------------------------------------------------------------------------------
