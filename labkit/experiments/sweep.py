@@ -32,6 +32,7 @@ from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.locks import alone
 from labkit.runs.files import find_json, write_json
 
+STATES = ("running", "done", "failed", "interrupted")
 ROOM = 50e6  # bytes that must be free where the runs go
 
 
@@ -124,28 +125,56 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     """The table of a sweep's folder: a row a run, or as many as the run reported.
 
     Columns: the parameters that were set, and those that differ between the runs, the results (a name that is taken gets the ending `_result`), `status` (done,
-    failed, interrupted or running), `error` (cell and error in a line), `seconds`, `notebook` (the executed one), `id`.
+    failed, interrupted, running, or damaged: a file of it cannot be read), `error` (cell and error in a line), `seconds`, `notebook` (the executed one), `id`.
     """
     out = file_path("out", out).absolute()
     if not out.is_dir():
         raise SweepError(f"there is no folder {out}; sweep(..., out=...) makes it.")
     order = {run: number for number, run in enumerate((find_json(out / "sweep.json") or {}).get("runs", []))}
-    runs = [(path.parent, find_json(path)) for path in sorted(out.glob("*/params.json"))]
-    runs = [(folder, record) for folder, record in runs if isinstance(record, dict) and "parameters" in record]
+    folders = sorted({path.parent for name in ("params.json", "notebook.ipynb") for path in out.glob(f"*/{name}")})
+    runs = [(folder, find_json(folder / "params.json")) for folder in folders]
+    unread = [folder for folder, record in runs if not _is_record(record)]
+    runs = [(folder, record) for folder, record in runs if _is_record(record)]
     runs.sort(key=lambda run: order.get(run[1]["id"], len(order)))
     given = list(dict.fromkeys(name for _, record in runs for name in [*record["given"], *_differing(runs)]))
     last = ["status", "error", "seconds", "notebook", "id"]
     table, results = [], {}
     for folder, record in runs:
-        status = state(folder)
+        status, reported = state(folder), find_json(folder / "results.json")
+        said = find_json(folder / "status.json") or {}
+        known = isinstance(said, dict) and said.get("state") in STATES
+        wrong = [folder / "status.json"] * (not known and (folder / "status.json").exists())
+        if not _is_results(reported):
+            wrong, reported = wrong + [folder / "results.json"] * (folder / "results.json").exists(), None
+        if wrong:
+            status = _damaged(wrong[0])
         row = {name: record["parameters"].get(name) for name in given}
         tail = [status["state"], status.get("error", ""), status.get("seconds", math.nan), folder / "notebook.ipynb"]
         ending = dict(zip(last, [*tail[:3], str(tail[3]), record["id"]], strict=True))
-        for reported in find_json(folder / "results.json") or [{}]:
-            named = {name + "_result" * (name in given or name in last): value for name, value in reported.items()}
+        for result in reported or [{}]:
+            named = {name + "_result" * (name in given or name in last): value for name, value in result.items()}
             results |= dict.fromkeys(named)
             table.append(row | named | ending)
+    for folder in unread:
+        about = _damaged(folder / "params.json")
+        table.append(
+            {"status": about["state"], "error": about["error"], "notebook": str(folder / "notebook.ipynb"), "id": folder.name}
+        )
     return pd.DataFrame(table, columns=[*given, *results, *last])
+
+
+def _is_record(record: Any) -> bool:
+    """Is this what params.json of a run holds?"""
+    kinds = {"parameters": dict, "given": list, "id": str}
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+
+
+def _is_results(reported: Any) -> bool:
+    return isinstance(reported, list) and all(isinstance(row, dict) for row in reported)
+
+
+def _damaged(file: Path) -> dict:
+    return {"state": "damaged", "error": f"{file} is damaged or missing. Delete the folder: the same sweep then runs it again."}
 
 
 def _differing(runs: Sequence[tuple[Path, Mapping]]) -> list[str]:

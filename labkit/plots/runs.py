@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.errors import known, real
+from labkit.errors import RunError, known, real
 from labkit.plots import style
 from labkit.runs import analysis
 from labkit.runs.analysis import crossing
@@ -49,7 +49,7 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
         raise ValueError(f"curves can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
     target = None if target is None else real("target", target, **({"above": 0, "most": 1} if y == "score" else {}))
     style.extension()
-    runs = _as_runs(runs)
+    runs = _as_runs(runs, lambda run: run.curve())
     tables = {run: _curve(run, y) for run in runs}
     known("y", y, dict.fromkeys(column for table in tables.values() for column in table if column not in (*AXES, "version")))
     tables = {run: table if y in table else table.assign(**{y: np.nan}) for run, table in tables.items()}
@@ -106,7 +106,7 @@ def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     1 means that all workers take equally long, 1/m that all others do little but wait for one of m workers.
     """
     style.extension()
-    runs = _as_runs(runs)
+    runs = _as_runs(runs, lambda run: run.balance())
     lines, means, texts = {}, {}, _counted(runs)
     for label, series in _series(runs, lambda run: run.balance(), "pass", "ratio").items():
         lines[label] = _median(series)
@@ -177,7 +177,7 @@ def timeline(run: RunRecord) -> hv.Overlay:
 def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     """How stale the merges were, in versions: a histogram by worker for one run, by setting for several."""
     style.extension()
-    runs = _as_runs(runs)
+    runs = _as_runs(runs, lambda run: run.events)
     merges = [effective(run.events).query("kind == 'merge'").dropna(subset=["staleness"]) for run in runs]
     values = np.concatenate([table["staleness"].to_numpy(float) for table in merges])
     if not len(values):
@@ -241,11 +241,25 @@ def speed(frame: pd.DataFrame) -> hv.Overlay:
 # -- texts and numbers -------------------------------------------------------------------------------------------------
 
 
-def _as_runs(runs: RunRecord | Sequence[RunRecord]) -> list[RunRecord]:
+def _as_runs(runs: RunRecord | Sequence[RunRecord], read: Callable[[RunRecord], pd.DataFrame]) -> list[RunRecord]:
+    """Those of which `read` can be read; one of several that is damaged is left out, which is printed."""
     runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
     if not runs:
         raise ValueError("there is no run to draw: pass a run, or a list of at least one.")
-    return runs
+    found, refused = [], []
+    for run in runs:
+        try:
+            read(run)
+            found.append(run)
+        except RunError as error:
+            if "is still running" in str(error):
+                raise
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    for error in refused:
+        print(f"Left out of the figure: {error}")
+    return found
 
 
 def _counted(runs: Sequence[RunRecord]) -> dict[str, str]:

@@ -98,7 +98,7 @@ class RunConfig(Mapping[str, Any]):
             if stored.get("format", 0) > FORMAT:
                 raise RunError(f"{run} was written by a later labkit ({stored.get('labkit')}). Update labkit to read it.")
             config = cls(**{key: value for key, value in _present(stored).items() if key in cls.__dataclass_fields__})
-            config._check(set(stored) - {"run"} if stored.get("format", 0) > 3 else set())
+            config._check(set(stored) if stored.get("format", 0) > 3 else set())
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise RunError(f"{file} is not whole: {error}. Is it the file of a run? Put a copy of it back.") from error
         _check_own(file, config.id)

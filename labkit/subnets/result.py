@@ -214,7 +214,7 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
     """
     path = file_path("path", path).absolute()
     config = read_json(path / "config.json")
-    config = ADDED | {RENAMED.get(key, key): value for key, value in config.items() if key != "run"}
+    config = ADDED | {RENAMED.get(key, key): value for key, value in config.items()}
     if config.get("what") != "subnets":
         raise RunError(f"{path} does not hold subnets. A run of labkit.train is read by labkit.load_run.")
     if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
