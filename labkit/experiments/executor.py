@@ -52,8 +52,9 @@ def state(folder: Path) -> dict:
     import psutil
 
     status = find_json(folder / "status.json")
-    if not isinstance(status, dict) or "state" not in status:
-        return {"state": "interrupted"}
+    if not isinstance(status, dict) or status.get("state") not in ("running", "done", "failed", "interrupted"):
+        damaged = {"error": f"{folder / 'status.json'} is damaged"} if (folder / "status.json").exists() else {}
+        return {"state": "interrupted", **damaged}
     if status["state"] == "running":
         try:
             alive = time.time() - (folder / "status.json").stat().st_mtime < HEARTBEAT

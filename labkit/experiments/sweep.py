@@ -32,7 +32,6 @@ from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.locks import alone
 from labkit.runs.files import find_json, write_json
 
-STATES = ("running", "done", "failed", "interrupted")
 ROOM = 50e6  # bytes that must be free where the runs go
 
 
@@ -141,13 +140,9 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     table, results = [], {}
     for folder, record in runs:
         status, reported = state(folder), find_json(folder / "results.json")
-        said = find_json(folder / "status.json") or {}
-        known = isinstance(said, dict) and said.get("state") in STATES
-        wrong = [folder / "status.json"] * (not known and (folder / "status.json").exists())
         if not _is_results(reported):
-            wrong, reported = wrong + [folder / "results.json"] * (folder / "results.json").exists(), None
-        if wrong:
-            status = _damaged(wrong[0])
+            reported = None
+            status = _damaged(folder / "results.json") if (folder / "results.json").exists() else status
         row = {name: record["parameters"].get(name) for name in given}
         tail = [status["state"], status.get("error", ""), status.get("seconds", math.nan), folder / "notebook.ipynb"]
         ending = dict(zip(last, [*tail[:3], str(tail[3]), record["id"]], strict=True))

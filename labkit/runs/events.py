@@ -213,12 +213,17 @@ class Tail:
         self._run: int | None = None
         self._checked = False  # has a line had its checksum? Then all that follow have
 
-    def read(self) -> list[dict]:
-        """Raises `RunError` for a file that cannot be read, and by its number for a line that is damaged or out of place."""
+    def read(self, continued: bool = False) -> list[dict]:
+        """Raises `RunError` for a file that cannot be read, and by its number for a line that is damaged or out of place.
+
+        Of a record that is to be `continued`, what a crash left at its end is not read: `Recorder` cuts it off.
+        """
         try:
             lines, offset = read_lines_since(self.file, self.offset)
         except OSError as error:
             raise RunError(f"{self.file} cannot be read: {error}.") from error
+        while continued and lines and not _row(lines[-1]):
+            offset -= len(lines.pop()) + 1
         if lines and self._run is None:
             self._run = _of_run(self.file.parent)
         fitting = [self._fitting(number, line) for number, line in enumerate(lines, self.lines)]

@@ -95,7 +95,10 @@ class RunRecord:
         except RunError as error:
             why = error
         saved = checkpoints.versions(self.path)
-        anew = how_it_ended.anew(self._fitting(None, saved), self.config, saved)
+        try:
+            anew = how_it_ended.anew(self._fitting(None, saved), self.config, saved)
+        except RunError:  # a crash may have left something at the end of the events
+            anew = None
         if anew is None and file.exists():
             raise RunError(f"{why} No other file says how the run ended. Delete this one: the run then counts as cut off.") from why
         if anew is None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labkit.errors import RunError
+from labkit.runs.events import COLUMNS, RESTORE, Tail, effective
 from labkit.runs.events import FILE as EVENTS
-from labkit.runs.events import RESTORE, effective
 from labkit.runs.files import check_owner, read_json, write_json
 
 if TYPE_CHECKING:
@@ -68,6 +68,26 @@ def check(path: Path, events: pd.DataFrame, config: RunConfig, ended: Mapping[st
             f"{file} does not lead to how the run ended: {merged} of {config.budget} samples are merged in version {version}, and it was done "
             f"at version {ended['version']}. {RESTORE}"
         )
+
+
+def check_continued(path: Path, version: int, merged: int) -> int:
+    """Can the run go on from this version, in which so many samples are merged? RunError where its events do not lead there.
+
+    Returns the last version that was saved by the events.
+    """
+    import pandas as pd
+
+    events = pd.DataFrame(Tail(path).read(continued=True), columns=COLUMNS)
+    counted = effective(events)
+    merges = counted[(counted.kind == "merge") & (counted.version <= version)]
+    saved = counted.version[counted.kind == "checkpoint"].astype(int).tolist()
+    reached = (merges.version.iloc[-1], merges.total.iloc[-1]) if len(merges) else (max(saved, default=0), merged)
+    if version and reached != (version, merged):
+        raise RunError(
+            f"{Path(path) / EVENTS} does not lead to version {version}, which was saved after {merged} samples: it leads to version "
+            f"{reached[0]:.0f}. {RESTORE}"
+        )
+    return max(saved, default=version)
 
 
 def anew(events: pd.DataFrame, config: RunConfig, saved: Sequence[int]) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from labkit.imports import by_value, imported
 from labkit.locks import DirectoryLock
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
-from labkit.runs import checkpoints, server_file
+from labkit.runs import checkpoints, server_file, status
 from labkit.runs.config import RunConfig
 from labkit.training.monitor import OnVersion
 from labkit.training.run import Run, load_run
@@ -97,6 +97,8 @@ def _go_on(
     weights, state = checkpoints.read_state(run.path, version)
     if not state:
         raise RunError(f"{run.path} holds weights alone: version {version} has no state to go on from. Train it again.")
+    if (last := status.check_continued(run.path, version, state["done"])) not in (version, *checkpoints.versions(run.path)):
+        refused = [f"{checkpoints.file_of(run.path, last)} is missing.", *refused]
     problem = problem_of(run, problem)
     layout = run.layout
     if len(weights) != layout.size:

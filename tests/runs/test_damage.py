@@ -11,13 +11,17 @@ import random
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import labkit
+from labkit import chaos, plots
 from labkit.errors import RunError
 from labkit.runs import checkpoints
+from labkit.runs import status as how_it_ended
+from labkit.runs.events import Recorder, Table, read_events, read_rows
 from tests.helpers import problem
-from tests.runs.test_old_records import plain, rows
+from tests.runs.test_old_records import FOLDER, plain, rows
 
 FILES = ("config.json", "environment.json", "layout.json", "status.json", "events.jsonl", "metrics.parquet", "newest", "middle")
 HOWS = ("truncate", "line", "empty", "swap", "delete", "permute", "types")
@@ -124,10 +128,20 @@ def damage(file, how, other):
     return True
 
 
+@pytest.mark.parametrize(("name", "how"), [("layout.json", "permute"), ("metrics.parquet", "swap"), ("events.jsonl", "line")])
+def test_no_damage_gives_another_number(name, how, made, tmp_path):
+    damaged_so(name, [how], made, tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_no_damage_gives_another_number(name, made, tmp_path, capsys):
+def test_no_damage_of_any_kind_gives_another_number(name, made, tmp_path):
+    damaged_so(name, HOWS, made, tmp_path)
+
+
+def damaged_so(name, hows, made, tmp_path):
     folder, expected = made
-    for how in HOWS:
+    for how in hows:
         path = Path(shutil.copytree(folder / "runs" / "a", tmp_path / how / "a"))
         file, other = file_of(path, name), file_of(folder / "runs" / "b", name)
         if not damage(file, how, other):
@@ -140,6 +154,98 @@ def test_no_damage_gives_another_number(name, made, tmp_path, capsys):
             assert RESUMED in str(error) or file.name in str(error) or "is missing" in str(error), (how, str(error))
         table = labkit.compare([folder / "runs" / "b", path])
         assert len(table) == 2 and table.state.iloc[0] == "done" and table.state.iloc[1] in ("done", "damaged")
+
+
+def test_a_run_that_lost_its_status_and_its_layout_says_how_it_ended(made, tmp_path, capsys):
+    path = Path(shutil.copytree(made[0] / "runs" / "a", tmp_path / "a"))
+    for file in ("status.json", "layout.json", "metrics.parquet"):
+        (path / file).unlink()
+    run = labkit.load_run(path, problem=problem())
+    assert run.state == "done" and plain(run.status()) == plain(made[1]["status"]) and run.layout.size and len(run.curve())
+    text = capsys.readouterr().out
+    assert "status.json is missing. It was made anew" in text and "layout.json is missing" in text
+    again = labkit.load_run(path, problem=problem())
+    assert again.state == "done" and again.layout == run.layout and not capsys.readouterr().out
+
+
+def test_events_that_do_not_lead_to_the_checkpoint_are_refused_by_resume_and_a_torn_line_is_not(made, tmp_path):
+    path = Path(shutil.copytree(made[0] / "runs" / "a", tmp_path / "a"))
+    (path / "status.json").unlink()
+    version = checkpoints.versions(path)[-1]
+    merged = checkpoints.read_state(path, version)[1]["done"]
+    lines = (path / "events.jsonl").read_bytes().splitlines(True)
+    last = max(i for i, line in enumerate(lines) if b'"merge"' in line)
+    (path / "events.jsonl").write_bytes(b"".join(lines) + b'{"seq":99,"ki')
+    assert how_it_ended.check_continued(path, version, merged) == version
+    for end in (b"", b'{"seq":99,"ki', bytes(9) + b"\n"):
+        (path / "events.jsonl").write_bytes(b"".join(lines[:last]) + end)
+        with pytest.raises(
+            RunError, match=rf"events.jsonl does not lead to version {version}, which was saved after {merged} samples"
+        ):
+            how_it_ended.check_continued(path, version, merged)
+    (path / "events.jsonl").write_bytes(b"".join([*lines[:3], lines[3].replace(b"1", b"2", 1), *lines[4:]]))
+    with pytest.raises(RunError, match=r"line 4 is damaged: it does not fit its checksum"):
+        how_it_ended.check_continued(path, version, merged)
+
+
+def test_the_newest_version_is_not_another_one(made, tmp_path):
+    path = Path(shutil.copytree(made[0] / "runs" / "a", tmp_path / "a"))
+    newest, run = checkpoints.versions(path)[-1], labkit.load_run(path)
+    checkpoints.file_of(path, newest).unlink()
+    with pytest.raises(
+        RunError, match=rf"{newest:08d}\.npz is missing, the last version of run a.*version {checkpoints.versions(path)[-1]}"
+    ):
+        run.flat()
+    assert len(run.flat(checkpoints.versions(path)[-1])) == run.layout.size
+
+
+def test_one_damaged_run_takes_no_table_and_no_figure_down(made, tmp_path, capsys):
+    paths = [Path(shutil.copytree(made[0] / "runs" / name, tmp_path / name)) for name in "ab"]
+    lost = Path(shutil.copytree(paths[0], tmp_path / "c"))
+    (lost / "config.json").write_text("{")
+    (paths[1] / "events.jsonl").write_bytes((paths[0] / "events.jsonl").read_bytes())
+    table = labkit.compare([paths[1], lost, paths[0]])
+    assert table.state.tolist() == ["damaged", "done", "damaged"] and table.index[-1] == "c"
+    assert "events.jsonl, line 1 is damaged" in table.reason.iloc[0] and "config.json cannot be read" in table.reason.iloc[2]
+    assert table.score.iloc[1] == made[1]["summary"]["score"]
+    runs = [labkit.load_run(path) for path in paths]
+    plots.staleness(runs)
+    assert "Left out of the figure: " in capsys.readouterr().out
+    with pytest.raises(RunError, match="line 1 is damaged"):
+        plots.staleness(runs[1])
+    assert any("line 1 is damaged" in wrong for wrong in chaos.audit(runs[1])) and chaos.audit(runs[0]) == []
+
+
+CHANGED = {
+    "a sample too many": (lambda row: row["kind"] == "merge", {"samples": 33}, "does not lead to how the run ended"),
+    "another kind": (lambda row: row["kind"] == "push", {"kind": "posh"}, "'posh' is not known"),
+    "a text for a number": (lambda row: row["kind"] == "push", {"loss": "0.5"}, "its loss is '0.5'"),
+    "another number": (lambda row: row["kind"] == "release", {"seq": 7000}, "is missing or out of place"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_records_without_checksums_are_checked_by_what_they_say(what, tmp_path):
+    path = Path(shutil.copytree(FOLDER / "format-2-agwu", tmp_path / "a"))
+    which, change, match = CHANGED[what]
+    table = read_rows(path)
+    next(row for row in table if which(row)).update(change)
+    (path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    with pytest.raises(RunError, match=match):
+        labkit.load_run(path).summary()
+
+
+def test_a_growing_record_is_read_from_where_the_last_reading_ended(tmp_path):
+    table, recorder = Table(tmp_path), Recorder(tmp_path)
+    for number in range(48):
+        recorder.event(*(("start",) if number == 3 else ("push",)), worker=None if number < 5 else 1, message="x" * (number % 3))
+        if number % 7 == 0:
+            table.read()
+    offset = table._tail.offset
+    assert 0 < offset < (tmp_path / "events.jsonl").stat().st_size
+    pd.testing.assert_frame_equal(table.read(), read_events(tmp_path))
+    assert table.read() is table.read()
+    recorder.close()
 
 
 def flips(content, n, seed):
@@ -175,10 +281,10 @@ def flipped(name, n, seed, made, tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_flipped_bit_gives_another_number(name, made, tmp_path):
-    flipped(name, 12, 0, made, tmp_path)
+    flipped(name, 5, 0, made, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_none_of_many_flipped_bits_gives_another_number(name, made, tmp_path):
-    flipped(name, 120 if name == "metrics.parquet" else 200, 1, made, tmp_path)
+    flipped(name, 60 if name in ("metrics.parquet", "layout.json", "status.json") else 150, 1, made, tmp_path)
