@@ -281,9 +281,11 @@ class Supervisor:
             self.error = RunError(f"the server of run {self.run.name} ended with code {self.server.returncode}.\n{log[-2000:]}")
             return "failed", "the server ended"
         self._status = {**self._status, **ended}
+        errors = [error for index in self.tasks if (error := self._error(index)) and not _lost_server(error)]
+        if ended["state"] == "done" and errors:
+            return "done", f"after the end: {_message(errors[0])}"
         if ended["state"] == "failed":
             # The error of a worker says more than the server's line; the worker that the line names failed first.
-            errors = [error for index in self.tasks if (error := self._error(index)) and not _lost_server(error)]
             errors.sort(key=lambda error: _message(error) != ended["reason"])
             text = self._status.pop("traceback", "")
             self.error = LabError(f"run {self.run.name} failed: {ended['reason']}" + (f"\n{text}" if text else ""))

@@ -75,6 +75,9 @@ def run_worker(problem: Problem, spec: WorkerSpec) -> None:
             worker.close()
     except Exception as error:
         failure = failure or _failure(error, worker, spec)
+        worker.heartbeat.ended.set()  # else the server would take it to be there
+        if worker.connection:
+            worker.connection.close()
     if failure:
         raise failure  # out here the frames of the error are gone, and with them what they held of the group
 
