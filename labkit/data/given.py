@@ -42,7 +42,8 @@ class Given(Dataset):
 class Whole:
     """One field of a data set whose test split was held out of the samples that were given: all of them, in their order."""
 
-    def __init__(self, train: np.ndarray, test: np.ndarray) -> None:
+    def __init__(self, train: np.ndarray, test: np.ndarray, pad: float | None = None) -> None:
+        self.pad = pad  # behind the end of samples that are shorter than others
         self.parts, held = (train, test), hold_out(len(train) + len(test))
         self.split, self.at = held.astype(int), np.where(held, np.cumsum(held), np.cumsum(~held)) - 1
 
@@ -53,9 +54,11 @@ class Whole:
         at, *rest = key if isinstance(key, tuple) else (key,)
         split = self.split[at]
         found = [part[(self.at[at][split == number], *rest)] for number, part in enumerate(self.parts)]
-        made = np.empty((len(at), *found[0].shape[1:]), found[0].dtype)
+        shape = np.max([part.shape[1:] for part in found], axis=0).astype(int)
+        made = np.full((len(at), *shape), self.pad or 0, found[0].dtype)
         for number, part in enumerate(found):
-            made[split == number] = part
+            rows = np.flatnonzero(split == number)
+            made[(rows, slice(part.shape[1])) if part.ndim > 1 else rows] = part
         return made
 
 
@@ -184,7 +187,7 @@ def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
     is_own = other.path == like.path
     is_whole = other.held_out and not is_own and not (isinstance(data, str) and data in named.NAMED)
     split = {name: [other._map(name, split) for split in ("train", "test")] for name in names}
-    samples = {name: Whole(*parts) if is_whole else parts[1] for name, parts in split.items()}
+    samples = {name: Whole(*parts, getattr(other, "pad", None)) if is_whole else parts[1] for name, parts in split.items()}
     if like.label in samples:
         samples[like.label] = _renumbered(samples[like.label], other, like)
     return Given(like, samples, is_own)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from labkit import open_dataset
+from labkit.data.cache import hold_out
 from labkit.data.given import given
 from labkit.errors import DataError
 from tests.data.helpers import some, write_folder
@@ -154,3 +155,5 @@ def test_a_set_by_items_is_read_in_the_roles_of_the_training():
         assert one.n_test == n and batch["y"].dtype == like.fields["y"].dtype
         np.testing.assert_array_equal(batch["y"], np.arange(n))
         np.testing.assert_array_equal(batch["x"], [[i] * (i % 3 + 1) + [0] * (2 - i % 3) for i in range(n)])
+    held = np.flatnonzero(hold_out(7))  # the longest of a batch is in one split, and a shorter one in the other
+    assert given(Numbered(7), like, answers=True).batch([held[0], 3], "test")["x"].shape == (2, held[0] % 3 + 1)
