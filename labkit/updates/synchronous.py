@@ -176,7 +176,10 @@ class AllReduce(Barrier):
     When a worker is lost or one comes, those who are there form a new group from the latest version, with fresh optimisers (their
     momenta would differ); the local pass that was under way is made again.
 
-    Raises `UpdateError` when the replicas no longer agree. Buffers are those of the first worker, as DDP does.
+    Gradients are averaged at every step, so that NaN in those of one rank is in all replicas one step later: the run then fails for
+    that, and nobody can tell whose it was. A push that is wrong in itself (its size, score or version) costs its worker alone, as
+    under every rule. Raises `UpdateError`, which ends the run, when the replicas no longer agree. Buffers are those of the first
+    worker, as DDP does.
     """
 
     name = "allreduce"
