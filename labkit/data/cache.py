@@ -404,7 +404,7 @@ def _write_as_given(
             f"{name}: {field} is of type {dtypes.pop()}, and labels are integers 0..K-1. Give target={field!r} for numbers."
         )
     kept, dtype = _as_torch_has_it(np.result_type(*dtypes), role)
-    low, high = np.inf, -np.inf
+    low, high, present = np.inf, -np.inf, set()
     for split, source in given.items():
         called, seen = f"{name}: {_label(field, split, given)}", 0
         with _opened_files(folder, stem, rows[split], shape, kept) as files:
@@ -412,14 +412,27 @@ def _write_as_given(
                 part = _finite_block(block, kept, called, seen)
                 if kept.kind in "iu":
                     low, high = min(low, int(part.min())), max(high, int(part.max()))
+                    if role == "label" and shape:
+                        present |= set(np.unique(part).tolist())
                 for own, file in files.items():
                     file.write(np.ascontiguousarray(part[rows[split][own][seen : seen + len(block)]]).tobytes())
                 seen += len(block)
     if n_values is None and kept.kind in "iu" and role != "target":
         if role == "label" and low < 0:
             note = f"{name}: {field} goes down to {low}: what is below 0 is no class, and is to be ignored by the loss."
-        n_values = int(high) + 1
+        n_values = count_classes(f"{name}: {field}", present) if present else int(high) + 1
     return {"shape": list(shape), "dtype": str(dtype), "role": role, "n_values": n_values}, note
+
+
+def count_classes(called: str, present: set[int]) -> int:
+    """K of arrays of labels that hold the values `present`; DataError where one of them can be no class, such as 255 for an edge."""
+    high = max(present)
+    if 2 * sum(value >= 0 for value in present) < high + 1:
+        raise DataError(
+            f"{called} holds {len(present)} different labels, but the largest is {high}. Labels are 0..K-1; what is to be ignored by the loss "
+            f"is -100: numpy.where(y == {high}, -100, y), in a signed type."
+        )
+    return high + 1
 
 
 def _as_torch_has_it(dtype: np.dtype, role: str) -> tuple[np.dtype, np.dtype]:

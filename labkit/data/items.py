@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data.cache import Source, check_labels, hold_out, print_once
+from labkit.data.cache import Source, check_labels, count_classes, hold_out, print_once
 from labkit.data.columns import ANSWERS, Asked, check_pad, filled
 from labkit.data.dataset import SPLITS, Dataset
 from labkit.errors import DataError, did_you_mean, known
@@ -374,7 +374,9 @@ def _described(name: str, splits: dict[str, Any], asked: Asked) -> tuple[dict[st
                 parts = {split: found["train"][_rows(len(found["train"]), split)] for split in SPLITS} if held_out else found
                 labels = {split: part.astype(np.min_scalar_type(int(part.max()))) for split, part in parts.items()}
         else:
-            fields[field]["n_values"] = max(int(y.max()) for y in found.values()) + 1
+            fields[field]["n_values"] = count_classes(
+                f"{name}: {field}", set().union(*(np.unique(y).tolist() for y in found.values()))
+            )
         notes.append(note)
     notes.append(f"{name}: read item by item on the workers, as it is: nothing is normalised.")
     meta = {

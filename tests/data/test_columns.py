@@ -152,6 +152,11 @@ def test_wrong_columns_are_refused_by_name():
     refused({"x": IMAGES, "y": np.array([None, 1] * 20)}, "y[0] is of type NoneType")
     refused({"x": IMAGES, "name": ["a"] * N, "y": Y}, "column name is text", "inputs=")
     refused({"x": IMAGES, "y": Y}, "label='yy' is no column", "Did you mean 'y'", label="yy")
+    masks = (IMAGES[:, 0] % 3).astype(np.int16)
+    masks[:, 0] = 255
+    refused({"x": IMAGES, "y": masks}, "4 different labels, but the largest is 255", "numpy.where(y == 255, -100, y)")
+    ignoring = open_dataset({"x": IMAGES, "y": np.where(masks == 255, -100, masks)})
+    assert ignoring.n_classes == 3 and "goes down to -100" in ignoring.note
     refused({"y": Y}, "no column is left as an input")
     refused({"x": IMAGES * np.float32("nan"), "y": Y}, "x[0] holds nan")
     refused({"x": IMAGES, "y": np.where(Y == 1, np.nan, AGE)}, "y[1] holds nan")
