@@ -49,7 +49,9 @@ def test_what_a_worker_trains_is_what_is_measured_and_what_is_given(kind, rules,
         for rule in rules:
             but = ["embedding_with_sparse_gradients"] if rule == "allreduce" else []  # no gradients that DDP could average
             a_problem = problem(Zoo, train_samples=64, lr=0.01, model_args={"but": but})
-            run = ended(labkit.train(a_problem, lab, update=rule, passes=2, checkpoints=2, runs=tmp_path, workers=RULES[rule]))
+            run = ended(
+                labkit.train(a_problem, lab, update=rule, passes=2, checkpoints=2, runs=tmp_path, workers=RULES[rule]), timeout=100
+            )
             last = a_problem.measure(run.model().network, a_problem.test_indices(), "test", batch_size=250)
             np.testing.assert_allclose(run.curve()[["loss", "score"]].iloc[-1], [last["loss"], last["score"]], rtol=1e-6)
             if rule == "sgwu":
