@@ -220,7 +220,10 @@ class Server:
                     if self.course.members:
                         self.course.expect(self.course.members)
                     else:
-                        self.stop("failed", f"no worker joined within {self.config.join_timeout:g} s.")
+                        lost = "".join(
+                            f" Worker {index}: {why[-1]} ({len(why)} times)." for index, why in self.losses.reasons.items()
+                        )
+                        self.stop("failed", f"no worker joined within {self.config.join_timeout:g} s.{lost}")
 
     def _fail_without_workers(self) -> None:
         since, timeout = self.course.last_lost_at, self.config.join_timeout
