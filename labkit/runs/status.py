@@ -81,7 +81,7 @@ def check_continued(path: Path, version: int, merged: int) -> int:
     counted = effective(events)
     merges = counted[(counted.kind == "merge") & (counted.version <= version)]
     saved = counted.version[counted.kind == "checkpoint"].astype(int).tolist()
-    reached = (merges.version.iloc[-1], merges.total.iloc[-1]) if len(merges) else (max(saved, default=0), merged)
+    reached = (merges.version.iloc[-1], merges.total.iloc[-1]) if len(merges) else (version if version in saved else 0, merged)
     if version and reached != (version, merged):
         raise RunError(
             f"{Path(path) / EVENTS} does not lead to version {version}, which was saved after {merged} samples: it leads to version "
