@@ -113,6 +113,18 @@ def test_a_model_that_cannot_be_batched_is_refused(model, reason, train, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"clip_norm": 1.0}, "clip_norm would be of all"),
+        ({"optimiser": "adafactor"}, "its optimiser may not work element by element"),
+    ],
+)
+def test_what_would_be_of_all_together_is_refused(options, reason, train):
+    with pytest.raises(ProblemError, match=f"cannot be trained in a batch of subnets: {reason}"):
+        train(problem("lenet", **options), batched=2)
+
+
 def test_one_of_a_batch_that_diverges_is_an_error(train):
     with pytest.raises(ProblemError, match=r"part \d of Decomposition.*: the loss is (nan|inf) after epoch .* Give a smaller lr"):
         train(problem("lenet", lr=1e6), batched=4)
