@@ -59,13 +59,14 @@ class Loss:
         self.of_classes = isinstance(self.call, OF_CLASSES)
         self.threshold = 0.5 if isinstance(self.call, nn.BCELoss) else 0.0  # of an output that says yes
         self.ignored = getattr(self.call, "ignore_index", None)
-        self.uneven = self.of_classes and (self.call.weight is not None or "ignore_index" in settings)
+        self.masking = isinstance(self.call, nn.CrossEntropyLoss | nn.NLLLoss)  # some targets count for less, or not at all
+        self.uneven = self.masking and (self.call.weight is not None or "ignore_index" in settings)
         self.on: dict[torch.device, Any] = {}  # with its class weights on each device
 
     def __call__(self, outputs: Any, targets: Any) -> torch.Tensor:
         """ProblemError where it is no scalar."""
         call = self._on(outputs.device) if isinstance(outputs, torch.Tensor) else self.call
-        if self.uneven and not targets.is_floating_point():  # torch's mean over nothing is NaN: a batch may be ignored as a whole
+        if self._counts(targets):  # torch's mean over nothing is NaN: a batch may be ignored as a whole
             smoothing = {"label_smoothing": call.label_smoothing} if isinstance(call, nn.CrossEntropyLoss) else {}
             of = F.cross_entropy if smoothing else F.nll_loss
             loss = of(outputs, targets, call.weight, ignore_index=call.ignore_index, reduction="sum", **smoothing)
@@ -78,12 +79,16 @@ class Loss:
 
     def count(self, targets: Any) -> torch.Tensor | int:
         """Of a batch with these targets: how many its loss is a mean over, in proportion; classes by their weights."""
-        if not self.uneven or targets.is_floating_point():
+        if not self._counts(targets):
             return len(next(iter(targets.values()))) if isinstance(targets, dict) else len(targets)
         counted = targets != self.ignored
         if self.call.weight is None:
             return counted.sum().float()
         return self._on(targets.device).weight[targets[counted]].sum()
+
+    def _counts(self, targets: Any) -> bool:
+        """Do some of these targets count for less than others? One label a sample is always there, unless it is said."""
+        return self.masking and not targets.is_floating_point() and (self.uneven or targets.dim() > 1)
 
     def _on(self, device: torch.device) -> Any:
         if device.type == "cpu" or not isinstance(self.call, nn.Module):

@@ -40,6 +40,16 @@ def test_a_batch_that_is_ignored_as_a_whole_gives_no_nan():
     assert loss.item() == 0 and not x.grad.any()
 
 
+def test_what_nobody_has_labelled_counts_neither_in_loss_nor_in_means():
+    x, y = LOGITS.reshape(2, 6, 3).movedim(2, 1), Y.reshape(2, 6).clone()
+    y[0, :5] = -100
+    loss = Loss("cross-entropy")
+    assert loss(x, y).item() == pytest.approx(F.cross_entropy(x, y).item()) and float(loss.count(y)) == 7
+    assert loss(x, torch.full_like(y, -100)).item() == 0
+    margin = {"name": "multi-margin", "weight": [1.0, 2.0, 3.0]}
+    assert torch.equal(Loss(margin)(LOGITS, Y), F.multi_margin_loss(LOGITS, Y, weight=torch.tensor([1.0, 2, 3])))
+
+
 def focal(outputs, targets, gamma=2.0):
     p = F.log_softmax(outputs, 1).gather(1, targets[:, None])
     return (-((1 - p.exp()) ** gamma) * p).mean()
