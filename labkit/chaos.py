@@ -35,7 +35,7 @@ from labkit.partition import UDPA
 from labkit.runs import checkpoints, metrics, server_file, status
 from labkit.runs.analysis import intervals
 from labkit.runs.checkpoints import Layout
-from labkit.runs.events import effective, read_events
+from labkit.runs.events import VERSIONS, effective, read_events
 from labkit.runs.files import read_json
 from labkit.training.attach import watch
 
@@ -315,7 +315,7 @@ def audit(run: Run) -> list[str]:
     joint = int(events.worker.nunique()) if run.config.update["name"] == "allreduce" else 1  # they stop together
     if not budget - joint < merges.samples.sum() <= budget:
         wrong.append(f"{int(merges.samples.sum())} of {budget} samples were merged")
-    steps = counted.version[counted.kind.isin(["merge", "settle"])].drop_duplicates().astype(int).tolist()
+    steps = counted.version[counted.kind.isin(VERSIONS)].drop_duplicates().astype(int).tolist()
     if steps != list(range(1, len(steps) + 1)):
         wrong.append("versions are not numbered 1, 2, 3, ...")
     for worker, own in merges.groupby("worker"):

@@ -73,6 +73,7 @@ KINDS = frozenset(  # of formats 1 to 3, whose lines have no checksum
         "checkpoint",
     ]
 )
+VERSIONS = ("merge", "settle")  # kinds of events that make a version
 FILE = "events.jsonl"
 CRC = b',"crc":"%08x"}'
 RESTORE = "Put a copy of the file back; weights and a measured curve can be read without it."
@@ -338,7 +339,7 @@ def effective(events: pd.DataFrame) -> pd.DataFrame:
     counts, row = np.ones(len(events), bool), np.arange(len(events))
     for resume in np.flatnonzero(kind == "resume"):
         earlier = counts & (row < resume)
-        made = np.flatnonzero(earlier & np.isin(kind, ("merge", "settle")) & (version <= version[resume]))
+        made = np.flatnonzero(earlier & np.isin(kind, VERSIONS) & (version <= version[resume]))
         after = earlier & (row > (made[-1] if len(made) else -1))
         counts &= ~(after & np.isin(kind, ("push", "score", "merge", "drop", "settle")))
         counts &= ~(earlier & (kind == "checkpoint") & (version > version[resume]))

@@ -27,7 +27,7 @@ from labkit.runs import analysis, checkpoints, labels, metrics, server_file
 from labkit.runs import status as how_it_ended
 from labkit.runs.config import FILE as CONFIG
 from labkit.runs.config import RunConfig
-from labkit.runs.events import Table, effective
+from labkit.runs.events import VERSIONS, Table, effective
 from labkit.runs.files import find_json
 from labkit.updates import UPDATES
 
@@ -180,7 +180,7 @@ class RunRecord:
             raise RunError(f"{file} is an older one: the run goes on to version {newest}.")
         if self.config.format <= 3 and len(curve):  # it holds no digest
             events = effective(self.events)
-            merges = events[events.kind == "merge"].groupby("version")[["seconds", "total"]].max()
+            merges = events[events.kind.isin(VERSIONS)].groupby("version")[["seconds", "total"]].max()
             merges.loc[0] = 0.0
             if not (merges.reindex(curve.version).to_numpy() == curve[["seconds", "samples"]].to_numpy()).all():
                 raise RunError(f"{file} is damaged: its seconds and samples are not those of the events.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labkit.errors import RunError
-from labkit.runs.events import COLUMNS, RESTORE, Tail, effective
+from labkit.runs.events import COLUMNS, RESTORE, VERSIONS, Tail, effective
 from labkit.runs.events import FILE as EVENTS
 from labkit.runs.files import check_owner, read_json, write_json
 
@@ -55,7 +55,7 @@ def check(path: Path, events: pd.DataFrame, config: RunConfig, ended: Mapping[st
     if n is not None and n != len(events) and not unwritten:
         end = "The end of it is missing" if n > len(events) else f"It was written to after the run, or {FILE} is an older one"
         raise RunError(f"{file} holds {len(events)} of {n} events. {end}. {RESTORE}")
-    made = events.version[events.kind.isin(["merge", "checkpoint", "resume"])].max()
+    made = events.version[events.kind.isin([*VERSIONS, "checkpoint", "resume"])].max()
     if saved and (0.0 if made != made else made) < saved[-1]:
         raise RunError(
             f"The end of {file} is missing: it leads to version {made:.0f}, and version {saved[-1]} was saved. {RESTORE}"
@@ -79,7 +79,7 @@ def check_continued(path: Path, version: int, merged: int) -> int:
 
     events = pd.DataFrame(Tail(path).read(continued=True), columns=COLUMNS)
     counted = effective(events)
-    merges = counted[(counted.kind == "merge") & (counted.version <= version)]
+    merges = counted[counted.kind.isin(VERSIONS) & (counted.version <= version)]
     saved = counted.version[counted.kind == "checkpoint"].astype(int).tolist()
     reached = (merges.version.iloc[-1], merges.total.iloc[-1]) if len(merges) else (version if version in saved else 0, merged)
     if version and reached != (version, merged):
@@ -107,7 +107,7 @@ def anew(events: pd.DataFrame, config: RunConfig, saved: Sequence[int]) -> dict[
 
 def _reached(events: pd.DataFrame) -> tuple[int, int]:
     """The last version, and the samples that are part of it."""
-    merges = (counted := effective(events))[counted.kind == "merge"]
+    merges = (counted := effective(events))[counted.kind.isin(VERSIONS)]
     return int(merges.version.max()) if len(merges) else 0, int(merges.samples.sum())
 
 

@@ -24,7 +24,7 @@ from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
 from labkit.runs.config import environment
-from labkit.runs.events import read_rows
+from labkit.runs.events import VERSIONS, read_rows
 from labkit.runs.files import read_json
 from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course
 from labkit.training.run import Run
@@ -78,7 +78,7 @@ class Course:
         self.run, self.ledger, self.progress = run, ledger, progress
         workers, version, self.rows, self.last, lasting = life
         self.retained = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lasting}
-        self.newest = max((row["version"] for row in self.rows if row["kind"] in ("merge", "settle")), default=version or 0)
+        self.newest = max((row["version"] for row in self.rows if row["kind"] in VERSIONS), default=version or 0)
         self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
         self.replicas, self.answers = Replicas(problem, run.config), {}
         weights = state = None

@@ -16,7 +16,7 @@ import torch
 
 from labkit.models.flat import Flat
 from labkit.runs import checkpoints, metrics
-from labkit.runs.events import effective
+from labkit.runs.events import VERSIONS, effective
 from labkit.training.worker.process import prepare
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
     rows = sorted((row for share in results for row in share), key=lambda row: row["version"])
     events = effective(run.events)
-    merges = events[events.kind.isin(["merge", "settle"])].groupby("version")[["seconds", "total"]].max()
+    merges = events[events.kind.isin(VERSIONS)].groupby("version")[["seconds", "total"]].max()
     merges.loc[0] = 0.0
     others = list(dict.fromkeys(name for row in rows for name in row if name not in metrics.COLUMNS))
     table = pd.DataFrame(rows, columns=[*metrics.COLUMNS, *others])
