@@ -27,7 +27,7 @@ from .partition import UDPA as UDPA
 from .problems import Classifier as Classifier
 from .problems import Problem as Problem
 from .problems import Regressor as Regressor
-from .runs.record import compare as compare
+from .runs.compare import compare as compare
 from .simulation.replay import replay as replay
 from .simulation.simulate import simulate as simulate
 from .subnets.decomposition import Decomposition as Decomposition

@@ -7,7 +7,7 @@
 The settings of a rule are compared among the runs of one strategy, all others among all runs. `ASIDE` are said only where nothing
 else tells two runs apart.
 
-Used by `labkit.runs.record.compare` and `labkit.plots`.
+Used by `labkit.runs.compare` and `labkit.plots`.
 """
 
 from __future__ import annotations

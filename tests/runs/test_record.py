@@ -1,4 +1,4 @@
-"""The record of a run: read from its directory alone, without the packages that train."""
+"""The record of a run: read from its directory alone, without the packages that train; and several side by side (`compare.py`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from labkit.errors import RunError
+from labkit.runs.compare import compare
 from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
-from labkit.runs.record import RunRecord, compare
+from labkit.runs.record import RunRecord
 from tests.helpers import settings
 
 

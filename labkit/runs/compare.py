@@ -1,0 +1,58 @@
+"""The cost cards of several runs side by side: a row a run, labelled by what differs; a damaged one is a row with the reason.
+
+Used by users through `labkit.compare`, and by `labkit.experiments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from labkit.errors import RunError
+from labkit.imports import rule_title
+from labkit.runs import labels
+from labkit.runs.record import RunRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def compare(runs: Iterable[RunRecord | str | Path]) -> pd.DataFrame:
+    """The cost cards of several runs, a row a run, labelled by its strategy and what differs among them: "AGWU + IDPA, lr 0.01".
+
+    The settings that differ are columns too, behind the partition. `score` and `loss` are those of the test set. A run that cannot be
+    read does not take the table down: its `state` is "damaged", and `reason` says why. Directories of runs can be given as well.
+    """
+    import pandas as pd
+
+    cards, unread = [], []  # in the order given; those of which not even the settings can be read come last
+    for run in runs:
+        try:
+            run = RunRecord(run) if isinstance(run, (str, Path)) else run
+        except RunError as error:
+            unread.append({"run": Path(run).name, "name": Path(run).name, "state": "damaged", "reason": str(error)})
+            continue
+        try:
+            cards.append((run, run.summary()))
+        except RunError as error:
+            rules = {"update": rule_title(run.config.update), "partition": rule_title(run.config.partition)}
+            about = {"name": run.name, **rules, "state": "damaged", "origin": run.origin, "seed": run.config.seed}
+            cards.append((run, {**about, "reason": str(error)}))
+    runs = [run for run, _ in cards]
+    rows = [{"run": label, **card} for label, (_, card) in zip(labels.labels(runs), cards, strict=True)] + unread
+    columns = dict.fromkeys(name for row in sorted(rows, key=lambda row: "reason" in row) for name in row)
+    table = pd.DataFrame(rows, columns=list(columns))
+    if table.empty:
+        return table
+    if "partition" not in table:
+        return table.set_index("run")
+    for name, values in reversed(labels.differing(runs).items()):
+        if name not in table:
+            table.insert(table.columns.get_loc("partition") + 1, name, pd.Series(values, dtype=_type(values)))
+    return table.drop(columns="weight_per_worker", errors="ignore").set_index("run")
+
+
+def _type(values: list) -> type | None:
+    """Lists and mappings stay what they are in a column."""
+    return object if any(isinstance(value, list | tuple | dict) for value in values) else None
