@@ -85,7 +85,7 @@ def begin(*_, **__):
 
 def of_train(monkeypatch, lab, **given):
     monkeypatch.setattr(train, "under_name", begin)
-    monkeypatch.setattr(PROBLEM, "check", lambda seed: None)
+    monkeypatch.setattr(PROBLEM, "check", lambda *_, **__: None)
     found = caught(lambda: labkit.train(PROBLEM, lab, **{"update": "agwu"} | given))
     return found | dict(found["config"]) | {"runs": found["runs"], "workers": found["workers"]}
 
@@ -216,7 +216,7 @@ DOORS = {  # of each call: how far it goes, and (argument, kind, a good value)
     "Classifier": (made(labkit.Classifier, data="digits"), [("batch_size", int, 3), ("lr", float, 0.5), ("momentum", float, 0.5),
                    ("weight_decay", float, 0.5), ("train_samples", int, 3), ("test_samples", int, 3), ("score_samples", int, 3),
                    ("optimiser", str, "adam"), ("schedule", str, "cosine"), ("precision", str, "bfloat16"),
-                   ("channels_last", bool, True)]),
+                   ("channels_last", bool, True), ("accumulate", int, 3), ("clip_norm", float, 0.5)]),
     "Decomposition": (made(labkit.Decomposition, grid=(2, 2)), [("grid", list, [2, 3]), ("overlap", list, [2, 3])]),
     "UDPA": (made(labkit.UDPA), [("stratified", bool, True)]),
     "IDPA": (made(labkit.IDPA), [("batches", int, 3), ("smoothing", int, 3), ("stratified", bool, True), ("speeds", list, [1.0, 2.0])]),
@@ -235,7 +235,7 @@ for _rule in updates.RULES:
 NOT_PLAIN = (
     "partition update problem lab team decomposition client security resources job grid failures model data model_args augment "
 )
-NOT_PLAIN += "on_version source run runs figure frame note faults"  # objects, and dicts of what is in the table
+NOT_PLAIN += "y loss metrics on_version source run runs figure frame note faults"  # objects, and dicts of what is in the table
 ELSEWHERE = "engines drift kind baselines path border x"  # in the tests of their modules: they depend on others
 
 

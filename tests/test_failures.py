@@ -34,11 +34,11 @@ ELSEWHERE = {
     "Grants": ["restore", "settle"],
     "Ranks": ["form"],
     "Share": ["_asdict", "_make", "_replace"],
-    "Server": ["_lost_process", "_unwritable", "fail", "stop"],
+    "Server": ["_lost_process", "_unwritable", "fail", "serve", "stop"],  # serve is the process itself
     "Supervisor": ["_end_early", "_fail", "_failed_here", "_try_worker"],
     "WorkerConnection": ["_expired", "_serve_expired"],
     "_Log": ["write"],
-    "_Worker": ["close", "notify_failure"],  # the former when the run is done: its status says so
+    "_Worker": ["_connect_again", "close", "notify_failure"],  # the others may be done by then: the status says so
     "Replica": ["_settle"],
     "grants": ["by_speed"],
     "server": ["_notify", "main"],

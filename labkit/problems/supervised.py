@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from labkit.errors import LabError, ProblemError, real, whole
+from labkit.errors import LabError, ProblemError, plain_scalar, real, whole
 from labkit.imports import reference
 from labkit.models import check_model, describe, evaluating, make_model
 from labkit.problems.losses import Loss
@@ -60,6 +60,7 @@ class Supervised(Problem):
         self.lr = real("lr", lr, above=0)
         self.momentum = real("momentum", momentum, least=0, below=1)
         self.weight_decay = real("weight_decay", weight_decay, least=0)
+        optimiser, schedule, loss = (plain_scalar(given) for given in (optimiser, schedule, loss))
         self.optimiser, self.schedule, self.loss, self.metrics = optimiser, schedule, loss, metrics
         self.clip_norm = None if clip_norm is None else real("clip_norm", clip_norm, above=0)
         self.accumulate = whole("accumulate", accumulate)
