@@ -74,8 +74,10 @@ class Supervisor:
         self._status: dict = {"state": "running", "samples": 0, "budget": spec.config.budget, "version": 0}
         self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
 
+        self.server: subprocess.Popen | None = None
+
     def start(self, run: Run) -> None:
-        self.run, self.server = run, None
+        self.run = run
         try:
             if not all(worker.here for worker in self.lab.workers):
                 self.sent = pack(self.problem)  # once, so that who comes late trains the same
@@ -107,7 +109,7 @@ class Supervisor:
         while not self._measuring.is_set() and time.monotonic() < limit:  # what is measured now has ended already
             if self._over.wait(0.05):
                 return
-        if not self._measuring.is_set():
+        if self.server and not self._measuring.is_set():
             self.server.kill()  # it does not answer; the workers see their connections close
             self.wait(10)
 

@@ -265,7 +265,12 @@ def begin(
     supervisor = Supervisor(path, lab, problem, spec, lock, monitor, takes_newcomers=takes_newcomers)
     run = Run(path, problem=problem, follower=supervisor)
     lab.runs.append(run)
-    supervisor.start(run)
+    try:
+        supervisor.start(run)
+    except BaseException:
+        if run in lab.runs:  # whatever it was: the lab has no run that nobody follows
+            lab.runs.remove(run)
+        raise
     return run
 
 

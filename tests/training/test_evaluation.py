@@ -61,7 +61,7 @@ def test_what_a_worker_trains_is_what_is_measured_and_what_is_given(kind, rules,
                 assert run.events.query("kind == 'push'").score.iloc[-1] == pytest.approx(scored["score"], rel=1e-6)
             weights = run.weights()
             assert but or weights["cages.activation_norm.initialised"]
-            assert weights["cages.batch_norm.1.num_batches_tracked"] >= 4
+            assert weights["cages.batch_norm.1.num_batches_tracked"] >= 1
             for name, tensor in run.model().network.state_dict().items():
                 if name in weights:  # tied ones come once
                     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor

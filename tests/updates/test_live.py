@@ -114,13 +114,13 @@ def test_steps_by_speed_under_delayed_nesterov_whatever_the_partition(train):
     ids=called,
 )
 def test_a_run_goes_on_from_its_checkpoint_under_a_rule_with_a_memory(update, train, lab):
-    run = train(problem(kind=Slow), lab, update=update, passes=6)
+    run = train(problem(kind=Slow), lab, update=update, passes=20)
     until(lambda: run.status()["version"] >= 4)
     run.stop()
     again = labkit.resume(run.path, lab)
     ended(again)
     merged = effective(again.events).query("kind == 'merge'")
-    assert merged.samples.sum() == 6 * len(problem().train_indices()) and chaos.audit(again) == []
+    assert merged.samples.sum() == 20 * len(problem().train_indices()) and chaos.audit(again) == []
 
 
 @pytest.mark.slow

@@ -173,7 +173,9 @@ RANK = """
 import sys
 from labkit.training.worker.allreduce import ProcessGroup
 from labkit.training.worker.heartbeat import Heartbeat
-ProcessGroup(1, [0, 1], 2, Heartbeat(), meeting=sys.argv[1]).close()
+group = ProcessGroup(1, [0, 1], 2, Heartbeat(), meeting=sys.argv[1])
+sys.stdin.read()  # who leaves while the other still connects breaks the group
+group.close()
 """
 
 
@@ -184,10 +186,13 @@ def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tm
         dist.FileStore(f"{folder}-1-here", 2).set("1", f"{socket.gethostname()} cpu False")  # and then it is gone
         with pytest.raises(Broken, match="could not be formed"):
             ProcessGroup(0, [0, 1], 1, Heartbeat(), meeting=folder)
-    other = subprocess.Popen([sys.executable, "-c", RANK, folder])
-    begun = time.monotonic()
-    ProcessGroup(0, [0, 1], 2, Heartbeat(), meeting=folder).close()
-    assert other.wait(30) == 0 and time.monotonic() - begun < 30
+    with subprocess.Popen([sys.executable, "-c", RANK, folder], stdin=subprocess.PIPE) as other:
+        begun = time.monotonic()
+        group = ProcessGroup(0, [0, 1], 2, Heartbeat(), meeting=folder)
+        assert time.monotonic() - begun < 30
+        other.communicate()
+        group.close()
+    assert other.returncode == 0
 
 
 # -- problems that fit -------------------------------------------------------------------------------------------------
