@@ -105,7 +105,7 @@ class Sentences(nn.Module):
         return self.out((seen[0] if isinstance(seen, tuple) else seen).mean(1))
 
 
-@pytest.mark.parametrize("kind", ["lstm", "transformer"])
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_token_ids(kind, lab, tmp_path):
     ids = R.integers(3, 20, size=(N, 7))
     y = np.arange(N) % 2
@@ -127,6 +127,7 @@ def test_an_autoencoder_and_its_own_optimiser_and_schedule(lab, tmp_path):
     assert run.curve().score.iloc[-1] > 0.9 and run.config["problem"]["optimiser"]["by_value"].endswith("own")
 
 
+@pytest.mark.slow
 def test_several_targets_with_a_loss_of_their_own(lab, tmp_path):
     def both(outputs, targets):
         return (outputs[:, 0] - targets["energy"]).square().mean() + nn.functional.cross_entropy(outputs[:, 1:], targets["kind"])

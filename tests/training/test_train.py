@@ -436,7 +436,9 @@ def assert_settled(run, ranks=1):
     return settled
 
 
-@pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce", pytest.param("easgd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "update", ["agwu", *(pytest.param(rare, marks=pytest.mark.slow) for rare in ("sgwu", "allreduce", "easgd"))]
+)
 def test_a_milestone_is_settled_once_and_all_go_on_from_it(update, train, tmp_path):
     a_problem = problem(kind=Settling, lr=1e-30)
     a_problem.log = tmp_path / "log"

@@ -383,7 +383,15 @@ def test_a_late_worker_that_goes_on_pushing_does_not_fill_the_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "where", ["update.join", "update.leave", "update.merge", "update.finish", "partition.allocate", "partition.leave"]
+    "where",
+    [
+        "update.merge",
+        "partition.allocate",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("update.join", "update.leave", "update.finish", "partition.leave")
+        ),
+    ],
 )
 def test_what_goes_wrong_in_the_users_own_rules_is_the_reason_with_its_traceback(where, tmp_path, monkeypatch):
     object, name = where.split(".")
