@@ -97,9 +97,8 @@ def execute(job: dict) -> str:
     status["born"] = psutil.Process().create_time()
     error = details = ""
     try:
-        if found := _claim(folder, status):
+        if found := _claim(folder, job["record"], status):
             return found
-        write_json(folder / "params.json", job["record"])
         for attempt in range(2):
             write_json(folder / "notebook.ipynb", job["content"])
             came_up, error, details = _attempt(job, folder, flag)
@@ -117,7 +116,7 @@ def execute(job: dict) -> str:
     return status["state"]
 
 
-def _claim(folder: Path, status: dict) -> str:
+def _claim(folder: Path, record: dict, status: dict) -> str:
     """Begin a run in its folder, unless a sweep is at it or has ended it; the state that it has then, else ""."""
     with alone(folder.parent):
         if (folder / "status.json").exists() and (found := state(folder)["state"]) != "interrupted":
@@ -127,6 +126,7 @@ def _claim(folder: Path, status: dict) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in [folder / "results.json", folder / "error.txt", *folder.glob("cell-*.txt")]:
             leftover.unlink(missing_ok=True)
+        write_json(folder / "params.json", record)  # here: who holds the lock sees both or neither
         write_json(folder / "status.json", status)
     return ""
 

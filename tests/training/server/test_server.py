@@ -196,7 +196,8 @@ def drained(sock):
 
 def test_who_comes_again_replaces_its_earlier_self(tmp_path):
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
-        first, second = join(server, 0, 0)
+        (first,) = join(server, 0)
+        (second,) = join(server, 0)
         assert second.message["op"] == "grant" and second.n_indices == 17
         with pytest.raises(WireError):  # its connection is closed
             first.push()
