@@ -13,6 +13,7 @@ every notebook.
 
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -355,6 +356,6 @@ class Lab(AbstractContextManager):
         return workers
 
 
-def _natural(name: Any) -> tuple:
-    """Sorts worker 10 behind worker 9."""
-    return (0, int(name), "") if str(name).isdigit() else (1, 0, str(name))
+def _natural(name: Any) -> list[str | int]:
+    """Sorts worker 10 behind worker 9, and node-10 behind node-9."""
+    return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"(\d+)", str(name)))]

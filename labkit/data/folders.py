@@ -37,7 +37,12 @@ def _is_hidden(name: str) -> bool:
 def _classes(path: Path) -> list[Path]:
     """The folders in `path` in the order of their names, numbers in them by value: CT-2 before CT-10."""
     found = [folder for folder in path.iterdir() if folder.is_dir() and not _is_hidden(folder.name)]
-    return sorted(found, key=lambda folder: [(not part.isdigit(), part.zfill(20)) for part in re.split(r"(\d+)", folder.name)])
+    return sorted(found, key=lambda folder: (_natural(folder.name), folder.name))
+
+
+def _natural(name: str) -> list[str | int]:
+    """Texts and numbers of a name in turn."""
+    return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _below(folder: Path) -> tuple[list[Path], list[Path]]:

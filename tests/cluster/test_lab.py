@@ -99,6 +99,12 @@ def a_lab(backend, slowdown=None, limit=None, drift=0.0):
     return lab
 
 
+def test_workers_are_in_the_order_of_their_names_and_numbers_in_them_by_value():
+    for names in (["2", "10", "node-3", "node-10-1", "node²"], ["a10", "b2"]):
+        backend = FakeWorkers(**{name: (name, about(number)) for number, name in enumerate(reversed(names))})
+        assert [worker.name for worker in a_lab(backend).workers] == names
+
+
 def test_who_comes_takes_the_place_of_its_name_or_of_the_first_that_was_lost():
     for keeps_names, place in ((True, 2), (False, 0)):
         backend = FakeWorkers(keeps_names, a=("0", about(1)), b=("1", about(2)))

@@ -59,7 +59,17 @@ def test_folders_that_may_be_no_classes_are_asked_about(tmp_path):
     assert open_dataset(tmp_path / "splits" / "2019").n_classes == 2
 
 
-def test_classes_are_in_the_order_of_their_numbers(tmp_path):
-    for i in (10, 9, 1):
-        picture(tmp_path / "set" / f"CT-{i}" / "a.png", 4, 4)
-    assert "0 CT-1, 1 CT-9, 2 CT-10" in open_dataset(tmp_path / "set").note
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["CT-1", "CT-9", "CT-10"],
+        ["aster", "daisy", "rose", "sunflower"],  # whatever their lengths
+        ["a9b2", "a9b10", "a10", "ab"],
+        ["01", "1", "2 fast", "10", "b", "b²", "b²3"],  # ² is a digit to str.isdigit() alone
+    ],
+)
+def test_classes_are_in_the_order_of_their_names_and_numbers_in_them_by_value(names, tmp_path):
+    for name in reversed(names):
+        picture(tmp_path / "set" / name / "a.png", 4, 4)
+    data = open_dataset(tmp_path / "set")
+    assert list(data.classes) == names and ", ".join(f"{i} {name}" for i, name in enumerate(names)) in data.note
