@@ -436,6 +436,12 @@ def assert_settled(run, ranks=1):
     return settled
 
 
+def who_settles(log):
+    """The process that has begun to."""
+    until(lambda: log.exists() and log.read_text(), 60)
+    return int(log.read_text().split()[0])
+
+
 @pytest.mark.parametrize(
     "update", ["agwu", *(pytest.param(rare, marks=pytest.mark.slow) for rare in ("sgwu", "allreduce", "easgd"))]
 )
@@ -490,8 +496,8 @@ def test_a_milestone_in_whose_midst_a_process_is_killed_is_settled_once_and_repl
             a_problem = problem(kind=Settling)
             a_problem.log, a_problem.pause, a_problem.at = tmp_path / f"{update}.log", 1.0, (1.0,)
             run = labkit.train(a_problem, lab, update=update, partition="udpa", passes=2, runs=tmp_path, name=update, seed=SEED)
-            until(a_problem.log.exists, 60)
-            chaos.kill(lab, int(run.events.query("kind == 'release'").worker.iloc[-1]))
+            pid = who_settles(a_problem.log)
+            chaos.kill(lab, next(index for index, worker in enumerate(lab.workers) if worker.pid == pid))
             ended(run, timeout=90)
             assert_settled(run, 2 if update == "allreduce" else 1)
             replayed = labkit.replay(run) if update != "allreduce" else run

@@ -169,7 +169,7 @@ class Coordinator:
         self._release(replies)
 
     def regroup(self, member: Member, why: str) -> None:
-        """The group of an all-reduce has broken under `member`: it drops its local pass, and is released when the others are."""
+        """The group of an all-reduce has broken under `member`: what it was doing is dropped, and it is released when the others are."""
         self._row("regroup", member, version=self.update.version, message=why)
         self.grants.end_pass(member)
         member.held_since = self.clock()
@@ -428,14 +428,14 @@ class Coordinator:
         if not self.members or any(member.settles for member in self.members.values()):
             return  # when the first one comes, or when it has
         member = self.members[min(set(self.members) - self.shardless or self.members)]
-        member.settles, reply = True, Reply(member.index, self.update.version, self.update.weights)
+        reply = Reply(member.index, self.update.version, self.update.weights)
         self.deliver(member.index, self.grants.settle(member, reply, self._waited(member)))
 
     def _settled(self, member: Member, header: dict, weights: np.ndarray | None, n_bytes: int) -> None:
         """It has: its weights are the next version, from which all begin."""
         if weights is None:
             raise BadPush(f"a push of {n_bytes} bytes, which are not the {len(self.update.weights)} weights of this model.")
-        member.settles, self.settling, member.held_since = False, False, self.clock()
+        self.settling, member.held_since = False, self.clock()
         self.grants.end_pass(member)
         if self.state != "running":
             return self._dismiss(member)

@@ -84,7 +84,7 @@ class Grants:
     def end_pass(self, member: Member) -> int:
         """Its local pass is over, one way or another; returns what was granted for it, without what it trains on ahead."""
         granted, member.granted, member.ahead = member.granted - member.ahead, member.ahead, 0
-        member.seen, member.busy = 0, False
+        member.seen, member.busy, member.settles = 0, False, False
         self.granted -= granted
         return granted
 
@@ -189,7 +189,7 @@ class Grants:
 
     def settle(self, member: Member, reply: Reply, wait_s: float) -> Answer:
         """No samples: this worker does what a milestone asks for."""
-        member.busy = True
+        member.busy, member.settles, member.group = True, True, 0
         who = {"incarnation": member.incarnation, "version": reply.version, "retain": member.held, "done": self.done}
         return Answer(Grant(**who, wait_s=wait_s, settle=1), reply.weights, np.empty(0, np.int64))
 

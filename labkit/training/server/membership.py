@@ -22,7 +22,7 @@ class Member:
     settles: bool = False  # what a milestone asks for
     granted: int = 0  # samples that it has been granted and has not pushed
     ahead: int = 0  # of these, those that it trains on while its push is under way: they belong to its next one
-    group: int = 0  # number of the group of an all-reduce in which that is
+    group: int = 0  # number of the group of an all-reduce in which that is; 0: in none
     seen: int = 0  # of these, trained on so far
     unmerged: int = 0  # samples of a push that waits for the others
     seconds: float | None = None  # per sample: probed at first, then half of it is the latest pass

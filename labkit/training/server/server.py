@@ -314,8 +314,8 @@ class Server:
             self.fail(error)
         if self.course.state != "running":
             self.stop_workers()
-        elif self.course.update.collective and member.busy:  # the others wait for it in the middle of a step
-            self._interrupt({"op": "regroup", "group": member.group})
+        elif self.course.update.collective and member.busy and member.group:  # the others wait for it in the middle of a step
+            self._interrupt({"op": "regroup", "group": member.group}, member.group)
         self._end_if_over()
 
     # -- the end, checkpoints ------------------------------------------------------------------------------------------
@@ -335,9 +335,9 @@ class Server:
         """Those that are in the middle of a local pass; the others are answered by the coordinator."""
         self._interrupt({"op": "stop", "reason": self.course.reason, "wait_s": 0.0})
 
-    def _interrupt(self, message: dict) -> None:
+    def _interrupt(self, message: dict, group: int | None = None) -> None:
         for member in list(self.course.members.values()):
-            if member.busy:
+            if member.busy and group in (None, member.group):
                 self._thread(_notify, self.connections[member.index], message)
 
     def _save_versions(self) -> None:
@@ -453,8 +453,8 @@ class WorkerConnection:
                     else:
                         self.server.stop_workers()
                     return True
-                if header["op"] == "regroup" and not self.course.update.collective:
-                    raise Refused("a 'regroup' message was refused: this run has no group.")
+                if header["op"] == "regroup" and not member.group:
+                    raise Refused("a 'regroup' message was refused: this worker is in no group.")
                 if header["op"] == "regroup":
                     self.course.regroup(member, header.get("reason") or "")
                     return True

@@ -45,7 +45,7 @@ class Heartbeat:
             self.thread = None
 
     @contextlib.contextmanager
-    def local_pass(self, group: int = 0) -> Iterator[None]:
+    def local_pass(self, group: float = 0) -> Iterator[None]:
         """A local pass, in this group of an all-reduce: until its end nobody else receives from the connection."""
         with self.lock:
             self.receiving, self.progress, self.group = True, {}, group

@@ -172,9 +172,10 @@ class _Worker:
         while message["op"] == "grant":
             grant = self._begin(message)
             done, broken = None, ""
+            group = math.inf if grant.settle else grant.group  # who settles is in no group: none that breaks is its own
             try:
-                with self.heartbeat.local_pass(grant.group):
-                    if grant.group <= self.broken:  # the message has overtaken the weights
+                with self.heartbeat.local_pass(group):
+                    if group <= self.broken:  # the message has overtaken the weights
                         raise Broken(GONE)
                     self._join_group(grant)
                     done = self._local_pass(grant)

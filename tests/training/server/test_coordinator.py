@@ -753,6 +753,20 @@ def test_a_milestone_is_settled_once_whoever_is_lost_meanwhile(rule):
     assert 60 - (len(WORKERS) - 1) * rule.collective <= sum(row["samples"] for row in course.of("merge")) <= 60
 
 
+def test_who_drops_a_milestone_in_its_midst_leaves_it_for_the_next_one():
+    """A group that broke before it, say: with one who settles for ever everybody would wait for ever."""
+    course = Course(AllReduce(), budget=60, milestones=(SAMPLES,)).join(*WORKERS)
+    for worker, answer in {w: course.answer(w) for w in WORKERS}.items():
+        course.push(worker, answer)
+    assert course.answer(0).grant.settle
+    course.it.regroup(course.members[0], "the group is gone")
+    answer = course.answer(0)
+    assert answer.grant.settle and not course.answers[1] and not course.answers[2]
+    course.push(0, answer)
+    course.finish()
+    assert course.it.state == "done" and len(course.of("settle")) == 1
+
+
 def test_a_checkpoint_knows_which_milestones_are_behind_it():
     course = Course(SGWU(), budget=60, milestones=(20, 40)).join(*WORKERS)
     states, save = [], course.it.save

@@ -461,7 +461,7 @@ def test_the_last_pass_of_a_lost_worker_is_made_by_those_who_had_nothing_left_to
 
 
 def test_who_is_lost_breaks_its_own_group_and_none_after_it(tmp_path):
-    """It dies while it scores: the others have pushed, and are in a new group when they hear of it."""
+    """It dies while it scores: the others have pushed, and are in a new group then."""
     with serving(spec(tmp_path, AllReduce(), workers=(0, 1, 2), budget=170)) as (server, *_):
         clients = [Client(server.address, index) for index in range(3)]
         server.clients += clients
@@ -470,11 +470,29 @@ def test_who_is_lost_breaks_its_own_group_and_none_after_it(tmp_path):
             client.push()
         until(lambda: len(events(server, "push")) == 2)
         clients[2].connection.close()
-        for client in clients[:2]:
-            # The second may overtake the weights.
-            messages = sorted([client.pull(), client.pull()], key=lambda message: message["op"])
-            assert [message["op"] for message in messages] == ["grant", "regroup"] and messages[0]["ranks"] == [0, 1]
-            assert messages[1]["group"] < messages[0]["group"]
+        assert [(client.pull()["group"], client.message["ranks"]) for client in clients[:2]] == [(2, [0, 1])] * 2
+        clients[1].connection.close()
+        assert clients[0].pull() == {"op": "regroup", "group": 2}
+        clients[0].connection.send({"op": "regroup", "reason": "it is gone"})
+        assert clients[0].pull()["ranks"] == [0]
+
+
+def test_who_settles_a_milestone_is_in_no_group_that_could_break(tmp_path):
+    """Its `regroup` would be a wait for itself."""
+    with serving(spec(tmp_path, AllReduce(), workers=(0, 1, 2), milestones=[17])) as (server, *_):
+        clients = [Client(server.address, index) for index in range(3)]
+        server.clients += clients
+        for client in clients:
+            client.pull()
+            client.push()
+        assert clients[0].pull()["settle"]
+        clients[0].connection.close()
+        assert clients[1].pull()["settle"]  # no word of the group that is over
+        clients[1].connection.send({"op": "regroup", "reason": "somebody is gone"})
+        assert clients[2].pull()["settle"]
+        assert "is in no group" in events(server, "leave").message.iloc[-1]
+        clients[2].push(samples=0)
+        assert clients[2].pull()["ranks"] == [2] and len(events(server, "settle")) == 1
 
 
 def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
