@@ -11,7 +11,7 @@ import copy
 import inspect
 import numbers
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -49,7 +49,7 @@ class Problem:
 
     Store each constructor argument as an attribute of the same name, hand the common ones on with `**common`, and the
     record of a run can name the settings and make the problem again. A GAN has both networks in one module
-    (`nn.ModuleDict`), returns two optimisers, and its `step` uses one after the other (all-reduce refuses that); a loss whose
+    (`nn.ModuleDict`), returns two optimisers, its `step` uses one after the other, and `networks` returns both; a loss whose
     weight changes during training reads `clock.passes` in `step`.
 
     Parameters
@@ -111,8 +111,8 @@ class Problem:
 
         Other numbers by name are recorded with it, each as its mean over the samples of a local pass.
 
-        `module` may be wrapped by DistributedDataParallel, so call it rather than its parts. All that it is must be in its
-        parameters and buffers. Their memory may be replaced (`p.data = ...`), which costs a copy; the Parameters must stay.
+        With all-reduce `module`, or each of its `networks`, is wrapped by DistributedDataParallel: call it rather than its parts.
+        All that it is must be in its parameters and buffers. Their memory may be replaced (`p.data = ...`), which costs a copy; the Parameters must stay.
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(module, batch, optimisers, clock).")
 
@@ -224,6 +224,16 @@ class Problem:
             raise ProblemError(f"{self._title()} is measured on no samples. Give some to its score set and its test split.")
         names = [name for name, value in found[0][0].items() if name in ("loss", "score") or isinstance(value, numbers.Real)]
         return {name: float(sum(values[name] * n for values, n in found) / sum(n for _, n in found)) for name in names}
+
+    def networks(self, module: nn.Module) -> Sequence[nn.Module]:
+        """The parts of `module` whose gradients an all-reduce averages on their own; by default the module as a whole.
+
+        A GAN returns both of its networks, as `step` calls them one after the other: (module["generator"], module["critic"]). `step`
+        is then given the same container with each of them wrapped by DistributedDataParallel, so it calls them, module["critic"](x);
+        what else they have is behind `.module`. Each trained parameter belongs to one of them. A network that is called twice
+        before a backward pass must use all of its parameters. Other updates make no use of this.
+        """
+        return (module,)
 
     def milestones(self) -> Iterable[float]:
         """Passes over the training samples, by all workers together, after which `settle` is called once: none by default."""

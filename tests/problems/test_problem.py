@@ -388,6 +388,25 @@ class TinyGan(Problem):
         return {"loss": -q, "score": q}
 
 
+class Gan(TinyGan):
+    """Two networks that are called one after the other, each by its own optimiser, for every update."""
+
+    def networks(self, module):
+        return module["generator"], module["critic"]
+
+    def step(self, module, batch, optimisers, clock):
+        real, losses = batch[0].flatten(1), {}
+        fake = module["generator"](torch.ones(len(real), 2))
+        for name, optimiser in zip(("critic", "loss"), reversed(optimisers), strict=True):
+            loss = F.softplus(-module["critic"](fake)) if name == "loss" else F.softplus(module["critic"](fake.detach()))
+            loss = (loss if name == "loss" else loss + F.softplus(-module["critic"](real))).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses[name] = loss.detach()
+        return losses
+
+
 def test_a_subclass_gives_four_methods_and_has_the_rest():
     problem = TinyGan("digits", lr=0.02, batch_size=17)
     problem.check()

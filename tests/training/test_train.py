@@ -27,7 +27,7 @@ from labkit.runs.events import effective
 from labkit.training import train as training
 from labkit.training.worker.sampler import pass_order, steps
 from tests.helpers import DECAY, LR, MOMENTUM, SEED, Settling, Slow, ended, net_with_statistics, problem, until
-from tests.problems.test_problem import TinyGan
+from tests.problems.test_problem import Gan, TinyGan
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -95,6 +95,19 @@ def test_allreduce_equals_one_process_on_the_joint_batches(schedule, train):
         seen += len(joint)
     for name, tensor in module.state_dict().items():
         np.testing.assert_allclose(run.weights()[name], tensor.numpy(), atol=2e-5, err_msg=name)
+
+
+def assert_gan(run):
+    """Both networks have been trained, and it is the same again where it can be."""
+    first, last = run.weights(0), run.weights()
+    assert all(not np.array_equal(first[name], last[name]) for name in first) and run.curve().train_critic.notna().any()
+    if run.config.update["name"] != "allreduce":
+        np.testing.assert_array_equal(labkit.replay(run).flat(), run.flat())
+
+
+@pytest.mark.parametrize("update", ["agwu", "allreduce", pytest.param("sgwu", marks=pytest.mark.slow)])
+def test_two_networks_and_two_optimisers_are_trained_under_every_update(update, train):
+    assert_gan(ended(train(Gan("digits", batch_size=64, train_samples=256), update=update, passes=1)))
 
 
 @pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce"])

@@ -4,6 +4,8 @@ DDP averages gradients over ranks; here they are averaged over samples, g = sum_
 j at this step, so that unequal shards (IDPA's too) give the gradient of the joint batch. Every rank takes the same number of
 steps with batches in proportion to its shard: no rank waits for a missing batch.
 
+A problem with several networks that are used one after the other (`Problem.networks`) has each of them wrapped on its own.
+
 A group lives as long as its ranks. When one is lost gloo reports it to the others at once, or the server does if it is frozen; the
 step under way fails with `Broken`, and the worker asks for a new group.
 
@@ -14,6 +16,7 @@ Used by `labkit.training.worker.worker` and `labkit.training.worker.replica`; `c
 """
 
 import contextlib
+import copy
 import datetime
 import os
 import re
@@ -22,7 +25,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +81,8 @@ class ProcessGroup:
         if not dist.is_available():
             raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
         self.one_process, self.number, self.rank, self.heartbeat = one_process, number, ranks.index(index), heartbeat
-        self.exchange, self.ddp = _Exchange(None, 1 / len(ranks), _Waiting()), None
+        self.exchange, self.parts = _Exchange(None, 1 / len(ranks), _Waiting()), []
+        self.module: torch.nn.Module | None = None  # what `wrap` has made
         file = f"{meeting}-{number}"
         found = self._meet(file, len(ranks), (socket.gethostname(), device, str(unused)))
         devices, self.unused = [(host, device) for host, device, _ in found], any(unused == "True" for *_, unused in found)
@@ -112,24 +116,32 @@ class ProcessGroup:
             time.sleep(0.01)
         return [tuple(store.get(rank).decode().split(" ")) for rank in ranks]
 
-    def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
-        """The module whose backward pass averages gradients over the samples of all ranks."""
-        # Buffers are those of one version on every rank, and gloo has not all of their types.
-        buffers = [name for name, _ in module.named_buffers(remove_duplicate=False)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
-        with self.exchanging():  # the ranks compare their parameters
-            self.ddp = DistributedDataParallel(module, process_group=self.exchange.group, find_unused_parameters=self.unused)
-        self.ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then no rank waits for them
-        self.ddp.register_comm_hook(self.exchange, _average)
-        return self.ddp
+    def wrap(self, module: torch.nn.Module, networks: Sequence[torch.nn.Module] = ()) -> torch.nn.Module:
+        """The module whose backward pass averages gradients over the samples of all ranks.
+
+        With several `networks` in it each of them is wrapped, and what is returned is `module` with these in their places.
+        """
+        wrapped = {}
+        for network in networks or (module,):
+            # Buffers are those of one version on every rank, and gloo has not all of their types.
+            buffers = [name for name, _ in network.named_buffers(remove_duplicate=False)]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)
+            with self.exchanging():  # the ranks compare their parameters
+                ddp = DistributedDataParallel(network, process_group=self.exchange.group, find_unused_parameters=self.unused)
+            ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then no rank waits for them
+            ddp.register_comm_hook(self.exchange, _average)
+            self.parts.append(ddp)
+            wrapped[network] = ddp
+        self.module = _with(wrapped, module)
+        return self.module
 
     @contextlib.contextmanager
     def exchanging(self) -> Iterator[None]:
         """An error of the other ranks in here is `Broken`; one of the model stays what it is."""
         try:
             yield
-            if self.ddp is not None:
-                self.ddp._check_reducer_finalized()  # else the next forward pass says it, and after the last step nobody does
+            for part in self.parts:
+                part._check_reducer_finalized()  # else the next forward pass says it, and after the last step nobody does
         except RuntimeError as error:
             if "Expected to have finished reduction" in str(error) and not self.unused:
                 raise Unused("a parameter took no part in the loss of a step") from error
@@ -148,13 +160,13 @@ class ProcessGroup:
         return sum(self.exchange.waiting.seconds)
 
     def close(self) -> None:
-        # The sockets of a gloo group close with its last owner, not before. The wrapped module is emptied rather than
+        # The sockets of a gloo group close with its last owner, not before. The wrapped modules are emptied rather than
         # dropped, because torch may keep it (DistributedDataParallel._active_ddp_module, when ranks are threads), and before the
         # group, because its reducer would wait for gloo's threads with the lock of the interpreter, which they need.
         self.heartbeat.on_interrupt = lambda: None
-        if self.ddp is not None:
-            vars(self.ddp).clear()
-            self.ddp = None
+        for part in self.parts:
+            vars(part).clear()
+        self.parts, self.module = [], None
         if self.exchange.waiting.under_way:  # with a rank that is frozen: the end of the group would wait for it
             _abandoned.append(self.exchange.group)
         if not self.one_process and dist.is_initialized():
@@ -165,21 +177,26 @@ class ProcessGroup:
 def check_problem(problem: Problem, seed: int) -> None:
     """Two steps in a group of one rank, here; ProblemError for a problem that cannot be trained by all-reduce.
 
-    A module whose forward pass is not called, or whose parts are trained one after the other, fails in the second step at the latest.
+    A network whose forward pass is not called, or whose parts are trained one after the other, fails in the second step at the latest.
     """
-    called: list[bool] = []
+    called: set[int] = set()
     with tempfile.TemporaryDirectory() as folder, seeded(seed):
         module = problem.new_module(seed)
+        networks = networks_of(problem, module)
         optimisers, batch = problem.optimisers(module), problem.load(problem.train_indices()[:2])
         with gradients(module) as unused:
             problem.step(module, batch, optimisers, Clock(0, 1, 0.0))
         group = ProcessGroup(0, [0], 0, Heartbeat(), meeting=os.path.join(folder, "group"), one_process=True, unused=bool(unused))
         try:
-            wrapped = group.wrap(module)
-            wrapped.register_forward_pre_hook(lambda *_: called.append(True))
-            for _ in range(2):
-                problem.step(wrapped, batch, optimisers, Clock(0, 1, 0.0))
-            reason = "" if called else "its step() never calls the module"
+            wrapped = group.wrap(module, networks)
+            for number, part in enumerate(group.parts):
+                part.register_forward_pre_hook(lambda *_, number=number: called.add(number))
+            with gradients(module) as untrained:
+                for _ in range(2):
+                    problem.step(wrapped, batch, optimisers, Clock(0, 1, 0.0))
+            passed_by = [n for n, network in enumerate(networks) if n not in called and not untrained.issuperset(_trained(network))]
+            which = "the module" if networks == (module,) else f"network {(passed_by or [0])[0]} of networks()"
+            reason = f"its step() never calls {which}" if passed_by or not called else ""
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0].split('. ')[0]}"
         finally:
@@ -187,9 +204,40 @@ def check_problem(problem: Problem, seed: int) -> None:
     if reason:
         raise ProblemError(
             f"{problem._title()} cannot be trained with update='allreduce': {reason}. The module is wrapped as a whole to average "
-            "gradients, so step() must call it (module(x), not module['part']). Networks that are used one after the other need "
-            "another update: 'sgwu', 'agwu'."
+            "gradients, so step() must call it (module(x), not module['part']). Networks that are used one after the other are for "
+            "networks(module) to return, each is wrapped then; or use another update: 'sgwu', 'agwu'."
         )
+
+
+def networks_of(problem: Problem, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    """The networks of a problem; ProblemError unless each trained parameter is in one of them, and in one alone."""
+    networks, inside = tuple(problem.networks(module)), set(module.modules())
+    title = f"{problem._title()}: networks(module)"
+    if other := next((network for network in networks if not isinstance(network, torch.nn.Module) or network not in inside), None):
+        raise ProblemError(f"{title} returned a {type(other).__name__} that is no part of the module.")
+    trained = [_trained(network) for network in networks]
+    for name, parameter in module.named_parameters():
+        n = sum(parameter in some for some in trained)
+        if n != 1 and parameter.requires_grad:
+            what = "no network, so that its gradients would not be averaged" if n == 0 else f"{n} networks"
+            raise ProblemError(f"{title} has parameter {name!r} in {what}. Each trained parameter belongs to one of them.")
+    return tuple(network for network, some in zip(networks, trained, strict=True) if some)
+
+
+def _trained(network: torch.nn.Module) -> set[torch.nn.Parameter]:
+    return {parameter for parameter in network.parameters() if parameter.requires_grad}
+
+
+def _with(wrapped: Mapping[torch.nn.Module, torch.nn.Module], module: torch.nn.Module) -> torch.nn.Module:
+    """`module` with those parts in it replaced; what holds them is copied, and its tensors stay the same."""
+    if module in wrapped:
+        return wrapped[module]
+    parts = {name: part and _with(wrapped, part) for name, part in module._modules.items()}
+    if all(part is module._modules[name] for name, part in parts.items()):
+        return module
+    made = copy.copy(module)
+    made._modules = parts
+    return made
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ class Replica:
         started = time.perf_counter()
         batch = self.problem.draw(self.train_indices[indices], self.device, self.draws)
         with group.exchanging() if group else contextlib.nullcontext():
-            metrics = self.problem.step(group.ddp if group else self.module, batch, self.optimisers, clock)
+            metrics = self.problem.step(group.module if group else self.module, batch, self.optimisers, clock)
         self.after(started, group.waited if group else 0.0)
         return metrics
 

@@ -31,7 +31,7 @@ from labkit.problems.problem import Clock, Problem
 from labkit.runs.config import RunConfig
 from labkit.training.wire import compression, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S, Grant, Refused, check_reply
-from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup, Unused, gradients
+from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup, Unused, gradients, networks_of
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.process import prepare, synchroniser
 from labkit.training.worker.replica import Replica
@@ -209,7 +209,7 @@ class _Worker:
             self.replica.shard = shard
         where = {"meeting": spec.meeting, "device": spec.device, "one_process": spec.config.one_process}
         self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where, unused=self.unused)
-        self.group.wrap(self.replica.module)
+        self.group.wrap(self.replica.module, networks_of(self.problem, self.replica.module))
 
     def notify_failure(self, message: str) -> None:
         if self.connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.sampler import steps
 from tests.helpers import ended, problem
 from tests.models.zoo import Zoo
-from tests.problems.test_problem import TinyGan
+from tests.problems.test_problem import Gan, TinyGan
 
 # -- groups between threads --------------------------------------------------------------------------------------------
 
@@ -92,6 +93,50 @@ def test_unequal_batches_give_the_gradient_of_the_joint_batch(grants, tmp_path):
     for result in results:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def pair():
+    """Two networks in a container that holds something else beside them."""
+    return nn.ModuleDict({"both": nn.ModuleList([network(), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))])})
+
+
+def in_turn(module, parts, x, begin=lambda step: None):
+    """The steps of a GAN, whose critic is called three times and trained with the generator's loss under way."""
+    generator, critic = module["both"]
+    optimisers = [torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9) for part in (critic, generator)]
+    for step, part in enumerate(parts):
+        begin(step)
+        fake, real = generator(x[part]), x[part, :3]
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+            loss = critic(fake.detach()) - critic(real) if optimiser is optimisers[0] else -critic(fake)
+            F.softplus(loss).mean().backward()
+            optimiser.step()
+
+
+def test_networks_that_are_used_one_after_the_other_have_the_gradients_of_the_joint_batch(tmp_path):
+    """In evaluation mode, where BatchNorm does not depend on the batch."""
+    x = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    plans = [steps([20, 10], rank, 4) for rank in range(2)]
+    parts = [
+        np.split(shard, np.cumsum(plan[0])[:-1]) for shard, plan in zip((np.arange(20), np.arange(20, 30)), plans, strict=True)
+    ]
+    made = pair().eval()
+
+    def work(group, rank):
+        module = copy.deepcopy(made)
+        wrapped = group.wrap(module, list(module["both"]))
+        assert isinstance(wrapped, nn.ModuleDict) and isinstance(wrapped["both"], nn.ModuleList) and wrapped is not module
+        in_turn(wrapped, parts[rank], x, lambda step: group.begin(plans[rank][1][step]))
+        assert set(module.state_dict()) == set(made.state_dict())  # the replica's own is as it was
+        return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+    results, errors = ranks(2, work, tmp_path)
+    assert not any(errors), errors
+    joint = copy.deepcopy(made)
+    in_turn(joint, [np.concatenate(step) for step in zip(*parts, strict=True)], x)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], nn.utils.parameters_to_vector(joint.parameters()).detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("slow", [0, 1])
@@ -262,6 +307,46 @@ def test_networks_that_are_used_one_after_the_other_are_refused(kind, reason):
     with pytest.raises(ProblemError, match=rf"problem {kind.__name__} cannot be trained with .*{reason}.*'sgwu', 'agwu'"):
         allreduce.check_problem(kind("digits"), 0)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Forgetful(Gan):
+    def networks(self, module):
+        return (module["critic"],)
+
+
+class Twice(Gan):
+    def networks(self, module):
+        return (module, module["critic"])
+
+
+class Stranger(Gan):
+    def networks(self, module):
+        return (nn.Linear(2, 2),)
+
+
+class Reaching(Gan):
+    """Calls one of its two networks behind the wrapper."""
+
+    def step(self, module, batch, optimisers, clock):
+        critic = module["critic"]
+        return super().step(
+            {"generator": module["generator"], "critic": getattr(critic, "module", critic)}, batch, optimisers, clock
+        )
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Forgetful, r"has parameter 'generator.weight' in no network, so that its gradients would not be averaged"),
+        (Twice, r"has parameter 'critic.weight' in 2 networks"),
+        (Stranger, "returned a Linear that is no part of the module"),
+        (Reaching, r"its step\(\) never calls network 1 of networks\(\)"),
+    ],
+)
+def test_networks_that_cannot_be_wrapped_are_refused_by_name(kind, reason):
+    with pytest.raises(ProblemError, match=rf"problem {kind.__name__}.*{reason}"):
+        allreduce.check_problem(kind("digits"), 0)
 
 
 @pytest.mark.usefixtures("cache")
