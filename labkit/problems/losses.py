@@ -36,7 +36,23 @@ LOSSES: dict[str, type[nn.Module]] = {
     "multi-label-soft-margin": nn.MultiLabelSoftMarginLoss,
     "soft-margin": nn.SoftMarginLoss,
 }
+# Torch's own functions are these, too: what is known of a loss is known by its class.
+FUNCTIONS = {
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.multi_margin_loss: nn.MultiMarginLoss,
+    F.mse_loss: nn.MSELoss,
+    F.l1_loss: nn.L1Loss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.poisson_nll_loss: nn.PoissonNLLLoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
+    F.soft_margin_loss: nn.SoftMarginLoss,
+}
 OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+OF_NUMBERS = (nn.BCELoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)  # outputs are near the targets, 0 and 1
 REDUCTIONS = ("reduction", "reduce", "size_average")  # a loss is one number
 
 
@@ -48,6 +64,7 @@ class Loss:
 
     def __init__(self, given: Any) -> None:
         made, settings = chosen("loss", given, LOSSES)
+        made = next((cls for function, cls in FUNCTIONS.items() if function is made), made)
         self.title = f"loss {(given if isinstance(given, str) else short(made))!r}"
         named = made in LOSSES.values()
         check_settings(self.title, made, settings, beside=REDUCTIONS if named else ())
@@ -56,11 +73,14 @@ class Loss:
         self.call = made(**settings) if isinstance(made, type) else partial(made, **settings) if settings else made
         if isinstance(self.call, nn.Module) and any(True for _ in self.call.parameters()):
             raise ValueError(f"{self.title} has parameters to train. Put them into the model, which the workers exchange.")
+        if "sum" in (getattr(self.call, "reduction", ""), settings.get("reduction", "")):
+            raise ValueError(f"{self.title} is a sum, which depends on the size of a batch. Give the mean, and a larger lr.")
         self.of_classes = isinstance(self.call, OF_CLASSES)
-        self.threshold = 0.5 if isinstance(self.call, nn.BCELoss) else 0.0  # of an output that says yes
+        self.threshold = 0.5 if isinstance(self.call, OF_NUMBERS) else 0.0  # of an output that says yes
         self.ignored = getattr(self.call, "ignore_index", None)
-        self.masking = isinstance(self.call, nn.CrossEntropyLoss | nn.NLLLoss)  # some targets count for less, or not at all
-        self.uneven = self.masking and (self.call.weight is not None or "ignore_index" in settings)
+        # Some targets count for less, or not at all; a class derived from these computes what it likes.
+        self.masking = type(self.call) in (nn.CrossEntropyLoss, nn.NLLLoss)
+        self.uneven = self.masking and (self.call.weight is not None or self.ignored != nn.CrossEntropyLoss().ignore_index)
         self.on: dict[torch.device, Any] = {}  # with its class weights on each device
 
     def __call__(self, outputs: Any, targets: Any) -> torch.Tensor:
@@ -76,6 +96,18 @@ class Loss:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
             raise ProblemError(f"{self.title} gave {got}. A loss is a tensor with one number, such as the mean over the batch.")
         return loss
+
+    def check(self, outputs: Any, targets: Any) -> None:
+        """ProblemError for outputs and targets, of some samples, that it takes without a word and that are not meant for it."""
+        own, why = type(self.call), ""
+        if own is nn.NLLLoss and not torch.allclose(outputs.exp().sum(1), torch.ones(()), atol=1e-2):
+            why = "takes logarithms of probabilities, and those of the outputs do not sum to 1. End the model with LogSoftmax(1), or use 'cross-entropy'."
+        elif own is nn.CrossEntropyLoss and targets.is_floating_point() and not _sum_to_1(targets):
+            why = "takes a probability for each class, and the targets of a sample do not sum to 1. For several labels a sample use 'bce-with-logits'."
+        elif own is nn.SoftMarginLoss and not targets.abs().eq(1).all():
+            why = "takes targets of -1 and 1: of those that are 0 it learns nothing. Use 'bce-with-logits' for 0 and 1."
+        if why:
+            raise ProblemError(f"{self.title} {why}")
 
     def count(self, targets: Any) -> torch.Tensor | int:
         """Of a batch with these targets: how many its loss is a mean over, in proportion; classes by their weights."""
@@ -96,6 +128,10 @@ class Loss:
         if device not in self.on:
             self.on[device] = copy.deepcopy(self.call).to(device)
         return self.on[device]
+
+
+def _sum_to_1(targets: torch.Tensor) -> bool:
+    return bool(torch.allclose(targets.sum(1), torch.ones((), dtype=targets.dtype), atol=1e-2))
 
 
 def _weights(name: str, given: Any) -> torch.Tensor:

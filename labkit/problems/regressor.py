@@ -3,7 +3,8 @@
 Used by users through `labkit.Regressor`.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ class Regressor(Supervised):
     above 0 for a network that has learnt nothing, so that rules that weigh pushes by their score can begin. Where outputs and
     targets are not of one shape (another loss, such as that of a distribution) it is (1 - loss / (1 + |loss|)) / 2.
 
-    Outputs with as many numbers as the targets are given their shape, so that (n, 1) and (n,) are never spread over each other.
+    Outputs are given the shape of the targets where one is flat or has an axis of length 1 more, so that (n, 1) and (n,) are never
+    spread over each other; where axes would change places they are refused.
 
     Parameters beside those of `Problem`
     ------------------------------------
@@ -92,7 +94,7 @@ class Regressor(Supervised):
     def fitted(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
         named = isinstance(self._loss.call, tuple(LOSSES.values()))
         if isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor):
-            if outputs.shape != targets.shape and outputs.numel() == targets.numel():
+            if outputs.shape != targets.shape and _fits(outputs.shape, targets.shape):
                 outputs = outputs.reshape(targets.shape)
             targets = targets.float() if named or targets.is_floating_point() else targets
         if named and (not isinstance(outputs, torch.Tensor) or getattr(targets, "shape", None) != outputs.shape):
@@ -106,7 +108,7 @@ class Regressor(Supervised):
         """The outputs, in the shape of the targets where they have as many numbers: (n,) of (n, 1)."""
         fields = [self.dataset.fields[name] for name in self.dataset.answers or self.dataset.inputs]
         expected = (len(outputs), *fields[0].shape)
-        fits = len(fields) == 1 and None not in expected and outputs.size == np.prod(expected)
+        fits = len(fields) == 1 and None not in expected and _fits(outputs.shape, expected)
         return outputs.reshape(expected) if fits else outputs
 
 
@@ -137,6 +139,12 @@ class _Explained:
         centre = sum(size * own for size, own, _ in self.sums) / n
         spread = sum(within + size * (own - centre).square().sum().item() for size, own, within in self.sums)
         return spread / (spread + self.errors) if spread + self.errors else 1.0
+
+
+def _fits(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Are these the same numbers in the same order: but for axes of length 1, or flat on one side? Not where axes change places."""
+    long = [[n for n in axes[1:] if n != 1] for axes in (shape, other)]
+    return shape[0] == other[0] and math.prod(shape) == math.prod(other) and (long[0] == long[1] or min(map(len, long)) <= 1)
 
 
 def _size(shape: tuple[int | None, ...]) -> int:

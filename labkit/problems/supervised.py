@@ -30,6 +30,8 @@ from labkit.problems.problem import MEASURED, Clock, Metrics, Optimisers, Proble
 from labkit.problems.schedules import make_schedule
 from labkit.problems.splits import batches
 
+LOOKED_AT = 64  # samples on which `check` compares what a model gives with what its loss takes
+
 
 class Supervised(Problem):
     """A problem with one module, one loss and one optimiser; a subclass gives `n_outputs`, `fitted` and `scorer`."""
@@ -122,7 +124,7 @@ class Supervised(Problem):
         self, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu", batch_size: int = MEASURED
     ) -> dict[str, float]:
         """Over all samples `indices` of `split`: "loss", "score" in [0, 1], and each of the metrics."""
-        if type(self).evaluate is not Supervised.evaluate:
+        if self._evaluates_itself:
             return super().measure(module, indices, split, device, batch_size)
         loaded = (self.load(part, split, device) for part in batches(indices, batch_size))
         return self._measured(module, loaded, check_metrics(self.metrics))
@@ -131,9 +133,12 @@ class Supervised(Problem):
         for made in ("_loss", "_schedule"):  # of a module that may have been loaded again
             self.__dict__.pop(made, None)
         super().check(seed, scored)
+        module = self.new_module(seed)
+        if not self._evaluates_itself:
+            self._loss.check(*self._outputs_of(module, *self.load(self.train_indices()[:LOOKED_AT])))
         if self.metrics:
             try:
-                self.measure(self.new_module(seed), self.score_indices())
+                self.measure(module, self.score_indices())
             except LabError:
                 raise
             except Exception as error:
@@ -145,6 +150,11 @@ class Supervised(Problem):
         return {name: reference(getattr(self, name)) if name in named else value for name, value in super().config().items()}
 
     # How.
+
+    @property
+    def _evaluates_itself(self) -> bool:
+        """Has a subclass an `evaluate` of its own?"""
+        return type(self).evaluate is not Supervised.evaluate
 
     @cached_property
     def _loss(self) -> Loss:
@@ -176,18 +186,24 @@ class Supervised(Problem):
     def _measured(self, module: nn.Module, loaded: Iterable[Any], metrics: Mapping[str, Any]) -> dict[str, float]:
         losses, meters = [], {}
         for x, y in loaded:
-            device = _first(x).device
-            meters = meters or {"score": self.scorer(), **make_meters(metrics, device)}
-            with evaluating(module) as plain, self.autocast(device):
-                outputs = plain(*x) if isinstance(x, tuple) else plain(x)
-            outputs, targets = self.fitted(_float(outputs), x if y is None else y)
+            meters = meters or {"score": self.scorer(), **make_meters(metrics, _first(x).device)}
+            outputs, targets = self._outputs_of(module, x, y)
             losses.append((self._loss(outputs, targets).item(), float(self._loss.count(targets))))
             for meter in meters.values():
                 meter.update(outputs, targets)
         if not losses:
             raise ProblemError(f"{self._title()} is measured on no samples. Give some to its score set and its test split.")
-        found = {name: meter.compute() for name, meter in meters.items()}
-        return {"loss": mean(losses)} | {key: x for name, value in found.items() for key, x in number(name, value).items()}
+        columns = [item for name, meter in meters.items() for item in number(name, meter.compute()).items()]
+        if len(found := dict(columns)) < len(columns):
+            twice = next(name for at, (name, _) in enumerate(columns) if name in dict(columns[:at]))
+            raise ProblemError(f"two metrics give {twice!r}. Name them otherwise: metrics={{'name': metric}}.")
+        return {"loss": mean(losses), **found}
+
+    def _outputs_of(self, module: nn.Module, x: Any, y: Any) -> tuple[Any, Any]:
+        """Outputs of a module that is evaluated, and targets, as the loss takes them."""
+        with evaluating(module) as plain, self.autocast(_first(x).device):
+            outputs = plain(*x) if isinstance(x, tuple) else plain(x)
+        return self.fitted(_float(outputs), x if y is None else y)
 
     def _title(self) -> str:
         return f"model {describe(self.model)}"

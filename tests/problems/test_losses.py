@@ -62,6 +62,39 @@ def test_functions_modules_and_import_paths():
     assert Loss(nn.CrossEntropyLoss).of_classes and Loss(nn.CrossEntropyLoss(ignore_index=2)).ignored == 2
 
 
+class Tenfold(nn.CrossEntropyLoss):
+    def forward(self, outputs, targets):
+        return 10 * super().forward(outputs, targets)
+
+
+def test_a_class_derived_from_one_of_torch_is_called():
+    y = Y.reshape(2, 6)
+    x = LOGITS.reshape(2, 6, 3).movedim(2, 1)
+    assert torch.equal(Loss(Tenfold())(x, y), 10 * F.cross_entropy(x, y))
+
+
+def test_however_a_loss_of_torch_is_given_the_same_targets_count():
+    ways = ({"name": "cross-entropy", "ignore_index": 2}, nn.CrossEntropyLoss(ignore_index=2))
+    ways += ({"name": "torch.nn.functional:cross_entropy", "ignore_index": 2},)
+    found = [(float(Loss(way)(LOGITS, Y)), float(Loss(way).count(Y)), Loss(way).uneven) for way in ways]
+    assert found == [(pytest.approx(F.cross_entropy(LOGITS, Y, ignore_index=2).item()), 8.0, True)] * 3
+    assert Loss(F.binary_cross_entropy).threshold == Loss("mse").threshold == 0.5 and Loss("bce-with-logits").threshold == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "outputs", "targets", "message"),
+    [
+        ("nll", LOGITS, Y, "End the model with LogSoftmax"),
+        ("cross-entropy", LOGITS, (LOGITS > -1).float(), "For several labels a sample use 'bce-with-logits'"),
+        (F.soft_margin_loss, LOGITS, (LOGITS > 0).float(), "of those that are 0 it learns nothing"),
+    ],
+)
+def test_what_a_loss_takes_without_a_word_is_refused(given, outputs, targets, message):
+    with pytest.raises(ProblemError, match=message):
+        Loss(given).check(outputs, targets)
+    Loss("nll").check(LOGITS.log_softmax(1), Y), Loss("cross-entropy").check(LOGITS, LOGITS.softmax(1))
+
+
 @pytest.mark.parametrize(
     "given", [lambda x, y: F.cross_entropy(x, y, reduction="none"), lambda x, y: 3.0, nn.MSELoss(reduction="none")]
 )
@@ -84,6 +117,7 @@ def test_a_loss_that_is_no_scalar(given):
             r"weight=\[1, -1, 1\] must be a list of numbers of at least 0",
         ),
         ({"name": "cross-entropy", "weight": [0, 0]}, ValueError, "not all of them 0"),
+        (nn.CrossEntropyLoss(reduction="sum"), ValueError, "is a sum, which depends on the size of a batch"),
         (nn.Linear(2, 2), ValueError, "has parameters to train. Put them into the model"),
         ({"name": "tests.problems.test_losses:focal", "gama": 1}, ValueError, r"Did you mean 'gamma'\?"),
         (None, TypeError, "loss=None must be a name"),

@@ -95,3 +95,10 @@ def test_what_is_no_number_is_refused(given):
 def test_what_is_no_metric_is_refused_at_once(given, error, message):
     with pytest.raises(error, match=message):
         check_metrics(given)
+
+
+def test_accuracy_is_that_of_what_has_a_label():
+    logits, labels = torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 0, -1])
+    meters = make_meters(check_metrics("accuracy"), "cpu")
+    meters["accuracy"].update(logits, labels)
+    assert float(meters["accuracy"].compute()) == pytest.approx(2 / 3)

@@ -65,6 +65,27 @@ def test_a_column_of_outputs_is_not_spread_over_a_row_of_targets():
     assert problem.predicted(np.zeros((5, 1), np.float32)).shape == (5,)
 
 
+def test_outputs_whose_axes_are_in_another_order_are_not_read_as_targets():
+    images = R.normal(size=(30, 3, 4, 4)).astype(np.float32)
+    conv = nn.Conv2d(3, 3, 1)
+
+    class Last(nn.Module):  # (n, H, W, C)
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return self.conv(x).movedim(1, -1)
+
+    data = {"x": images}
+    with pytest.raises(ProblemError, match=r"gave shape \(2, 4, 4, 3\) for targets of shape \(2, 3, 4, 4\)"):
+        Regressor(Last, data, batch_size=5).check()
+    flat = Regressor(lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 48)), data, batch_size=5)
+    flat.check()
+    assert flat.predicted(np.zeros((2, 48))).shape == (2, 3, 4, 4)
+    assert flat.predicted(np.zeros((2, 4, 4, 3))).shape == (2, 4, 4, 3)
+
+
 def test_outputs_of_another_kind_with_a_loss_of_their_own():
     def nll(outputs, targets):
         centre, log = outputs.unbind(1)

@@ -78,6 +78,12 @@ def test_metrics_are_of_the_whole_set():
     )
 
 
+def test_two_metrics_of_one_name_are_refused():
+    metrics = {"bad": lambda outputs, targets: {"a": 1}, "bad_a": lambda outputs, targets: 2}
+    with pytest.raises(ProblemError, match="two metrics give 'bad_a'"):
+        tiny(metrics=metrics).check()
+
+
 def test_a_subclass_that_evaluates_itself_is_measured_by_that():
     class Own(Classifier):
         def evaluate(self, module, batch):
