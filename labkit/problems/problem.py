@@ -37,11 +37,20 @@ MEASURED = 256  # samples that are measured at once
 
 
 class Clock(NamedTuple):
-    """Where the run stands: samples seen by all workers, the budget of the run, and samples / n_train."""
+    """Where the run stands, and what a step may use of its worker.
+
+    samples, total, passes : samples seen by all workers, the budget of the run, and samples / n_train.
+    generator : random numbers of this worker, on its device, seeded by the seed of the run, its index and its incarnation: what a
+        step draws from it, such as the noise of a GAN, is repeated by a run of the same seed where that is repeatable, and by
+        every replay, also where workers are threads.
+    threads : the threads that torch computes with in this worker.
+    """
 
     samples: int
     total: int
     passes: float
+    generator: torch.Generator | None = None
+    threads: int = 1
 
 
 class Problem:
@@ -109,7 +118,8 @@ class Problem:
     def step(self, module: nn.Module, batch: Any, optimisers: Optimisers, clock: Clock) -> Metrics:
         """One optimiser step; returns at least "loss", a tensor without gradient (no `.item()`: it waits for a GPU).
 
-        Other numbers by name are recorded with it, each as its mean over the samples of a local pass.
+        Other numbers by name are recorded with it, each as its mean over the samples of a local pass. Random numbers of the step's
+        own come from `clock.generator`.
 
         With all-reduce `module`, or each of its `networks`, is wrapped by DistributedDataParallel: call it rather than its parts.
         All that it is must be in its parameters and buffers. Their memory may be replaced (`p.data = ...`), which costs a copy; the Parameters must stay.
@@ -296,7 +306,9 @@ class Problem:
 
                 check_outputs(module, other, evaluate, seed, title)
                 self.evaluate(module, self.load(test[:2], "test"))
-                stepped = self.step(module, self.draw(train[: min(2, self.batch_size)]), optimisers, Clock(0, 1, 0.0))
+                stepped = self.step(
+                    module, self.draw(train[: min(2, self.batch_size)]), optimisers, Clock(0, 1, 0.0, noise(seed, 0))
+                )
                 check_rebuilt(state, rebuilt, evaluate, seed, title)
         except LabError:
             raise
@@ -406,6 +418,12 @@ def draws(seed: int, worker: int, incarnation: int = 0) -> torch.Generator:
     """The generator on the CPU from which a worker seeds what is random in its batches."""
     stream = np.random.SeedSequence([seed, worker, incarnation, 1])
     return torch.Generator().manual_seed(int(stream.generate_state(1)[0]))
+
+
+def noise(seed: int, worker: int, incarnation: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
+    """The generator on the worker's device from which a step may draw: `Clock.generator`."""
+    stream = np.random.SeedSequence([seed, worker, incarnation, 2])
+    return torch.Generator(device).manual_seed(int(stream.generate_state(1)[0]))
 
 
 def problem_from_config(config: Mapping[str, Any]) -> Problem:

@@ -85,7 +85,8 @@ class Replicas:
             if began is not None and not torch.equal(began, torch.get_rng_state()):
                 raise RunError(
                     "the model or the problem draws random numbers (dropout, say), and the workers of this run were threads that "
-                    "shared one generator: who drew when is not in the record. Train it on processes: connect(kind='dask')."
+                    "shared one generator: who drew when is not in the record. Train it on processes: connect(kind='dask'). What a step "
+                    "draws from clock.generator is replayed from threads too."
                 )
         buffers.pack()
         if dtype == "float32":

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from labkit.errors import LabError, ProblemError
 from labkit.problems import Clock, evaluating
-from labkit.problems.problem import draws
+from labkit.problems.problem import draws, noise
 from labkit.subnets.problem import Subnet
 from labkit.training.local import Fit, fit_epochs
 
@@ -126,7 +126,7 @@ def check_batching(problem: Subnet, seed: int) -> None:
     x, y = problem.load(problem.train_indices()[:2])
     try:
         stack = Stack(modules)
-        problem.step(stack, (torch.stack([x, x]), torch.cat([y, y])), problem.optimisers(stack), Clock(0, 1, 0.0))
+        problem.step(stack, (torch.stack([x, x]), torch.cat([y, y])), problem.optimisers(stack), Clock(0, 1, 0.0, noise(seed, 0)))
         with evaluating(modules[0]), evaluating(modules[1]), evaluating(stack.skeleton[0]):
             together, apart = stack(torch.stack([x, x])), torch.cat([module(x) for module in modules])
     except LabError:

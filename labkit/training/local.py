@@ -20,7 +20,7 @@ from labkit.errors import ProblemError
 from labkit.models.flat import Flat
 from labkit.partition import UDPA
 from labkit.problems import Clock, Problem, evaluating
-from labkit.problems.problem import draws
+from labkit.problems.problem import draws, noise
 from labkit.problems.splits import batches
 from labkit.training.worker.sampler import Shard
 
@@ -94,13 +94,13 @@ def fit_epochs(
     is called after each step and each measuring: emulated slowdown.
     """
     n, seen, started = len(train), 0, time.perf_counter()
-    shards = [alone(n, seed) for seed in seeds]
+    shards, generator = [alone(n, seed) for seed in seeds], noise(seeds[0], 0, device=device)
     fits, best, training = [Fit() for _ in seeds], {}, list(range(len(seeds)))
     for epoch in range(1, epochs + 1):
         total = torch.zeros(len(seeds), device=device)
         for drawn in zip(*(batches(shard.draw(n), problems[0].batch_size) for shard in shards), strict=True):
             began = time.perf_counter()
-            losses = step([train[batch] for batch in drawn], Clock(seen, epochs * n, seen / n))
+            losses = step([train[batch] for batch in drawn], Clock(seen, epochs * n, seen / n, generator, torch.get_num_threads()))
             total += losses.detach() * len(drawn[0])
             seen += len(drawn[0])
             after(began)

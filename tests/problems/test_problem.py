@@ -389,14 +389,14 @@ class TinyGan(Problem):
 
 
 class Gan(TinyGan):
-    """Two networks that are called one after the other, each by its own optimiser, for every update."""
+    """Two networks that are called one after the other, each by its own optimiser, on noise of the worker's own."""
 
     def networks(self, module):
         return module["generator"], module["critic"]
 
     def step(self, module, batch, optimisers, clock):
         real, losses = batch[0].flatten(1), {}
-        fake = module["generator"](torch.ones(len(real), 2))
+        fake = module["generator"](torch.randn(len(real), 2, generator=clock.generator))
         for name, optimiser in zip(("critic", "loss"), reversed(optimisers), strict=True):
             loss = F.softplus(-module["critic"](fake)) if name == "loss" else F.softplus(module["critic"](fake.detach()))
             loss = (loss if name == "loss" else loss + F.softplus(-module["critic"](real))).mean()

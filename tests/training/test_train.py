@@ -110,6 +110,25 @@ def test_two_networks_and_two_optimisers_are_trained_under_every_update(update, 
     assert_gan(ended(train(Gan("digits", batch_size=64, train_samples=256), update=update, passes=1)))
 
 
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_noise_is_the_same_on_threads_and_processes_and_goes_on_when_a_run_is_resumed(train, tmp_path):
+    a_problem, made = Gan("digits", batch_size=64, train_samples=512), {}
+    with labkit.connect("dask", 2) as lab:
+        for update in ("sgwu", "allreduce", "agwu"):
+            made[update] = ended(train(a_problem, lab=lab, update=update, passes=1, name=update), timeout=80)
+    with labkit.connect("threads", 2) as lab:
+        for update in ("sgwu", "allreduce"):  # where the order of arrival makes no difference
+            again = ended(train(a_problem, lab=lab, update=update, passes=1, name="again"))
+            np.testing.assert_array_equal(again.flat(), made[update].flat())
+        run = train(a_problem, lab=lab, update="agwu", passes=100, local_steps=1, checkpoints=100, name="cut")
+        until(lambda: run.status()["version"] > 4)
+        run.stop()
+        made["cut"] = ended(labkit.resume(run.path, lab, problem=a_problem))
+    for run in made.values():
+        assert_gan(run)
+
+
 @pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce"])
 def test_running_statistics_travel(update, train):
     a_problem = problem(net_with_statistics)

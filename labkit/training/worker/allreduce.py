@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from labkit.errors import ClusterError, ProblemError
 from labkit.models import seeded
-from labkit.problems import Clock, Problem
+from labkit.problems.problem import Clock, Problem, noise
 from labkit.training.worker.heartbeat import Heartbeat
 
 # One-channel images in channels_last give the first convolution a gradient of equal layout but other strides: nothing is wrong.
@@ -184,8 +184,9 @@ def check_problem(problem: Problem, seed: int) -> None:
         module = problem.new_module(seed)
         networks = networks_of(problem, module)
         optimisers, batch = problem.optimisers(module), problem.load(problem.train_indices()[:2])
+        clock = Clock(0, 1, 0.0, noise(seed, 0))
         with gradients(module) as unused:
-            problem.step(module, batch, optimisers, Clock(0, 1, 0.0))
+            problem.step(module, batch, optimisers, clock)
         group = ProcessGroup(0, [0], 0, Heartbeat(), meeting=os.path.join(folder, "group"), one_process=True, unused=bool(unused))
         try:
             wrapped = group.wrap(module, networks)
@@ -193,7 +194,7 @@ def check_problem(problem: Problem, seed: int) -> None:
                 part.register_forward_pre_hook(lambda *_, number=number: called.add(number))
             with gradients(module) as untrained:
                 for _ in range(2):
-                    problem.step(wrapped, batch, optimisers, Clock(0, 1, 0.0))
+                    problem.step(wrapped, batch, optimisers, clock)
             passed_by = [n for n, network in enumerate(networks) if n not in called and not untrained.issuperset(_trained(network))]
             which = "the module" if networks == (module,) else f"network {(passed_by or [0])[0]} of networks()"
             reason = f"its step() never calls {which}" if passed_by or not called else ""

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from labkit.models.flat import Flat
-from labkit.problems.problem import Clock, Metrics, Problem, draws
+from labkit.problems.problem import Clock, Metrics, Problem, draws, noise
 from labkit.problems.splits import batches
 from labkit.runs.checkpoints import Layout
 from labkit.training.wire.protocol import Grant
@@ -61,22 +61,32 @@ class Replica:
         self.train_indices, self.scored = problem.train_indices(), problem.score_indices()
         self.shard: Shard | None = None
         self.draws: torch.Generator | None = None  # what is random in its batches
+        self.noise = noise(seed, worker, device=device)  # and in its steps
         self.left = np.empty(0, np.int64)  # samples of this grant that are trained on ahead
         self.pushed: torch.Tensor | None = None  # the weights as they were before that
         self.carried = NOTHING  # what was trained on ahead, and belongs to the next push
 
     def begin(self, incarnation: int, own_generator: bool = True) -> None:
-        """An empty shard; and for dropout and the like a stream of random numbers, unless workers share torch's generator."""
+        """An empty shard and streams of random numbers; one for dropout and the like, unless workers share torch's generator."""
         seeds = [self.seed, self.worker, incarnation]
-        self.shard, self.draws = Shard(*seeds), draws(*seeds)
+        self.shard, self.draws, self.noise = Shard(*seeds), draws(*seeds), noise(*seeds, self.device)
         if own_generator:
             seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
             (torch.default_generator.manual_seed if self.device == "cpu" else torch.manual_seed)(seed)
+
+    def go_on(self, before: "Replica") -> None:
+        """In the place of one whose optimisers are given up: with its shard, its random numbers and its weights."""
+        self.shard, self.draws, self.noise = before.shard, before.draws, before.noise
+        self.state.load(before.flat)
 
     def hold(self, retain: int, indices: np.ndarray) -> None:
         """Of the shard only the first `retain` samples stay, and `indices` are added."""
         self.shard.retain(retain)
         self.shard.add(indices)
+
+    def clock(self, samples: int) -> Clock:
+        """Of a step that begins when all workers have trained on so many samples."""
+        return Clock(samples, self.budget, samples / len(self.train_indices), self.noise, torch.get_num_threads())
 
     def step(self, indices: np.ndarray, clock: Clock, group: ProcessGroup | None = None) -> Metrics:
         """One optimiser step on training samples; returns the loss and whatever else the problem's step does."""
@@ -136,7 +146,7 @@ class Replica:
     def _settle(self, grant: Grant) -> dict:
         """What a milestone asks for, on the newest weights."""
         started = time.perf_counter()
-        self.problem.settle(self.module, Clock(grant.done, self.budget, grant.done / len(self.train_indices)))
+        self.problem.settle(self.module, self.clock(grant.done))
         self.after(started)
         return {"samples": 0, "loss": None, "compute_s": round(time.perf_counter() - started, 6), "wait_s": 0.0}
 
@@ -173,8 +183,7 @@ class Replica:
             if group:
                 group.begin(weights[number])
             seen = min(self.budget, grant.done + (joint[number] if group else int((before + samples) * grant.pace)))
-            clock = Clock(seen, self.budget, seen / len(self.train_indices))
-            for name, value in self.step(part, clock, group).items():
+            for name, value in self.step(part, self.clock(seen), group).items():
                 if name not in sums:
                     sums[name], counts[name] = torch.zeros((), device=self.device), 0
                 sums[name] += torch.as_tensor(value, device=self.device).detach() * len(part)

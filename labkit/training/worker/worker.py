@@ -27,7 +27,7 @@ import torch
 
 from labkit.cluster.emulation import Slowness, Unevenness
 from labkit.errors import WireError, WorkerError
-from labkit.problems.problem import Clock, Problem
+from labkit.problems.problem import Problem
 from labkit.runs.config import RunConfig
 from labkit.training.wire import compression, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S, Grant, Refused, check_reply
@@ -203,10 +203,9 @@ class _Worker:
             return
         if self.group or grant.group > 1:  # others have another momentum, or none
             self._close_group()
-            weights, shard = self.replica.flat, self.replica.shard
+            before = self.replica
             self._build()
-            self.replica.state.load(weights)
-            self.replica.shard = shard
+            self.replica.go_on(before)
         where = {"meeting": spec.meeting, "device": spec.device, "one_process": spec.config.one_process}
         self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where, unused=self.unused)
         self.group.wrap(self.replica.module, networks_of(self.problem, self.replica.module))
@@ -237,7 +236,7 @@ class _Worker:
         with gradients(replica.module) as unused:
             for _ in range(PROBE_STEPS):
                 started = time.perf_counter()
-                replica.step(indices, Clock(0, self.spec.config.budget, 0.0))
+                replica.step(indices, replica.clock(0))
                 self.slowness.synchronise()
                 times.append((time.perf_counter() - started) / len(indices))
         self.unused = bool(unused)

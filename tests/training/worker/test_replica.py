@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from labkit.problems.problem import Clock
 from labkit.training.wire.protocol import Grant
 from labkit.training.worker.replica import Replica
 from tests.helpers import net_with_statistics, problem
@@ -66,7 +65,26 @@ def test_the_schedule_follows_the_samples_of_all_workers(monkeypatch):
     monkeypatch.setattr(one.problem, "step", lambda module, batch, optimisers, clock: seen.append(clock) or {"loss": 0.0})
     one.local_pass(Grant(samples=40, done=300, pace=4.0))
     n = len(one.train_indices)
-    assert seen == [Clock(300, 400, 300 / n), Clock(364, 400, 364 / n), Clock(400, 400, 400 / n)]
+    assert [clock[:3] for clock in seen] == [(300, 400, 300 / n), (364, 400, 364 / n), (400, 400, 400 / n)]
+
+
+def test_noise_is_of_the_run_the_worker_and_its_incarnation():
+    def drawn(one, n=3):
+        return torch.randn(n, generator=one.clock(0).generator).tolist()
+
+    made = {}
+    for seed, worker, incarnation in ((5, 1, 0), (5, 1, 1), (5, 0, 0), (6, 1, 0)):
+        one = Replica(problem(), seed, worker, 400)
+        one.begin(incarnation)
+        made[seed, worker, incarnation] = drawn(one)
+    again, before = replica(), replica()
+    assert drawn(again) == made[5, 1, 0] and len({tuple(numbers) for numbers in made.values()}) == 4
+    assert again.clock(0).threads == torch.get_num_threads()
+    ahead = torch.randn(6, generator=before.clock(0).generator).tolist()
+    again = replica()
+    drawn(again)
+    before.go_on(again)  # as in a new group of an all-reduce: the numbers go on
+    assert drawn(before) == ahead[3:]
 
 
 def test_steps_ahead_are_added_to_what_comes_and_belong_to_the_next_push():
