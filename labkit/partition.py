@@ -10,6 +10,9 @@ exception that is not in the paper: for a worker that comes late, the others giv
 The shard of a worker that leaves goes to the others. Rounding is by largest remainders; a target below what a worker already
 holds is clamped to nothing, and the others are rescaled so that the batch has its size.
 
+Samples that are read together (a row group of a Parquet file) are a *unit*, and units are dealt out whole: the pool is a permutation
+of units, targets are samples as ever, and what is handed out or given back is the nearest number of whole units.
+
 Used by `labkit.training.server.coordinator`, which calls `allocate` whenever it releases workers.
 """
 
@@ -36,9 +39,12 @@ def largest_remainder(total: int, shares: Sequence[float] | np.ndarray) -> np.nd
     return counts
 
 
-def shuffled(n: int, seed: int, labels: np.ndarray | None = None) -> np.ndarray:
-    """A permutation of n samples by seed; with `labels` every run of neighbours holds the classes in their true shares."""
+def shuffled(n: int, seed: int, labels: np.ndarray | None = None, units: np.ndarray | None = None) -> np.ndarray:
+    """A permutation of n samples by seed; with `labels` every run of neighbours holds the classes in their true shares, with `units`
+    (their offsets) it is one of units, whose samples stay together in their order."""
     generator = np.random.default_rng(np.random.SeedSequence([seed, n]))
+    if units is not None:
+        return np.concatenate([np.arange(units[at], units[at + 1]) for at in generator.permutation(len(units) - 1)])
     order = generator.permutation(n)
     if labels is None:
         return order
@@ -57,14 +63,32 @@ class Partition:
 
     name = ""
     batches = 1  # allocations until all samples are handed out
+    units: np.ndarray | None = None  # offsets of the units, int64 from 0 to n_samples; None: each sample by itself
 
     def __init__(self, *, stratified: bool = False) -> None:
         self.stratified = flag("stratified", stratified)
 
-    def start(self, n_samples: int, workers: Iterable[int], *, seed: int = 0, labels: np.ndarray | None = None) -> None:
-        """Shuffle the samples and forget every allocation; `labels` (n_samples,) is needed when stratified."""
+    def start(
+        self,
+        n_samples: int,
+        workers: Iterable[int],
+        *,
+        seed: int = 0,
+        labels: np.ndarray | None = None,
+        units: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        """Shuffle the samples and forget every allocation; `labels` (n_samples,) is needed when stratified.
+
+        `units` are the offsets, from 0 to `n_samples`, of runs of samples that are read together: these are handed out whole.
+        """
         self.workers = sorted(int(worker) for worker in workers)
-        smallest = n_samples // self.batches
+        self._set_units(units, int(n_samples))
+        if self.units is not None and len(self.units) <= len(self.workers):
+            raise PartitionError(
+                f"{len(self.units) - 1} units (row groups) cannot fill {len(self.workers)} shards (one each at least). Use "
+                f"n_workers <= {len(self.units) - 1}, or write the file with smaller row groups."
+            )
+        smallest = n_samples if self.units is not None else n_samples // self.batches
         if smallest < len(self.workers):
             of = f"{n_samples} samples" + (f" in {self.batches} batches" if self.batches > 1 else "")
             fewer = "" if self.batches == 1 else " or fewer batches"
@@ -74,8 +98,13 @@ class Partition:
             )
         if self.stratified and labels is None:
             raise PartitionError("a stratified partition needs labels, and this data set has none. Use stratified=False.")
+        if self.stratified and self.units is not None:
+            raise PartitionError(
+                "a stratified partition picks single samples, and this data set is dealt out by row groups. Use stratified=False (row "
+                "groups of a shuffled file hold the classes in their shares), or stream=False."
+            )
         self.n_samples = int(n_samples)
-        self.pool = shuffled(self.n_samples, seed, labels if self.stratified else None)  # not handed out yet
+        self.pool = shuffled(self.n_samples, seed, labels if self.stratified else None, self.units)  # not handed out yet
         self.held = dict.fromkeys(self.workers, 0)
         self.count = dict.fromkeys(self.workers, 0)  # allocations that each worker has had
         self.shards: dict[int, list[np.ndarray]] = {worker: [] for worker in self.workers}
@@ -99,7 +128,10 @@ class Partition:
         for worker in workers:
             self.count[worker] += 1
         add = self._batch(workers) if len(self.pool) else [0] * len(workers)
-        given = {worker: self._hand_out(worker, int(n)) for worker, n in zip(workers, add, strict=True)}
+        given, carry = {}, 0  # what rounding to units leaves of one is for the next
+        for worker, n in zip(workers, add, strict=True):
+            given[worker] = self._hand_out(worker, int(n) + carry)
+            carry = 0 if self.units is None else int(n) + carry - len(given[worker])
         for worker in workers:
             if self.held[worker]:
                 self.reached = max(self.reached, self.count[worker])
@@ -119,6 +151,8 @@ class Partition:
         if n <= 0:
             return 0
         shard = self.shard(worker)
+        if self.units is not None and not (n := self._back(shard, n)):
+            return 0
         self.shards[worker], self.pool = [shard[:-n]], np.concatenate([self.pool, shard[-n:]])
         self.held[worker] -= n
         return n
@@ -150,6 +184,7 @@ class Partition:
         """Everything that the future of the partition depends on: numbers, dicts and arrays; no objects."""
         state = {"n_samples": self.n_samples, "workers": list(self.workers), "late": sorted(self.late), "pool": self.pool.copy()}
         state |= {"reached": self.reached, "shards": {worker: self.shard(worker) for worker in self.workers}}
+        state |= {} if self.units is None else {"units": self.units.copy()}
         return state | {"count": dict(self.count), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -159,6 +194,7 @@ class Partition:
         held = np.concatenate([pool, *shards.values()])
         if len(held) != n or not np.array_equal(np.sort(held), np.arange(n)):
             raise PartitionError(f"the saved partition holds {len(np.unique(held))} different samples of {n}, {len(held)} in all.")
+        self._set_units(state.get("units"), n)
         self.n_samples, self.workers, self.late, self.pool = n, list(state["workers"]), set(state["late"]), pool
         self.shards = {worker: [shard] for worker, shard in shards.items()}
         self.held = {worker: len(shard) for worker, shard in shards.items()}
@@ -192,7 +228,12 @@ class Partition:
 
     def _owed(self, but: int | None = None) -> int:
         """Samples that those who came late still miss, `but` left out."""
-        return sum(max(0, self._target(worker) - self.held[worker]) for worker in self.late if worker != but)
+        return sum(self._missing(worker) for worker in self.late if worker != but)
+
+    def _missing(self, worker: int) -> int:
+        """Samples that a worker misses of its target; less than half a unit is nothing."""
+        n = max(0, self._target(worker) - self.held[worker])
+        return n if 2 * n > self._grain or not self.held[worker] else 0
 
     def _batch(self, workers: list[int]) -> np.ndarray:
         """How many samples of the pool each of `workers` is to get."""
@@ -215,13 +256,50 @@ class Partition:
         return min(add, len(self.pool))
 
     def _hand_out(self, worker: int, n: int) -> np.ndarray:
+        n = n if self.units is None else self._front(worker, n)
         given, self.pool = self.pool[:n], self.pool[n:]
         if len(given):
             self.shards[worker].append(given)
             self.held[worker] += len(given)
-        if worker in self.late and self.held[worker] >= self._target(worker):
+        if worker in self.late and not self._missing(worker):
             self.late.remove(worker)
         return given
+
+    # -- units ---------------------------------------------------------------------------------------------------------
+
+    def _set_units(self, units: Sequence[int] | np.ndarray | None, n_samples: int) -> None:
+        self.units, self._grain = None, 1  # the samples of the largest
+        if units is not None:
+            self.units = np.array(units, np.int64)
+            lengths = np.diff(self.units)
+            if len(self.units) < 2 or self.units[0] or self.units[-1] != n_samples or (lengths <= 0).any():
+                raise PartitionError(f"units are offsets that grow from 0 to {n_samples}; these are {self.units[:5].tolist()}, ...")
+            self._grain = int(lengths.max())
+            self._begins = np.zeros(n_samples, bool)
+            self._begins[self.units[:-1]] = True
+
+    def _ends(self, samples: np.ndarray) -> np.ndarray:
+        """0, and where each of the units ends of which `samples` consist: whole ones, each in its order."""
+        return np.append(np.flatnonzero(self._begins[samples]), len(samples))
+
+    def _front(self, worker: int, n: int) -> int:
+        """How many samples at the front of the pool are the whole units nearest to n.
+
+        At least one for a worker that holds none, and when all batches are out and only what is left is dealt; and one stays there for
+        each other worker that holds none.
+        """
+        ends = self._ends(self.pool)
+        least = not self.held[worker] or (n > 0 and self.count[worker] > self.batches <= min(self.count.values()))
+        most = len(ends) - 1 - sum(not held for other, held in self.held.items() if other != worker)
+        nearest = int(np.abs(ends - n).argmin())
+        return int(ends[min(max(min(nearest, most), int(least)), len(ends) - 1)])
+
+    def _back(self, shard: np.ndarray, n: int) -> int:
+        """How many samples at the end of a shard are the whole units nearest to n, all but one at most; at least one where a worker
+        that came late holds none, and nothing is in the pool for it."""
+        possible = len(shard) - self._ends(shard)[:0:-1]  # 0, the last unit, the last two, ...
+        empty = not len(self.pool) and any(not self.held[late] for late in self.late)
+        return int(possible[min(max(int(np.abs(possible - n).argmin()), int(empty)), len(possible) - 1)])
 
 
 class UDPA(Partition):
@@ -262,8 +340,16 @@ class IDPA(Partition):
         self.batches, self.smoothing = (whole(*n, error=ValueError) for n in (("batches", batches), ("smoothing", smoothing)))
         self.speeds = None if speeds is None else several("speeds", speeds, partial(real, above=0))
 
-    def start(self, n_samples: int, workers: Iterable[int], *, seed: int = 0, labels: np.ndarray | None = None) -> None:
-        super().start(n_samples, workers, seed=seed, labels=labels)
+    def start(
+        self,
+        n_samples: int,
+        workers: Iterable[int],
+        *,
+        seed: int = 0,
+        labels: np.ndarray | None = None,
+        units: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        super().start(n_samples, workers, seed=seed, labels=labels, units=units)
         self._measured: dict[int, list[float]] = {}
         if self.speeds is not None:
             if len(self.speeds) != len(self.workers):

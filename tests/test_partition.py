@@ -247,3 +247,90 @@ def test_a_senseless_time_is_refused():
     rule.start(20, [0, 1])
     with pytest.raises(PartitionError, match="worker 1 reports nan"):
         rule.allocate([0, 1], {0: 1.0, 1: float("nan")})
+
+
+# -- units: runs of samples that are read together ---------------------------------------------------------------------
+
+
+def offsets(n_units, seed=0, least=5, most=12):
+    return np.cumsum([0, *np.random.default_rng(seed).integers(least, most, n_units)])
+
+
+def assert_whole(samples, units):
+    """Whole units, each in its order."""
+    begins = np.flatnonzero(np.isin(samples, units[:-1]))
+    for part in np.split(samples, begins)[1:]:
+        at = np.searchsorted(units, part[0])
+        assert part.tolist() == list(range(units[at], units[at + 1]))
+
+
+@pytest.mark.parametrize("rule", [UDPA(), IDPA(1), IDPA(3), IDPA(5, speeds=[1, 2, 9])])
+@pytest.mark.parametrize("n_units", [3, 4, 40])
+def test_units_are_handed_out_whole_and_cover_everything(rule, n_units):
+    units = offsets(n_units)
+    rule.start(units[-1], [0, 1, 2], seed=3, units=units)
+    for _ in range(rule.batches):
+        rule.allocate([0, 1, 2], {0: 0.1, 1: 0.25, 2: 0.7})
+        for worker in (0, 1, 2):
+            assert_whole(rule.shard(worker), units)
+            assert len(rule.shard(worker))  # nobody begins with nothing
+    assert_exact_cover(rule, units[-1])
+    assert not len(rule.pool)
+
+
+def test_targets_are_samples_to_the_nearest_unit():
+    units = offsets(400, seed=1)
+    rule, target = IDPA(4, speeds=[1, 1, 2]), units[-1] / np.array([4, 4, 2])
+    rule.start(units[-1], [0, 1, 2], units=units)
+    for _ in range(4):
+        rule.allocate([0, 1, 2], {0: 2.0, 1: 2.0, 2: 1.0})
+    assert np.abs([rule.held[w] for w in (0, 1, 2)] - target).max() <= 12
+    times = np.array([2.0, 2.0, 1.0]) * [rule.held[w] for w in (0, 1, 2)]
+    assert times.mean() / times.max() > 0.98
+
+
+def test_units_without_a_barrier_are_all_handed_out_and_survive_a_loss_a_newcomer_and_a_checkpoint():
+    units = offsets(30, seed=2)
+    rule, rng = IDPA(3), np.random.default_rng(0)
+    rule.start(units[-1], [0, 1, 2], units=units)
+    rule.allocate([0, 1, 2], {0: 1.0, 1: 1.0, 2: 3.0})
+    for worker in rng.integers(0, 3, 24).tolist():
+        rule.allocate([worker], {worker: [1.0, 1.0, 3.0][worker]})
+    assert_exact_cover(rule, units[-1])
+    rule.leave(1)
+    again = IDPA(3)
+    again.load_state_dict(rule.state_dict())
+    assert again.units.tolist() == units.tolist()
+    given = []
+    for one in (rule, again):
+        one.join(7, 1.0)
+        for _ in range(8):
+            for worker in list(one.workers):
+                one.reclaim(worker)
+                given.append((worker, one.allocate([worker], {worker: 1.0})[worker].tolist()))
+        assert_exact_cover(one, units[-1])
+        assert not one.late
+        for worker in one.workers:
+            assert_whole(one.shard(worker), units)
+    assert given[: len(given) // 2] == given[len(given) // 2 :]
+    assert min(rule.held.values()) > 12
+
+
+def test_a_newcomer_gets_a_unit_where_there_are_few():
+    units = offsets(4)
+    rule = UDPA()
+    rule.start(units[-1], [0, 1], units=units)
+    rule.allocate([0, 1])
+    rule.join(2)
+    assert sum(rule.reclaim(worker) for worker in (0, 1)) > 0
+    assert len(rule.allocate([2])[2])
+
+
+def test_units_that_cannot_be_dealt_out_are_refused():
+    with pytest.raises(PartitionError, match=r"2 units \(row groups\) cannot fill 3 shards"):
+        UDPA().start(20, [0, 1, 2], units=[0, 9, 20])
+    with pytest.raises(PartitionError, match="picks single samples"):
+        UDPA(stratified=True).start(20, [0, 1], units=[0, 9, 20], labels=np.zeros(20))
+    for wrong in ([0, 9], [1, 20], [0, 9, 9, 20], [0]):
+        with pytest.raises(PartitionError, match="offsets that grow from 0 to 20"):
+            UDPA().start(20, [0, 1], units=wrong)

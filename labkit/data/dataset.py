@@ -135,13 +135,8 @@ class Dataset:
         0..N-1 is an IndexError, a name that is no field a ValueError.
         """
         names = list(self.fields) if fields is None else [known("fields", name, self.fields) for name in fields]
-        at, made = self._checked(indices, split), {}
-        for name in names:
-            stored = self._map(name, split)
-            if window and name == self.inputs[0]:
-                part = stored[(at, slice(None), *window)]
-            else:
-                part = stored[at]
+        read, made = self._read(names, split, self._checked(indices, split), window), {}
+        for name, part in read.items():
             if name in self._affine:
                 centre, rate = self._affine[name]
                 part = part.astype(np.float32)
@@ -155,7 +150,23 @@ class Dataset:
     def raw(self, indices: Any, split: str = "train", field: str | None = None) -> np.ndarray:
         """One field of the samples at `indices` as it was given (bytes stay bytes), by default the first input: for figures."""
         name = self.inputs[0] if field is None else known("field", field, self.fields)
-        return self._map(name, split)[self._checked(indices, split)]
+        return self._read([name], split, self._checked(indices, split))[name]
+
+    @property
+    def units(self) -> np.ndarray | None:
+        """Offsets of the runs of training samples that are read together (row groups), int64 from 0 to n_train; None where each sample is
+        read by itself."""
+        return self.units_of("train")
+
+    def units_of(self, split: str) -> np.ndarray | None:
+        """The same of either split."""
+        return None
+
+    def hold(self, indices: np.ndarray, split: str = "train") -> None:
+        """These samples will be asked for again and again: where they are not at hand, they are read once and held in memory."""
+
+    def expect(self, indices: np.ndarray, split: str = "train") -> None:
+        """These will be asked for next, in this order: where they are read in units, the next unit is read ahead."""
 
     def labels(self, split: str = "train") -> np.ndarray:
         """All labels of a split, int64 of shape (N,), as a new array; DataError where samples have no class."""
@@ -166,6 +177,11 @@ class Dataset:
     def described(self) -> str:
         """The fields in words, for messages."""
         return ", ".join(f"{name} ({field.role} {field.dtype} {field.shape})" for name, field in self.fields.items())
+
+    def _read(self, names: Sequence[str], split: str, at: np.ndarray, window: tuple[slice, ...] = ()) -> dict[str, np.ndarray]:
+        """Fields of the samples `at`, as they are stored, new arrays."""
+        window = (slice(None), *window) if window else ()
+        return {name: self._map(name, split)[(at, *(window if name == self.inputs[0] else ()))] for name in names}
 
     def _checked(self, indices: Any, split: str) -> np.ndarray:
         at, n = np.asarray(indices), {"train": self.n_train, "test": self.n_test}[known("split", split, SPLITS)]

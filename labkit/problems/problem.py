@@ -382,7 +382,16 @@ class Problem:
 
     def test_indices(self) -> np.ndarray:
         """Indices (split "test") that the learning curve is measured on; int64, in one fixed random order."""
-        return first("test_samples", self.test_samples, shuffled(self.dataset.n_test), " in the test split")
+        order = shuffled(self.dataset.n_test, self.dataset.units_of("test"))
+        return first("test_samples", self.test_samples, order, " in the test split")
+
+    def units(self) -> np.ndarray | None:
+        """Offsets in `train_indices` of the runs of samples that the data set reads together (row groups), int64 (U + 1,) from 0 on;
+        None where each sample is read by itself. They are dealt out whole."""
+        if self.dataset.units is None:
+            return None
+        unit = np.searchsorted(self.dataset.units, self.train_indices(), "right")
+        return np.concatenate([[0], np.flatnonzero(np.diff(unit)) + 1, [len(unit)]])
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
         """Classes of training samples, for stratified partitions; int64. DataError where samples have no class."""
@@ -391,7 +400,7 @@ class Problem:
     @cached_property
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
         labels = None if self.dataset.label is None or self.dataset.n_classes is None else self.dataset.labels("train")
-        return hold_out(labels, self.dataset.n_train, self.score_samples)
+        return hold_out(labels, self.dataset.n_train, self.score_samples, self.dataset.units)
 
     # The settings: for the record, and on the way to a worker.
 

@@ -13,16 +13,27 @@ from labkit.errors import ProblemError
 SEED = 20190417
 
 
-def hold_out(labels: np.ndarray | None, n: int, n_score: int) -> tuple[np.ndarray, np.ndarray]:
+SPREAD = 8  # units that the score set is drawn from, at least
+
+
+def hold_out(labels: np.ndarray | None, n: int, n_score: int, units: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Cut 0..n-1 into (train, score): train in one fixed random order, score ascending; int64.
 
-    The score set has `n_score` samples but at most a fifth of all, and at least one. Raises ProblemError for n < 2.
+    The score set has `n_score` samples but at most a fifth of all, and at least one. Of samples that are read in `units` (their
+    offsets) the order is one of units, and the score set is drawn from a few of them. Raises ProblemError for n < 2.
     """
     if n < 2:
         raise ProblemError(f"The data have {n} training sample(s). Give at least 2: one is held out as the score set.")
-    order = shuffled(n)
+    order = shuffled(n, units)
     n_score = max(1, min(n_score, n // 5))
-    held = np.arange(n) < n_score if labels is None else _stratified(labels[order], n_score)
+    if units is not None:
+        lengths = np.diff(units)[_permutation(len(units) - 1)]
+        few = order[: max(int(lengths[:SPREAD].sum()), min(n, 4 * n_score))]
+        few = few[_permutation(len(few))]
+        drawn = few[:n_score] if labels is None else few[_stratified(labels[few], n_score)]
+        held = np.isin(order, drawn)
+    else:
+        held = np.arange(n) < n_score if labels is None else _stratified(labels[order], n_score)
     return order[~held], np.sort(order[held])
 
 
@@ -31,8 +42,14 @@ def folds(labels: np.ndarray, n_folds: int) -> np.ndarray:
     return _rank(labels)[0] % n_folds
 
 
-def shuffled(n: int) -> np.ndarray:
-    """0..n-1 in one fixed random order; int64."""
+def shuffled(n: int, units: np.ndarray | None = None) -> np.ndarray:
+    """0..n-1 in one fixed random order, int64; with `units` (their offsets) these are in a random order, and stay whole."""
+    if units is None:
+        return _permutation(n)
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(units[at], units[at + 1]) for at in _permutation(len(units) - 1))])
+
+
+def _permutation(n: int) -> np.ndarray:
     return np.random.default_rng(SEED).permutation(n)
 
 

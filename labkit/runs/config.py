@@ -35,7 +35,7 @@ FORMAT = 4  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
 # Settings that are left out where a run has none.
-OPTIONAL = ("milestones", "target", "patience", "sources", "origin", "scenario", "resumed")
+OPTIONAL = ("units", "milestones", "target", "patience", "sources", "origin", "scenario", "resumed")
 PACKAGES = ("labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot")
 PUBLIC = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}  # of format 2 and before
 
@@ -63,6 +63,7 @@ class RunConfig(Mapping[str, Any]):
     budget: int
     checkpoints: int
     n_train: int
+    units: Sequence[int] = ()  # offsets in these of what the data set reads together, such as row groups; none: each by itself
     exact_buffers: bool = True  # are buffers that are not float32 in the weight vector (`labkit.models.flat`)?
     batch_size: int | None  # None: an earlier format, and a problem that sets its own
     exchange: str = "float32"  # how weights travel: `labkit.training.wire.compression`

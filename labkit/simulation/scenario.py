@@ -7,10 +7,13 @@ Used by `labkit.simulation.simulate`.
 """
 
 import copy
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from labkit.cluster.emulation import make_stalls, opposite
 from labkit.errors import RunError, real, several, whole
@@ -109,10 +112,21 @@ def changed(recorded: RunConfig, update: Update, partition: Partition, given: Ma
         settings["local_steps"] = None if local_steps is None else whole("local_steps", local_steps)
     n_train = recorded.n_train if given["samples"] is None else whole("samples", given["samples"])
     passes = recorded.passes if given["passes"] is None else real("passes", given["passes"], above=0)
+    units = recorded.units if n_train == recorded.n_train else units_like(recorded.units, n_train)
     budget = whole("passes x samples", max(1, round(passes * n_train)), most=MOST)
     milestones = [max(1, round(samples * n_train / recorded.n_train)) for samples in recorded.milestones]
     settings |= {"milestones": tuple(samples for samples in milestones if samples < budget), "target": None, "patience": None}
-    return recorded.replace(**settings, n_train=n_train, passes=passes, budget=budget)
+    return recorded.replace(**settings, n_train=n_train, units=units, passes=passes, budget=budget)
+
+
+def units_like(units: Sequence[int], n: int) -> tuple[int, ...]:
+    """Offsets of units of n samples, of the lengths of these in turn."""
+    made = [0]
+    for length in itertools.cycle(np.diff(units).tolist()) if units else ():
+        if made[-1] + length >= n:
+            return (*made, n)
+        made.append(made[-1] + length)
+    return ()
 
 
 def checked_failures(failures: Sequence[Sequence[float]], n_workers: int) -> list[list[float]]:

@@ -33,7 +33,7 @@ from labkit.training.monitor import OnVersion
 from labkit.training.run import Run, load_run
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import MEETING
-from labkit.training.train import begin, check_sources, choose, labels_for, leased, server_host
+from labkit.training.train import begin, check_sources, choose, labels_for, leased, server_host, units_of
 from labkit.updates import Update, make_update
 
 ENDING_S = 5.0  # a server that has ended the run has so long to go
@@ -158,6 +158,8 @@ def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
     n_train = len(given.train_indices())
     if n_train != run.config.n_train:
         raise RunError(f"the data have {n_train} training samples, and run {run.name} was begun with {run.config.n_train}.")
+    if units_of(given) != tuple(run.config.units):
+        raise RunError(f"the data have other row groups than run {run.name} was begun with. Open them as they were.")
     from labkit.models.flat import Flat
 
     if checkpoints.Layout.of(*Flat(given.new_module(run.config.seed), exact=run.config.exact_buffers).shapes) != run.layout:

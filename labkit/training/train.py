@@ -178,6 +178,7 @@ def configure(
         budget=budget,
         milestones=tuple(m for m in milestones_of(problem, n_train) if m < budget),
         n_train=n_train,
+        units=units_of(problem),
         batch_size=problem.batch_size,
         synthetic=problem.dataset.synthetic,
         data_note=problem.dataset.note,
@@ -306,7 +307,13 @@ def check_traffic(update: Update, exchange: str, overlap: int) -> dict[str, Any]
 
 def check_shards(problem: Problem, workers: list[int], partition: Partition) -> None:
     """A partition of the true size, made and thrown away: it should fail here, not in the server."""
-    copy.deepcopy(partition).start(len(problem.train_indices()), workers, labels=labels_for(partition, problem))
+    units = {"units": found} if (found := units_of(problem)) else {}
+    copy.deepcopy(partition).start(len(problem.train_indices()), workers, labels=labels_for(partition, problem), **units)
+
+
+def units_of(problem: Problem) -> tuple[int, ...]:
+    """The units of the training samples, as the record has them; none where each is read by itself."""
+    return () if (units := problem.units()) is None else tuple(units.tolist())
 
 
 def labels_for(partition: Partition, problem: Problem) -> np.ndarray | None:

@@ -57,3 +57,20 @@ def test_folds_cover_everything_once_and_hold_every_class():
     assert set(of) == {0, 1, 2} and np.ptp(np.bincount(of)) <= 3
     for label in range(3):
         assert np.ptp(np.bincount(of[labels == label], minlength=3)) <= 1
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_of_units_the_score_set_is_drawn_from_a_few_and_the_others_stay_whole(labelled):
+    units = np.arange(0, 4001, 100)
+    labels = np.arange(4000) % 3 if labelled else None
+    train, score = hold_out(labels, 4000, 60, units)
+    assert len(score) == 60 and np.array_equal(np.sort(np.concatenate([train, score])), np.arange(4000))
+    assert 3 <= len({*(score // 100)}) <= 8
+    assert np.count_nonzero(np.diff(train // 100)) == 39  # one unit after the other
+    if labelled:
+        assert np.bincount(score % 3).tolist() == [20, 20, 20]
+
+
+def test_an_order_of_units_keeps_them_whole():
+    order = shuffled(35, np.array([0, 10, 20, 35]))
+    assert sorted(order) == list(range(35)) and np.count_nonzero(np.diff(order) != 1) <= 2

@@ -116,7 +116,8 @@ class Coordinator:
             partition.load_state_dict(state["partition"])
         else:
             update.start(weights, config.indices, layout.n_buffers, layout.blocks)
-            partition.start(config.n_train, config.indices, seed=config.seed, labels=labels)
+            units = {"units": config.units} if config.units else {}
+            partition.start(config.n_train, config.indices, seed=config.seed, labels=labels, **units)
         return cls(config, update, partition, state=state, **options)
 
     # -- what workers do -----------------------------------------------------------------------------------------------

@@ -59,6 +59,9 @@ class Replica:
         self.flat, self.layout = self.state.vector, Layout.of(*self.state.shapes)
         self.optimisers = problem.optimisers(self.module)
         self.train_indices, self.scored = problem.train_indices(), problem.score_indices()
+        self.units = problem.units()
+        if self.units is not None:
+            problem.dataset.hold(self.scored)
         self.shard: Shard | None = None
         self.draws: torch.Generator | None = None  # what is random in its batches
         self.noise = noise(seed, worker, device=device)  # and in its steps
@@ -69,7 +72,7 @@ class Replica:
     def begin(self, incarnation: int, own_generator: bool = True) -> None:
         """An empty shard and streams of random numbers; one for dropout and the like, unless workers share torch's generator."""
         seeds = [self.seed, self.worker, incarnation]
-        self.shard, self.draws, self.noise = Shard(*seeds), draws(*seeds), noise(*seeds, self.device)
+        self.shard, self.draws, self.noise = Shard(*seeds, self.units), draws(*seeds), noise(*seeds, self.device)
         if own_generator:
             seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
             (torch.default_generator.manual_seed if self.device == "cpu" else torch.manual_seed)(seed)
@@ -127,6 +130,8 @@ class Replica:
         if grant.settle:
             return self._settle(grant)
         drawn, batch_size = self.shard.draw(grant.samples), self.problem.batch_size
+        if self.units is not None:
+            self.problem.dataset.expect(self.train_indices[drawn])
         now, self.left = np.split(drawn, [len(drawn) - grant.ahead])
         if group:
             sizes, *plan = steps(grant.rank_samples, group.rank, batch_size)

@@ -1,6 +1,7 @@
 """The sampler of one worker: the samples of its shard, and their order in each pass.
 
-Every pass draws a new order from (seed, worker, pass, incarnation), so a run can be repeated and replayed. In an all-reduce all
+Every pass draws a new order from (seed, worker, pass, incarnation), so a run can be repeated and replayed. Of a data set that is read
+in units (row groups) it is an order of units, and then of the samples within each, so that a unit is read once a pass. In an all-reduce all
 ranks take the same number of steps, with batches in proportion to their shards (`steps`).
 
 Used by `labkit.training.worker.replica` and `labkit.training.local`.
@@ -13,10 +14,17 @@ import numpy as np
 from labkit.errors import WorkerError
 
 
-def pass_order(shard: np.ndarray, seed: int, worker: int, epoch: int, incarnation: int = 0) -> np.ndarray:
-    """The order of the shard of this incarnation of `worker` in its `epoch`-th pass (0, 1, ...)."""
+def pass_order(
+    shard: np.ndarray, seed: int, worker: int, epoch: int, incarnation: int = 0, units: np.ndarray | None = None
+) -> np.ndarray:
+    """The order of the shard of this incarnation of `worker` in its `epoch`-th pass (0, 1, ...); unit by unit where there are `units`,
+    offsets as of `Problem.units`."""
     generator = np.random.default_rng(np.random.SeedSequence([seed, worker, epoch, incarnation]))
-    return shard[generator.permutation(len(shard))]
+    order = generator.permutation(len(shard))
+    if units is None:
+        return shard[order]
+    held, unit = np.unique(np.searchsorted(units, shard[order], "right"), return_inverse=True)
+    return shard[order[np.argsort(generator.permutation(len(held))[unit], kind="stable")]]
 
 
 def steps(samples: Sequence[int], rank: int, batch_size: int) -> tuple[list[int], list[float], list[int]]:
@@ -41,7 +49,8 @@ def steps(samples: Sequence[int], rank: int, batch_size: int) -> tuple[list[int]
 class Shard:
     """The samples that a worker holds, served pass after pass; without `local_steps` a pass is the shard once, in a new order."""
 
-    def __init__(self, seed: int, worker: int, incarnation: int = 0) -> None:
+    def __init__(self, seed: int, worker: int, incarnation: int = 0, units: np.ndarray | None = None) -> None:
+        self.units = units
         self.seed, self.worker, self.incarnation, self.epoch = seed, worker, incarnation, 0
         self.indices = self.rest = np.empty(0, np.int64)
 
@@ -67,7 +76,7 @@ class Shard:
         drawn = []
         while n > 0:
             if not len(self.rest):
-                self.rest = pass_order(self.indices, self.seed, self.worker, self.epoch, self.incarnation)
+                self.rest = pass_order(self.indices, self.seed, self.worker, self.epoch, self.incarnation, self.units)
                 self.epoch += 1
             drawn.append(self.rest[:n])
             self.rest, n = self.rest[n:], n - len(drawn[-1])

@@ -95,3 +95,17 @@ def test_the_number_of_steps_is_that_of_the_joint_batch():
     assert steps([64, 64], 0, 16) == ([16] * 4, [0.5] * 4, [0, 32, 64, 96])
     sizes = [steps([96, 32], rank, 16)[0] for rank in (0, 1)]
     assert sizes == [[24] * 4, [8] * 4]
+
+
+def test_a_pass_over_units_reads_each_once_in_a_new_order():
+    units = np.array([0, 10, 20, 35, 50])
+    shard = Shard(0, 1, units=units)
+    shard.add(np.concatenate([np.arange(20, 35), np.arange(10), np.arange(35, 50)]))
+    passes = [shard.draw(40) for _ in range(6)]
+    for order in passes:
+        assert sorted(order) == [*range(10), *range(20, 50)]
+        assert np.count_nonzero(np.diff(np.searchsorted(units, order, "right"))) == 2
+        assert (np.diff(order) != 1).sum() > 20  # shuffled within each
+    assert len({tuple(order) for order in passes}) == 6
+    shard.retain(15)
+    assert sorted(shard.draw(15)) == list(range(20, 35))
