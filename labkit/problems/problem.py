@@ -13,7 +13,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from labkit.errors import DataError, LabError, ProblemError, RunError, file_path
 from labkit.imports import by_value, constructor_arguments, import_path, imported, plain, short
 from labkit.models import seeded
 from labkit.models.flat import Flat
+from labkit.problems import splits
 from labkit.problems.splits import batches, first, hold_out, shuffled
 from labkit.problems.trial import check_equal, check_outputs, check_rebuilt, copied, is_lazy, shared
 from labkit.sources import needed
@@ -374,6 +375,8 @@ class Problem:
     def train_indices(self) -> np.ndarray:
         """Indices to train on, in one fixed random order, without the score set; int64."""
         train, score = self._split
+        if self._fold:
+            return train.copy()
         return first("train_samples", self.train_samples, train, f" beside the {score.size} of the score set")
 
     def score_indices(self) -> np.ndarray:
@@ -400,7 +403,59 @@ class Problem:
     @cached_property
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
         labels = None if self.dataset.label is None or self.dataset.n_classes is None else self.dataset.labels("train")
-        return hold_out(labels, self.dataset.n_train, self.score_samples, self.dataset.units)
+        if self._fold is None:
+            return hold_out(labels, self.dataset.n_train, self.score_samples, self.dataset.units)
+        of_all, unit = self._to_fold
+        train, held = splits.fold(None if labels is None else labels[of_all], unit, *self._fold)
+        return of_all[train], np.sort(of_all[held])
+
+    @property
+    def _to_fold(self) -> tuple[np.ndarray, np.ndarray]:
+        """The samples that folds are made of, in the order of `train_indices`, and what each is dealt out with: its unit, or itself."""
+        units = self.dataset.units
+        order = shuffled(self.dataset.n_train, units)
+        of_all = first("train_samples", self.train_samples, order, " in the training split")
+        return of_all, np.arange(len(of_all)) if units is None else np.searchsorted(units, of_all, "right")
+
+    _fold: tuple[int, int, int] | None = None  # k, n and seed
+
+    def fold(self, k: int, n: int, seed: int = 0) -> "Problem":
+        """The same problem for fold k of n of a cross-validation: it trains on the others, and fold k is its score set.
+
+            runs = [labkit.train(problem.fold(k, 5), lab, update="sgwu", name=f"fold-{k}").wait() for k in range(5)]
+
+        The score on the fold is that by which `target`, `patience` and `run.model("best")` go, and of the final weights
+        `run.problem().measure(run.model().network, run.problem().score_indices())`. The test set stays what it is.
+
+        Parameters
+        ----------
+        k, n : 0 <= k < n, of at least two folds. Each sample of the training split, or of the first `train_samples` of it, is in one
+            fold. The folds have as many samples, and as many of each class where there are labels, but for one. All of a fold
+            is the score set, whatever `score_samples` is; a rule that weighs pushes measures it at each push. Samples that are
+            read in units (row groups) are dealt out by whole units.
+        seed : deals the samples out; the same for all k.
+
+        Raises
+        ------
+        ValueError
+            There is no such fold, or there are fewer samples than folds.
+        ProblemError
+            The problem chooses its samples itself.
+        """
+        n, seed = whole("n", n, 2, error=ValueError), whole("seed", seed, 0, error=ValueError)
+        k = whole("k", k, 0, n - 1, error=ValueError)
+        for name in ("train_indices", "score_indices"):
+            if getattr(type(self), name) is not getattr(Problem, name):
+                raise ProblemError(f"{self._title()} has {name}() of its own, so that it alone can make folds.")
+        if (n_dealt := len(np.unique(self._to_fold[1]))) < n:
+            what = "samples" if self.dataset.units is None else "units of samples that are read together"
+            raise ValueError(f"n={n}: {n_dealt} {what} cannot fill so many folds.")
+        return self.on(self.dataset)._folded((k, n, seed))
+
+    def _folded(self, fold: tuple[int, int, int] | None) -> Self:
+        self.__dict__.pop("_split", None)
+        self._fold = fold
+        return self
 
     # The settings: for the record, and on the way to a worker.
 
@@ -410,6 +465,8 @@ class Problem:
         settings = {name: v.reference if isinstance(v, Dataset) else plain(v) for name, v in given.items()}
         if callable(self.augment):
             settings["augment"] = import_path(self.augment)
+        if self._fold:
+            settings["cross_validation"] = dict(zip(("fold", "of", "seed"), self._fold, strict=True))
         return {"kind": import_path(type(self)), **settings}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -438,7 +495,7 @@ def noise(seed: int, worker: int, incarnation: int = 0, device: str | torch.devi
 def problem_from_config(config: Mapping[str, Any]) -> Problem:
     """The problem whose `config()` this is; RunError where that cannot be, as for a model from a notebook cell."""
     settings = dict(config)
-    kind = settings.pop("kind", None)
+    kind, fold = settings.pop("kind", None), settings.pop("cross_validation", None)
     for name, value in config.items():
         if (lost := by_value(value)) is not None:
             raise RunError(
@@ -449,7 +506,8 @@ def problem_from_config(config: Mapping[str, Any]) -> Problem:
         made = imported(str(kind))
         if not (isinstance(made, type) and issubclass(made, Problem)):
             raise RunError(f"{kind!r} in the record of this run is not a Problem.")
-        return made(**settings)
+        problem = made(**settings)
+        return problem.fold(fold["fold"], fold["of"], fold["seed"]) if fold else problem
     except (ProblemError, TypeError, ValueError) as error:
         raise RunError(f"the record of this run does not describe a problem that can be made here: {error}") from error
 

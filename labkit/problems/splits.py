@@ -37,6 +37,20 @@ def hold_out(labels: np.ndarray | None, n: int, n_score: int, units: np.ndarray 
     return order[~held], np.sort(order[held])
 
 
+def fold(labels: np.ndarray | None, unit: np.ndarray, k: int, n_folds: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Cut 0..n-1 into (all but fold k, fold k) of `n_folds` equal ones; int64, ascending.
+
+    `unit` (n,) is what samples that stay together have in common. Where each stands alone, a fold has as equal a share of each class.
+    All folds together hold each sample once; their units, and the samples of a class in them, differ by one at most.
+    """
+    distinct, number = np.unique(unit, return_inverse=True)
+    order = np.random.default_rng([SEED, seed]).permutation(len(distinct))
+    if labels is not None and len(distinct) == len(unit):
+        order = order[np.argsort(labels[np.argsort(number)][order], kind="stable")]  # dealt out class after class
+    held = np.isin(number, order[k::n_folds])
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
 def folds(labels: np.ndarray, n_folds: int) -> np.ndarray:
     """The fold 0..n_folds-1 of each sample, int64 (n,): each class is dealt out one by one, so all folds have all classes."""
     return _rank(labels)[0] % n_folds

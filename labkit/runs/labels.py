@@ -29,7 +29,8 @@ ASIDE += ("exact_buffers",)
 # What is derived from the rest, or told in a way of its own.
 UNSAID = ("format", "id", "name", "created", "data_note", "synthetic", "emulated", "problem", "update", "partition", "workers")
 UNSAID += ("origin", "scenario", "resumed", "sources", "milestones")
-DERIVED = {"n_train": ("data", "train_samples")}  # differs because one of these does
+FOLD = tuple(f"cross_validation.{name}" for name in ("fold", "of", "seed"))
+DERIVED = {"n_train": ("data", "train_samples", *FOLD)}  # differs because one of these does
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:

@@ -147,7 +147,9 @@ def channel_groups(problem: Classifier, n: int) -> list[Classifier]:
         )
     i, of = problem.model_args.get("piece", (0, 1))  # a group may be cut again
     return [
-        Classifier(**{**constructor_arguments(problem), "model_args": {**problem.model_args, "piece": [i + of * group, of * n]}})
+        Classifier(
+            **{**constructor_arguments(problem), "model_args": {**problem.model_args, "piece": [i + of * group, of * n]}}
+        )._folded(problem._fold)
         for group in range(n)
     ]
 

@@ -67,12 +67,12 @@ class Subnet(Classifier):
     ) -> Subnet:
         """The problem of one subdomain of `problem`, with its settings."""
         own = {"decomposition": decomposition, "part": part, "width_rule": width_rule, "stacking": stacking}
-        return cls(**constructor_arguments(problem), **own)
+        return cls(**constructor_arguments(problem), **own)._folded(problem._fold)
 
     def copies(self) -> list[Subnet]:
         """With "out-of-fold" its copies, each trained without one fold; otherwise none."""
         numbers = range(FOLDS) if self.stacking == "out-of-fold" else ()
-        return [type(self)(**constructor_arguments(self) | {"fold": fold}) for fold in numbers]
+        return [type(self)(**constructor_arguments(self) | {"fold": fold})._folded(self._fold) for fold in numbers]
 
     @property
     def number(self) -> int:

@@ -416,6 +416,48 @@ def test_a_subclass_gives_four_methods_and_has_the_rest():
     assert problem_from_config(config).config() == config
 
 
+def test_a_fold_is_the_score_set_and_is_in_the_record():
+    problem = tiny(train_samples=30)
+    parts = [problem.fold(k, 4) for k in range(4)]
+    together = np.sort(np.concatenate([part.score_indices() for part in parts]))
+    assert len(set(together)) == 30 and all(np.setdiff1d(together, p.score_indices()).size == len(p.train_indices()) for p in parts)
+    for part in parts:
+        train, held = part.train_indices(), part.score_indices()
+        assert not set(train) & set(held) and set(train) | set(held) == set(together) and len(held) in (7, 8)
+        assert np.ptp(np.bincount(part.labels(held))) <= 1
+    one = parts[1]
+    assert len(problem.train_indices()) == 30 and "cross_validation" not in problem.config()
+    assert one.config()["cross_validation"] == {"fold": 1, "of": 4, "seed": 0}
+    for same in (problem_from_config(json.loads(json.dumps(one.config()))), pickle.loads(pickle.dumps(one)), one.fold(1, 4)):
+        assert np.array_equal(same.score_indices(), one.score_indices()) and same.config() == one.config()
+        assert np.array_equal(same.train_indices(), one.train_indices())
+    assert not np.array_equal(problem.fold(1, 4, seed=1).score_indices(), one.score_indices())
+    one.check()
+
+
+class Chosen(Classifier):
+    def train_indices(self):
+        return super().train_indices()[::2]
+
+
+@pytest.mark.parametrize(
+    ("fold", "error", "words"),
+    [
+        ((4, 4), ValueError, "k=4 must be at most 3"),
+        ((-1, 4), ValueError, "k=-1"),
+        ((0, 1), ValueError, "n=1"),
+        ((0, 55), ValueError, "n=55: 54 samples cannot fill so many folds"),
+        ((0.5, 4), ValueError, "0.5"),
+        (("first", 4), ValueError, "first"),
+    ],
+)
+def test_a_fold_that_is_none_is_refused(fold, error, words):
+    with pytest.raises(error, match=words):
+        tiny().fold(*fold)
+    with pytest.raises(ProblemError, match=r"has train_indices\(\) of its own"):
+        Chosen("lenet", images()).fold(0, 4)
+
+
 def test_the_example_of_contributing_is_a_problem():
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "Autoencoder" in block)

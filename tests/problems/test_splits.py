@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from labkit.errors import ProblemError
-from labkit.problems.splits import batches, first, folds, hold_out, shuffled
+from labkit.problems.splits import batches, first, fold, folds, hold_out, shuffled
 
 
 @pytest.mark.parametrize(("n", "asked", "size"), [(2, 256, 1), (17, 256, 3), (1500, 256, 256), (1500, 7, 7)])
@@ -49,6 +49,28 @@ def test_batches_cover_everything_in_order_and_none_is_a_lone_sample(n, batch_si
     assert len(parts) <= -(-n // batch_size)
     if n % batch_size == 0:
         assert len(parts) == n // batch_size  # local_steps is the number of optimiser steps
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("n", "n_folds"), [(100, 5), (17, 4), (17, 17), (5, 2)])
+def test_the_folds_of_a_cross_validation_are_equal_and_hold_each_sample_once(n, n_folds, labelled):
+    labels = np.random.default_rng(0).integers(4, size=n) if labelled else None
+    parts = [fold(labels, np.arange(n), k, n_folds, 3) for k in range(n_folds)]
+    assert np.array_equal(np.sort(np.concatenate([held for _, held in parts])), np.arange(n))
+    assert np.ptp([len(held) for _, held in parts]) <= 1
+    for train, held in parts:
+        assert np.array_equal(np.sort(np.concatenate([train, held])), np.arange(n))
+    for label in range(4 if labelled else 0):
+        assert np.ptp([(labels[held] == label).sum() for _, held in parts]) <= 1
+    assert np.array_equal(parts[0][1], fold(labels, np.arange(n), 0, n_folds, 3)[1])
+    assert n_folds == n or not np.array_equal(parts[0][1], fold(labels, np.arange(n), 0, n_folds, 4)[1])
+
+
+def test_of_units_folds_are_whole_ones():
+    unit = np.repeat(np.arange(7), [3, 9, 4, 4, 1, 30, 2])
+    parts = [fold(np.arange(53) % 3, unit, k, 3)[1] for k in range(3)]
+    assert sorted(np.concatenate(parts)) == list(range(53))
+    assert sorted(len(set(unit[held])) for held in parts) == [2, 2, 3] and len(set(unit[parts[0]]) & set(unit[parts[1]])) == 0
 
 
 def test_folds_cover_everything_once_and_hold_every_class():

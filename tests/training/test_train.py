@@ -121,7 +121,7 @@ def test_noise_is_the_same_on_threads_and_processes_and_goes_on_when_a_run_is_re
         for update in ("sgwu", "allreduce"):  # where the order of arrival makes no difference
             again = ended(train(a_problem, lab=lab, update=update, passes=1, name="again"))
             np.testing.assert_array_equal(again.flat(), made[update].flat())
-        run = train(a_problem, lab=lab, update="agwu", passes=100, local_steps=1, checkpoints=100, name="cut")
+        run = train(a_problem, lab=lab, update="agwu", passes=10, local_steps=1, checkpoints=100, name="cut")
         until(lambda: run.status()["version"] > 4)
         run.stop()
         made["cut"] = ended(labkit.resume(run.path, lab, problem=a_problem))
@@ -146,6 +146,19 @@ def test_running_statistics_travel(update, train):
     measured = a_problem.evaluate(module, a_problem.load(test, "test"))
     assert measured["score"] == pytest.approx(run.summary()["score"])
     assert measured["loss"] == pytest.approx(run.summary()["loss"], rel=1e-4)
+
+
+def test_a_fold_is_trained_on_the_others_and_replayed_from_the_record_alone(train, lab):
+    run = train(problem().fold(1, 3), update="agwu", passes=4, local_steps=2, checkpoints=100)
+    until(lambda: run.status()["version"] > 1)
+    run.stop()
+    run = ended(labkit.resume(run.path, lab))
+    again = labkit.load_run(run.path)
+    held, n = again.problem().score_indices(), len(problem().dataset.labels("train"))
+    assert len(held) == n // 3 and run.config.n_train == n - n // 3 and run.config.problem["cross_validation"]["of"] == 3
+    np.testing.assert_array_equal(labkit.replay(again).flat(), run.flat())
+    with pytest.raises(RunError, match="this problem is not the one of run .*: cross_validation"):
+        labkit.replay(run, problem=problem().fold(2, 3))
 
 
 # -- the samples and the events ----------------------------------------------------------------------------------------
