@@ -157,7 +157,7 @@ def test_a_fold_is_trained_on_the_others_and_replayed_from_the_record_alone(trai
     held, n = again.problem().score_indices(), len(problem().dataset.labels("train"))
     assert len(held) == n // 3 and run.config.n_train == n - n // 3 and run.config.problem["cross_validation"]["of"] == 3
     np.testing.assert_array_equal(labkit.replay(again).flat(), run.flat())
-    with pytest.raises(RunError, match="this problem is not the one of run .*: cross_validation"):
+    with pytest.raises(RunError, match=r"this problem is not the one of run .*: cross_validation"):
         labkit.replay(run, problem=problem().fold(2, 3))
 
 
