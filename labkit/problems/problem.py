@@ -28,7 +28,18 @@ from labkit.models import seeded
 from labkit.models.flat import Flat
 from labkit.problems import splits
 from labkit.problems.splits import batches, first, hold_out, shuffled
-from labkit.problems.trial import check_equal, check_outputs, check_rebuilt, copied, is_lazy, shared
+from labkit.problems.trial import (
+    Fingerprint,
+    check_equal,
+    check_outputs,
+    check_rebuilt,
+    check_same,
+    copied,
+    fingerprint,
+    is_lazy,
+    numbers_of,
+    shared,
+)
 from labkit.sources import needed
 
 Optimisers = tuple[torch.optim.Optimizer, ...]
@@ -233,7 +244,7 @@ class Problem:
         found = [(values, len(part)) for values, part in zip(measured, parts, strict=True)]
         if not found:
             raise ProblemError(f"{self._title()} is measured on no samples. Give some to its score set and its test split.")
-        names = [name for name, value in found[0][0].items() if name in ("loss", "score") or isinstance(value, numbers.Real)]
+        names = [name for name in found[0][0] if name in ("loss", "score") or name in numbers_of(found[0][0])]
         return {name: float(sum(values[name] * n for values, n in found) / sum(n for _, n in found)) for name in names}
 
     def networks(self, module: nn.Module) -> Sequence[nn.Module]:
@@ -302,15 +313,13 @@ class Problem:
                 optimisers = self.optimisers(module)
                 measured = self.evaluate(module, batch)
 
-                def evaluate(module: nn.Module) -> dict[str, float]:
-                    return self.evaluate(module, batch)
-
-                check_outputs(module, other, evaluate, seed, title)
+                evaluate = self._measured_on(batch, seed)
+                before = check_outputs(module, other, evaluate, title)
                 self.evaluate(module, self.load(test[:2], "test"))
                 stepped = self.step(
                     module, self.draw(train[: min(2, self.batch_size)]), optimisers, Clock(0, 1, 0.0, noise(seed, 0))
                 )
-                check_rebuilt(state, rebuilt, evaluate, seed, title)
+                check_rebuilt(state, rebuilt, evaluate, before, title)
         except LabError:
             raise
         except Exception as error:
@@ -330,6 +339,22 @@ class Problem:
                 raise ProblemError(
                     f"{title}: {name!r} of step() is {got}. Each entry is one number or a tensor with one, shape ()."
                 )
+
+    def fingerprint(self, seed: int) -> Fingerprint:
+        """What `new_module(seed)` is in this process, on the CPU."""
+        state, batch = Flat(self.new_module(seed)), self.load(self.train_indices()[:2])
+        return fingerprint(state, self._measured_on(batch, seed), seed)
+
+    def check_same(self, seed: int, other: Fingerprint) -> None:
+        """ProblemError where another process, of which this is the fingerprint, builds another network with this seed."""
+        check_same(self.fingerprint(seed), other, self._title(), 1e-3 if self.precision == "float32" else 3e-2)
+
+    def _measured_on(self, batch: Any, seed: int) -> Callable[[nn.Module], dict[str, float]]:
+        def measured(module: nn.Module) -> dict[str, float]:
+            with seeded(seed):
+                return numbers_of(self.evaluate(module, batch))
+
+        return measured
 
     def _flat(self, module: nn.Module) -> Flat:
         try:

@@ -5,27 +5,43 @@
 Each process builds a module of its own, and what one sends the others is its flat vector (`labkit.models.flat`). So two builds must
 be equal, and what a module is must be in the vector, or its other replicas, `Run.model` and a resumed run are other networks.
 
-Used by `Problem.new_module` and `Problem.check`; `separate` by `labkit.subnets.result`.
+The processes of a run are more than one, so each worker compares what it builds with the fingerprint of what the kernel has built.
+
+Used by `Problem.new_module`, `Problem.check` and `Problem.fingerprint`; `separate` by `labkit.subnets.result`.
 """
 
 import copy
 import math
 import numbers
 import warnings
+import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from labkit.errors import ProblemError
+from labkit.errors import ProblemError, plain_scalar
 from labkit.models import evaluating, seeded
 from labkit.models.flat import Flat
 
 OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 SHOWN = 3  # names in a message
+TOLERANCE = 1e-4  # between two evaluations in one process
+NUDGE = 0.02  # by which the weights of a fingerprint are moved
+PLAIN = (numbers.Number, str, bytes, type(None))
+LEAVES = (torch.Tensor, np.ndarray, set, frozenset, *PLAIN)
+SEQUENCES = (list, tuple, deque)
+DEPTH = 3  # within an attribute
+FOREIGN = ("torch.", "functools", "weakref", "_thread", "threading", "logging")  # whose objects are not looked into
+
+Measured = Callable[
+    [nn.Module], dict[str, float]
+]  # evaluates a module, always on the same samples and with the same random numbers
 
 
 def shared(one: nn.Module, other: nn.Module) -> bool:
@@ -68,22 +84,23 @@ def is_lazy(module: nn.Module) -> bool:
 
 def check_equal(one: Flat, other: Flat, title: str) -> None:
     """Refuse two builds with one seed that differ, by the names of what does."""
-    differ = [a.name for a, b in zip(one.slots, other.slots, strict=False) if (a.name, *_told(a.view)) != (b.name, *_told(b.view))]
-    equal_so_far = not differ and len(one.slots) == len(other.slots)
+    differ = _other_tensors(_tensors_of(one), _tensors_of(other))
     differ = differ or [a.name for a, b in zip(one.slots, other.slots, strict=False) if not _same(a.view, b.view)]
-    differ += [] if differ else _differing(one.module, other.module, (torch.Tensor, np.ndarray))
-    if differ or not equal_so_far:
+    differ = differ or _differing(one.module, other.module, (torch.Tensor, np.ndarray))
+    if differ:
         raise ProblemError(_other_network(title, differ))
 
 
-def check_outputs(one: nn.Module, other: nn.Module, evaluate: Callable[[nn.Module], Mapping], seed: int, title: str) -> None:
-    """Refuse two builds with one seed that are evaluated differently although their tensors are equal."""
-    if _evaluated_differently(one, other, evaluate, seed):
+def check_outputs(one: nn.Module, other: nn.Module, measured: Measured, title: str) -> dict[str, float]:
+    """Refuse two builds with one seed that are evaluated differently although their tensors are equal; returns what they give."""
+    given = _steady(one, measured)
+    if _differs(given, measured(other)):
         raise ProblemError(_other_network(title, _differing(one, other)))
+    return given
 
 
-def check_rebuilt(one: Flat, other: Flat, evaluate: Callable[[nn.Module], Mapping], seed: int, title: str) -> None:
-    """`one` has made a step, `other` has not: is it the same network once it has the vector of `one`?
+def check_rebuilt(one: Flat, other: Flat, measured: Measured, before: Mapping[str, float], title: str) -> None:
+    """`one` has made a step, `other`, which gave `before`, has not: is it the same network once it has the vector of `one`?
 
     ProblemError where it is not, a warning where something else has changed that does not show in its outputs.
     """
@@ -91,31 +108,82 @@ def check_rebuilt(one: Flat, other: Flat, evaluate: Callable[[nn.Module], Mappin
         raise ProblemError(
             f"{title} gets {_listed(new)} in its first step only. A run trains what is there before: make it in the constructor."
         )
+    if _differs(before, measured(other.module)):
+        raise ProblemError(
+            f"{title}: something outside of the module changes in a step (a global variable, an attribute of a class or of the problem) "
+            "that its outputs depend on. Each process has its own: it is in no push, no checkpoint and no run.model(). Make it a buffer."
+        )
     other.load(one.pack())
-    differ = _evaluated_differently(one.module, other.module, evaluate, seed)
+    differs = _differs(_steady(one.module, measured), measured(other.module))
     changed = _differing(one.module, other.module)
     stays = "and is no parameter or buffer: it stays in each worker, and is in no push, no checkpoint and no run.model()"
     advice = "Make it a buffer: self.register_buffer(name, tensor)."
-    if differ:
+    if differs:
         what = f"{_listed(changed)} changes in a step" if changed else "something changes in a step that its outputs depend on"
         raise ProblemError(f"{title}: {what}, {stays}. {advice}")
     if changed:
         warnings.warn(f"{title}: {_listed(changed)} changes in a step, {stays}. If it matters: {advice}", stacklevel=4)
 
 
-def _evaluated_differently(one: nn.Module, other: nn.Module, evaluate: Callable[[nn.Module], Mapping], seed: int) -> bool:
-    def measured(module: nn.Module) -> dict[str, float]:
-        with seeded(seed):
-            return {name: float(value) for name, value in evaluate(module).items() if isinstance(value, numbers.Real)}
+class Fingerprint(NamedTuple):
+    """What a build is, for another process to compare its own with: name, type and shape of each tensor, digests of plain attributes,
+    and the loss that it is evaluated with (None where that differs each time)."""
 
-    a, b = measured(one), measured(other)
-    return not _close(a, b) and _close(a, measured(one))  # what draws numbers of its own differs each time
+    tensors: list[tuple]
+    attributes: dict[str, int]
+    loss: float | None
 
 
-def _close(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
-    return a.keys() == b.keys() and all(
-        math.isclose(a[name], b[name], rel_tol=1e-4, abs_tol=1e-6) or (math.isnan(a[name]) and math.isnan(b[name])) for name in a
+def fingerprint(state: Flat, measured: Measured, seed: int) -> Fingerprint:
+    """Of a build of which nobody else needs the weights: they are moved a little, as a last layer of zeros would hide what differs."""
+    attributes = {name: zlib.crc32(repr(_plain(value)).encode()) for name, value in _attributes(state.module).items()}
+    n_params = sum(math.prod(shape) for shape in state.shapes[0].values())
+    noise = torch.randn(n_params, generator=torch.Generator().manual_seed(seed))
+    state.pack()[:n_params].add_(noise, alpha=NUDGE)
+    state.unpack()
+    return Fingerprint(_tensors_of(state), attributes, _steady(state.module, measured).get("loss"))
+
+
+def check_same(mine: Fingerprint, other: Fingerprint, title: str, tolerance: float) -> None:
+    """Refuse what this process builds where it differs from what the kernel has built."""
+    differ = _other_tensors(mine.tensors, other.tensors)
+    if not differ and (None in (mine.loss, other.loss) or _near(mine.loss, other.loss, tolerance)):
+        return
+    known = [name for name, digest in mine.attributes.items() if other.attributes.get(name) != digest]
+    what = f"{_listed(differ or known)} differ" if differ or known else f"its loss is {mine.loss:.6g} for {other.loss:.6g}"
+    raise ProblemError(
+        f"{title} is another network in this process than in the kernel that began the run: {what}, with one seed and on the same samples. "
+        "Does its constructor depend on the process, the machine, the time or the order of a set? Are the data the same here?"
     )
+
+
+def _tensors_of(state: Flat) -> list[tuple]:
+    return [(slot.name, *_told(slot.view)) for slot in state.slots]
+
+
+def _other_tensors(some: list[tuple], others: list[tuple]) -> list[str]:
+    """The names of tensors in which two builds differ by name, type, shape or order."""
+    return [(a or b)[0] for a, b in zip_longest(some, others) if a != b]
+
+
+def numbers_of(measured: Mapping[str, Any]) -> dict[str, float]:
+    """Of what `evaluate` gives, the entries that are one number, also as a tensor."""
+    found = {name: plain_scalar(value) for name, value in measured.items()}
+    return {name: float(value) for name, value in found.items() if isinstance(value, numbers.Real)}
+
+
+def _steady(module: nn.Module, measured: Measured) -> dict[str, float]:
+    """What a module is evaluated with, but for what differs each time, as numbers from a generator of its own do."""
+    first, again = measured(module), measured(module)
+    return {name: value for name, value in first.items() if _near(value, again.get(name, math.nan), TOLERANCE)}
+
+
+def _differs(steady: Mapping[str, float], found: Mapping[str, float]) -> bool:
+    return not all(_near(value, found.get(name, math.nan), TOLERANCE) for name, value in steady.items())
+
+
+def _near(a: float, b: float, tolerance: float) -> bool:
+    return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance / 100) or (math.isnan(a) and math.isnan(b))
 
 
 def _other_network(title: str, differ: list[str]) -> str:
@@ -130,23 +198,50 @@ def _listed(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _differing(one: nn.Module, other: nn.Module, kinds: tuple[type, ...] = (torch.Tensor, np.ndarray, numbers.Number)) -> list[str]:
-    """Names of plain attributes, also in a list or a dict there, that both have, of the same kind, with other values."""
-    found, others = [], dict(other.named_modules())
-    for path, part in one.named_modules():
+def _differing(one: nn.Module, other: nn.Module, kinds: tuple[type, ...] = (object,)) -> list[str]:
+    """Names of plain attributes of one of these `kinds`, also within others, that only one has, or with another value."""
+    mine, others = (_attributes(module) for module in (one, other))
+    found = [
+        name for name, value in mine.items() if isinstance(value, kinds) and not (name in others and _equal(value, others[name]))
+    ]
+    return found + [name for name, value in others.items() if isinstance(value, kinds) and name not in mine]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module holds besides parameters, buffers and modules, by name: plain values, and those within lists, dicts and objects."""
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules():
         for key, value in list(vars(part).items()):
-            if key not in OWN and path in others:
-                name, there = f"{path}.{key}" if path else key, _items(getattr(others[path], key, None))
-                pairs = [(f"{name}{at}", item, there[at]) for at, item in _items(value).items() if at in there]
-                found += [at for at, a, b in pairs if isinstance(a, kinds) and _told(a) == _told(b) and not _same(a, b)]
+            if key not in OWN:
+                _collect(f"{path}.{key}" if path else key, value, found, DEPTH)
     return found
 
 
-def _items(value: Any) -> dict[str, Any]:
-    """The value of an attribute, or what it holds, by what stands behind its name."""
-    if isinstance(value, Mapping):
-        return {f"[{at!r}]": item for at, item in value.items()}
-    return {f"[{at}]": item for at, item in enumerate(value)} if isinstance(value, list | tuple) else {"": value}
+def _collect(name: str, value: Any, found: dict[str, Any], depth: int) -> None:
+    if isinstance(value, LEAVES) or (isinstance(value, SEQUENCES) and value and all(isinstance(item, PLAIN) for item in value)):
+        found[name] = value
+    elif isinstance(value, (Mapping, *SEQUENCES)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for at, item in list(items) if depth else ():
+            _collect(f"{name}[{at!r}]", item, found, depth - 1)
+    elif depth and not isinstance(value, type) and not type(value).__module__.startswith(FOREIGN):
+        for at, item in list(getattr(value, "__dict__", {}).items()):
+            _collect(f"{name}.{at}", item, found, depth - 1)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return _told(a) == _told(b) and _same(a, b)
+
+
+def _plain(value: Any) -> Any:
+    """What is the same in each process."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy() if value.layout == torch.strided and not (value.is_quantized or value.is_meta) else 0
+    if isinstance(value, np.ndarray):
+        return value.tobytes() if value.dtype != object else 0
+    return (
+        sorted(map(repr, value)) if isinstance(value, set | frozenset) else list(value) if isinstance(value, SEQUENCES) else value
+    )
 
 
 def _told(value: Any) -> tuple:
@@ -162,7 +257,7 @@ def _same(a: Any, b: Any) -> bool:
         return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
     if isinstance(a, np.ndarray):
         return a.dtype == object or np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
-    return a == b or (a != a and b != b)
+    return bool(a == b) or (a != a and b != b)
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -24,6 +24,7 @@ from labkit.cluster.lab import Lab, Task, Worker
 from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError
 from labkit.locks import DirectoryLock
 from labkit.problems.problem import Problem
+from labkit.problems.trial import Fingerprint
 from labkit.runs import status as how_it_ended
 from labkit.sources import pack
 from labkit.training.attach import watch
@@ -62,6 +63,7 @@ class Supervisor:
         self.monitor, self._reason = monitor, ""  # why the monitor ends the run
         self._failure: BaseException | None = None  # of the monitor
         self.sent = problem  # to the workers
+        self.fingerprint: Fingerprint | None = None  # of what is built here, for those in other processes
         self.error: BaseException | None = None
         self._raised: dict[int, BaseException] = {}  # by worker
         self.state = "running"
@@ -81,6 +83,7 @@ class Supervisor:
         try:
             if not all(worker.here for worker in self.lab.workers):
                 self.sent = pack(self.problem)  # once, so that who comes late trains the same
+                self.fingerprint = self.problem.fingerprint(self.spec.config.seed)
             self.server, self.address = _start_server(self.spec, self.path, self.lock)
             for index in self.spec.config.indices:
                 self._start_worker(index)
@@ -138,6 +141,7 @@ class Supervisor:
             uneven=self.lab.unevenness(index),
             meeting=str(self.path / self.meeting) if self.spec.update.collective else None,
             scored=self.spec.update.scored,
+            fingerprint=None if worker.here else self.fingerprint,
         )
         self.tasks[index] = self.lab.start(index, run_worker, self.sent, spec)
         self._raised.pop(index, None)

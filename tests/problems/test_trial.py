@@ -81,7 +81,8 @@ def in_turn(makers=itertools.cycle([nn.ReLU, nn.Tanh, nn.Sigmoid])):  # noqa: B0
 
 
 @pytest.mark.parametrize(
-    ("model", "what"), [(OwnGenerator, "'order' differ"), (OwnWeights, r"'second\.weight' differ"), (in_turn, "what")]
+    ("model", "what"),
+    [(OwnGenerator, "'order' differ"), (OwnWeights, r"'second\.weight' differ"), (in_turn, r"'2\.inplace' differ")],
 )
 def test_builds_that_differ_are_refused_by_the_name_of_what_differs(model, what):
     refused(model, f"two builds with one seed are different networks: {what}.*np.random")
@@ -222,11 +223,112 @@ class Growing(Net):
 
 def test_state_in_plain_attributes_is_said_by_name():
     refused(Centred, "'mean' changes in a step, and is no parameter or buffer.*register_buffer")
-    refused(Listing, r"'means\[1\]' changes in a step")
+    refused(Listing, "'means' changes in a step")
     refused(Growing, r"'extra\.weight', 'extra\.bias' in its first step only")
     with pytest.warns(UserWarning, match="'calls' changes in a step.*If it matters"):
         problem(Counting).check(0)
     problem(Caching).check(0)
+
+
+class Memory:
+    pass
+
+
+class Remembering(Net):
+    """Holds what its outputs do not depend on: in a list that grows, in an object, in what was None before."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses, self.memory, self.latest = [], Memory(), None
+        self.memory.mean = torch.zeros(36)
+
+    def forward(self, x):
+        if self.training:
+            self.losses.append(1.0)
+            self.memory.mean = x.detach().flatten(1).mean(0)
+            self.latest = x.detach().flatten(1).amax(0)
+        return super().forward(x)
+
+
+def test_what_grows_appears_or_lies_in_an_object_is_said():
+    with pytest.warns(UserWarning, match=r"'latest', 'losses', 'memory\.mean'|'losses', .*'latest'"):
+        problem(Remembering).check(0)
+
+
+SEEN = torch.zeros(36)
+
+
+class Outside(Net):
+    """Computes with what is a global variable, or an attribute of its class."""
+
+    n_seen = 0
+
+    def __init__(self, where="global"):
+        super().__init__()
+        self.where = where
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training:
+            SEEN.add_(x.detach().mean(0))
+            Outside.n_seen += 1
+        return super().forward(x + SEEN if self.where == "global" else x * (1 + Outside.n_seen))
+
+
+@pytest.mark.parametrize("where", ["global", "class"])
+def test_state_outside_of_the_module_is_refused(where):
+    refused(lambda: Outside(where), "something outside of the module changes in a step")
+
+
+class Tensors(labkit.Classifier):
+    def evaluate(self, module, batch):
+        return {name: torch.tensor(value) for name, value in super().evaluate(module, batch).items()} | {"extra": torch.ones(())}
+
+
+def test_what_an_evaluation_gives_as_tensors_counts_as_numbers_do():
+    refused(in_turn, "two builds with one seed", kind=Tensors)
+    a_problem = problem(Net, kind=Tensors)
+    measured = a_problem.measure(a_problem.new_module(0), a_problem.test_indices())
+    assert measured["extra"] == 1.0 and isinstance(measured["loss"], float)
+
+
+# -- in other processes ------------------------------------------------------------------------------------------------
+
+
+class OfTheProcess(Net):
+    """As a constructor builds that reads the process, the machine or the order of a set; its last layer is zero at first."""
+
+    process = 0
+
+    def __init__(self):
+        super().__init__()
+        self.order = list(np.random.default_rng(OfTheProcess.process).permutation(36))
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x):
+        return super().forward(x.flatten(1)[:, self.order])
+
+
+class OfASet(Net):
+    def __init__(self):
+        super().__init__()
+        names = ["a", "b"] if OfTheProcess.process else ["b", "a"]
+        self.heads = nn.ModuleDict({name: nn.Linear(3, 3) for name in names})
+
+    def forward(self, x):
+        return self.heads["b"](self.heads["a"](super().forward(x)))
+
+
+@pytest.mark.parametrize(("model", "what"), [(OfTheProcess, "'order' differ"), (OfASet, r"'heads\.a\.weight', .* differ")])
+def test_a_worker_that_builds_another_network_than_the_kernel_is_refused(monkeypatch, model, what):
+    a_problem = problem(model)
+    a_problem.check(0)
+    of_kernel = a_problem.fingerprint(0)
+    a_problem.check_same(0, of_kernel)
+    monkeypatch.setattr(OfTheProcess, "process", 1)
+    a_problem.check(0)
+    with pytest.raises(ProblemError, match=f"another network in this process than in the kernel.*{what}"):
+        a_problem.check_same(0, of_kernel)
 
 
 class Moving(Net):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from torch import nn
 
 import labkit
 from labkit.errors import LabError, RunError, WireError, WorkerError
@@ -153,9 +154,20 @@ def test_a_server_that_cannot_start_leaves_the_lab_free(train, monkeypatch, lab,
     ended(train(problem(), passes=1))
 
 
+class OfTheProcess(nn.Module):
+    """Its inputs are in an order that each process draws for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.order = nn.Linear(36, 3), np.random.default_rng(os.getpid()).permutation(36).tolist()
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)[:, self.order])
+
+
 @pytest.mark.cluster
 def test_real_processes(tmp_path):
-    """Both ways of exchange end well, and a poisoned step is reported."""
+    """Both ways of exchange end well; a poisoned step is reported, and a network that is another one in each process."""
     with labkit.connect("dask", 2) as lab:
         options = {"lab": lab, "runs": tmp_path, "seed": SEED}
         n = len(problem().train_indices())
@@ -168,6 +180,9 @@ def test_real_processes(tmp_path):
         run = labkit.train(poisoned(1), update="allreduce", partition="udpa", passes=50, **options)
         with pytest.raises(WorkerError, match=r"worker 1 .* poisoned"):
             run.wait(30)
+        run = labkit.train(problem(OfTheProcess), passes=50, **options)
+        with pytest.raises(WorkerError, match=r"worker . .*another network in this process than in the kernel.*'order' differ"):
+            run.wait(60)
 
 
 @pytest.mark.slow

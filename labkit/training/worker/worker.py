@@ -28,6 +28,7 @@ import torch
 from labkit.cluster.emulation import Slowness, Unevenness
 from labkit.errors import WireError, WorkerError
 from labkit.problems.problem import Problem
+from labkit.problems.trial import Fingerprint
 from labkit.runs.config import RunConfig
 from labkit.training.wire import compression, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S, Grant, Refused, check_reply
@@ -54,6 +55,7 @@ class WorkerSpec:
     meeting: str | None = None  # beginning of the names of the files where the ranks of an all-reduce find each other
     generation: int = 0  # how often this worker has been started in this run before
     scored: bool = True  # does the rule need Q?
+    fingerprint: Fingerprint | None = None  # of what the kernel has built; None where this is its process
 
 
 def run_worker(problem: Problem, spec: WorkerSpec) -> None:
@@ -104,6 +106,8 @@ class _Worker:
     def run(self) -> None:
         spec = self.spec
         prepare(spec.device, spec.threads)
+        if spec.fingerprint:
+            self.problem.check_same(spec.config.seed, spec.fingerprint)
         speed = self._probe()
         join = {
             "op": "join",
