@@ -55,7 +55,8 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         - `n`, `size`, `seed` for "head-lesions" and "chest-phantom";
         - `label=`, `target=`, `inputs=`: which columns of a dict, a DataFrame, a Parquet or HDF5 file are labels 0..K-1 (or texts, which
           are numbered), targets (numbers, left as they are) and inputs, each a name or a list of names. Without the first two, columns
-          called y, label(s) or target(s) are labels where they hold whole numbers, else targets; without the last, all others are inputs;
+          called y, label(s) or target(s) are labels where they hold whole numbers, else targets, and with `target=True` targets in any
+          case (a `Regressor` opens its data so); without the last, all others are inputs;
         - `tokens=`: which inputs are token ids or categories, int64 and not normalised; `as_given=`: which inputs are not normalised,
           and keep their shape; a name, names, or True;
         - `pad=0`: what stands behind the end of samples that are shorter than the longest.
@@ -85,8 +86,10 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         `x` is (N, F) features, (N, H, W) grey images, (N, C, H, W) images or (N, C, D, H, W) volumes, of booleans,
         integers or floats. (N, H, W, C) and (N, D, H, W, C) are recognised where the sides tell them apart (C = 1 or 3 where
         axis 1 is neither, or one side much smaller than the others, or the others equal), converted, and noted in `.note`; where
-        they do not, `channels` is asked for. `y` is (N,) integers 0..K-1, also as floats. Without a test split every 10th sample of
-        a permutation with a fixed seed is held out as one.
+        they do not, `channels` is asked for. `y` is (N,) integers 0..K-1, also as floats, or texts; (N, ...) integers, a class for each
+        pixel or token, where what is below 0 or one value far above all others (255) is no class; (N, K) of 0 and 1, several labels
+        a sample; with `target=True` numbers to be predicted, of any shape. Without a test split every 10th sample of a
+        permutation with a fixed seed is held out as one.
 
         What was read, left out or decided is in `.note`: files and columns that were not read, pictures that were turned or
         laid on a ground, features that are constant, values that float32 merges.
@@ -135,10 +138,8 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         return from_items(data, _asked(options))
     if named_columns:
         return columns.from_mapping(data, _asked(options))
-    if pair and (asked := _asked(options)).says_roles and len(data) in (2, 4):
-        return columns.from_mapping(dict(zip(arrays.FOUR if len(data) == 4 else ("x", "y"), data, strict=True)), asked)
     if pair:
-        return arrays.from_arrays(data, _channels(options))
+        return arrays.from_pair(data, _asked(options))
     raise DataError(
         f"data is a {type(data).__name__}. Give a registered name ({', '.join(names())}), arrays (x, y) or "
         "(x_train, y_train, x_test, y_test), a dict of arrays, a DataFrame, a torch Dataset, a .parquet, .h5 or .hdf5 file, or a folder of .npy files, of pictures or of "

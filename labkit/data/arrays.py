@@ -4,6 +4,7 @@ Used by `labkit.data.open_dataset`, whose docstring lists what each of them must
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -40,6 +41,29 @@ def from_arrays(data: Sequence[Any], channels: str | None = None) -> Dataset:
         for block in blocks(array) if array.ndim else [array]:
             digest.update(np.ascontiguousarray(block).view(np.uint8).data if block.size else b"")
     return cached("arrays", converted_key(digest.hexdigest(), channels), lambda: _splits(arrays, channels))
+
+
+def from_pair(data: Sequence[Any], asked: Asked) -> Dataset:
+    """The data set of `(x, y)` or of the four whose `y` is asked for as something, or is texts or an array a sample, as columns."""
+    names = FOUR if len(data) == 4 else ("x", "y")
+    if len(data) in (2, 4) and (asked.says_roles or any(map(_is_column, data[1::2]))):
+        for at in range(0, len(data), 2):
+            _check_order(names[at : at + 2], *data[at : at + 2])
+        arrays = {name: value if _is_text(value) else array_of(name, value) for name, value in zip(names, data, strict=True)}
+        return columns.from_mapping(arrays, asked)
+    return from_arrays(data, asked.channels)
+
+
+def _is_column(y: Any) -> bool:
+    if hasattr(y, "iloc") or isinstance(y, list | tuple):
+        return _is_text(y) or (isinstance(y, list) and len(y) > 0 and isinstance(y[0], list) and len(y[0]) > 1)
+    shape = tuple(getattr(y, "shape", ()))
+    return _is_text(y) or (len(shape) > 1 and math.prod(shape[1:]) > 1)
+
+
+def _is_text(y: Any) -> bool:
+    values = y.tolist() if hasattr(y, "dtype") and getattr(y, "ndim", 0) == 1 and not hasattr(y, "detach") else y
+    return isinstance(values, list) and len(values) > 0 and all(isinstance(value, str) for value in values)
 
 
 def array_of(name: str, value: Any) -> np.ndarray:

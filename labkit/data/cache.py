@@ -388,7 +388,7 @@ def _write_as_given(
             )
         if 0 in source.shape[1:]:
             raise DataError(f"{name}: {_label(field, split, given)} is empty, its shape is {source.shape}.")
-    n_values, note = None, ""
+    n_values, note, no_class = None, "", ()
     if role == "label" and not shape:
         full = {s: np.concatenate(list(source.chunks())) for s, source in given.items()}
         try:
@@ -418,21 +418,26 @@ def _write_as_given(
                     file.write(np.ascontiguousarray(part[rows[split][own][seen : seen + len(block)]]).tobytes())
                 seen += len(block)
     if n_values is None and kept.kind in "iu" and role != "target":
-        if role == "label" and low < 0:
-            note = f"{name}: {field} goes down to {low}: what is below 0 is no class, and is to be ignored by the loss."
-        n_values = count_classes(f"{name}: {field}", present) if present else int(high) + 1
-    return {"shape": list(shape), "dtype": str(dtype), "role": role, "n_values": n_values}, note
+        n_values, no_class, note = count_classes(f"{name}: {field}", present) if present else (int(high) + 1, (), "")
+    return {"shape": list(shape), "dtype": str(dtype), "role": role, "n_values": n_values, "no_class": no_class}, note
 
 
-def count_classes(called: str, present: set[int]) -> int:
-    """K of arrays of labels that hold the values `present`; DataError where one of them can be no class, such as 255 for an edge."""
-    high = max(present)
-    if 2 * sum(value >= 0 for value in present) < high + 1:
+def count_classes(called: str, present: set[int]) -> tuple[int, tuple[int, ...], str]:
+    """K of arrays of labels that hold the values `present`; those that are no class, and a note on them.
+
+    No class is what is below 0, and one value far above all others: 255, usually. DataError where fewer than half of 0..K-1 occur.
+    """
+    values, no_class = sorted(value for value in present if value >= 0), sorted(value for value in present if value < 0)
+    if len(values) > 2 and (2 * len(values) < values[-1] + 1 or values[-1] == 255 > values[-2] + 1):
+        no_class.append(values.pop())
+    if 2 * len(values) < (values or [0])[-1] + 1:
         raise DataError(
-            f"{called} holds {len(present)} different labels, but the largest is {high}. Labels are 0..K-1; what is to be ignored by the loss "
-            f"is -100: numpy.where(y == {high}, -100, y), in a signed type."
+            f"{called} holds {len(present)} different labels, {min(present)} to {max(present)}. Labels are 0..K-1: number them, for instance "
+            "by numpy.unique(y, return_inverse=True)."
         )
-    return high + 1
+    listed = ", ".join(map(str, no_class))
+    note = f"{called} is {listed} in places: that is no class, and the loss has to ignore it (ignore_index)." if no_class else ""
+    return values[-1] + 1, tuple(no_class), note
 
 
 def _as_torch_has_it(dtype: np.dtype, role: str) -> tuple[np.dtype, np.dtype]:

@@ -36,8 +36,8 @@ Columns = dict[str, Source]
 class Asked:
     """What the user says of the columns: names, all of them for True, None where labkit decides."""
 
-    label: tuple[str, ...] | None = None
-    target: tuple[str, ...] | None = None
+    label: tuple[str, ...] | bool | None = None  # True: what columns called y, label(s) or target(s) are
+    target: tuple[str, ...] | bool | None = None
     inputs: tuple[str, ...] | None = None
     tokens: tuple[str, ...] | bool | None = None
     as_given: tuple[str, ...] | bool | None = None
@@ -52,9 +52,22 @@ class Asked:
                 options[name] = real(name, value)  # what is behind the end of shorter samples
             elif name != "channels" and not isinstance(value, bool):
                 options[name] = _names(name, value)
-            elif value is False or (value is True and name not in ("tokens", "as_given")):
+            elif value is False or (value is True and name == "inputs"):
                 raise TypeError(f"{name}={value!r}: give the name of a column, or several in a list.")
+        if options.get("label") is True and options.get("target") is True:
+            raise TypeError("label=True and target=True: give one of them, or names.")
         return cls(**options)
+
+    @property
+    def answers(self) -> str | None:
+        """The role of columns called y, label(s) or target(s): "answer" where their values decide, None where others are named."""
+        named = {role: getattr(self, role) for role in ("label", "target")}
+        return next((role for role, names in named.items() if names is True), None if any(named.values()) else "answer")
+
+    def named(self, role: str) -> tuple[str, ...]:
+        """The columns that are asked for by name in this role, "input", "label" or "target"."""
+        names = self.inputs if role == "input" else getattr(self, role)
+        return names if isinstance(names, tuple) else ()
 
     @property
     def says_roles(self) -> bool:
@@ -132,7 +145,7 @@ def _fields(name: str, splits: dict[str, Columns], asked: Asked, features: bool)
             given = {split: _as_floats(source) for split, source in given.items()}
         for split, source in given.items():
             made[split][column] = dataclasses.replace(source, role=role, as_given=as_given, channels=asked.channels, about="")
-    if asked.label is None and asked.target is None:
+    if asked.answers == "answer":
         found = [
             f"{c} is read as {'labels' if s.role == 'label' else 'targets'}" for c, s in made["train"].items() if s.role != "input"
         ]
@@ -148,7 +161,7 @@ def _listed(names: Sequence[Any]) -> str:
 
 def _roles(name: str, columns: Mapping[str, Source], asked: Asked) -> tuple[dict[str, str], list[str]]:
     """The role of each column that is read; "answer" where label or target is still to be decided."""
-    wanted = {"label": asked.label, "target": asked.target, "input": asked.inputs}
+    wanted = {role: asked.named(role) for role in ("label", "target", "input")}
     options = {**wanted, "tokens": asked.tokens, "as_given": asked.as_given}
     for option, names in options.items():
         for column in names if isinstance(names, tuple) else ():
@@ -159,12 +172,12 @@ def _roles(name: str, columns: Mapping[str, Source], asked: Asked) -> tuple[dict
                 )
     roles: dict[str, str] = {}
     for role, names in wanted.items():
-        for column in names or ():
+        for column in names:
             if column in roles:
                 raise DataError(f"{name}: column {column} is asked for as {roles[column]} and as {role}. Give it once.")
             roles[column] = role
-    if asked.label is None and asked.target is None:
-        roles |= {column: "answer" for column in columns if column.lower() in ANSWERS and column not in roles}
+    if asked.answers:
+        roles |= {column: asked.answers for column in columns if column.lower() in ANSWERS and column not in roles}
     if asked.inputs is None:
         roles |= {column: "input" for column in columns if column not in roles}
     if "input" not in roles.values():
@@ -266,8 +279,8 @@ def read(columns: Mapping[str, Any], asked: Asked) -> list[str]:
     """The columns that are read at all: with `inputs` others may hold anything."""
     if asked.inputs is None:
         return list(columns)
-    named = {*asked.inputs, *(asked.label or ()), *(asked.target or ())}
-    named |= {c for c in columns if c.lower() in ANSWERS and asked.label is None and asked.target is None}
+    named = {*asked.inputs, *asked.named("label"), *asked.named("target")}
+    named |= {c for c in columns if c.lower() in ANSWERS and asked.answers}
     return [column for column in columns if column in named] or list(columns)
 
 

@@ -30,13 +30,15 @@ class Field(NamedTuple):
     """One field of a sample, as a batch has it.
 
     `shape` is that of one sample, with None for a first axis of varying length; `role` is "input", "label" or "target"; `n_values` is K
-    where the values are known to be 0..K-1 (labels, token ids), else None.
+    where the values are known to be 0..K-1 (labels, token ids), else None; `no_class` are those of an array of labels that are none of
+    them, such as 255 for what nobody has labelled.
     """
 
     shape: tuple[int | None, ...]
     dtype: np.dtype
     role: str
     n_values: int | None = None
+    no_class: tuple[int, ...] = ()
 
 
 class Dataset:
@@ -86,7 +88,8 @@ class Dataset:
             "y": {"shape": [], "dtype": "int64", "role": "label", "n_values": meta["n_classes"]},
         }
         self.fields = {
-            name: Field(tuple(of["shape"]), np.dtype(of["dtype"]), of["role"], of.get("n_values")) for name, of in stored.items()
+            name: Field(tuple(of["shape"]), np.dtype(of["dtype"]), of["role"], of.get("n_values"), tuple(of.get("no_class", ())))
+            for name, of in stored.items()
         }
         self._stems = {name: of.get("stem", name) for name, of in stored.items()}
         self._columns = {name: of["columns"] for name, of in stored.items() if "columns" in of}

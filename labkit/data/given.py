@@ -161,10 +161,11 @@ def _answers(y: Any, field: Field, name: str) -> np.ndarray:
     if y.shape[1:] != tuple(field.shape) or not y.ndim:
         raise DataError(f"{name} has shape {y.shape}; give (n{''.join(f', {n}' for n in field.shape)}).")
     if field.role == "label":
-        if y.dtype.kind not in "biuf" or not np.isfinite(y).all() or (y != np.floor(y)).any() or (y < 0).any():
+        known = y[~np.isin(y, field.no_class)] if field.no_class else y
+        if y.dtype.kind not in "biuf" or not np.isfinite(y).all() or (y != np.floor(y)).any() or (known < 0).any():
             raise DataError(f"{name} are no labels: give whole numbers 0..{(field.n_values or 2) - 1}, as for the training.")
-        if field.n_values is not None and y.size and y.max() >= field.n_values:
-            raise DataError(f"{name} reaches {y.max()}; the network was trained on labels 0..{field.n_values - 1}.")
+        if field.n_values is not None and known.size and known.max() >= field.n_values:
+            raise DataError(f"{name} reaches {known.max()}; the network was trained on labels 0..{field.n_values - 1}.")
     return y.astype(field.dtype)
 
 

@@ -374,9 +374,9 @@ def _described(name: str, splits: dict[str, Any], asked: Asked) -> tuple[dict[st
                 parts = {split: found["train"][_rows(len(found["train"]), split)] for split in SPLITS} if held_out else found
                 labels = {split: part.astype(np.min_scalar_type(int(part.max()))) for split, part in parts.items()}
         else:
-            fields[field]["n_values"] = count_classes(
-                f"{name}: {field}", set().union(*(np.unique(y).tolist() for y in found.values()))
-            )
+            present = set().union(*(np.unique(y).tolist() for y in found.values()))
+            fields[field]["n_values"], fields[field]["no_class"], more = count_classes(f"{name}: {field}", present)
+            note = " ".join(part for part in (note, more) if part)
         notes.append(note)
     notes.append(f"{name}: read item by item on the workers, as it is: nothing is normalised.")
     meta = {
@@ -409,13 +409,13 @@ def _roles(
 ) -> tuple[dict[str, tuple[Any, ...]], dict[str, str], list[str]]:
     """Which values are read, their roles, and notes."""
     roles: dict[str, str] = {}
-    for role, names in (("label", asked.label), ("target", asked.target), ("input", asked.inputs)):
-        for field in names or ():
+    for role in ("label", "target", "input"):
+        for field in asked.named(role):
             if field not in keys:
                 raise DataError(f"{name}: {field!r} is in no item.{did_you_mean(field, keys)} An item has: {', '.join(keys)}.")
             roles[field] = role
-    if asked.label is None and asked.target is None:
-        roles |= {field: "answer" for field in answers if field not in roles}
+    if asked.answers:
+        roles |= {field: asked.answers for field in answers if field not in roles}
     left = []
     for field in keys if asked.inputs is None else ():
         if field not in roles:

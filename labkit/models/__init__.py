@@ -1,7 +1,7 @@
 """The models that have a name, and how a model is made from a name, an import path or a function.
 
 A model is a function that returns a torch module, called as `f()`, `f(shape)` or `f(shape, n_outputs)`, where `shape` is that of
-one sample. A model of the user's own needs no entry here.
+one sample; or a module that exists, of which each worker trains a copy. A model of the user's own needs no entry here.
 
 Used by `labkit.problems`; `seeded` and `evaluating` also by users' own problems and wherever a module is called.
 """
@@ -28,10 +28,10 @@ _seeding = threading.RLock()  # workers in threads share the generators
 
 def check_model(model: str | Callable[..., nn.Module]) -> None:
     """Refuse what cannot be a model, without importing or calling anything: ValueError or TypeError."""
-    if isinstance(model, nn.Module) or not (isinstance(model, str) or callable(model)):
+    if not (isinstance(model, str) or callable(model)):
         raise TypeError(
-            f"model must be a name, an import path or a function that makes a module, not {describe(model)}. Each "
-            "worker makes its own: give for instance the class, or lambda: nn.Sequential(...)."
+            f"model must be a name, an import path, a function that makes a module, or a module, not {describe(model)}. Give for "
+            "instance the class, or lambda: nn.Sequential(...)."
         )
     if isinstance(model, str) and ":" not in model:
         known("model", model, MODELS, ' An import path "my_module:make_model" or a function will do as well.')
@@ -46,10 +46,12 @@ def make_model(
 ) -> nn.Module:
     """The module that `model` makes for samples of `shape`; the same seed gives the same weights.
 
-    A function with two required positional parameters is called with (shape, n_outputs), one with one that is named for a shape with
+    A module is what every seed begins from. A function with two required positional parameters is called with (shape, n_outputs), one with one that is named for a shape with
     that, one without any with nothing; `arguments` go to it by keyword. Raises ProblemError where it has others, or returns no module.
     """
     title = f"model {describe(model)}"
+    if isinstance(model, nn.Module):
+        module, model = model, lambda: module
     make = model if callable(model) else imported(model) if ":" in model else MODELS[model]
     parameters = inspect.signature(make).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -104,4 +106,4 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
 
 def describe(model: Any) -> str:
     """A model's name for messages."""
-    return repr(model) if isinstance(model, str) else short(model)
+    return repr(model) if isinstance(model, str) else type(model).__name__ if isinstance(model, nn.Module) else short(model)

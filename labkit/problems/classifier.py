@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from labkit.errors import ProblemError
+from labkit.problems.losses import Loss
 from labkit.problems.metrics import Meter
 from labkit.problems.supervised import Supervised, mean
 
@@ -23,13 +24,14 @@ class Classifier(Supervised):
     Outputs are (n, K) for labels (n,), and (n, K, ...) for a class for each pixel or token, labels (n, ...), whose share of right
     ones is then counted over all of them but those that the loss ignores. With several labels a sample (data whose targets are
     multi-hot, of the shape of the outputs) the loss is "bce-with-logits", say, and the score the share of single labels that are
-    right, where an output above 0 says yes.
+    right, where an output above 0 says yes. With such a loss two classes need but one output, (n,) or (n, 1, ...): yes for class 1.
 
     Parameters beside those of `Problem`
     ------------------------------------
     model : "lenet", "vgg3", "vgg9", "resnet20", an import path "my_module:make_model", or a function. It is called as
         `f()`, `f(shape)` or `f(shape, n_classes)`, by its number of required positional parameters, and with `model_args`; `shape`
-        is that of one sample, of several inputs a tuple of them.
+        is that of one sample, of several inputs a tuple of them. Or a module, of which each worker trains a copy, as it is when the
+        run begins, whatever the seed.
     lr : learning rate; 0.05 suits "sgd", about 0.001 the others.
     momentum : of "sgd"; of "adam" and "adamw" it is the first beta.
     optimiser : "sgd", "adam" or "adamw" (these two in torch's fused form where the device has one), any other of torch's by its
@@ -97,7 +99,7 @@ class Classifier(Supervised):
     def n_outputs(self) -> int:
         data = self.dataset
         if data.n_classes is not None:
-            return data.n_classes
+            return 1 if data.n_classes == 2 and not self._loss.of_classes and not self._loss.is_own else data.n_classes
         targets = [data.fields[name] for name in data.answers]
         if len(targets) != 1 or len(targets[0].shape) != 1:
             raise ProblemError(
@@ -109,6 +111,8 @@ class Classifier(Supervised):
     def fitted(self, outputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
         n = len(targets)
         by_class = self.dataset.n_classes is None  # a number for each class: yes or no, or its probability
+        if isinstance(outputs, torch.Tensor) and self._is_one_output(outputs.shape, targets.shape):
+            return (outputs, targets) if self._loss.is_own else (outputs.reshape(targets.shape), targets.float())
         expected = tuple(targets.shape) if by_class else (n, self.n_outputs, *targets.shape[1:])
         if not isinstance(outputs, torch.Tensor) or outputs.shape != expected:
             got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else f"a {type(outputs).__name__}"
@@ -121,18 +125,43 @@ class Classifier(Supervised):
     def scorer(self) -> Meter:
         return _Right(self._loss)
 
+    def _is_one_output(self, outputs: tuple[int, ...], labels: tuple[int, ...]) -> bool:
+        """Is there one output for each label 0 or 1: yes, or no?"""
+        fits = outputs in (labels, (labels[0], 1, *labels[1:]))
+        return self.dataset.n_classes == 2 and not self._loss.of_classes and fits
+
+    def check(self, seed: int = 0, scored: bool = True) -> None:
+        data, loss = self.dataset, Loss(self.loss)
+        for name in data.answers if loss.masking else ():
+            if counted := [value for value in data.fields[name].no_class if value != loss.ignored]:
+                how = {"name": self.loss if isinstance(self.loss, str) else "cross-entropy", "ignore_index": counted[0]}
+                raise ProblemError(
+                    f"data {data.name!r}: {name} is {', '.join(map(str, counted))} in places, which is no class of 0..{self.n_outputs - 1}. "
+                    + (f"Have the loss ignore it: loss={how}." if len(counted) == 1 else "Give one value to what a loss ignores.")
+                )
+        super().check(seed, scored)
+
     def predicted(self, outputs: np.ndarray) -> np.ndarray:
         """Classes: int64 (n,), of logits (n, K); (n, *rest) of (n, K, *rest); of several labels a sample 0 or 1 for each, (n, K)."""
-        if self._several:
+        if (single := self._one_output(outputs)) is not None:
+            outputs = single
+        if self._several or single is not None:
             return (outputs > self._loss.threshold).astype(np.int64)
         return outputs.argmax(1).astype(np.int64)
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
         """Probabilities, float32, of logits: (n, K, *rest); they sum to 1 over classes, unless a sample has several labels."""
-        logits = torch.from_numpy(outputs)
-        if self._several:
-            return outputs if self._loss.threshold else logits.sigmoid().numpy()
+        single = self._one_output(outputs)
+        logits = torch.from_numpy(outputs if single is None else single)
+        if self._several or single is not None:
+            yes = logits.numpy() if self._loss.threshold else logits.sigmoid().numpy()
+            return yes if single is None else np.stack([1 - yes, yes], 1)
         return logits.softmax(1).numpy()
+
+    def _one_output(self, outputs: np.ndarray) -> np.ndarray | None:
+        """The outputs in the shape of the labels, where there is one for each."""
+        labels = (len(outputs), *(self.dataset.fields[self.dataset.answers[0]].shape if self.dataset.answers else ()))
+        return outputs.reshape(labels) if self._is_one_output(outputs.shape, labels) else None
 
     @property
     def _several(self) -> bool:
@@ -147,15 +176,15 @@ class _Right:
         self.loss, self.found = loss, []
 
     def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-        if not targets.is_floating_point():
+        if outputs.numel() == targets.numel() and not self.loss.of_classes:  # yes or no
+            right = (outputs.reshape(targets.shape) > self.loss.threshold) == (targets > 0.5)
+        elif not targets.is_floating_point():
             right = outputs.argmax(1) == targets
-            if targets.dim() > 1 or self.loss.uneven:
-                right = right[targets != self.loss.ignored]
+            if targets.dim() > 1 or self.loss.uneven:  # what is no class can be no right answer
+                right = right[(targets != self.loss.ignored) & (targets >= 0) & (targets < outputs.shape[1])]
                 return self.found.append((right.double().mean().item() if right.numel() else 0.0, right.numel()))
-        elif self.loss.of_classes:  # a probability for each class
+        else:  # a probability for each class
             right = outputs.argmax(1) == targets.argmax(1)
-        else:
-            right = (outputs > self.loss.threshold) == (targets > 0.5)
         self.found.append((right.float().mean().item(), len(targets)))
 
     def compute(self) -> float:

@@ -76,6 +76,7 @@ class Loss:
         if "sum" in (getattr(self.call, "reduction", ""), settings.get("reduction", "")):
             raise ValueError(f"{self.title} is a sum, which depends on the size of a batch. Give the mean, and a larger lr.")
         self.of_classes = isinstance(self.call, OF_CLASSES)
+        self.is_own = not isinstance(self.call, tuple(LOSSES.values()))
         self.threshold = 0.5 if isinstance(self.call, OF_NUMBERS) else 0.0  # of an output that says yes
         self.ignored = getattr(self.call, "ignore_index", None)
         # Some targets count for less, or not at all; a class derived from these computes what it likes.

@@ -89,6 +89,7 @@ class Problem:
     """
 
     augment: str | Callable[..., Any] | None = None
+    answers: ClassVar[str | None] = None  # "target" where what is to be learned are numbers, whatever their type
     # Arguments that the record leaves out at these values, as it did before they were there.
     unwritten: ClassVar[Mapping[str, Any]] = {"augment": None}
     window: tuple[slice, ...] = ()  # what `load` reads of each sample: slices of the axes behind the channels
@@ -114,7 +115,9 @@ class Problem:
         if not (augment is None or callable(augment) or (isinstance(augment, str) and ":" in augment)):
             raise TypeError(f'augment={augment!r}: give a function of a batch of inputs, or its import path, "my_module:flip".')
         self.augment = augment
-        self.data = _reference(data)  # last: arrays go into the cache, and a call that is refused leaves nothing there
+        self.data = _reference(
+            data, self.answers
+        )  # last: arrays go into the cache, and a call that is refused leaves nothing there
         needed(self)  # from here on it is known what the modules of the user's own were loaded from
 
     # What a subclass must give.
@@ -544,14 +547,16 @@ def _equal(default: Any, value: Any) -> bool:
     return type(value) is type(default) and value == default
 
 
-def _reference(data: Any) -> str | Dataset:
+def _reference(data: Any, answers: str | None = None) -> str | Dataset:
     """What of `data` travels: a registered name, an absolute path (workers may run elsewhere), or a Dataset."""
     data = plain_scalar(data)
+    is_recorded = isinstance(data, Mapping) and set(data) == {"import_path", "options"}
+    roles = {answers: True} if answers and not isinstance(data, Dataset) and not is_recorded else {}
     if not isinstance(data, str | os.PathLike):
-        return open_dataset(data)
+        return open_dataset(data, **roles)
     name, path = os.fspath(data), os.path.abspath(file_path("data", data))
     if name in data_names() or not os.path.exists(path):
-        return open_dataset(name) if is_items_path(name) else name
+        return open_dataset(name, **roles) if is_items_path(name) else name
     return path
 
 

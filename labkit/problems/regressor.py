@@ -5,14 +5,13 @@ Used by users through `labkit.Regressor`.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from labkit.errors import ProblemError
-from labkit.problems.losses import LOSSES
 from labkit.problems.metrics import Meter
 from labkit.problems.supervised import Supervised
 
@@ -32,13 +31,17 @@ class Regressor(Supervised):
     ------------------------------------
     model : an import path "my_module:make_model", or a function. It is called as `f()`, `f(shape)` or `f(shape, n_outputs)`, by its
         number of required positional parameters, and with `model_args`; `n_outputs` are the numbers of a target, of several
-        targets a dict of them by name, and `shape` is that of one sample, of several inputs a tuple of them.
+        targets a dict of them by name, and `shape` is that of one sample, of several inputs a tuple of them. Or a module, as of
+        `labkit.Classifier`.
+    data : as of `Problem`; what is called y, label(s) or target(s) is a target, also where it is whole numbers.
     loss : "mse", "mae", "huber", "smooth-l1", "poisson-nll" or another of torch's by its name, with settings
         {"name": "huber", "delta": 2.0}, or a function (outputs, targets); of several targets it gets a dict of them by name.
     lr, momentum, weight_decay, optimiser, schedule, metrics, clip_norm, accumulate : as of `labkit.Classifier`.
 
     A bad argument is a ValueError or TypeError at once; a model that does not fit the data a ProblemError in `check`.
     """
+
+    answers: ClassVar = "target"
 
     def __init__(
         self,
@@ -92,13 +95,14 @@ class Regressor(Supervised):
         return sizes if len(sizes) > 1 else next(iter(sizes.values()))
 
     def fitted(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
-        named = isinstance(self._loss.call, tuple(LOSSES.values()))
+        named = not self._loss.is_own
         if isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor):
             if outputs.shape != targets.shape and _fits(outputs.shape, targets.shape):
                 outputs = outputs.reshape(targets.shape)
             targets = targets.float() if named or targets.is_floating_point() else targets
         if named and (not isinstance(outputs, torch.Tensor) or getattr(targets, "shape", None) != outputs.shape):
-            raise ProblemError(f"{self._title()} gave {_shapes(outputs)} for targets of {_shapes(targets)}. {ADVICE}")
+            advice = ADVICE if self.dataset.answers else f"{NO_TARGET} {ADVICE}"
+            raise ProblemError(f"{self._title()} gave {_shapes(outputs)} for targets of {_shapes(targets)}. {advice}")
         return outputs, targets
 
     def scorer(self) -> Meter:
@@ -113,6 +117,7 @@ class Regressor(Supervised):
 
 
 ADVICE = "Change the last layer; for several targets, or outputs of another kind, give loss= a function (outputs, targets)."
+NO_TARGET = "No field of the data is a target, so that outputs are compared with the inputs: name it, labkit.open_dataset(data, target=...)."
 
 
 class _Explained:

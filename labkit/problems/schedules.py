@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from labkit.errors import ProblemError, real
 from labkit.imports import check_settings, chosen, short
 from labkit.problems.problem import Clock
@@ -59,6 +61,11 @@ def make_schedule(given: Any) -> Callable[[Clock], float] | None:
     if made is constant and not settings:
         return None
     if made not in SCHEDULES.values():
+        if isinstance(made, type) and issubclass(made, LRScheduler):
+            raise TypeError(
+                f"schedule={short(made)} counts the steps of one process. Give a name, {', '.join(SCHEDULES)}, or a function of the clock "
+                "of all workers: lambda clock: 0.9 ** clock.passes."
+            )
         check_settings(f"schedule {short(made)}", made, settings)
         own = partial(made, **settings)
         return lambda clock: _checked(own(clock), short(made), clock)

@@ -87,7 +87,8 @@ def test_masked_values_and_unaligned_rows_are_refused():
     refused((frame, labels, shuffled, labels), "x_test and y_test")
     data = open_dataset((shuffled, labels.loc[shuffled.index], frame, labels))
     np.testing.assert_array_equal(data.labels()[np.argsort(shuffled.index)], y)
-    refused((frame, pandas.Series(["cat", "dog"] * 8 + ["cat"], dtype=object)), "return_inverse")
+    refused((frame, pandas.Series(["cat", 1] * 8 + ["cat"], dtype=object)), "return_inverse")
+    assert open_dataset((frame, pandas.Series(["cat", "dog"] * 8 + ["cat"], dtype=object))).classes == ["cat", "dog"]
     refused((frame.assign(name="a"), labels), "x is of type object", "to_numpy(float)")
 
 

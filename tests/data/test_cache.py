@@ -213,13 +213,12 @@ def test_wrong_shapes_are_refused():
     refused((x, y[:-1]), "16 labels", "17 samples")
     refused((x, y, x[:0], y[:0]), "x_test is empty")
     refused((x, y, x[:, :2], y), "(3, 5, 7)", "(2, 5, 7)")
-    refused((x, np.eye(3)[y]), "argmax")
     refused((x, y[:, None]), "reshape")
     refused((np.float32(3), y), "shape ()")
     refused(([[1, 2], [3]], [0, 1]), "x is no array")
 
 
-@pytest.mark.parametrize("dtype", [np.complex64, "U3", "M8[s]", object])
+@pytest.mark.parametrize("dtype", [np.complex64, "M8[s]", object])
 def test_types_that_are_no_numbers_are_refused(dtype):
     x, y = some(shape=(5,), dtype=np.uint8)
     refused((x.astype(np.int64).astype(dtype), y), "x is of type")

@@ -137,6 +137,14 @@ def test_inputs_as_given_keep_shape_and_values():
     assert open_dataset({"x": IMAGES, "y": Y}, as_given=True).batch([0])["x"].dtype == np.float32
 
 
+def test_what_is_to_be_learned_is_said_in_one_word():
+    roles = {asked: open_dataset({"x": IMAGES, "y": Y}, **{asked: True}).fields["y"].role for asked in ("label", "target")}
+    assert roles == {"label": "label", "target": "target"}
+    assert open_dataset((IMAGES, Y - 5), target=True).batch([0])["y"].dtype == np.int64
+    with pytest.raises(TypeError, match="give one of them"):
+        open_dataset((IMAGES, Y), target=True, label=True)
+
+
 def test_two_splits_in_one_dict():
     four = {"x_train": IMAGES, "y_train": Y, "x_test": IMAGES[:9], "y_test": Y[:9]}
     nested = {"train": {"x": IMAGES, "y": Y}, "test": {"x": IMAGES[:9], "y": Y[:9]}}
@@ -154,9 +162,12 @@ def test_wrong_columns_are_refused_by_name():
     refused({"x": IMAGES, "y": Y}, "label='yy' is no column", "Did you mean 'y'", label="yy")
     masks = (IMAGES[:, 0] % 3).astype(np.int16)
     masks[:, 0] = 255
-    refused({"x": IMAGES, "y": masks}, "4 different labels, but the largest is 255", "numpy.where(y == 255, -100, y)")
+    field = open_dataset({"x": IMAGES, "y": masks}).fields["y"]
+    assert (field.n_values, field.no_class) == (3, (255,))
+    refused({"x": IMAGES, "y": 255 * (masks == 1)}, "y holds 2 different labels, 0 to 255", "numpy.unique")
+    refused({"x": IMAGES, "y": 50 * masks.astype(int)}, "different labels, 0 to 12750", "numpy.unique")
     ignoring = open_dataset({"x": IMAGES, "y": np.where(masks == 255, -100, masks)})
-    assert ignoring.n_classes == 3 and "goes down to -100" in ignoring.note
+    assert ignoring.n_classes == 3 and "is -100 in places" in ignoring.note
     refused({"y": Y}, "no column is left as an input")
     refused({"x": IMAGES * np.float32("nan"), "y": Y}, "x[0] holds nan")
     refused({"x": IMAGES, "y": np.where(Y == 1, np.nan, AGE)}, "y[1] holds nan")

@@ -158,7 +158,7 @@ def test_what_items_draw_is_seeded_by_batch_and_leaves_the_generators_alone():
     [
         (lambda i: (X[i], Y[i]) if i != 17 else 1 / 0, ["item 17 cannot be read", "ZeroDivisionError"]),
         (lambda i: (X[i], Y[i] - 1), ["is -1", "target='y'"]),
-        (lambda i: (X[i], torch.tensor([[0, 1], [2, 255]])), ["y holds 4 different labels", "-100"]),
+        (lambda i: (X[i], torch.tensor([[0, 100], [200, 300]])), ["y holds 4 different labels, 0 to 300", "numpy.unique"]),
         (lambda i: {"x": X[i], "y": Y[i]} if i != 17 else {"x": X[i]}, ["item 17 has no 'y'"]),
         (lambda i: (X[i], "cat"), ["y of item 0 is of type <U3"]),
         (lambda i: ("cat", Y[i]), ["nothing of an item is an input"]),

@@ -163,7 +163,7 @@ def test_a_model_that_returns_no_tensor():
         ({"train_samples": -3}, ValueError, "train_samples=-3"),
         ({"test_samples": "all"}, TypeError, "test_samples='all'"),
         ({"model": "lenett"}, ValueError, r"model='lenett' .* Did you mean 'lenet'\?"),
-        ({"model": nn.Linear(1, 1)}, TypeError, "a function that makes a module"),
+        ({"schedule": torch.optim.lr_scheduler.StepLR}, TypeError, "counts the steps of one process"),
         ({"data": 17}, DataError, "data is a int"),
     ],
 )
@@ -203,3 +203,46 @@ def test_unlabelled_data_is_no_classification():
     problem.dataset.n_classes = None
     with pytest.raises(ProblemError, match="have no classes"):
         problem.check()
+
+
+@pytest.mark.parametrize(
+    "loss", ["bce-with-logits", lambda outputs, y: F.binary_cross_entropy_with_logits(outputs[:, 0], y.float())]
+)
+def test_one_output_says_yes_or_no_to_two_classes(loss):
+    x = np.linspace(-1, 1, 60, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
+    problem = Classifier(lambda: nn.Linear(3, 1), (x, (x[:, 0] > 0).astype(int)), loss=loss, lr=0.5, batch_size=20)
+    problem.check()
+    module = problem.build(0)
+    steps(problem, module, 20)
+    assert problem.measure(module, problem.test_indices(), "test")["score"] == 1
+    outputs = np.array([[-2.0], [3.0]], np.float32)
+    assert problem.predicted(outputs).tolist() == [0, 1]
+    assert problem.probabilities(outputs)[:, 1] == pytest.approx([0.1192, 0.9526], abs=1e-4)
+    assert problem.probabilities(outputs).sum(1) == pytest.approx(1)
+    if loss == "bce-with-logits":
+        assert problem.n_outputs == 1
+
+
+def test_labels_that_a_loss_would_count_wrongly_are_refused():
+    x = np.random.default_rng(0).normal(size=(40, 1, 4, 4)).astype(np.float32)
+    several, mask = (x[:, 0, 0] > 0).astype(int), (x[:, 0] > 0).astype(np.uint8)
+    mask[:, 0] = 255
+    with pytest.raises(ProblemError, match=r"do not sum to 1.*bce-with-logits"):
+        Classifier(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), (x, several)).check()
+    Classifier(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), (x, np.eye(4)[several.sum(1) % 4])).check()  # one-hot
+    with pytest.raises(ProblemError, match=r"y is 255 in places, which is no class of 0..1. .*'ignore_index': 255"):
+        Classifier(lambda: nn.Conv2d(1, 2, 1), (x, mask)).check()
+    problem = Classifier(lambda: nn.Conv2d(1, 2, 1), (x, mask), loss={"name": "cross-entropy", "ignore_index": 255})
+    problem.check()
+    assert problem.dataset.fields["y"].no_class == (255,)
+
+
+def test_a_module_is_what_every_run_begins_from_and_stays_as_it_is():
+    net = nn.Linear(4, 3)
+    before = weights(net)
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    problem = Classifier(net, (x, np.arange(40) % 3), batch_size=10)
+    module = problem.new_module(1)
+    steps(problem, module, 2)
+    assert torch.equal(weights(problem.new_module(2)), before) and torch.equal(weights(net), before)
+    assert not torch.equal(weights(module), before)

@@ -40,7 +40,7 @@ class Says(nn.Module):
 def test_the_score_is_a_half_for_the_mean_and_one_for_the_truth():
     problem = made()
     indices = problem.train_indices()
-    y = problem.dataset.labels()[indices]
+    y = problem.dataset.raw(indices, field="y")
     scores = [problem.measure(Says(float(said)), indices, batch_size=7)["score"] for said in (y.mean(), y.mean() + y.std(), 1e6)]
     assert scores == pytest.approx([1 / 2, 1 / 3, 0.0], abs=1e-6)
     found = problem.measure(Says(0.5), indices, batch_size=7)
