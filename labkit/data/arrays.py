@@ -72,7 +72,7 @@ def array_of(name: str, value: Any) -> np.ndarray:
         at = int(np.flatnonzero(np.ma.getmaskarray(value).reshape(len(value), -1).any(axis=1))[0]) if value.ndim else 0
         raise DataError(f"arrays: {name}[{at}] is masked. Fill or drop masked values: what is below a mask would be read.")
     try:
-        array = np.asarray(value)
+        array = np.asarray(columns.detached(value))
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"arrays: {name} is no array: {error}. Give numpy arrays.") from error
     if array.dtype.hasobject:

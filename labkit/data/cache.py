@@ -264,6 +264,7 @@ def _write(
         "scale": scale,
         "mean": mean,
         "std": std,
+        "channels_last": stored.channels_last,
         "synthetic": synthetic,
         "held_out": test is None,
         "classes": list(classes) if classes else None,
@@ -369,6 +370,7 @@ def _write_normalised(
     ranges["train"].check_normalised(called, scale * np.array(mean), scale * np.array(std))
     notes = (stored.note, *(found.note(name) for found in ranges.values()), _apart(name, ranges, field))
     about = {"shape": list(stored.shape), "dtype": "float32", "role": "input", "scale": scale, "mean": mean, "std": std}
+    about["channels_last"] = stored.channels_last
     return about, " ".join(note for note in notes if note)
 
 
@@ -396,8 +398,8 @@ def _write_as_given(
         except DataError as error:
             raise DataError(f"{error} If they are numbers to be predicted, give target={field!r}.") from None
         given = {s: in_blocks(labels[s], None) for s in given}
-        if len(rows) == 1:
-            note = " ".join(n for n in (note, _withheld(name, {s: labels["train"][m] for s, m in rows["train"].items()})) if n)
+        full = {split: labels[of][mask] for of, masks in rows.items() for split, mask in masks.items()}
+        note = " ".join(n for n in (note, _withheld(name, full)) if n)
     dtypes = {source.dtype for source in given.values()}
     if role == "label" and any(dtype.kind not in "biu" for dtype in dtypes):
         raise DataError(
@@ -405,11 +407,13 @@ def _write_as_given(
         )
     kept, dtype = _as_torch_has_it(np.result_type(*dtypes), role)
     low, high, present = np.inf, -np.inf, set()
+    least, most = (np.full(shape, value) for value in (np.inf, -np.inf))  # of each number of a sample
     for split, source in given.items():
         called, seen = f"{name}: {_label(field, split, given)}", 0
         with _opened_files(folder, stem, rows[split], shape, kept) as files:
             for block in source.chunks():
                 part = _finite_block(block, kept, called, seen)
+                least, most = np.minimum(least, part.min(axis=0)), np.maximum(most, part.max(axis=0))
                 if kept.kind in "iu":
                     low, high = min(low, int(part.min())), max(high, int(part.max()))
                     if role == "label" and shape:
@@ -419,7 +423,19 @@ def _write_as_given(
                 seen += len(block)
     if n_values is None and kept.kind in "iu" and role != "target":
         n_values, no_class, note = count_classes(f"{name}: {field}", present) if present else (int(high) + 1, (), "")
+    if not (role == "label" and not shape):
+        note = " ".join(n for n in (note, _constant(f"{name}: {field}", least, most)) if n)
     return {"shape": list(shape), "dtype": str(dtype), "role": role, "n_values": n_values, "no_class": no_class}, note
+
+
+def _constant(called: str, least: np.ndarray, most: np.ndarray) -> str:
+    """A note on what is the same in all samples, of a field whose numbers go from `least` to `most`."""
+    same = np.flatnonzero(least == most)
+    if len(same) == least.size and least.min() == most.max():
+        return f"{called} is {least.flat[0]:g} in all samples."
+    if len(same) and least.ndim == 1:
+        return f"{called}: {len(same)} of {least.size} numbers are the same in all samples ({_listed(same)})."
+    return ""
 
 
 def count_classes(called: str, present: set[int]) -> tuple[int, tuple[int, ...], str]:
@@ -469,12 +485,13 @@ def _moments(x: np.ndarray, scale: int) -> tuple[list[float], list[float]]:
 
 @dataclass(frozen=True)
 class StoredAs:
-    """How samples are stored: shape of one, type, how a block is rearranged to it, and a note on it."""
+    """How samples are stored: shape of one, type, how a block is rearranged to it, a note on it, and were their channels the last axis?"""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     arrange: Callable[[np.ndarray], np.ndarray]
     note: str = ""
+    channels_last: bool = False
 
 
 def _label(letter: str, split: str, splits: Any) -> str:
@@ -582,7 +599,7 @@ def _stored_as(name: str, given: dict[str, Source], field: str = "x") -> StoredA
         note = f"{name}: {field} of shape {written} is read as (N, {', '.join(axes)}, C), stored as (N, C, {', '.join(axes)})."
         if channels is None and shape[-1] not in (1, 3):
             note += f" Give channels='first'{' or ' + repr('none') if len(shape) == 3 else ''} if it is not."
-        return StoredAs((shape[-1], *shape[:-1]), stored, lambda block: np.moveaxis(block, -1, 1), note)
+        return StoredAs((shape[-1], *shape[:-1]), stored, lambda block: np.moveaxis(block, -1, 1), note, channels_last=True)
     if channels is None and shape[0] > FEW:
         others = "'last' or 'none'" if len(shape) == 3 else "'last'"
         note = f"{name}: {field} of shape {written} is read as {shape[0]} channels of {'x'.join(map(str, shape[1:]))}."

@@ -256,7 +256,9 @@ def from_mapping(data: Mapping[str, Any], asked: Asked, name: str = "arrays") ->
     else:
         splits = {"train": data}
     name = "table" if table and name == "arrays" else name
-    given = {split: {_called(name, column): columns[column] for column in columns.keys()} for split, columns in splits.items()}  # noqa: SIM118
+    for columns in splits.values():
+        _check_rows_and_names(name, columns)
+    given = {split: {column: columns[column] for column in columns.keys()} for split, columns in splits.items()}  # noqa: SIM118
     if not all(given.values()):
         raise DataError(f"{name}: there are no columns.")
     chosen = read(given["train"], asked)
@@ -269,10 +271,24 @@ def from_mapping(data: Mapping[str, Any], asked: Asked, name: str = "arrays") ->
     return stored(name, _digest(arrays) + about, load, asked, features=table)
 
 
-def _called(name: str, column: Any) -> str:
-    if not isinstance(column, str):
-        raise DataError(f"{name}: the column {column!r} has no name. Columns are named by texts.")
-    return column
+def _check_rows_and_names(name: str, columns: Mapping[str, Any]) -> None:
+    """DataError for columns without a name or with one name, and for those of pandas in which a row is another sample each."""
+    named = list(columns.keys())
+    for column in named:
+        if not isinstance(column, str):
+            raise DataError(f"{name}: the column {column!r} has no name. Columns are named by texts.")
+        if named.count(column) > 1:
+            raise DataError(f"{name}: {named.count(column)} columns are called {column!r}. Rename them, or drop all but one.")
+    rows = (
+        {} if hasattr(columns, "iloc") else {column: columns[column].index for column in named if hasattr(columns[column], "iloc")}
+    )
+    for column, index in rows.items():
+        first = next(iter(rows))
+        if len(index) == len(rows[first]) and not index.equals(rows[first]):
+            raise DataError(
+                f"{name}: {first} and {column} have different indexes, and rows are taken by position. Align them "
+                f"({column}.loc[{first}.index]), or drop both indexes with reset_index(drop=True)."
+            )
 
 
 def read(columns: Mapping[str, Any], asked: Asked) -> list[str]:
@@ -296,6 +312,14 @@ def noting(columns: Columns, about: str) -> Columns:
     return {**columns, first: dataclasses.replace(columns[first], about=" ".join(filter(None, (about, columns[first].about))))}
 
 
+def detached(value: Any) -> Any:
+    """A tensor without its gradient, on the CPU, and in a type that numpy has; anything else as it is."""
+    if not hasattr(value, "detach"):
+        return value
+    value = value.detach().cpu()
+    return value.float() if str(value.dtype) == "torch.bfloat16" else value
+
+
 def in_memory(name: str, column: str, value: Any) -> np.ndarray | list[np.ndarray]:
     """An array, or a list of samples of different lengths; DataError for what is neither, or has missing values."""
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
@@ -305,7 +329,7 @@ def in_memory(name: str, column: str, value: Any) -> np.ndarray | list[np.ndarra
     if hasattr(value, "cat") and hasattr(getattr(value, "dtype", None), "categories"):
         value = value.astype(value.dtype.categories.dtype)
     try:
-        array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+        array = np.asarray(detached(value))
     except (ValueError, TypeError, RuntimeError):
         array = None  # samples of different lengths
     if array is not None and array.ndim == 0:

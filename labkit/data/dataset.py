@@ -22,6 +22,7 @@ from labkit.errors import DataError, known
 
 SPLITS = ("train", "test")
 ROLES = ("input", "label", "target")
+OF_INPUT = ("shape", "mean", "std", "scale", "channels_last")  # what `meta.json` has of an input
 
 _MAPS: dict[str, dict[str, np.ndarray]] = {}  # the open memory maps of this process, by path
 
@@ -84,7 +85,7 @@ class Dataset:
         self.note: str = " ".join(part for part in (note, meta["note"]) if part)
         self._files: dict[str, int] = meta["files"]
         stored = meta.get("fields") or {
-            "x": {**{key: meta[key] for key in ("shape", "mean", "std", "scale")}, "dtype": "float32", "role": "input"},
+            "x": {**{key: meta.get(key) for key in OF_INPUT}, "dtype": "float32", "role": "input"},
             "y": {"shape": [], "dtype": "int64", "role": "label", "n_values": meta["n_classes"]},
         }
         self.fields = {
@@ -92,6 +93,7 @@ class Dataset:
             for name, of in stored.items()
         }
         self._stems = {name: of.get("stem", name) for name, of in stored.items()}
+        self._channels_last = {name for name, of in stored.items() if of.get("channels_last")}
         self._columns = {name: of["columns"] for name, of in stored.items() if "columns" in of}
         self._affine = {name: _affine(of) for name, of in stored.items() if "mean" in of}
         self.inputs = [name for name, field in self.fields.items() if field.role == "input"]
@@ -115,6 +117,10 @@ class Dataset:
     def affine_of(self, field: str) -> tuple[np.ndarray, np.ndarray] | None:
         """(centre, rate) of a field, each (C, 1, ...), by which it is normalised; None where it stays as it is."""
         return self._affine.get(field)
+
+    def is_channels_last(self, field: str) -> bool:
+        """Were samples of this input given with their channels as the last axis? Batches have them first."""
+        return field in self._channels_last
 
     def columns_of(self, field: str) -> list[str]:
         """The columns of a table that a field is made of: several features are one input."""

@@ -67,7 +67,7 @@ def given(data: Any, like: Dataset, answers: bool) -> Given:
     names = [*like.inputs, *like.answers] if answers else like.inputs
     if by_items(data):
         return _of_dataset(data, like, names)
-    if hasattr(data, "iloc") and hasattr(data, "columns") and set(like.columns_of(like.inputs[0])) <= set(data.columns):
+    if hasattr(data, "iloc") and hasattr(data, "columns") and _has_columns_of(data, like):
         data = _of_table(data, like, names)
     if isinstance(data, Mapping):
         if missing := [name for name in names if name not in data]:
@@ -79,6 +79,12 @@ def given(data: Any, like: Dataset, answers: bool) -> Given:
     if hasattr(parts, "dtype") or len(parts) != len(names):
         raise DataError(f"give a tuple of {len(names)}, ({', '.join(names)}), a name, a path or a data set.")
     return _of_arrays(dict(zip(names, parts, strict=True)), like)
+
+
+def _has_columns_of(table: Any, like: Dataset) -> bool:
+    """Are the columns of a table to be taken by their names: has it those, or has a network of named features got a table of such?"""
+    named = like.columns_of(like.inputs[0])
+    return set(named) <= set(table.columns) or (named != [like.inputs[0]] and all(isinstance(c, str) for c in table.columns))
 
 
 def _of_table(table: Any, like: Dataset, names: list[str]) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def _of_arrays(arrays: Mapping[str, Any], like: Dataset) -> Given:
     for name, value in arrays.items():
         field = like.fields[name]
         if field.role == "input":
-            samples[name] = arranged(value, field, like.affine_of(name), like.stored_type(name), name)
+            samples[name] = arranged(value, field, like.affine_of(name), like.stored_type(name), name, like.is_channels_last(name))
         else:
             names = like.classes if name == like.label else None
             samples[name] = _answers(_numbered(value, names, name) if names else value, field, name)
@@ -115,17 +121,27 @@ def _of_arrays(arrays: Mapping[str, Any], like: Dataset) -> Given:
     return Given(like, samples)
 
 
-def arranged(x: Any, field: Field, affine: tuple[np.ndarray, np.ndarray] | None, stored: np.dtype, name: str = "x") -> np.ndarray:
+def arranged(
+    x: Any,
+    field: Field,
+    affine: tuple[np.ndarray, np.ndarray] | None,
+    stored: np.dtype,
+    name: str = "x",
+    channels_last: bool = False,
+) -> np.ndarray:
     """Raw inputs (n, *field.shape), in the type in which those of the training were stored, or in float32.
 
-    A single channel may be left out, and channels may be last: (n, H, W), (n, H, W, C). DataError for other shapes and for what is no
-    number; a warning where the values cannot be in the units of the training.
+    A single channel may be left out, and channels may be last: (n, H, W), (n, H, W, C); where the shape does not tell, they are where
+    they were in the training (`channels_last`). DataError for other shapes and for what is no number; a warning where the values cannot be
+    in the units of the training.
     """
-    x, shape = array_of(name, x.detach().cpu().numpy() if hasattr(x, "detach") else x), tuple(field.shape)
+    x, shape = array_of(name, x), tuple(field.shape)
     if x.dtype.kind not in "biuf" or not np.isfinite(x).all():
         raise DataError(f"{name} of {x.dtype} were given that are not all finite numbers; nothing can be predicted from those.")
     own = x.shape[1:]
-    if own != shape and None not in shape:
+    if channels_last and own == (*shape[1:], shape[0]):
+        x = np.moveaxis(x, -1, 1)
+    elif own != shape and None not in shape:
         if own == shape[1:] and shape[0] == 1:
             x = x[:, None]
         elif len(shape) > 1 and own == (*shape[1:], shape[0]):
@@ -135,14 +151,17 @@ def arranged(x: Any, field: Field, affine: tuple[np.ndarray, np.ndarray] | None,
             raise DataError(f"{name} has shape {x.shape}; this network needs (n, {', '.join(map(str, shape))}).{hint}")
     if affine is None:
         return x.astype(field.dtype)
-    if x.size and (spread := float(x.std(dtype=np.float64))) > 0:
-        usual = 1 / float(np.median(affine[1]))
-        if not 1 / SCALES_APART < spread / usual < SCALES_APART:
-            warnings.warn(
-                f"{name} spreads by {spread:.3g}, and the data of the training by {usual:.3g}: is it in the units of those? They "
-                "are normalised by themselves; give them as they were given for the training.",
-                stacklevel=4,
-            )
+    if not x.size:
+        return x.astype(np.float32)
+    spread = (
+        x.std(axis=(0, *range(2, x.ndim)), dtype=np.float64) * affine[1].ravel()
+    )  # of each channel, in the units of the training
+    if (spread > 0).any() and not 1 / SCALES_APART < (times := float(np.median(spread[spread > 0]))) < SCALES_APART:
+        warnings.warn(
+            f"{name} spreads {times:.3g} times as much as the data of the training: is it in the units of those? They are normalised by "
+            "themselves; give them as they were given for the training.",
+            stacklevel=4,
+        )
     return x if x.dtype == stored else x.astype(np.float16 if stored == np.float16 else np.float32)
 
 
@@ -157,7 +176,7 @@ def _numbered(y: Any, classes: list[str], name: str) -> Any:
 
 
 def _answers(y: Any, field: Field, name: str) -> np.ndarray:
-    y = array_of(name, y.detach().cpu().numpy() if hasattr(y, "detach") else y)
+    y = array_of(name, y)
     if y.shape[1:] != tuple(field.shape) or not y.ndim:
         raise DataError(f"{name} has shape {y.shape}; give (n{''.join(f', {n}' for n in field.shape)}).")
     if field.role == "label":

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from labkit.data.cache import Source, check_labels, count_classes, hold_out, print_once
-from labkit.data.columns import ANSWERS, Asked, check_pad, filled
+from labkit.data.columns import ANSWERS, Asked, check_pad, detached, filled
 from labkit.data.dataset import SPLITS, Dataset
 from labkit.errors import DataError, did_you_mean, known
 from labkit.imports import imported
@@ -289,12 +289,10 @@ def _value(item: Any, keys: tuple[Any, ...], called: str) -> np.ndarray:
             value = value[key]
     except (KeyError, IndexError, TypeError):
         raise DataError(f"{called} has no {keys[-1]!r}, as the first one has.") from None
-    if hasattr(value, "detach"):
-        value = value.detach()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-        return value.numpy()
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise DataError(f"{called}: {keys[-1]!r} has masked values. Fill them: what is below a mask would be read.")
     try:
-        array = np.asarray(value)
+        array = np.asarray(detached(value))
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{called}: {keys[-1]!r} is no array: {error}.") from error
     if array.dtype.hasobject:

@@ -136,7 +136,7 @@ class Subnets:
         field = Field(tuple(self.config["shape"]), np.dtype(np.float32), "input")
         try:
             affine = np.asarray(self.config["centre"]), np.asarray(self.config["rate"])
-            return arranged(images, field, affine, np.dtype(np.uint8), "images")
+            return arranged(images, field, affine, np.dtype(np.uint8), "images", self.config.get("channels_last", False))
         except DataError as error:
             raise ProblemError(f"these subnets cannot be given that: {error}") from error
 
@@ -202,6 +202,7 @@ def describe_problem(problem: Classifier) -> dict[str, Any]:
         "n_classes": dataset.n_classes,
         "centre": centre,
         "rate": rate,
+        "channels_last": dataset.is_channels_last(dataset.inputs[0]),
         "synthetic": dataset.synthetic,
         "data_note": dataset.note,
     }

@@ -203,6 +203,28 @@ def test_a_data_frame_has_features_and_named_answers():
     assert (both.n_train, both.n_test, both.shape) == (N, 5, (4,))
 
 
+def test_columns_of_pandas_are_told_apart_and_stand_row_by_row():
+    pandas = pytest.importorskip("pandas")
+    twice = pandas.DataFrame(np.c_[AGE, AGE, Y], columns=["age", "age", "label"])
+    refused(twice, "2 columns are called 'age'")
+    age, label = pandas.Series(AGE), pandas.Series(Y, index=np.arange(N)[::-1])
+    refused({"age": age, "label": label}, "age and label have different indexes", "label.loc[age.index]")
+    assert open_dataset({"age": age, "label": label.reset_index(drop=True)}).n_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "note"),
+    [
+        ({"age": AGE, "target": np.ones(N)}, "target is 1 in all samples."),
+        ({"age": AGE, "target": np.c_[AGE, np.zeros(N)]}, "target: 1 of 2 numbers are the same in all samples (1)."),
+        ({"input_ids": np.full((N, 3), 7), "label": Y}, "input_ids is 7 in all samples."),
+        ({"age_train": AGE, "label_train": 0 * Y, "age_test": AGE, "label_test": 0 * Y}, "all labels are 0"),
+    ],
+)
+def test_what_is_the_same_in_all_samples_is_said(data, note):
+    assert note in open_dataset(data).note
+
+
 def test_files_with_named_columns(tmp_path):
     h5py, pandas = pytest.importorskip("h5py"), pytest.importorskip("pandas")
     with h5py.File(tmp_path / "a.h5", "w") as file:

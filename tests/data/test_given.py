@@ -38,6 +38,17 @@ def test_any_layout_is_what_it_was_in_the_training(shape, layouts):
     assert np.array_equal(both["x"], every(like)["x"]) and np.array_equal(both["y"], y[12:])
 
 
+def test_channels_are_where_they_were_in_the_training_where_a_shape_does_not_tell():
+    x, y = some(20, (4, 4, 4))
+    like = open_dataset((x, y), channels="last")
+    assert np.array_equal(given(x, like, answers=False)._samples["x"], np.moveaxis(x, -1, 1))
+    like = open_dataset({"x": x, "label": y}, channels="last")
+    assert np.array_equal(given({"x": x}, like, answers=False)._samples["x"], np.moveaxis(x, -1, 1))
+    first = open_dataset((x, y), channels="first")
+    rounded = torch.from_numpy(x).bfloat16()
+    assert np.array_equal(given(rounded, first, answers=False)._samples["x"], rounded.float().numpy())
+
+
 def test_it_is_normalised_by_the_training_and_not_by_itself(tmp_path):
     x, y = some(30, (3, 8, 8))
     like = open_dataset((x, y))
@@ -104,8 +115,21 @@ def test_what_does_not_fit_is_refused_and_other_units_are_said():
     ):
         with pytest.raises(DataError, match=message):
             given(wrong, like, answers=True)
-    with pytest.warns(UserWarning, match="x spreads by 0.1.*is it in the units of those"):
+    with pytest.warns(
+        UserWarning, match="x spreads 0.0039. times as much as the data of the training: is it in the units of those"
+    ):
         given(x / 255.0, like, answers=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_features_of_different_scales_are_in_the_units_of_the_training():
+    frame = pd.DataFrame({"a": some(20, (1,))[0][:, 0] * 1e4, "b": some(20, (1,))[0][:, 0], "label": [0, 1] * 10})
+    like = open_dataset(frame)
+    assert every(given(frame, like, answers=False))["x"].shape == (20, 2)
+    with pytest.warns(UserWarning, match="x spreads"):
+        given(frame[["b", "a"]].to_numpy(), like, answers=False)
+    with pytest.raises(DataError, match="a missing: the table has A, b, label"):
+        given(frame.rename(columns={"a": "A"}), like, answers=False)
 
 
 def test_a_table_is_read_by_the_columns_of_the_training():
