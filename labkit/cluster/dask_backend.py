@@ -225,6 +225,7 @@ def _check_guard() -> None:
     the script, and then it is the worker's import that is refused.
     """
     main = sys.modules["__main__"]
+    vars(main).setdefault("__spec__", None)  # multiprocessing needs it, and %reset in a notebook deletes it
     script = getattr(main, "__file__", None) or ""
     why = (
         f"each worker process imports {os.path.basename(script)} when it starts, and so would start workers itself. Put what the "

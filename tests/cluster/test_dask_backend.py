@@ -230,6 +230,7 @@ def test_a_script_without_a_guard_is_refused_before_a_process_starts(tmp_path):
         "guard": start.replace("REQUEST", f"def main():\n    {request}\nif __name__ == '__main__':\n    main()"),
         "left": start.replace("REQUEST", f"if __name__ != '__main__':\n    raise SystemExit\n{request}"),
         "threads": start.replace("REQUEST", 'D.check(Request("threads", 2))'),
+        "reset": start.replace("REQUEST", f"if __name__ == '__main__':\n    del __spec__  # as %reset does\n    {request}"),
     }
     children = {}
     for name, script in scripts.items():
@@ -239,7 +240,7 @@ def test_a_script_without_a_guard_is_refused_before_a_process_starts(tmp_path):
         )
     printed = {name: child.communicate(timeout=60)[0].splitlines() for name, child in children.items()}
     for name, (*_, last) in printed.items():
-        if name in ("guard", "left", "threads"):
+        if name in ("guard", "left", "threads", "reset"):
             assert last == "went on"
         else:
             assert re.fullmatch(rf"labkit.errors.ClusterError: line \d starts .* imports {name}_.py .*__main__.*", last), last

@@ -197,7 +197,7 @@ def test_a_worker_that_cannot_start_shows_the_end_of_its_log(cluster_of_jobs, tm
 @pytest.mark.timeout(400)
 def test_a_job_runs_the_demo_notebook_from_sbatch_to_the_table(cluster_of_jobs, tmp_path, cache):
     """What one writes for tonight: the sweep of notebook 03 as one batch job on 2 CPUs."""
-    grid = {"strategy": "sgwu+udpa,agwu+idpa", "data": "digits", "kind": "dask", "train_samples": 300, "test_samples": 60}
+    grid = {"strategy": "sgwu+udpa,agwu+idpa", "data": "digits", "kind": "threads", "train_samples": 300, "test_samples": 60}
     grid |= {"passes": 2.0, "local_steps": 4, "target": 0.2}
     options = " ".join(f"--grid {name}={value}" for name, value in grid.items())
     script = tmp_path / "tonight.sh"

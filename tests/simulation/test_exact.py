@@ -36,9 +36,9 @@ def net_with_chance(shape, n_classes):
 
 
 class Slow(labkit.Classifier):
-    """A step takes 5 ms, so that something can happen in between."""
+    """A step takes 20 ms, so that something can happen in between."""
 
-    pause = 0.005
+    pause = 0.02
 
     def step(self, module, batch, optimisers, clock):
         time.sleep(self.pause)
@@ -493,7 +493,7 @@ def test_kills_joins_and_refusals_are_replayed(tmp_path, monkeypatch):
         run.stop()
     monkeypatch.setattr(Slow, "pause", 0.0)  # here: nobody waits in a replay
     kinds = run.events.groupby(["kind", "worker"]).size()
-    assert kinds["join", 0] >= 3 and kinds["join", 1] >= 2 and kinds["join", 2] == 1 and kinds["refuse", 1] >= 1
+    assert kinds["join", 0] >= 3 and kinds["join", 1] >= 2 and kinds["join", 2] >= 1 and kinds["refuse", 1] >= 1
     assert same(run, labkit.replay(run))
     other = labkit.replay(run, update="sgwu")
     assert other.origin == "counterfactual" and other.summary()["samples"] > 0
