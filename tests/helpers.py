@@ -157,6 +157,7 @@ class Course:
         state=None,
         overlap=0,
         milestones=(),
+        ema=None,
     ):
         self.now, self.answers, self.rows, self.saved = 0.0, {w: [] for w in workers}, [], []
         partition = partition or UDPA()
@@ -166,7 +167,7 @@ class Course:
         else:
             update.start(np.zeros(SIZE, np.float32), workers, 1)
             partition.start(SAMPLES, workers, seed=3)
-        lengths = {"budget": budget, "checkpoints": checkpoints, "n_train": SAMPLES, "milestones": milestones}
+        lengths = {"budget": budget, "checkpoints": checkpoints, "n_train": SAMPLES, "milestones": milestones, "ema": ema}
         self.it = Coordinator(
             settings(workers, **lengths, batch_size=batch_size, local_steps=local_steps, overlap=overlap),
             update,

@@ -216,7 +216,7 @@ DOORS = {  # of each call: how far it goes, and (argument, kind, a good value)
     "Classifier": (made(labkit.Classifier, data="digits"), [("batch_size", int, 3), ("lr", float, 0.5), ("momentum", float, 0.5),
                    ("weight_decay", float, 0.5), ("train_samples", int, 3), ("test_samples", int, 3), ("score_samples", int, 3),
                    ("optimiser", str, "adam"), ("schedule", str, "cosine"), ("precision", str, "bfloat16"),
-                   ("channels_last", bool, True), ("accumulate", int, 3), ("clip_norm", float, 0.5)]),
+                   ("channels_last", bool, True), ("accumulate", int, 3), ("clip_norm", float, 0.5), ("ema", float, 0.5)]),
     "Decomposition": (made(labkit.Decomposition, grid=(2, 2)), [("grid", list, [2, 3]), ("overlap", list, [2, 3])]),
     "UDPA": (made(labkit.UDPA), [("stratified", bool, True)]),
     "IDPA": (made(labkit.IDPA), [("batches", int, 3), ("smoothing", int, 3), ("stratified", bool, True), ("speeds", list, [1.0, 2.0])]),

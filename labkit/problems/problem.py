@@ -22,7 +22,7 @@ from torch import nn
 from labkit.data import Dataset, open_dataset
 from labkit.data import names as data_names
 from labkit.data.items import Items, is_items_path, seed_of_items, seeding
-from labkit.errors import DataError, LabError, ProblemError, RunError, file_path, flag, known, plain_scalar, whole
+from labkit.errors import DataError, LabError, ProblemError, RunError, file_path, flag, known, plain_scalar, real, whole
 from labkit.imports import by_value, constructor_arguments, import_path, imported, plain, short
 from labkit.models import seeded
 from labkit.models.flat import Flat
@@ -86,12 +86,17 @@ class Problem:
     augment : a function of a batch that is trained on, or its import path: `augment(x)` gives x, `augment(x, y)` gives (x, y), as many
         samples of the same types. It runs on the workers; random numbers that it draws from torch's global generator, numpy's or
         Python's are seeded for each batch, so that a run can be replayed.
+    ema : decay of an average of the global weights, for each optimiser step (on one batch, by whichever worker): 0.999 averages
+        over the last 1,000 steps or so. It is made beside training, from the first version on, under every update:
+        `run.model("ema")`, and columns `ema_score`, `ema_loss` and so on of the curve. `score` and `loss` remain those of the
+        global weights themselves, by which also `target`, `patience` and `run.model("best")` go.
     """
 
     augment: str | Callable[..., Any] | None = None
     answers: ClassVar[str | None] = None  # "target" where what is to be learned are numbers, whatever their type
     # Arguments that the record leaves out at these values, as it did before they were there.
-    unwritten: ClassVar[Mapping[str, Any]] = {"augment": None}
+    ema: float | None = None
+    unwritten: ClassVar[Mapping[str, Any]] = {"augment": None, "ema": None}
     window: tuple[slice, ...] = ()  # what `load` reads of each sample: slices of the axes behind the channels
 
     def __init__(
@@ -105,6 +110,7 @@ class Problem:
         precision: str = "float32",
         channels_last: bool = False,
         augment: str | Callable[..., Any] | None = None,
+        ema: float | None = None,
     ) -> None:
         self.batch_size = whole("batch_size", batch_size)
         self.train_samples = None if train_samples is None else whole("train_samples", train_samples)
@@ -115,9 +121,9 @@ class Problem:
         if not (augment is None or callable(augment) or (isinstance(augment, str) and ":" in augment)):
             raise TypeError(f'augment={augment!r}: give a function of a batch of inputs, or its import path, "my_module:flip".')
         self.augment = augment
-        self.data = _reference(
-            data, self.answers
-        )  # last: arrays go into the cache, and a call that is refused leaves nothing there
+        self.ema = None if ema is None else real("ema", ema, above=0, below=1)
+        # last: arrays go into the cache, and a call that is refused leaves nothing there
+        self.data = _reference(data, self.answers)
         needed(self)  # from here on it is known what the modules of the user's own were loaded from
 
     # What a subclass must give.

@@ -65,6 +65,7 @@ class Regressor(Supervised):
         precision: str = "float32",
         channels_last: bool = False,
         augment: str | Callable[..., Any] | None = None,
+        ema: float | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -86,6 +87,7 @@ class Regressor(Supervised):
             precision=precision,
             channels_last=channels_last,
             augment=augment,
+            ema=ema,
         )
 
     @property

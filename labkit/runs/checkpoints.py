@@ -278,6 +278,20 @@ def read_state(path: Path, version: int) -> tuple[np.ndarray, dict]:
     return weights, state
 
 
+def read_average(path: Path, version: int, size: int) -> np.ndarray:
+    """The average of the global weights up to a version (read-only), where the run makes one; refused as in `read_weights`."""
+    weights, state = read_state(path, version)
+    average = state.get("ema", {}).get("weights")
+    if average is None or average.shape != (size,) or average.shape != weights.shape or not np.isfinite(average).all():
+        raise _refused(path, version, f"holds no average of the {size} weights.")
+    return average
+
+
+def lasting(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state is kept where nothing goes on from it: the average."""
+    return {name: state[name] for name in ("ema",) if name in state}
+
+
 def newest(path: Path) -> tuple[int, list[str]]:
     """The newest version that is whole, and for each newer one why it was refused; `RunError` when there is none."""
     refused: list[str] = []

@@ -151,7 +151,7 @@ class RunRecord:
         """Learning curve of the global weights: seconds, samples, version, and loss, score and whatever else the problem measures on the
         test set; a row a retained version.
 
-        It is measured after the run, so that measuring it does not slow the run. Where steps returned more than a loss, columns
+        With `ema=` columns `ema_score`, `ema_loss` and so on are the same of the average of the global weights. It is measured after the run, so that measuring it does not slow the run. Where steps returned more than a loss, columns
         `train_...` have the means of what they returned since the row before (`train_loss` for the loss).
         """
         why = None
@@ -254,9 +254,12 @@ class RunRecord:
     def _layout_anew(self, why: RunError) -> checkpoints.Layout:
         raise why
 
-    def flat(self, version: int | None = None) -> np.ndarray:
-        """The global weights as one flat float32 vector, by default of the newest version."""
-        if version is None:
+    def flat(self, version: int | str | None = None) -> np.ndarray:
+        """The global weights as one flat float32 vector, by default of the newest version; "ema" for their average up to there."""
+        if version == "ema" and not self.config.ema:
+            raise RunError(f"run {self.name} makes no average of its weights. Give its problem ema=0.999, say, and train it again.")
+        average = version == "ema"
+        if version is None or average:
             versions = checkpoints.versions(self.path)
             if not versions:
                 raise RunError(f"run {self.name} has no weights in {self.path / checkpoints.FOLDER}.")
@@ -267,6 +270,8 @@ class RunRecord:
                     f"the newest that is there is version {version}."
                 )
         version = whole("version", version, 0)
+        if average:
+            return checkpoints.read_average(self.path, version, self.layout.size)
         return checkpoints.read_weights(self.path, version, self.layout.size)
 
     def _last_saved(self) -> int:
@@ -280,7 +285,7 @@ class RunRecord:
         saved = events.version[events.kind == "checkpoint"].max()
         return -1 if np.isnan(saved) else int(saved)
 
-    def weights(self, version: int | None = None) -> dict[str, np.ndarray]:
+    def weights(self, version: int | str | None = None) -> dict[str, np.ndarray]:
         """The global weights by name, by default of the newest version."""
         return {name: np.array(tensor) for name, tensor in self.layout.split(self.flat(version)).items()}
 

@@ -84,7 +84,7 @@ class Course:
         weights = state = None
         if version is not None:
             weights, state = checkpoints.read_state(run.path, version)
-            if not state:
+            if "done" not in state:
                 raise RunError(f"version {version}, from which run {run.name} went on, holds no state: it cannot be replayed.")
         self.it = begin_course(
             run.config.replace(workers=workers),
@@ -209,14 +209,18 @@ class Course:
 
     def _compare(self, version: int, weights: np.ndarray, state: dict) -> None:
         if version in self.retained:
-            then = checkpoints.read_weights(self.run.path, version, len(weights))
-            if not np.array_equal(then.view(np.uint32), weights.view(np.uint32)):
-                n, apart = int((then != weights).sum()), float(np.abs(then - weights).max())
-                row = self.rows[min(self.at, len(self.rows)) - 1]
-                raise self._differs(row, f"{n} of {len(weights)} weights of version {version} differ, by {apart:.3g} at most")
+            pairs = {f"version {version}": (checkpoints.read_weights(self.run.path, version, len(weights)), weights)}
+            if "ema" in state:
+                average = checkpoints.read_average(self.run.path, version, len(weights))
+                pairs[f"the average up to version {version}"] = average, state["ema"]["weights"]
+            for what, (then, now) in pairs.items():
+                if not np.array_equal(then.view(np.uint32), now.view(np.uint32)):
+                    n, apart = int((then != now).sum()), float(np.abs(then - now).max())
+                    row = self.rows[min(self.at, len(self.rows)) - 1]
+                    raise self._differs(row, f"{n} of {len(now)} weights of {what} differ, by {apart:.3g} at most")
             self.compared += 1
         if version in self.retained or (self.last and version == self.newest):
-            checkpoints.write(self.ledger.path, version, weights, run=self.ledger.config.id)
+            checkpoints.write(self.ledger.path, version, weights, checkpoints.lasting(state), run=self.ledger.config.id)
 
     def _differs(self, row: dict, what: str) -> RunError:
         who = f" of worker {row['worker']}" if "worker" in row else ""

@@ -136,7 +136,7 @@ class Ledger(contextlib.AbstractContextManager):
 
     def save(self, version: int, weights: np.ndarray, state: dict) -> None:
         """A checkpoint without its state, as nothing goes on from it, and its event."""
-        size = checkpoints.write(self.path, version, weights, run=self.config.id)
+        size = checkpoints.write(self.path, version, weights, checkpoints.lasting(state), run=self.config.id)
         self.recorder.event("checkpoint", version=version, total=state["done"], bytes=size)
 
     def no_curve(self) -> None:

@@ -143,6 +143,8 @@ def train_subnets(
     baselines = list(dict.fromkeys(several("baselines", baselines, partial(known, options=BASELINES))))
     runs, name = file_path("runs", runs), None if name is None else run_name(name)
     subnets = [Subnet.of(problem, decomposition, part, width_rule, stacking) for part in range(decomposition.n_parts)]
+    if problem.ema is not None:
+        raise ValueError(f"ema={problem.ema:g}: subnets have no global weights to average. Leave out ema.")
     if team is not None and patience is not None:
         raise ValueError(f"patience={patience}: what a team trains is not stopped early. Leave out patience, or team.")
     if team is not None and batched > 1:

@@ -65,7 +65,11 @@ def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[dict[str,
     state = Flat(module, exact=config.exact_buffers)
     indices = problem.test_indices()
     rows = []
+    readers = {"": checkpoints.read_weights} | ({"ema_": checkpoints.read_average} if config.ema else {})
     for version in versions:
-        state.load(torch.from_numpy(np.array(checkpoints.read_weights(Path(path), version, len(state.vector)))))
-        rows.append({"version": version, **problem.measure(module, indices, "test", batch_size=BATCH)})
+        rows.append({"version": version})
+        for prefix, read in readers.items():
+            state.load(torch.from_numpy(np.array(read(Path(path), version, len(state.vector)))))
+            measured = problem.measure(module, indices, "test", batch_size=BATCH)
+            rows[-1] |= {f"{prefix}{name}": value for name, value in measured.items()}
     return rows

@@ -95,7 +95,7 @@ def _go_on(
     """The second half of `resume`, in a directory that is held."""
     version, refused = checkpoints.newest(run.path)
     weights, state = checkpoints.read_state(run.path, version)
-    if not state:
+    if "done" not in state:
         raise RunError(f"{run.path} holds weights alone: version {version} has no state to go on from. Train it again.")
     if (last := status.check_continued(run.path, version, state["done"])) not in (version, *checkpoints.versions(run.path)):
         refused = [f"{checkpoints.file_of(run.path, last)} is missing.", *refused]

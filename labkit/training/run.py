@@ -180,7 +180,10 @@ class Run(RunRecord):
             )
 
     def flat(self, version: int | str | None = None) -> np.ndarray:
-        """The global weights as one flat float32 vector: of a retained version, of the newest, or of the "best" by the score set."""
+        """The global weights as one flat float32 vector: of a retained version, of the newest, or of the "best" by the score set.
+
+        With "ema" their average up to the newest version, where the problem asked for one (`ema=`).
+        """
         if version == "best":
             from labkit.training.monitor import best
 

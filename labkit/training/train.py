@@ -176,6 +176,7 @@ def configure(
         partition=partition.config(),
         passes=passes,
         budget=budget,
+        ema=problem.ema,
         milestones=tuple(m for m in milestones_of(problem, n_train) if m < budget),
         n_train=n_train,
         units=units_of(problem),

@@ -33,6 +33,7 @@ from labkit.errors import ClusterError, PartitionError, UpdateError
 from labkit.partition import Partition
 from labkit.runs.checkpoints import AGE_S, Layout, Policy
 from labkit.runs.config import RunConfig
+from labkit.training.server.average import Average
 from labkit.training.server.grants import Grants, Share
 from labkit.training.server.membership import Member
 from labkit.training.wire import compression
@@ -91,6 +92,7 @@ class Coordinator:
         self.state, self.reason = "running", ""
         self.traceback = ""  # of a rule that has raised
         self.limit = compression.largest(config.exchange)  # of a weight that can be sent to the others
+        self.average = Average(config, update.weights, update.n_exact) if config.ema else None
         if state:
             self._restore(state)
         else:
@@ -322,6 +324,7 @@ class Coordinator:
             "incarnations": dict(self.incarnations),
             "round": self.round,
             "settled": self.grants.settled,
+            **({"ema": self.average.state_dict()} if self.average else {}),
         }
 
     def _restore(self, state: dict) -> None:
@@ -330,6 +333,8 @@ class Coordinator:
         self.incarnations = {int(worker): int(n) for worker, n in state["incarnations"].items()}
         self.round = int(state["round"])
         self.policy.resume(self.grants.merged, self.update.version)
+        if self.average:
+            self.average.load_state_dict(state["ema"], self.grants.merged)
         self.record("resume", version=self.update.version, total=self.grants.done)
 
     # -- answers -------------------------------------------------------------------------------------------------------
@@ -352,6 +357,8 @@ class Coordinator:
     def _count(self) -> bool:
         """Count what the latest call of the rule has done, and save its version if that is due; was anything dropped?"""
         dropped = self.grants.count()
+        if self.update.merges and self.average:
+            self.average.follow(self.update.weights, self.grants.merged)
         if self.update.merges and self.policy.is_due(self.grants.merged):
             self.checkpoint()
         return dropped
@@ -449,6 +456,8 @@ class Coordinator:
         versions = {"base_version": before, "version": self.update.version, "total": self.grants.merged}
         self._row("settle", member, bytes=n_bytes, **versions, **reported)
         del self.grants.limits[0]
+        if self.average:
+            self.average.restart(self.update.weights, self.grants.merged)
         self.idle.clear()
         self.checkpoint()
         self._release(replies)
