@@ -36,7 +36,8 @@ from labkit.problems.trial import (
     check_same,
     copied,
     fingerprint,
-    is_lazy,
+    initialise,
+    is_of_compiler,
     numbers_of,
     shared,
 )
@@ -297,8 +298,7 @@ class Problem:
                 self._existing = shared(module, self.build(seed))
             if self._existing:
                 module = copied(module, self._title())
-            if is_lazy(module):
-                self.evaluate(module, self.load(self.train_indices()[:2]))
+            initialise(module, lambda: self.evaluate(module, self.load(self.train_indices()[:2])))
         return module
 
     _existing: bool | None = None  # does `build` return what exists? Found out once, and known to the workers
@@ -334,6 +334,11 @@ class Problem:
         except Exception as error:
             data = f"data {self.dataset.name!r} of shape {self.dataset.shape}"
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            if is_of_compiler(error):
+                raise ProblemError(
+                    f"{title} cannot be compiled here: {reason}. Leave out torch.compile, or compile with what every machine of the "
+                    "lab has: a C++ compiler for the default backend, none for backend='aot_eager'."
+                ) from error
             raise ProblemError(f"{title} {failed} {data}: {reason}") from error
         score = measured.get("score", -1.0 if scored else 0.0)
         if "loss" not in measured or "loss" not in stepped or not 0 <= score <= 1:

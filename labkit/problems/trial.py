@@ -10,9 +10,11 @@ The processes of a run are more than one, so each worker compares what it builds
 Used by `Problem.new_module`, `Problem.check` and `Problem.fingerprint`; `separate` by `labkit.subnets.result`.
 """
 
+import contextlib
 import copy
 import math
 import numbers
+import sys
 import warnings
 import zlib
 from collections import deque
@@ -30,6 +32,7 @@ from labkit.models import evaluating, seeded
 from labkit.models.flat import Flat
 
 OWN = frozenset(vars(nn.Module()))  # attributes that every module has
+COMPILER = "_torchdynamo"  # so begin the attributes that torch.compile gives a module
 SHOWN = 3  # names in a message
 TOLERANCE = 1e-4  # between two evaluations in one process
 NUDGE = 0.02  # by which the weights of a fingerprint are moved
@@ -71,15 +74,26 @@ def separate(make: Callable[[], nn.Module], shape: Sequence[int], seed: int, tit
     module = make()
     if shared(module, make()):
         module = copied(module, title)
-    if is_lazy(module):
-        with seeded(seed), evaluating(module):
-            module(torch.zeros(2, *shape))
+    with seeded(seed), evaluating(module):
+        initialise(module, lambda: module(torch.zeros(2, *shape)))
     return module
+
+
+def is_of_compiler(error: BaseException) -> bool:
+    """Does an error come from torch.compile, and not from what it compiles?"""
+    return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)
 
 
 def is_lazy(module: nn.Module) -> bool:
     """Does it hold tensors whose shape is known at the first forward pass alone?"""
     return any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in _tensors(module))
+
+
+def initialise(module: nn.Module, evaluate: Callable[[], Any]) -> None:
+    """Give the lazy tensors of a module their shapes, if it has any, by `evaluate()`; not compiled, at which torch may fail."""
+    if is_lazy(module):
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext():
+            evaluate()
 
 
 def check_equal(one: Flat, other: Flat, title: str) -> None:
@@ -212,7 +226,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, part in module.named_modules():
         for key, value in list(vars(part).items()):
-            if key not in OWN:
+            if key not in OWN and not key.startswith(COMPILER):
                 _collect(f"{path}.{key}" if path else key, value, found, DEPTH)
     return found
 

@@ -149,7 +149,7 @@ def train(
     newcomers = workers is None
     workers = choose(lab, workers, runs / (name or default))
     check_shards(problem, workers, partition)
-    check_travels(lab, problem, update, partition)
+    check_travels(problem, update, partition)
     config = configure(problem, lab, workers, update, partition, name=name or default, **lengths, **traffic, **limits)
 
     def begin_as(name: str) -> Run:
@@ -189,15 +189,16 @@ def configure(
     )
 
 
-def check_travels(lab: Lab, problem: Problem, *rules: Update | Partition) -> None:
-    """ProblemError, by name, where the rules cannot go to the server, or the problem not to workers in other processes."""
-    for thing in rules if all(worker.here for worker in lab.workers) else (problem, *rules):
+def check_travels(*things: Problem | Update | Partition) -> None:
+    """ProblemError, by name, where the problem cannot go to workers (also to threads: each has its own), or a rule to the server."""
+    for thing in things:
         if error := _unpicklable(thing):
             lost = next((name for name, value in vars(thing).items() if _unpicklable(value)), None)
             what = f"its {lost!r} holds something that" if lost else "it"
             raise ProblemError(
-                f"{type(thing).__name__} cannot be sent to other processes: {what} cannot be pickled ({error}). Make locks, files, "
-                "generators and connections where they are used, not beside the function or in the constructor."
+                f"{type(thing).__name__} cannot be sent to workers and server: {what} cannot be pickled ({error}). Make locks, files, "
+                "generators and connections where they are used, not beside the function or in the constructor; call torch.compile "
+                "on the module that a function makes, not on methods of a class."
             )
 
 

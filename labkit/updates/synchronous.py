@@ -178,8 +178,8 @@ class AllReduce(Barrier):
 
     Gradients are averaged at every step, so that NaN in those of one rank is in all replicas one step later: the run then fails for
     that, and nobody can tell whose it was. A push that is wrong in itself (its size, score or version) costs its worker alone, as
-    under every rule. Raises `UpdateError`, which ends the run, when the replicas no longer agree. Buffers are those of the first
-    worker, as DDP does.
+    under every rule. Raises `UpdateError`, which ends the run, when the replicas no longer agree; parameters that the samples of a
+    batch change otherwise than by gradients are refused before it starts. Buffers are those of the first worker, as DDP does.
     """
 
     name = "allreduce"

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+import warnings
 from contextlib import closing
 from itertools import product
 
@@ -26,7 +28,7 @@ from labkit.training.local import alone
 from labkit.training.wire import compression
 from labkit.updates import make_update
 from tests.helpers import SEED, problem, settings
-from tests.models.zoo import PRETRAINED, ZOO, Zoo
+from tests.models.zoo import COMPILED, PRETRAINED, ZOO, Zoo, compiled_as_a_whole
 
 
 class Odd(nn.Module):
@@ -104,9 +106,14 @@ def test_weights_that_are_not_float32_are_refused():
 
 # -- the zoo: what is trained, sent and built again is one network -----------------------------------------------------
 
+compiling = (pytest.mark.slow, pytest.mark.filterwarnings("ignore"))  # torch warns of itself there
 
-def course(a_problem, update, workers=(0,), exchange="float32", overlap=0):
-    """A run without a cluster: the last version, and the replicas of the workers once they have pulled it."""
+
+def course(a_problem, update, workers=(0,), exchange="float32", overlap=0, late=()):
+    """A run without a cluster: the last version, and the replicas of the workers once they have pulled it.
+
+    Those who are `late` join when the others have pushed once.
+    """
     n, answers, it = len(a_problem.train_indices()), {}, None
     config = settings(
         workers, n_train=n, budget=2 * n * len(workers), batch_size=a_problem.batch_size, seed=SEED, exchange=exchange
@@ -125,8 +132,12 @@ def course(a_problem, update, workers=(0,), exchange="float32", overlap=0):
     for worker in workers:
         replicas.join(worker)
         it.join(worker)
+    late = list(late)
     with closing(replicas):
         while answers:
+            if late and it.update.version:
+                replicas.join(late[-1])
+                it.join(late.pop())
             worker, answer = next(iter(answers.items()))
             del answers[worker]
             if answer.grant is None:
@@ -135,7 +146,7 @@ def course(a_problem, update, workers=(0,), exchange="float32", overlap=0):
             done, weights = replicas.work(worker, answer)
             header = {**done, "op": "push", "version": answer.grant.version, "score": replicas.score(worker), "score_s": 0.0}
             it.push(it.members[worker], header, weights, weights.nbytes)
-    assert it.state == "done", it.reason
+    assert it.state == "done" and not late, it.reason
     found = []
     for own in replicas.workers.values():
         np.copyto(own.buffers.pulled, compression.pack(rule.weights, exchange))
@@ -166,9 +177,9 @@ def state(module):
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize("kind", ZOO)
+@pytest.mark.parametrize("kind", [*ZOO, *(pytest.param(kind, marks=compiling) for kind in COMPILED)])
 def test_one_worker_is_a_plain_loop_and_its_last_version_is_what_it_trained(kind):
-    a_problem = problem(ZOO[kind], train_samples=36)
+    a_problem = problem({**ZOO, **COMPILED}[kind], train_samples=36)
     weights, (replica,) = course(a_problem, "sgwu")
     plain, built = by_hand(a_problem, 2), a_problem.new_module(SEED)
     Flat(built).load(torch.tensor(weights))
@@ -204,15 +215,18 @@ FAMILIES = (
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
-    ("update", "exchange"),
+    ("update", "exchange", "late", "more"),
     [
-        ("easgd", "bfloat16"),
-        *(pytest.param(*rule, marks=pytest.mark.slow) for rule in [*product(FAMILIES, ["float32"]), ("sgwu", "float16")]),
+        ("easgd", "bfloat16", (), ()),
+        *(pytest.param(*rule, (2,), (), marks=pytest.mark.slow) for rule in [*product(FAMILIES, ["float32"]), ("sgwu", "float16")]),
+        *(pytest.param(rule, "float32", (2,), tuple(COMPILED), marks=compiling) for rule in ("sgwu", "fedasync", "diloco")),
     ],
 )
-def test_under_every_rule_a_new_module_is_the_network_of_every_replica(update, exchange):
-    a_problem = problem(Zoo, train_samples=32, lr=0.01)
-    weights, replicas = course(a_problem, update, (0, 1), exchange)
+def test_under_every_rule_a_new_module_is_the_network_of_every_replica(update, exchange, late, more):
+    """Also of one that joins late, and is given what the others have pushed."""
+    a_problem = problem(Zoo, train_samples=32, lr=0.01, model_args={"more": more})
+    weights, replicas = course(a_problem, update, (0, 1), exchange, late=late)
+    assert len(replicas) == 2 + len(late)
     built = a_problem.new_module(SEED)
     Flat(built).load(torch.tensor(compression_of(weights, exchange)))
     for replica in replicas:
@@ -227,6 +241,39 @@ def test_under_every_rule_a_new_module_is_the_network_of_every_replica(update, e
 @pytest.mark.usefixtures("cache")
 def test_the_zoo_passes_the_check():
     problem(Zoo, train_samples=32).check(SEED)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("cache")
+def test_what_is_compiled_passes_the_check_or_is_refused_as_such():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        problem(Zoo, train_samples=32, model_args={"more": list(COMPILED)}).check(SEED)
+    assert not [warning for warning in caught if "changes in a step" in str(warning.message)]
+    from torch._inductor import config
+
+    lacks = config.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True, "compile_threads": 1})
+    with (
+        lacks,
+        pytest.raises(ProblemError, match=r"cannot be compiled here: .*No working C.. compiler found.*Leave out torch.compile"),
+    ):
+        problem(compiled_as_a_whole, train_samples=36, model_args={"backend": "inductor"}).check(SEED)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("cache")
+def test_what_the_default_backend_compiles_is_trained():
+    from torch._inductor import config
+
+    a_problem = problem(compiled_as_a_whole, train_samples=36, model_args={"backend": "inductor"})
+    with config.patch(compile_threads=1):  # no processes of its own
+        weights, (replica,) = course(a_problem, "sgwu")
+    Flat(built := a_problem.new_module(SEED)).load(torch.tensor(weights))
+    assert torch.equal(logits(a_problem, built), logits(a_problem, replica.module))
+    assert not torch.equal(logits(a_problem, built), logits(a_problem, a_problem.new_module(SEED)))
 
 
 def compression_of(weights, exchange):

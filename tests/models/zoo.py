@@ -1,12 +1,14 @@
 """Modules whose state is not plain: one of each kind that users bring. Each takes samples (n, 1, 6, 6) and gives 3 logits.
 
-`ZOO` is by name; `Zoo` is all of them in one network, whose logits are the mean of theirs.
+`ZOO` is by name; `Zoo` is all of them in one network, whose logits are the mean of theirs. `COMPILED` are those of torch.compile, for
+slow tests: its first import takes seconds. All-reduce refuses `BY_BATCH`.
 
 Used by the tests of `labkit.models.flat` and of runs.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 
@@ -16,12 +18,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
-ZOO = {}
+ZOO, COMPILED = {}, {}
+BY_BATCH = ["activation_norm", "mean_assigned_anew", "queue", "embedding_max_norm"]  # parameters that a rank's own samples change
 
 
-def kind(make):
-    ZOO[make.__name__] = make
+def kind(make, zoo=ZOO):
+    zoo[make.__name__] = make
     return make
+
+
+def compiled(make):
+    return kind(make, COMPILED)
 
 
 def net(first=None, last=None):
@@ -374,10 +381,46 @@ def pretrained_with_a_new_head():
     return nn.Sequential(PRETRAINED[:3], nn.Linear(5, 3))
 
 
+# -- compiled, by a backend that needs no C++ ----------------------------------------------------------------------------
+
+
+@compiled
+def compiled_as_a_whole(backend="aot_eager"):
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Dropout(0.1), nn.Linear(5, 3))
+    return torch.compile(inner, backend=backend)
+
+
+@compiled
+def compiled_in_part():
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3))
+    module[1] = torch.compile(module[1], backend="aot_eager")
+    return module
+
+
+@compiled
+def compiled_in_place():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 5), nn.Linear(5, 3))
+    module[2].weight.data = module[1].weight.data[:, :5].clone()
+    module.compile(backend="aot_eager")
+    return module
+
+
+@compiled
+@functools.cache
+def compiled_pretrained():
+    return compiled_as_a_whole()
+
+
+@compiled
+def compiled_lazy():
+    return torch.compile(nn.Sequential(nn.Flatten(), nn.LazyLinear(5), nn.Tanh(), nn.LazyLinear(3)), backend="aot_eager")
+
+
 class Zoo(nn.Module):
-    def __init__(self, but=()):
+    def __init__(self, but=(), more=()):
         super().__init__()
-        self.cages = nn.ModuleDict({name: make() for name, make in ZOO.items() if name not in but})
+        cages = {name: make for name, make in ZOO.items() if name not in but} | {name: COMPILED[name] for name in more}
+        self.cages = nn.ModuleDict({name: make() for name, make in cages.items()})
 
     def forward(self, x):
         return torch.stack([cage(x) for cage in self.cages.values()]).mean(0)

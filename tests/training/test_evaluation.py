@@ -10,7 +10,7 @@ import labkit
 from labkit.runs import checkpoints
 from labkit.training.evaluation import measure
 from tests.helpers import ended, net_with_statistics, problem
-from tests.models.zoo import Zoo
+from tests.models.zoo import BY_BATCH, Zoo
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -33,24 +33,23 @@ def test_a_curve_that_was_not_measured_is_measured_when_it_is_asked_for(train):
     assert labkit.load_run(run.path, problem=a_problem).curve().equals(curve) and (run.path / "metrics.parquet").exists()
 
 
-RULES = {"sgwu": [0], "agwu": [0, 1], "fedbuff": [0, 1], "diloco": [0, 1], "easgd": [0, 1], "allreduce": [0, 1]}
-# What all-reduce refuses: parameters that change by the batch of each rank, gradients that DDP cannot average.
-BY_BATCH = ["activation_norm", "mean_assigned_anew", "queue", "embedding_max_norm", "embedding_with_sparse_gradients"]
-rare = (pytest.mark.cluster, pytest.mark.slow)
+RULES = {"sgwu": [0], "agwu": [0, 1], "ssp": [0, 1], "fedbuff": [0, 1], "diloco": [0, 1], "easgd": [0, 1], "allreduce": [0, 1]}
+rare = (pytest.mark.slow, pytest.mark.filterwarnings("ignore"))  # torch warns of itself when it compiles
 LABS = [
-    ("threads", ["sgwu"]),
-    pytest.param("threads", list(RULES), marks=pytest.mark.slow),
-    *(pytest.param(kind, ["sgwu", "agwu", "allreduce"], marks=rare) for kind in ("dask", "ipyparallel")),
+    ("threads", ["sgwu"], ()),
+    pytest.param("threads", list(RULES), ("compiled_as_a_whole", "compiled_in_part"), marks=rare),
+    pytest.param("dask", ["agwu", "allreduce"], ("compiled_as_a_whole",), marks=(pytest.mark.cluster, *rare)),
+    pytest.param("ipyparallel", ["sgwu", "easgd", "allreduce"], (), marks=(pytest.mark.cluster, *rare)),
 ]
 
 
-@pytest.mark.parametrize(("kind", "rules"), LABS)
-def test_what_a_worker_trains_is_what_is_measured_and_what_is_given(kind, rules, tmp_path):
+@pytest.mark.parametrize(("kind", "rules", "more"), LABS)
+def test_what_a_worker_trains_is_what_is_measured_and_what_is_given(kind, rules, more, tmp_path):
     """Modules of every kind in one network, and the last version under each rule: for the worker, on the curve, as a model."""
     with labkit.connect(kind, 2) as lab:
         for rule in rules:
             but = BY_BATCH if rule == "allreduce" else []
-            a_problem = problem(Zoo, train_samples=64, lr=0.01, model_args={"but": but})
+            a_problem = problem(Zoo, train_samples=64, lr=0.01, model_args={"but": but, "more": list(more)})
             run = ended(
                 labkit.train(a_problem, lab, update=rule, passes=2, checkpoints=2, runs=tmp_path, workers=RULES[rule]), timeout=100
             )

@@ -445,21 +445,19 @@ def test_what_cannot_travel_is_refused_by_name_before_anything_is_begun(tmp_path
 
     def model():
         with lock:
-            return nn.Linear(2, 2)
+            return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
 
     class Waiting(labkit.SGWU):
         def __init__(self):
             super().__init__()
             self.lock = lock
 
-    elsewhere = types.SimpleNamespace(workers=[types.SimpleNamespace(here=False)])
-    with pytest.raises(
-        ProblemError, match=r"Classifier cannot be sent to other processes: its 'model' holds.*_thread\.lock.*Make locks"
-    ):
-        training.check_travels(elsewhere, problem(model))
     with labkit.connect("threads", 1) as lab:
-        training.check_travels(lab, problem(model), labkit.SGWU())  # threads share it; the server is a process of its own
-        with pytest.raises(ProblemError, match="Waiting cannot be sent to other processes: its 'lock' holds"):
+        with pytest.raises(
+            ProblemError, match=r"Classifier cannot be sent to workers and server: its 'model' holds.*_thread\.lock.*Make locks"
+        ):
+            labkit.train(problem(model), lab, runs=tmp_path)
+        with pytest.raises(ProblemError, match="Waiting cannot be sent to workers and server: its 'lock' holds"):
             labkit.train(problem(), lab, update=Waiting(), runs=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from labkit.errors import ClusterError, ProblemError
 from labkit.models import seeded
 from labkit.problems.problem import Clock, Problem, noise
+from labkit.problems.trial import SHOWN
 from labkit.training.worker.heartbeat import Heartbeat
 
 # One-channel images in channels_last give the first convolution a gradient of equal layout but other strides: nothing is wrong.
@@ -175,9 +176,11 @@ class ProcessGroup:
 
 
 def check_problem(problem: Problem, seed: int) -> None:
-    """Two steps in a group of one rank, here; ProblemError for a problem that cannot be trained by all-reduce.
+    """A few steps of one rank, here; ProblemError for a problem that cannot be trained by all-reduce.
 
     A network whose forward pass is not called, or whose parts are trained one after the other, fails in the second step at the latest.
+    Parameters that two ranks would change by something else than the gradients, as by the first batch that they see, are refused by
+    name.
     """
     called: set[int] = set()
     with tempfile.TemporaryDirectory() as folder, seeded(seed):
@@ -208,6 +211,31 @@ def check_problem(problem: Problem, seed: int) -> None:
             "gradients, so step() must call it (module(x), not module['part']). Networks that are used one after the other are for "
             "networks(module) to return, each is wrapped then; or use another update: 'sgwu', 'agwu'."
         )
+    first, other = (_without_gradients(problem, seed, rank) for rank in range(2))
+    shortened = {
+        f"{path}.weight"
+        for path, part in module.named_modules()
+        if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag) and part.max_norm is not None
+    }  # the rows that a batch looks up: here they may be the same ones
+    if differ := [
+        name for name, value in first.items() if name in shortened or not torch.allclose(value, other[name], equal_nan=True)
+    ]:
+        raise ProblemError(
+            f"{problem._title()} cannot be trained with update='allreduce': {', '.join(map(repr, differ[:SHOWN]))} change by the "
+            "samples of a batch, or at random, besides by its gradients, so that the ranks would train different networks. Keep such "
+            "values in buffers, which are those of the first rank, or use another update: 'sgwu', 'agwu'."
+        )
+
+
+def _without_gradients(problem: Problem, seed: int, rank: int) -> dict[str, torch.Tensor]:
+    """The parameters after a step whose gradients are zero; each rank has samples and random numbers of its own."""
+    module, indices = problem.new_module(seed), problem.train_indices()
+    for parameter in _trained(module):
+        parameter.register_hook(torch.zeros_like)
+    batch, optimisers = problem.load(indices[-2:] if rank else indices[:2]), problem.optimisers(module)
+    with seeded(seed + rank):
+        problem.step(module, batch, optimisers, Clock(0, 1, 0.0, noise(seed, rank)))
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
 def networks_of(problem: Problem, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:

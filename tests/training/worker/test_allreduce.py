@@ -26,7 +26,7 @@ from labkit.training.worker.allreduce import Broken, ProcessGroup, backend
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.sampler import steps
 from tests.helpers import ended, problem
-from tests.models.zoo import Zoo
+from tests.models.zoo import BY_BATCH, ZOO, Zoo
 from tests.problems.test_problem import Gan, TinyGan
 
 # -- groups between threads --------------------------------------------------------------------------------------------
@@ -385,5 +385,20 @@ def test_parameters_without_a_gradient_are_trained_around(alternating, tmp_path)
 
 @pytest.mark.usefixtures("cache")
 def test_buffers_of_any_type_are_no_hindrance():
-    but = ["embedding_with_sparse_gradients"]  # gradients that DDP cannot average
-    allreduce.check_problem(problem(Zoo, train_samples=32, model_args={"but": but}), 0)
+    allreduce.check_problem(problem(Zoo, train_samples=32, model_args={"but": BY_BATCH}), 0)
+
+
+@pytest.mark.usefixtures("cache")
+def test_parameters_that_the_samples_of_a_rank_change_are_refused_by_name():
+    named = ["'shift', 'rate'", "'net.1.bias'", "'net.1.weight'", "'table.weight'"]
+    for kind, names in zip(BY_BATCH, named, strict=True):
+        with pytest.raises(ProblemError, match=rf"model {kind} cannot be trained with .*: {names} change by the samples .*'sgwu'"):
+            allreduce.check_problem(problem(ZOO[kind], train_samples=32), 0)
+
+    class Noisy(Partly):
+        def forward(self, x):
+            self.head.weight.data += 0.01 * torch.randn(3, 5)
+            return super().forward(x)
+
+    with pytest.raises(ProblemError, match=r": 'head.weight' change by the samples of a batch, or at random"):
+        allreduce.check_problem(problem(lambda: Noisy(False)), 0)
