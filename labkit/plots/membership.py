@@ -42,10 +42,12 @@ def membership(run: RunRecord, faults: pd.DataFrame | None = None) -> hv.Layout:
     end = 1.02 * max(float(table.end.max()), float(curve.seconds.max()))
     lost = int((table.message != "").sum())
     times = "once" if lost == 1 else f"{lost} times"
-    title = f"{run.label}: a worker was lost {times}, test accuracy {100 * curve.score.iloc[-1]:.1f} % in the end"
+    last = curve.score.iloc[-1]
+    what, amount = ("test score", f"{last:.4g}") if run.config.lower_is_better else ("test accuracy", f"{100 * last:.1f} %")
+    title = f"{run.label}: a worker was lost {times}, {what} {amount} in the end"
     upper = style.line(curve.seconds.to_numpy(), curve.score.to_numpy(), 0, "global weights", ("seconds", "score"))
     upper = style.finish(
-        [upper], title, style.caption([run]), xlabel="", ylabel="test accuracy", xlim=(0, end), **_size(HEIGHTS[0])
+        [upper], title, style.caption([run]), xlabel="", ylabel=what, xlim=(0, end), **_size(HEIGHTS[0])
     )  # fmt: skip
     return style.stack([upper, _bars(table, faults, end)], space=0.1)
 

@@ -42,18 +42,21 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
 
     A line is labelled by its strategy and by what differs among the runs, such as "AGWU + IDPA, lr 0.01"; where nothing differs, by
     the directory. Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
-    `target` (of a score in (0, 1]) is drawn as a level, and the legend has where each line crosses it, straight between points,
+    `target` (of a score in (0, 1], but where lower is better) is drawn as a level, and the legend has where each line crosses it, straight between points,
     from whichever side it comes. RunError while a run is running: it has no curve yet.
     """
     if x not in AXES:
         raise ValueError(f"curves can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
-    target = None if target is None else real("target", target, **({"above": 0, "most": 1} if y == "score" else {}))
+    runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
+    lower = any(run.config.lower_is_better for run in runs)  # of scores
+    share = y == "score" and not lower
+    target = None if target is None else real("target", target, **({"above": 0, "most": 1} if share else {}))
     style.extension()
     runs = _as_runs(runs, lambda run: run.curve())
     tables = {run: _curve(run, y) for run in runs}
     known("y", y, dict.fromkeys(column for table in tables.values() for column in table if column not in (*AXES, "version")))
     tables = {run: table if y in table else table.assign(**{y: np.nan}) for run, table in tables.items()}
-    what, amount, of = _meaning(runs, y), _percent if y == "score" else "{:g}".format, "" if y == "score" else f"{y} "
+    what, amount, of = _meaning(runs, y), _percent if share else "{:g}".format, "" if share else f"{y} "
     title = f"{what[0].upper()}{what[1:]} against {'time' if x == 'seconds' else 'samples'}"
     lines = {label: _median(series) for label, series in _series(runs, tables.__getitem__, x, y).items()}
     if not lines and any(len(table) for table in tables.values()):
@@ -62,7 +65,7 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
         return style.message(title, f"{_names(runs)}: no version was retained, so there is nothing to evaluate.")
     texts, reached = _counted(runs), {}
     for label, (at, middle, *_) in lines.items() if target is not None else ():
-        sign = -1 if y != "score" and middle[0] > target else 1
+        sign = -1 if (lower if y == "score" else middle[0] > target) else 1
         where = reached[label] = crossing(at, sign * middle, sign * target)
         texts[label] += f": {of}{amount(target)} {f'at {_amount(where, x)}' if np.isfinite(where) else 'not reached'}"
     levels = [style.level(target)] if target is not None else []
@@ -81,7 +84,7 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
     seen = np.concatenate([np.r_[low[1:], high[1:]] if len(low) > 1 else low for _, _, low, high in lines.values()])
     bottom, top = np.floor(20 * seen.min()) / 20, max(seen.max(), target or 0.0)
     ylim = (bottom, top + 0.05 * (top - bottom) + 0.005)
-    if y != "score":
+    if not share:
         bottom, top = (pick(seen.min(), seen.max(), *([] if target is None else [target])) for pick in (min, max))
         room = 0.05 * (top - bottom) or 0.05 * abs(top) or 0.05
         ylim = (bottom - room, top + room)
@@ -96,6 +99,8 @@ def _curve(run: RunRecord, y: str) -> pd.DataFrame:
 def _meaning(runs: Sequence[RunRecord], y: str) -> str:
     """A column of the curve in words; the score of all but a regressor is called accuracy."""
     if y == "score":
+        if any(run.config.lower_is_better for run in runs):
+            return "test score (less is better)"
         return "test score" if any(run.config["problem"].get("kind") == "labkit:Regressor" for run in runs) else "test accuracy"
     return y.replace("train_", "training ", 1) if y.startswith("train_") else f"test {y}"
 

@@ -9,6 +9,7 @@ Used by `labkit.training` and whatever stands on it; `labkit.problems.classifier
 import contextlib
 import copy
 import inspect
+import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -98,6 +99,7 @@ class Problem:
     # Arguments that the record leaves out at these values, as it did before they were there.
     ema: float | None = None
     unwritten: ClassVar[Mapping[str, Any]] = {"augment": None, "ema": None}
+    lower_is_better: bool = False  # is the score an error or a distance? See `evaluate`
     window: tuple[slice, ...] = ()  # what `load` reads of each sample: slices of the axes behind the channels
 
     def __init__(
@@ -150,7 +152,12 @@ class Problem:
 
     def evaluate(self, module: nn.Module, batch: Any) -> dict[str, float]:
         """Means over the batch: "loss", "score" in [0, 1], and other numbers by name; use `evaluating(module)` around the forward
-        pass. A score, of which more is better, may be left out where no rule weighs pushes by it."""
+        pass. A score, of which more is better, may be left out where no rule weighs pushes by it.
+
+        A problem with the attribute `lower_is_better = True` has a score of which less is better, and which may be any number, such
+        as an error or a distance between distributions: target, patience, the best version and curves go by that. Only rules
+        that do not weigh pushes can train it, as its score is no Q.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define evaluate(module, batch).")
 
     # What a subclass may replace.
@@ -237,7 +244,12 @@ class Problem:
         return self._mean((self.evaluate(module, self.load(part, split, device)) for part in parts), parts)
 
     def quality(self, module: nn.Module, indices: np.ndarray, device: str = "cpu") -> float | None:
-        """Q in [0, 1], by which a rule may weigh a push: the score of `measure`, or the mean of `score` where that is replaced."""
+        """Q in [0, 1], by which a rule may weigh a push: the score of `measure`, or the mean of `score` where that is replaced.
+
+        None where there is no score, or lower is better.
+        """
+        if self.lower_is_better:
+            return None
         if not len(indices):
             return 0.0
         if getattr(self.score, "__func__", None) is Problem.score:
@@ -340,12 +352,14 @@ class Problem:
                     "lab has: a C++ compiler for the default backend, none for backend='aot_eager'."
                 ) from error
             raise ProblemError(f"{title} {failed} {data}: {reason}") from error
-        score = measured.get("score", -1.0 if scored else 0.0)
-        if "loss" not in measured or "loss" not in stepped or not 0 <= score <= 1:
+        score = measured.get("score", math.nan if scored else 0.0)
+        fits = math.isfinite(score) if self.lower_is_better else 0 <= score <= 1
+        if "loss" not in measured or "loss" not in stepped or not fits:
             raise ProblemError(
                 f"{title}: evaluate() gave {measured} and step() gave {stepped}. evaluate() must return "
                 '{"loss": float, "score": float in [0, 1]} and step() at least {"loss": tensor}. Without a score go rules that do '
-                "not weigh pushes by it, such as 'fedasync', with neither target nor patience."
+                "not weigh pushes by it, such as 'fedasync', with neither target nor patience; of an error or a distance as score "
+                "say lower_is_better = True."
             )
         for name, value in stepped.items():
             if not isinstance(value, numbers.Real) and not (isinstance(value, torch.Tensor) and value.dim() == 0):

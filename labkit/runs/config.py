@@ -35,7 +35,7 @@ FORMAT = 4  # of the run directory; what is newer is refused
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
 # Settings that are left out where a run has none.
-OPTIONAL = ("units", "milestones", "ema", "target", "patience", "sources", "origin", "scenario", "resumed")
+OPTIONAL = ("units", "milestones", "ema", "lower_is_better", "target", "patience", "sources", "origin", "scenario", "resumed")
 PACKAGES = ("labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot")
 PUBLIC = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}  # of format 2 and before
 
@@ -72,6 +72,7 @@ class RunConfig(Mapping[str, Any]):
     join_timeout: float = 60.0  # seconds
     milestones: Sequence[int] = ()  # samples, of all workers, after which the problem settles something
     ema: float | None = None  # decay of the average of the global weights, for an optimiser step (`labkit.training.server.average`)
+    lower_is_better: bool = False  # of scores
     target: float | None = None  # the score on the score set at which the run ends
     patience: int | None = None  # it ends after so many retained versions that are no better
     synthetic: bool = False  # are the data generated?

@@ -28,7 +28,7 @@ ASIDE = ("checkpoints", "heartbeat_timeout", "join_timeout", "one_process", "bud
 ASIDE += ("exact_buffers",)
 # What is derived from the rest, or told in a way of its own.
 UNSAID = ("format", "id", "name", "created", "data_note", "synthetic", "emulated", "problem", "update", "partition", "workers")
-UNSAID += ("origin", "scenario", "resumed", "sources", "milestones", "ema")
+UNSAID += ("origin", "scenario", "resumed", "sources", "milestones", "ema", "lower_is_better")
 FOLD = tuple(f"cross_validation.{name}" for name in ("fold", "of", "seed"))
 DERIVED = {"n_train": ("data", "train_samples", *FOLD)}  # differs because one of these does
 

@@ -237,8 +237,8 @@ class RunRecord:
 
         Between retained versions the curve is interpolated.
         """
-        score, curve = real("score", score), self.curve()
-        seconds = analysis.crossing(curve.seconds.to_numpy(), curve.score.to_numpy(), score)
+        score, curve, sign = real("score", score), self.curve(), -1 if self.config.lower_is_better else 1
+        seconds = analysis.crossing(curve.seconds.to_numpy(), sign * curve.score.to_numpy(), sign * score)
         return None if np.isnan(seconds) else seconds
 
     # -- the weights ---------------------------------------------------------------------------------------------

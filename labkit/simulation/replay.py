@@ -20,7 +20,7 @@ from labkit.simulation.exact import Course, read_lives
 from labkit.simulation.offline import Ledger
 from labkit.training.resume import is_rule_of, problem_of, rule_of
 from labkit.training.run import Run
-from labkit.training.train import run_name
+from labkit.training.train import check_weighed, run_name
 from labkit.updates import Update, make_update
 
 
@@ -68,6 +68,7 @@ def replay(
     exact = update is None or is_rule_of(run, "update", rule)
     _check_replayable(run, rule)
     problem = problem_of(run, problem or run._problem, by="replay")
+    check_weighed(problem, rule)
     partition = rule_of(run, "partition", partition, by="replay")
     lives = read_lives(run)
     origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.id}

@@ -19,7 +19,7 @@ from labkit.simulation.offline import Ledger
 from labkit.simulation.simulator import Simulation
 from labkit.training.resume import problem_of, rule_of
 from labkit.training.run import Run
-from labkit.training.train import run_name
+from labkit.training.train import check_weighed, run_name
 from labkit.updates import Update, make_update
 
 
@@ -110,6 +110,8 @@ def simulate(
     if numerics and (base is None or samples is not None or n_weights is not None):
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
     problem = problem_of(base, problem or base._problem, by="simulate") if numerics else None
+    if problem:
+        check_weighed(problem, update)
     batch_size = config.batch_size or base.problem().batch_size
     servers, numerics = whole("servers", servers), flag("numerics", numerics)
     size = base.layout.size if base else scenario.UNKNOWN["n_weights"]

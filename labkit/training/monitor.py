@@ -9,8 +9,9 @@ Used by `labkit.training.train` and `labkit.training.resume`; `best` by `Run.mod
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ class Monitor:
         self.config, self.on_version = config, on_version
         self.since = config.resumed[-1]["version"] if config.resumed else -1  # those up to here say only what is best
         self.measure = _measurer(problem, config)  # made before workers in this process draw from torch's generator
-        self.best, self.worse = -1.0, 0  # the best score, and how many versions have come since
+        self.best, self.worse = -math.inf, 0  # the best score (of which more is better), and how many versions have come since
         self._over = threading.Event()
 
     def start(self, run: RunRecord, end: Callable[[str], None], fail: Callable[[BaseException], None]) -> None:
@@ -66,24 +67,32 @@ class Monitor:
             for version, weights in _retained_as_they_come(run.path, self.config, self._over):
                 measured = self.measure(weights)
                 if version <= self.since:
-                    self.best = max(self.best, measured.get("score", -1.0))
+                    self.best = max(self.best, merit(measured, self.config))
                     continue
                 if self.on_version:
                     self.on_version(run, version, dict(measured))
-                if reason := self.verdict(version, measured.get("score", -1.0)):
+                if reason := self.verdict(version, measured):
                     return end(reason)
         except BaseException as error:
             fail(error)
 
-    def verdict(self, version: int, score: float) -> str:
+    def verdict(self, version: int, measured: Mapping[str, float]) -> str:
         """Why the run is to end with this version, or ""."""
-        if self.config.target is not None and score >= self.config.target:
-            return f"version {version} has score {score:.4g} on the score set, and the target is {self.config.target:g}"
+        score, sign = merit(measured, self.config), -1 if self.config.lower_is_better else 1
+        if self.config.target is not None and score >= sign * self.config.target:
+            return f"version {version} has score {sign * score:.4g} on the score set, and the target is {self.config.target:g}"
         self.worse = 0 if score > self.best else self.worse + 1
         self.best = max(self.best, score)
         if self.config.patience is not None and self.worse >= self.config.patience:
-            return f"{self.worse} retained versions up to {version} were no better than score {self.best:.4g} (patience)"
+            return f"{self.worse} retained versions up to {version} were no better than score {sign * self.best:.4g} (patience)"
         return ""
+
+
+def merit(measured: Mapping[str, float], config: RunConfig) -> float:
+    """What is compared, the more the better: the score, less the score where lower is better, less the loss where there is none."""
+    value = measured.get("score")
+    value = -measured["loss"] if value is None else -value if config.lower_is_better else value
+    return value if value == value else -math.inf
 
 
 def best(run: RunRecord, problem: Problem) -> int:
@@ -92,7 +101,7 @@ def best(run: RunRecord, problem: Problem) -> int:
     for version in checkpoints.versions(run.path):
         with contextlib.suppress(FileNotFoundError):  # the run goes on, and it was one of the newest only
             measured = measure(checkpoints.read_weights(run.path, version, size))
-            scores[version] = measured.get("score", -measured["loss"])
+            scores[version] = merit(measured, run.config)
     if not scores:
         raise RunError(f"run {run.name} has no weights in {run.path / checkpoints.FOLDER}.")
     return max(scores, key=scores.__getitem__)

@@ -111,7 +111,8 @@ def train(
         Seconds that the run waits for all workers at the start, before it begins without the missing ones (they may come later);
         and for anybody when every worker is lost, before it fails (`resume` goes on from there).
     target
-        The run is stopped, with the reason in its record, when a retained version reaches this score on the score set.
+        The run is stopped, with the reason in its record, when a retained version reaches this score on the score set (from above
+        where the problem says `lower_is_better`).
     patience
         It is stopped when so many retained versions in a row (of which `checkpoints` come in a whole run) were no better on the
         score set than the best before them. `run.model("best")` is the best one.
@@ -136,13 +137,15 @@ def train(
     }
     traffic = check_traffic(update, exchange, overlap)
     limits = check_limits(heartbeat_timeout, join_timeout)
-    limits["target"] = None if target is None else real("target", target, above=0, most=1)
+    bounds = {} if getattr(problem, "lower_is_better", False) else {"above": 0, "most": 1}
+    limits["target"] = None if target is None else real("target", target, **bounds)
     limits["patience"] = None if patience is None else whole("patience", patience, error=ValueError)
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
     instance("lab", lab, Lab, " of labkit.connect(...)")
     runs, name = file_path("runs", runs), None if name is None else run_name(name)
     problem.check(seed, scored=update.scored or target is not None or patience is not None)
+    check_weighed(problem, update)
     if update.collective:
         check_problem(problem, seed)
     default = "-".join([*(rule_title(rule.config()) for rule in (update, partition)), f"seed{seed}"])
@@ -177,6 +180,7 @@ def configure(
         passes=passes,
         budget=budget,
         ema=problem.ema,
+        lower_is_better=problem.lower_is_better,
         milestones=tuple(m for m in milestones_of(problem, n_train) if m < budget),
         n_train=n_train,
         units=units_of(problem),
@@ -305,6 +309,15 @@ def check_traffic(update: Update, exchange: str, overlap: int) -> dict[str, Any]
             "the others. Use overlap=0, or an update that answers at once, such as 'agwu' or 'fedasync'."
         )
     return {"exchange": exchange, "overlap": overlap}
+
+
+def check_weighed(problem: Problem, update: Update) -> None:
+    """ProblemError where a rule weighs pushes by a score of which less is better."""
+    if update.scored and problem.lower_is_better:
+        raise ProblemError(
+            f"{problem._title()} has a score of which less is better, and {update.name} weighs pushes by a score in [0, 1] of which "
+            "more is better. Use a rule that does not, such as 'localsgd' or 'fedasync'."
+        )
 
 
 def check_shards(problem: Problem, workers: list[int], partition: Partition) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
 import pytest
 
 import labkit
-from labkit.errors import LabError
+from labkit import plots
+from labkit.errors import LabError, ProblemError
 from labkit.training.monitor import Monitor
 from tests.helpers import problem, settings
+from tests.plots.helpers import title
 
 
 class Slow(labkit.Classifier):
@@ -26,11 +29,22 @@ class Slow(labkit.Classifier):
         ([0.2, 0.5, 0.4, 0.5], {"patience": 2}, "2 retained versions up to 3 were no better than score 0.5"),
         ([0.2, 0.1, 0.3, 0.2, 0.31], {"patience": 2}, ""),
         ([0.5, 0.4, 0.95], {"patience": 3, "target": 0.9}, "version 2 has score 0.95"),
+        (
+            [9.0, 5.0, 2.4],
+            {"target": 2.5, "lower_is_better": True},
+            "version 2 has score 2.4 on the score set, and the target is 2.5",
+        ),
+        (
+            [5.0, 3.0, 4.0, 3.0],
+            {"patience": 2, "lower_is_better": True},
+            "2 retained versions up to 3 were no better than score 3 ",
+        ),
+        ([5.0, 3.0, math.nan, 2.9, 3.0], {"patience": 2, "lower_is_better": True}, ""),
     ],
 )
 def test_when_it_ends(scores, limits, ends):
     monitor = Monitor(problem(), settings(**limits))
-    said = [monitor.verdict(version, score) for version, score in enumerate(scores)]
+    said = [monitor.verdict(version, {"loss": 1.0, "score": score}) for version, score in enumerate(scores)]
     assert not any(said[:-1]) and said[-1].startswith(ends) and bool(said[-1]) == bool(ends)
 
 
@@ -69,6 +83,35 @@ def test_the_best_version_is_that_of_the_score_set(train):
     np.testing.assert_array_equal(run.flat("best"), run.flat(best))
     assert run.weights("best").keys() == run.weights().keys()
     assert a_problem.measure(run.model("best").network, a_problem.score_indices())["score"] == scores[best]
+
+
+class Distance(labkit.Classifier):
+    """Its score is an error, beyond 1 at the beginning."""
+
+    lower_is_better = True
+
+    def evaluate(self, module, batch):
+        measured = super().evaluate(module, batch)
+        return {"loss": measured["loss"], "score": 10 * measured["loss"]}
+
+
+def test_where_lower_is_better_target_best_and_curve_follow(train):
+    a_problem = problem(kind=Distance)
+    for update in ("agwu", "sgwu"):
+        with pytest.raises(ProblemError, match=rf"of which less is better, and {update} weighs pushes by a score"):
+            train(a_problem, update=update)
+    run = train(a_problem, update="fedasync", passes=40, checkpoints=80, target=8.0).wait(60)
+    assert run.state == "stopped" and "the target is 8" in run.status()["reason"] and run.events.score.isna().all()
+    curve, again = run.curve(), labkit.load_run(run.path)
+    assert curve.score[0] > 8 and run.config.lower_is_better and again.config.lower_is_better
+    assert 0 < again.time_to(9.0) < curve.seconds.max() and again.time_to(1e-9) is None
+    run.flat("best")
+    scores = {v: a_problem.measure(run.model(v).network, a_problem.score_indices())["score"] for v in curve.version}
+    np.testing.assert_array_equal(run.flat("best"), run.flat(min(scores, key=scores.get)))
+    figure = plots.curves([run], target=9.0)
+    assert "reaches score 9 after" in title(figure)
+    with pytest.raises(ProblemError, match="sgwu weighs pushes"):
+        labkit.replay(run, update="sgwu")
 
 
 def test_what_the_callback_raises_fails_the_run_and_is_raised(train):
