@@ -32,7 +32,7 @@ from labkit.models import evaluating, seeded
 from labkit.models.flat import Flat
 
 OWN = frozenset(vars(nn.Module()))  # attributes that every module has
-COMPILER = "_torchdynamo"  # so begin the attributes that torch.compile gives a module
+COMPILER = "_torchdynamo"  # so begin the attributes that torch.compile gives modules and functions
 SHOWN = 3  # names in a message
 TOLERANCE = 1e-4  # between two evaluations in one process
 NUDGE = 0.02  # by which the weights of a fingerprint are moved
@@ -226,12 +226,14 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, part in module.named_modules():
         for key, value in list(vars(part).items()):
-            if key not in OWN and not key.startswith(COMPILER):
+            if key not in OWN:
                 _collect(f"{path}.{key}" if path else key, value, found, DEPTH)
     return found
 
 
 def _collect(name: str, value: Any, found: dict[str, Any], depth: int) -> None:
+    if name.rpartition(".")[2].startswith(COMPILER):
+        return
     if isinstance(value, LEAVES) or (isinstance(value, SEQUENCES) and value and all(isinstance(item, PLAIN) for item in value)):
         found[name] = value
     elif isinstance(value, (Mapping, *SEQUENCES)):
