@@ -54,7 +54,7 @@ def lab(request):
         yield lab
 
 
-def until(condition, limit=30.0):
+def until(condition, limit=90.0):
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end, f"not within {limit:g} s"
@@ -309,12 +309,14 @@ def test_a_run_is_the_same_everywhere(lab, update, partition, tmp_path, cache):
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize("place", ["dask", "ipyparallel", "mpi"])
-def test_a_worker_is_killed_in_mid_run(place, tmp_path, cache):
+@pytest.mark.parametrize(
+    ("place", "updates"), [("dask", ["sgwu", "agwu", "allreduce"]), ("ipyparallel", ["agwu", "allreduce"]), ("mpi", ["allreduce"])]
+)
+def test_a_worker_is_killed_in_mid_run(place, updates, tmp_path, cache):
     """Under every update the others go on, with its samples. Dask starts it again; engines are added by hand."""
     skip_without(place)
     with labkit.connect(n_workers=3, **PLACES[place]) as lab:
-        for update in ("sgwu", "agwu", "allreduce"):
+        for update in updates:
             there = lab.free()
             settings = {"local_steps": 4, "passes": 20, "runs": tmp_path, "name": update, "workers": there}
             run = labkit.train(problem(Slow), lab, update=update, **settings)
@@ -325,8 +327,8 @@ def test_a_worker_is_killed_in_mid_run(place, tmp_path, cache):
             assert run.state == "done" and left.worker.iloc[0] == there[-1]
             assert run.config["budget"] - 3 < merges.samples.sum() <= run.config["budget"]
             assert (merges.seq > left.seq.iloc[0]).any()
-            until(lambda: len(lab.free()) == 3 or place != "dask")
-            if len(lab.free()) < 3:
+            until(lambda: len(lab.free()) == 3 or place != "dask", 60)
+            if update != updates[-1] and len(lab.free()) < 3:
                 lab.add(1)
 
 

@@ -447,25 +447,14 @@ def test_a_counterfactual_can_be_made_again(train):
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize(("update", "threads"), [("agwu", 1), ("sgwu", 2)])
-def test_processes_with_chance_statistics_momentum_and_a_schedule_are_replayed(update, threads, tmp_path):
-    with labkit.connect("dask", 2, threads_per_worker=threads, slowdown=[1, 2]) as lab:
-        a_problem = problem(net_with_chance, schedule="cosine", weight_decay=0.01)
-        run = labkit.train(a_problem, lab, runs=tmp_path, passes=4, name="r", update=update, partition=PARTITIONS["idpa"])
-        ended(run, timeout=80)  # new processes import torch first
-        assert same(run, labkit.replay(run))
-
-
-@pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.timeout(300)
-def test_rules_with_and_without_a_barrier_are_replayed_from_two_processes(tmp_path):
-    with labkit.connect("dask", 2, slowdown=[1, 2]) as lab:
-        for update in ("sgwu", "agwu", "delayed-nesterov", "fedbuff"):
-            run = labkit.train(
-                problem(net_with_chance), lab, runs=tmp_path, passes=4, local_steps=3, name=update, update=update, partition="udpa"
-            )
-            ended(run, timeout=80)  # new processes import torch first
+def test_rules_with_and_without_a_barrier_are_replayed_from_two_processes_of_two_threads(tmp_path):
+    """With chance, statistics, momentum and a schedule."""
+    with labkit.connect("dask", 2, threads_per_worker=2, slowdown=[1, 2]) as lab:
+        for update, partition, steps in [("sgwu", "idpa", None), ("agwu", "idpa", None), ("delayed-nesterov", "udpa", 3)]:
+            settings = {"update": update, "partition": PARTITIONS[partition], "local_steps": steps, "passes": 4, "name": update}
+            a_problem = problem(net_with_chance, schedule="cosine", weight_decay=0.01)
+            run = ended(labkit.train(a_problem, lab, runs=tmp_path, **settings), timeout=80)  # new processes import torch first
             assert same(run, labkit.replay(run)), update
 
 

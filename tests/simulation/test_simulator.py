@@ -331,12 +331,9 @@ def test_only_what_was_measured_is_fitted(recorded, tmp_path):
 
 HELD_OUT = [
     ({"slowdown": [1, 2]}, {"update": "sgwu", "partition": "udpa"}),
-    ({"slowdown": [1, 2]}, {"update": "sgwu", "partition": "idpa"}),
     ({"slowdown": [1, 2]}, {"update": "agwu", "partition": "idpa"}),
     ({"slowdown": [1, 2]}, {"update": "agwu", "partition": "udpa", "local_steps": 4}),
-    ({"slowdown": [1, 3], "jitter": 0.3}, {"update": "sgwu", "partition": "udpa"}),
     ({"slowdown": [1, 3], "jitter": 0.3}, {"update": "agwu", "partition": "idpa"}),
-    ({"slowdown": [1, 1]}, {"update": "agwu", "partition": "udpa"}),
     ({"slowdown": [1, 3], "drift": 2.0}, {"update": "sgwu", "partition": "udpa", "local_steps": 4}),
     ({"slowdown": [1, 1], "stalls": (0.5, 0.3)}, {"update": "agwu", "partition": "udpa", "local_steps": 4}),
 ]
@@ -344,7 +341,7 @@ HELD_OUT = [
 
 @pytest.mark.slow
 def test_simulated_times_of_runs_that_were_not_fitted_are_near_the_measured_ones(tmp_path, monkeypatch):
-    """Steps that sleep, so that other work on this machine weighs little; one run is fitted, nine are foretold."""
+    """Steps that sleep, so that other work on this machine weighs little; one run is fitted, six are foretold."""
     monkeypatch.setattr(Slow, "pause", 0.03)
     a_problem, fitted, errors = problem(net_with_statistics, kind=Slow, xy=data(1000)), None, []
     for ways, together in itertools.groupby(HELD_OUT, key=lambda row: row[0]):
