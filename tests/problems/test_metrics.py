@@ -102,3 +102,27 @@ def test_accuracy_is_that_of_what_has_a_label():
     meters = make_meters(check_metrics("accuracy"), "cpu")
     meters["accuracy"].update(logits, labels)
     assert float(meters["accuracy"].compute()) == pytest.approx(2 / 3)
+
+
+def test_those_of_torchmetrics_are_measured_over_the_whole_set():
+    """What they are where they are installed: `pip install labkit[metrics]`."""
+    torchmetrics = pytest.importorskip("torchmetrics", reason="needs torchmetrics, the extra `metrics`")
+    of = {"task": "multiclass", "num_classes": 3}
+    given = {
+        "f1": torchmetrics.F1Score(**of, average="macro"),
+        "auroc": {"name": "torchmetrics:AUROC", **of},
+        "both": torchmetrics.MetricCollection([torchmetrics.Precision(**of), torchmetrics.Recall(**of)]),
+    }
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(17, 3, generator=generator), torch.arange(17) % 3
+    meters = make_meters(check_metrics(given), "cpu")
+    for x, y in zip(logits.split(5), labels.split(5), strict=True):
+        for meter in meters.values():
+            meter.update(x, y)
+    found = {column: x for name, meter in meters.items() for column, x in number(name, meter.compute()).items()}
+    whole = {"f1": given["f1"].clone(), "auroc": torchmetrics.AUROC(**of), "both_MulticlassPrecision": torchmetrics.Precision(**of)}
+    for name, metric in whole.items():
+        assert found[name] == pytest.approx(float(metric(logits, labels)))
+    assert set(found) == {*whole, "both_MulticlassRecall"}
+    with pytest.raises(ProblemError, match=r"gave shape \(3, 3\)\. A metric is one number"):
+        measured({"confusion": lambda x, y: torchmetrics.ConfusionMatrix(**of)(logits, labels)})
