@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from labkit.data import arrays, cifar, columns, folders, named, nifti, parquet, pictures
+from labkit.data import arrays, cifar, columns, folders, named, nifti, parquet, pictures, streamed
 from labkit.data.cache import opened
 from labkit.data.columns import Asked
 from labkit.data.dataset import Dataset, Field
 from labkit.data.items import from_items, is_items, is_items_path
-from labkit.errors import DataError, did_you_mean, file_path, known
+from labkit.errors import DataError, did_you_mean, file_path, flag, known
 from labkit.imports import imported
 
 __all__ = ["Dataset", "Field", "names", "open_dataset"]
@@ -59,7 +59,10 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
           case (a `Regressor` opens its data so); without the last, all others are inputs;
         - `tokens=`: which inputs are token ids or categories, int64 and not normalised; `as_given=`: which inputs are not normalised,
           and keep their shape; a name, names, or True;
-        - `pad=0`: what stands behind the end of samples that are shorter than the longest.
+        - `pad=0`: what stands behind the end of samples that are shorter than the longest;
+        - `stream=True`: a `.parquet` file is not converted into the cache, but read row group by row group while it is trained on, so
+          that it may be larger than memory and disk. It is read once when it is opened. Partitions deal out whole row groups, of which
+          a worker holds three in memory at a time: some 4 to 64 MB each are best, of rows in random order.
     data
         One of
 
@@ -73,6 +76,8 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
           `f1`, ...; flat lists get their shape from the metadata `shape` of the column or the file, a JSON list such
           as `[1, 28, 28]`;
         - an `.h5` / `.hdf5` file with `x_train`, `y_train`, `x_test`, `y_test`, or with `x`, `y`;
+        - a folder of `.parquet` files (also in folders below it; `train` and `test` in it are two splits), a list of them, or
+          `{"train": ..., "test": ...}` of either: read as with `stream=True`;
         - either of these files with columns of other names, which `label=`, `target=` or `inputs=` tell;
         - CIFAR-10's folder `cifar-10-batches-py`;
         - a folder with a folder for each class, that holds JPEG, PNG, BMP, PGM/PPM, WebP, TIFF or GIF pictures (TF-Flowers;
@@ -114,10 +119,17 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
             open_it = imported(open_it)
         _check_options(data, options, [name for name in inspect.signature(open_it).parameters if name in OPTIONS])
         return open_it(**options)
+    if (stream := options.get("stream")) is not None:
+        flag("stream", stream)
+    if (files := _streamed(data, stream)) is not None:
+        _check_options("a set of Parquet files", options, ["channels", *OF_COLUMNS, "stream"])
+        return streamed.from_files(files, _asked({name: value for name, value in options.items() if name != "stream"}))
     if isinstance(data, str | os.PathLike):
         path = file_path("data", data)
         if path.exists():
-            _check_options(str(data), options, [*OF_PATHS, *OF_COLUMNS])
+            _check_options(str(data), options, [*OF_PATHS, *OF_COLUMNS, "stream"])
+            if options.pop("stream", None):
+                raise ValueError(f"stream=True is for Parquet files; {path} is none.")
             return _from_path(path.resolve(), **options)
         if is_items_path(data):
             _check_options(data, options, OF_ITEMS)
@@ -145,6 +157,17 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         "(x_train, y_train, x_test, y_test), a dict of arrays, a DataFrame, a torch Dataset, a .parquet, .h5 or .hdf5 file, or a folder of .npy files, of pictures or of "
         "volumes."
     )
+
+
+def _streamed(data: Any, stream: bool | None) -> dict[str, list[Path]] | None:
+    """The files by split, where `data` are Parquet files that are read while they are trained on."""
+    single = isinstance(data, str | os.PathLike) and not os.path.isdir(data)
+    if single and not stream:
+        return None
+    plain = os.fspath(data) if isinstance(data, os.PathLike) else data
+    if (files := streamed.splits_of(plain)) is not None and stream is False:
+        raise ValueError("stream=False: one Parquet file is converted into the cache. Several are read while they are trained on.")
+    return files
 
 
 def _check_options(data: str, options: dict[str, Any], known: list[str]) -> None:
@@ -191,7 +214,7 @@ def _from_path(path: Path, **options: Any) -> Dataset:
     if path.is_dir():
         if is_cifar:
             return cifar.from_folder(path)
-        if (made := opened(path)) is None:
+        if (made := opened(path) or streamed.opened(path)) is None:
             return arrays.from_npy(path, channels)
         _check_fitting(path, options, ())
         return made

@@ -28,6 +28,7 @@ from labkit.errors import DataError
 
 FORMAT = 1  # x and y
 FORMAT_FIELDS = 2  # fields of any name
+FORMAT_STREAMED = 3  # fields of any name that stay where they are (`labkit.data.streamed`)
 CONVERSION = 2  # count up when what is made of the same files or arrays changes: what was made before is then made again
 CHUNK_BYTES = 1 << 24  # samples are converted and checked in blocks of about this size
 STEPS = 100  # values of a feature that are closer than 1 / STEPS of its range are merged: worth a word
@@ -136,10 +137,10 @@ def cached(
     Where the latter is None, a test split is held out. `note` is added to the data set's own, `classes` are their names. DataError
     where the samples or labels cannot be used, or the cache cannot be written.
     """
-    path = cache_dir() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:20]}"
-    meta = _ready(path)
+    path = folder_of(name, key)
+    meta = ready(path)
     if meta is None:
-        with replacing_folder(path, lambda: _ready(path) is not None) as folder:
+        with replacing_folder(path, lambda: ready(path) is not None) as folder:
             meta = _write(folder, name, load, synthetic, classes)
     dataset = Dataset(path, {**meta, "classes": list(classes)} if classes else meta, note)
     if dataset.note:
@@ -149,14 +150,25 @@ def cached(
 
 def opened(path: Path) -> Dataset | None:
     """The data set in the folder `path` of this cache, as the record of a run names it; else None."""
-    meta = _ready(path) if path.parent == (cache_dir() / "shards").resolve() else None
+    meta = ready(path) if is_of_cache(path) else None
     return None if meta is None else Dataset(path, meta)
 
 
-def _ready(path: Path) -> dict[str, Any] | None:
+def is_of_cache(path: Path) -> bool:
+    """Is it a folder of this cache?"""
+    return path.parent == (cache_dir() / "shards").resolve()
+
+
+def folder_of(name: str, key: str) -> Path:
+    """The folder of a data set in the cache."""
+    return cache_dir() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:20]}"
+
+
+def ready(path: Path, formats: Sequence[int] = (FORMAT, FORMAT_FIELDS)) -> dict[str, Any] | None:
+    """The `meta.json` of a data set that is whole, and of one of these formats; else None."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        return meta if meta["format"] in (FORMAT, FORMAT_FIELDS) and is_whole(path, meta["files"]) else None
+        return meta if meta["format"] in formats and is_whole(path, meta["files"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not made yet, or damaged: it is only a copy, and is made again
 
@@ -223,7 +235,9 @@ def _write(
     """Check the splits, write them into `folder`, and return the `meta.json` that was written beside them."""
     train, test = load()
     if isinstance(train, dict):
-        return _write_fields(folder, name, train, test, synthetic)
+        meta = write_fields(folder, name, train, test, synthetic)
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        return meta
     given = {"train": train} if test is None else {"train": train, "test": test}
     _check_shapes(name, given)
     labels, n_classes, note = check_labels(name, given)
@@ -276,9 +290,18 @@ def _write(
 
 
 def _write_samples(
-    folder: Path, called: str, source: Source, rows: dict[str, np.ndarray], stored: StoredAs, stem: str = "x"
+    folder: Path | None,
+    called: str,
+    source: Source,
+    rows: dict[str, np.ndarray],
+    stored: StoredAs,
+    stem: str = "x",
+    moments: Moments | None = None,
 ) -> Ranges:
-    """Write the samples of a source into `<stem>_<split>.npy` for each split in `rows`, a mask over the samples; their ranges."""
+    """Write the samples of a source into `<stem>_<split>.npy` for each split in `rows`, a mask over the samples; their ranges.
+
+    Without a folder they are only looked at, and their `moments` are taken.
+    """
     ranges = Ranges(called.partition(": ")[2], stored)
     with _opened_files(folder, stem, rows, stored.shape, stored.dtype) as files:
         seen = 0
@@ -286,6 +309,8 @@ def _write_samples(
             arranged = stored.arrange(block)
             part = _finite_block(arranged, stored.dtype, called, seen)
             ranges.add(arranged, part, seen)
+            if moments:
+                moments.add(part)
             for split, file in files.items():  # plain writes: a full disk is an error here, and a crash in a memory map
                 file.write(part[rows[split][seen : seen + len(block)]].tobytes())
             seen += len(block)
@@ -294,21 +319,24 @@ def _write_samples(
 
 @contextmanager
 def _opened_files(
-    folder: Path, stem: str, rows: dict[str, np.ndarray], shape: tuple[int, ...], dtype: np.dtype
+    folder: Path | None, stem: str, rows: dict[str, np.ndarray], shape: tuple[int, ...], dtype: np.dtype
 ) -> Iterator[dict[str, BinaryIO]]:
-    """Files `<stem>_<split>.npy` with their headers, for the samples of each split in `rows`."""
+    """Files `<stem>_<split>.npy` with their headers, for the samples of each split in `rows`; none without a folder."""
     with ExitStack() as stack:
-        files = {split: stack.enter_context(open(folder / f"{stem}_{split}.npy", "wb")) for split in rows}
+        files = {split: stack.enter_context(open(folder / f"{stem}_{split}.npy", "wb")) for split in rows if folder}
         for split, file in files.items():
             about = {"descr": dtype.str, "fortran_order": False, "shape": (int(rows[split].sum()), *shape)}
             np.lib.format.write_array_header_1_0(file, about)
         yield files
 
 
-def _write_fields(
-    folder: Path, name: str, train: dict[str, Source], test: dict[str, Source] | None, synthetic: bool
+def write_fields(
+    folder: Path, name: str, train: dict[str, Source], test: dict[str, Source] | None, synthetic: bool, *, copied: bool = True
 ) -> dict[str, Any]:
-    """Check fields of any name, write them into `folder`, and return the `meta.json` that was written beside them."""
+    """Check fields of any name, write them into `folder`, and return the `meta.json` to be written beside them.
+
+    Where they are not to be `copied`, labels of one number a sample are written alone; what else there is, is looked at once.
+    """
     splits = {"train": train} if test is None else {"train": train, "test": test}
     for split, fields in splits.items():
         counts = {_label(field, split, splits): source.shape[0] for field, source in fields.items()}
@@ -328,7 +356,7 @@ def _write_fields(
         given = {split: own[field] for split, own in splits.items()}
         about = [source.about() if callable(source.about) else source.about for source in given.values()]
         write = _write_as_given if given["train"].as_given else _write_normalised
-        fields[field], note = write(folder, name, field, stem, given, rows)
+        fields[field], note = write(folder, name, field, stem, given, rows, copied)
         fields[field]["stem"] = stem
         if given["train"].columns:
             fields[field]["columns"] = list(given["train"].columns)
@@ -344,12 +372,17 @@ def _write_fields(
         "note": " ".join(part for part in notes if part),
         "files": {f.name: f.stat().st_size for f in sorted(folder.glob("*.npy"))},
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     return meta
 
 
 def _write_normalised(
-    folder: Path, name: str, field: str, stem: str, given: dict[str, Source], rows: dict[str, dict[str, np.ndarray]]
+    folder: Path,
+    name: str,
+    field: str,
+    stem: str,
+    given: dict[str, Source],
+    rows: dict[str, dict[str, np.ndarray]],
+    copied: bool = True,
 ) -> tuple[dict[str, Any], str]:
     """Write an input of images, volumes or features, with mean and standard deviation by channel; what of it is in the meta, a note."""
     if len(given["train"].shape) == 1:  # one number a sample
@@ -359,23 +392,34 @@ def _write_normalised(
         }
     _check_shapes(name, given, field)
     stored = _stored_as(name, given, field)
-    ranges = {}
+    ranges, moments = {}, {split: None if copied else Moments() for split in given}
     for split, source in given.items():
         called = f"{name}: {_label(field, split, given)}"
-        ranges[split] = _write_samples(folder, called, source, rows[split], stored, stem)
+        ranges[split] = _write_samples(folder if copied else None, called, source, rows[split], stored, stem, moments[split])
         ranges[split].check(called, source.made, "")
     scale = 255 if stored.dtype == np.uint8 else 1
-    mean, std = _moments(np.load(folder / f"{stem}_train.npy", "r", allow_pickle=False), scale)
+    if copied:
+        mean, std = _moments(np.load(folder / f"{stem}_train.npy", "r", allow_pickle=False), scale)
+    else:
+        mean, std = _as_given(*moments["train"].found(), scale)
     called = f"{name}: {_label(field, 'train', given)}"
     ranges["train"].check_normalised(called, scale * np.array(mean), scale * np.array(std))
     notes = (stored.note, *(found.note(name) for found in ranges.values()), _apart(name, ranges, field))
     about = {"shape": list(stored.shape), "dtype": "float32", "role": "input", "scale": scale, "mean": mean, "std": std}
     about["channels_last"] = stored.channels_last
+    if not copied:
+        about["stored"] = stored.dtype.str
     return about, " ".join(note for note in notes if note)
 
 
 def _write_as_given(
-    folder: Path, name: str, field: str, stem: str, given: dict[str, Source], rows: dict[str, dict[str, np.ndarray]]
+    folder: Path,
+    name: str,
+    field: str,
+    stem: str,
+    given: dict[str, Source],
+    rows: dict[str, dict[str, np.ndarray]],
+    copied: bool = True,
 ) -> tuple[dict[str, Any], str]:
     """Write labels, targets, token ids and what else is not normalised; what of it is in the meta, and a note.
 
@@ -391,6 +435,7 @@ def _write_as_given(
         if 0 in source.shape[1:]:
             raise DataError(f"{name}: {_label(field, split, given)} is empty, its shape is {source.shape}.")
     n_values, note, no_class = None, "", ()
+    at = folder if copied or (role == "label" and not shape) else None
     if role == "label" and not shape:
         full = {s: np.concatenate(list(source.chunks())) for s, source in given.items()}
         try:
@@ -410,7 +455,7 @@ def _write_as_given(
     least, most = (np.full(shape, value) for value in (np.inf, -np.inf))  # of each number of a sample
     for split, source in given.items():
         called, seen = f"{name}: {_label(field, split, given)}", 0
-        with _opened_files(folder, stem, rows[split], shape, kept) as files:
+        with _opened_files(at, stem, rows[split], shape, kept) as files:
             for block in source.chunks():
                 part = _finite_block(block, kept, called, seen)
                 least, most = np.minimum(least, part.min(axis=0)), np.maximum(most, part.max(axis=0))
@@ -425,7 +470,8 @@ def _write_as_given(
         n_values, no_class, note = count_classes(f"{name}: {field}", present) if present else (int(high) + 1, (), "")
     if not (role == "label" and not shape):
         note = " ".join(n for n in (note, _constant(f"{name}: {field}", least, most)) if n)
-    return {"shape": list(shape), "dtype": str(dtype), "role": role, "n_values": n_values, "no_class": no_class}, note
+    about = {"shape": list(shape), "dtype": str(dtype), "role": role, "n_values": n_values, "no_class": no_class}
+    return about if at else {**about, "stored": kept.str}, note
 
 
 def _constant(called: str, least: np.ndarray, most: np.ndarray) -> str:
@@ -476,8 +522,32 @@ def _moments(x: np.ndarray, scale: int) -> tuple[list[float], list[float]]:
     mean = np.add.reduce([x[b].sum(axis=axes, dtype=np.float64) for b in blocks]) / count
     wide = mean.reshape(1, -1, *(1,) * (x.ndim - 2))
     std = np.sqrt(np.add.reduce([np.square(x[b] - wide).sum(axis=axes) for b in blocks]) / count)
-    std[std <= 1e-7 * np.abs(mean)] = scale  # a constant channel is only centred
+    return _as_given(mean, std, scale)
+
+
+def _as_given(mean: np.ndarray, std: np.ndarray, scale: int) -> tuple[list[float], list[float]]:
+    std = np.where(std <= 1e-7 * np.abs(mean), scale, std)  # a constant channel is only centred
     return (mean / scale).tolist(), (std / scale).tolist()
+
+
+class Moments:
+    """Mean and standard deviation of each channel of what passes once, block by block, in float64 (Chan, Golub, LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        self.n, self.mean, self.squares = 0, np.zeros(1), np.zeros(1)
+
+    def add(self, block: np.ndarray) -> None:
+        """A block of samples (n, C, ...)."""
+        axes, n = (0, *range(2, block.ndim)), block.size // block.shape[1]
+        mean = block.mean(axis=axes, dtype=np.float64)
+        spread = block - mean.reshape(1, -1, *(1,) * (block.ndim - 2))
+        share, apart = n / (self.n + n), mean - self.mean
+        self.squares = self.squares + np.square(spread, out=spread).sum(axis=axes) + np.square(apart) * self.n * share
+        self.mean, self.n = self.mean + apart * share, self.n + n
+
+    def found(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation (C,) each."""
+        return self.mean, np.sqrt(self.squares / self.n)
 
 
 # -- what a data set must be -------------------------------------------------------------------------------------------

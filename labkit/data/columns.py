@@ -92,10 +92,10 @@ def stored(name: str, digest: str, load: Callable[[], dict[str, Columns]], asked
     `digest` tells the content. With `features` all inputs of one number a sample are one input "x" together, as in a table.
     """
     key = converted_key(digest, asked, features)
-    return cached(name, key, lambda: _fields(name, load(), asked, features))
+    return cached(name, key, lambda: fields(name, load(), asked, features))
 
 
-def _fields(name: str, splits: dict[str, Columns], asked: Asked, features: bool) -> tuple[Columns, Columns | None]:
+def fields(name: str, splits: dict[str, Columns], asked: Asked, features: bool) -> tuple[Columns, Columns | None]:
     """The fields of both splits, with their roles; the note goes with the first one."""
     train = splits["train"]
     if missing := [

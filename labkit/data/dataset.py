@@ -63,6 +63,8 @@ class Dataset:
         The name of the field by which samples have classes: the only field of labels, if it is one number a sample.
     n_train, n_test : int
         Samples in each split.
+    units : numpy.ndarray or None
+        Offsets of the training samples that are read together (row groups), int64 from 0 to n_train; None where each is read by itself.
     held_out : bool
         True where the samples came without a test split, and every tenth of a permutation was held out.
     classes : list of str or None
@@ -214,6 +216,22 @@ class Dataset:
             # plain arrays over the maps: indexing np.memmap itself costs several times as much
             _MAPS[self.path] = {name: np.asarray(np.load(path / name, "r", allow_pickle=False)) for name in self._files}
         return _MAPS[self.path][f"{self._stems[field]}_{split}.npy"]
+
+
+class Column:
+    """One field of one split, which is read as it is indexed."""
+
+    def __init__(self, data: Dataset, field: str, split: str) -> None:
+        self.data, self.field, self.split = data, field, split
+        self.dtype, self.n = data.stored_type(field), {"train": data.n_train, "test": data.n_test}[split]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        at, *rest = key if isinstance(key, tuple) else (key,)
+        found = self.data.raw(np.arange(self.n)[at], self.split, self.field)
+        return found[(slice(None), *rest)] if rest else found
 
 
 def _affine(stored: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data import by_items, named, open_dataset
+from labkit.data import by_items, named, open_dataset, streamed
 from labkit.data.arrays import array_of
 from labkit.data.cache import hold_out
 from labkit.data.dataset import Dataset, Field
@@ -42,9 +42,9 @@ class Given(Dataset):
 class Whole:
     """One field of a data set whose test split was held out of the samples that were given: all of them, in their order."""
 
-    def __init__(self, train: np.ndarray, test: np.ndarray, pad: float | None = None) -> None:
+    def __init__(self, train: np.ndarray, test: np.ndarray, pad: float | None = None, held: np.ndarray | None = None) -> None:
         self.pad = pad  # behind the end of samples that are shorter than others
-        self.parts, held = (train, test), hold_out(len(train) + len(test))
+        self.parts, held = (train, test), hold_out(len(train) + len(test)) if held is None else held
         self.split, self.at = held.astype(int), np.where(held, np.cumsum(held), np.cumsum(~held)) - 1
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class Whole:
 def given(data: Any, like: Dataset, answers: bool) -> Given:
     """`data` as samples of the kind of `like`; with labels and targets if `answers`. DataError where they do not fit."""
     names = [*like.inputs, *like.answers] if answers else like.inputs
-    if by_items(data):
+    if by_items(data) or (isinstance(data, Mapping | tuple | list) and streamed.splits_of(data)):
         return _of_dataset(data, like, names)
     if hasattr(data, "iloc") and hasattr(data, "columns") and _has_columns_of(data, like):
         data = _of_table(data, like, names)
@@ -192,7 +192,8 @@ def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
     roles = {} if isinstance(data, Dataset) or not by_items(data) else {"pad": getattr(like, "pad", None)}
     for option, role in (("label", "label"), ("target", "target"), ("inputs", "input")) if roles else ():
         roles[option] = [name for name in names if like.fields[name].role == role] or None
-    other = open_dataset(data, **roles)
+    files = streamed.splits_of(data) if isinstance(like, streamed.Streamed) else None  # with the columns of the training
+    other = streamed.from_files(files, like.asked) if files else open_dataset(data, **roles)
     if isinstance(data, str | os.PathLike) and other.classes and like.classes and other.shape != like.shape:
         other = open_dataset(data, size=tuple(like.shape[1:]))  # as the pictures and volumes of the training were
     if missing := [name for name in names if name not in other.fields]:
@@ -207,7 +208,10 @@ def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
     is_own = other.path == like.path
     is_whole = other.held_out and not is_own and not (isinstance(data, str) and data in named.NAMED)
     split = {name: [other._map(name, split) for split in ("train", "test")] for name in names}
-    samples = {name: Whole(*parts, getattr(other, "pad", None)) if is_whole else parts[1] for name, parts in split.items()}
+    samples = {
+        name: Whole(*parts, getattr(other, "pad", None), getattr(other, "withheld", None)) if is_whole else parts[1]
+        for name, parts in split.items()
+    }
     if like.label in samples:
         samples[like.label] = _renumbered(samples[like.label], other, like)
     return Given(like, samples, is_own)

@@ -34,7 +34,7 @@ import numpy as np
 
 from labkit.data.cache import Source, check_labels, count_classes, hold_out, print_once
 from labkit.data.columns import ANSWERS, Asked, check_pad, detached, filled
-from labkit.data.dataset import SPLITS, Dataset
+from labkit.data.dataset import SPLITS, Column, Dataset
 from labkit.errors import DataError, did_you_mean, known
 from labkit.imports import imported
 
@@ -117,7 +117,7 @@ class Items(Dataset):
         return self.fields[field].dtype
 
     def _map(self, field: str, split: str) -> Any:
-        return _Column(self, field, split)
+        return Column(self, field, split)
 
     def _items(self, at: np.ndarray, split: str) -> list[tuple[int, Any]]:
         """The items at these indices, each with its number in the user's own data set."""
@@ -152,22 +152,6 @@ class Items(Dataset):
         lengths = [len(part) for part in parts]
         check_pad(f"{self.name}: item {items[odd][0]} and others", name, self._asked, min(lengths), max(lengths))
         return filled(parts, max(lengths), field.dtype, self._asked.pad)
-
-
-class _Column:
-    """One field of one split, which is read as it is indexed."""
-
-    def __init__(self, data: Items, field: str, split: str) -> None:
-        self.data, self.field, self.split = data, field, split
-        self.dtype, self.n = data.fields[field].dtype, {"train": data.n_train, "test": data.n_test}[split]
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        at, *rest = key if isinstance(key, tuple) else (key,)
-        found = self.data.raw(np.arange(self.n)[at], self.split, self.field)
-        return found[(slice(None), *rest)] if rest else found
 
 
 def from_items(data: Any, asked: Asked) -> Dataset:

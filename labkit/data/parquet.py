@@ -1,12 +1,13 @@
 """Parquet files, read in batches of rows, so that a file may be larger than memory.
 
-Used by `labkit.data.open_dataset`, whose docstring lists the columns.
+Used by `labkit.data.open_dataset`, whose docstring lists the columns, and by `labkit.data.streamed`.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from labkit.data.columns import Asked, Columns, check_pad, filled, noting, of_ar
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
+SUFFIX = ".parquet"
 ROWS = 4096
 LISTED = 12  # names that the note lists
 
@@ -31,25 +33,37 @@ def from_file(path: Path, asked: Asked) -> Dataset:
 
 def _named(path: Path, asked: Asked) -> Columns:
     """The columns of a file by name, each read a batch of rows at a time."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with reading(path, advice="Is it a whole Parquet file?"), pq.ParquetFile(path) as file:
         schema, n = file.schema_arrow, file.metadata.num_rows
     if not n:
         raise DataError(f"{path} is empty: it has no rows.")
+
+    def batches(name: str) -> Iterator[Any]:
+        with reading(path), pq.ParquetFile(path) as file:
+            yield from (batch for batch in file.iter_batches(ROWS, columns=[name]) if batch.num_rows)
+
     taken = read(dict.fromkeys(schema.names), asked)
-    made = {name: _column(path, name, schema.field(name).type, n, asked, pa) for name in taken}
+    made = {name: column(path, name, schema.field(name).type, n, asked, partial(batches, name)) for name in taken}
     return noting(made, unread(path.stem, schema.names, taken))
 
 
-def _column(path: Path, name: str, kind: Any, n: int, asked: Asked, pa: Any) -> Source:
+def column(
+    path: Path,
+    name: str,
+    kind: Any,
+    n: int,
+    asked: Asked,
+    batches: Callable[[], Iterator[Any]],
+    *,
+    one_length: bool = False,
+    shape: tuple[int, ...] | None = None,
+) -> Source:
+    """A column of n rows, which `batches` gives in record batches. With `one_length` lists are not read to see how long they are, with
+    a `shape` flat ones are samples of it."""
+    import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    def batches() -> Iterator[Any]:
-        with reading(path), pq.ParquetFile(path) as file:
-            yield from (batch for batch in file.iter_batches(ROWS, columns=[name]) if batch.num_rows)
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -58,7 +72,7 @@ def _column(path: Path, name: str, kind: Any, n: int, asked: Asked, pa: Any) -> 
         if missing := texts.count(None):
             raise DataError(f"{path}: column {name} has {missing} missing values. Fill or drop them.")
         return of_array(np.array(texts, dtype=np.str_))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and not one_length:
         lengths = [pc.min_max(pc.list_value_length(batch.column(name))).as_py() for batch in batches()]
         if None in (least := [found["min"] for found in lengths]):
             raise DataError(f"{path}: column {name} has missing values. Fill or drop them.")
@@ -68,25 +82,41 @@ def _column(path: Path, name: str, kind: Any, n: int, asked: Asked, pa: Any) -> 
             dtype = np.dtype(kind.value_type.to_pandas_dtype())
 
             def whole() -> Iterator[np.ndarray]:
-                for batch in batches():
-                    column, at = batch.column(name), 0
-                    values, parts = _numbers(path, name, column.flatten()), []
-                    for length in pc.list_value_length(column).to_pylist():
-                        parts.append(values[at : at + length])
-                        at += length
-                    yield filled(parts, most, dtype, asked.pad)
+                return (padded(path, name, batch.column(name), most, dtype, asked.pad) for batch in batches())
 
             about = f"{path.stem}: {name} has {least} to {most} entries a sample, filled up with {asked.pad:g} to {most}."
             return Source((n, most), dtype, whole, about=about, padded=True)
 
-    def chunks() -> Iterator[np.ndarray]:
-        return (
-            _tensors(path, name, batch.column(name)) if nested else _numbers(path, name, batch.column(name)) for batch in batches()
-        )
+    first = values(path, name, next(batches()).column(name), shape)
 
-    nested = pa.types.is_nested(kind) or isinstance(kind, pa.FixedShapeTensorType)
-    first = next(chunks())
+    def chunks() -> Iterator[np.ndarray]:
+        return (values(path, name, batch.column(name), first.shape[1:]) for batch in batches())
+
     return Source((n, *first.shape[1:]), first.dtype, chunks)
+
+
+def values(path: Path, name: str, held: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """A column of a record batch as an array (n, ...), of samples of this `shape` if it is given; without a copy where that can be."""
+    import pyarrow as pa
+
+    nested = pa.types.is_nested(held.type) or isinstance(held.type, pa.FixedShapeTensorType)
+    x = _tensors(path, name, held) if nested else _numbers(path, name, held)
+    if shape is None or x.shape[1:] == tuple(shape):
+        return x
+    if x.ndim != 2 or x[0].size != np.prod(shape):
+        raise DataError(
+            f"{path}: a sample in column {name} has shape {x.shape[1:]}, where {tuple(shape)} is expected from the metadata or the "
+            "samples before. All need one shape; pad=0 fills up lists of different lengths."
+        )
+    return x.reshape(len(x), *shape)
+
+
+def padded(path: Path, name: str, held: Any, length: int, dtype: np.dtype, pad: float) -> np.ndarray:
+    """A column of lists of a record batch, filled up behind their end: (n, length)."""
+    import pyarrow.compute as pc
+
+    numbers, ends = _numbers(path, name, held.flatten()), np.cumsum(pc.list_value_length(held).to_numpy())
+    return filled(np.split(numbers, ends[:-1]), length, dtype, pad)
 
 
 def _source(path: Path, channels: str | None) -> Source:
@@ -94,8 +124,8 @@ def _source(path: Path, channels: str | None) -> Source:
 
     with reading(path, advice="Is it a whole Parquet file?"), pq.ParquetFile(path) as file:
         schema, n = file.schema_arrow, file.metadata.num_rows
-        columns = _columns(path, schema.names)
-        shape = _stated_shape(path, schema, columns)
+        columns = columns_of(path, schema.names)
+        shape = stated_shape(path, schema, columns)
         channels = channels or _named_axes(schema, columns)
         left = [name for name in schema.names if name not in (*columns, "y")]
         y = _numbers(path, "y", file.read(columns=["y"]).column("y").combine_chunks())
@@ -132,7 +162,8 @@ def _named_axes(schema: Any, columns: list[str]) -> str | None:
     return {(True, False): "first", (False, True): "last"}.get((named[0], named[-1])) if len(named) > 2 else None
 
 
-def _columns(path: Path, names: list[str]) -> list[str]:
+def columns_of(path: Path, names: list[str]) -> list[str]:
+    """The columns that samples are made of where nobody has named any: x, or f0, f1, ..."""
     has = f"It has {', '.join(names) or 'none'}."
     if "y" not in names:
         raise DataError(f"{path} has no column 'y' for the labels. {has} Give label=... or target=... for another.")
@@ -147,11 +178,12 @@ def _columns(path: Path, names: list[str]) -> list[str]:
     return wanted
 
 
-def _stated_shape(path: Path, schema: Any, columns: list[str]) -> tuple[int, ...] | None:
-    """The shape of a sample from the metadata `shape` of the column x or of the file, None where neither states it."""
-    if columns != ["x"]:
+def stated_shape(path: Path, schema: Any, columns: list[str]) -> tuple[int, ...] | None:
+    """The shape of a sample from the metadata `shape` of its only column or, for x, of the file; None where neither states it."""
+    if len(columns) != 1:
         return None
-    stated = {**(schema.metadata or {}), **(schema.field("x").metadata or {})}.get(b"shape")
+    of_file = schema.metadata if columns == ["x"] else None
+    stated = {**(of_file or {}), **(schema.field(columns[0]).metadata or {})}.get(b"shape")
     if stated is None:
         return None
     with suppress(ValueError):

@@ -208,6 +208,10 @@ def _map(lab: Lab, fn: Callable, items: Sequence[Any], *, workers: list[int], ti
 
 def _check_subnets(problem: Classifier, subnets: list[Subnet], seed: int, inputs: str, batched: int) -> list[int]:
     """Look for samples of all classes, and try one subnet of each shape; the multiply-adds of each subnet."""
+    if problem.dataset.units is not None:
+        raise ProblemError(
+            f"subnets pick single samples, and data {problem.dataset.name!r} are read row group by row group. Use one file with stream=False."
+        )
     problem.check(seed)
     one = subnets[0]
     for indices in (each.train_indices() for each in (problem, one, *one.copies())):
