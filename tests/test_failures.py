@@ -6,6 +6,7 @@ All three work in this process, in threads: the server as its process would run 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import json
@@ -18,42 +19,45 @@ import cloudpickle
 import pytest
 
 import labkit
-from labkit.errors import LabError
-from labkit.training import supervisor
+from labkit.errors import LabError, WireError
+from labkit.runs import events
+from labkit.training import attach, supervisor
 from labkit.training.server import coordinator, grants, membership, server
 from labkit.training.wire import transport
 from labkit.training.worker import heartbeat, replica, worker
-from tests.helpers import SEED, problem, until
+from labkit.updates import FedBuff
+from tests.helpers import SEED, Settling, poisoned, problem, until
 
 PLACES = (server, coordinator, grants, membership, supervisor, worker, heartbeat, replica)
 CALLED_BY_USERS = {("Supervisor", name) for name in ("status", "wait", "stop", "raise_error")}  # to whom they raise
-GUARDS = {("Server", "_guarded"), ("Supervisor", "_follow"), ("Heartbeat", "_run")}  # they catch what the others raise
-# Not called in a run that goes well: failures, ends that are asked for, resumed runs, all-reduces; and the process around the server.
-ELSEWHERE = {
-    "Coordinator": ["_fail", "_restore", "_settle", "_settled", "refuse", "regroup", "stop"],
-    "Grants": ["restore", "settle"],
-    "Ranks": ["form"],
-    "Share": ["_asdict", "_make", "_replace"],
-    "Server": ["_lost_process", "_unwritable", "fail", "serve", "stop"],  # serve is the process itself
-    "Supervisor": ["_end_early", "_fail", "_failed_here", "_try_worker"],
-    "WorkerConnection": ["_expired", "_serve_expired"],
-    "_Log": ["write"],
-    "_Worker": ["_connect_again", "close", "notify_failure"],  # the others may be done by then: the status says so
-    "Replica": ["_settle"],
-    "grants": ["by_speed"],
-    "server": ["_notify", "main"],
-    "supervisor": ["_end", "_lost_server", "_message", "_start_server"],
-    "worker": ["_failure", "run_worker"],  # the latter travels to the workers by value
+# They catch what the others raise, and end what those have opened; and what is round the threads of this test: the processes.
+GUARDS = {("Server", name) for name in ("_guarded", "fail", "serve")} | {("server", "main"), ("_Log", "write")}
+GUARDS |= {("Supervisor", name) for name in ("_follow", "_failed_here", "_fail")} | {("supervisor", "_start_server")}
+GUARDS |= {("Heartbeat", "_run"), ("worker", "run_worker"), ("_Worker", "close")}
+# What a run that goes well does not call, and what makes it do so.
+SCENARIOS = {
+    "resumed": ["Coordinator._restore", "Grants.restore"],
+    "stopped": ["Coordinator.stop", "Server.stop", "server._notify"],
+    "target": ["Supervisor._end_early"],
+    "all-reduce": ["Coordinator.regroup", "Ranks.form"],
+    "paced": ["grants.by_speed"],
+    "silent": ["Coordinator.refuse", "WorkerConnection._expired", "WorkerConnection._serve_expired"],
+    "rule raises": ["Coordinator._fail"],
+    "step raises": ["_Worker.notify_failure", "worker._failure", "supervisor._message", "supervisor._lost_server"],
+    "full disk": ["Server._unwritable"],
+    "process gone": ["Server._lost_process"],
+    "cut off": ["Supervisor._try_worker"],
 }
-# Of these the outcome depends on nothing else. Of the others a few in a hundred lose a race with the end of the run, here in threads.
-STEADY = ["Server._admit", "Server._save_versions", "WorkerConnection._receive", "Coordinator.push", "Grants.make", "Losses.pause"]
-STEADY += ["Supervisor._request", "Supervisor._finish", "_Worker._exchange", "Heartbeat._beat", "Replica.local_pass"]
+# One of each kind is tried in every run of the tests.
+QUICK = ["Server._admit", "Server._save_versions", "WorkerConnection._receive", "Coordinator.push", "Grants.make", "Losses.pause"]
+QUICK += ["Supervisor._request", "Supervisor._finish", "_Worker._exchange", "Heartbeat._beat", "Replica.local_pass"]
+LIMIT_S = 10.0  # from the error to the end of the run
 
 
 def handlers():
     for place in PLACES:
         for _, kind in inspect.getmembers(place, inspect.isclass):
-            if kind.__module__ == place.__name__ and not issubclass(kind, BaseException):
+            if kind.__module__ == place.__name__ and not issubclass(kind, BaseException | tuple):
                 for name, member in vars(kind).items():
                     plain = member.__func__ if isinstance(member, classmethod | staticmethod) else member
                     if inspect.isfunction(plain) and not name.startswith("__") and (kind.__name__, name) not in CALLED_BY_USERS:
@@ -64,12 +68,14 @@ def handlers():
 
 
 def cases():
+    rare = {title: scenario for scenario, titles in SCENARIOS.items() for title in titles}
     for where, name in handlers():
         short = where.__name__.split(".")[-1]
-        if (short, name) not in GUARDS and name not in ELSEWHERE.get(short, []):
+        if (short, name) not in GUARDS:
             title = f"{short}.{name}"
-            if title in STEADY:
-                yield pytest.param(where, name, id=title)
+            marks = [] if title in QUICK else [pytest.mark.slow]
+            yield pytest.param(where, name, rare.pop(title, "plain"), id=title, marks=marks)
+    assert not rare, f"no such function: {rare}"
 
 
 class InThread:
@@ -80,6 +86,7 @@ class InThread:
     def __init__(self, spec, path):
         self.stdout, self.path = io.BytesIO(), path
         self.server = server.Server(cloudpickle.loads(cloudpickle.dumps(spec)))
+        self.address = self.server.address
         self.thread = threading.Thread(target=self._main, daemon=True)
         self.thread.start()
 
@@ -110,31 +117,18 @@ class InThread:
 
 
 @pytest.fixture
-def in_threads(monkeypatch):
+def servers(monkeypatch):
+    """Those that were started, the latest last."""
+    started = []
+
     def start(spec, path, *_):
-        process = InThread(spec, path)
-        return process, process.server.address
+        started.append(InThread(spec, path))
+        return started[-1], started[-1].address
 
     monkeypatch.setattr(supervisor, "_start_server", start)
-
-
-def cut_once(monkeypatch):
-    """Worker 1 loses its link once."""
-    push, cut = worker._Worker._push_and_pull, []
-
-    def lossy(self, *arguments):
-        if self.spec.index == 1 and self.version and not cut:
-            cut.append(self.connection.close())
-        return push(self, *arguments)
-
-    monkeypatch.setattr(worker._Worker, "_push_and_pull", lossy)
-
-
-def a_run(lab, path):
-    return labkit.train(
-        problem(), lab, update="fedbuff", partition="idpa", passes=3, local_steps=3, overlap=1, exchange="bfloat16",
-        runs=path, name="r", seed=SEED, checkpoints=2,
-    )  # fmt: skip
+    # What is left of its limit when a machine is busy must do for the rest.
+    monkeypatch.setattr(server, "ENDING_S", 1.0)
+    return started
 
 
 @pytest.fixture(scope="module")
@@ -143,37 +137,147 @@ def lab():
         yield lab
 
 
-def test_the_run_in_which_errors_are_raised_goes_well_without_them(lab, in_threads, cache, tmp_path, monkeypatch):
-    cut_once(monkeypatch)
-    run = a_run(lab, tmp_path).wait(60)
-    assert run.state == "done" and set(run.events.kind) >= {"score", "merge", "allocate", "reclaim", "hold", "leave"}
+class Story:
+    """What happens in a run, whichever of its threads is quicker. An error in `raised` is not overtaken by the end of the run."""
+
+    def __init__(self, scenario, lab, path, servers, monkeypatch):
+        self.scenario, self.lab, self.path, self.servers = scenario, lab, path, servers
+        self.raised, self.begins_to_leave, self.is_gone = [], False, False
+        local_pass, push = replica.Replica.local_pass, worker._Worker._push_and_pull
+
+        def waiting(it, grant, **options):
+            if it.worker == 1 and grant.version and scenario == "all-reduce":
+                self._leave(options["group"])
+                until(it.halted)
+            until(lambda: it.halted() or not (self.raised or (it.worker == 0 and self._holds(grant.done > it.budget // 3))))
+            return local_pass(it, grant, **options)
+
+        def leaving(it, *arguments):
+            if it.spec.index == 1 and it.version and scenario != "all-reduce":
+                self._leave(it)
+            return push(it, *arguments)
+
+        monkeypatch.setattr(replica.Replica, "local_pass", waiting)
+        monkeypatch.setattr(worker._Worker, "_push_and_pull", leaving)
+        if scenario == "cut off":
+            monkeypatch.setattr(worker._Worker, "_connect_again", raising(WireError("nobody answers")))
+        if scenario == "rule raises":
+            monkeypatch.setattr(FedBuff, "_merge", raising(ValueError("a rule")))
+        if scenario == "full disk":
+            event = events.Recorder.event
+            full = raising(OSError("no space left"))
+            monkeypatch.setattr(
+                events.Recorder, "event", lambda it, kind, **row: (full if kind == "merge" else event)(it, kind, **row)
+            )
+        if scenario == "resumed":
+            self.before = self.train()
+            until(lambda: self.before.status()["version"])
+            self.before.stop()
+
+    @property
+    def course(self):
+        return self.servers[-1].server.course
+
+    def _holds(self, late):
+        """Worker 0 waits for worker 1: that it leaves, and that it comes back when nothing is left for it."""
+        return (self._is_all_given() and 1 not in self.course.members) if self.is_gone else late
+
+    def _is_all_given(self):
+        course = self.course
+        return not len(course.partition.pool) and course.grants.remaining > 0 and not course.settling
+
+    def _leave(self, it):
+        """Worker 1, or its group, is lost once."""
+        if self.begins_to_leave:
+            return
+        self.begins_to_leave = True
+        if self.scenario == "silent":
+            it.heartbeat.stop()
+        elif self.scenario != "stopped":
+            it.heartbeat.connection.close()
+
+        def over():
+            return self.raised or self.course.state != "running"
+
+        until(lambda: over() or 1 not in self.course.members)
+        self.is_gone = True
+        if self.scenario == "plain":
+            until(lambda: over() or self._is_all_given())
+        if self.scenario == "silent":
+            it.heartbeat.start(it.connection)
+
+    def train(self):
+        options = {"update": "fedbuff", "overlap": 1, "exchange": "bfloat16"}
+        options |= {"all-reduce": {"update": "allreduce", "overlap": 0, "exchange": "float32"}}.get(self.scenario, {})
+        options |= {"paced": {"update": "delayed-nesterov"}, "target": {"target": 1e-6}}.get(self.scenario, {})
+        options |= {"silent": {"heartbeat_timeout": 1.0}}.get(self.scenario, {})
+        a_problem = poisoned(1) if self.scenario == "step raises" else problem(kind=Settling)
+        common = {
+            "partition": labkit.IDPA(speeds=[1, 1]),
+            "passes": 3,
+            "local_steps": 3,
+            "checkpoints": 2,
+            "seed": SEED,
+            "name": "r",
+        }
+        return labkit.train(a_problem, self.lab, runs=self.path, **common, **options)
+
+    def begin(self):
+        if self.scenario == "resumed":
+            return labkit.resume(self.before.path, self.lab, problem=self.before.problem())
+        run = self.train()
+        if self.scenario in ("stopped", "process gone"):
+            until(lambda: run.status()["version"] or run.state != "running")
+        if self.scenario == "stopped":
+            run.stop()
+        if self.scenario == "process gone":
+            it = self.servers[-1].server
+            with contextlib.suppress(WireError), attach.watch(it.address, it.spec.secret) as ask:
+                ask("lost", worker=1, generation=0, reason="its process is gone")
+        return run
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sockets of which the caller never came to know
-@pytest.mark.parametrize(("where", "name"), list(cases()))
-def test_an_error_that_nobody_expected_ends_the_run_with_its_traceback(where, name, lab, in_threads, cache, tmp_path, monkeypatch):
-    raised = []
-
+def raising(error, log=None):
     def sabotaged(*arguments, **_):
-        raised.append(time.monotonic())
+        if log is not None:
+            log.append(time.monotonic())
         for argument in arguments:
             if isinstance(argument, socket.socket):  # nobody else would
                 argument.close()
-        raise ZeroDivisionError("sabotage")
+        raise error
 
-    cut_once(monkeypatch)
+    return sabotaged
+
+
+def of_runs():
+    """Threads of runs. Those of the lab come and go as they like."""
+    return {thread for thread in threading.enumerate() if any(part in thread.name for part in ("labkit", "_guarded", "_main"))}
+
+
+def test_the_run_in_which_errors_are_raised_goes_well_without_them(lab, servers, cache, tmp_path, monkeypatch):
+    run = Story("plain", lab, tmp_path, servers, monkeypatch).begin().wait(60)
+    kinds = {"score", "merge", "allocate", "hold", "leave", "settle"}
+    assert run.state == "done" and set(run.events.kind) >= kinds and (run.events.kind == "join").sum() == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sockets of which the caller never came to know
+@pytest.mark.parametrize(("where", "name", "scenario"), list(cases()))
+def test_an_error_that_nobody_expected_ends_the_run_with_its_traceback(
+    where, name, scenario, lab, servers, cache, tmp_path, monkeypatch
+):
+    story = Story(scenario, lab, tmp_path, servers, monkeypatch)
+    sabotaged, run, before = raising(ZeroDivisionError("sabotage"), story.raised), None, of_runs()
     monkeypatch.setattr(where, name, sabotaged)
     if vars(supervisor).get(name):  # imported there
         monkeypatch.setattr(supervisor, name, sabotaged)
-    threads, run = threading.active_count(), None
     with pytest.raises((LabError, ZeroDivisionError)) as caught:
-        run = a_run(lab, tmp_path)
+        run = story.begin()
         run.wait(30)
-    assert raised, "never called: name it in ELSEWHERE, or make the run call it"
-    assert time.monotonic() - raised[0] < 10
+    assert story.raised, "never called: give it a scenario in which it is"
+    assert time.monotonic() - story.raised[0] < LIMIT_S
     text = "".join(traceback.format_exception(caught.value))
     assert "sabotage" in text and ", in sabotaged" in text
     if run:
         assert run.state == "failed" and "sabotage" in str(caught.value), caught.value
-    until(lambda: lab.free() == [0, 1] and threading.active_count() <= threads)
+    until(lambda: lab.free() == [0, 1] and of_runs() <= before)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.suffix in (".log", ".jsonl")) < 1e6

@@ -150,17 +150,17 @@ class Supervisor:
         """Poll the server until the run has ended; then record how, and measure its curve."""
         state, reason = "failed", ""
         try:
-            self._watch()
-            state, reason = self._ending()
-            reason = self._measure() or reason if state == "done" or self._reason else reason
-        except BaseException as error:  # whatever it is, `wait` must end and raise it
-            state, reason = "failed", self._failed_here(error)
-            _end(self.server)
-        try:
+            try:
+                self._watch()
+                state, reason = self._ending()
+                reason = self._measure() or reason if state == "done" or self._reason else reason
+            except BaseException as error:  # whatever it is, `wait` must end and raise it
+                state, reason = "failed", self._failed_here(error)
+                self.server.kill()
             self._finish(state, reason)
         except BaseException as error:
-            self._failed_here(error)
             self.state = "failed"
+            self._failed_here(error)
         finally:  # also where `_finish` is what failed; twice is fine
             with contextlib.suppress(Exception):
                 self.lock.release()
@@ -170,7 +170,7 @@ class Supervisor:
 
     def _failed_here(self, error: BaseException) -> str:
         """An error that nobody expected in this thread; returns the reason."""
-        reason = f"its supervisor failed: {_message(error)}"
+        reason = f"its supervisor failed: {traceback.format_exception_only(error)[-1].strip()}"
         if self.error is None:
             text = "".join(traceback.format_exception(error))
             self.error = RunError(f"run {self.run.name} failed: {reason}\n{text}")

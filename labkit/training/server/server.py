@@ -191,7 +191,8 @@ class Server:
         self.failure = self.failure or {"state": "failed", "reason": f"the server failed: {reason}", "traceback": text}
         try:
             with self.lock:
-                self.stop("failed", self.failure["reason"])
+                if self.course.state == "running":
+                    self.stop("failed", self.failure["reason"])
         except Exception:  # nothing works any more; `serve` closes the connections
             self.course.state = "failed"
             self.over.set()

@@ -68,18 +68,16 @@ def run_worker(problem: Problem, spec: WorkerSpec) -> None:
     """
     worker = failure = None
     try:
-        worker = _Worker(problem, spec)
-        worker.run()
-    except BaseException as error:  # also a step that calls sys.exit()
-        failure = _failure(error, worker, spec)
-    try:
-        if worker:
-            worker.close()
-    except Exception as error:
+        try:
+            worker = _Worker(problem, spec)
+            worker.run()
+        except BaseException as error:  # also a step that calls sys.exit()
+            failure = _failure(error, worker, spec)
+        finally:
+            if worker:
+                worker.close()
+    except Exception as error:  # in here
         failure = failure or _failure(error, worker, spec)
-        worker.heartbeat.ended.set()  # else the server would take it to be there
-        if worker.connection:
-            worker.connection.close()
     if failure:
         raise failure  # out here the frames of the error are gone, and with them what they held of the group
 
@@ -220,12 +218,13 @@ class _Worker:
                 self.connection.send({"op": "fail", "reason": message})
 
     def close(self) -> None:
-        self._close_group()
-        if self.connection:
-            self.connection.close()
-        if self.sender:
-            self.sender.shutdown()  # what it was doing has ended with the connection
-        self.heartbeat.stop()
+        with contextlib.ExitStack() as last:  # all of it, the last line first, whatever fails of it
+            last.callback(self.heartbeat.stop)
+            if self.sender:
+                last.callback(self.sender.shutdown)  # what it was doing has ended with the connection
+            if self.connection:
+                last.callback(self.connection.close)
+            self._close_group()
 
     def _close_group(self) -> None:
         group, self.group = self.group, None
