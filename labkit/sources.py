@@ -41,6 +41,7 @@ import cloudpickle
 
 from labkit.errors import ClusterError
 
+PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None))
 PROCESS = uuid.uuid4().hex  # of this process
 _Cached = type(functools.cache(lambda: None))
 
@@ -113,14 +114,10 @@ def _has_extension(name: str) -> bool:
 
 def needed(*things: Any) -> dict[str, Source]:
     """By name, the modules of the user's own without which `things` cannot be used elsewhere; none where they cannot be pickled."""
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    try:
-        pickler.dump(things)
-    except Exception:  # whoever sends them says why
+    if (pickled := _pickled(things)) is None:
         return {}
-    paths = {match.decode() for match in re.findall(rb"([A-Za-z_][\w.]*):[A-Za-z_]", file.getbuffer())}  # "my_module:Mine"
-    found, todo = {}, [*pickler.names, *paths]
+    paths = {match.decode() for match in re.findall(rb"([A-Za-z_][\w.]*):[A-Za-z_]", pickled.file.getbuffer())}  # "my_module:Mine"
+    found, todo = {}, [*pickled.names, *paths]
     while todo:
         name = todo.pop()
         if name not in found and (source := find_source(name)):
@@ -131,11 +128,15 @@ def needed(*things: Any) -> dict[str, Source]:
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Notes the modules of what it pickles, also those that functions import which travel by value."""
+    """Notes the modules of what it pickles, also those that functions import which travel by value; and what these are."""
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5, buffer_callback=lambda _: None)  # names alone: arrays are left out
+    def __init__(self, things: tuple) -> None:
+        self.file = io.BytesIO()
+        super().__init__(self.file, protocol=5, buffer_callback=lambda _: None)  # names alone: arrays are left out
+        self.things = things
         self.names: set[str] = set()
+        self.values: list[str] = []  # what travels by value: code, constants, settings of objects
+        self.dump(things)
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, ModuleType):
@@ -144,7 +145,49 @@ class _Pickler(cloudpickle.Pickler):
             self.names |= set(_imported_in(obj))
         else:
             self.names.add(str(getattr(obj, "__module__", "")))
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, FunctionType) and reduced is not NotImplemented:
+            self.values.append(_content(obj))
+        elif not isinstance(obj, type) and not any(obj is thing for thing in self.things):  # settings of those are in the record
+            self.values += [f"{name}={value!r}" for name, value in _settings(obj).items() if isinstance(value, PLAIN)]
+        return reduced
+
+
+def _pickled(things: tuple) -> _Pickler | None:
+    try:
+        return _Pickler(things)
+    except Exception:  # whoever sends them says why
+        return None
+
+
+def _settings(obj: Any) -> dict[str, Any]:
+    return {} if type(obj).__module__.startswith("labkit.") else getattr(obj, "__dict__", {})
+
+
+def _content(function: FunctionType) -> str:
+    """The code of a function, and the plain values that it holds or reads: defaults, those of the functions around it, globals."""
+    code, names = function.__code__, function.__code__.co_freevars
+    held = dict(zip(names, (_held(cell) for cell in function.__closure__ or ()), strict=True))
+    held |= {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
+    values = {name: value for name, value in held.items() if isinstance(value, PLAIN)}
+    return repr((_code(code), function.__defaults__ and list(map(_plain, function.__defaults__)), sorted(values.items())))
+
+
+def _code(code: CodeType) -> tuple:
+    """A code without where it stands, the same in each process."""
+    constants = [_code(each) if isinstance(each, CodeType) else _plain(each) for each in code.co_consts]
+    return code.co_code.hex(), code.co_names, code.co_varnames, constants
+
+
+def _plain(value: Any) -> str:
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value if isinstance(value, PLAIN) else type(value))
+
+
+def _held(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
 
 
 def _imported_in(code: CodeType) -> Iterator[str]:
@@ -357,20 +400,39 @@ def _unpack(process: str, sources: Mapping[str, Source], pickled: bytes) -> Any:
 # -- in the record -----------------------------------------------------------------------------------------------------
 
 
-def digests(sources: Mapping[str, Source]) -> dict[str, str]:
-    """The SHA-256 of each text, by module; "" where the kernel holds something else than the file, which the record cannot name."""
+def digests(sources: Mapping[str, Source], **values: Any) -> dict[str, str]:
+    """The SHA-256 of each text, by module; "" where the kernel holds something else than the file, which the record cannot name.
+
+    Of `values` by name (problem, update, ...) that of what travels by value, such as a function of a notebook, under "<problem>".
+    """
     other = edited(sources)
-    return {name: "" if name in other else source.digest for name, source in sorted(sources.items())}
+    found = {name: "" if name in other else source.digest for name, source in sorted(sources.items())}
+    return found | {f"<{name}>": digest for name, value in values.items() if (digest := _digest_of_values(value))}
 
 
-def changed(recorded: Mapping[str, str]) -> list[str]:
-    """The files of those modules whose text is not the recorded one; the name of the module where it is not found."""
+def changed(recorded: Mapping[str, str], **values: Any) -> list[str]:
+    """The files of those modules whose text is not the recorded one, the name of the module where it is not found; and of `values` (as of
+    `digests`) those of which something that travels by value is another one."""
     found = []
     for name, digest in recorded.items():
+        if name.startswith("<"):
+            now = _digest_of_values(values.get(name[1:-1]))
+            if now and now != digest and now.partition(":")[0] == digest.partition(":")[0]:
+                found.append(f"what was written in a notebook for its {name[1:-1]}")
+            continue
         source = find_source(name) if name in sys.modules else _on_disk(name)
         if source is None or source.digest != digest or (name in sys.modules and edited({name: source})):
             found.append(source.file if source else name)
     return found
+
+
+def _digest_of_values(thing: Any) -> str:
+    """Of the functions and objects that travel by value with a thing, with the version of Python that compiled them; "" without any."""
+    pickled = _pickled((thing,))
+    if thing is None or pickled is None or not pickled.values:
+        return ""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return f"{version}:{hashlib.sha256(chr(10).join(pickled.values).encode()).hexdigest()}"
 
 
 def _on_disk(name: str) -> Source | None:

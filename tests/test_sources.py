@@ -259,3 +259,44 @@ def test_the_record_names_what_has_changed(write):
     del sys.modules["layers_l"]
     importlib.invalidate_caches()
     assert sources.changed(recorded) == ["layers_l"]
+
+
+CELL = """
+import functools
+RATE = {rate}
+def around(width):
+    def model(shape, n, p={p}):
+        return [width, p, RATE, {{"a", "b"}} and {sum}]
+    return model
+model = around({width})
+class Loss:
+    def __init__(self):
+        self.gamma = {gamma}
+    def __call__(self, outputs, targets):
+        return outputs - targets
+loss = Loss()
+"""
+
+
+def cell(**settings):
+    """What a cell of a notebook defines."""
+    namespace = {"__name__": "__main__"}
+    exec(CELL.format(**{"rate": 1, "p": 0.5, "width": 3, "gamma": 2.0, "sum": "1 + n"} | settings), namespace)
+    return [namespace["model"], namespace["loss"]]
+
+
+def test_the_record_knows_what_was_written_in_a_notebook():
+    recorded = sources.digests({}, problem=cell(), update=3)
+    assert list(recorded) == ["<problem>"]
+    assert sources.changed(recorded, problem=cell()) == [] == sources.changed(recorded) == sources.changed({}, problem=cell())
+    for other in ({"rate": 2}, {"p": 0.25}, {"width": 4}, {"gamma": 1.0}, {"sum": "n + 1"}):
+        assert sources.changed(recorded, problem=cell(**other)) == ["what was written in a notebook for its problem"]
+    assert sources.changed({"<problem>": "2.7:0"}, problem=cell()) == []  # compiled by another Python
+
+
+def test_its_digest_is_the_same_in_each_process():
+    text = CELL.format(rate=1, p=0.5, width=3, gamma=2.0, sum="1 + n")
+    code = f"from labkit import sources\nn = {{'__name__': '__main__'}}\nexec({text!r}, n)\n"
+    code += "print(sources.digests({}, problem=[n['model'], n['loss']])['<problem>'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert done.stdout.split() == [sources.digests({}, problem=cell())["<problem>"]]

@@ -77,7 +77,7 @@ class RunConfig(Mapping[str, Any]):
     patience: int | None = None  # it ends after so many retained versions that are no better
     synthetic: bool = False  # are the data generated?
     data_note: str = ""
-    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of users' modules (`labkit.sources`)
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of users' code (`labkit.sources`)
     # where
     kind: str = "threads"
     n_workers: int

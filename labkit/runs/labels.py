@@ -4,8 +4,8 @@
     AGWU + IDPA, seed 1           also the seed, where each run has a row or a line of its own
     AGWU + IDPA (runs/second)     the directory, where all settings are equal
 
-The settings of a rule are compared among the runs of one strategy, all others among all runs. `ASIDE` are said only where nothing
-else tells two runs apart.
+The settings of a rule are compared among the runs of one strategy, all others among all runs. `LAST` are said only where nothing
+else tells two runs apart: "code" is a digest of the user's modules, and of the functions that were written in a notebook.
 
 Used by `labkit.runs.compare` and `labkit.plots`.
 """
@@ -26,6 +26,7 @@ MOST = 4  # settings in a label, unless more are needed to tell two runs apart
 OF_STRATEGY = ("update.", "partition.", "origin.")  # compared among runs of one strategy
 ASIDE = ("checkpoints", "heartbeat_timeout", "join_timeout", "one_process", "budget", "batch_size", "labkit", "hosts", "source")
 ASIDE += ("exact_buffers",)
+LAST = ("code", *ASIDE)  # said only where nothing else tells two runs apart; other code is another line
 # What is derived from the rest, or told in a way of its own.
 UNSAID = ("format", "id", "name", "created", "data_note", "synthetic", "emulated", "problem", "update", "partition", "workers")
 UNSAID += ("origin", "scenario", "resumed", "sources", "milestones", "ema", "lower_is_better")
@@ -109,8 +110,9 @@ def _differing(runs: Sequence[RunRecord], read: Sequence[Mapping[str, Any]]) -> 
     found = []
     for key in dict.fromkeys(key for own in read for key in own):
         scopes: dict[str, set[str]] = {}
+        kinds = [own.get("problem.kind") for own in read if key in own and key.startswith("problem.")]
         for run, own in zip(runs, read, strict=True):
-            if key in own or key.startswith("problem.model_args."):  # there a setting is left out for its default
+            if key in own or own.get("problem.kind") in kinds:  # a problem of that kind leaves out what is at its default
                 value = _exact(own[key]) if key in own else ""
                 scopes.setdefault(run.label if key.startswith(OF_STRATEGY) else "", set()).add(value)
         if any(len(values) > 1 for values in scopes.values()):
@@ -130,7 +132,7 @@ def _labels(runs: Sequence[RunRecord], read: Sequence[Mapping[str, Any]], but: I
             own |= {(names[key], part): None} if part else {}
         return len({tuple(own) for own in told}) > before
 
-    main = [key for key in keys if key not in ASIDE]
+    main = [key for key in keys if key not in LAST]
     needed = [key for key in main if tell(key)]
     others = [key for key in main if key not in needed]
     shown = {*needed, *others[: max(0, MOST - len(needed))]}
@@ -138,7 +140,7 @@ def _labels(runs: Sequence[RunRecord], read: Sequence[Mapping[str, Any]], but: I
     for key in main:
         if key in shown:
             tell(key)
-    for key in (key for key in keys if key in ASIDE):
+    for key in (key for key in keys if key in LAST):
         before = [dict(own) for own in told]
         if not tell(key):
             told = before
@@ -201,7 +203,7 @@ def _text(value: Any, length: int) -> str:
 
 
 def _directory(run: RunRecord) -> str:
-    return str(Path(run.path).absolute())
+    return str(Path(run.path).resolve())
 
 
 def _by_directory(texts: list[str], paths: Sequence[str]) -> list[str]:

@@ -146,7 +146,7 @@ def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
         given = run.problem()
     if not isinstance(given, Problem):
         raise TypeError(f"problem is a {type(given).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
-    run.warn_of_edits()
+    run.warn_of_edits(problem=given)
     settings = json.loads(json.dumps(given.config()))
     names = [name for name in {**recorded, **settings} if name != "data"]
     other = [name for name in names if _found(settings.get(name)) != _found(recorded.get(name))]
@@ -178,6 +178,7 @@ def rule_of(run: Run, what: str, given: Any = None, by: str = "resume") -> Updat
     if given is not None:
         if not is_rule_of(run, what, rule := make(given)):
             raise RunError(f"this {what} is not the one of run {run.name}: {rule.config()} for {dict(recorded)}.")
+        run.warn_of_edits(**{what: rule})
         return copy.deepcopy(rule)
     try:
         return make(recorded)

@@ -170,9 +170,10 @@ class Run(RunRecord):
         self.warn_of_edits()
         return self._problem
 
-    def warn_of_edits(self) -> None:
-        """Warn, once, of files of the user's own that are not what the run was trained with."""
-        files = [file for file in changed(self.config.sources) if file not in self._changed]
+    def warn_of_edits(self, **values: Any) -> None:
+        """Warn, once, of files of the user's own, and of what of a notebook is in `values` (problem=, update=, partition=), that are not
+        what the run was trained with."""
+        files = [file for file in changed(self.config.sources, **{"problem": self._problem, **values}) if file not in self._changed]
         self._changed.update(files)
         for file in files:
             warnings.warn(

@@ -215,11 +215,11 @@ def _unpicklable(thing: Any) -> str:
     return ""
 
 
-def check_sources(lab: Lab, problem: Problem, *rules: Update | Partition) -> dict[str, str]:
+def check_sources(lab: Lab, problem: Problem, update: Update, partition: Partition) -> dict[str, str]:
     """The digests of the user's own modules, for the record; ClusterError where other processes would import something else."""
     sent = () if all(worker.here for worker in lab.workers) else (problem,)
-    check(needed(*rules, *sent))
-    return digests(needed(problem, *rules))
+    check(needed(update, partition, *sent))
+    return digests(needed(problem, update, partition), problem=problem, update=update, partition=partition)
 
 
 def milestones_of(problem: Problem, n_train: int) -> list[int]:

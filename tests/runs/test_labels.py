@@ -45,6 +45,8 @@ def of_run(name, *values):
         (of_run("update", {"name": "agwu", "q": "raw"}, {"name": "agwu", "q": "normalised"}), ("q raw", "q normalised")),
         (of_run("origin", None, {"kind": "replay", "run": "a"}), ("origin live", "origin replay")),
         (of_run("target", None, 0.9), ("no target", "target 0.9")),
+        ([{}, {"problem": {"clip_norm": 1.0}}], ("", "clip_norm 1")),  # at its default it is not in the record
+        ([{"problem": {"metrics": {"q": {"by_value": "<lambda>"}}}}, {}], ("q <lambda>", "")),
         (of_run("sources", {}, {"m": "1"}), ("code 44136f", "code 41b15a")),
         (of_run("checkpoints", 3, 30), ("checkpoints 3", "checkpoints 30")),  # said only because nothing else differs
         ([{"seed": 0}, {"seed": 1}], ("seed 0", "seed 1")),
@@ -55,6 +57,14 @@ def of_run(name, *values):
 def test_what_differs_is_said(both, said, tmp_path):
     runs = pair(tmp_path, *both)
     assert labels.labels(runs) == [", ".join(filter(None, (run.label, what))) for run, what in zip(runs, said, strict=True)]
+
+
+def test_one_directory_is_one_line_by_whatever_path(tmp_path, monkeypatch):
+    (tmp_path / "beside").mkdir()
+    run = recorded(tmp_path / "a")
+    other = recorded(tmp_path / "a")
+    other.path = tmp_path / "beside" / ".." / "a" / run.path.name
+    assert labels.labels([run, other]) == [run.label, run.label] and len(labels.lines([run, other])) == 1
 
 
 def test_where_nothing_differs_it_is_the_directory_and_one_directory_is_one_line(tmp_path):
