@@ -23,6 +23,7 @@ DEMO_COLUMNS = {
     "seconds_to_target": "seconds to target",
     "samples_per_s": "samples/s",
     "wait_share": "wait %",
+    "load_share": "load %",
     "staleness_p50": "staleness p50",
     "status": "status",
 }
@@ -44,7 +45,8 @@ def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
     # The folder may hold runs of earlier settings, too; those of this call come first.
     table = table[table["strategy"].isin(STRATEGIES)].drop_duplicates("strategy").reset_index(drop=True)
     shown = table.reindex(columns=list(DEMO_COLUMNS)).rename(columns=DEMO_COLUMNS)
-    shown["wait %"] = 100 * shown["wait %"].astype(float)
+    for name in ("wait %", "load %"):
+        shown[name] = 100 * shown[name].astype(float)
     shown["strategy"] = [label(name) for name in shown["strategy"]]
     shown.to_csv(out / "table.csv", index=False)
     print(shown.to_string(index=False, na_rep="-", float_format="{:.3g}".format))

@@ -6,6 +6,7 @@ Most come from one table, `intervals`: what each worker did from when to when. A
                           "pass"                                         "answer"
 
     of a push     compute_s, score_s    computing, up to the push, or up to where it was idle
+                  load_s                of compute_s: waiting for data
                   wait_s                idle until the others of an all-reduce come (counted at the end of the pass)
                   hidden_s              computed on while its push before this one was under way (of the answer before the pass)
     of a release  wait_s                the server held the worker, from where it had nothing more to compute
@@ -204,6 +205,7 @@ def summary(events: pd.DataFrame, config: RunConfig, curve: pd.DataFrame | None)
         "versions": int(merges.version.max()) if len(merges) else 0,
         "wait_share": waited / busy if busy else 0.0,
         "send_share": sent / busy if busy else 0.0,
+        "load_share": None if pushes.load_s.isna().all() or not busy else float(pushes.load_s.sum()) / busy,
         "staleness_p50": float(merges.staleness.median()) if len(merges) else 0.0,
         "staleness_p95": float(merges.staleness.quantile(0.95)) if len(merges) else 0.0,
         "balance": float(later.mean()) if len(later) else None,

@@ -37,6 +37,7 @@ COLUMNS = [
     "seq", "time", "seconds", "kind", "worker", "incarnation", "pass", "base_version", "version", "staleness",
     "samples", "total", "loss", "score", "coefficient",
     "compute_s", "score_s", "wait_s", "send_s",
+    "load_s",  # of compute_s: the part during which the worker waited for data
     "hidden_s",  # of an exchange: the part during which the worker computed
     "bytes",
     "probe_s",  # of a join: seconds per sample, as probed

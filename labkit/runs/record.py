@@ -220,7 +220,9 @@ class RunRecord:
     def summary(self) -> dict:
         """The cost card: settings, final score and loss on the test set, time, throughput, waiting, staleness, balance, traffic.
 
-        Samples count once, also where a run was cut off and made some again; time, waiting and traffic are all that it cost.
+        Samples count once, also where a run was cut off and made some again; time, waiting and traffic are all that it cost. Of the
+        workers' time `wait_share` went into waiting for each other, `send_share` into exchanges and `load_share` into reading batches
+        (None where that was not recorded).
         """
         curve = self.curve() if self.state != "running" else None
         return {

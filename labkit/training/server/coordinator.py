@@ -45,6 +45,7 @@ REPORTED = (
     "loss",
     "score",
     "compute_s",
+    "load_s",
     "score_s",
     "wait_s",
     "send_s",

@@ -199,7 +199,7 @@ REQUESTS = {
         **dict.fromkeys(("version", "samples"), COUNT),
         **{"score": _or_nothing(NUMBER), "loss": _or_nothing(NUMBER)},
         **dict.fromkeys(("compute_s", "score_s", "wait_s", "send_s"), SECONDS),
-        "hidden_s": _or_nothing(SECONDS),
+        **dict.fromkeys(("load_s", "hidden_s"), _or_nothing(SECONDS)),
         "shift": _or_nothing(SHIFT),
         "metrics": _or_nothing(NUMBERS),
     },

@@ -31,7 +31,8 @@ from labkit.training.wire.protocol import Grant
 from labkit.training.worker.allreduce import ProcessGroup
 from labkit.training.worker.sampler import Shard, steps
 
-NOTHING = (0, {}, 0.0, 0.0)  # samples; of each entry that steps returned its sum and number of samples; compute_s, wait_s
+# samples; of each entry that steps returned its sum and number of samples; compute_s, load_s (of it, waiting for data), wait_s
+NOTHING = (0, {}, 0.0, 0.0, 0.0)
 
 
 class Replica:
@@ -68,6 +69,7 @@ class Replica:
         self.left = np.empty(0, np.int64)  # samples of this grant that are trained on ahead
         self.pushed: torch.Tensor | None = None  # the weights as they were before that
         self.carried = NOTHING  # what was trained on ahead, and belongs to the next push
+        self.load_s = 0.0  # that steps have waited for data
 
     def begin(self, incarnation: int, own_generator: bool = True) -> None:
         """An empty shard and streams of random numbers; one for dropout and the like, unless workers share torch's generator."""
@@ -95,9 +97,13 @@ class Replica:
         """One optimiser step on training samples; returns the loss and whatever else the problem's step does."""
         started = time.perf_counter()
         batch = self.problem.draw(self.train_indices[indices], self.device, self.draws)
+        loaded = time.perf_counter()
         with group.exchanging() if group else contextlib.nullcontext():
             metrics = self.problem.step(group.module if group else self.module, batch, self.optimisers, clock)
-        self.after(started, group.waited if group else 0.0)
+        waited, ended = group.waited if group else 0.0, time.perf_counter()
+        self.after(started, waited)
+        slowed = 1 + (time.perf_counter() - ended) / max(1e-9, ended - started - waited)  # by emulation: loading, too
+        self.load_s += (loaded - started) * slowed
         return metrics
 
     def pull(self, weights: torch.Tensor, carry: int) -> None:
@@ -124,7 +130,7 @@ class Replica:
     ) -> dict | None:
         """Train on the samples of this grant, but for those to be trained on ahead; None when it was halted in between.
 
-        Returns samples, loss (their mean), compute_s and wait_s, with those that were trained on ahead before; and as `metrics` the
+        Returns samples, loss (their mean), compute_s, load_s (of it) and wait_s, with those that were trained on ahead before; and as `metrics` the
         means of what else the steps returned, if anything. After each step `progress` gets samples and summed loss so far.
         """
         if grant.settle:
@@ -142,10 +148,11 @@ class Replica:
         if done is None:
             return None
         before, self.carried = self.carried, NOTHING
-        samples, compute_s, wait_s = (before[at] + done[at] for at in (0, 2, 3))
+        samples, *seconds = (before[at] + done[at] for at in (0, 2, 3, 4))
         sums = [{name: part.get(name, (0.0, 0)) for name in {**before[1], **done[1]}} for part in (before[1], done[1])]
         means = {name: (sums[0][name][0] + total) / max(1, sums[0][name][1] + n) for name, (total, n) in sums[1].items()}
-        made = {"samples": samples, "loss": means.pop("loss"), "compute_s": round(compute_s, 6), "wait_s": round(wait_s, 6)}
+        made = {"samples": samples, "loss": means.pop("loss")}
+        made |= {name: round(value, 6) for name, value in zip(("compute_s", "load_s", "wait_s"), seconds, strict=True)}
         return made | ({"metrics": means} if means else {})
 
     def _settle(self, grant: Grant) -> dict:
@@ -176,12 +183,13 @@ class Replica:
         joint: Sequence[int] = (),
     ) -> tuple | None:
         """Steps on these batches, `before` samples after the beginning of the grant: samples; of each entry that
-        they returned the sum and the number of samples; compute_s, wait_s.
+        they returned the sum and the number of samples; compute_s, load_s, wait_s.
 
         In a `group`, `weights` and `joint` are those of `steps`: its ranks read one clock, as their parameters stay equal.
         """
         started = time.perf_counter()
         samples, waited, sums, counts = 0, 0.0, {"loss": torch.zeros((), device=self.device)}, {"loss": 0}
+        self.load_s = 0.0
         for number, part in enumerate(parts):
             if self.halted():
                 return None
@@ -197,7 +205,7 @@ class Replica:
             waited += group.waited if group else 0.0
             progress(samples, sums["loss"])
         totals = {name: (float(value), counts[name]) for name, value in sums.items()}  # reads the device: the time below is true
-        return samples, totals, time.perf_counter() - started - waited, waited
+        return samples, totals, time.perf_counter() - started - waited, self.load_s, waited
 
     def score(self) -> float | None:
         """Q in [0, 1], if the problem has one, of the replica's weights on the score set that all workers share."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -49,6 +50,17 @@ def test_a_pass_reports_step_by_step_and_can_be_halted():
     reported.clear()
     one.halted = lambda: len(reported) == 2
     assert one.local_pass(GRANT, progress=lambda *step: reported.append(step)) is None and len(reported) == 2
+
+
+def test_the_time_that_steps_wait_for_data_is_reported_slowness_and_all(monkeypatch):
+    one = replica(after=lambda started, waited=0.0: time.sleep(0.02))
+    monkeypatch.setattr(one.problem, "draw", lambda *_: time.sleep(0.01))
+    monkeypatch.setattr(one.problem, "step", lambda *_: {"loss": torch.zeros(())})
+    done = one.local_pass(GRANT)  # three steps, which do nothing but wait for data, three times as long
+    assert 0.5 * done["compute_s"] < done["load_s"] <= done["compute_s"] and done["load_s"] > 0.089
+    monkeypatch.setattr(one.problem, "draw", lambda *_: None)
+    monkeypatch.setattr(one.problem, "step", lambda *_: time.sleep(0.01) or {"loss": torch.zeros(())})
+    assert one.local_pass(GRANT)["load_s"] < 0.03
 
 
 def test_every_piece_of_work_is_followed_by_its_slowness():
