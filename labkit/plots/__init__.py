@@ -3,10 +3,22 @@
 from labkit.plots.live import live
 from labkit.plots.membership import membership, roster
 from labkit.plots.runs import balance, curves, segments, speed, staleness, timeline, weights
+from labkit.plots.samples import confusion, worst
 from labkit.plots.scaling import errors, saturation, scaling
 from labkit.plots.style import extension, interactive, save
 from labkit.plots.subnets import decomposition, part_accuracy, part_scores, part_times
 
-__all__ = ["balance", "curves", "decomposition", "errors", "extension", "interactive", "live", "membership", "part_accuracy"]
-__all__ += ["part_scores", "part_times", "roster", "saturation", "save", "scaling", "segments", "speed", "staleness", "timeline"]
-__all__ += ["weights"]
+__all__ = ["balance", "confusion", "curves", "decomposition", "errors", "extension", "interactive", "live", "membership"]
+__all__ += [
+    "part_accuracy",
+    "part_scores",
+    "part_times",
+    "roster",
+    "saturation",
+    "save",
+    "scaling",
+    "segments",
+    "speed",
+    "staleness",
+]
+__all__ += ["timeline", "weights", "worst"]

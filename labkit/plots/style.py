@@ -192,6 +192,30 @@ def boxes(rows: Any, number: int, label: str, names: Sequence[str] = ("left", "b
     )
 
 
+def heat(cells: Sequence[tuple], what: str) -> Any:
+    """Rectangles (left, bottom, right, top, value), the darker the larger the value, `what` from 0 to 100."""
+    import holoviews as hv
+
+    rows = hv.Rectangles(cells, kdims=["left", "bottom", "right", "top"], vdims=what)
+    both = {"color": what, "cmap": "Blues", "clim": (0, 100), "colorbar": True}
+    return styled(rows, bokeh={"line_color": "white", "tools": ["hover"]}, matplotlib={"edgecolor": "white"}, **both)
+
+
+def labels(texts: Sequence[tuple[float, float, str]], frame: str = "white", size: int = 11) -> Any:
+    """Texts (x, y, text) on a white ground with a frame of that colour, so that they can be read on any image."""
+    import holoviews as hv
+
+    def ground(plot: Any, element: Any) -> None:
+        spots = {(float(x), float(y)) for x, y, _ in texts}
+        for text in plot.handles["axis"].texts:
+            if tuple(map(float, text.get_position())) in spots:
+                text.set_bbox({"facecolor": "white", "edgecolor": frame, "pad": 2})
+
+    written = hv.Labels(texts, ["x", "y"], "text")
+    ink = {"text_font_size": f"{size}pt", "text_color": "black", "background_fill_color": "white", "border_line_color": frame}
+    return styled(written, bokeh=ink, matplotlib={"size": size, "color": "black", "hooks": [ground]})
+
+
 def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str, text: str = "", **options: Any) -> Any:
     """A figure of bars side by side: `heights` maps a colour's label to its heights, one for each of `names`.
 

@@ -38,7 +38,8 @@ def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
         kind = 2 * (row % 2) + column % 2
         inside = INSET * max(grey.shape) * (kind + 0.6)
         elements.append(_frame((across.start + inside, down.start + inside, across.stop - inside, down.stop - inside), kind))
-        elements.append(_labels([((across.start + across.stop) / 2, (down.start + down.stop) / 2, str(part))], kind))
+        middle = ((across.start + across.stop) / 2, (down.start + down.stop) / 2, str(part))
+        elements.append(style.labels([middle], style.COLOURS[FRAMES[kind]]))
     shared = ", ".join(str(pixels) for pixels in dict.fromkeys(parts.overlap))
     title = f"{parts.n_parts} parts of {' x '.join(map(str, parts.shapes(sample.shape)[0][1:]))} pixels, overlap {shared}"
     return _finish(elements, title, note, grey.shape)
@@ -63,7 +64,7 @@ def part_accuracy(joined: Any) -> hv.Overlay:
     made = "; synthetic data" if joined.config["synthetic"] else ""
     where = f", slice {shape[1] // 2} of {shape[1]}" if len(shape) == 4 else " of each subnet"
     note = f"test accuracy (%){where}; joined: {_percent(together)}; 1 seed{made}"
-    return _finish([_heat(cells), _labels(numbers)], title, note, shape[-2:])
+    return _finish([style.heat(cells, "accuracy (%)"), style.labels(numbers)], title, note, shape[-2:])
 
 
 def part_times(joined: Any) -> hv.Overlay:
@@ -145,31 +146,6 @@ def _frame(box: tuple[float, float, float, float], kind: int) -> hv.Element:
     path = hv.Path([[(left, bottom), (right, bottom), (right, top), (left, top), (left, bottom)]], ["x", "y"])
     stroke = {"linestyle": dash[1], "linewidth": 2.5}
     return style.styled(path, bokeh={"line_dash": dash[0], "line_width": 3}, matplotlib=stroke, color=colour)
-
-
-def _heat(cells: list[tuple]) -> hv.Element:
-    import holoviews as hv
-
-    heat = hv.Rectangles(cells, kdims=["left", "bottom", "right", "top"], vdims="accuracy (%)")
-    both = {"color": "accuracy (%)", "cmap": "Blues", "clim": (0, 100), "colorbar": True}
-    return style.styled(heat, bokeh={"line_color": "white", "tools": ["hover"]}, matplotlib={"edgecolor": "white"}, **both)
-
-
-def _labels(labels: list[tuple[float, float, str]], kind: int | None = None) -> hv.Element:
-    """Text on a white ground, in the colour of its frame, so that it can be read on any image."""
-    import holoviews as hv
-
-    colour = "white" if kind is None else style.COLOURS[FRAMES[kind]]
-
-    def ground(plot: Any, element: Any) -> None:
-        spots = {(float(x), float(y)) for x, y, _ in labels}
-        for text in plot.handles["axis"].texts:
-            if tuple(map(float, text.get_position())) in spots:
-                text.set_bbox({"facecolor": "white", "edgecolor": colour, "pad": 2})
-
-    written = hv.Labels(labels, ["x", "y"], "text")
-    ink = {"text_font_size": "11pt", "text_color": "black", "background_fill_color": "white", "border_line_color": colour}
-    return style.styled(written, bokeh=ink, matplotlib={"size": 11, "color": "black", "hooks": [ground]})
 
 
 def _finish(elements: Sequence[Any], title: str, note: str, size: Sequence[int]) -> hv.Overlay:

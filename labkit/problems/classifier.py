@@ -151,6 +151,12 @@ class Classifier(Supervised):
             return (outputs > self._loss.threshold).astype(np.int64)
         return outputs.argmax(1).astype(np.int64)
 
+    def said(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        said, shares = self.predicted(outputs), self.probabilities(outputs)
+        if self._several:
+            return {"predicted": said, "probability": np.full(len(said), np.nan)}
+        return {"predicted": said, "probability": np.take_along_axis(shares, np.expand_dims(said, 1), 1)[:, 0]}
+
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
         """Probabilities, float32, of logits: (n, K, *rest); they sum to 1 over classes, unless a sample has several labels."""
         single = self._one_output(outputs)

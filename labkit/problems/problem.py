@@ -392,6 +392,10 @@ class Problem:
 
     # Samples that come after the training.
 
+    def each(self, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu") -> dict[str, np.ndarray]:
+        """Of each sample its "loss" and what the network says of it, arrays of (n, ...): see `Run.predictions`."""
+        raise ProblemError(f"{self._title()} gives no loss of single samples; use predict().")
+
     @property
     def is_own_load(self) -> bool:
         """Does `load` differ from labkit's, so that what becomes of raw samples is known to it alone?"""

@@ -129,6 +129,24 @@ class Supervised(Problem):
         loaded = (self.load(part, split, device) for part in batches(indices, batch_size))
         return self._measured(module, loaded, check_metrics(self.metrics))
 
+    def each(self, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu") -> dict[str, np.ndarray]:
+        """Of each sample "loss" (n,), "predicted", and "label" or "target" where there is one; of a classifier also "probability"."""
+        losses, outputs, targets = [], [], []
+        for part in batches(indices, MEASURED):
+            out, wanted = self._outputs_of(module, *self.load(part, split, device))
+            losses += [self._loss(_one(out, at), _one(wanted, at)).item() for at in range(len(part))]
+            outputs.append(out.cpu().numpy() if isinstance(out, torch.Tensor) else None)
+            targets.append(wanted.cpu().numpy() if isinstance(wanted, torch.Tensor) and self.dataset.answers else None)
+        found = {"loss": np.array(losses)}
+        if targets[0] is not None:
+            wanted, is_label = np.concatenate(targets), self.dataset.fields[self.dataset.answers[0]].role == "label"
+            found = {"label": wanted.astype(np.int64), **found} if is_label else {"target": wanted, **found}
+        return {**found, **self.said(np.concatenate(outputs))} if outputs[0] is not None else found
+
+    def said(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """What is made of outputs, for `each`."""
+        return {"predicted": self.predicted(outputs)}
+
     def check(self, seed: int = 0, scored: bool = True) -> None:
         for made in ("_loss", "_schedule"):  # of a module that may have been loaded again
             self.__dict__.pop(made, None)
@@ -225,6 +243,15 @@ def _float(outputs: Any) -> Any:
     if isinstance(outputs, tuple):
         return tuple(map(_float, outputs))
     return {name: _float(part) for name, part in outputs.items()} if isinstance(outputs, Mapping) else outputs
+
+
+def _one(tensors: Any, at: int) -> Any:
+    """The sample at this place of a batch, as a batch."""
+    if isinstance(tensors, tuple):
+        return tuple(_one(part, at) for part in tensors)
+    if isinstance(tensors, Mapping):
+        return {name: _one(part, at) for name, part in tensors.items()}
+    return tensors[at : at + 1]
 
 
 def _cut(tensors: Any, n: int) -> list[Any]:

@@ -258,17 +258,35 @@ class Run(RunRecord):
         the numbers that classes had in the training. All samples are measured; of what comes with a test split, that split. By
         default, and for the data set of the training, it is the test set of the run: `score` is then that of `run.curve()`.
         """
-        from labkit.data.given import given
         from labkit.training.evaluation import BATCH
 
-        problem, samples = self.problem(), None
-        if data is not None:
-            samples = given(data, problem.dataset, answers=True)
-        if samples is None or samples.is_own:
-            indices = problem.test_indices()
-        else:
-            problem, indices = self._on(samples), np.arange(samples.n_test)
+        problem, indices = self.tested(data)
         return {**problem.measure(self._network(version), indices, "test", batch_size=BATCH), "samples": len(indices)}
+
+    def predictions(self, data: Any = None, version: int | str | None = None) -> pd.DataFrame:
+        """One row for each of the samples that `evaluate(data)` measures, those with the largest loss first.
+
+        Columns: "sample" (its number in the test split), "label" (of a `Classifier`) or "target", "predicted" as of `predict`,
+        "probability" of the predicted class (NaN where there is none), and the "loss" of this sample alone. What is an array for
+        each sample is one in its cell. `labkit.plots.confusion` and `labkit.plots.worst` draw them.
+        """
+        import pandas as pd
+
+        problem, indices = self.tested(data)
+        columns = problem.each(self._network(version), indices, "test")
+        cells = {name: list(values) if values.ndim > 1 else values for name, values in columns.items()}
+        table = pd.DataFrame({"sample": indices, **cells})
+        return table.sort_values("loss", ascending=False, kind="stable").reset_index(drop=True)
+
+    def tested(self, data: Any = None) -> tuple[Problem, np.ndarray]:
+        """The problem on the samples that `evaluate(data)` measures, and their numbers in its test split."""
+        from labkit.data.given import given
+
+        problem = self.problem()
+        samples = None if data is None else given(data, problem.dataset, answers=True)
+        if samples is None or samples.is_own:
+            return problem, problem.test_indices()
+        return self._on(samples), np.arange(samples.n_test)
 
     def _on(self, samples: Any) -> Problem:
         problem = self.problem()

@@ -50,6 +50,15 @@ X_IS, Y_IS = ("input", "float32", (4,), None), ("label", "int64", (), 3)
 TRAIN = np.flatnonzero(~cache.hold_out(N))
 
 
+def test_the_names_of_its_classes_are_taken():
+    data = Mine()
+    assert open_dataset(data).classes is None
+    data.classes = ["cat", "dog", "fox"]
+    assert open_dataset(data).classes == open_dataset(Subset(data, range(9))).classes == ["cat", "dog", "fox"]
+    data.classes = ["cat", "dog"]  # of 3
+    assert open_dataset(data).classes is None
+
+
 @pytest.mark.parametrize(
     ("item", "expected"),
     [

@@ -148,6 +148,9 @@ def test_raw_samples_are_predicted_and_measured_as_in_the_curve(cache):
     measured = run.evaluate()
     assert measured["samples"] == 100 and measured["score"] == pytest.approx(last.score, abs=0.02)
     assert run.evaluate("digits") == run.evaluate(data) == measured  # its own test set
+    table = run.predictions()
+    assert table["loss"].mean() == pytest.approx(measured["loss"], rel=1e-5) and table["loss"].is_monotonic_decreasing
+    assert (table["label"] == table["predicted"]).mean() == pytest.approx(measured["score"])
     at = run.problem().test_indices()
     x, y = data.raw(at, "test"), data.labels("test")[at]
     again = run.evaluate((x, y))
