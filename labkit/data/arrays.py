@@ -44,12 +44,14 @@ def from_arrays(data: Sequence[Any], channels: str | None = None) -> Dataset:
 
 
 def from_pair(data: Sequence[Any], asked: Asked) -> Dataset:
-    """The data set of `(x, y)` or of the four whose `y` is asked for as something, or is texts or an array a sample, as columns."""
+    """The data set of `(x, y)` or of the four; as columns where `y` is asked for as something, or is texts or an array a sample, or
+    where samples have different lengths."""
     names = FOUR if len(data) == 4 else ("x", "y")
-    if len(data) in (2, 4) and (asked.says_roles or any(map(_is_column, data[1::2]))):
+    if len(data) in (2, 4) and (asked.says_roles or any(map(_is_column, data[1::2])) or any(map(_is_ragged, data[::2]))):
         for at in range(0, len(data), 2):
             _check_order(names[at : at + 2], *data[at : at + 2])
-        arrays = {name: value if _is_text(value) else array_of(name, value) for name, value in zip(names, data, strict=True)}
+        own = {name: _is_text(value) or _is_ragged(value) for name, value in zip(names, data, strict=True)}
+        arrays = {name: value if own[name] else array_of(name, value) for name, value in zip(names, data, strict=True)}
         return columns.from_mapping(arrays, asked)
     return from_arrays(data, asked.channels)
 
@@ -59,6 +61,16 @@ def _is_column(y: Any) -> bool:
         return _is_text(y) or (isinstance(y, list) and len(y) > 0 and isinstance(y[0], list) and len(y[0]) > 1)
     shape = tuple(getattr(y, "shape", ()))
     return _is_text(y) or (len(shape) > 1 and math.prod(shape[1:]) > 1)
+
+
+def _is_ragged(x: Any) -> bool:
+    """Are these samples of different lengths?"""
+    if not isinstance(x, list | tuple) and getattr(getattr(x, "dtype", None), "kind", "") != "O":
+        return False
+    try:
+        return len({len(sample) for sample in x}) > 1 and not any(isinstance(sample, str) for sample in x)
+    except TypeError:  # numbers
+        return False
 
 
 def _is_text(y: Any) -> bool:
@@ -74,6 +86,9 @@ def array_of(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(columns.detached(value))
     except (ValueError, TypeError, RuntimeError) as error:
+        if "inhomogeneous" in str(error):
+            advice = "Give all of them one shape, or shapes that differ along the first axis alone, with pad=0."
+            raise DataError(f"arrays: samples of {name} have different shapes. {advice}") from error
         raise DataError(f"arrays: {name} is no array: {error}. Give numpy arrays.") from error
     if array.dtype.hasobject:
         if name.startswith("y"):

@@ -140,12 +140,14 @@ class Items(Dataset):
         if (quick := _stacked(items, keys)) is not None and quick.shape[1:] == field.shape:
             return quick.astype(field.dtype, copy=False)
         parts = [_value(item, keys, f"{self.name}: item {number}") for number, item in items]
+        if (text := next((at for at, part in enumerate(parts) if part.dtype.kind not in "biuf"), None)) is not None:
+            raise DataError(f"{self.name}: {name} of item {items[text][0]} is of type {parts[text].dtype}. Give numbers.")
         shapes = {part.shape for part in parts}
         if len(shapes) == 1 and (None in field.shape or field.shape in shapes):
             return np.stack(parts).astype(field.dtype, copy=False)
         tails = {shape[1:] for shape in shapes}
         odd = next((at for at, part in enumerate(parts) if part.shape != field.shape), 0)
-        if len(tails) > 1 or not field.shape or tails != {field.shape[1:]}:
+        if not field.shape or tails != {field.shape[1:]} or any(part.ndim != len(field.shape) for part in parts):
             raise DataError(
                 f"{self.name}: item {items[odd][0]} has {name} of shape {parts[odd].shape}, where {field.shape} is expected."
             )

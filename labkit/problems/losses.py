@@ -96,6 +96,11 @@ class Loss:
         if not isinstance(loss, torch.Tensor) or loss.dim():
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
             raise ProblemError(f"{self.title} gave {got}. A loss is a tensor with one number, such as the mean over the batch.")
+        follows = loss.requires_grad or not (torch.is_grad_enabled() and getattr(outputs, "requires_grad", False))
+        if not loss.is_floating_point() or not follows:
+            kind = str(loss.dtype).removeprefix("torch.")
+            got = "a tensor that does not depend on the outputs" if loss.is_floating_point() else f"a tensor of type {kind}"
+            raise ProblemError(f"{self.title} gave {got}. Compute it from the outputs, in torch, without detach() or item().")
         return loss
 
     def check(self, outputs: Any, targets: Any) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from labkit.data import cache, open_dataset
+from labkit.errors import DataError
 from tests.data.helpers import everything, refused, some, write_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -71,6 +72,17 @@ def test_what_is_not_read_of_a_folder_is_said(tmp_path):
     assert "left out: classes.txt, x_val.npy, y_val.npy" in data.note
     (folder / "classes.txt").unlink()
     assert "classes.txt" not in open_dataset(folder).note
+
+
+@pytest.mark.parametrize("of", [list, lambda x: np.array(x, dtype=object), lambda x: [sample.tolist() for sample in x]])
+def test_samples_of_different_lengths_need_a_pad(of):
+    x = of([np.arange(1.0 + i % 4) for i in range(20)])
+    with pytest.raises(DataError, match=r"samples of x have 1 to 4 entries along the first axis\. Give pad=0"):
+        open_dataset((x, np.arange(20) % 2))
+    data = open_dataset((x, np.arange(20) % 2), pad=-1)
+    assert data.shape == (4,) and data.raw([1]).min() == -1
+    with pytest.raises(DataError, match=r"samples of x have different shapes\. .* first axis alone"):
+        open_dataset(([np.zeros((2, 1 + i % 3)) for i in range(20)], np.arange(20) % 2))
 
 
 def test_masked_values_and_unaligned_rows_are_refused():

@@ -194,6 +194,29 @@ def test_what_is_wrong_later_is_named_too():
         data.batch([0, 26])
 
 
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (lambda i: (X[i][:, None], Y[i]), r"Mine: item 28 has x of shape \(4, 1\), where \(4,\) is expected"),
+        (lambda i: (1.0, Y[i]), r"Mine: item 28 has x of shape \(\), where \(4,\) is expected"),
+        (lambda i: (X[i], "text"), "Mine: y of item 28 is of type <U4. Give numbers"),
+        (lambda i: X[i], r"Mine: item 28 has x of shape \(\), where"),
+        (lambda i: None, "Mine: item 28 has no 0, as the first one has"),
+        (lambda i: 1 / 0, "Mine: item 28 cannot be read: ZeroDivisionError"),
+    ],
+)
+def test_an_item_that_is_unlike_the_others_is_named_wherever_it_stands(bad, words):
+    def item(i):
+        return bad(i) if i == late else (X[i], float(Y[i]))
+
+    late = -1
+    data = open_dataset({"train": Mine(item), "test": Mine(item)}, target="y")
+    late = N - 2
+    for indices in ([late], [0, late, 3]):
+        with pytest.raises(DataError, match=words):
+            data.batch(indices)
+
+
 def test_what_is_no_data_set_by_items_is_refused():
     class Stream(IterableDataset):
         def __iter__(self):

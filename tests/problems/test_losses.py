@@ -106,6 +106,22 @@ def test_a_loss_that_is_no_scalar(given):
 
 
 @pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda x, y: F.cross_entropy(x, y).detach(), "a tensor that does not depend on the outputs"),
+        (lambda x, y: torch.tensor(3), "a tensor of type int64"),
+        (lambda x, y: x.sum() > 0, "a tensor of type bool"),
+        (lambda x, y: F.cross_entropy(x, y) * 1j, "a tensor of type complex64"),
+    ],
+)
+def test_a_loss_that_nothing_can_be_learnt_from(given, words):
+    with pytest.raises(ProblemError, match=rf"gave {words}\. Compute it from the outputs"):
+        Loss(given)(LOGITS.clone().requires_grad_(), Y)
+    with torch.no_grad():  # as it is measured
+        assert Loss(lambda x, y: F.cross_entropy(x, y).detach())(LOGITS, Y) > 0
+
+
+@pytest.mark.parametrize(
     ("given", "error", "message"),
     [
         ("cross_entrpy", ValueError, r"Did you mean 'cross-entropy'\?"),
