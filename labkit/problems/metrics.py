@@ -8,12 +8,12 @@
 
 torchmetrics is no dependency: it is imported where somebody names it. A metric of NaN stays NaN in the tables; who reads them is told.
 
-Used by `labkit.problems.supervised`.
+Used by `labkit.problems.supervised`; what is a number, and its name, wherever a problem gives some.
 """
 
 import copy
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,13 +22,9 @@ import torch
 from labkit.errors import ProblemError
 from labkit.imports import check_settings, chosen
 
-TAKEN = (
-    "loss",
-    "score",
-    "seconds",
-    "samples",
-    "version",
-)  # columns of a curve; "train_..." are what the steps of training returned
+MOST = 256  # numbers by name beside the loss, as the protocol of a run takes them
+OF_A_CURVE = ("seconds", "samples", "version")  # its columns; "train_..." are what the steps of training returned
+TAKEN = ("loss", "score", *OF_A_CURVE)
 
 
 class Meter(Protocol):
@@ -72,7 +68,7 @@ def check_metrics(given: Any) -> dict[str, Any]:
                 raise ValueError(f"two metrics are called {name!r}. Name them: metrics={{'name': metric, ...}}.")
             named[name] = one
     for name, one in named.items():
-        if name in TAKEN or name.startswith("train_") or not name.isprintable() or "<" in name:
+        if not _is_column(name, TAKEN):
             raise ValueError(f"a metric cannot be called {name!r}. Name it: metrics={{'name': metric}}.")
         made, settings = chosen("metrics", one, METRICS)
         if settings or isinstance(made, type):
@@ -85,17 +81,47 @@ def make_meters(named: Mapping[str, Any], device: torch.device | str) -> dict[st
     return {name: _meter(one, device) for name, one in named.items()}
 
 
+def one_number(value: Any) -> float | None:
+    """The number that `value` is, also as an array or a tensor with one; None for anything else, and for what no float can hold."""
+    if (hasattr(value, "item") and getattr(value, "size", 0) == 1) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, numbers.Real) else None
+    except OverflowError:
+        return None
+
+
+def check_names(of: str, names: Collection[Any], taken: Sequence[str] = ()) -> None:
+    """ProblemError where a number cannot have one of these names as a column of tables and figures, or where they are too many."""
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or not name
+            or not name.isprintable()
+            or "<" in name
+            or name in taken
+            or name.startswith("train_")
+        ):
+            raise ProblemError(f"{of}: a number cannot be called {name!r}. Give another name, a text.")
+    if len(names) > MOST:
+        raise ProblemError(f"{of} gives {len(names)} numbers; {MOST} at most are recorded.")
+
+
+def _is_column(name: Any, taken: Sequence[str]) -> bool:
+    """Is it a text that tables, figures and files take, and that is no other column's?"""
+    fits = isinstance(name, str) and name and name.isprintable() and "<" not in name
+    return bool(fits) and name not in taken and not name.startswith("train_")
+
+
 def number(name: str, value: Any) -> dict[str, float]:
     """What a metric gave, as columns: one number, or several by name; ProblemError for anything else."""
     if isinstance(value, Mapping):
         return {column: x for key, part in value.items() for column, x in number(f"{name}_{key}", part).items()}
-    if (hasattr(value, "item") and getattr(value, "size", 0) == 1) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-        value = value.item()
-    if not isinstance(value, numbers.Real):
+    if (found := one_number(value)) is None:
         shape = tuple(getattr(value, "shape", ()))
         got = f"shape {shape}" if shape else f"a {type(value).__name__}"
         raise ProblemError(f"metric {name!r} gave {got}. A metric is one number, or a dict of them by name.")
-    return {name: float(value)}
+    return {name: found}
 
 
 class _Whole:

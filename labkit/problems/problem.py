@@ -10,9 +10,8 @@ import contextlib
 import copy
 import inspect
 import math
-import numbers
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -28,6 +27,7 @@ from labkit.imports import by_value, constructor_arguments, import_path, importe
 from labkit.models import seeded
 from labkit.models.flat import Flat
 from labkit.problems import splits
+from labkit.problems.metrics import OF_A_CURVE, check_names, one_number
 from labkit.problems.splits import batches, first, hold_out, shuffled
 from labkit.problems.trial import (
     Fingerprint,
@@ -263,21 +263,13 @@ class Problem:
 
     def _mean(self, measured: Iterable[Mapping[str, Any]], parts: list[np.ndarray]) -> dict[str, float]:
         """The means over samples of the numbers that were `measured` of each of `parts`."""
-        found = [(values, len(part)) for values, part in zip(measured, parts, strict=True)]
+        found: dict[str, list[tuple[Any, int]]] = {}
+        for values, part in zip(measured, parts, strict=True):
+            for name in (name for name in values if name in ("loss", "score") or one_number(values[name]) is not None):
+                found.setdefault(name, []).append((values[name], len(part)))
         if not found:
             raise ProblemError(f"{self._title()} is measured on no samples. Give some to its score set and its test split.")
-        names = [name for name in found[0][0] if name in ("loss", "score") or name in numbers_of(found[0][0])]
-        return {name: float(sum(values[name] * n for values, n in found) / sum(n for _, n in found)) for name in names}
-
-    def networks(self, module: nn.Module) -> Sequence[nn.Module]:
-        """The parts of `module` whose gradients an all-reduce averages on their own; by default the module as a whole.
-
-        A GAN returns both of its networks, as `step` calls them one after the other: (module["generator"], module["critic"]). `step`
-        is then given the same container with each of them wrapped by DistributedDataParallel, so it calls them, module["critic"](x);
-        what else they have is behind `.module`. Each trained parameter belongs to one of them. A network that is called twice
-        before a backward pass must use all of its parameters. Other updates make no use of this.
-        """
-        return (module,)
+        return {name: float(sum(value * n for value, n in own) / sum(n for _, n in own)) for name, own in found.items()}
 
     def milestones(self) -> Iterable[float]:
         """Passes over the training samples, by all workers together, after which `settle` is called once: none by default."""
@@ -361,12 +353,12 @@ class Problem:
                 "not weigh pushes by it, such as 'fedasync', with neither target nor patience; of an error or a distance as score "
                 "say lower_is_better = True."
             )
-        for name, value in stepped.items():
-            if not isinstance(value, numbers.Real) and not (isinstance(value, torch.Tensor) and value.dim() == 0):
+        check_names(f"{title}: evaluate()", measured, OF_A_CURVE)
+        check_names(f"{title}: step()", stepped)
+        for of, name, value in [("step()", *one) for one in stepped.items()] + [("evaluate()", *one) for one in measured.items()]:
+            if one_number(value) is None or (of == "step()" and isinstance(value, torch.Tensor) and value.dim()):
                 got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
-                raise ProblemError(
-                    f"{title}: {name!r} of step() is {got}. Each entry is one number or a tensor with one, shape ()."
-                )
+                raise ProblemError(f"{title}: {name!r} of {of} is {got}. Each entry is one number or a tensor with one, shape ().")
 
     def fingerprint(self, seed: int) -> Fingerprint:
         """What `new_module(seed)` is in this process, on the CPU."""

@@ -27,9 +27,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from labkit.errors import ProblemError, plain_scalar
+from labkit.errors import ProblemError
 from labkit.models import evaluating, seeded
 from labkit.models.flat import Flat
+from labkit.problems.metrics import one_number
 
 OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 COMPILER = "_torchdynamo"  # so begin the attributes that torch.compile gives modules and functions
@@ -182,8 +183,8 @@ def _other_tensors(some: list[tuple], others: list[tuple]) -> list[str]:
 
 def numbers_of(measured: Mapping[str, Any]) -> dict[str, float]:
     """Of what `evaluate` gives, the entries that are one number, also as a tensor."""
-    found = {name: plain_scalar(value) for name, value in measured.items()}
-    return {name: float(value) for name, value in found.items() if isinstance(value, numbers.Real)}
+    found = {name: one_number(value) for name, value in measured.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _steady(module: nn.Module, measured: Measured) -> dict[str, float]:

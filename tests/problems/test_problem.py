@@ -485,3 +485,39 @@ def test_a_subclass_that_forgets_a_method_or_a_value():
 
     with pytest.raises(ProblemError, match=r"NoScore: evaluate\(\) gave \{'loss': 1.0\}"):
         NoScore("digits").check()
+
+
+@pytest.mark.parametrize(
+    ("stepped", "measured", "message"),
+    [
+        ({3: 1.0}, {}, r"step\(\): a number cannot be called 3"),
+        ({"\ud800": 1.0}, {}, r"step\(\): a number cannot be called"),
+        ({f"m{i}": 1.0 for i in range(300)}, {}, "301 numbers; 256 at most"),
+        ({"a": 10**400}, {}, "'a' of step"),
+        ({}, {"version": 1}, r"evaluate\(\): a number cannot be called 'version'"),
+        ({}, {"train_loss": 1}, "cannot be called 'train_loss'"),
+        ({}, {"q": [1, 2]}, r"'q' of evaluate\(\) is \[1, 2\]"),
+        ({}, {"loss": None}, r"'loss' of evaluate\(\) is None"),
+    ],
+)
+def test_numbers_that_cannot_be_in_the_record_are_refused_before_a_run(stepped, measured, message):
+    class Mine(Classifier):
+        def step(self, *args):
+            return super().step(*args) | stepped
+
+        def evaluate(self, *args):
+            return super().evaluate(*args) | measured
+
+    with pytest.raises(ProblemError, match=message):
+        Mine(features, (np.random.default_rng(0).normal(size=(40, 4)), np.arange(40) % 3)).check()
+
+
+def test_what_some_batches_give_alone_is_the_mean_of_those():
+    class Sometimes(Classifier):
+        def evaluate(self, module, batch):
+            found = super().evaluate(module, batch)
+            return found | ({"rare": torch.tensor(2.0)} if len(batch[0]) < 5 else {})
+
+    problem = Sometimes(features, (np.random.default_rng(0).normal(size=(40, 4)), np.arange(40) % 3))
+    measured = problem.measure(problem.new_module(0), np.arange(12), batch_size=5)
+    assert list(measured) == ["loss", "score", "rare"] and measured["rare"] == 2.0

@@ -39,7 +39,7 @@ HEARTBEAT_S = 0.5  # how often a worker sends a sign of life, and the server to 
 SCORE_EVERY_S = 1.0  # how often a worker measures its score where the rule does not ask for it
 SERVER_TIMEOUT_S = 60.0  # a server that sends nothing for longer to a waiting worker, or to the kernel, is taken to be gone
 MAX_WORKERS = 1 << 16
-MAX_METRICS = 256  # beside the loss, of a local pass
+MAX_METRICS = 256  # beside the loss, of a local pass; `labkit.problems.metrics.MOST` refuses more before a run
 LARGEST = 2**53  # whole numbers beyond it are not the same in every JSON reader
 
 
