@@ -31,6 +31,13 @@ OF_PATHS = {
 }
 OF_COLUMNS = ("label", "target", "inputs", "tokens", "as_given", "pad")
 OF_ITEMS = ("label", "target", "inputs", "pad")
+_TABLE = "Read it with pandas, and give the table: labkit.open_dataset(pandas.read_csv(path), label=...). "
+_ADVICE = {
+    ".csv": _TABLE,
+    ".tsv": _TABLE,
+    ".npz": "Give its arrays: with numpy.load(path) as file: data = dict(file). ",
+    ".pt": "Load it with torch.load, and give the tensors (x, y), or a Dataset of yours. ",
+}
 CHANNELS = ("first", "last", "none")
 FILES = {".parquet": parquet.from_file, ".h5": arrays.from_hdf5, ".hdf5": arrays.from_hdf5}
 BY_CLASS = {pictures.from_folder: (pictures.SUFFIXES, ("size", "ground")), nifti.from_folder: (nifti.SUFFIXES, ("size", "units"))}
@@ -59,7 +66,7 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
           case (a `Regressor` opens its data so); without the last, all others are inputs;
         - `tokens=`: which inputs are token ids or categories, int64 and not normalised; `as_given=`: which inputs are not normalised,
           and keep their shape; a name, names, or True;
-        - `pad=0`: what stands behind the end of samples that are shorter than the longest;
+        - `pad=0`: what stands behind the end of samples that are shorter than the longest (behind labels: -100, which losses ignore);
         - `stream=True`: a `.parquet` file is not converted into the cache, but read row group by row group while it is trained on, so
           that it may be larger than memory and disk. It is read once when it is opened. Partitions deal out whole row groups, of which
           a worker holds three in memory at a time: some 4 to 64 MB each are best, of rows in random order.
@@ -222,7 +229,7 @@ def _from_path(path: Path, **options: Any) -> Dataset:
         raise DataError(f"{path} is empty. Write it again.")
     if path.suffix.lower() not in FILES:
         raise DataError(
-            f"{path} ends in {path.suffix or 'nothing'!r}. Known are {', '.join(FILES)}, folders of .npy files, CIFAR-10's "
+            f"{path} ends in {path.suffix or 'nothing'!r}. {_ADVICE.get(path.suffix.lower(), '')}Known are {', '.join(FILES)}, folders of .npy files, CIFAR-10's "
             "unpacked folder, and folders of pictures or .nii.gz volumes, one for each class."
         )
     return FILES[path.suffix.lower()](path, _asked(options))

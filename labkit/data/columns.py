@@ -4,7 +4,7 @@
     whole numbers              to be learned are labels 0..K-1 (texts are numbered); rows of 0 and 1 are targets, one for each yes or no
     floats                     to be learned are targets, left as they are but for float64, which becomes float32
     inputs                     are normalised by channel, as in every data set, unless they are tokens (`tokens=`) or `as_given=`
-    samples of many lengths    are filled with `pad=` behind their end, to the length of the longest
+    samples of many lengths    are filled with `pad=` behind their end, to the length of the longest; labels with -100, which is no class
 
 What was decided on the user's behalf is in the note.
 
@@ -27,6 +27,7 @@ from labkit.errors import DataError, did_you_mean, real
 
 ANSWERS = ("y", "label", "labels", "target", "targets")
 IDS = ("ids", "input_ids", "token_ids", "tokens", "attention_mask", "token_type_ids")
+NO_LABEL = -100  # behind the end of labels of many lengths: what losses of torch ignore
 LISTED = 12  # names that a note lists
 
 Columns = dict[str, Source]
@@ -396,14 +397,17 @@ def of_arrays(name: str, arrays: Mapping[str, Mapping[str, Any]], asked: Asked) 
 def padded(name: str, column: str, samples: Sequence[np.ndarray], asked: Asked, least: int, most: int) -> Source:
     """The column of samples of `least` to `most` entries along the first axis, filled up behind their end."""
     check_pad(name, column, asked, least, most)
-    dtype = np.result_type(*{part.dtype for part in samples}) if len(samples) else np.dtype(np.float32)
+    dtype, pad = np.result_type(*{part.dtype for part in samples}) if len(samples) else np.dtype(np.float32), asked.pad
+    is_answer = asked.answers in ("answer", "label") and column.lower() in ANSWERS
+    if (is_answer or column in asked.named("label")) and dtype.kind in "biu":
+        dtype, pad = np.result_type(dtype, np.int8), NO_LABEL
     shape = (len(samples), most, *samples[0].shape[1:])
 
     def chunks() -> Iterator[np.ndarray]:
         for at in range(0, len(samples), rows := rows_per_chunk(shape, dtype)):
-            yield filled(samples[at : at + rows], most, dtype, asked.pad)
+            yield filled(samples[at : at + rows], most, dtype, pad)
 
-    about = f"{name}: {column} has {least} to {most} entries a sample, filled up with {asked.pad:g} to {most}."
+    about = f"{name}: {column} has {least} to {most} entries a sample, filled up with {pad:g} to {most}."
     return Source(shape, dtype, chunks, about=about, padded=True)
 
 

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from labkit.data.cache import Source, check_labels, count_classes, hold_out, print_once
-from labkit.data.columns import ANSWERS, Asked, check_pad, detached, filled
+from labkit.data.columns import ANSWERS, NO_LABEL, Asked, check_pad, detached, filled
 from labkit.data.dataset import SPLITS, Column, Dataset
 from labkit.errors import DataError, did_you_mean, known
 from labkit.imports import imported
@@ -153,7 +153,7 @@ class Items(Dataset):
             )
         lengths = [len(part) for part in parts]
         check_pad(f"{self.name}: item {items[odd][0]} and others", name, self._asked, min(lengths), max(lengths))
-        return filled(parts, max(lengths), field.dtype, self._asked.pad)
+        return filled(parts, max(lengths), field.dtype, NO_LABEL if field.role == "label" else self._asked.pad)
 
 
 def from_items(data: Any, asked: Asked) -> Dataset:
@@ -346,7 +346,7 @@ def _described(name: str, splits: dict[str, Any], asked: Asked) -> tuple[dict[st
     n = {split: len(_rows(len(splits["train"]), split)) if held_out else len(splits[split]) for split in SPLITS}
     labels = {}
     for field in [field for field, of in fields.items() if of["role"] == "label"]:
-        found, note = _labels_of(name, splits, field, keys[field])
+        found, note = _labels_of(name, splits, field, keys[field], asked)
         if fields[field]["shape"] == []:
             given = {split: Source((len(y),), y.dtype, lambda: (), y) for split, y in found.items()}
             try:
@@ -359,6 +359,7 @@ def _described(name: str, splits: dict[str, Any], asked: Asked) -> tuple[dict[st
                 labels = {split: part.astype(np.min_scalar_type(int(part.max()))) for split, part in parts.items()}
         else:
             present = set().union(*(np.unique(y).tolist() for y in found.values()))
+            present |= {NO_LABEL} if None in fields[field]["shape"] else set()
             fields[field]["n_values"], fields[field]["no_class"], more = count_classes(f"{name}: {field}", present)
             note = " ".join(part for part in (note, more) if part)
         notes.append(note)
@@ -419,7 +420,9 @@ def _roles(
     return {field: keys[field] for field in ordered}, {field: roles[field] for field in ordered}, notes
 
 
-def _labels_of(name: str, splits: dict[str, Any], field: str, keys: tuple[Any, ...]) -> tuple[dict[str, np.ndarray], str]:
+def _labels_of(
+    name: str, splits: dict[str, Any], field: str, keys: tuple[Any, ...], asked: Asked
+) -> tuple[dict[str, np.ndarray], str]:
     """All labels of each split: those that the data set holds, where they are those of its items, else by reading each item once."""
     found, began, read = {}, time.perf_counter(), 0
     for split, source in splits.items():
@@ -435,6 +438,15 @@ def _labels_of(name: str, splits: dict[str, Any], field: str, keys: tuple[Any, .
             for at in range(0, n, 256):
                 items = _read(name, source, np.arange(at, min(at + 256, n)))
                 parts += [_value(item, keys, f"{name}: item {number}") for number, item in items]
+        if (
+            len({part.shape for part in parts}) > 1
+            and asked.pad is not None
+            and len({part.shape[1:] for part in parts}) == 1
+            and parts[0].ndim
+        ):
+            parts = [part.ravel() for part in parts]
+            found[split], read = np.concatenate(parts), read + n
+            continue
         if len({part.shape for part in parts}) > 1:
             odd = next(at for at, part in enumerate(parts) if part.shape != parts[0].shape)
             raise DataError(f"{name}: item {odd} has {field} of shape {parts[odd].shape}, where {parts[0].shape} is expected.")

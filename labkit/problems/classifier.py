@@ -103,6 +103,8 @@ class Classifier(Supervised):
         if data.n_classes is not None:
             return 1 if data.n_classes == 2 and not self._loss.of_classes and not self._loss.is_own else data.n_classes
         targets = [data.fields[name] for name in data.answers]
+        if len(targets) == 1 and targets[0].shape == () and not self._loss.of_classes:
+            return 1  # numbers from 0 to 1: yes or no
         if len(targets) != 1 or len(targets[0].shape) != 1:
             raise ProblemError(
                 f"data {data.name!r} have no classes, and a Classifier needs them: one field of labels, or one of multi-hot targets of "
@@ -118,9 +120,14 @@ class Classifier(Supervised):
         expected = tuple(targets.shape) if by_class else (n, self.n_outputs, *targets.shape[1:])
         if not isinstance(outputs, torch.Tensor) or outputs.shape != expected:
             got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else f"a {type(outputs).__name__}"
+            has_logits = hasattr(outputs, "logits") or (isinstance(outputs, Mapping) and "logits" in outputs)
+            advice = "Have its forward() return the logits of that." if has_logits else "Change the last layer."
+            advice = (
+                "Give labels of one number a sample: (n,), not (n, 1)." if targets.shape[1:] == (1,) and not by_class else advice
+            )
             raise ProblemError(
                 f"{self._title()} gave {got} for {n} samples of shape {self.dataset.shape}; a Classifier needs "
-                f"logits of shape {expected}, one for each class. Change the last layer."
+                f"logits of shape {expected}, one for each class. {advice}"
             )
         return outputs, targets.float() if by_class else targets
 
@@ -130,7 +137,8 @@ class Classifier(Supervised):
     def _is_one_output(self, outputs: tuple[int, ...], labels: tuple[int, ...]) -> bool:
         """Is there one output for each label 0 or 1: yes, or no?"""
         fits = outputs in (labels, (labels[0], 1, *labels[1:]))
-        return self.dataset.n_classes == 2 and not self._loss.of_classes and fits
+        of_two = self.dataset.n_classes == 2 or (self.dataset.n_classes is None and len(labels) == 1)
+        return of_two and not self._loss.of_classes and fits
 
     def check(self, seed: int = 0, scored: bool = True) -> None:
         data, loss = self.dataset, Loss(self.loss)

@@ -343,7 +343,7 @@ class Problem:
                     f"{title} cannot be compiled here: {reason}. Leave out torch.compile, or compile with what every machine of the "
                     "lab has: a C++ compiler for the default backend, none for backend='aot_eager'."
                 ) from error
-            raise ProblemError(f"{title} {failed} {data}: {reason}") from error
+            raise ProblemError(f"{title} {failed} {data}: {reason}{self._advice(error)}") from error
         score = measured.get("score", math.nan if scored else 0.0)
         fits = math.isfinite(score) if self.lower_is_better else 0 <= score <= 1
         if "loss" not in measured or "loss" not in stepped or not fits:
@@ -359,6 +359,27 @@ class Problem:
             if one_number(value) is None or (of == "step()" and isinstance(value, torch.Tensor) and value.dim()):
                 got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
                 raise ProblemError(f"{title}: {name!r} of {of} is {got}. Each entry is one number or a tensor with one, shape ().")
+
+    def _advice(self, error: Exception) -> str:
+        """What the network was given, where that explains an error of its own; "" elsewhere."""
+        data, name = self.dataset, self.dataset.inputs[0]
+        shape = data.fields[name].shape
+        if "forward()" in str(error):
+            return (
+                f". It is called with the inputs of the data, {', '.join(data.inputs)}; they have {data.described()}. Which are inputs is "
+                "said by open_dataset(data, inputs=[...])."
+            )
+        if isinstance(data, Items) and data.fields[name].dtype == np.uint8:
+            return (
+                f". Items go to the network as they are, here bytes of shape {shape}. Make them floats, channels first, in __getitem__ (as "
+                "ToTensor of torchvision does)."
+            )
+        if len(shape) == 3 and shape[0] == 1 and data.affine_of(name):
+            return (
+                f". Arrays (n, {shape[1]}, {shape[2]}) are pictures of one channel. Sequences (n, steps, features) keep their shape, and are "
+                f"not normalised, with open_dataset(..., as_given={name!r})."
+            )
+        return ""
 
     def fingerprint(self, seed: int) -> Fingerprint:
         """What `new_module(seed)` is in this process, on the CPU."""

@@ -145,6 +145,14 @@ def test_what_is_to_be_learned_is_said_in_one_word():
         open_dataset((IMAGES, Y), target=True, label=True)
 
 
+def test_labels_of_many_lengths_end_in_what_losses_ignore():
+    ids = [np.arange(1, 3 + i % 4) for i in range(N)]
+    data = open_dataset({"ids": ids, "label": [one.astype(np.uint8) % 3 for one in ids]}, pad=0)
+    batch = data.batch(np.arange(8))
+    assert ((batch["label"] == -100) == (batch["ids"] == 0)).all() and (batch["label"] == -100).any()
+    assert (data.fields["label"].n_values, data.fields["label"].no_class) == (3, (-100,)) and "filled up with -100" in data.note
+
+
 def test_two_splits_in_one_dict():
     four = {"x_train": IMAGES, "y_train": Y, "x_test": IMAGES[:9], "y_test": Y[:9]}
     nested = {"train": {"x": IMAGES, "y": Y}, "test": {"x": IMAGES[:9], "y": Y[:9]}}

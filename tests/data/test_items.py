@@ -50,6 +50,18 @@ X_IS, Y_IS = ("input", "float32", (4,), None), ("label", "int64", (), 3)
 TRAIN = np.flatnonzero(~cache.hold_out(N))
 
 
+def test_labels_of_many_lengths_end_in_what_losses_ignore():
+    def item(i):
+        return torch.arange(1, 3 + i % 4), torch.arange(1, 3 + i % 4) % 3
+
+    data = open_dataset(Mine(item), pad=0)
+    batch = data.batch(np.arange(6))
+    assert ((batch["y"] == -100) == (batch["x"] == 0)).all() and (batch["y"] == -100).any()
+    assert data.fields["y"][2:] == ("label", 3, (-100,))
+    with pytest.raises(DataError, match=r"Give pad=0"):
+        open_dataset(Mine(item))
+
+
 def test_the_names_of_its_classes_are_taken():
     data = Mine()
     assert open_dataset(data).classes is None

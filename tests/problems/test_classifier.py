@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 
 import cloudpickle
 import numpy as np
@@ -246,3 +247,48 @@ def test_a_module_is_what_every_run_begins_from_and_stays_as_it_is():
     steps(problem, module, 2)
     assert torch.equal(weights(problem.new_module(2)), before) and torch.equal(weights(net), before)
     assert not torch.equal(weights(module), before)
+
+
+class Own(torch.utils.data.Dataset):
+    """Items that a function makes of a number."""
+
+    def __init__(self, item):
+        self.item = item
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, i):
+        return self.item(i)
+
+
+class Two(nn.Linear):
+    def forward(self, a, b):
+        return super().forward(a + b)
+
+
+class Named(nn.Linear):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        (nn.Conv2d(3, 2, 1), Own(lambda i: (np.zeros((4, 4, 3), np.uint8), i % 2)), "bytes of shape (4, 4, 3). Make them floats"),
+        (Two(4, 2), Own(lambda i: (torch.ones(4), torch.ones(4))), "Which are inputs is said by open_dataset(data, inputs=[...])"),
+        (nn.LSTM(1, 2), (np.random.default_rng(0).random((30, 5, 1)), np.arange(30) % 2), "with open_dataset(..., as_given='x')"),
+        (Named(4, 2), Own(lambda i: (torch.ones(4), i % 2)), "Have its forward() return the logits of that"),
+        (nn.Linear(4, 2), Own(lambda i: (torch.ones(4), torch.tensor([i % 2]))), "one number a sample: (n,), not (n, 1)"),
+    ],
+)
+def test_what_does_not_fit_says_what_to_do(model, data, words):
+    with pytest.raises(ProblemError, match=re.escape(words)):
+        Classifier(model, data, loss="cross-entropy" if "inputs=" not in words else "bce-with-logits").check()
+
+
+def test_labels_that_are_floats_of_0_and_1_are_yes_or_no():
+    problem = Classifier(nn.Linear(4, 1), Own(lambda i: (torch.ones(4) * (i % 2), float(i % 2))), loss="bce-with-logits")
+    problem.check()
+    assert problem.n_outputs == 1 and problem.predicted(np.array([[-1.0], [1.0]], np.float32)).tolist() == [0, 1]
+    assert problem.probabilities(np.zeros((2, 1), np.float32)).tolist() == [[0.5, 0.5]] * 2
