@@ -7,8 +7,10 @@ A module of the user's own is a .py file outside of Python, of site-packages and
 names in its pickle and from the import statements in those modules.
 
 Python does not retain the text that a module was loaded from. It is read when labkit first sees the module after it was loaded or
-reloaded, and compared with the functions and constants that the module holds: where the file was edited and not reloaded, or a cell
-has changed the module, that is a ClusterError with the file's name. In threads of the kernel there is nothing to send.
+reloaded, and compared with the functions and constants that the module holds, with what it has taken from others that were reloaded
+since, and with the bytecode that Python wrote: where the file was edited and not reloaded, or a cell has changed the module, that is a
+ClusterError with the file's name. What a cell changes within a list, a dict or an object is not noticed; nor are values that were
+computed in an edited file where Python writes no bytecode. In threads of the kernel there is nothing to send.
 
 Used by `labkit.cluster.lab`, by `labkit.training.supervisor` for the server and for workers that come late, and wherever the record
 of a run holds the digests of what was trained.
@@ -23,6 +25,8 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import io
+import marshal
+import os
 import pickle
 import re
 import sys
@@ -34,7 +38,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -43,6 +47,7 @@ from labkit.errors import ClusterError
 
 PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None))
 PROCESS = uuid.uuid4().hex  # of this process
+SIMPLE = int | float | complex | str | bytes | tuple | list | dict | set | frozenset | None
 _Cached = type(functools.cache(lambda: None))
 
 
@@ -63,7 +68,8 @@ class Source:
 
 # -- in the kernel: which modules, and what is in them -----------------------------------------------------------------
 
-_seen: dict[str, tuple[importlib.machinery.ModuleSpec, Source]] = {}  # by module; reloading makes a new spec
+# By module, with whether its bytecode is that of another text; reloading makes a new spec.
+_seen: dict[str, tuple[importlib.machinery.ModuleSpec, Source, bool]] = {}
 
 
 def find_source(name: str) -> Source | None:
@@ -79,8 +85,26 @@ def find_source(name: str) -> Source | None:
                 text = importlib.util.decode_source(Path(module.__file__).read_bytes())
         except (OSError, SyntaxError, UnicodeDecodeError):
             return None
-        _seen[name] = spec, Source(name, module.__file__, text, hasattr(module, "__path__"), _has_extension(name))
+        source = Source(name, module.__file__, text, hasattr(module, "__path__"), _has_extension(name))
+        _seen[name] = spec, source, _has_other_bytecode(spec, source)
     return _seen[name][1]
+
+
+def _has_other_bytecode(spec: importlib.machinery.ModuleSpec, source: Source) -> bool:
+    """Is what Python wrote beside the file when it last loaded it, here or in another process, the bytecode of another text?"""
+    if type(spec.loader) is not importlib.machinery.SourceFileLoader:
+        return False
+    try:
+        written = Path(spec.cached)
+        if sys.dont_write_bytecode or not all(os.access(path, os.W_OK) for path in (written, written.parent)):
+            return False  # it may be older
+        content = written.read_bytes()
+        return (
+            content[:4] == importlib.util.MAGIC_NUMBER
+            and _comparable(marshal.loads(content[16:])) != _compiled(source)["<module>"][0]
+        )
+    except (OSError, TypeError, ValueError, EOFError, SyntaxError):
+        return False
 
 
 def _is_own(name: str, module: ModuleType | None) -> bool:
@@ -207,17 +231,23 @@ def _imports(source: Source) -> tuple[str, ...]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*parts, *filter(None, [node.module])])
+            base = _absolute(source, node)
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 100:
             found |= {node.value, f"{package}.{node.value}"}  # importlib.import_module(...)
     return tuple(found)
 
 
+def _absolute(source: Source, node: ast.ImportFrom) -> str:
+    """The module of `from .module import ...`."""
+    package = (source.name if source.is_package else source.name.rpartition(".")[0]).split(".")
+    parts = package[: len(package) - node.level + 1] if node.level else []
+    return ".".join([*parts, *filter(None, [node.module])])
+
+
 def edited(sources: Mapping[str, Source]) -> dict[str, str]:
     """What differs between these texts and the loaded modules: {module: name of a function or constant}."""
-    by_file, found = {source.file: source for source in sources.values()}, {}
+    by_file, found, outdated = {source.file: source for source in sources.values()}, {}, {}
     for name, source in sources.items():
         module = sys.modules[name]
         if not isinstance(module.__spec__.loader, importlib.abc.SourceLoader | Sent):
@@ -227,16 +257,23 @@ def edited(sources: Mapping[str, Source]) -> dict[str, str]:
                 found.setdefault(name, function.__name__)
             own, code = by_file.get(function.__code__.co_filename), function.__code__
             if own and _comparable(code) not in _compiled(own).get(code.co_qualname, ()):
-                found.setdefault(own.name, code.co_qualname)
+                (found if own is source else outdated).setdefault(name, code.co_qualname)
         for constant, value in _constants(source).items():
-            held = vars(module).get(constant)
-            if type(held) is not type(value) or held != value:
+            if not _alike(vars(module).get(constant), value):
                 found.setdefault(name, constant)
-    return found
+        for what, held, now in _of_others(module, source, sources):
+            if not _alike(held, now):
+                outdated.setdefault(name, what)
+        if _seen[name][2]:
+            found.setdefault(name, "code outside of its functions")
+    return found | {
+        name: what for name, what in outdated.items() if name not in found
+    }  # whoever has something of these comes after
 
 
 def _functions(values: Iterable[Any], sources: Mapping[str, Source], inside: bool = False) -> Iterator[FunctionType]:
-    """The functions among `values`, and the methods of the classes there that come from these modules, or were put there by a cell."""
+    """The functions among `values`, and the methods of the classes there, and of their bases, that come from these modules, or were
+    put there by a cell."""
     for value in list(values):
         if isinstance(value, property):
             value = value.fget
@@ -247,7 +284,44 @@ def _functions(values: Iterable[Any], sources: Mapping[str, Source], inside: boo
         if isinstance(value, FunctionType):
             yield value
         elif isinstance(value, type) and not inside and value.__module__ in {*sources, "__main__"}:
-            yield from _functions(vars(value).values(), sources, inside=True)
+            for kind in value.__mro__:
+                if kind.__module__ in {*sources, "__main__"}:
+                    yield from _functions(vars(kind).values(), sources, inside=True)
+
+
+def _of_others(module: ModuleType, source: Source, sources: Mapping[str, Source]) -> Iterator[tuple[str, Any, Any]]:
+    """What a module has of others (imported names, and bases of its classes), and what these hold under that name now."""
+    for own, (other, theirs) in _taken(source).items():
+        if other in sources and theirs not in _rebound(sources[other]) and theirs in vars(sys.modules[other]):
+            yield own, vars(module).get(own), vars(sys.modules[other])[theirs]
+    for own, value in list(vars(module).items()):
+        if isinstance(value, type) and value.__module__ == source.name:
+            for base in value.__mro__[1:]:
+                if base.__module__ in sources and base.__name__ in vars(sys.modules[base.__module__]):
+                    yield own, base, vars(sys.modules[base.__module__])[base.__name__]
+
+
+def _alike(held: Any, now: Any, deep: bool = True) -> bool:
+    """Are two values of one name equal, as far as plain values tell? Of a function these are its defaults and what it closes over, of
+    a class or an object its attributes."""
+    if held is now:
+        return True
+    if isinstance(held, SIMPLE) or isinstance(now, SIMPLE):
+        try:
+            return type(held) is type(now) and bool(held == now or held != held)
+        except Exception:  # arrays in a tuple, say
+            return True
+    if not deep or type(held).__qualname__ != type(now).__qualname__:
+        return True
+    held, now = _within(held), _within(now)
+    return all(_alike(held[name], now[name], deep=isinstance(held[name], FunctionType)) for name in held if name in now)
+
+
+def _within(value: Any) -> dict[str, Any]:
+    if isinstance(value, FunctionType):
+        cells = {f"cell {at}": cell.cell_contents for at, cell in enumerate(value.__closure__ or ()) if cell != CellType()}
+        return {"defaults": value.__defaults__, "by name": value.__kwdefaults__, **cells}
+    return {name: each for name, each in list(getattr(value, "__dict__", {}).items()) if not name.startswith("__")}
 
 
 def _comparable(code: CodeType) -> CodeType:
@@ -270,23 +344,40 @@ def _compiled(source: Source) -> dict[str, list[CodeType]]:
 @functools.lru_cache(1024)
 def _constants(source: Source) -> dict[str, Any]:
     """Numbers, strings and tuples of these that a module is given once, in its own lines: RATE = 0.1."""
-    tree, found = ast.parse(source.text), {}
-    nodes = list(ast.walk(tree))
-    stored = Counter(node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load))
-    changed = {name for node in nodes if isinstance(node, ast.Global) for name in node.names}
-    changed |= {
-        alias.asname or alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
-    }
-    for node in tree.body if "*" not in changed else ():
+    rebound, found = _rebound(source), {}
+    for node in ast.parse(source.text).body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        for name in [target.id for target in targets if isinstance(target, ast.Name) and stored[target.id] == 1]:
+        for name in [target.id for target in targets if isinstance(target, ast.Name)]:
             try:
                 value = ast.literal_eval(node.value)
             except (ValueError, TypeError, SyntaxError, MemoryError):
                 continue
-            if isinstance(value, int | float | complex | str | bytes | tuple) and name not in changed:
+            if isinstance(value, int | float | complex | str | bytes | tuple) and name not in rebound and "*" not in rebound:
                 found[name] = value
     return found
+
+
+@functools.lru_cache(1024)
+def _taken(source: Source) -> dict[str, tuple[str, str]]:
+    """By name, what a module has taken from another one at its top: {"RATE": ("settings", "RATE")}."""
+    rebound, found = _rebound(source), {}
+    for node in ast.parse(source.text).body:
+        if isinstance(node, ast.ImportFrom):
+            module = _absolute(source, node)
+            found |= {alias.asname or alias.name: (module, alias.name) for alias in node.names}
+    return {name: where for name, where in found.items() if name not in rebound}
+
+
+@functools.lru_cache(1024)
+def _rebound(source: Source) -> frozenset[str]:
+    """The names that a module may give several values: assigned or imported more than once, or global in a function."""
+    nodes = list(ast.walk(ast.parse(source.text)))
+    times = Counter(node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load))
+    times.update(
+        alias.asname or alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
+    )
+    found = {name for node in nodes if isinstance(node, ast.Global) for name in node.names}
+    return frozenset(found | {name for name, n in times.items() if n > 1 or name == "*"})
 
 
 def check(sources: Mapping[str, Source]) -> None:

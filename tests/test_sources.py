@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -219,7 +220,7 @@ def test_a_class_of_before_that_another_module_still_has(write):
     mine = write("mine_h", "from layers_h import Layer\ndef answer(): return Layer().size()")
     write("layers_h", "class Layer:\n    def size(self): return 2")
     assert mine.answer() == 1
-    with pytest.raises(ClusterError, match=r"layers_h.py is not what this kernel has loaded: 'Layer.size'"):
+    with pytest.raises(ClusterError, match=r"mine_h.py is not what .*: 'Layer.size'.*reload\(mine_h\)"):
         sources.pack(mine.answer)
     importlib.reload(mine)
     sources.pack(mine.answer)
@@ -300,3 +301,57 @@ def test_its_digest_is_the_same_in_each_process():
     code += "print(sources.digests({}, problem=[n['model'], n['loss']])['<problem>'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert done.stdout.split() == [sources.digests({}, problem=cell())["<problem>"]]
+
+
+ONE = """
+    import dataclasses, functools
+    FACTORS, DOUBLE = [1, 2], 2 * 0.5
+    def scaled(by):
+        def wrap(fn):
+            @functools.wraps(fn)
+            def inner(*args): return fn(*args) * by
+            return inner
+        return wrap
+    class Layer:
+        FACTOR = 1.0
+        def size(self): return self.FACTOR
+    @dataclasses.dataclass
+    class Settings:
+        factor: float = 1.0
+    SETTINGS = Settings()
+    @scaled(1.0)
+    def decorated(): return 1
+    def by_default(factor=1.0): return factor
+"""
+EDITS = {
+    "FACTORS[0]": ("FACTORS, DOUBLE = [1, 2]", "FACTORS, DOUBLE = [7, 2]"),
+    "DOUBLE": ("2 * 0.5", "2 * 3.5"),
+    "Layer().size()": ("FACTOR = 1.0", "FACTOR = 7.0"),
+    "Settings().factor": ("factor: float = 1.0", "factor: float = 7.0"),
+    "SETTINGS.factor": ("factor: float = 1.0", "factor: float = 7.0"),
+    "decorated()": ("@scaled(1.0)", "@scaled(7.0)"),
+    "by_default()": ("(factor=1.0)", "(factor=7.0)"),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_values_that_are_no_code_of_a_function_are_noticed_too(write, monkeypatch, what):
+    """Edited and not loaded again, by the bytecode that Python has written; and in a module that still has what it took before."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    before, after = EDITS[what]
+    values = write("values_m", ONE)
+    user = write("user_m", f"from values_m import *\nimport values_m\ndef answer(): return values_m.{what}")
+    taken = write("taken_m", f"from values_m import {re.split('[^A-Za-z_]', what)[0]}\ndef answer(): return {what}")
+    child = write("child_m", "import values_m\nclass Child(values_m.Layer): pass\ndef answer(): return Child().size()")
+    write("values_m", ONE.replace(before, after), load=False)
+    os.utime(values.__file__, (1e9, 1e9))
+    with pytest.raises(ClusterError, match=r"values_m.py is not what this kernel has loaded: 'code outside of its functions'"):
+        sources.pack(user.answer)
+    importlib.reload(values)
+    assert isinstance(sources.pack(user.answer), sources.Packed) and user.answer() == 7
+    for module in (taken, child) if "Layer" in what else (taken,):
+        assert module.answer() == 1
+        with pytest.raises(ClusterError, match=rf"{module.__name__}.py is not what this kernel has loaded"):
+            sources.pack(module.answer)
+        importlib.reload(module)
+        assert isinstance(sources.pack(module.answer), sources.Packed) and module.answer() == 7
