@@ -45,15 +45,21 @@ class Monitor:
         self.since = config.resumed[-1]["version"] if config.resumed else -1  # those up to here say only what is best
         self.measure = _measurer(problem, config)  # made before workers in this process draw from torch's generator
         self.best, self.worse = -math.inf, 0  # the best score (of which more is better), and how many versions have come since
-        self._over = threading.Event()
+        self._over, self._done = threading.Event(), threading.Event()
 
     def start(self, run: RunRecord, end: Callable[[str], None], fail: Callable[[BaseException], None]) -> None:
         """Follow the run from here on; `end(reason)` is called once, or `fail(error)`."""
-        thread = threading.Thread(target=self._follow, args=(run, end, fail), name=f"labkit-monitor-{run.name}", daemon=True)
-        thread.start()
+        named = {"name": f"labkit-monitor-{run.name}", "daemon": True}
+        self._thread = threading.Thread(target=self._follow, args=(run, end, fail), **named)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """The run is done: wait until what is left has been measured and shown."""
+        self._done.set()
+        self._thread.join()
 
     def close(self) -> None:
-        """The run has ended."""
+        """The run has ended; nothing is measured any more. After `finish` it is nothing new."""
         self._over.set()
 
     @staticmethod
@@ -64,7 +70,7 @@ class Monitor:
 
     def _follow(self, run: RunRecord, end: Callable[[str], None], fail: Callable[[BaseException], None]) -> None:
         try:
-            for version, weights in _retained_as_they_come(run.path, self.config, self._over):
+            for version, weights in _retained_as_they_come(run.path, self.config, self._over, self._done):
                 measured = self.measure(weights)
                 if version <= self.since:
                     self.best = max(self.best, merit(measured, self.config))
@@ -121,11 +127,15 @@ def _measurer(problem: Problem, config: RunConfig) -> Callable[[np.ndarray], dic
     return measure
 
 
-def _retained_as_they_come(path: Path, config: RunConfig, over: threading.Event) -> Iterator[tuple[int, np.ndarray]]:
-    """Version and weights of each checkpoint that stays for the curve (`labkit.runs.checkpoints.retained`), once, until the end."""
+def _retained_as_they_come(
+    path: Path, config: RunConfig, over: threading.Event, done: threading.Event
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Version and weights of each checkpoint that stays for the curve (`labkit.runs.checkpoints.retained`), once, until the run is
+    `over`; when it is `done`, none comes any more, and those that are there are the last."""
     seen: set[int] = set()
     parts: set[int] = set()
     while not over.is_set():
+        last = done.is_set()
         for version in _new(path, seen):
             with contextlib.suppress(OSError, RunError):  # pruned meanwhile
                 weights, state = checkpoints.read_state(path, version)
@@ -133,7 +143,9 @@ def _retained_as_they_come(path: Path, config: RunConfig, over: threading.Event)
                 if part not in parts:
                     parts.add(part)
                     yield version, weights
-        over.wait(POLL_S)
+        if last:
+            return
+        done.wait(POLL_S)
 
 
 def _new(path: Path, seen: set[int]) -> Iterable[int]:

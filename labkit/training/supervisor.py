@@ -154,6 +154,8 @@ class Supervisor:
                 self._watch()
                 state, reason = self._ending()
                 reason = self._measure() or reason if state == "done" or self._reason else reason
+                if self.monitor and state == "done":
+                    reason = self._shown() or reason
             except BaseException as error:  # whatever it is, `wait` must end and raise it
                 state, reason = "failed", self._failed_here(error)
                 self.server.kill()
@@ -189,6 +191,16 @@ class Supervisor:
         except Exception as error:
             return f"its curve is not measured yet: {error}"
         return ""
+
+    def _shown(self) -> str:
+        """The last versions have been shown to `on_version`; what it raises now is raised by `wait`, and the run is done."""
+        self.monitor.finish()
+        if not self._failure:
+            return ""
+        reason = f"after the end: {_message(self._failure)}"
+        self.error = LabError(f"run {self.run.name}: {reason}")
+        self.error.__cause__ = self._failure
+        return reason
 
     def _watch(self) -> None:
         failures = 0

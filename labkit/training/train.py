@@ -118,7 +118,8 @@ def train(
         score set than the best before them. `run.model("best")` is the best one.
     on_version
         Called in a thread of this kernel as `on_version(run, version, measured)` for each retained version, `measured` with at
-        least "loss" and "score" on the score set: for a log of your own, or to `run.stop()`. What it raises fails the run. To
+        least "loss" and "score" on the score set: for a log of your own, or to `run.stop()`. What it raises fails the run; one
+        that is done ends when it has been called for all of them. To
         measure in mid-run costs this machine time: leave these three out where times are compared.
 
     Raises

@@ -129,6 +129,23 @@ def test_a_callback_may_stop_the_run(train):
     assert run.state == "stopped" and run.status()["samples"] < run.config.budget
 
 
+def test_a_slow_callback_is_called_for_every_version_and_what_it_raises_at_the_end_is_raised(train):
+    def callback(run, version, measured):
+        seen.append(version)
+        time.sleep(0.1)
+        if version == last:
+            raise ZeroDivisionError("not the last one")
+
+    seen, last = [], None
+    run = train(problem(), update="sgwu", passes=5, checkpoints=5, on_version=callback).wait(60)
+    assert seen == run.curve().version.tolist() and run.state == "done" and seen[-1] == run.status()["version"]
+    seen, last = [], seen[-1]
+    run = train(problem(), update="sgwu", passes=5, checkpoints=5, on_version=callback, name="again")
+    with pytest.raises(LabError, match="after the end: ZeroDivisionError: not the last one"):
+        run.wait(60)
+    assert run.state == "done" and seen[-1] == last and labkit.load_run(run.path).state == "done"
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
