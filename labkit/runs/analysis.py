@@ -198,6 +198,7 @@ def summary(events: pd.DataFrame, config: RunConfig, curve: pd.DataFrame | None)
     total = float(coefficients.sum())
     return {
         "score": None if curve is None or curve.score.isna().all() else float(curve.score.iloc[-1]),
+        **({"lower_is_better": True} if config.lower_is_better else {}),
         "loss": None if curve is None or curve.empty else float(curve.loss.iloc[-1]),
         "seconds": seconds,
         "samples": int(samples),

@@ -108,6 +108,7 @@ def test_where_lower_is_better_target_best_and_curve_follow(train):
     run.flat("best")
     scores = {v: a_problem.measure(run.model(v).network, a_problem.score_indices())["score"] for v in curve.version}
     np.testing.assert_array_equal(run.flat("best"), run.flat(min(scores, key=scores.get)))
+    assert labkit.compare([run]).lower_is_better.tolist() == [True]
     figure = plots.curves([run], target=9.0)
     assert "reaches score 9 after" in title(figure)
     with pytest.raises(ProblemError, match="sgwu weighs pushes"):
