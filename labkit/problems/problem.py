@@ -11,7 +11,7 @@ import copy
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -270,6 +270,16 @@ class Problem:
         if not found:
             raise ProblemError(f"{self._title()} is measured on no samples. Give some to its score set and its test split.")
         return {name: float(sum(value * n for value, n in own) / sum(n for _, n in own)) for name, own in found.items()}
+
+    def networks(self, module: nn.Module) -> Sequence[nn.Module]:
+        """The parts of `module` whose gradients an all-reduce averages on their own; by default the module as a whole.
+
+        A GAN returns both of its networks, as `step` calls them one after the other: (module["generator"], module["critic"]). `step`
+        is then given the same container with each of them wrapped by DistributedDataParallel, so it calls them, module["critic"](x);
+        what else they have is behind `.module`. Each trained parameter belongs to one of them. A network that is called twice
+        before a backward pass must use all of its parameters. Other updates make no use of this.
+        """
+        return (module,)
 
     def milestones(self) -> Iterable[float]:
         """Passes over the training samples, by all workers together, after which `settle` is called once: none by default."""
