@@ -85,10 +85,11 @@ def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = N
         name = problem.dataset.classes[kinds.index[0]] if problem.dataset.classes else kinds.index[0]
         title = f"{run.label}: {kinds.iloc[0]} of the {len(first)} worst samples are of class {name}"
     note = f"of {len(table):,} samples; loss {first['loss'].iloc[0]:.3g} to {first['loss'].iloc[-1]:.3g}, median {table['loss'].median():.2g}"
+    tall = 0.7 + min(7 * mosaic.shape[0] / mosaic.shape[1], 2.5 * down)  # inches, of which 7 are across
     return style.finish(
         [_raster(mosaic), style.labels(texts, size=9)], title, style.caption([run], note), xaxis=None, yaxis=None, grid="",
-        xlim=(0, mosaic.shape[1]), ylim=(0, mosaic.shape[0]), invert_yaxis=True, height=0.6 + 2.1 * down,
-        shape={"aspect": "equal", "fig_inches": (8, 0.6 + 2.1 * down)},
+        xlim=(0, mosaic.shape[1]), ylim=(0, mosaic.shape[0]), invert_yaxis=True, height=tall,
+        shape={"aspect": "equal", "fig_inches": (8, tall)},
     )  # fmt: skip
 
 
