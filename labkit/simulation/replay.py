@@ -106,3 +106,4 @@ def _check_replayable(run: Run, rule: Update) -> None:
             "an all-reduce cannot be replayed: torch averages gradients among the workers within every step, and in which order it "
             "adds them up is not in the record. With update='sgwu' a run with the same seed gives the same weights."
         )
+    run.events  # noqa: B018  checked against how the run ended; `read_rows` sees single rows

@@ -63,7 +63,7 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, RunConfig]:
             raise RunError(f"run {run.name} is a {run.origin} itself; nothing was measured in it. Give a run of a lab.")
         if run.config.update["name"] == "allreduce":
             raise RunError(f"run {run.name} is an all-reduce, which exchanges within every step. Give a run of another update.")
-    state = [(run.path, (run.path / "events.jsonl").stat().st_size) for run in runs]
+    state = [(run.path, len(run.events)) for run in runs]
     if runs[0] not in _fits or _fits[runs[0]]["state"] != state:
         _fits[runs[0]] = {"state": state, "timing": fit(runs)}
     return _fits[runs[0]]["timing"], runs[0].config

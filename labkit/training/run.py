@@ -313,7 +313,12 @@ class Run(RunRecord):
 
 
 def load_run(path: str | Path, *, problem: Problem | None = None) -> Run:
-    """Read a run back from its directory; `problem` where its model was written in a notebook cell."""
+    """Read a run back from its directory; `problem` where its model was written in a notebook cell.
+
+    Every file is checked when it is read: what is damaged, missing or of another run is a RunError with its name. Runs of formats 1 to
+    3 (`run.config.format`) hold no digests: their files are checked against each other, and one changed digit of a loss, a score or a
+    time in them cannot be noticed, but by `labkit.replay`, which computes losses and scores again.
+    """
     path = file_path("path", path)
     if not path.is_dir():
         near = sorted(p.name for p in path.parent.iterdir() if (p / "config.json").exists()) if path.parent.is_dir() else []

@@ -20,6 +20,7 @@ from labkit.errors import RunError
 from labkit.runs import checkpoints
 from labkit.runs import status as how_it_ended
 from labkit.runs.events import Recorder, Table, read_events, read_rows
+from labkit.training import resume as resuming
 from tests.helpers import problem
 from tests.runs.test_old_records import FOLDER, plain, rows
 
@@ -154,6 +155,72 @@ def damaged_so(name, hows, made, tmp_path):
             assert RESUMED in str(error) or file.name in str(error) or "is missing" in str(error), (how, str(error))
         table = labkit.compare([folder / "runs" / "b", path])
         assert len(table) == 2 and table.state.iloc[0] == "done" and table.state.iloc[1] in ("done", "damaged")
+        if table.state.iloc[1] == "done":
+            assert table.score.iloc[1] == expected["summary"]["score"] and table.seconds.iloc[1] == expected["summary"]["seconds"]
+
+
+# -- what goes on from a record: replay, simulation, resume --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(made):
+    """A run that was stopped, beside those that are done; and what goes on from it."""
+    folder = made[0]
+    with labkit.connect("threads", 2) as lab:
+        settings = {"passes": 200, "checkpoints": 200, "seed": 1, "on_version": lambda run, *_: run.stop()}
+        assert labkit.train(problem(), lab, runs=folder / "runs", name="c", **settings).wait(60).state == "stopped"
+        yield folder / "runs" / "c", lab
+
+
+def resumed(path, lab, monkeypatch):
+    """What a server would go on from."""
+    monkeypatch.setattr(resuming, "begin", lambda path, lab, problem, spec, lock, *_: (lock.release(), spec)[1])
+    spec = labkit.resume(path, lab, problem=problem())
+    lab.release(spec.config.id)
+    state = {key: value for key, value in spec.state.items() if key in ("done", "round", "incarnations")}
+    return spec.state["version"], spec.weights.tobytes(), state, spec.config.replace(resumed=(), created="", sources={})
+
+
+def replayed(path, folder):
+    run = labkit.replay(labkit.load_run(path, problem=problem()), runs=folder)
+    return run.flat().tobytes(), run.recorded()["version"], rows(run.events.drop(columns=["seconds", "time"]))
+
+
+def simulated(path, folder):
+    return labkit.simulate(labkit.load_run(path, problem=problem()), runs=folder).summary()["seconds"]
+
+
+@pytest.mark.parametrize(("name", "how"), [("events.jsonl", "line"), ("newest", "swap")])
+def test_nothing_goes_on_from_a_damaged_record(name, how, made, stopped, tmp_path, monkeypatch, capsys):
+    goes_on(name, [how], made, stopped, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FILES if name != "metrics.parquet"])
+def test_nothing_goes_on_from_a_record_damaged_in_any_way(name, made, stopped, tmp_path, monkeypatch, capsys):
+    goes_on(name, HOWS, made, stopped, tmp_path, monkeypatch, capsys)
+
+
+def goes_on(name, hows, made, stopped, tmp_path, monkeypatch, capsys):
+    folder, (cut, lab), end = made[0], stopped, tmp_path / "ends"
+    done, whole = folder / "runs" / "a", shutil.copytree(cut, tmp_path / "whole" / "c")
+    expected = {replayed: replayed(done, end), simulated: simulated(done, end), resumed: resumed(whole, lab, monkeypatch)}
+    for how in hows:
+        for read, of in ((replayed, done), (simulated, done), (resumed, cut)):
+            path = Path(shutil.copytree(of, tmp_path / f"{how}-{read.__name__}" / of.name))
+            file = file_of(path, name)
+            if not damage(file, how, file_of(folder / "runs" / "b", name)):
+                continue
+            capsys.readouterr()
+            try:
+                answer = read(path, lab, monkeypatch) if read is resumed else read(path, end)
+            except RunError as error:
+                assert file.name in str(error) or "checkpoints" in str(error), (how, read, str(error))
+                continue
+            if read is resumed and answer[0] < expected[read][0]:  # from an older version, which is said
+                assert "Not used" in capsys.readouterr().out, (name, how)
+                answer = expected[read]
+            assert answer == expected[read], (name, how, read.__name__)
 
 
 def test_a_run_that_lost_its_status_and_its_layout_says_how_it_ended(made, tmp_path, capsys):
