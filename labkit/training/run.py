@@ -66,6 +66,9 @@ class Run(RunRecord):
 
         That is the score of its own weights on the score set, which is held out of the training samples, and it is `score` in events
         (and here, too). The score of the global weights on the test set is another: `test_score`, `curve()`, `summary()["score"]`.
+
+        `dropped` says, by worker, why it is not let in again: it was lost, or sent what cannot be meant, five times in a row. `reason`
+        says why the run has ended.
         """
         status = self._follower.status() if self._follower else super().status()
         if workers := status.get("workers"):

@@ -100,8 +100,9 @@ def connection(kind, where):
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["dask", "ipyparallel"])
-def test_the_next_kernel_hears_which_run_holds_the_workers_and_gets_them_when_that_is_stopped(kind, tmp_path, cache):
+def test_the_next_kernel_hears_which_run_holds_the_workers_and_follows_stops_and_resumes_it(kind, tmp_path, cache):
     from distributed import LocalCluster
 
     from labkit.cluster import ipyparallel_backend
@@ -125,8 +126,14 @@ def test_the_next_kernel_hears_which_run_holds_the_workers_and_gets_them_when_th
                 began = time.monotonic()
                 with pytest.raises(ClusterError, match=rf"worker 0 by 'dead' \(run {dead.config.id} in .*attach\(\)\.stop\(\)"):
                     labkit.train(problem(), lab, passes=1, runs=tmp_path / "runs", name="next")
-                assert time.monotonic() - began < 10 and not (tmp_path / "runs" / "next").exists()
-                assert dead.attach().stop().state == "stopped"
+                assert time.monotonic() - began < 40 and not (tmp_path / "runs" / "next").exists()
+                before = dead.attach().status()["samples"]
+                until(lambda: dead.status()["samples"] > before, 60)  # its workers go on without its kernel
+                assert dead.stop().state == "stopped"
+                pushes = (dead.events.kind == "push").sum()
+                again = labkit.resume(dead.path, lab)
+                until(lambda: (again.events.kind == "push").sum() > pushes, 60)
+                assert again.config.id == dead.config.id and again.stop().state == "stopped"
                 run = labkit.train(problem(), lab, passes=1, runs=tmp_path / "runs", name="next").wait(60)
                 assert run.state == "done"
         finally:

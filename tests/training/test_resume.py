@@ -386,3 +386,53 @@ def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(l
     again = labkit.resume(path, lab).wait(60)
     assert again.state == "done"
     assert_whole(again)
+
+
+CELLS = """
+import sys, labkit
+from tests.training.test_resume import problem
+
+if __name__ == "__main__":
+    kind, lr, passes, runs = sys.argv[1:]
+    with labkit.connect(kind, 2) as lab:
+        run = labkit.train(problem(lr=float(lr)), lab, update="agwu", partition="udpa", passes=float(passes), runs=runs, checkpoints=int(float(passes)))
+        print("began", run.path, run.config.id, flush=True)
+        run.wait(100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("kind", "n_events"), [("threads", 40), ("dask", 4)])  # until the kill
+def test_a_kernel_that_is_killed_and_the_same_cells_run_again_leave_each_run_its_own(kind, n_events, lab, tmp_path):
+    runs, began = tmp_path / "runs", {}
+    (tmp_path / "cells.py").write_text(CELLS)
+
+    def run_cells(lr, passes):
+        command = [sys.executable, str(tmp_path / "cells.py"), kind, str(lr), str(passes), str(runs)]
+        kernel = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        )
+        _, path, id = next(line for line in kernel.stdout if line.startswith("began ")).split()
+        began[id] = lr
+        return kernel, Path(path)
+
+    kernel, path = run_cells(0.01, 2000)
+    with kernel:
+        until(lambda: len(labkit.load_run(path).events) >= n_events, 100)
+        kernel.kill()
+    with run_cells(0.1, 2)[0] as kernel:
+        assert kernel.wait(100) == 0
+    paths = {labkit.load_run(file.parent).config.id: file.parent for file in runs.glob("*/config.json")}
+    for id, lr in began.items():
+        run = labkit.load_run(paths[id])
+        if run.state == "running":  # on threads it soon ends by itself
+            run.attach().stop()
+        until(lambda run=run: not server_file.alive(run.path), 100)
+        if run.state != "done":
+            write_json(run.path / "config.json", {**run.config, "budget": run.summary()["samples"] + 500})  # not all of it here
+            run = labkit.resume(run.path, lab).wait(60)
+        assert run.config.id == id and run.config["problem"]["lr"] == lr and run.state == "done"
+        assert_whole(run)
+        np.testing.assert_array_equal(labkit.replay(run).flat(), run.flat())

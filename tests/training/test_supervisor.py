@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -58,6 +59,15 @@ def test_a_step_that_raises_ends_the_run_with_the_first_error_and_its_traceback(
     assert len(errors) == 1 and "poisoned" in errors.message.iloc[0]
     assert labkit.load_run(run.path).state == "failed"
     ended(train(problem(), update=update, passes=1, name="after"))  # the lab is as good as before
+
+
+def test_a_worker_in_the_middle_of_a_long_pass_is_interrupted_when_the_run_fails(train, lab):
+    """A pass of 10,000 steps of 0.01 s each: nobody would wait for it."""
+    run = train(poisoned(1), update="agwu", passes=2000, local_steps=10_000)
+    with pytest.raises(WorkerError, match="poisoned"):
+        run.wait(60)
+    assert not (run.events.kind == "push").any()
+    until(lambda: len(lab.free()) == 2, 40)
 
 
 def test_weights_that_become_nan_fail_the_run(train):
@@ -226,3 +236,22 @@ def test_a_worker_that_is_slow_to_answer_is_not_taken_to_be_gone(train):
     run = train(problem(kind=Pausing), update="sgwu", partition="udpa", passes=2, heartbeat_timeout=1.0).wait(60)
     assert run.state == "done" and run.events.query("kind == 'push'").compute_s.max() > 2
     assert set(run.events.query("kind == 'leave'").message) == {""} and run.events.query("kind == 'join'").incarnation.max() == 0
+
+
+class Fatal(labkit.Classifier):
+    """A step takes its process with it, as what is out of memory does."""
+
+    def step(self, module, batch, optimisers, clock):
+        if clock.total > 1 and multiprocessing.parent_process():  # on a worker, from the first step on
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(module, batch, optimisers, clock)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_step_that_ends_its_process_every_time_ends_the_run_with_that_reason(tmp_path):
+    with labkit.connect("dask", 1) as lab:
+        run = labkit.train(problem(kind=Fatal), lab, passes=2, runs=tmp_path, name="r", join_timeout=20.0)
+        with pytest.raises(LabError, match=r"its process \d+ is gone: killed, out of memory, or ended by what it ran \(\d+ times"):
+            run.wait(100)
+    assert run.state == "failed" and sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file()) < 1e6

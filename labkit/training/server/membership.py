@@ -82,6 +82,11 @@ class Losses:
         often = f"{len(reasons)} times in a row without a push that counts"
         return f"{reasons[-1].rstrip('.')} ({often}: worker {worker} is not let in again)"
 
+    def said(self) -> str:
+        """Why each worker was lost last, and how often, since its latest push that counts: for the reason of a run that fails."""
+        whys = {worker: self.out(worker) or f"{why[-1].rstrip('.')} ({len(why)} times)" for worker, why in self.reasons.items()}
+        return "".join(f" Worker {worker}: {why}." for worker, why in sorted(whys.items()))
+
     def all_out(self) -> dict[int, str]:
         """By worker, why it is not let in again."""
         return {worker: why for worker in sorted(self.reasons) if (why := self.out(worker))}

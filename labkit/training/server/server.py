@@ -221,17 +221,13 @@ class Server:
                     if self.course.members:
                         self.course.expect(self.course.members)
                     else:
-                        lost = "".join(
-                            f" Worker {index}: {why[-1]} ({len(why)} times)." for index, why in self.losses.reasons.items()
-                        )
-                        self.stop("failed", f"no worker joined within {self.config.join_timeout:g} s.{lost}")
+                        self.stop("failed", f"no worker joined within {self.config.join_timeout:g} s.{self.losses.said()}")
 
     def _fail_without_workers(self) -> None:
         since, timeout = self.course.last_lost_at, self.config.join_timeout
         if since is not None and time.monotonic() - since > timeout:
             done = f"{self.course.grants.done} of {self.course.grants.budget} samples"
-            dropped = "".join(f" Worker {index}: {why}." for index, why in self.losses.all_out().items())
-            self.stop("failed", f"every worker was lost after {done}, and none came back within {timeout:g} s.{dropped}")
+            self.stop("failed", f"every worker was lost after {done}, and none came back within {timeout:g} s.{self.losses.said()}")
 
     def lost(self, worker: int, why: str, *, diverged: bool = False) -> str:
         """A worker was lost, or dropped: returns why, with the count. The run fails if none is left that may come back."""

@@ -583,7 +583,8 @@ def test_all_workers_lost_is_an_end(tmp_path):
             client.connection.close()
         thread.join(10)
     reason = "every worker was lost after 0 of 34 samples, and none came back within 0.3 s."
-    assert result["state"] == "failed" and result["reason"] == reason
+    lost = "".join(f" Worker {index}: the other side closed the connection (1 times)." for index in (0, 1))
+    assert (result["state"], result["reason"]) == ("failed", reason + lost)
 
 
 def test_the_run_begins_without_a_worker_that_does_not_come_and_takes_it_when_it_does(tmp_path):
