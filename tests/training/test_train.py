@@ -113,7 +113,7 @@ def test_two_networks_and_two_optimisers_are_trained_under_every_update(update, 
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_noise_is_the_same_on_threads_and_processes_and_goes_on_when_a_run_is_resumed(train, tmp_path):
-    a_problem, made = Gan("digits", batch_size=64, train_samples=512), {}
+    a_problem, made = Gan("digits", batch_size=32, train_samples=128), {}
     with labkit.connect("dask", 2) as lab:
         for update in ("sgwu", "allreduce", "agwu"):
             made[update] = ended(train(a_problem, lab=lab, update=update, passes=1, name=update), timeout=80)
