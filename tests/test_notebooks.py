@@ -39,6 +39,18 @@ TINY = {
     "benchmarks/12-exchange": SMALL
     | {"exchanges": ["float32", "bfloat16"], "megabytes": 0.1, "batch_size": 16, "samples": 400, "rounds": 1}
     | {"test_samples": 60},
+    "benchmarks/13-streaming": {
+        **{
+            "kind": "threads",
+            "megabytes": 4.0,
+            "part_megabytes": 2.0,
+            "rows": 64,
+            "limit_megabytes": 0.0,
+            "width": 0.1,
+            "rounds": 1,
+        },
+        **{"uneven": [1, 2], "uneven_rows": 32},
+    },
     "benchmarks/05-back-ends": {
         **{"back_ends": ["dask", "ipyparallel"], "rounds": 1, "data": "digits", "train_samples": 300, "test_samples": 60},
         "passes": 2.0,
@@ -49,7 +61,7 @@ TINY = {
     },
     "benchmarks/07-volumes": {
         **{"kind": "threads", "n": 40, "size": [16, 16, 32], "grid": [1, 1, 2], "overlap": 1},
-        **{"model_args": {"width": 0.1}, "epochs": 1, "baselines": ["global"], "seeds": [0, 1]},
+        **{"model_args": {"width": 0.1, "rounds": 1}, "epochs": 1, "baselines": ["global"], "seeds": [0, 1]},
     },
     "benchmarks/08-updates": SMALL
     | {"updates": ["sgwu", "agwu"], "kinds": ["none", "jitter", "stalls"], "seeds": [0], "stalls": [0.3, 0.3], "target": 0.2}
@@ -83,6 +95,7 @@ FIGURES = {
     "benchmarks/06-parts": ["parts.png"],
     "benchmarks/11-every-batch": ["every-batch.png"],
     "benchmarks/12-exchange": ["exchange.png"],
+    "benchmarks/13-streaming": ["memory.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
     "benchmarks/08-updates": ["updates.png"],

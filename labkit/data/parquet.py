@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
-from labkit.data.cache import Source, cached, converted_key, file_key, reading
+from labkit.data.cache import Source, cached, converted_key, file_key, print_once, reading
 from labkit.data.columns import Asked, Columns, check_pad, filled, noting, of_array, read, stored, unread
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
 
 SUFFIX = ".parquet"
 ROWS = 4096
+LARGE = 0.5  # of the memory of this machine, as a file: worth a word
 LISTED = 12  # names that the note lists
 
 
@@ -31,10 +33,17 @@ def from_file(path: Path, asked: Asked) -> Dataset:
     return cached(path.stem, converted_key(file_key([path]), channels), lambda: (_source(path, channels), None))
 
 
+def _mention_streaming(path: Path) -> None:
+    """Printed where a copy of a file is about to be made that this machine can hardly hold in memory."""
+    if (size := path.stat().st_size) > LARGE * psutil.virtual_memory().total:
+        print_once(f"{path.name} has {size / 1e9:.1f} GB and is converted into the cache; stream=True reads it where it is.")
+
+
 def _named(path: Path, asked: Asked) -> Columns:
     """The columns of a file by name, each read a batch of rows at a time."""
     import pyarrow.parquet as pq
 
+    _mention_streaming(path)
     with reading(path, advice="Is it a whole Parquet file?"), pq.ParquetFile(path) as file:
         schema, n = file.schema_arrow, file.metadata.num_rows
     if not n:
@@ -122,6 +131,7 @@ def padded(path: Path, name: str, held: Any, length: int, dtype: np.dtype, pad: 
 def _source(path: Path, channels: str | None) -> Source:
     import pyarrow.parquet as pq
 
+    _mention_streaming(path)
     with reading(path, advice="Is it a whole Parquet file?"), pq.ParquetFile(path) as file:
         schema, n = file.schema_arrow, file.metadata.num_rows
         columns = columns_of(path, schema.names)

@@ -112,7 +112,7 @@ class Streamed(Dataset):
         def of(unit: Unit, name: str, rows: np.ndarray) -> np.ndarray:
             return unit[name][(rows, slice(None), *window) if window and name == self.inputs[0] else rows]
 
-        held, unit = _held.get((self.path, split)), None
+        held = _held.get((self.path, split))
         if held and len(held[0]):
             rows = np.minimum(np.searchsorted(held[0], at), len(held[0]) - 1)
             if np.array_equal(held[0][rows], at):

@@ -247,3 +247,9 @@ def test_rows_that_are_sorted_by_class_are_named(tmp_path):
     order = np.argsort(y, kind="stable")
     assert "Shuffle the rows" in open_dataset(write(tmp_path / "s.parquet", {"x": flat(x[order]), "y": y[order]}), stream=True).note
     assert "Shuffle" not in open_dataset(write(tmp_path / "t.parquet", {"x": flat(x), "y": y}), stream=True).note
+
+
+def test_streaming_is_mentioned_where_a_file_is_large_for_this_machine(one_file, monkeypatch, capsys):
+    monkeypatch.setattr("labkit.data.parquet.LARGE", 0)
+    open_dataset(one_file[0])
+    assert "one.parquet has 0.0 GB and is converted into the cache; stream=True reads it where it is." in capsys.readouterr().out
