@@ -209,7 +209,7 @@ DOORS = {  # of each call: how far it goes, and (argument, kind, a good value)
     "load_run": (of_path(labkit.load_run, run, "Run"), [("path", Path, "~/there")]),
     "load_subnets": (of_path(labkit.load_subnets, result), [("path", Path, "~/there")]),
     "summary": (of_path(labkit.summary, sweep, "find_json"), [("out", Path, "~/there")]),
-    "plots.curves": (of_figure(lambda **given: plots.curves([], **given)), [("target", float, 0.5)]),
+    "plots.curves": (of_figure(lambda **given: plots.curves([], **given)), [("target", float, 0.5), ("x", str, "samples"), ("y", str, "loss")]),
     "plots.errors": (of_figure(lambda **given: plots.errors(None, **given)), [("bar", float, 0.5)]),
     "plots.save": (of_figure(lambda **given: plots.save(None, **given)), [("path", Path, "~/there.png")]),
     "chaos.Storm": (of_storm, [("every", float, 2.0), ("most", int, 3), ("most_joins", int, 3), ("seed", int, 3)]),

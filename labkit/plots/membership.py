@@ -35,6 +35,8 @@ def membership(run: RunRecord, faults: pd.DataFrame | None = None) -> hv.Layout:
     A tick begins each bar: a worker that was lost and came back is another incarnation. RunError while the run is running: it has
     no accuracy yet.
     """
+    if faults is not None:
+        style.check_columns(faults, ["seconds", "fault", "worker"])
     style.extension()
     table, curve = roster(run), run.curve().dropna(subset=["seconds", "score"])
     if table.empty or curve.empty:

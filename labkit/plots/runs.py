@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.errors import RunError, known, real
+from labkit.errors import RunError, known, real, text
 from labkit.plots import style
 from labkit.runs import analysis
 from labkit.runs.analysis import crossing
@@ -45,8 +45,7 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
     `target` (of a score in (0, 1], but where lower is better) is drawn as a level, and the legend has where each line crosses it, straight between points,
     from whichever side it comes. RunError while a run is running: it has no curve yet.
     """
-    if x not in AXES:
-        raise ValueError(f"curves can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
+    x, y = known("x", x, AXES), text("y", y)
     runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
     lower = any(run.config.lower_is_better for run in runs)  # of scores
     share = y == "score" and not lower

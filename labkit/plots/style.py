@@ -281,7 +281,9 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
 
 
 def check_columns(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """A table that a user hands in has what a figure reads; ValueError otherwise."""
+    """A table that a user hands in has what a figure reads; ValueError otherwise, TypeError where it is no table."""
+    if not hasattr(frame, "iloc") or not hasattr(frame, "columns"):
+        raise TypeError(f"a {type(frame).__name__} was given; give a pandas DataFrame with the columns {', '.join(columns)}.")
     if missing := [column for column in columns if column not in frame.columns]:
         has = ", ".join(map(str, frame.columns))
         raise ValueError(f"the frame has no column {', '.join(missing)}. It has: {has}.")

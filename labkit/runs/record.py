@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.errors import RunError, file_path, real, whole
+from labkit.errors import RunError, file_path, plain_scalar, real, whole
 from labkit.imports import rule_title
 from labkit.partition import PARTITIONS
 from labkit.runs import analysis, checkpoints, metrics, server_file
@@ -258,9 +258,9 @@ class RunRecord:
 
     def flat(self, version: int | str | None = None) -> np.ndarray:
         """The global weights as one flat float32 vector, by default of the newest version; "ema" for their average up to there."""
-        if version == "ema" and not self.config.ema:
+        version = plain_scalar(version)
+        if (average := isinstance(version, str) and version == "ema") and not self.config.ema:
             raise RunError(f"run {self.name} makes no average of its weights. Give its problem ema=0.999, say, and train it again.")
-        average = version == "ema"
         if version is None or average:
             versions = checkpoints.versions(self.path)
             if not versions:

@@ -67,7 +67,7 @@ def replay(
     rule = rule_of(run, "update", by="replay") if update is None else copy.deepcopy(make_update(update))
     exact = update is None or is_rule_of(run, "update", rule)
     _check_replayable(run, rule)
-    problem = problem_of(run, problem or run._problem, by="replay")
+    problem = problem_of(run, run._problem if problem is None else problem, by="replay")
     check_weighed(problem, rule)
     partition = rule_of(run, "partition", partition, by="replay")
     lives = read_lives(run)

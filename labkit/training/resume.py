@@ -109,7 +109,7 @@ def _go_on(
     workers = choose(lab, workers, run.path)
     if len(workers) > run.config.n_train:
         raise PartitionError(f"{run.config.n_train} samples cannot fill {len(workers)} shards. Use fewer workers.")
-    sources = check_sources(lab, problem, update, partition)
+    sources = check_sources(lab, problem, update=update, partition=partition)
     with leased(lab, workers, run.config.id, run.path):
         for reason in refused:
             print(f"Not used: {reason}")

@@ -188,7 +188,7 @@ class Run(RunRecord):
 
         With "ema" their average up to the newest version, where the problem asked for one (`ema=`).
         """
-        if version == "best":
+        if isinstance(version, str) and version == "best":
             from labkit.training.monitor import best
 
             version = best(self, self.problem())

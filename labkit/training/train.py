@@ -169,7 +169,7 @@ def configure(
 ) -> RunConfig:
     """The settings of a new run, with a new id; `settings` are further fields of `RunConfig`, as in `train`."""
     n_train = len(problem.train_indices())
-    sources = check_sources(lab, problem, update, partition)
+    sources = check_sources(lab, problem, update=update, partition=partition)
     budget = whole("passes x training samples", max(1, round(passes * n_train)), most=MOST)
     return RunConfig(
         id=secrets.token_hex(8),
@@ -216,11 +216,11 @@ def _unpicklable(thing: Any) -> str:
     return ""
 
 
-def check_sources(lab: Lab, problem: Problem, update: Update, partition: Partition) -> dict[str, str]:
-    """The digests of the user's own modules, for the record; ClusterError where other processes would import something else."""
+def check_sources(lab: Lab, problem: Problem, **rules: Update | Partition) -> dict[str, str]:
+    """The digests of the user's own code, for the record; ClusterError where other processes would import something else."""
     sent = () if all(worker.here for worker in lab.workers) else (problem,)
-    check(needed(update, partition, *sent))
-    return digests(needed(problem, update, partition), problem=problem, update=update, partition=partition)
+    check(needed(*rules.values(), *sent))
+    return digests(needed(problem, *rules.values()), problem=problem, **rules)
 
 
 def milestones_of(problem: Problem, n_train: int) -> list[int]:

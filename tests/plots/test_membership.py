@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from labkit import plots
 from labkit.runs.events import COLUMNS
-from tests.plots.helpers import elements, title
+from tests.plots.helpers import Recorded, elements, title
 
 
 def test_the_roster_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
@@ -34,3 +35,8 @@ def test_the_roster_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
     above, below = (title(view) for view in figure)
     assert above.startswith("AGWU + IDPA: a worker was lost 4 times, test accuracy")
     assert below == "Who was here, and the 3 faults injected"
+
+
+def test_faults_are_a_table(tmp_path):
+    with pytest.raises(TypeError, match="a dict was given; give a pandas DataFrame with the columns seconds, fault, worker"):
+        plots.membership(Recorded(tmp_path), {"worker": [1]})
