@@ -32,6 +32,7 @@ class Classifier(Supervised):
         `f()`, `f(shape)` or `f(shape, n_classes)`, by its number of required positional parameters, and with `model_args`; `shape`
         is that of one sample, of several inputs a tuple of them. Or a module, of which each worker trains a copy, as it is when the
         run begins, whatever the seed.
+    data : as of `Problem`, with a label for each sample, pixel or token, or several yes and no a sample (`open_dataset`, `label=`).
     lr : learning rate; 0.05 suits "sgd", about 0.001 the others.
     momentum : of "sgd"; of "adam" and "adamw" it is the first beta.
     optimiser : "sgd", "adam" or "adamw" (these two in torch's fused form where the device has one), any other of torch's by its
