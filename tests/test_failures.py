@@ -39,7 +39,8 @@ SCENARIOS = {
     "resumed": ["Coordinator._restore", "Grants.restore"],
     "stopped": ["Coordinator.stop", "Server.stop", "server._notify"],
     "target": ["Supervisor._end_early"],
-    "all-reduce": ["Coordinator.regroup", "Ranks.form"],
+    "watched": ["Supervisor._shown"],
+    "all-reduce": ["Coordinator.regroup", "Ranks.form", "Replica.go_on"],
     "paced": ["grants.by_speed"],
     "silent": ["Coordinator.refuse", "WorkerConnection._expired", "WorkerConnection._serve_expired"],
     "rule raises": ["Coordinator._fail"],
@@ -47,6 +48,7 @@ SCENARIOS = {
     "full disk": ["Server._unwritable"],
     "process gone": ["Server._lost_process"],
     "cut off": ["Supervisor._try_worker"],
+    "all lost": ["Losses.said"],
 }
 # One of each kind is tried in every run of the tests.
 QUICK = ["Server._admit", "Server._save_versions", "WorkerConnection._receive", "Coordinator.push", "Grants.make", "Losses.pause"]
@@ -153,13 +155,17 @@ class Story:
             return local_pass(it, grant, **options)
 
         def leaving(it, *arguments):
-            if it.spec.index == 1 and it.version and scenario != "all-reduce":
+            if scenario == "all lost":
+                it.connection.close()
+            elif it.spec.index == 1 and it.version and scenario != "all-reduce":
                 self._leave(it)
             return push(it, *arguments)
 
         monkeypatch.setattr(replica.Replica, "local_pass", waiting)
         monkeypatch.setattr(worker._Worker, "_push_and_pull", leaving)
-        if scenario == "cut off":
+        if scenario == "all lost":
+            monkeypatch.setattr(supervisor.Supervisor, "_try_worker", lambda *_: None)
+        if scenario in ("cut off", "all lost"):
             monkeypatch.setattr(worker._Worker, "_connect_again", raising(WireError("nobody answers")))
         if scenario == "rule raises":
             monkeypatch.setattr(FedBuff, "_merge", raising(ValueError("a rule")))
@@ -209,8 +215,12 @@ class Story:
     def train(self):
         options = {"update": "fedbuff", "overlap": 1, "exchange": "bfloat16"}
         options |= {"all-reduce": {"update": "allreduce", "overlap": 0, "exchange": "float32"}}.get(self.scenario, {})
-        options |= {"paced": {"update": "delayed-nesterov"}, "target": {"target": 1e-6}}.get(self.scenario, {})
-        options |= {"silent": {"heartbeat_timeout": 1.0}}.get(self.scenario, {})
+        options |= {
+            "paced": {"update": "delayed-nesterov"},
+            "target": {"target": 1e-6},
+            "watched": {"on_version": lambda *_: None},
+        }.get(self.scenario, {})
+        options |= {"silent": {"heartbeat_timeout": 1.0}, "all lost": {"join_timeout": 1.0}}.get(self.scenario, {})
         a_problem = poisoned(1) if self.scenario == "step raises" else problem(kind=Settling)
         common = {
             "partition": labkit.IDPA(speeds=[1, 1]),
@@ -273,7 +283,7 @@ def test_an_error_that_nobody_expected_ends_the_run_with_its_traceback(
     with pytest.raises((LabError, ZeroDivisionError)) as caught:
         run = story.begin()
         run.wait(30)
-    assert story.raised, "never called: give it a scenario in which it is"
+        assert story.raised, "never called: give it a scenario in which it is"
     assert time.monotonic() - story.raised[0] < LIMIT_S
     text = "".join(traceback.format_exception(caught.value))
     assert "sabotage" in text and ", in sabotaged" in text
