@@ -203,6 +203,8 @@ def test_a_run_on_row_groups_is_resumed_simulated_and_evaluated(one_file, tmp_pa
     assert run.state == "done" and run.test_score > 0.9
     again = labkit.load_run(run.path, problem=problem)
     assert labkit.simulate(again, slowdown=[1, 2, 4], samples=1000).config.units[-1] == 1000
+    lost = labkit.simulate(again, slowdown=[1, 2, 4], failures=[[0.02, 1, 0.05], [0.1, 0]], update="agwu", partition="idpa")
+    assert lost.state == "done" and {"leave", "reclaim"} & {*lost.events.kind}
     assert again.evaluate({"train": str(path), "test": str(test)})["score"] == again.test_score
     assert again.evaluate(str(test))["score"] == again.test_score  # all samples of another set
     np.testing.assert_array_equal(again.predict(str(path)), again.predict(x))
