@@ -24,6 +24,7 @@ from labkit.cluster.emulation import make_stalls, opposite
 from labkit.cluster.lab import Lab
 from labkit.errors import ClusterError, file_path, instance, known, real, several, text, whole
 
+MOST_WORKERS = 1 << 16  # as many as a run can have; and threads of one
 BACKENDS = {  # kind -> module with `check` and `open`, which is loaded when it is asked for (`labkit.cluster.backend`)
     "threads": "labkit.cluster.dask_backend",
     "dask": "labkit.cluster.dask_backend",
@@ -152,8 +153,8 @@ def _checked(request: Request) -> Request:
         instance("resources", resources or {}, Mapping)
         request = replace(
             given,
-            n_workers=None if given.n_workers is None else whole("n_workers", given.n_workers),
-            threads=whole("threads_per_worker", given.threads),
+            n_workers=None if given.n_workers is None else whole("n_workers", given.n_workers, most=MOST_WORKERS),
+            threads=whole("threads_per_worker", given.threads, most=MOST_WORKERS),
             slowdown=() if given.slowdown is None else tuple(several("slowdown", given.slowdown, partial(real, least=1))),
             jitter=real("jitter", given.jitter, least=0),
             drift=real("drift", given.drift, least=0),

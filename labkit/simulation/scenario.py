@@ -25,6 +25,7 @@ from labkit.training.resume import is_rule_of, rule_of
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
 from labkit.training.train import MOST, SEEDS, check_traffic
+from labkit.training.wire.protocol import MAX_WORKERS
 from labkit.updates import Update, make_update
 
 RECORDED = "as recorded"
@@ -77,7 +78,7 @@ def changed(recorded: RunConfig, update: Update, partition: Partition, given: Ma
     if update.collective:
         raise ValueError("an all-reduce cannot be simulated: it exchanges within every step. Known to work: every other update.")
     before = recorded.workers
-    n = len(before if slowdown is None else slowdown) if n_workers is None else whole("n_workers", n_workers)
+    n = len(before if slowdown is None else slowdown) if n_workers is None else whole("n_workers", n_workers, most=MAX_WORKERS)
     again = [before[i % len(before)] for i in range(n)]
     slow = [worker["slowdown"] for worker in again] if slowdown is None else slowdown
     if len(slow) != n:

@@ -109,7 +109,7 @@ def simulate(
     config = scenario.changed(recorded, update, partition, given)
     if numerics and (base is None or samples is not None or n_weights is not None):
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
-    problem = problem_of(base, problem or base._problem, by="simulate") if numerics else None
+    problem = problem_of(base, base._problem if problem is None else problem, by="simulate") if numerics else None
     if problem:
         check_weighed(problem, update)
     batch_size = config.batch_size or base.problem().batch_size

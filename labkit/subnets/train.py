@@ -36,6 +36,7 @@ from labkit.models.flat import Flat
 from labkit.partition import make_partition
 from labkit.plots.progress import following
 from labkit.problems import Classifier
+from labkit.problems.trial import Fingerprint
 from labkit.runs import checkpoints
 from labkit.runs.config import environment
 from labkit.runs.files import write_json
@@ -188,7 +189,8 @@ def train_subnets(
         way = partial(_on_blocks, lab, workers, timeout, run) if team else partial(_in_batches, run, len(workers))
         (folder := path / "parts").joinpath(checkpoints.FOLDER).mkdir(parents=True)
         with awaited(folder, config["id"]):
-            joined = _train(problem, subnets, costs, folder, config, way, progress)
+            apart = team is None and not all(worker.here for worker in lab.workers)
+            joined = _train(problem, subnets, costs, folder, config, way, progress, apart)
             joined.save(path)
             if baselines:
                 train_baselines(problem, joined, path, baselines, run)
@@ -259,6 +261,7 @@ class Job:
     path: str
     config: Mapping[str, Any]
     run: str = ""
+    fingerprint: Fingerprint | None = None  # of what the kernel builds; None where the workers are in its process
 
     @property
     def seed(self) -> int:
@@ -272,6 +275,9 @@ def train_jobs(jobs: list[Job], worker: Worker) -> list[dict[str, Any]]:
     """
     config, seeds, problems = jobs[0].config, [job.seed for job in jobs], [job.problem for job in jobs]
     slowness = prepare_alone(worker, config, seeds[0])
+    for job in jobs:
+        if job.fingerprint:
+            job.problem.check_same(job.seed, job.fingerprint)
     modules = [problem.new_module(seed) for problem, seed in zip(problems, seeds, strict=True)]
     settings = {"epochs": config["epochs"], "patience": config["patience"], "device": worker.device, "after": slowness.after}
     training = jobs[0].path, config["id"]
@@ -316,14 +322,23 @@ def _store(job: Job, module: nn.Module, done: Fit, worker: Worker, trained_on: i
 
 
 def _train(
-    problem: Classifier, subnets: list[Subnet], costs: list[int], folder: Path, config: dict, way: Callable, progress: bool
+    problem: Classifier,
+    subnets: list[Subnet],
+    costs: list[int],
+    folder: Path,
+    config: dict,
+    way: Callable,
+    progress: bool,
+    apart: bool,
 ) -> Subnets:
-    """Subnets on the lab, by `way(jobs, each=...)`, then the coarse network here."""
+    """Subnets on the lab, by `way(jobs, each=...)`, in other processes if `apart`; then the coarse network here."""
     jobs = [
         Job(each, cost, str(folder), config)
         for subnet, cost in zip(subnets, costs, strict=True)
         for each in (subnet, *subnet.copies())
     ]
+    if apart:
+        jobs = [replace(job, fingerprint=job.problem.fingerprint(job.seed)) for job in jobs]
     names, done = {job.problem.number: job.problem.called for job in jobs}, set()
 
     def ended(_: int, rows: list[dict]) -> None:

@@ -43,6 +43,7 @@ REQUESTS = {
     "kind='thread' is not known. Known: threads, dask, ipyparallel, slurm. Did you mean 'threads'?": {"kind": "thread"},
     "kind='mpi' is not known. Known: threads, dask, ipyparallel, slurm.": {"kind": "mpi"},
     "n_workers=0 must be at least 1.": {"n_workers": 0},
+    "must be at most 65536": {"n_workers": 10**30},
     "n_workers=1.5 must be a whole number": {"n_workers": 1.5},
     "threads_per_worker=0 must be at least 1": {"threads_per_worker": 0},
     "jitter=-1 must be at least 0 and finite": {"jitter": -1},

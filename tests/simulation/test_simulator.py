@@ -243,6 +243,7 @@ def test_figures_tables_and_words_say_that_it_is_simulated(simulate):
         ({"drift": 5.0}, ValueError, r"drift=5 .* \[1.0, 1.0, 1.0\] is the same from both ends"),
         ({"stalls": (1, 0)}, ValueError, r"stalls=\(1, 0\): give \(every, seconds\)"),
         ({"passes": -1}, ValueError, "passes=-1 must be above 0"),
+        ({"n_workers": 10**30}, ValueError, "must be at most 65536"),
         ({"servers": 0}, ValueError, "servers=0 must be at least 1"),
     ],
 )
