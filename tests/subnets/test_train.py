@@ -305,3 +305,13 @@ def test_the_subnets_of_a_killed_worker_are_trained_again_and_none_is_lost_or_co
     assert joined.parts().worker[again] == 0 and (1, again) in starts
     assert list(joined.parts().index) == list(range(8))
     assert same(weights(joined), weights(quiet)) and joined.table().accuracy.equals(quiet.table().accuracy)
+
+
+def test_a_worker_that_builds_another_subnet_than_the_kernel_refuses_it(monkeypatch, tmp_path):
+    subnet = parts_of(problem())[0]
+    monkeypatch.setattr(subnets, "prepare_alone", lambda *_: None)
+    config = {"seed": SEED, "epochs": 1, "patience": None}
+    job = subnets.Job(subnet, 1, str(tmp_path), config)
+    of_kernel = subnet.fingerprint(job.seed)._replace(loss=0.0)
+    with pytest.raises(ProblemError, match="another network in this process than in the kernel"):
+        subnets.train_jobs([subnets.replace(job, fingerprint=of_kernel)], None)
