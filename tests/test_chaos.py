@@ -54,6 +54,7 @@ def processes():
 # -- the server of a run -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dropped_link_costs_one_incarnation_and_nothing_else(threads, tmp_path):
     run = train(threads, tmp_path, passes=12)
     chaos.drop_link(run, 1)

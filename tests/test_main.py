@@ -49,6 +49,7 @@ def test_an_interrupt_is_exit_code_130(monkeypatch, capsys, notebook):
     assert "goes on from here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sweep_and_summary_in_a_shell(notebook, tmp_path):
     def run(*arguments):
         command = [sys.executable, "-m", "labkit", *arguments]

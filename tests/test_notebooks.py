@@ -1,6 +1,6 @@
 """Every notebook runs top to bottom through the sweep, with tiny parameters, and keeps the conventions.
 
-A kernel needs longer for its imports than a tiny notebook for its work. So the quick tests give the first three notebooks to one
+A kernel needs longer for its imports than a tiny notebook for its work. So the quick tests give two notebooks to one
 kernel, with a namespace of its own each; of the slow ones each notebook has a kernel, as a user would, and the benchmarks share three.
 
 Used by pytest.
@@ -103,7 +103,7 @@ FIGURES = {
     "benchmarks/10-server": ["server.png"],
 }
 BENCHMARKS = sorted(name for name in TINY if name.startswith("benchmarks/"))
-FIRST = ["01-start-a-lab", "02-partition-the-data", "03-update-the-weights"]
+FIRST = ["01-start-a-lab", "03-update-the-weights"]
 
 
 def path_of(name):

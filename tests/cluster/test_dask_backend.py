@@ -42,6 +42,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_an_interrupt_of_the_whole_group_is_for_the_kernel_alone(tmp_path):
     """As Jupyter sends it; and a process that ends without close() leaves nothing, and says nothing."""
@@ -123,6 +124,7 @@ def test_a_dask_cluster_elsewhere(tmp_path):
                 lab.lease([0], "1a", "mine")
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_worker_that_comes_back_at_its_old_address_is_another_one(tmp_path):
     """Dask gives it the task again; a long task with effects must not run twice."""

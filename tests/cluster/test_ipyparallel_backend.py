@@ -17,6 +17,7 @@ from tests.cluster.test_backend import until
 pytestmark = pytest.mark.usefixtures("closed")
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_running_ipyparallel_cluster_and_its_client_stay_as_they_were():
     engines = ipyparallel_backend.open(Request("ipyparallel", 2))

@@ -93,6 +93,7 @@ def test_a_kernel_that_does_not_come_up_is_started_once_more(tmp_path, monkeypat
     assert list(table["status"]) == ["done"] and len(commands) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_kernels_and_the_same_call_goes_on(tmp_path):
     notebook = write(tmp_path / "n.ipynb", "import time\ntime.sleep(60 if not lr else 0)", REPORT + "report(run_dir, {})")
     call = f"sweep({str(notebook)!r}, {{'lr': [0, 1]}}, out={str(tmp_path / 'out')!r})"

@@ -214,6 +214,7 @@ def test_a_run_that_began_without_a_worker_is_replayed(lab, tmp_path, monkeypatc
     assert same(run, labkit.replay(run))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_and_resumed_is_replayed(lab, tmp_path, capsys):
     run = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=8, local_steps=2, name="r", checkpoints=5)
     until(lambda: run.status()["version"] >= 9)
@@ -326,8 +327,8 @@ TAMPERED = {
     "worker": (lambda rows: nth(rows, "push").update(worker=9), r"event \d+ \(push of worker 9\): worker 9 is not there"),
     "pace": (lambda rows: nth(rows, "push", 0).update(compute_s=50.0), r"differs at event \d+ "),
     "hole": (lambda rows: rows.remove(nth(rows, "push")), r"event \d+ is missing or out of place"),
-    "end": (lambda rows: rows.__delitem__(slice(len(rows) // 2, None)), "the end of events.jsonl is missing|the record ends"),
-    "nothing": (lambda rows: rows.clear(), "its record has no start"),
+    "end": (lambda rows: rows.__delitem__(slice(len(rows) // 2, None)), r"holds \d+ of \d+ events. The end of it is missing"),
+    "nothing": (lambda rows: rows.clear(), r"holds 0 of \d+ events. The end of it is missing"),
     "alien": (lambda rows: nth(rows, "merge").update(kind="merger"), r"line \d+ is damaged: 'merger' is not known"),
 }
 

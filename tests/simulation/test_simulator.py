@@ -146,6 +146,7 @@ def test_drift_takes_the_time_that_its_speeds_take(simulate):
     assert [w["drifts_to"] for w in run.config["workers"]] == [4, 1]
 
 
+@pytest.mark.slow
 def test_how_uneven_it_is_stays_as_recorded_or_is_changed(recorded, tmp_path):
     live = recorded["agwu"]
     uneven = labkit.simulate(live, drift=5.0, stalls=(3, 1), runs=tmp_path, name="uneven")
@@ -182,7 +183,7 @@ def test_a_grace_ends_when_it_should(simulate):
     assert run.events.query("kind == 'merge'").seconds.iloc[0] == pytest.approx(1.5 + EXCHANGE + MERGE, rel=1e-5)
 
 
-@pytest.mark.parametrize("update", ["sgwu", "agwu"])
+@pytest.mark.parametrize("update", [pytest.param("sgwu", marks=pytest.mark.slow), "agwu"])
 def test_a_thousand_workers_in_seconds(update, simulate):
     begun = time.monotonic()
     run = simulate([100.0] * 1000, slowdown=[1, 1, 1, 4] * 250, samples=30_000, update=update, partition="idpa")

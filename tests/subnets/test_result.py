@@ -20,7 +20,9 @@ from tests.subnets.helpers import data, net, problem, same, weights
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-@pytest.mark.parametrize(("inputs", "model"), [("probabilities", "lenet"), ("logits", net), ("features", "resnet20")])
+@pytest.mark.parametrize(
+    ("inputs", "model"), [("probabilities", "lenet"), ("logits", net), pytest.param("features", "resnet20", marks=pytest.mark.slow)]
+)
 def test_predictions_are_the_same_after_the_way_to_disk(inputs, model, train, tmp_path):
     a_problem = problem(model, model_args={"width": 0.2}, data=data(shape=(1, 12, 12)), precision="bfloat16")
     joined = train(a_problem, Decomposition((2, 2), 1), inputs=inputs, baselines=["transfer", "small"], epochs=1)

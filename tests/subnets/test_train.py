@@ -87,7 +87,7 @@ def test_the_coarse_network_learns_from_what_the_subnets_have_not_seen():
     assert np.array_equal(parts_of(a_problem, "same-split")[3].stack_indices(), a_problem.train_indices())
 
 
-@pytest.mark.parametrize("way", [{}, {"batched": 3}])
+@pytest.mark.parametrize("way", [pytest.param({}, marks=pytest.mark.slow), {"batched": 3}])
 def test_out_of_fold_each_sample_is_judged_by_a_copy_that_has_not_seen_it(way, train, tmp_path):
     """Copies train on two thirds; the subnet itself on all, as with the same split; the outputs of the copies are stacked."""
     a_problem = problem()
@@ -164,6 +164,7 @@ def test_a_block_of_one_is_a_worker_alone_bit_for_bit(stacking, train, tmp_path)
     assert same(run.weights(), {name: value.numpy() for name, value in together.module.subnets[1].state_dict().items()})
 
 
+@pytest.mark.slow
 def test_blocks_train_with_any_partition_and_update(train, lab, tmp_path, monkeypatch):
     monkeypatch.setattr(subnets, "LENGTH", LENGTH)  # the accuracy counts here
     a_problem, team = problem(data=data(600)), {"partition": "idpa", "update": "agwu", "local_steps": 4}

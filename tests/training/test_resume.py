@@ -296,7 +296,9 @@ def until_version(run, version, limit=20.0):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("update", "partition"), [("agwu", "idpa"), ("sgwu", "udpa"), ("allreduce", "udpa")])
+@pytest.mark.parametrize(
+    ("update", "partition"), [("agwu", "idpa"), pytest.param("sgwu", "udpa", marks=pytest.mark.slow), ("allreduce", "udpa")]
+)
 def test_a_stopped_run_goes_on_and_is_whole(lab, tmp_path, update, partition):
     run = labkit.train(problem(), lab, update=update, partition=partition, passes=40, runs=tmp_path, name="r")
     until_version(run, 5)
@@ -367,6 +369,7 @@ with labkit.connect("threads", 2) as lab:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(lab, tmp_path):
     with subprocess.Popen(

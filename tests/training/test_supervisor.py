@@ -175,6 +175,7 @@ class OfTheProcess(nn.Module):
         return self.layer(x.flatten(1)[:, self.order])
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_real_processes(tmp_path):
     """Both ways of exchange end well; a poisoned step is reported, and a network that is another one in each process."""

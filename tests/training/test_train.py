@@ -247,6 +247,7 @@ def test_emulated_slowdown_is_in_the_record(tmp_path):
     assert held[0] > held[1]
 
 
+@pytest.mark.slow
 def test_stalls_and_drift_are_in_the_record_and_in_the_times(tmp_path):
     """Worker 1 begins slow and ends quick; and a worker stands still half of the time, without being taken to be lost."""
     options = {"runs": tmp_path, "local_steps": 2, "partition": "udpa", "update": "agwu", "heartbeat_timeout": 1.5, "seed": SEED}

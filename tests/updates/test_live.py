@@ -93,6 +93,7 @@ def test_a_slow_worker_is_a_backup_worker_and_its_late_pushes_are_thrown_away(tr
         assert 0.1 - 1e-3 <= expire.seconds - first < 0.4
 
 
+@pytest.mark.slow
 def test_steps_by_speed_under_delayed_nesterov_whatever_the_partition(train):
     """Equal shards, speeds 1 : 4: the quick one makes four times as many steps; with dynamic=False as many."""
     with labkit.connect("threads", 2, slowdown=[1, 4]) as uneven:

@@ -546,6 +546,7 @@ def test_a_link_that_is_dropped_on_request(tmp_path):
     assert (result["state"], result["samples"]) == ("done", 34)
 
 
+@pytest.mark.slow
 def test_a_member_who_does_not_speak_labkit_is_put_out_and_the_run_goes_on(tmp_path):
     nonsense = [{"op": "push"}, {"op": "push", "samples": "x"}, {"op": "no such thing"}, {"op": "heartbeat"}]
     joins = [{"worker": "x"}, {"worker": -1}, {"worker": 10**30}, {"worker": None}, {"seconds_per_sample": "fast"}]

@@ -224,6 +224,7 @@ group.close()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tmp_path, monkeypatch):
     folder = str(tmp_path / "ranks")
     with monkeypatch.context() as short:
