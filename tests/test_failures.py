@@ -145,9 +145,12 @@ class Story:
     def __init__(self, scenario, lab, path, servers, monkeypatch):
         self.scenario, self.lab, self.path, self.servers = scenario, lab, path, servers
         self.raised, self.begins_to_leave, self.is_gone = [], False, False
+        self.is_to_be_stopped = scenario == "resumed"
         local_pass, push = replica.Replica.local_pass, worker._Worker._push_and_pull
 
         def waiting(it, grant, **options):
+            if self.is_to_be_stopped and grant.version:
+                until(it.halted)
             if it.worker == 1 and grant.version and scenario == "all-reduce":
                 self._leave(options["group"])
                 until(it.halted)
@@ -179,6 +182,7 @@ class Story:
             self.before = self.train()
             until(lambda: self.before.status()["version"])
             self.before.stop()
+            self.is_to_be_stopped = False
 
     @property
     def course(self):
