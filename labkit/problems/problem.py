@@ -393,12 +393,12 @@ class Problem:
 
     def fingerprint(self, seed: int) -> Fingerprint:
         """What `new_module(seed)` is in this process, on the CPU."""
-        state, batch = Flat(self.new_module(seed)), self.load(self.train_indices()[:2])
+        state, batch = Flat(self.new_module(seed)), self.load(self.train_indices()[:8])
         return fingerprint(state, self._measured_on(batch, seed), seed)
 
     def check_same(self, seed: int, other: Fingerprint) -> None:
         """ProblemError where another process, of which this is the fingerprint, builds another network with this seed."""
-        check_same(self.fingerprint(seed), other, self._title(), 1e-3 if self.precision == "float32" else 3e-2)
+        check_same(self.fingerprint(seed), other, self._title())
 
     def _measured_on(self, batch: Any, seed: int) -> Callable[[nn.Module], dict[str, float]]:
         def measured(module: nn.Module) -> dict[str, float]:

@@ -331,6 +331,14 @@ def test_a_worker_that_builds_another_network_than_the_kernel_is_refused(monkeyp
         a_problem.check_same(0, of_kernel)
 
 
+def test_what_rounding_makes_of_a_loss_on_another_cpu_is_no_other_network():
+    a_problem = problem(Net)
+    mine = a_problem.fingerprint(0)
+    a_problem.check_same(0, mine._replace(loss=mine.loss * 1.01))
+    with pytest.raises(ProblemError, match="its loss is"):
+        a_problem.check_same(0, mine._replace(loss=mine.loss * 1.1))
+
+
 class Moving(Net):
     def __init__(self, how):
         super().__init__()
