@@ -8,7 +8,7 @@ Used by `labkit.training.run` for `Run.predict` and `Run.evaluate`; `arranged` a
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from labkit.data.cache import hold_out
 from labkit.data.dataset import Dataset, Field
 from labkit.errors import DataError
 
+LOOKED_AT = 64  # samples of another data set, to see in which units they are
 SCALES_APART = 50  # between the spread of what is given and of what was trained on: not the same units
 
 
@@ -75,7 +76,7 @@ def given(data: Any, like: Dataset, answers: bool) -> Given:
         return _of_arrays({name: data[name] for name in names}, like)
     if not hasattr(data, "dtype") and not isinstance(data, tuple | list) and not hasattr(data, "iloc"):
         return _of_dataset(data, like, names)
-    parts = data if answers or len(like.inputs) > 1 else (data,)
+    parts = data if len(names) > 1 or (answers and isinstance(data, tuple)) else (data,)
     if hasattr(parts, "dtype") or len(parts) != len(names):
         raise DataError(f"give a tuple of {len(names)}, ({', '.join(names)}), a name, a path or a data set.")
     return _of_arrays(dict(zip(names, parts, strict=True)), like)
@@ -153,6 +154,12 @@ def arranged(
         return x.astype(field.dtype)
     if not x.size:
         return x.astype(np.float32)
+    _compare_units(name, x, affine)
+    return x if x.dtype == stored else x.astype(np.float16 if stored == np.float16 else np.float32)
+
+
+def _compare_units(name: str, x: np.ndarray, affine: tuple[np.ndarray, np.ndarray]) -> None:
+    """A warning where samples (n, C, ...) cannot be in the units of the training."""
     spread = (
         x.std(axis=(0, *range(2, x.ndim)), dtype=np.float64) * affine[1].ravel()
     )  # of each channel, in the units of the training
@@ -160,9 +167,8 @@ def arranged(
         warnings.warn(
             f"{name} spreads {times:.3g} times as much as the data of the training: is it in the units of those? They are normalised by "
             "themselves; give them as they were given for the training.",
-            stacklevel=4,
+            stacklevel=5,
         )
-    return x if x.dtype == stored else x.astype(np.float16 if stored == np.float16 else np.float32)
 
 
 def _numbered(y: Any, classes: list[str], name: str) -> Any:
@@ -177,7 +183,7 @@ def _numbered(y: Any, classes: list[str], name: str) -> Any:
 
 def _answers(y: Any, field: Field, name: str) -> np.ndarray:
     y = array_of(name, y)
-    if y.shape[1:] != tuple(field.shape) or not y.ndim:
+    if not y.ndim or not _is_of(y.shape[1:], field.shape):
         raise DataError(f"{name} has shape {y.shape}; give (n{''.join(f', {n}' for n in field.shape)}).")
     if field.role == "label":
         known = y[~np.isin(y, field.no_class)] if field.no_class else y
@@ -188,7 +194,14 @@ def _answers(y: Any, field: Field, name: str) -> np.ndarray:
     return y.astype(field.dtype)
 
 
+def _is_of(shape: Sequence[int | None], like: Sequence[int | None]) -> bool:
+    """Are samples of this shape, with None for a length that varies, of the kind of those of the training?"""
+    return len(shape) == len(like) and all(n == m or m is None for n, m in zip(shape, like, strict=True))
+
+
 def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
+    if isinstance(data, list) and len(data) == 1 and by_items(data):  # of which none can be held out
+        data = {"train": data, "test": data}
     roles = {} if isinstance(data, Dataset) or not by_items(data) else {"pad": getattr(like, "pad", None)}
     for option, role in (("label", "label"), ("target", "target"), ("inputs", "input")) if roles else ():
         roles[option] = [name for name in names if like.fields[name].role == role] or None
@@ -200,7 +213,7 @@ def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
         raise DataError(f"data {other.name!r} have no {', '.join(missing)}: {other.described()}.")
     for name in names:
         here, there = other.fields[name], like.fields[name]
-        if here.shape != there.shape or here.role != there.role:
+        if not _is_of(here.shape, there.shape) or here.role != there.role:
             raise DataError(
                 f"data {other.name!r}: {name} is {here.role} {here.shape}; the network was trained on {there.role} {there.shape} of "
                 f"{like.name!r}. Open it with the options of the training: run.evaluate(labkit.open_dataset(..., size=...))."
@@ -214,6 +227,8 @@ def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
     }
     if like.label in samples:
         samples[like.label] = _renumbered(samples[like.label], other, like)
+    for name in (name for name in names if not is_own and like.affine_of(name)):
+        _compare_units(name, samples[name][np.arange(min(len(samples[name]), LOOKED_AT))], like.affine_of(name))
     return Given(like, samples, is_own)
 
 

@@ -221,7 +221,9 @@ def _splits(data: Any) -> dict[str, Any]:
         if more := [str(split) for split in data if split not in SPLITS]:
             raise DataError(f"there is a split {more[0]!r}. Give two, {{'train': ..., 'test': ...}}.")
         splits = dict(data)
-    elif isinstance(data, tuple | list) and len(data) == 2 and all(map(is_items, data)):
+    elif (
+        isinstance(data, tuple | list) and len(data) == 2 and all(is_items(part) and not isinstance(part, Mapping) for part in data)
+    ):
         splits = dict(zip(SPLITS, data, strict=True))
     else:
         splits = {"train": data}

@@ -4,7 +4,7 @@
     noted      that, and where each row group is: all that is in the cache
     unit       a row group; a worker gets whole ones, and trains on one after the other (`labkit.partition`,
                `labkit.training.worker.sampler`), so that each is read once a pass
-    in memory  of each thread that reads: the unit in use, the one before, and the next one, which is read ahead; and the score set
+    in memory  of each thread that reads: the unit in use, the one before, and the next one, which is read ahead; and the score set, if it is small
 
 Without a test split every tenth row group of a permutation with a fixed seed is held out as one.
 
@@ -14,6 +14,7 @@ Used by `labkit.data.open_dataset`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import threading
@@ -46,7 +47,7 @@ from labkit.data.dataset import SPLITS, Column, Dataset
 from labkit.errors import DataError
 
 IN_USE = 2  # units that a thread holds beside the one that is read ahead: batches go over the end of one
-LARGE_BYTES = 256 << 20  # of a unit: worth a word
+LARGE_BYTES = 256 << 20  # of a unit: worth a word; of samples that are asked for again and again: not held in memory
 ONE_CLASS = 0.5  # a share of units with samples of one class alone: worth a word
 
 Splits = Mapping[str, Sequence[Path]]
@@ -91,6 +92,9 @@ class Streamed(Dataset):
 
     def hold(self, indices: np.ndarray, split: str = "train") -> None:
         at = np.unique(indices)
+        each = sum(self.stored_type(name).itemsize * math.prod(self.fields[name].shape) for name in self._recipes)
+        if len(at) * each > LARGE_BYTES:  # a fold, say: it is read again each time
+            return
         if (self.path, split) not in _held or not np.array_equal(_held[self.path, split][0], at):
             _held[self.path, split] = at, self._read(list(self._recipes), split, at)
 

@@ -94,14 +94,7 @@ def one_number(value: Any) -> float | None:
 def check_names(of: str, names: Collection[Any], taken: Sequence[str] = ()) -> None:
     """ProblemError where a number cannot have one of these names as a column of tables and figures, or where they are too many."""
     for name in names:
-        if (
-            not isinstance(name, str)
-            or not name
-            or not name.isprintable()
-            or "<" in name
-            or name in taken
-            or name.startswith("train_")
-        ):
+        if not _is_column(name, taken):
             raise ProblemError(f"{of}: a number cannot be called {name!r}. Give another name, a text.")
     if len(names) > MOST:
         raise ProblemError(f"{of} gives {len(names)} numbers; {MOST} at most are recorded.")

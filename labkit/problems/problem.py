@@ -253,7 +253,8 @@ class Problem:
         if not len(indices):
             return 0.0
         if getattr(self.score, "__func__", None) is Problem.score:
-            return self.measure(module, indices, "train", device).get("score")
+            score = self.measure(module, indices, "train", device).get("score")
+            return None if score is None else float(score)  # a measure of the user's own may give a tensor
         parts = batches(indices, MEASURED)
         return self._mean(({"score": self.score(module, self.load(part, "train", device))} for part in parts), parts)["score"]
 
@@ -363,12 +364,17 @@ class Problem:
                 "not weigh pushes by it, such as 'fedasync', with neither target nor patience; of an error or a distance as score "
                 "say lower_is_better = True."
             )
-        check_names(f"{title}: evaluate()", measured, OF_A_CURVE)
+        self._check_columns("evaluate()", measured)
         check_names(f"{title}: step()", stepped)
         for of, name, value in [("step()", *one) for one in stepped.items()] + [("evaluate()", *one) for one in measured.items()]:
             if one_number(value) is None or (of == "step()" and isinstance(value, torch.Tensor) and value.dim()):
                 got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
                 raise ProblemError(f"{title}: {name!r} of {of} is {got}. Each entry is one number or a tensor with one, shape ().")
+
+    def _check_columns(self, of: str, measured: Mapping[str, Any]) -> None:
+        """ProblemError for a number of a whole set that cannot be a column of the curve, beside those of the average."""
+        averaged = [f"ema_{name}" for name in measured] if self.ema else []
+        check_names(f"{self._title()}: {of}", measured, (*OF_A_CURVE, *averaged))
 
     def _advice(self, error: Exception) -> str:
         """What the network was given, where that explains an error of its own; "" elsewhere."""
@@ -512,7 +518,7 @@ class Problem:
         k, n : 0 <= k < n, of at least two folds. Each sample of the training split, or of the first `train_samples` of it, is in one
             fold. The folds have as many samples, and as many of each class where there are labels, but for one. All of a fold
             is the score set, whatever `score_samples` is; a rule that weighs pushes measures it at each push. Samples that are
-            read in units (row groups) are dealt out by whole units.
+            read in units (row groups) are dealt out by whole units, and a large fold of these is read anew each time.
         seed : deals the samples out; the same for all k.
 
         Raises

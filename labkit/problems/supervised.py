@@ -155,8 +155,12 @@ class Supervised(Problem):
         if not self._evaluates_itself:
             self._loss.check(*self._outputs_of(module, *self.load(self.train_indices()[:LOOKED_AT])))
         if self.metrics:
+            if self._evaluates_itself:
+                raise ProblemError(
+                    f"{self._title()} has an evaluate() of its own: have it return the metrics, and leave metrics= out."
+                )
             try:
-                self.measure(module, self.score_indices())
+                self._check_columns("metrics", self.measure(module, self.score_indices()))
             except LabError:
                 raise
             except Exception as error:
@@ -193,9 +197,13 @@ class Supervised(Problem):
         parts = list(zip(_cut(x, n), _cut(y, n), strict=True))
         counts = [self._loss.count(part if own is None else own) for part, own in parts]
         loss, total = 0.0, sum(counts)
+        if isinstance(total, torch.Tensor):  # a batch may be ignored as a whole
+            total = total.clamp(min=torch.finfo(torch.float32).tiny)
+        wrapped = [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
         for at, ((part, own), count) in enumerate(zip(parts, counts, strict=True), 1):
-            alone = isinstance(module, DistributedDataParallel) and at < n  # the ranks meet in the last backward pass
-            with module.no_sync() if alone else contextlib.nullcontext():
+            with contextlib.ExitStack() as alone:  # the ranks, which may have fewer parts, meet in the last backward pass
+                for network in wrapped if at < n else ():
+                    alone.enter_context(network.no_sync())
                 share = self._loss_of(module, part, own) * (count / total)
                 share.backward()
             loss = loss + share.detach()

@@ -214,6 +214,10 @@ def _check_subnets(problem: Classifier, subnets: list[Subnet], seed: int, inputs
         raise ProblemError(
             f"subnets pick single samples, and data {problem.dataset.name!r} are read row group by row group. Use one file with stream=False."
         )
+    if len(problem.dataset.inputs) > 1 or problem.dataset.label is None:
+        raise ProblemError(
+            f"subnets are of one input and of one label a sample; data {problem.dataset.name!r} have {problem.dataset.described()}."
+        )
     problem.check(seed)
     one = subnets[0]
     for indices in (each.train_indices() for each in (problem, one, *one.copies())):

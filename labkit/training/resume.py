@@ -13,7 +13,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,9 @@ def resume(
         were written in a notebook cell and are not given.
     """
     run = load_run(path := file_path("path", path))
+    on_version = (
+        None if on_version is None else instance("on_version", on_version, Callable, ", on_version(run, version, measured)")
+    )
     _check_ended(run)
     lock = server_file.hold(path, run.config.id)
     try:

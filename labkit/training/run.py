@@ -310,7 +310,12 @@ class Run(RunRecord):
 
         def forward(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
             with problem.autocast(torch.device("cpu")):
-                return network(*x) if isinstance(x, tuple) else network(x)
+                made = network(*x) if isinstance(x, tuple) else network(x)
+            if not isinstance(made, torch.Tensor):
+                raise ProblemError(
+                    f"this network gives a {type(made).__name__}, no tensor with a row a sample. Call run.model() itself."
+                )
+            return made
 
         return outputs(problem, self._network(version), np.arange(problem.dataset.n_test), "test", forward=forward)
 

@@ -141,6 +141,9 @@ def train(
     bounds = {} if getattr(problem, "lower_is_better", False) else {"above": 0, "most": 1}
     limits["target"] = None if target is None else real("target", target, **bounds)
     limits["patience"] = None if patience is None else whole("patience", patience, error=ValueError)
+    on_version = (
+        None if on_version is None else instance("on_version", on_version, Callable, ", on_version(run, version, measured)")
+    )
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
     instance("lab", lab, Lab, " of labkit.connect(...)")

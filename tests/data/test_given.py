@@ -115,6 +115,8 @@ def test_what_does_not_fit_is_refused_and_other_units_are_said():
     ):
         with pytest.raises(DataError, match=message):
             given(wrong, like, answers=True)
+    with pytest.warns(UserWarning, match=r"x spreads 0.0039. times"):
+        given(torch.utils.data.TensorDataset(torch.from_numpy(x / np.float32(255)), torch.from_numpy(y)), like, answers=False)
     with pytest.warns(
         UserWarning, match="x spreads 0.0039. times as much as the data of the training: is it in the units of those"
     ):
@@ -179,5 +181,11 @@ def test_a_set_by_items_is_read_in_the_roles_of_the_training():
         assert one.n_test == n and batch["y"].dtype == like.fields["y"].dtype
         np.testing.assert_array_equal(batch["y"], np.arange(n))
         np.testing.assert_array_equal(batch["x"], [[i] * (i % 3 + 1) + [0] * (2 - i % 3) for i in range(n)])
+    several = [{"x": [float(i)] * (i % 3 + 1), "y": i} for i in range(9)]
+    like = open_dataset(several, target="y", pad=0)
+    for rows in (several[2:3], several[::3]):  # one, or several of one length
+        assert given(rows, like, answers=True).batch([0], "test")["y"] == rows[0]["y"]
+    with pytest.raises(DataError, match=r"x is input \(2, 1\); the network was trained on input \(None,\)"):
+        given([{"x": [[1.0], [2.0]], "y": 1}] * 2, like, answers=True)
     held = np.flatnonzero(hold_out(7))  # the longest of a batch is in one split, and a shorter one in the other
     assert given(Numbered(7), like, answers=True).batch([held[0], 3], "test")["x"].shape == (2, held[0] % 3 + 1)

@@ -161,6 +161,17 @@ def test_each_row_group_is_read_once_a_pass_ahead_and_the_score_set_once(one_fil
     assert sorted(both.sum(axis=(1, 2, 3)).round(1)) == sorted(np.tile(expected, (2, 1, 1, 1)).sum(axis=(1, 2, 3)).round(1))
 
 
+def test_a_score_set_as_large_as_a_fold_of_a_large_set_is_not_held_in_memory(one_file, monkeypatch):
+    problem = problem_on(open_dataset(one_file[0], stream=True)).fold(0, 3)
+    data, at = problem.dataset, problem.score_indices()
+    for most, is_held in ((streamed.LARGE_BYTES, True), (len(at), False)):
+        monkeypatch.setattr(streamed, "LARGE_BYTES", most)
+        monkeypatch.setattr(streamed, "_held", {})
+        data.hold(at)
+        assert bool(streamed._held) == is_held and len(at) == 90
+        np.testing.assert_array_equal(data.labels()[at], data.batch(at)["y"])
+
+
 def test_a_fault_of_what_is_read_ahead_is_raised_where_it_is_asked_for(one_file, monkeypatch):
     path, *_ = one_file
     data = open_dataset(path, stream=True)

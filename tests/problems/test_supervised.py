@@ -35,6 +35,18 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
     assert sizes == [2] * 5
 
 
+def test_a_batch_that_is_ignored_as_a_whole_changes_nothing_also_in_parts():
+    x = np.random.default_rng(0).normal(size=(40, 1, 4, 4)).astype(np.float32)
+    y = np.where(np.arange(40)[:, None, None] < 30, 255, x[:, 0] > 0)
+    loss = {"name": "cross-entropy", "ignore_index": 255}
+    for n in (1, 2):
+        problem = Classifier(lambda: nn.Conv2d(1, 2, 1), (x, y), loss=loss, accumulate=n)
+        module, train = problem.new_module(0), problem.train_indices()
+        ignored = train[(problem.load(train)[1] == 255).flatten(1).all(1).numpy()][:8]
+        before = weights(module)
+        assert steps(problem, module, indices=ignored)[0] == [0] and torch.equal(weights(module), before)
+
+
 def test_long_gradients_are_shortened_and_reported():
     problem = tiny(clip_norm=0.01, momentum=0.0, lr=1.0)
     module = problem.build(0)
@@ -91,6 +103,16 @@ def test_a_subclass_that_evaluates_itself_is_measured_by_that():
 
     problem = Own("lenet", tiny().data)
     assert problem.measure(None, np.arange(12), batch_size=6) == {"loss": 2.0, "score": 0.25, "n": 6.0}
+    with pytest.raises(ProblemError, match=r"has an evaluate\(\) of its own: have it return the metrics"):
+        Own("lenet", tiny().data, metrics=["accuracy"]).check()
+
+
+def test_a_metric_may_not_have_the_name_of_a_column_of_the_average():
+    one, several = {"ema_score": lambda outputs, targets: 7.0}, {"ema": lambda outputs, targets: {"loss": 7.0}}
+    tiny(metrics=one).check()
+    for metrics in (one, several):
+        with pytest.raises(ProblemError, match="metrics: a number cannot be called 'ema_"):
+            tiny(metrics=metrics, ema=0.9).check()
 
 
 # The record.

@@ -264,6 +264,9 @@ def test_what_does_not_fit_is_an_error_that_names_it(train, tmp_path):
     with pytest.raises(ProblemError, match=r"classes \[2\] of 4 have no sample among"):
         x, y = data(n_classes=4)
         train(problem(data=(x[y != 2], y[y != 2], x, y)))
+    for wrong in ((x, np.eye(4, dtype=int)[y]), {"a": x, "b": x, "y": y}):
+        with pytest.raises(ProblemError, match="subnets are of one input and of one label a sample; data 'arrays' have "):
+            train(problem(data=wrong, loss="bce-with-logits"))
     with pytest.raises(ProblemError, match=r"the last dense layer .* is not used .* Give inputs=.logits"):
         train(problem(leftover), inputs="features")
     y[:], y[:1] = y % 2, 2  # one sample: the copy that is to judge it cannot know its class

@@ -154,9 +154,10 @@ def test_a_slow_callback_is_called_for_every_version_and_what_it_raises_at_the_e
         ({"target": 0}, "target=0"),
         ({"patience": 0}, "patience=0"),
         ({"patience": 1.5}, "patience=1.5"),
+        ({"on_version": "print"}, r"on_version='print' must be a Callable, on_version\(run, version, measured\)"),
     ],
 )
 def test_limits_that_make_no_sense_start_nothing(train, tmp_path, wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         train(problem(), **wrong)
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())

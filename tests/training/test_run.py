@@ -169,6 +169,15 @@ def test_raw_samples_are_predicted_and_measured_as_in_the_curve(cache):
         run.predict(np.zeros((3, 9, 8)))
 
 
+def test_a_network_whose_outputs_are_several_is_left_to_its_model(cache, monkeypatch):
+    run = labkit.load_run(DIGITS)
+    monkeypatch.setattr(run, "_network", lambda version: torch.nn.Flatten(), raising=True)
+    assert run._outputs(np.zeros((3, 8, 8)), None).shape == (3, 64)
+    monkeypatch.setattr(torch.nn.Flatten, "forward", lambda self, x: (x, x))
+    with pytest.raises(labkit.ProblemError, match=r"gives a tuple, no tensor with a row a sample. Call run.model\(\)"):
+        run.predict(np.zeros((3, 8, 8)))
+
+
 class Loading(labkit.Classifier):
     """Reads its samples in a way of its own."""
 

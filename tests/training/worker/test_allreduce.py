@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import labkit
 from labkit.errors import ProblemError
-from labkit.problems import Classifier
+from labkit.problems import Classifier, Clock
 from labkit.training.worker import allreduce
 from labkit.training.worker.allreduce import Broken, ProcessGroup, backend
 from labkit.training.worker.heartbeat import Heartbeat
@@ -137,6 +137,32 @@ def test_networks_that_are_used_one_after_the_other_have_the_gradients_of_the_jo
     in_turn(joint, [np.concatenate(step) for step in zip(*parts, strict=True)], x)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     torch.testing.assert_close(results[0], nn.utils.parameters_to_vector(joint.parameters()).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_with_batches_in_other_numbers_of_parts_meet_once_a_step_in_each_network(cache, tmp_path):
+    x = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    options = {"clip_norm": 0.1, "lr": 0.5, "batch_size": 8}
+    joint, parted = (Classifier(network, (x, np.arange(60) % 3), accumulate=n, **options) for n in (1, 4))
+    shards, clock = np.split(joint.train_indices()[:12], [8]), Clock(0, 1, 0.0)
+
+    def work(group, rank):
+        module = network()
+        wrapped, optimisers = group.wrap(module, [module[0], module[2]]), parted.optimisers(module)
+        for _ in range(2):
+            group.begin(len(shards[rank]) / 12)
+            with group.exchanging():
+                parted.step(wrapped, parted.load(shards[rank]), optimisers, clock)
+        return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+    results, errors = ranks(2, work, tmp_path)
+    assert not any(errors), errors
+    module = network()
+    optimisers = joint.optimisers(module)
+    for _ in range(2):
+        joint.step(module, joint.load(np.concatenate(shards)), optimisers, clock)
+    expected = nn.utils.parameters_to_vector(module.parameters()).detach()
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("slow", [0, 1])
