@@ -18,7 +18,9 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional as F
 
+from labkit.data.columns import NO_LABEL
 from labkit.errors import ProblemError
 from labkit.imports import check_settings, chosen
 
@@ -163,4 +165,16 @@ def _joined(parts: Sequence[Any]) -> Any:
         return {name: _joined([part[name] for part in parts]) for name in parts[0]}
     if isinstance(parts[0], tuple):
         return tuple(map(_joined, zip(*parts, strict=True)))
-    return torch.cat(parts)
+    return together(parts)
+
+
+def together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Batches (n, ...) as one. Where samples of some are shorter they are filled up behind their end, as within a batch: whole numbers
+    with what is no label."""
+    if len({part.shape[1:] for part in parts}) > 1:
+        most = [max(lengths) for lengths in zip(*(part.shape[1:] for part in parts), strict=True)]
+        fill = 0 if parts[0].is_floating_point() else NO_LABEL
+        for at, part in enumerate(parts := list(parts)):
+            room = [edge for n, length in zip(most, part.shape[1:], strict=True) for edge in (n - length, 0)]
+            parts[at] = F.pad(part, room[::-1], value=fill)  # from the last axis on, before and behind
+    return torch.cat(list(parts))

@@ -35,7 +35,8 @@ class Regressor(Supervised):
         `labkit.Classifier`.
     data : as of `Problem`; what is called y, label(s) or target(s) is a target, also where it is whole numbers.
     loss : "mse", "mae", "huber", "smooth-l1", "poisson-nll" or another of torch's by its name, with settings
-        {"name": "huber", "delta": 2.0}, or a function (outputs, targets); of several targets it gets a dict of them by name.
+        {"name": "huber", "delta": 2.0}, or a function (outputs, targets); of several targets it gets a dict of them by name. Score, metrics
+        and `predict` take outputs as they are: with "poisson-nll" they are logarithms, unless it has {"log_input": False}.
     lr, momentum, weight_decay, optimiser, schedule, metrics, clip_norm, accumulate : as of `labkit.Classifier`.
 
     A bad argument is a ValueError or TypeError at once; a model that does not fit the data a ProblemError in `check`.

@@ -24,7 +24,7 @@ from labkit.errors import LabError, ProblemError, plain_scalar, real, whole
 from labkit.imports import reference
 from labkit.models import check_model, describe, evaluating, make_model
 from labkit.problems.losses import Loss
-from labkit.problems.metrics import Meter, check_metrics, make_meters, number
+from labkit.problems.metrics import Meter, check_metrics, make_meters, number, together
 from labkit.problems.optimisers import check_optimiser, make_optimiser
 from labkit.problems.problem import MEASURED, Clock, Metrics, Optimisers, Problem
 from labkit.problems.schedules import make_schedule
@@ -135,13 +135,13 @@ class Supervised(Problem):
         for part in batches(indices, MEASURED):
             out, wanted = self._outputs_of(module, *self.load(part, split, device))
             losses += [self._loss(_one(out, at), _one(wanted, at)).item() for at in range(len(part))]
-            outputs.append(out.cpu().numpy() if isinstance(out, torch.Tensor) else None)
-            targets.append(wanted.cpu().numpy() if isinstance(wanted, torch.Tensor) and self.dataset.answers else None)
+            outputs.append(out.cpu() if isinstance(out, torch.Tensor) else None)
+            targets.append(wanted.cpu() if isinstance(wanted, torch.Tensor) and self.dataset.answers else None)
         found = {"loss": np.array(losses)}
         if targets[0] is not None:
-            wanted, is_label = np.concatenate(targets), self.dataset.fields[self.dataset.answers[0]].role == "label"
+            wanted, is_label = together(targets).numpy(), self.dataset.fields[self.dataset.answers[0]].role == "label"
             found = {"label": wanted.astype(np.int64), **found} if is_label else {"target": wanted, **found}
-        return {**found, **self.said(np.concatenate(outputs))} if outputs[0] is not None else found
+        return {**found, **self.said(together(outputs).numpy())} if outputs[0] is not None else found
 
     def said(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
         """What is made of outputs, for `each`."""

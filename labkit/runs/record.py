@@ -197,11 +197,12 @@ class RunRecord:
 
     @property
     def test_score(self) -> float | None:
-        """Score of the newest version on the test set: the last of `curve()`, `summary()["score"]`; None until the curve is measured."""
+        """Score of the newest version on the test set: the last of `curve()`, `summary()["score"]`; None until the curve is measured, and
+        where the problem has no score."""
         if not (self.path / "metrics.parquet").exists():
             return None
         curve = self.curve()
-        return float(curve.score.iloc[-1]) if len(curve) else None
+        return float(curve.score.iloc[-1]) if len(curve) and curve.score.notna().iloc[-1] else None
 
     def allocations(self) -> pd.DataFrame:
         """Samples by worker: worker, pass (number of the allocation), samples (added), total (held then)."""

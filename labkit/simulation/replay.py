@@ -68,7 +68,7 @@ def replay(
     exact = update is None or is_rule_of(run, "update", rule)
     _check_replayable(run, rule)
     problem = problem_of(run, run._problem if problem is None else problem, by="replay")
-    check_weighed(problem, rule)
+    check_weighed(problem, rule, None if exact else run)
     partition = rule_of(run, "partition", partition, by="replay")
     lives = read_lives(run)
     origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.id}

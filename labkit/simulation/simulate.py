@@ -111,7 +111,7 @@ def simulate(
         raise ValueError("numerics=True trains the model of a recorded run: not with speeds, samples= or n_weights=.")
     problem = problem_of(base, base._problem if problem is None else problem, by="simulate") if numerics else None
     if problem:
-        check_weighed(problem, update)
+        check_weighed(problem, update, base)
     batch_size = config.batch_size or base.problem().batch_size
     servers, numerics = whole("servers", servers), flag("numerics", numerics)
     size = base.layout.size if base else scenario.UNKNOWN["n_weights"]

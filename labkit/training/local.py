@@ -20,6 +20,7 @@ from labkit.errors import ProblemError
 from labkit.models.flat import Flat
 from labkit.partition import UDPA
 from labkit.problems import Clock, Problem, evaluating
+from labkit.problems.metrics import together
 from labkit.problems.problem import draws, noise
 from labkit.problems.splits import batches
 from labkit.training.worker.sampler import Shard
@@ -148,4 +149,4 @@ def outputs(
     """What `forward(module, samples)` gives, by default the logits (n, K), float32."""
     with evaluating(module) as plain:
         found = [forward(plain, problem.load(part, split, device)[0]).float().cpu() for part in batches(indices, BATCH)]
-    return torch.cat(found).numpy()
+    return together(found).numpy()

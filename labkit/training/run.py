@@ -127,7 +127,7 @@ class Run(RunRecord):
 
         self._check_attached()
         try:
-            show(self.label, lambda: self.status() | {"test_score": self.test_score})
+            show(self.label, lambda: {"budget": self.config.budget, **self.status(), "test_score": self.test_score})
         except KeyboardInterrupt:  # as in `wait`
             self.stop()
             raise

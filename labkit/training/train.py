@@ -315,12 +315,17 @@ def check_traffic(update: Update, exchange: str, overlap: int) -> dict[str, Any]
     return {"exchange": exchange, "overlap": overlap}
 
 
-def check_weighed(problem: Problem, update: Update) -> None:
-    """ProblemError where a rule weighs pushes by a score of which less is better."""
+def check_weighed(problem: Problem, update: Update, run: Run | None = None) -> None:
+    """ProblemError where a rule weighs pushes by a score of which less is better, or there is none, as a `run` shows."""
     if update.scored and problem.lower_is_better:
         raise ProblemError(
             f"{problem._title()} has a score of which less is better, and {update.name} weighs pushes by a score in [0, 1] of which "
             "more is better. Use a rule that does not, such as 'localsgd' or 'fedasync'."
+        )
+    if update.scored and run and (run.events.kind == "push").any() and run.events.score.isna().all():
+        raise ProblemError(
+            f"{problem._title()} has no score, as no push of run {run.name} has one, and {update.name} weighs pushes by it. Use a rule "
+            "that does not, such as 'localsgd' or 'fedasync'."
         )
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from labkit.data import open_dataset
 from labkit.errors import ProblemError, RunError
-from labkit.problems import Classifier, Clock, Regressor
+from labkit.problems import Classifier, Clock, Regressor, supervised
 from labkit.problems.problem import problem_from_config
 from tests.problems.test_problem import START, features, in_notebook, steps, tiny, weights
 
@@ -88,6 +89,31 @@ def test_metrics_are_of_the_whole_set():
         problem.quality(problem.build(0), problem.train_indices())
         == problem.measure(problem.build(0), problem.train_indices())["score"]
     )
+
+
+def test_samples_of_many_lengths_are_measured_and_listed_over_several_batches(monkeypatch):
+    class Tags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(9, 3)
+
+        def forward(self, ids):
+            return self.embed(ids).movedim(-1, 1)
+
+    def right(outputs, targets):
+        return (outputs.argmax(1) == targets)[targets >= 0].float().mean()
+
+    rows = [{"ids": [i % 9] * (1 + i % 7), "labels": [i % 3] * (1 + i % 7)} for i in range(40)]
+    problem = Classifier(Tags, open_dataset(rows, pad=0), metrics=[right])
+    module, indices = problem.new_module(0), np.arange(30)
+    found = [problem.measure(module, indices, batch_size=n) for n in (3, 30)]
+    assert found[0] == pytest.approx(found[1]) and found[0]["right"] == pytest.approx(found[0]["score"])
+    whole = problem.each(module, indices)
+    monkeypatch.setattr(supervised, "MEASURED", 3)
+    cut = problem.each(module, indices)
+    assert cut["label"].shape == cut["predicted"].shape == (30, 7)
+    counted = cut["label"] >= 0
+    assert all(np.array_equal(cut[name][counted], whole[name][counted]) for name in ("label", "predicted"))
 
 
 def test_two_metrics_of_one_name_are_refused():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 import labkit
 from labkit import chaos
-from labkit.errors import LabError, RunError
+from labkit.errors import LabError, ProblemError, RunError
 from labkit.plots import style
 from labkit.runs import checkpoints
 from labkit.runs.events import read_rows
@@ -376,6 +377,10 @@ def test_what_cannot_be_replayed_says_why(train, lab, tmp_path):
         labkit.replay(run, problem=problem(net_with_statistics, schedule="cosine", lr=0.1))
     with pytest.raises(RunError, match=r"computed on cuda:0, .*cannot be replayed bit for bit"):
         labkit.replay(rewrite(run, lambda rows: nth(rows, "join", 1).update(device="cuda:0")))
+    unscored = rewrite(run, lambda rows: [row.update(score=None) for row in rows if row["kind"] == "push"])
+    for again in (labkit.replay, partial(labkit.simulate, numerics=True)):
+        with pytest.raises(ProblemError, match=r"has no score, as no push of run r has one, and sgwu weighs pushes by it"):
+            again(unscored, update={"name": "sgwu", "quorum": 0.5})
     write_json(run.path / "config.json", {**run.config, "format": 1})
     with pytest.raises(RunError, match=r"before there were replays \(format 1\): .* Train it again"):
         labkit.replay(labkit.load_run(run.path, problem=run.problem()))

@@ -169,6 +169,12 @@ def test_raw_samples_are_predicted_and_measured_as_in_the_curve(cache):
         run.predict(np.zeros((3, 9, 8)))
 
 
+def test_progress_of_a_run_that_is_read_back_is_of_its_budget(capsys):
+    run = labkit.load_run(DIGITS)
+    run.progress()
+    assert f"100%, {run.config.budget:,} of {run.config.budget:,} samples" in capsys.readouterr().out
+
+
 def test_a_network_whose_outputs_are_several_is_left_to_its_model(cache, monkeypatch):
     run = labkit.load_run(DIGITS)
     monkeypatch.setattr(run, "_network", lambda version: torch.nn.Flatten(), raising=True)
