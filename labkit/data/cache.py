@@ -59,7 +59,7 @@ class Source:
     made: bool = False
     role: str = "input"
     as_given: bool = False
-    padded: bool = False
+    padded: float | None = None  # with what shorter samples were filled up to one length
     classes: tuple[str, ...] | None = None  # the names of labels that were texts
     columns: tuple[str, ...] | None = None  # of a table, of which this is made
 
@@ -471,6 +471,7 @@ def _write_as_given(
     if not (role == "label" and not shape):
         note = " ".join(n for n in (note, _constant(f"{name}: {field}", least, most)) if n)
     about = {"shape": list(shape), "dtype": str(dtype), "role": role, "n_values": n_values, "no_class": no_class}
+    about |= {} if given["train"].padded is None else {"pad": given["train"].padded}
     return about if at else {**about, "stored": kept.str}, note
 
 

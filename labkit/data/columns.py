@@ -220,7 +220,7 @@ def _decided(name: str, column: str, role: str, given: Mapping[str, Source], ask
     if role == "input":
         if asked.includes("tokens", column) and not whole:
             raise DataError(f"{name}: tokens={column!r} is of type {given['train'].dtype}. Token ids are integers.")
-        unnormalised, padded = asked.includes("as_given", column), given["train"].padded
+        unnormalised, padded = asked.includes("as_given", column), given["train"].padded is not None
         guessed = asked.tokens is None and not unnormalised and (column.lower() in IDS or padded) and "b" not in kinds
         if whole and (asked.includes("tokens", column) or (guessed and len(shape) == 1)):
             if (least := min(block.min() for source in given.values() for block in source.chunks())) < 0:
@@ -408,7 +408,7 @@ def padded(name: str, column: str, samples: Sequence[np.ndarray], asked: Asked, 
             yield filled(samples[at : at + rows], most, dtype, pad)
 
     about = f"{name}: {column} has {least} to {most} entries a sample, filled up with {pad:g} to {most}."
-    return Source(shape, dtype, chunks, about=about, padded=True)
+    return Source(shape, dtype, chunks, about=about, padded=pad)
 
 
 def check_pad(name: str, column: str, asked: Asked, least: int, most: int) -> None:

@@ -96,6 +96,7 @@ class Dataset:
         }
         self._stems = {name: of.get("stem", name) for name, of in stored.items()}
         self._channels_last = {name for name, of in stored.items() if of.get("channels_last")}
+        self._pads = {name: of["pad"] for name, of in stored.items() if "pad" in of}
         self._columns = {name: of["columns"] for name, of in stored.items() if "columns" in of}
         self._affine = {name: _affine(of) for name, of in stored.items() if "mean" in of}
         self.inputs = [name for name, field in self.fields.items() if field.role == "input"]
@@ -127,6 +128,10 @@ class Dataset:
     def columns_of(self, field: str) -> list[str]:
         """The columns of a table that a field is made of: several features are one input."""
         return self._columns.get(field, [field])
+
+    def pad_of(self, field: str) -> float | None:
+        """What stands behind the end of samples of a field that are shorter than others; None where all have one length."""
+        return self._pads.get(field)
 
     def stored_type(self, field: str) -> np.dtype:
         """The type in which a field is stored: bytes stay bytes."""

@@ -16,6 +16,7 @@ import numpy as np
 from labkit.data import by_items, named, open_dataset, streamed
 from labkit.data.arrays import array_of
 from labkit.data.cache import hold_out
+from labkit.data.columns import filled, in_memory
 from labkit.data.dataset import Dataset, Field
 from labkit.errors import DataError
 
@@ -111,6 +112,7 @@ def _of_arrays(arrays: Mapping[str, Any], like: Dataset) -> Given:
     samples = {}
     for name, value in arrays.items():
         field = like.fields[name]
+        value = _filled_up(value, field, like.pad_of(name), name)
         if field.role == "input":
             samples[name] = arranged(value, field, like.affine_of(name), like.stored_type(name), name, like.is_channels_last(name))
         else:
@@ -120,6 +122,19 @@ def _of_arrays(arrays: Mapping[str, Any], like: Dataset) -> Given:
     if len(set(n.values())) > 1:
         raise DataError(f"the arrays are of different lengths: {', '.join(f'{name} {length}' for name, length in n.items())}.")
     return Given(like, samples)
+
+
+def _filled_up(value: Any, field: Field, pad: float | None, name: str) -> Any:
+    """Samples that are shorter than those of the training, filled up behind their end as those were (`pad`; None: they were not)."""
+    if pad is None or not field.shape:
+        return value
+    samples = in_memory("samples", name, value)
+    if not len(samples) or (not isinstance(samples, list) and (samples.ndim < 2 or field.shape[0] in (None, samples.shape[1]))):
+        return value
+    longest = max(map(len, samples))
+    if longest > (most := field.shape[0] or longest):
+        raise DataError(f"{name}: a sample has {longest} entries, and those of the training had {most} at most. Cut it.")
+    return filled(samples, most, np.result_type(np.int8, *{part.dtype for part in samples}), pad)
 
 
 def arranged(

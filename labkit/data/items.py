@@ -116,6 +116,9 @@ class Items(Dataset):
     def stored_type(self, field: str) -> np.dtype:
         return self.fields[field].dtype
 
+    def pad_of(self, field: str) -> float | None:
+        return NO_LABEL if self.fields[field].role == "label" and self.pad is not None else self.pad
+
     def _map(self, field: str, split: str) -> Any:
         return Column(self, field, split)
 
@@ -153,7 +156,7 @@ class Items(Dataset):
             )
         lengths = [len(part) for part in parts]
         check_pad(f"{self.name}: item {items[odd][0]} and others", name, self._asked, min(lengths), max(lengths))
-        return filled(parts, max(lengths), field.dtype, NO_LABEL if field.role == "label" else self._asked.pad)
+        return filled(parts, max(lengths), field.dtype, self.pad_of(name))
 
 
 def from_items(data: Any, asked: Asked) -> Dataset:

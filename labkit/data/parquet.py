@@ -94,7 +94,7 @@ def column(
                 return (padded(path, name, batch.column(name), most, dtype, asked.pad) for batch in batches())
 
             about = f"{path.stem}: {name} has {least} to {most} entries a sample, filled up with {asked.pad:g} to {most}."
-            return Source((n, most), dtype, whole, about=about, padded=True)
+            return Source((n, most), dtype, whole, about=about, padded=asked.pad)
 
     first = values(path, name, next(batches()).column(name), shape)
 

@@ -383,7 +383,7 @@ def _recipe(source: Source, field: str, about: Mapping[str, Any], columns: Colum
         "together": bool(source.columns),  # several columns of numbers, side by side
         "given": list(given),
         "shape": about["shape"],
-        "length": given[0] if columns[of[0]].padded else None,
+        "length": None if columns[of[0]].padded is None else given[0],
         "pad": asked.pad,
     }
 

@@ -237,7 +237,7 @@ class Run(RunRecord):
         ----------
         x : samples as they were given for the training, in their own units: an array, tensor, list or DataFrame of shape (n, *shape),
             channels first or last; a single channel may be left out. They are converted and normalised as those of the training
-            were. Of several inputs a tuple, or a dict by name. Or a data set: its name, its path, or what `open_dataset` returns, with
+            were, and filled up as those were where they are shorter (`pad=`). Of several inputs a tuple, or a dict by name. Or a data set: its name, its path, or what `open_dataset` returns, with
             a row for each sample of its test split, or of the whole where it came without one, in the order of its files or rows.
         version : as in `flat`.
 

@@ -160,6 +160,19 @@ def test_a_table_is_read_by_the_columns_of_the_training():
             given(table, like, answers=True)
 
 
+def test_samples_that_are_shorter_than_those_of_the_training_are_filled_up_as_those_were():
+    ids = [[1 + i % 4] * (2 + i % 3) for i in range(40)]
+    like = open_dataset({"ids": ids, "labels": ids}, pad=0, tokens="ids", label="labels")
+    assert like.fields["ids"].shape == (4,)
+    batch = given({"ids": ids[:5], "labels": ids[:5]}, like, answers=True).batch(np.arange(5), "test")
+    np.testing.assert_array_equal(batch["ids"], [own + [0] * (4 - len(own)) for own in ids[:5]])
+    np.testing.assert_array_equal(batch["labels"], [own + [-100] * (4 - len(own)) for own in ids[:5]])
+    for short in ([[1, 2], [3, 4]], np.array([[1, 2], [3, 4]], np.uint8)):
+        np.testing.assert_array_equal(every(given(short, like, answers=False))["ids"], [[1, 2, 0, 0], [3, 4, 0, 0]])
+    with pytest.raises(DataError, match="ids: a sample has 5 entries, and those of the training had 4 at most"):
+        given([[1] * 5, [2]], like, answers=False)
+
+
 class Numbered:
     """A set by items whose answers are whole numbers, trained on as targets."""
 
@@ -187,5 +200,7 @@ def test_a_set_by_items_is_read_in_the_roles_of_the_training():
         assert given(rows, like, answers=True).batch([0], "test")["y"] == rows[0]["y"]
     with pytest.raises(DataError, match=r"x is input \(2, 1\); the network was trained on input \(None,\)"):
         given([{"x": [[1.0], [2.0]], "y": 1}] * 2, like, answers=True)
+    cut = given({"x": [[7.0], [8.0, 9.0]], "y": [1, 2]}, like, answers=True).batch([0, 1], "test")
+    np.testing.assert_array_equal(cut["x"], [[7, 0], [8, 9]])
     held = np.flatnonzero(hold_out(7))  # the longest of a batch is in one split, and a shorter one in the other
     assert given(Numbered(7), like, answers=True).batch([held[0], 3], "test")["x"].shape == (2, held[0] % 3 + 1)
