@@ -54,6 +54,12 @@ LASTING_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkse
 LASTING_THREADS = ("Dask-Offload",)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(400))  # seconds: for those that start processes, on a machine that is busy
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

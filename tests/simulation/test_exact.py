@@ -466,13 +466,14 @@ def test_rules_with_and_without_a_barrier_are_replayed_from_two_processes_of_two
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(400)
 def test_kills_joins_and_refusals_are_replayed(tmp_path, monkeypatch):
     with labkit.connect("dask", 2) as lab:
         a_problem = problem(net_with_chance, kind=Slow)
         run = labkit.train(
             a_problem, lab, runs=tmp_path, passes=400, local_steps=4, name="r", partition=PARTITIONS["idpa"], heartbeat_timeout=1.0
         )
-        until(lambda: run.status()["version"] >= 3, 30)
+        until(lambda: run.status()["version"] >= 3, 90)
         chaos.drop_link(run, 0)
         chaos.freeze(lab, 1)
         until(lambda: "1" not in run.status()["workers"])
