@@ -201,15 +201,19 @@ def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping]
 
 def _results_file(folder: Path) -> Path:
     """Of this notebook, as far as it is known: a Jupyter server tells its kernels, a sweep gives each run a folder of its own."""
-    notebook, owner = os.environ.get("JPY_SESSION_NAME"), folder / ".results-of"
+    notebook, held = os.environ.get("JPY_SESSION_NAME"), ""
     if not notebook:
         return folder / "results.json"
-    if (folder / "results.json").exists() and owner.exists() and owner.read_text() != notebook:
-        other = folder / f"results-{Path(notebook).stem}.json"
-        print(f"{folder} holds the results of {owner.read_text()}; these are in {other.name}. Give each notebook its own run_dir.")
-        return other
+    stem = Path(notebook).stem
+    for name in itertools.chain(["results", f"results-{stem}"], (f"results-{stem}-{number}" for number in itertools.count(2))):
+        file, owner = folder / f"{name}.json", folder / f".{name}-of"
+        if not (file.exists() and owner.exists()) or (other := owner.read_text(errors="replace")) == notebook:
+            break
+        held = held or other
+    if held:
+        print(f"{folder} holds the results of {held}; these are in {file.name}. Give each notebook its own run_dir.")
     owner.write_text(notebook)
-    return folder / "results.json"
+    return file
 
 
 # -- before the first kernel -------------------------------------------------------------------------------------------

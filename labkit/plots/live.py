@@ -22,7 +22,7 @@ import numpy as np
 
 from labkit.errors import LabError, real
 from labkit.plots import style
-from labkit.runs.events import Tail
+from labkit.runs.events import FILE, Tail
 
 if TYPE_CHECKING:
     import holoviews as hv
@@ -89,6 +89,7 @@ class Watch:
         self.last: dict[int, float] = {}  # worker: seconds of its last push, or of the release that it started with
 
     def look(self) -> Seen:
+        self.tail.file = self.run.path / FILE  # when it has ended, a run of its name may take its place
         for row in self.tail.read():
             self._count(row)
         series = {worker: points[:: len(points) // POINTS + 1] for worker, points in self.series.items()}

@@ -278,6 +278,14 @@ def test_notebooks_of_one_folder_leave_each_other_their_results(tmp_path, monkey
     assert json.loads((tmp_path / "results.json").read_text()) == [{"value": 5}]
 
 
+def test_notebooks_of_one_name_leave_each_other_their_results_too(tmp_path, monkeypatch):
+    for name, value in (("a/x", 1), ("b/y", 2), ("c/y", 3), ("d/y", 4), ("b/y", 5), ("c/y", 6), ("a/x", 7)):
+        monkeypatch.setenv("JPY_SESSION_NAME", f"/home/me/{name}.ipynb")
+        report(tmp_path, {"value": value})
+    found = {file.name: json.loads(file.read_text())[0]["value"] for file in tmp_path.glob("*.json")}
+    assert found == {"results.json": 7, "results-y.json": 5, "results-y-2.json": 6, "results-y-3.json": 4}
+
+
 def test_what_differs_between_two_sweeps_into_one_folder_is_in_the_table(tmp_path, instant):
     """A default that was changed in the notebook: the rows would else be equal."""
     for lr in (0.1, 0.2):

@@ -39,6 +39,20 @@ def test_the_watch_reads_each_line_once_and_whole(run):
     assert watch.look()[1:3] == ([(0.0, 1), (0.0, 2), (90.0, 1)], {0})
 
 
+def test_the_watch_goes_with_a_run_whose_name_another_one_takes(run):
+    file = run.path / "events.jsonl"
+    lines = file.read_bytes()
+    file.write_bytes(lines[: len(lines) // 2])
+    watch = Watch(run)
+    before = watch.look()
+    file.write_bytes(lines)
+    run.path = run.path.rename(run.path.with_name("small.1"))  # as `RunRecord.path` says it
+    file.parent.mkdir()
+    file.write_text("another run\n")
+    after, whole = watch.look(), Watch(run).look()
+    assert after == whole and after.series != before.series
+
+
 def test_a_push_without_a_score_keeps_the_latest_and_a_late_score_is_that_of_its_push(run):
     rows = [("push", 1.0, 0.3), ("push", 2.0, None), ("push", 3.0, None), ("score", 3.1, 0.6), ("push", 4.0, None)]
     (run.path / "events.jsonl").write_text(

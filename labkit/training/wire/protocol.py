@@ -41,6 +41,8 @@ SERVER_TIMEOUT_S = 60.0  # a server that sends nothing for longer to a waiting w
 MAX_WORKERS = 1 << 16
 MAX_METRICS = 256  # beside the loss, of a local pass; `labkit.problems.metrics.MOST` refuses more before a run
 LARGEST = 2**53  # whole numbers beyond it are not the same in every JSON reader
+LONGEST = 1e10  # seconds, 300 years: no duration is longer, and a sum of some is finite
+QUICKEST = 1e-12  # seconds per sample
 
 
 class Refused(WireError):
@@ -144,8 +146,12 @@ def _number(value: Any) -> bool:  # NaN and infinity too: what they mean for a s
     return isinstance(value, float) or _whole(value, 1 - LARGEST)
 
 
-def _seconds(value: Any, least: float = -math.inf) -> bool:
-    return _number(value) and math.isfinite(value) and value >= least
+def _seconds(value: Any, least: float = -LONGEST) -> bool:
+    return _number(value) and least <= value <= LONGEST
+
+
+def _pace(value: Any) -> bool:
+    return _seconds(value, 0) and (value == 0 or value >= QUICKEST)
 
 
 def _text(value: Any) -> bool:  # without half of a surrogate pair, which no file and no terminal takes
@@ -170,9 +176,10 @@ COUNTS = ("a list of whole numbers", _list_of(_whole))
 INDEX = (f"a whole number from 0 to {MAX_WORKERS - 1}", lambda value: _whole(value, most=MAX_WORKERS - 1))
 INDICES = ("a list of workers", _list_of(INDEX[1]))
 NUMBER = ("a number", _number)
-RATE = ("a finite number of at least 0", lambda value: _seconds(value, 0))
-SECONDS = ("a finite number of seconds", _seconds)
-SPEED = ("a time of at least 0 seconds", lambda value: _seconds(value, 0))
+RATE = ("a finite number of at least 0", lambda value: _number(value) and 0 <= value < math.inf)
+SECONDS = (f"a number of seconds, at most {LONGEST:g}", _seconds)
+SPEED = (f"a time from 0 to {LONGEST:g} seconds", lambda value: _seconds(value, 0))
+PACE = (f"0, or a time from {QUICKEST:g} to {LONGEST:g} seconds", _pace)
 SHARE = ("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
 SHIFT = (f"a whole number from -{SHIFTS} to {SHIFTS}", lambda value: _whole(value, -SHIFTS, SHIFTS))
 TEXT = ("text", _text)
@@ -191,7 +198,7 @@ REQUESTS = {
         "worker": INDEX,
         **dict.fromkeys(("generation", "threads"), _or_nothing(COUNT)),
         **dict.fromkeys(("device", "about"), _or_nothing(TEXT)),
-        "seconds_per_sample": _or_nothing(SPEED),
+        "seconds_per_sample": _or_nothing(PACE),
         "generator": _or_nothing(GENERATOR),
     },
     "heartbeat": {"samples": _or_nothing(COUNT), "loss": _or_nothing(NUMBER)},

@@ -52,7 +52,7 @@ BAD = {
     "worker": (GOOD[0], ["x", -1, 1.0, None, True, [0], {}, 2**16, float("nan")]),
     "generation": (GOOD[0], ["x", -1, [1]]),
     "workers": ({"op": "drop"}, [None, 1, ["x"], [-1], {}]),
-    "seconds_per_sample": (GOOD[0], ["x", float("nan"), float("inf"), -1.0, [], 10**400]),
+    "seconds_per_sample": (GOOD[0], ["x", float("nan"), float("inf"), -1.0, [], 10**400, 5e-324, 1e300]),
     "device": (GOOD[0], [0, ["cpu"]]),
     "threads": (GOOD[0], ["1", -1, 1.5]),
     "generator": (GOOD[0], ["mine", 1, ["own"]]),
@@ -63,7 +63,7 @@ BAD = {
     "hidden_s": (PUSH, ["x", float("nan")]),
     "shift": (PUSH, ["1", 1.0, True, 65, -65, 2**70]),
     "loss": (PUSH, ["1", [], True]),
-    "compute_s": (PUSH, [None, "x", float("inf"), float("nan"), 10**400]),
+    "compute_s": (PUSH, [None, "x", float("inf"), float("nan"), 10**400, 1e308, -1e308]),  # two of 1e308 are infinite together
     "state": ({"op": "stop"}, ["running", 1, {"x": 1}, ["failed"]]),
     "reason": ({"op": "fail"}, [None, 3, "\udfff"]),
 }
