@@ -79,8 +79,11 @@ def did_you_mean(given: Any, options: Iterable[Any]) -> str:
 
 
 def plain_scalar(value: Any) -> Any:
-    """A scalar of numpy, torch or pandas, or an array without axes, as Python's own; anything else as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    """A scalar of numpy, torch or pandas, or an array without axes, as Python's own; anything else as it is. What is masked is nothing."""
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    mask = getattr(value, "mask", False)
+    return ... if not callable(mask) and bool(mask) else value.item()  # numpy's own item() gives 0 for it
 
 
 def known(name: str, value: Any, options: Iterable[Any], advice: str = "", error: type[Exception] = ValueError) -> Any:
@@ -103,9 +106,9 @@ def whole(name: str, value: Any, least: int = 1, most: float = math.inf, error: 
     except TypeError:
         raise error(f"{name}={_shown(value)} must be a whole number, not {type(value).__name__}.") from None
     if number < least:
-        raise ValueError(f"{name}={number} must be at least {least}.")
+        raise ValueError(f"{name}={_shown(number)} must be at least {least}.")
     if number > most:
-        raise ValueError(f"{name}={number} must be at most {most}.")
+        raise ValueError(f"{name}={_shown(number)} must be at most {most}.")
     return number
 
 
@@ -162,6 +165,10 @@ def file_path(name: str, value: Any) -> Path:
     if "\0" in os.fspath(given):
         raise ValueError(f"{name}={given!r} holds a null character, and no path does.")
     try:
+        os.fsencode(given)
+    except UnicodeEncodeError:  # half a surrogate pair
+        raise ValueError(f"{name}={given!r} holds a character that no path holds.") from None
+    try:
         return Path(os.fspath(given)).expanduser()
     except RuntimeError as error:  # no such user
         raise ValueError(f"{name}={os.fspath(given)!r}: {error}") from error
@@ -186,10 +193,15 @@ def several(name: str, values: Any, convert: Callable[[str, Any], Any], error: t
 
 
 def _is_whole(number: Any) -> bool:
+    if isinstance(number, numbers.Integral):  # of any length
+        return True
     return isinstance(number, numbers.Real) and math.isfinite(number) and number == int(number)
 
 
 def _shown(value: Any) -> str:
     """A value in a message, on one line."""
-    shown = " ".join(repr(value).split())
+    try:
+        shown = " ".join(repr(value).split())
+    except Exception:  # an int of thousands of digits; or the value's own
+        shown = f"<{type(value).__name__}>"
     return shown if len(shown) <= 80 else shown[:77] + "..."

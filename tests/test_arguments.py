@@ -285,9 +285,21 @@ def test_a_lab_a_run_a_dict_of_another_kind(threads, home):
         lambda: labkit.replay("runs/mine"),
         lambda: labkit.simulate(3),
         lambda: labkit.connect("dask", 2, resources=["GPU"]),
+        lambda: labkit.connect("dask", 2, resources=0),
         lambda: labkit.Classifier(model_args=3),
     ):
         with pytest.raises((TypeError, labkit.LabError), match=r"(lab|team|run|source|resources|model_args)=.* must be a "):
+            call()
+    for call, error in (
+        (lambda: labkit.connect("dask", 2, resources={1: 2}), "resources=1 must be a string"),
+        (lambda: labkit.sweep("n.ipynb", {"seed": 1}, lab="threads"), "lab is a str; give one of labkit.connect"),
+        (lambda: labkit.train(PROBLEM, threads, passes=1e308), "passes=1e.308 must be above 0"),
+        (lambda: labkit.simulate([1.0], passes=1e308), "passes=1e.308 must be above 0"),
+        (lambda: labkit.simulate([1.0], samples=10**400), "samples=1000"),
+        (lambda: labkit.load_run("x" * 300), "there is no run at xxx"),
+        (lambda: labkit.summary("x" * 300), "there is no folder .*xxx"),
+    ):
+        with pytest.raises((TypeError, ValueError, labkit.LabError), match=error):
             call()
     assert os.listdir(home) == []
 

@@ -36,6 +36,19 @@ def test_whole():
     for bad, most in ((0, 9), (10, 9)):
         with pytest.raises(ValueError, match=f"n={bad} must be at"):
             whole("n", bad, most=most)
+    assert whole("n", 10**400) == 10**400
+    for bad in (10**400, 10**5000, -(10**5000)):
+        with pytest.raises(ValueError, match=r"n=.* must be at (least 1|most 9)"):
+            whole("n", bad, most=9)
+
+
+def test_what_is_masked_is_no_number():
+    """numpy calls it 0."""
+    for check in (whole, real, flag, text):
+        for masked in (np.ma.masked, np.ma.array(3, mask=True)):
+            with pytest.raises(TypeError, match="n="):
+                check("n", masked)
+    assert whole("n", np.ma.array(3)) == 3
 
 
 def test_real():
@@ -75,7 +88,14 @@ def test_file_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert file_path("out", "~/a") == file_path("out", Path("~/a")) == file_path("out", np.str_("~/a")) == Path("/home/me/a")
     assert file_path("out", "a/~b") == Path("a/~b")
-    for bad, error in ((3, TypeError), (None, TypeError), (b"a", TypeError), (["a"], TypeError), ("a\0", ValueError)):
+    for bad, error in (
+        (3, TypeError),
+        (None, TypeError),
+        (b"a", TypeError),
+        (["a"], TypeError),
+        ("a\0", ValueError),
+        ("\ud800", ValueError),
+    ):
         with pytest.raises(error, match="out="):
             file_path("out", bad)
 

@@ -150,7 +150,7 @@ def _checked(request: Request) -> Request:
     """The request with everything in the plain type that back ends use; a `ClusterError` where something makes no sense."""
     given, resources = request, request.resources
     try:
-        instance("resources", resources or {}, Mapping)
+        instance("resources", {} if resources is None else resources, Mapping)
         request = replace(
             given,
             n_workers=None if given.n_workers is None else whole("n_workers", given.n_workers, most=MOST_WORKERS),
@@ -160,7 +160,9 @@ def _checked(request: Request) -> Request:
             drift=real("drift", given.drift, least=0),
             stalls=make_stalls(given.stalls),
             address=None if given.address is None else _address(given.address),
-            resources=None if resources is None else {name: real(f"resources[{name!r}]", resources[name]) for name in resources},
+            resources=None
+            if resources is None
+            else {text("resources", name): real(f"resources[{name!r}]", resources[name], least=0) for name in resources},
             engines=text("engines", given.engines),
             profile=None if given.profile is None else text("profile", given.profile),
             timeout=real("timeout", given.timeout, above=0),

@@ -7,6 +7,7 @@ Used by `labkit.data.pictures` and `labkit.data.nifti`; `checked_size` also by `
 """
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Set
@@ -22,6 +23,7 @@ SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
 LISTED = 12  # so many classes are named one by one in the note
 ADVICE = "Replace it, or take it out of the folder."
+MOST = 1 << 28  # values of a sample: what is asked to be larger does not fit into memory
 
 
 def suffix_of(path: Path) -> str:
@@ -179,8 +181,10 @@ def checked_size(size: Any, axes: str, default: tuple[int, ...]) -> tuple[int, .
         return default
     try:
         sides = tuple(several("size", size, whole))
-        if len(sides) == len(default):
-            return sides
     except (TypeError, ValueError):
-        pass
+        sides = ()
+    if len(sides) == len(default):
+        if (n := math.prod(sides)) > MOST:
+            raise ValueError(f"size={size!r}: a sample of {n:,} values is too large. Give at most {MOST:,}.")
+        return sides
     raise ValueError(f"size={size!r} is no size. Give {axes}, for instance {default}.")

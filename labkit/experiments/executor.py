@@ -288,7 +288,11 @@ def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
         code = [cell for cell in cells if cell["cell_type"] == "code"]
         began = [n for n, cell in enumerate(code, 1) if cell["metadata"].get("papermill", {}).get("start_time")]
         where = f"In [{began[-1]}]: " if began else "starting the kernel: "
-        text = f"{where}{type(error).__name__}: {_first_line(str(error))}"
+        name, why = (
+            getattr(error, "ename", ""),
+            getattr(error, "evalue", ""),
+        )  # of a cell whose error was not put out, as of a group
+        text = f"{where}{name or type(error).__name__}: {_first_line(why if name else str(error))}"
         return text, text
     cell = next((c for c in cells if "".join(c["source"]) == error.source), {})
     printed = "".join("".join(o["text"]) for o in cell.get("outputs", []) if o.get("name") == "stderr")

@@ -162,7 +162,10 @@ def conform(value: Any, parameter: Parameter, notebook: str) -> Any:
             f"{notebook}: parameter {parameter.name!r} is {parameter.type} (default {parameter.default!r}), "
             f"and {value!r} is {type(value).__name__}."
         )
-    return float(value) if base == "float" else value
+    try:
+        return float(value) if base == "float" else value
+    except OverflowError:  # an int of hundreds of digits
+        raise SweepError(f"{notebook}: the value of parameter {parameter.name!r} is too large for a float.") from None
 
 
 # -- quiet -------------------------------------------------------------------------------------------------------------

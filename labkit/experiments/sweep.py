@@ -30,7 +30,7 @@ from labkit.errors import SweepError, did_you_mean, file_path, flag, real, text,
 from labkit.experiments.executor import GRACE, check_kernel, execute, state
 from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.locks import alone
-from labkit.runs.files import find_json, write_json
+from labkit.runs.files import find_json, is_folder, write_json
 
 ROOM = 50e6  # bytes that must be free where the runs go
 
@@ -99,6 +99,8 @@ def sweep(
         )
         flags = {"retry_failed": retry_failed, "fresh": fresh, "progress": progress}
         retry_failed, fresh, progress = (flag(name, value) for name, value in flags.items())
+        if lab is not None and not all(hasattr(lab, name) for name in ("workers", "map")):
+            raise TypeError(f"lab is a {type(lab).__name__}; give one of labkit.connect(...).")
     except (TypeError, ValueError) as error:
         raise SweepError(str(error)) from None
     jobs = _jobs(path, grid, folder, kernel_name, timeout)
@@ -127,7 +129,7 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     failed, interrupted, running, or damaged: a file of it cannot be read), `error` (cell and error in a line), `seconds`, `notebook` (the executed one), `id`.
     """
     out = file_path("out", out).absolute()
-    if not out.is_dir():
+    if not is_folder(out):
         raise SweepError(f"there is no folder {out}; sweep(..., out=...) makes it.")
     order = {run: number for number, run in enumerate((find_json(out / "sweep.json") or {}).get("runs", []))}
     folders = sorted({path.parent for name in ("params.json", "notebook.ipynb") for path in out.glob(f"*/{name}")})
@@ -256,7 +258,8 @@ def _rows(grid: Any) -> list[dict]:
         if empty := [name for name in values if not values[name]]:
             raise SweepError(f"the grid has no value for {empty[0]!r}. Leave it out to use the notebook's own.")
         return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-    rows = list(grid) if isinstance(grid, Iterable) and not isinstance(grid, (str, bytes)) else [None]
+    single = isinstance(grid, (str, bytes)) or not isinstance(grid, Iterable) or getattr(grid, "ndim", 1) == 0
+    rows = [None] if single else list(grid)
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise SweepError(f"the grid is {str(grid)[:60]!r}; give a dict of lists, {{'seed': [0, 1]}}, or some dicts.")
     return [dict(row) for row in rows]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from labkit.errors import RunError
+from labkit.errors import RunError, instance, plain_scalar, several
 from labkit.imports import rule_title
 from labkit.runs import labels
 from labkit.runs.record import RunRecord
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def compare(runs: Iterable[RunRecord | str | Path]) -> pd.DataFrame:
+def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> pd.DataFrame:
     """The cost cards of several runs, a row a run, labelled by its strategy and what differs among them: "AGWU + IDPA, lr 0.01".
 
     The settings that differ are columns too, behind the partition. `score` and `loss` are those of the test set; a column
@@ -27,6 +27,7 @@ def compare(runs: Iterable[RunRecord | str | Path]) -> pd.DataFrame:
     """
     import pandas as pd
 
+    runs = [runs] if isinstance(runs, (RunRecord, str, Path)) else several("runs", runs, _run)
     cards, unread = [], []  # in the order given; those of which not even the settings can be read come last
     for run in runs:
         try:
@@ -52,6 +53,11 @@ def compare(runs: Iterable[RunRecord | str | Path]) -> pd.DataFrame:
         if name not in table:
             table.insert(table.columns.get_loc("partition") + 1, name, pd.Series(values, dtype=_type(values)))
     return table.drop(columns="weight_per_worker", errors="ignore").set_index("run")
+
+
+def _run(name: str, run: Any) -> RunRecord | str | Path:
+    run = plain_scalar(run)
+    return run if isinstance(run, (str, Path)) else instance(name, run, RunRecord, " or its directory")
 
 
 def _type(values: list) -> type | None:

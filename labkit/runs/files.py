@@ -85,6 +85,14 @@ def find_json(path: Path) -> Any:
         return None
 
 
+def is_folder(path: Path) -> bool:
+    """Is there a folder? A path that is too long for one is none."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False
+
+
 def run_id(path: Path) -> str:
     """What distinguishes the files of this run from those of another one; "" where there is none."""
     config = Path(path) / "config.json"

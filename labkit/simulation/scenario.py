@@ -111,8 +111,8 @@ def changed(recorded: RunConfig, update: Update, partition: Partition, given: Ma
         settings["seed"] = whole("seed", given["seed"], 0, SEEDS)
     if not isinstance(local_steps, str) or local_steps != RECORDED:
         settings["local_steps"] = None if local_steps is None else whole("local_steps", local_steps)
-    n_train = recorded.n_train if given["samples"] is None else whole("samples", given["samples"])
-    passes = recorded.passes if given["passes"] is None else real("passes", given["passes"], above=0)
+    n_train = recorded.n_train if given["samples"] is None else whole("samples", given["samples"], most=MOST)
+    passes = recorded.passes if given["passes"] is None else real("passes", given["passes"], above=0, most=MOST)
     units = recorded.units if n_train == recorded.n_train else units_like(recorded.units, n_train)
     budget = whole("passes x samples", max(1, round(passes * n_train)), most=MOST)
     milestones = [max(1, round(samples * n_train / recorded.n_train)) for samples in recorded.milestones]

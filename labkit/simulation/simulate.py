@@ -95,6 +95,7 @@ def simulate(
     if not measured:
         raise ValueError("simulate() needs a run, several, or the samples/s of at least one worker.")
     base = measured[0] if isinstance(measured[0], Run) else None
+    servers, numerics = whole("servers", servers), flag("numerics", numerics)
     timing, recorded = scenario.of_runs(measured) if base else scenario.of_speeds(measured)
     if base and update is None:
         update = rule_of(base, "update", by="simulate")
@@ -113,7 +114,6 @@ def simulate(
     if problem:
         check_weighed(problem, update, base)
     batch_size = config.batch_size or base.problem().batch_size
-    servers, numerics = whole("servers", servers), flag("numerics", numerics)
     size = base.layout.size if base else scenario.UNKNOWN["n_weights"]
     size = size if n_weights is None else whole("n_weights", n_weights)
     layout = base.layout if base else Layout((), (), size, 0)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from labkit.errors import ProblemError, RunError, file_path, real
+from labkit.errors import ProblemError, RunError, file_path, instance, real
 from labkit.runs import checkpoints
 from labkit.runs.checkpoints import Layout
+from labkit.runs.files import is_folder
 from labkit.runs.record import RunRecord
 from labkit.sources import changed
 
@@ -328,7 +329,11 @@ def load_run(path: str | Path, *, problem: Problem | None = None) -> Run:
     time in them cannot be noticed, but by `labkit.replay`, which computes losses and scores again.
     """
     path = file_path("path", path)
-    if not path.is_dir():
-        near = sorted(p.name for p in path.parent.iterdir() if (p / "config.json").exists()) if path.parent.is_dir() else []
+    if not is_folder(path):
+        near = sorted(p.name for p in path.parent.iterdir() if (p / "config.json").exists()) if is_folder(path.parent) else []
         raise RunError(f"there is no run at {path}." + (f" Runs beside it: {', '.join(near)}." if near else ""))
+    if problem is not None:
+        from labkit.problems.problem import Problem
+
+        instance("problem", problem, Problem, " such as labkit.Classifier(...)")
     return Run(path, problem=problem)

@@ -131,7 +131,7 @@ def train(
     """
     update, partition = make_update(update), make_partition(partition)
     lengths = {
-        "passes": real("passes", passes, above=0),
+        "passes": real("passes", passes, above=0, most=MOST),
         "local_steps": None if local_steps is None else whole("local_steps", local_steps, most=MOST, error=ValueError),
         "seed": (seed := whole("seed", seed, 0, SEEDS, error=ValueError)),
         "checkpoints": whole("checkpoints", checkpoints, most=MOST, error=ValueError),
@@ -229,7 +229,7 @@ def check_sources(lab: Lab, problem: Problem, **rules: Update | Partition) -> di
 def milestones_of(problem: Problem, n_train: int) -> list[int]:
     """The milestones of a problem in samples, in order; ProblemError for those that make no sense."""
     try:
-        return sorted({max(1, round(real("milestones", passes, above=0) * n_train)) for passes in problem.milestones()})
+        return sorted({max(1, round(real("milestones", passes, above=0, most=MOST) * n_train)) for passes in problem.milestones()})
     except (TypeError, ValueError) as error:
         raise ProblemError(f"milestones() of {type(problem).__name__} must give passes above 0: {error}") from error
 

@@ -23,6 +23,8 @@ def test_pictures_of_varying_size_are_resized_with_a_note(flowers, capsys):
         assert noted in data.note
     x, y = every(data)
     assert y.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and x.dtype == np.uint8
+    with pytest.raises(ValueError, match="a sample of 10,000,000,000 values is too large"):
+        open_dataset(flowers, size=(100_000, 100_000))
     small = open_dataset(flowers, size=(16, 24))
     assert small.shape == (3, 16, 24) and small.path != data.path
     with Image.open(flowers / "roses" / "1.jpg") as one:

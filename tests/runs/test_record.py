@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from labkit.errors import RunError
@@ -61,6 +62,15 @@ def test_what_is_missing_is_an_error(run):
     with pytest.raises(RunError, match="has no weights"):
         run.flat()
     assert compare([]).empty
+
+
+def test_one_run_is_compared_as_a_list_of_it_is_and_what_is_no_run_is_refused(run):
+    whole = compare([run])
+    for one in (run, run.path, str(run.path), np.array([str(run.path)])):
+        assert compare(one).equals(whole)
+    for bad in (3, None, [run, 3], [run, None], [[run]], {"a": run}, b"ab"):
+        with pytest.raises(TypeError, match="runs="):
+            compare(bad)
 
 
 def test_figures_of_a_record_load_nothing_that_trains(run):
