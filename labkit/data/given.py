@@ -1,7 +1,8 @@
 """Samples that are given after the training, for a network that was trained on a data set: converted and normalised as its own were.
 
     (x, y), x, {"x": ..., "y": ...}    arrays: rearranged to the shapes of its fields, in the units that it was given in
-    a name, a path, a `Dataset`        the test split it comes with; all samples, in their order, where it has none of its own
+    a name, a path, a `Dataset`        the test split it comes with; all samples, in their order, where it has none of its own. Measured is
+                                       of the set of the training the test split alone
 
 Used by `labkit.training.run` for `Run.predict` and `Run.evaluate`; `arranged` also by `labkit.subnets.result`.
 """
@@ -68,7 +69,7 @@ def given(data: Any, like: Dataset, answers: bool) -> Given:
     """`data` as samples of the kind of `like`; with labels and targets if `answers`. DataError where they do not fit."""
     names = [*like.inputs, *like.answers] if answers else like.inputs
     if by_items(data) or (isinstance(data, Mapping | tuple | list) and streamed.splits_of(data)):
-        return _of_dataset(data, like, names)
+        return _of_dataset(data, like, names, answers)
     if hasattr(data, "iloc") and hasattr(data, "columns") and _has_columns_of(data, like):
         data = _of_table(data, like, names)
     if isinstance(data, Mapping):
@@ -76,7 +77,7 @@ def given(data: Any, like: Dataset, answers: bool) -> Given:
             raise DataError(f"{', '.join(missing)} missing: give {', '.join(names)}; the data hold {', '.join(map(str, data))}.")
         return _of_arrays({name: data[name] for name in names}, like)
     if not hasattr(data, "dtype") and not isinstance(data, tuple | list) and not hasattr(data, "iloc"):
-        return _of_dataset(data, like, names)
+        return _of_dataset(data, like, names, answers)
     parts = data if len(names) > 1 or (answers and isinstance(data, tuple)) else (data,)
     if hasattr(parts, "dtype") or len(parts) != len(names):
         raise DataError(f"give a tuple of {len(names)}, ({', '.join(names)}), a name, a path or a data set.")
@@ -214,7 +215,7 @@ def _is_of(shape: Sequence[int | None], like: Sequence[int | None]) -> bool:
     return len(shape) == len(like) and all(n == m or m is None for n, m in zip(shape, like, strict=True))
 
 
-def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
+def _of_dataset(data: Any, like: Dataset, names: list[str], answers: bool) -> Given:
     if isinstance(data, list) and len(data) == 1 and by_items(data):  # of which none can be held out
         data = {"train": data, "test": data}
     roles = {} if isinstance(data, Dataset) or not by_items(data) else {"pad": getattr(like, "pad", None)}
@@ -234,7 +235,7 @@ def _of_dataset(data: Any, like: Dataset, names: list[str]) -> Given:
                 f"{like.name!r}. Open it with the options of the training: run.evaluate(labkit.open_dataset(..., size=...))."
             )
     is_own = other.path == like.path
-    is_whole = other.held_out and not is_own and not (isinstance(data, str) and data in named.NAMED)
+    is_whole = other.held_out and not (is_own and answers) and not (isinstance(data, str) and data in named.NAMED)
     split = {name: [other._map(name, split) for split in ("train", "test")] for name in names}
     samples = {
         name: Whole(*parts, getattr(other, "pad", None), getattr(other, "withheld", None)) if is_whole else parts[1]

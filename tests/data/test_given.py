@@ -67,6 +67,7 @@ def test_of_a_data_set_without_a_test_split_all_are_taken_in_their_order(tmp_pat
     assert np.allclose(every(samples)["x"], (x + 1 - centre) * rate, atol=1e-5) and np.array_equal(every(samples)["y"], y)
     assert np.array_equal(samples.batch([30, 2, 30], "test")["y"], y[[30, 2, 30]])
     assert given(like, like, answers=True).is_own and given(like, like, answers=True).n_test == 4
+    assert np.array_equal(given(like, like, answers=False).raw(np.arange(37), "test"), x)  # predicted are all, as of other sets
 
 
 def flowers(folder, names, side=9):
