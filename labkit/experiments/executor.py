@@ -288,11 +288,7 @@ def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
         code = [cell for cell in cells if cell["cell_type"] == "code"]
         began = [n for n, cell in enumerate(code, 1) if cell["metadata"].get("papermill", {}).get("start_time")]
         where = f"In [{began[-1]}]: " if began else "starting the kernel: "
-        name, why = (
-            getattr(error, "ename", ""),
-            getattr(error, "evalue", ""),
-        )  # of a cell whose error was not put out, as of a group
-        text = f"{where}{name or type(error).__name__}: {_first_line(why if name else str(error))}"
+        text = f"{where}{type(error).__name__}: {_first_line(str(error))}"
         return text, text
     cell = next((c for c in cells if "".join(c["source"]) == error.source), {})
     printed = "".join("".join(o["text"]) for o in cell.get("outputs", []) if o.get("name") == "stderr")
@@ -304,6 +300,9 @@ def _explain(error: BaseException, folder: Path) -> tuple[str, str]:
     elif error.ename == "CompositeError":  # "one or more exceptions from ...", then a line for each engine
         engines = [line.strip() for line in value.splitlines() if re.match(r"\s*\[\d+:\w+\]", line)]
         cause = f"{error.ename}: {engines[0]}" if engines else cause
+    elif error.ename == "CellExecutionError" and not value.strip():  # the kernel sent no error: IPython prints a group's to stderr
+        raised = re.search(r"^[ |+]*(\w*(?:Error|Exception|Group)\b: .*)", printed, re.MULTILINE)
+        cause = raised[1].strip() if raised else "an error that the kernel could not send"
     line = f"In [{error.exec_count}]: {cause[:400]}"
     text = [line, f"The cell:\n{error.source}", "Traceback:\n" + COLOUR.sub("", "\n".join(error.traceback))]
     if "\n" in value.strip():  # WorkerError carries the traceback of its worker, CompositeError a line for each engine

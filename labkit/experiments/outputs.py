@@ -226,6 +226,7 @@ class Client(PapermillNotebookClient):
         self.clear_before_next_output = False
         self.changed_widgets: dict[str, Widget] = {}
         self._displays: dict[str, Shown] = {}
+        self._states: dict[tuple[str, ...], int] = {}  # bytes of a widget's traits, by its id and their names
         self._begin_cell()
         self._save, self._saved, self._saving = nb_man.save, -1e9, 0.0
         nb_man.save = self.save
@@ -336,7 +337,7 @@ class Client(PapermillNotebookClient):
         if hooks := self.output_hook_stack[msg["parent_header"].get("msg_id")]:
             hooks[-1].output(outs, msg, display_id, cell_index)
             return
-        kind, content = msg["msg_type"], msg["content"]
+        kind, content, display_id = msg["msg_type"], msg["content"], display_id and str(display_id)
         if kind not in ("stream", "error", *DISPLAYS):
             return
         if self.clear_before_next_output:
@@ -378,7 +379,7 @@ class Client(PapermillNotebookClient):
 
     def _update_display_id(self, display_id: str, msg: dict) -> None:
         """A display came again: what stands at its places changes, where there is room for it."""
-        if shown := self._displays.get(display_id):
+        if shown := self._displays.get(str(display_id)):
             more = (max(msg["size"], LEAST) - shown.size) * shown.places
             if more > self.room or not msg["content"]:
                 self._leave_out(msg["size"])
@@ -408,8 +409,22 @@ class Client(PapermillNotebookClient):
 
     def handle_comm_msg(self, outs: list, msg: dict, cell_index: int) -> None:
         known = msg["content"]["comm_id"] in self.widget_state or msg["content"]["comm_id"] in self.comm_objects
-        if self.fits(msg, 0) if msg["msg_type"] == "comm_open" else known:
+        if self.fits(msg, 0) if msg["msg_type"] == "comm_open" else known and self._changes_fit(msg):
             super().handle_comm_msg(outs, msg, cell_index)
+
+    def _changes_fit(self, msg: dict) -> bool:
+        """Is there room for what a widget's state grows by? Of the same traits the latest values are in the notebook."""
+        traits = msg["content"]["data"].get("state")
+        if not isinstance(traits, dict):
+            return True
+        which = msg["content"]["comm_id"], *sorted(traits)
+        more = max(0, msg["size"] - self._states.get(which, 0))
+        if more > self.room:
+            self._leave_out(msg["size"])
+            return False
+        self.room -= more
+        self._states[which] = max(msg["size"], self._states.get(which, 0))
+        return True
 
 
 class Engine(NBClientEngine):

@@ -16,7 +16,10 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from papermill.exceptions import PapermillExecutionError
 
+from labkit.experiments.executor import _explain
 from labkit.experiments.sweep import summary, sweep
 from tests.experiments.helpers import write
 
@@ -110,6 +113,23 @@ def test_an_interrupt_stops_the_kernels_and_the_same_call_goes_on(tmp_path):
     assert list(table["status"]) == ["interrupted"] and not list((tmp_path / "out").glob(".sweep-*"))
     table = sweep(notebook, {"lr": [1]}, out=tmp_path / "out", progress=False)
     assert sorted(table["status"]) == ["done", "interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        (
+            "  + Exception Group Traceback (most recent call last):\n  | ExceptionGroup: g (2 sub-exceptions)\n",
+            "ExceptionGroup: g (2 ",
+        ),
+        ("", "an error that the kernel could not send"),
+    ],
+)
+def test_an_error_that_was_not_put_out_is_told_as_far_as_it_is_known(printed, said, tmp_path):
+    cell = new_code_cell("raise it", outputs=[new_output("stream", name="stderr", text=printed)] if printed else [])
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "notebook.ipynb")
+    line, _ = _explain(PapermillExecutionError(0, 3, "raise it", "CellExecutionError", "", []), tmp_path)
+    assert line.startswith(f"In [3]: {said}")
 
 
 @pytest.mark.slow

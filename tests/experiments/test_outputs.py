@@ -168,6 +168,34 @@ def test_outputs_that_do_not_fit_are_counted_and_a_cleared_one_gives_its_room_ba
     assert cell.texts() == [] and cell.client.room == room
 
 
+def test_widgets_have_room_for_their_latest_states(tmp_path):
+    """Opened small, and filled afterwards."""
+    cell = Cell(tmp_path)
+    for i in range(4):
+        widget = {"_model_module": "@jupyter-widgets/controls", "_model_name": "HTMLModel"}
+        cell.send("comm_open", comm_id=f"{i}", target_name="jupyter.widget", data={"state": widget})
+    for text in ("a", "b", "c"):
+        for i in range(4):
+            size = 20_000_000 if text == "b" else 100
+            cell.send("comm_msg", comm_id=f"{i}", data={"method": "update", "state": {"value": text}}, size=size)
+    states = [state["value"] for state in cell.client.widget_state.values()]
+    assert states == ["c", "c", "c", "c"] and cell.client.room < 10_000_000
+    cell.send("comm_msg", comm_id="0", data={"method": "update", "state": {"value": "d"}}, size=20_000_001)
+    cell.send("comm_msg", comm_id="3", data={"method": "update", "state": {"value": "d"}}, size=20_000_001)
+    assert [state["value"] for state in cell.client.widget_state.values()] == ["d", "c", "c", "c"]
+    cell.end()
+    assert cell.texts() == ["[... 3 outputs of 60.0 MB left out: a notebook keeps 50 MB ...]"]
+
+
+def test_a_display_id_of_any_kind(tmp_path):
+    cell = Cell(tmp_path)
+    for text in ("1", "2"):
+        cell.show(text, display_id=["a", 5])
+    cell.show("3", kind="update_display_data", display_id=["a", 5])
+    cell.end()
+    assert cell.texts() == ["3", "3"]
+
+
 def test_an_error_is_stored_in_short_and_expected_where_its_cell_says_so(tmp_path):
     for tags, kind in (([], "error"), (["raises-exception"], "expected error")):
         cell = Cell(tmp_path, tags=tags)
