@@ -61,7 +61,7 @@ TINY = {
     },
     "benchmarks/07-volumes": {
         **{"kind": "threads", "n": 40, "size": [16, 16, 32], "grid": [1, 1, 2], "overlap": 1},
-        **{"model_args": {"width": 0.1, "rounds": 1}, "epochs": 1, "baselines": ["global"], "seeds": [0, 1]},
+        **{"model_args": {"width": 0.1}, "epochs": 1, "baselines": ["global"], "seeds": [0, 1]},
     },
     "benchmarks/08-updates": SMALL
     | {"updates": ["sgwu", "agwu"], "kinds": ["none", "jitter", "stalls"], "seeds": [0], "stalls": [0.3, 0.3], "target": 0.2}
