@@ -26,6 +26,7 @@ from tests.experiments.helpers import write
 REPORT = "import os\nfrom labkit.experiments.sweep import report\n"
 
 
+@pytest.mark.slow
 def test_four_at_once_get_their_values_their_folder_and_leave_nothing(tmp_path, monkeypatch, recwarn):
     books = tmp_path / "books"
     books.mkdir()

@@ -300,6 +300,7 @@ def recorded(tmp_path_factory):
         }
 
 
+@pytest.mark.slow
 def test_where_times_do_not_matter_the_weights_are_those_of_the_live_run(recorded, tmp_path, capsys):
     live = recorded["sgwu"]
     run = labkit.simulate(live, numerics=True, runs=tmp_path)

@@ -39,7 +39,9 @@ def test_progress_is_a_line_for_each(train, capsys):
     assert all(" score " in line and " s on worker " in line for line in lines)
 
 
-@pytest.mark.parametrize("way", [{"patience": 30}, {"batched": 2}, {"team": {"n_workers": 1}}])
+@pytest.mark.parametrize(
+    "way", [{"patience": 30}, {"batched": 2}, pytest.param({"team": {"n_workers": 1}}, marks=pytest.mark.slow)]
+)
 def test_long_subnets_report_their_epochs_now_and_then(way, train, capsys, monkeypatch):
     monkeypatch.setattr(progress, "BAR_S", 0.01)
     monkeypatch.setattr(progress, "EVERY_S", 0.01)

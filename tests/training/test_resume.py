@@ -251,7 +251,7 @@ def test_another_problem_is_not_the_one_of_the_run(cut, refused):
         run, r"this problem is not the one of run cut: lr=0\.5 for 0\.05\. A changed problem is a new run", problem=problem(lr=0.5)
     )
     refused(run, "the data have 115 training samples, and run cut was begun with 187", problem=problem(n=150))
-    refused(run, "problem is a str", TypeError, problem="lenet")
+    refused(run, "must be a Problem .*, not str", TypeError, problem="lenet")
 
 
 def test_an_edited_model_of_a_notebook_is_found_by_its_tensors(cut, refused):

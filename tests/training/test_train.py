@@ -375,7 +375,7 @@ def test_bad_requests_start_nothing(train, tmp_path, lab):
     for error, words, a_problem, options in [
         (ValueError, "update='agw' is not known. Known: .*Did you mean 'agwu'", problem(), {"update": "agw"}),
         (ValueError, "partition='ipda' is not known. Known: .*Did you mean", problem(), {"partition": "ipda"}),
-        (ValueError, "passes=0 must be above 0 and finite", problem(), {"passes": 0}),
+        (ValueError, "passes=0 must be above 0", problem(), {"passes": 0}),
         (ValueError, "passes=nan must be above 0 and finite", problem(), {"passes": float("nan")}),
         (ValueError, "passes=inf must be above 0 and finite", problem(), {"passes": float("inf")}),
         (ValueError, "local_steps=0 must be at least 1", problem(), {"local_steps": 0}),

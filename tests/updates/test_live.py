@@ -77,6 +77,7 @@ def test_a_worker_that_is_lost_and_comes_again_holds_up_no_rule(update, train, l
     assert run.events.query("kind == 'leave' and worker == 1").message.iloc[0] != ""
 
 
+@pytest.mark.slow
 def test_a_slow_worker_is_a_backup_worker_and_its_late_pushes_are_thrown_away(train):
     """Half of two is enough after 0.1 s. What is thrown away is trained on again, and neither recorded nor counted as merged."""
     a_problem = problem(kind=Slow)

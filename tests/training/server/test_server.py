@@ -387,10 +387,9 @@ def test_a_late_worker_that_goes_on_pushing_does_not_fill_the_record(tmp_path):
     "where",
     [
         "update.merge",
-        "partition.allocate",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("update.join", "update.leave", "update.finish", "partition.leave")
+            for name in ("partition.allocate", "update.join", "update.leave", "update.finish", "partition.leave")
         ),
     ],
 )
