@@ -21,7 +21,6 @@ import numpy as np
 from labkit.errors import DataError, known
 
 SPLITS = ("train", "test")
-ROLES = ("input", "label", "target")
 OF_INPUT = ("shape", "mean", "std", "scale", "channels_last")  # what `meta.json` has of an input
 
 _MAPS: dict[str, dict[str, np.ndarray]] = {}  # the open memory maps of this process, by path

@@ -1,7 +1,7 @@
 """The damage matrix: each file of a run is cut, changed, swapped, deleted, permuted, filled with other types; every reader then
 refuses it by name, or says what it said before.
 
-Used by pytest. It covers `labkit/runs/files.py`, `status.py` and `metrics.py` together with the readers of a run.
+Used by pytest. It covers `labkit/runs/files.py`, `status.py`, `metrics.py` and `compare.py` together with the readers of a run.
 """
 
 from __future__ import annotations
