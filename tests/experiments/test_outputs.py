@@ -208,6 +208,7 @@ def test_an_error_is_stored_in_short_and_expected_where_its_cell_says_so(tmp_pat
 # -- cells that froze a sweep ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_long_outputs_delay_nothing(tmp_path):
     cells = {
         "line": "print([i / 7 for i in range(60_000)])",

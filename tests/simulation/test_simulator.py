@@ -310,6 +310,7 @@ def test_where_times_do_not_matter_the_weights_are_those_of_the_live_run(recorde
     assert run.curve().seconds.is_monotonic_increasing and run.curve().seconds.iloc[-1] == run.summary()["seconds"]
 
 
+@pytest.mark.slow
 def test_its_own_error_is_printed_once_and_kept(recorded, tmp_path, capsys):
     live = labkit.load_run(recorded["agwu"].path, problem=recorded["agwu"].problem())
     run = labkit.simulate(live, runs=tmp_path)

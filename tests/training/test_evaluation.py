@@ -15,6 +15,7 @@ from tests.models.zoo import BY_BATCH, Zoo
 pytestmark = pytest.mark.usefixtures("cache")
 
 
+@pytest.mark.slow
 def test_here_and_on_a_lab_the_curve_is_the_same_and_it_is_that_of_the_weights(train, lab):
     a_problem = problem(net_with_statistics)
     run = ended(train(a_problem, passes=2, checkpoints=4))
@@ -75,6 +76,7 @@ class Reports(labkit.Classifier):
         return {**made, "size": len(batch[1]), "twice": 2 * made["loss"]}
 
 
+@pytest.mark.slow
 def test_every_entry_of_step_and_measure_is_in_the_record_and_in_the_curve(train, capsys):
     def never(outputs, targets):
         return float("nan")

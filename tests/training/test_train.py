@@ -276,6 +276,7 @@ def test_a_stall_does_not_keep_a_stop_waiting(tmp_path):
         assert time.monotonic() - begun < 8 and run.state == "stopped"
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_hold_workers_of_their_own(train, lab):
     first = train(problem(kind=Slow), passes=1000, workers=[1], name="first")
     until(lambda: first.status()["version"] >= 1)

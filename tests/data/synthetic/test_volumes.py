@@ -62,6 +62,7 @@ def chests(tmp_path_factory):
         return open_dataset("chest-phantom", n=200, size=SMALL)
 
 
+@pytest.mark.slow
 def test_both_classes_get_the_same_in_sum(chests):
     """Lesions or vessels: mean and spread of the classes agree within their errors."""
     x, y = volumes(chests)
