@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from labkit.errors import ClusterError, LabError, PartitionError, RunError, known, real, several, whole
+from labkit.errors import SEEDS, ClusterError, LabError, PartitionError, RunError, known, real, several, whole
 from labkit.partition import UDPA
 from labkit.runs import checkpoints, metrics, server_file, status
 from labkit.runs.analysis import intervals
@@ -83,7 +83,7 @@ def kill_server(run: Run) -> None:
 
 def corrupt_checkpoint(run: Run, version: int | None = None, seed: int = 0) -> Path:
     """Flip one bit of a checkpoint, the newest by default; returns the file."""
-    version, seed = None if version is None else whole("version", version, 0), whole("seed", seed, 0)
+    version, seed = None if version is None else whole("version", version, 0), whole("seed", seed, 0, SEEDS)
     versions = checkpoints.versions(run.path)
     if not versions or version not in (None, *versions):
         raise RunError(f"run {run.name} has no version {'at all' if version is None else version}; it has {versions}.")
@@ -140,7 +140,7 @@ class Storm:
         faults = several("faults", faults, partial(known, options=FAULTS))
         if not faults:
             raise ValueError(f"faults=[]: give one at least. Known: {', '.join(FAULTS)}.")
-        every, most, seed = real("every", every, above=0), whole("most", most, 0), whole("seed", seed, 0)
+        every, most, seed = real("every", every, above=0), whole("most", most, 0), whole("seed", seed, 0, SEEDS)
         most_joins = whole("most_joins", most_joins, 0)
         if {"kill", "freeze"} & set(faults) and any(worker.pid == os.getpid() for worker in lab.workers):
             raise ClusterError("these workers are threads of this process: Storm(faults=['drop']), or connect(kind='dask').")

@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+MOST = 2**53  # of a count: beyond it a float is no longer exact
+SEEDS = 2**63 - 1  # the largest seed that torch's generators accept
+
 
 class LabError(Exception):
     """Something in the lab went wrong; the message states what, and what to do."""
@@ -96,7 +99,7 @@ def known(name: str, value: Any, options: Iterable[Any], advice: str = "", error
     raise error(f"{name}={_shown(value)} is not known. Known: {listed}.{did_you_mean(value, options)}{advice}")
 
 
-def whole(name: str, value: Any, least: int = 1, most: float = math.inf, error: type[Exception] = TypeError) -> int:
+def whole(name: str, value: Any, least: int = 1, most: float = MOST, error: type[Exception] = TypeError) -> int:
     """`value` as an int, least <= value <= most, ValueError otherwise; `error` where it is no whole number. 2.0 is one."""
     number = plain_scalar(value)
     try:
@@ -178,6 +181,13 @@ def instance(name: str, value: Any, cls: type, such: str = "") -> Any:
     """`value`, if it is one of `cls`; TypeError otherwise, with `such` as what to give."""
     if not isinstance(value, cls):
         raise TypeError(f"{name}={_shown(value)} must be a {cls.__name__}{such}, not {type(value).__name__}.")
+    return value
+
+
+def like(name: str, value: Any, parts: Iterable[str], such: str) -> Any:
+    """`value`, if it has the attributes `parts`, as a run or a figure has; TypeError otherwise, as it must be `such`."""
+    if isinstance(value, type) or not all(hasattr(value, part) for part in parts):
+        raise TypeError(f"{name}={_shown(value)} must be {such}, not {type(value).__name__}.")
     return value
 
 

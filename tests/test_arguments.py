@@ -43,10 +43,10 @@ FORMS = {  # of a good value, by kind
     bool: [np.bool_, int, torch.tensor],
 }
 BAD = {  # by kind
-    int: [*NOT_NUMBERS, 2.5, math.inf, -3],
+    int: [*NOT_NUMBERS, 2.5, math.inf, -3, 10**400],
     float: [*NOT_NUMBERS, -3.0, 10**400],
     Path: [3, True, b"x", ["x"], "a\0b"],
-    list: ["12", 12, {1: 2}, [True], ["1"], [math.nan], [-5]],
+    list: ["12", 12, {1: 2}, [True], ["1"], [math.nan], [-5], [10**400]],
     str: [3, True, ["x"], b"x"],
     bool: ["false", None, 2, [True]],
 }

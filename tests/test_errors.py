@@ -36,7 +36,9 @@ def test_whole():
     for bad, most in ((0, 9), (10, 9)):
         with pytest.raises(ValueError, match=f"n={bad} must be at"):
             whole("n", bad, most=most)
-    assert whole("n", 10**400) == 10**400
+    assert whole("n", 2**53) == 2**53 and whole("n", 10**400, most=math.inf) == 10**400
+    with pytest.raises(ValueError, match="must be at most 9007199254740992"):
+        whole("n", 10**400)
     for bad in (10**400, 10**5000, -(10**5000)):
         with pytest.raises(ValueError, match=r"n=.* must be at (least 1|most 9)"):
             whole("n", bad, most=9)

@@ -211,8 +211,19 @@ def check(request: Request) -> None:
     """Does this request make sense to Dask?"""
     if request.profile is not None or made_by(request.client, "ipyparallel") or request.engines != "local":
         raise ClusterError(f"profile, engines and an ipyparallel Client go with kind='ipyparallel', not with {request.kind!r}.")
+    if request.client is not None and not any(hasattr(request.client, has) for has in ("scheduler_address", "scheduler_info")):
+        raise ClusterError(
+            f"client={request.client!r:.80} must be a Dask Client or cluster object, not {type(request.client).__name__}. The address of a "
+            "scheduler is given as address=..."
+        )
     if request.security is not None and request.address is None:
         raise ClusterError("security goes with address='tls://...'; a Client or cluster object has its own.")
+    if request.security is not None and not (
+        hasattr(request.security, "get_connection_args") or isinstance(request.security, Mapping)
+    ):
+        raise ClusterError(
+            f"security={request.security!r:.80} must be a distributed.Security, not {type(request.security).__name__}."
+        )
     request.refuse_job()
     if request.kind == "dask" and not request.joins:
         _check_guard()

@@ -214,13 +214,20 @@ def _unpack(reply: bytes, id: int) -> tuple[bool, Any]:
 def check(request: Request) -> None:
     """Does this request make sense to ipyparallel?"""
     known("engines", request.engines, ENGINES, error=ClusterError)
-    if request.address is not None or (request.client is not None and not made_by(request.client, "ipyparallel")):
-        raise ClusterError("kind='ipyparallel' finds a running cluster by profile='...', or by an ipyparallel Client: client=...")
+    if request.address is not None or not (request.client is None or _is_client(request.client)):
+        got = "" if request.client is None else f" (not a {type(request.client).__name__})"
+        raise ClusterError(
+            f"kind='ipyparallel' finds a running cluster by profile='...', or by an ipyparallel Client: client=...{got}"
+        )
     if request.security is not None:
         raise ClusterError("security goes with address='tls://...', and that with kind='dask'.")
     if request.resources is not None:
         raise ClusterError("ipyparallel's engines have no resources; they go with kind='dask'.")
     request.refuse_job()
+
+
+def _is_client(client: Any) -> bool:
+    return made_by(client, "ipyparallel") and hasattr(client, "direct_view")
 
 
 def open(request: Request) -> Engines:

@@ -349,7 +349,7 @@ class Lab(AbstractContextManager):
 
     def checked(self, workers: Iterable[int]) -> list[int]:
         """Indices of workers that this lab has, as ints."""
-        workers = several("workers", workers, partial(whole, least=-math.inf, error=ClusterError), ClusterError)
+        workers = several("workers", workers, partial(whole, least=-math.inf, most=math.inf, error=ClusterError), ClusterError)
         for worker in workers:
             if not 0 <= worker < len(self):
                 raise ClusterError(f"there is no worker {worker}; this lab has workers 0 to {len(self) - 1}.")

@@ -11,6 +11,7 @@ for a moment, as long as the kernel made it.
                 characters (beginning and end), and its beginning and end are in the notebook
     the rest    figures, tables, widgets: ROOM bytes in a notebook, each output counted as LEAST at least; what does not fit is
                 counted, and a note says so; what has many lines or is JSON counts for what it becomes in the notebook's file
+    JSON        DEEP levels; what is deeper is cut, with a line in its place
     error       LONG characters (beginning and end)
 
 Used by `labkit.experiments.executor`, which imports this when a notebook is executed, as it imports papermill.
@@ -44,9 +45,15 @@ LARGE = 16_000_000  # bytes of a stream's message of which only the beginning an
 LINE = 1_000_000  # characters of an unfinished line that a carriage return can still take back
 SLICE = 1_000_000  # characters that are handled by one call
 MANY = 1_000_000  # bytes of a display of which the lines are counted
+DEEP = 100  # levels of JSON: what reads and writes notebooks calls itself at each
+FULL, UNFIT = (
+    f"a notebook keeps {ROOM / 1e6:.0f} MB",
+    f"no notebook holds them, or JSON of more than {DEEP} levels",
+)  # why outputs are left out
 TURN = 0.05  # seconds for which messages are read before it is somebody else's turn in this thread
 PIECE = 4_000  # characters of a piece that still grows
 DISPLAYS = ("display_data", "execute_result", "update_display_data")
+JSON = re.compile(r"application/([\w.+-]+\+)?json")
 
 
 class Stream:
@@ -164,6 +171,39 @@ def weight(content: bytes) -> int:
     return 20 * content.count(b"\\n") + 4 * len(content) * bool(re.search(rb'"application/[\w.+-]*json"', content))
 
 
+def is_deep(value: Any) -> bool:
+    """Has JSON more than DEEP levels?"""
+    level = [value]
+    for _ in range(DEEP):
+        if not (
+            level := [
+                part for one in level for part in (one.values() if isinstance(one, dict) else one) if isinstance(part, dict | list)
+            ]
+        ):
+            return False
+    return True
+
+
+def as_text(value: Any) -> str:
+    """A string of a message; of what is none, the JSON of it."""
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "".join(value)
+    return (
+        value if isinstance(value, str) else f"[... JSON of more than {DEEP} levels ...]" if is_deep([value]) else json.dumps(value)
+    )
+
+
+def bundle(data: Any) -> dict[str, Any]:
+    """The data of a display as nbformat has them: a string for each type, of JSON what it is; what is neither is a line of text."""
+    data = data if isinstance(data, dict) else {"text/plain": data}
+    return {kind: value if JSON.fullmatch(kind) and not is_deep([value]) else as_text(value) for kind, value in data.items()}
+
+
+def about(metadata: Any) -> dict[str, Any]:
+    """The metadata of a display."""
+    return metadata if isinstance(metadata, dict) and not is_deep([metadata]) else {}
+
+
 class Shown:
     """What stands at all places of one display id: they share `data` and `metadata`, so that an update costs the same for all."""
 
@@ -171,9 +211,9 @@ class Shown:
         self.data, self.metadata, self.places, self.size, self._shows = NotebookNode(), NotebookNode(), 0, 0, None
 
     def change(self, msg: dict) -> None:
-        for node, name in ((self.data, "data"), (self.metadata, "metadata")):
+        for node, new in ((self.data, bundle(msg["content"]["data"])), (self.metadata, about(msg["content"]["metadata"]))):
             node.clear()
-            node.update(from_dict(msg["content"][name]))
+            node.update(from_dict(new))
         self.size, self._shows = max(msg["size"], LEAST), msg["header"]["msg_id"]
 
     def shows(self, msg: dict) -> bool:
@@ -211,9 +251,11 @@ class Widget(OutputWidget):
 def _output(msg: dict) -> NotebookNode:
     """An output as the notebook has it. nbformat's own function validates each; the notebook is validated when it is written."""
     kind, content = msg["msg_type"], msg["content"]
-    names = {"stream": ["name", "text"], "error": ["ename", "evalue", "traceback"]}.get(kind, ["metadata", "data"])
-    names = [*names, "execution_count"] if kind == "execute_result" else names
-    return from_dict({"output_type": kind} | {name: content[name] for name in names})
+    if kind in ("stream", "error"):
+        names = ["name", "text"] if kind == "stream" else ["ename", "evalue", "traceback"]
+        return from_dict({"output_type": kind} | {name: content[name] for name in names})
+    count = {"execution_count": content["execution_count"]} if kind == "execute_result" else {}
+    return from_dict({"output_type": kind, "data": bundle(content["data"]), "metadata": about(content["metadata"]), **count})
 
 
 class Client(PapermillNotebookClient):
@@ -237,7 +279,7 @@ class Client(PapermillNotebookClient):
         self._streams: dict[str, tuple[Stream, NotebookNode]] = {}  # name -> the stream, and where it stands
         self._spent = 0  # bytes of this cell's outputs without a display id
         self._places: dict[str, int] = {}  # display id -> its places in this cell
-        self._left_out = [0, 0]  # outputs and their bytes
+        self._left_out: dict[str, list[int]] = {}  # why -> outputs and their bytes
 
     async def async_execute_cell(self, cell: NotebookNode, cell_index: int, *args: Any, **kwargs: Any) -> NotebookNode:
         self._begin_cell()
@@ -266,9 +308,8 @@ class Client(PapermillNotebookClient):
                 there = f"all {len(text):,} characters are" if stream.whole else f"the first and last {KEPT // 2:,} characters are"
                 text = excerpt(text, note=f"{there} in {file.name}")
             output["text"] = text
-        count, size = self._left_out
-        if count:
-            note = f"{count:,} output{'s' * (count > 1)} of {size / 1e6:,.1f} MB left out: a notebook keeps {ROOM / 1e6:.0f} MB"
+        for why, (count, size) in self._left_out.items():
+            note = f"{count:,} output{'s' * (count > 1)} of {size / 1e6:,.1f} MB left out: {why}"
             outputs.append(from_dict({"output_type": "display_data", "metadata": {}, "data": {"text/plain": f"[... {note} ...]"}}))
         self._streams = {}
 
@@ -294,13 +335,25 @@ class Client(PapermillNotebookClient):
             try:
                 while time.monotonic() < turn:
                     msg = self._parsed(channel.session, socket.recv_multipart(zmq.NOBLOCK, copy=False))
-                    if msg is not None and msg["parent_header"].get("msg_id") == parent_msg_id:
-                        self.process_message(msg, cell, cell_index)
+                    if (
+                        msg is not None
+                        and msg["parent_header"].get("msg_id") == parent_msg_id
+                        and self._is_last(msg, cell, cell_index)
+                    ):
+                        return
             except zmq.Again:
                 pass
-            except CellExecutionComplete:
-                return
             await asyncio.sleep(0)  # while there are messages, poll() gives nobody else a turn
+
+    def _is_last(self, msg: dict, cell: NotebookNode, cell_index: int) -> bool:
+        """Is this message the end of the cell? Else it is taken in; one with which nothing can be done is counted as left out."""
+        try:
+            self.process_message(msg, cell, cell_index)
+        except CellExecutionComplete:
+            return True
+        except Exception:  # whatever a kernel sends
+            self._leave_out(msg["size"], UNFIT)
+        return False
 
     def _parsed(self, session: Any, frames: list) -> dict | None:
         """A message with its "size"; of a long stream its ends, of an output that does not fit nothing, and None of a widget's."""
@@ -319,19 +372,28 @@ class Client(PapermillNotebookClient):
             if kind.startswith(("comm_", "update_")) and size > self.room:
                 self._leave_out(size)
                 return None
-        return session.deserialize(frames, copy=False) | {"size": size}
+        try:
+            msg = session.deserialize(frames, copy=False) | {"size": size}
+        except (RecursionError, ValueError, TypeError):
+            self._leave_out(size, UNFIT)
+            return None
+        if msg["msg_type"].startswith("comm_") and is_deep(msg["content"]):
+            self._leave_out(size, UNFIT)
+            return None
+        return msg
 
     def fits(self, msg: dict, least: int = LEAST) -> bool:
         """Is there room for an output? It is then taken; else the output is counted as left out."""
         size = max(msg["size"], least)
         if size > self.room or not msg["content"]:
-            self._leave_out(msg["size"])
+            self._leave_out(msg["size"], FULL if size > self.room else UNFIT)
             return False
         self.room -= size
         return True
 
-    def _leave_out(self, size: int) -> None:
-        self._left_out = [self._left_out[0] + 1, self._left_out[1] + size]
+    def _leave_out(self, size: int, why: str = FULL) -> None:
+        count, before = self._left_out.get(why, (0, 0))
+        self._left_out[why] = [count + 1, before + size]
 
     def output(self, outs: list, msg: dict, display_id: str | None, cell_index: int) -> None:
         if hooks := self.output_hook_stack[msg["parent_header"].get("msg_id")]:
@@ -352,11 +414,11 @@ class Client(PapermillNotebookClient):
                 stream.skip(content["skipped"])
                 stream.write(content["end"])
         elif kind == "error":
-            traceback = content["traceback"]
+            traceback = [as_text(line) for line in content["traceback"]]
             if sum(map(len, traceback)) > LONG:
                 traceback = [excerpt("\n".join(traceback))]
             tags = self.nb.cells[cell_index].metadata.get("tags", [])
-            name, value = excerpt(content["ename"], 1000), excerpt(content["evalue"])
+            name, value = excerpt(as_text(content["ename"]), 1000), excerpt(as_text(content["evalue"]))
             node = Expected if "raises-exception" in tags else NotebookNode
             outs.append(node(output_type=kind, ename=name, evalue=value, traceback=traceback))
         elif shown := self._displays.get(display_id):

@@ -57,7 +57,7 @@ def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
     run, and returns the final picture.
     """
     timeout = real("timeout", timeout, least=0, finite=False)
-    watch = Watch(run)
+    watch = Watch(style.a_run("run", run))
     if style.extension() == "static":
         limit = time.monotonic() + timeout
         while run.state == "running" and time.monotonic() < limit:

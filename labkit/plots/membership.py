@@ -24,7 +24,7 @@ HEIGHTS = (2.6, 1.4)  # of the accuracy; of the membership, and 0.45 for each wo
 
 def roster(run: RunRecord) -> pd.DataFrame:
     """Who was here when: columns worker, incarnation, start, end (s), message (why it was gone; "" for an ordinary end)."""
-    table = intervals(run.events)
+    table = intervals(style.a_run("run", run).events)
     here = table.loc[table.kind == "here", ["worker", "incarnation", "start", "end", "message"]]
     return here.astype({"incarnation": int}).reset_index(drop=True)
 
@@ -35,6 +35,7 @@ def membership(run: RunRecord, faults: pd.DataFrame | None = None) -> hv.Layout:
     A tick begins each bar: a worker that was lost and came back is another incarnation. RunError while the run is running: it has
     no accuracy yet.
     """
+    style.a_run("run", run)
     if faults is not None:
         style.check_columns(faults, ["seconds", "fault", "worker"])
     style.extension()

@@ -46,7 +46,7 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
     from whichever side it comes. RunError while a run is running: it has no curve yet.
     """
     x, y = known("x", x, AXES), text("y", y)
-    runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
+    runs = style.some_runs(runs)
     lower = any(run.config.lower_is_better for run in runs)  # of scores
     share = y == "score" and not lower
     target = None if target is None else real("target", target, **({"above": 0, "most": 1} if share else {}))
@@ -109,6 +109,7 @@ def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
 
     1 means that all workers take equally long, 1/m that all others do little but wait for one of m workers.
     """
+    runs = style.some_runs(runs)
     style.extension()
     runs = _as_runs(runs, lambda run: run.balance())
     lines, means, texts = {}, {}, _counted(runs)
@@ -138,12 +139,13 @@ def segments(run: RunRecord) -> pd.DataFrame:
 
     How a worker's time is divided: `labkit.runs.analysis`.
     """
-    table = analysis.spans(run.events)
+    table = analysis.spans(style.a_run("run", run).events)
     return table.loc[table.kind != "refill", ["worker", "activity", "start", "end"]].reset_index(drop=True)
 
 
 def timeline(run: RunRecord) -> hv.Overlay:
     """One row for each worker: when it computed, waited and exchanged weights; a tick above it: its push was merged."""
+    style.a_run("run", run)
     style.extension()
     spans = segments(run)
     if spans.empty:
@@ -180,6 +182,7 @@ def timeline(run: RunRecord) -> hv.Overlay:
 
 def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     """How stale the merges were, in versions: a histogram by worker for one run, by setting for several."""
+    runs = style.some_runs(runs)
     style.extension()
     runs = _as_runs(runs, lambda run: run.events)
     merges = [effective(run.events).query("kind == 'merge'").dropna(subset=["staleness"]) for run in runs]
@@ -208,6 +211,7 @@ def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
 
 def weights(run: RunRecord) -> hv.Overlay:
     """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples."""
+    style.a_run("run", run)
     style.extension()
     events = effective(run.events)
     merges = events.query("kind == 'merge'").dropna(subset=["worker", "coefficient"])
@@ -245,9 +249,8 @@ def speed(frame: pd.DataFrame) -> hv.Overlay:
 # -- texts and numbers -------------------------------------------------------------------------------------------------
 
 
-def _as_runs(runs: RunRecord | Sequence[RunRecord], read: Callable[[RunRecord], pd.DataFrame]) -> list[RunRecord]:
+def _as_runs(runs: list[RunRecord], read: Callable[[RunRecord], pd.DataFrame]) -> list[RunRecord]:
     """Those of which `read` can be read; one of several that is damaged is left out, which is printed."""
-    runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
     if not runs:
         raise ValueError("there is no run to draw: pass a run, or a list of at least one.")
     found, refused = [], []

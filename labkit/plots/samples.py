@@ -28,6 +28,7 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
 
     `data` and `version` as of `run.evaluate`. Of a class for each pixel all pixels count. ProblemError where there are no classes.
     """
+    style.a_run("run", run)
     style.extension()
     data_set, table = run.tested(data)[0].dataset, run.predictions(data, version)
     if data_set.n_classes is None or "label" not in table:
@@ -63,8 +64,10 @@ def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = N
 
     `data` and `version` as of `run.evaluate`. Samples that are no pictures are in `run.predictions()`.
     """
+    n = whole("n", n)
+    style.a_run("run", run)
     style.extension()
-    n, problem = whole("n", n), run.tested(data)[0]
+    problem = run.tested(data)[0]
     shape, table = problem.dataset.shape, run.predictions(data, version)
     title, first = f"{run.label}: the samples with the largest loss", table.head(n)
     if len(shape) not in (3, 4):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.errors import real
+from labkit.errors import known, real, text
 from labkit.plots import style
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ def scaling(frame: pd.DataFrame, x: str = "n_workers", note: str = "") -> hv.Ove
 
     `note` is the line under the title: where the times come from.
     """
-    if x not in AXES:
-        raise ValueError(f"scaling can be drawn against {' or '.join(map(repr, AXES))}, not {x!r}.")
+    x, note = known("x", x, AXES), text("note", note)
     style.extension()
     _check(frame, ["strategy", "seconds", x])
     if frame.empty:

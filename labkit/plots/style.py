@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.cluster.emulation import unsteadiness
-from labkit.errors import file_path
+from labkit.errors import file_path, like, several
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,6 +120,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
     if path.suffix not in (".png", ".html"):
         raise ValueError(f"cannot save a figure as {path.name!r}: use a name that ends in .png or .html.")
     extension()
+    like("figure", figure, ("opts", "traverse"), "a figure of labkit.plots")
     import holoviews as hv
     from bokeh.resources import INLINE
 
@@ -278,6 +279,16 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
     matplotlib = {**shape, "show_legend": False, "hooks": [_matplotlib_look(title, fonts["title"], note, legend, grid)]}
     figure = figure.opts(hv.opts.Overlay(**common, **bokeh, backend="bokeh"))
     return figure.opts(hv.opts.Overlay(**common, **matplotlib, backend="matplotlib"))
+
+
+def a_run(name: str, run: Any) -> Any:
+    """`run`, if it is one; TypeError otherwise."""
+    return like(name, run, ("config", "curve"), "a run, as labkit.train and labkit.load_run give it")
+
+
+def some_runs(runs: Any) -> list[Any]:
+    """A run, or each of several, in a list; TypeError where it is neither."""
+    return several("runs", runs, a_run) if isinstance(runs, Iterable) and not isinstance(runs, str) else [a_run("runs", runs)]
 
 
 def check_columns(frame: pd.DataFrame, columns: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from labkit.errors import like
 from labkit.plots import style
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ INSET = 0.01  # of the longer side of the image, by which frames of one kind lie
 
 def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
     """A `labkit.Decomposition` drawn on one sample (C, H, W) or (C, D, H, W): a frame for each subdomain, with its number."""
+    like("parts", parts, ("n_parts", "windows"), "a labkit.Decomposition")
     style.extension()
     sample = np.asarray(image)
     rows = _visible(parts, sample.shape)
@@ -47,6 +49,7 @@ def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
 
 def part_accuracy(joined: Any) -> hv.Overlay:
     """Test accuracy of each subnet alone, at its subdomain of the image; `joined` is what `labkit.train_subnets` returns."""
+    _trained(joined)
     style.extension()
     shape, chosen = joined.config["shape"], joined.decomposition
     rows = _visible(chosen, shape)
@@ -72,6 +75,7 @@ def part_times(joined: Any) -> hv.Overlay:
 
     Of more than MOST_BARS subnets only the median and the longest are drawn.
     """
+    _trained(joined)
     style.extension()
     parts, rows = joined.part_rows, {row["model"]: row for row in joined.rows}
     parallel = rows["CNN-DNN"]["seconds"]
@@ -119,6 +123,11 @@ def part_scores(frame: pd.DataFrame) -> hv.Overlay:
         elements, title, note, legend, grid="y", xlabel="", ylabel="test accuracy (%)", xticks=list(enumerate(settings)),
         xlim=(-0.6, len(settings) - 0.4),
     )  # fmt: skip
+
+
+def _trained(joined: Any) -> None:
+    """TypeError where these are no trained subnets."""
+    like("joined", joined, ("part_rows", "rows", "config"), "what labkit.train_subnets returns")
 
 
 def _visible(parts: Any, shape: Sequence[int]) -> list[tuple[int, tuple[slice, slice], tuple[int, int]]]:

@@ -22,7 +22,7 @@ from torch import nn
 from labkit.data import Dataset, open_dataset
 from labkit.data import names as data_names
 from labkit.data.items import Items, is_items_path, seed_of_items, seeding
-from labkit.errors import DataError, LabError, ProblemError, RunError, file_path, flag, known, plain_scalar, real, whole
+from labkit.errors import SEEDS, DataError, LabError, ProblemError, RunError, file_path, flag, known, plain_scalar, real, whole
 from labkit.imports import by_value, constructor_arguments, import_path, imported, plain, short
 from labkit.models import seeded
 from labkit.models.flat import Flat
@@ -528,7 +528,7 @@ class Problem:
         ProblemError
             The problem chooses its samples itself.
         """
-        n, seed = whole("n", n, 2, error=ValueError), whole("seed", seed, 0, error=ValueError)
+        n, seed = whole("n", n, 2, error=ValueError), whole("seed", seed, 0, SEEDS, error=ValueError)
         k = whole("k", k, 0, n - 1, error=ValueError)
         for name in ("train_indices", "score_indices"):
             if getattr(type(self), name) is not getattr(Problem, name):

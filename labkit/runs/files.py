@@ -81,7 +81,7 @@ def find_json(path: Path) -> Any:
     """What a JSON file holds, or None where it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from labkit.cluster.emulation import make_stalls, opposite
-from labkit.errors import RunError, real, several, whole
+from labkit.errors import MOST, SEEDS, RunError, real, several, whole
 from labkit.partition import Partition, make_partition
 from labkit.runs.config import RunConfig
 from labkit.simulation.cost_model import Line, Pace, Timing, fit
@@ -24,7 +24,7 @@ from labkit.simulation.simulator import Change, Simulation
 from labkit.training.resume import is_rule_of, rule_of
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
-from labkit.training.train import MOST, SEEDS, check_traffic
+from labkit.training.train import check_traffic
 from labkit.training.wire.protocol import MAX_WORKERS
 from labkit.updates import Update, make_update
 

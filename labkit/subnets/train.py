@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from labkit.cluster.lab import Lab, Worker
-from labkit.errors import ClusterError, ProblemError, RunError, file_path, flag, instance, known, real, several, whole
+from labkit.errors import SEEDS, ClusterError, ProblemError, RunError, file_path, flag, instance, known, real, several, whole
 from labkit.models import evaluating, seeded
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import Flat
@@ -50,7 +50,7 @@ from labkit.subnets.status import awaited, latest, report, stopped
 from labkit.training.blocks import run_on_blocks
 from labkit.training.local import Fit, fit, outputs
 from labkit.training.run import Run
-from labkit.training.train import SEEDS, check_shards, check_sources, choose, claim, configure, launch, leased, run_name, under_name
+from labkit.training.train import check_shards, check_sources, choose, claim, configure, launch, leased, run_name, under_name
 from labkit.training.worker.process import prepare_alone
 from labkit.updates import make_update
 

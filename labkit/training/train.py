@@ -27,7 +27,20 @@ import numpy as np
 
 from labkit import locks
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, ProblemError, RunError, RunningError, file_path, instance, known, real, text, whole
+from labkit.errors import (
+    MOST,
+    SEEDS,
+    ClusterError,
+    ProblemError,
+    RunError,
+    RunningError,
+    file_path,
+    instance,
+    known,
+    real,
+    text,
+    whole,
+)
 from labkit.imports import rule_title
 from labkit.locks import DirectoryLock
 from labkit.models.flat import Flat
@@ -47,8 +60,6 @@ from labkit.training.worker.allreduce import check_problem
 from labkit.updates import Update, make_update
 
 T = TypeVar("T")
-SEEDS = 2**63 - 1  # the largest seed that torch's generators accept
-MOST = 2**53  # of a count: beyond it a float is no longer exact
 
 
 def train(

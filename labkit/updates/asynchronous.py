@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from labkit.updates.base import Changes, Merge, Push, Reply, Update, chunks, count, number, one_of, weighted_sum
+from labkit.updates.base import Changes, Merge, Push, Reply, Update, chunks, count, magnitude, number, one_of, weighted_sum
 
 
 class AGWU(Changes):
@@ -110,6 +110,12 @@ class Downpour(Changes):
         self.first = np.zeros(n, np.float32)  # v, or p
         self.second = np.zeros(n if self.optimiser == "adam" else 0, np.float32)  # q
         self.steps = 0
+
+    def _reach(self) -> float:
+        if self.optimiser != "momentum":
+            return super()._reach()
+        lr = self.lr or 1 - self.momentum  # of a worker that is left alone
+        return super()._reach() + lr * self.momentum / (1 - self.momentum) * magnitude(self.first)
 
     def _merge(self, push: Push) -> list[Reply]:
         m = len(self.bases)
@@ -219,6 +225,11 @@ class FedBuff(Changes):
         super()._begin()
         self.total = np.zeros_like(self.weights)  # sum_j s_j [changes | buffers]
         self.kept: list[list] = []  # of each push in it: worker, s, staleness, samples
+
+    def _reach(self) -> float:
+        n, weight = self.n_params, sum(fading for _, fading, _, _ in self.kept) or 1.0
+        buffers = max(magnitude(self.weights[n:]), magnitude(self.total[n:]) / weight) * (self.size or len(self.bases))  # summed up
+        return max(buffers, super()._reach() + self.lr / max(1, len(self.kept)) * magnitude(self.total[:n]))
 
     def leave(self, worker: int) -> list[Reply]:
         replies = super().leave(worker)

@@ -8,6 +8,7 @@ comes from its driver: `deadline` is for how many seconds the rule waits for oth
 Used by the other files of `labkit.updates`, and by `labkit.training.server.coordinator`, which drives a rule.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -55,6 +56,9 @@ class Merge:
 
 CHUNK = 1 << 16  # weights
 SAFE = 1e15  # of larger weights a product, or a sum of squares, may leave the range of float32
+ROOM = (
+    float(np.finfo(np.float32).max) / 2
+)  # no push may bring the weights beyond it, at once or by a momentum: the rest is for the others
 
 
 class BadPush(UpdateError):
@@ -158,11 +162,13 @@ class Update:
         self.merges, self.drops = [], []
         if self.largest <= SAFE:
             return self._merge_exactly(push)
-        before = self.state_dict()
+        before, reach = self.state_dict(), self._reach()
         try:
             with np.errstate(all="ignore"):
                 replies = self._merge_exactly(push)
             self._check_range()
+            if not self._reach() <= max(ROOM, 1.001 * reach):  # who has brought it there is refused, not who comes next
+                raise self._beyond_range()
         except BadPush:
             self.load_state_dict(before)
             raise
@@ -245,12 +251,24 @@ class Update:
     def _merge(self, push: Push) -> list[Reply]:
         raise NotImplementedError
 
+    def _reach(self) -> float:
+        """How large the weights become by what the rule holds, at most, when nobody adds to it: a momentum goes on moving them."""
+        return magnitude(self.weights)
+
     def _check_range(self) -> None:
         """After weights beyond `SAFE`: is all that the rule holds within the range of float32?"""
-        arrays = (value for value in vars(self).values() if isinstance(value, np.ndarray) and value.dtype.kind == "f")
+        held = (
+            value.values() if isinstance(value, dict) and name in self.written else [value] for name, value in vars(self).items()
+        )
+        arrays = (
+            value for value in itertools.chain.from_iterable(held) if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        )
         if not all(math.isfinite(magnitude(array.ravel())) for array in arrays):
-            text = f"with weights as large as {self.largest:.3g} what the rule makes of them is beyond the range of float32"
-            raise BadPush(f"{text} (3.4e38). Lower the learning rate.")
+            raise self._beyond_range()
+
+    def _beyond_range(self) -> BadPush:
+        text = f"with weights as large as {self.largest:.3g} what the rule makes of them is beyond the range of float32"
+        return BadPush(f"{text} (3.4e38). Lower the learning rate.")
 
     def _publish(self, weights: np.ndarray, merges: Iterable[tuple[Push, float]]) -> None:
         self._publish_merged(weights, [self._merged(push, coefficient) for push, coefficient in merges])

@@ -17,10 +17,15 @@ import math
 import numpy as np
 
 from labkit.errors import flag
-from labkit.updates.base import Changes, Push, Reply, chunks, count, number, one_of, weighted_sum
+from labkit.updates.base import Changes, Push, Reply, chunks, count, magnitude, number, one_of, weighted_sum
 from labkit.updates.synchronous import Barrier, shares
 
 TINY = 1e-12
+
+
+def carried(momentum: float) -> float:
+    """How far a velocity of 1 goes on moving what it moves, when it gets no more: momentum + momentum^2 + ..."""
+    return momentum / (1 - momentum)
 
 
 class DiLoCo(Barrier):
@@ -63,6 +68,11 @@ class DiLoCo(Barrier):
             step[part] = before[part] + np.float32(self.lr) * (step[part] + np.float32(self.momentum) * self.velocity[part])
         self._publish(merged, [(push, self.lr * factor) for push, factor in zip(pushes, factors, strict=True)])
 
+    def _reach(self) -> float:
+        step = max((magnitude(push.weights - self.weights) for push in self.pending.values()), default=0.0)
+        velocity = self.momentum * magnitude(self.velocity) + step
+        return max(super()._reach(), magnitude(self.weights) + self.lr * (step + carried(self.momentum) * velocity))
+
 
 class DelayedNesterov(Changes):
     """Asynchronous local SGD with delayed Nesterov momentum and dynamic local updates (Liu et al. 2024).
@@ -104,6 +114,10 @@ class DelayedNesterov(Changes):
         super()._begin()
         self.velocity, self.total = (np.zeros(self.n_params, np.float32) for _ in range(2))
         self.count = 0  # pushes in the total
+
+    def _reach(self) -> float:
+        velocity = self.momentum * magnitude(self.velocity) + magnitude(self.total) / max(1, self.count)
+        return super()._reach() + self.lr * carried(self.momentum) * velocity
 
     def _merge(self, push: Push) -> list[Reply]:
         m, n = len(self.bases), self.period or len(self.bases)
@@ -170,6 +184,9 @@ class HeLoCo(Changes):
         super()._begin()
         self.velocity = np.zeros(self.n_params, np.float32)
 
+    def _reach(self) -> float:
+        return super()._reach() + self.lr * self.momentum * carried(self.momentum) * magnitude(self.velocity)
+
     def correction(self, c: float, conf: float, ratio: float) -> tuple[float, float]:
         """(x, y) of the corrected push x D + y v, where `ratio` is |D| / |v|."""
         if c >= self.keep:
@@ -210,4 +227,4 @@ def _product(a: np.ndarray, b: np.ndarray) -> float:
     total = 0.0
     for part in chunks(len(a)):
         total += float(np.einsum("i,i->", a[part], b[part]))
-    return total
+    return total if math.isfinite(total) else float(np.einsum("i,i->", a, b, dtype=np.float64))  # of weights beyond 1e19

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from labkit.errors import UpdateError
-from labkit.updates.base import Merge, Push, Reply, Update, number, one_of, weighted_sum
+from labkit.updates.base import Merge, Push, Reply, Update, magnitude, number, one_of, weighted_sum
 
 
 class Barrier(Update):
@@ -70,6 +70,9 @@ class Barrier(Update):
         if pushes:
             self._merge_all(pushes)
         return self._release(released)
+
+    def _reach(self) -> float:
+        return max([super()._reach(), *(magnitude(push.weights) for push in self.pending.values())])
 
     def _in_order(self) -> list[Push]:
         return [self.pending[worker] for worker in sorted(self.pending)]

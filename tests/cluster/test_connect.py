@@ -60,6 +60,13 @@ REQUESTS = {
     "profile, engines and an ipyparallel Client go with kind='ipyparallel', not with 'dask'.": {"kind": "dask", "profile": "x"},
     "kind='ipyparallel' finds a running cluster by profile": {"kind": "ipyparallel", "address": "tcp://x:1"},
     "security goes with address": {"kind": "dask", "security": object()},
+    "client=5 must be a Dask Client or cluster object, not int": {"client": 5},
+    "client='tcp://x:1' must be a Dask Client or cluster object, not str. The address": {"client": "tcp://x:1", "kind": "dask"},
+    "finds a running cluster by profile='...', or by an ipyparallel Client: client=... (not a int)": {
+        "kind": "ipyparallel",
+        "client": 5,
+    },
+    "security=5 must be a distributed.Security, not int": {"kind": "dask", "address": "tls://x:1", "security": 5},
     "engines have no resources": {"kind": "ipyparallel", "resources": {"GPU": 1}},
 }
 

@@ -196,6 +196,46 @@ def test_a_display_id_of_any_kind(tmp_path):
     assert cell.texts() == ["3", "3"]
 
 
+def deep(n):
+    value = 1
+    for _ in range(n):
+        value = [value]
+    return value
+
+
+def test_displays_that_no_notebook_holds_are_texts_and_what_is_too_deep_is_cut(tmp_path):
+    cell = Cell(tmp_path)
+    for data in ({"text/plain": 5}, {"text/plain": None, "application/json": deep(900)}, {"text/plain": deep(900)}, ["a", "b"], 7):
+        for kind, more in (("display_data", {}), ("execute_result", {"execution_count": 3}), ("display_data", {"display_id": "a"})):
+            cell.send(kind, data=data, metadata=deep(900) if kind == "execute_result" else {}, size=100, **more)
+        cell.send("update_display_data", data=data, metadata={"x": deep(900)}, size=100, display_id="a")
+    cell.end()  # validates
+    cut = "[... JSON of more than 100 levels ...]"
+    assert cell.texts()[::3] == ["5", "null", cut, "ab", "7"] and cell.cell.outputs[3].data["application/json"] == cut
+    assert json.loads(nbformat.writes(cell.client.nb))
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("display_data", {}),
+        ("stream", {"name": "stdout", "text": 5}),
+        ("stream", {"name": ["stdout"], "text": "a"}),
+        ("comm_msg", {"comm_id": {}, "data": {}}),
+        ("comm_open", {"comm_id": "1", "data": {"state": 5}}),
+        ("error", {"ename": 5}),
+        ("display_data", {"data": {}, "metadata": {}, "transient": 5}),
+    ],
+)
+def test_a_message_with_which_nothing_can_be_done_is_counted_and_the_cell_goes_on(kind, content, tmp_path):
+    cell = Cell(tmp_path)
+    msg = {"header": {"msg_type": kind, "msg_id": "1"}, "msg_type": kind, "parent_header": {"msg_id": "p"}, "content": content}
+    assert not cell.client._is_last(msg | {"size": 100, "metadata": {}, "buffers": []}, cell.cell, 0)
+    cell.show("after")
+    cell.end()
+    assert cell.texts()[0] == "after" and "no notebook holds them" in cell.texts()[1]
+
+
 def test_an_error_is_stored_in_short_and_expected_where_its_cell_says_so(tmp_path):
     for tags, kind in (([], "error"), (["raises-exception"], "expected error")):
         cell = Cell(tmp_path, tags=tags)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 
 from labkit import plots
 from labkit.plots import style
-from tests.plots.helpers import Recorded, rates
+from tests.plots.helpers import Recorded, elements, rates
 
 FIGURES = {
     "curves": lambda run: plots.curves([run], target=0.5),
@@ -84,3 +86,24 @@ def test_the_caption_states_what_a_reader_must_know(tmp_path):
     assert style.caption([emulated]) == "slowdown emulated: 1x, 4x"
     assert style.caption([even], "1 seed") == "synthetic data; 1 seed"
     assert style.emulated([1, 1, 1, 4, 4]) == "slowdown emulated: 3 at 1x, 2 at 4x"
+
+
+DOORS = {
+    "balance curves staleness": r"runs=.* must be (a run|a list)",
+    "confusion live membership roster segments timeline weights worst": r"run=.* must be a run, as labkit\.train and labkit\.load_run give it",
+    "errors part_scores saturation scaling speed": "give a pandas DataFrame",
+    "part_accuracy part_times": r"joined=.* must be what labkit\.train_subnets returns",
+}
+
+
+@pytest.mark.parametrize("bad", [5, None, "runs/mine", np.float32(2), {"run": 1}, Recorded, [5]], ids=str)
+def test_what_is_no_run_is_refused_by_its_name(bad, run, tmp_path):
+    calls = {name: (partial(getattr(plots, name), bad), words) for names, words in DOORS.items() for name in names.split()}
+    calls["decomposition"] = lambda: plots.decomposition(bad, np.zeros((1, 8, 8))), r"parts=.* must be a labkit\.Decomposition"
+    calls["save"] = lambda: plots.save(bad, tmp_path / "a.png"), r"figure=.* must be a figure of labkit\.plots"
+    assert calls.keys() == {*plots.__all__} - {"extension", "interactive"}
+    for name, (call, words) in calls.items():
+        with pytest.raises(TypeError, match=words):
+            call()
+            pytest.fail(name)
+    assert elements(plots.curves(one for one in [run]), "Curve")

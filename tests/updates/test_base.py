@@ -15,7 +15,7 @@ import labkit
 from labkit.errors import UpdateError
 from labkit.runs import checkpoints
 from labkit.runs.files import write_json
-from labkit.updates import AGWU, SGWU, UPDATES, FedBuff, Push, base, make_update, names
+from labkit.updates import AGWU, SGWU, UPDATES, BadPush, FedBuff, Push, base, make_update, names
 
 OTHERS = [{"name": "sgwu", "quorum": 0.5}, {"name": "sgwu", "quorum": 0.5, "grace": 3.0}, {"name": "ssp", "bound": 0}]
 OTHERS += [{"name": "downpour", "optimiser": "momentum"}, {"name": "downpour", "optimiser": "adam"}]
@@ -276,6 +276,29 @@ def test_a_bad_push_is_refused_and_changes_nothing(rule):
         with pytest.raises(UpdateError, match=message):
             rule.push(bad)
         assert bits(rule.state_dict()) == before
+
+
+@every_rule
+def test_only_who_pushes_large_weights_is_refused(rule):
+    """Whatever a rule remembers of them: who pushes what it was given, a little changed, never is, now or later."""
+    for large in (1e20, 1e38, 3.4e38):
+        made, chance = make_update(rule), np.random.default_rng(0)
+        if made.collective:  # its replicas are equal
+            continue
+        made.start(chance.normal(size=7).astype(np.float32), [0, 1, 2], 2, [3, 2])
+        own = dict.fromkeys(made.bases, made.weights)
+        for turn in range(40):
+            for worker in sorted(own):
+                weights = own.pop(worker) + np.float32(0.01) if worker else np.full(7, large * (-1) ** (turn // 3), np.float32)
+                before = bits(made.state_dict())
+                try:
+                    replies = made.push(Push(worker, made.bases[worker], weights, 0.5, 10))
+                except BadPush:
+                    assert worker == 0, f"turn {turn}: an innocent one"
+                    assert bits(made.state_dict()) == before
+                    replies = [*made.leave(0), *made.join(0)]
+                own.update({reply.worker: reply.weights for reply in replies})
+            assert np.isfinite(made.weights).all() and own
 
 
 @pytest.mark.parametrize("rule", ["sgwu", "agwu", "fedasync"])

@@ -18,7 +18,7 @@ from labkit.data.dataset import Dataset
 from labkit.data.folders import checked_size
 from labkit.data.synthetic import head, phantom
 from labkit.data.synthetic.fields import Patient, along_vessels, blur, lesion
-from labkit.errors import whole
+from labkit.errors import SEEDS, whole
 
 LEAST_SIDE = 16  # below it a lesion is a voxel
 LESIONS = (3, 7)  # from, to before: several, so that more than one part of a volume sees one
@@ -83,7 +83,7 @@ def _checked(n: int, size: tuple[int, int, int], seed: int) -> tuple[int, tuple[
     size = checked_size(size, "(depth, height, width)", (32, 64, 64))
     if min(size) < LEAST_SIDE:
         raise ValueError(f"size={size} is too small for lesions to have a shape. Give {LEAST_SIDE} at least on each side.")
-    return n, size, whole("seed", seed, 0, error=ValueError)
+    return n, size, whole("seed", seed, 0, SEEDS, error=ValueError)
 
 
 def _key(n: int, size: tuple[int, ...], seed: int, of: str) -> str:

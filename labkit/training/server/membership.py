@@ -53,7 +53,7 @@ class Ranks:
 
 
 class Losses:
-    """How often in a row each worker was lost, or dropped for a message that cannot be meant, without a push that counts."""
+    """How often in a row each worker was lost, dropped for a message that cannot be meant, or broke its group, without a push that counts."""
 
     def __init__(self) -> None:
         self.reasons: dict[int, list[str]] = {}  # by worker, since its latest push that counts

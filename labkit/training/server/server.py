@@ -42,7 +42,7 @@ from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
 from labkit.runs.files import check_owner
 from labkit.training.server.coordinator import AGAIN, Coordinator
-from labkit.training.server.membership import Losses, Member
+from labkit.training.server.membership import LOSSES, Losses, Member
 from labkit.training.wire import compression, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S, Answer, Refused, check_request
 from labkit.updates import BadPush, Diverged, Update
@@ -453,13 +453,26 @@ class WorkerConnection:
                 if header["op"] == "regroup" and not member.group:
                     raise Refused("a 'regroup' message was refused: this worker is in no group.")
                 if header["op"] == "regroup":
-                    self.course.regroup(member, header.get("reason") or "")
+                    self._regroup(member, header.get("reason") or "")
                     return True
                 if header["op"] == "fail":  # an exception over there; its traceback travels with the worker's task
                     self.server.stop("failed", header["reason"])
                 elif header["op"] != "leave":
                     raise Refused(f"a {header['op']!r} message was refused: it is unknown, or out of place.")
                 return False
+
+    def _regroup(self, member: Member, why: str) -> None:
+        """A rank says that its group is broken. If nobody of it is gone, and nobody has said so before, it is this one that breaks it: that
+        is counted as a loss, and the others are notified."""
+        server, ranks, group = self.server, self.course.grants.ranks, member.group
+        if first := bool(ranks.members) and ranks.number == group:
+            reason = f"it asked for another group of the all-reduce, of which nobody was gone: {why or 'without a reason'}"
+            if len(server.losses.reasons.get(member.index, ())) >= LOSSES - 1:
+                raise BadPush(f"worker {member.index} at version {self.course.update.version}: {reason}")
+            server.losses.add(member.index, reason)
+        self.course.regroup(member, why)
+        if first:
+            server._interrupt({"op": "regroup", "group": group}, group)
 
     def _answer(self, member: Member) -> None:
         """Send this worker its answer when there is one; until then a "hold" now and then, which finds a dead peer too."""

@@ -476,6 +476,30 @@ def test_who_is_lost_breaks_its_own_group_and_none_after_it(tmp_path):
         assert clients[0].pull()["ranks"] == [0]
 
 
+def test_a_rank_that_asks_for_another_group_for_ever_is_dropped_and_the_others_make_the_run(tmp_path):
+    with serving(spec(tmp_path, AllReduce(), workers=(0, 1, 2))) as (server, result, thread):
+        clients = [Client(server.address, index) for index in range(3)]
+        server.clients += clients
+        bad, *others = clients
+        [client.pull() for client in clients]
+        for _ in range(membership.LOSSES):
+            bad.connection.send({"op": "regroup", "reason": "once more"})
+            for other in others:
+                assert other.pull()["op"] == "regroup"
+                other.connection.send({"op": "regroup", "reason": "the server says so"})
+            [other.pull() for other in others]
+            if bad.pull()["op"] == "rejoin":
+                break
+        assert "of which nobody was gone: once more" in bad.message["reason"]
+        bad.connection.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01})
+        assert bad.pull()["op"] == "stop" and "5 times in a row" in bad.message["reason"]
+        threads = [threading.Thread(target=other.train) for other in others]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
+        thread.join(10)
+    assert (result["state"], list(result["dropped"])) == ("done", ["0"]) and others[0].message["op"] == "stop"
+
+
 def test_who_settles_a_milestone_is_in_no_group_that_could_break(tmp_path):
     """Its `regroup` would be a wait for itself."""
     with serving(spec(tmp_path, AllReduce(), workers=(0, 1, 2), milestones=[17])) as (server, *_):
