@@ -22,6 +22,7 @@ from .experiments.notebook import parameters as parameters
 from .experiments.sweep import report as report
 from .experiments.sweep import summary as summary
 from .experiments.sweep import sweep as sweep
+from .inner.inner import Inner as Inner
 from .partition import IDPA as IDPA
 from .partition import UDPA as UDPA
 from .problems import Classifier as Classifier

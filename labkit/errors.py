@@ -14,12 +14,15 @@ import math
 import numbers
 import operator
 import os
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 MOST = 2**53  # of a count: beyond it a float is no longer exact
 SEEDS = 2**63 - 1  # the largest seed that torch's generators accept
+_formatting = threading.Lock()
 
 
 class LabError(Exception):
@@ -73,6 +76,16 @@ class WorkerError(LabError):
     def __str__(self) -> str:
         message = str(self.args[0])
         return f"{message}\n\n{self.remote_traceback}" if self.remote_traceback else message
+
+
+def traceback_of(error: BaseException) -> str:
+    """The text of an error with its traceback.
+
+    One at a time: to mark a place in a line it is parsed, and CPython 3.11 counts the depth of its parser for all threads together, so
+    that two which format at once may end in a SystemError.
+    """
+    with _formatting:
+        return "".join(traceback.format_exception(error))
 
 
 def did_you_mean(given: Any, options: Iterable[Any]) -> str:

@@ -45,6 +45,7 @@ class Classifier(Supervised):
         set, of objects as torchmetrics has them or their import paths, or a dict of these by name (`labkit.problems.metrics`).
     clip_norm : the largest norm of the gradient; longer ones are shortened. `step` then returns it as "grad_norm".
     accumulate : the gradient of a batch is computed in so many parts, one after the other, for less memory; BatchNorm sees parts.
+    inner : how the threads of a worker share a step, a `labkit.Inner`: by default torch cuts each operator among them.
 
     A bad argument is a ValueError or TypeError at once; a model that does not fit the data a ProblemError in `check`.
     """
@@ -70,6 +71,7 @@ class Classifier(Supervised):
         channels_last: bool = False,
         augment: str | Callable[..., Any] | None = None,
         ema: float | None = None,
+        inner: Any = None,
         loss: Any = "cross-entropy",
         metrics: Any = (),
         clip_norm: float | None = None,
@@ -92,6 +94,7 @@ class Classifier(Supervised):
             channels_last=channels_last,
             augment=augment,
             ema=ema,
+            inner=inner,
             loss=loss,
             metrics=metrics,
             clip_norm=clip_norm,

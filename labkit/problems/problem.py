@@ -444,6 +444,15 @@ class Problem:
         """What `Run.predict_proba` makes of the outputs of the network."""
         raise ProblemError(f"{self._title()} gives no probabilities; use predict().")
 
+    # The inner layer.
+
+    def computed(self, module: nn.Module) -> str | None:
+        """How the steps of a module since the last call were computed, where that was chosen by the time that they take."""
+        return None
+
+    def compute_as(self, module: nn.Module, computed: str) -> None:
+        """Compute the next steps of a module as these were, whatever is quickest here."""
+
     # The data: what is trained on, scored on, tested on.
 
     @cached_property

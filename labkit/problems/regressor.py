@@ -37,7 +37,7 @@ class Regressor(Supervised):
     loss : "mse", "mae", "huber", "smooth-l1", "poisson-nll" or another of torch's by its name, with settings
         {"name": "huber", "delta": 2.0}, or a function (outputs, targets); of several targets it gets a dict of them by name. Score, metrics
         and `predict` take outputs as they are: with "poisson-nll" they are logarithms, unless it has {"log_input": False}.
-    lr, momentum, weight_decay, optimiser, schedule, metrics, clip_norm, accumulate : as of `labkit.Classifier`.
+    lr, momentum, weight_decay, optimiser, schedule, metrics, clip_norm, accumulate, inner : as of `labkit.Classifier`.
 
     A bad argument is a ValueError or TypeError at once; a model that does not fit the data a ProblemError in `check`.
     """
@@ -67,6 +67,7 @@ class Regressor(Supervised):
         channels_last: bool = False,
         augment: str | Callable[..., Any] | None = None,
         ema: float | None = None,
+        inner: Any = None,
     ) -> None:
         super().__init__(
             model,
@@ -89,6 +90,7 @@ class Regressor(Supervised):
             channels_last=channels_last,
             augment=augment,
             ema=ema,
+            inner=inner,
         )
 
     @property

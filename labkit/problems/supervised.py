@@ -11,8 +11,9 @@ Used as the base of `labkit.problems.classifier` and `labkit.problems.regressor`
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,8 +21,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from labkit.data.cache import cache_dir
 from labkit.errors import LabError, ProblemError, plain_scalar, real, whole
 from labkit.imports import reference
+from labkit.inner.engine import Engine
+from labkit.inner.inner import Inner
 from labkit.models import check_model, describe, evaluating, make_model
 from labkit.problems.losses import Loss
 from labkit.problems.metrics import Meter, check_metrics, make_meters, number, together
@@ -31,12 +35,13 @@ from labkit.problems.schedules import make_schedule
 from labkit.problems.splits import batches
 
 LOOKED_AT = 64  # samples on which `check` compares what a model gives with what its loss takes
+ROUNDING, ROUNDING_16 = 1e-3, 0.05  # relative, between the gradients of a batch that is split and of one that is not
 
 
 class Supervised(Problem):
     """A problem with one module, one loss and one optimiser; a subclass gives `n_outputs`, `fitted` and `scorer`."""
 
-    unwritten: ClassVar = {**Problem.unwritten, "metrics": (), "clip_norm": None, "accumulate": 1}
+    unwritten: ClassVar = {**Problem.unwritten, "metrics": (), "clip_norm": None, "accumulate": 1, "inner": None}
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class Supervised(Problem):
         metrics: Any,
         clip_norm: float | None,
         accumulate: int,
+        inner: Any,
         **common: Any,
     ) -> None:
         check_model(model)
@@ -66,6 +72,7 @@ class Supervised(Problem):
         self.optimiser, self.schedule, self.loss, self.metrics = optimiser, schedule, loss, metrics
         self.clip_norm = None if clip_norm is None else real("clip_norm", clip_norm, above=0)
         self.accumulate = whole("accumulate", accumulate)
+        self.inner = Inner.of(inner)
         check_optimiser(optimiser, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         make_schedule(schedule), Loss(loss), check_metrics(metrics)
         super().__init__(data, **common)
@@ -104,12 +111,7 @@ class Supervised(Problem):
             for group in optimiser.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimiser.zero_grad(set_to_none=True)
-        if self.accumulate == 1:
-            loss = self._loss_of(module, x, y)
-            loss.backward()
-        else:
-            loss = self._accumulated(module, x, y)
-        metrics = {"loss": loss.detach()}
+        metrics = {"loss": self._backward(module, x, y)}
         if self.clip_norm is not None:
             parameters = [p for group in optimiser.param_groups for p in group["params"]]
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
@@ -154,6 +156,8 @@ class Supervised(Problem):
         module = self.new_module(seed)
         if not self._evaluates_itself:
             self._loss.check(*self._outputs_of(module, *self.load(self.train_indices()[:LOOKED_AT])))
+        if self.inner is not None:
+            self._check_split(module)
         if self.metrics:
             if self._evaluates_itself:
                 raise ProblemError(
@@ -169,7 +173,16 @@ class Supervised(Problem):
 
     def config(self) -> dict[str, Any]:
         named = ("model", "optimiser", "schedule", "loss", "metrics")
-        return {name: reference(getattr(self, name)) if name in named else value for name, value in super().config().items()}
+        made = {name: reference(getattr(self, name)) if name in named else value for name, value in super().config().items()}
+        return made if self.inner is None else {**made, "inner": self.inner.config()}
+
+    def computed(self, module: nn.Module) -> str | None:
+        engine = self._engines.get(module)
+        return engine.done() or None if engine else None
+
+    def compute_as(self, module: nn.Module, computed: str) -> None:
+        if self.inner is not None:
+            self._engine(module).repeat(computed)
 
     # How.
 
@@ -191,23 +204,78 @@ class Supervised(Problem):
             outputs = module(*x) if isinstance(x, tuple) else module(x)
             return self._loss(*self.fitted(_float(outputs), x if y is None else y))
 
-    def _accumulated(self, module: nn.Module, x: Any, y: Any) -> torch.Tensor:
-        """The loss of the batch, whose gradient is the sum of those of its parts; a part has two samples at least (BatchNorm)."""
+    def _backward(self, module: nn.Module, x: Any, y: Any) -> torch.Tensor:
+        """Leaves the gradients of the batch's loss on the parameters, and returns it.
+
+        It is computed in `accumulate` parts, each of which the inner layer may split further; a part has two samples at least (BatchNorm).
+        """
         n = max(1, min(self.accumulate, len(_first(x)) // 2))
-        parts = list(zip(_cut(x, n), _cut(y, n), strict=True))
-        counts = [self._loss.count(part if own is None else own) for part, own in parts]
-        loss, total = 0.0, sum(counts)
-        if isinstance(total, torch.Tensor):  # a batch may be ignored as a whole
-            total = total.clamp(min=torch.finfo(torch.float32).tiny)
         wrapped = [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
-        for at, ((part, own), count) in enumerate(zip(parts, counts, strict=True), 1):
-            with contextlib.ExitStack() as alone:  # the ranks, which may have fewer parts, meet in the last backward pass
-                for network in wrapped if at < n else ():
-                    alone.enter_context(network.no_sync())
-                share = self._loss_of(module, part, own) * (count / total)
-                share.backward()
+        loss = 0.0
+        for at, (part, own, weight) in enumerate(self._parts(x, y, n), 1):
+            if self.inner is not None and (not wrapped or wrapped == [module]):
+                network = module.module if wrapped else module
+                shares = partial(self._shares, network, part, own, weight)
+                share = self._engine(network).gradients(network, len(_first(part)), shares)
+                if wrapped and at == n:
+                    average_gradients(module)
+            else:
+                with contextlib.ExitStack() as alone:  # the ranks, which may have fewer parts, meet in the last backward pass
+                    for network in wrapped if at < n else ():
+                        alone.enter_context(network.no_sync())
+                    share = self._share(module, part, own, weight)
+                    share.backward()
             loss = loss + share.detach()
         return loss
+
+    def _parts(self, x: Any, y: Any, n: int) -> list[tuple[Any, Any, Any]]:
+        """A batch in n parts, and the weight of the loss of each in that of the batch; None where it is all of it."""
+        if n == 1:
+            return [(x, y, None)]
+        parts = list(zip(_cut(x, n), _cut(y, n), strict=True))
+        counts = [self._loss.count(part if own is None else own) for part, own in parts]
+        total = sum(counts)
+        if isinstance(total, torch.Tensor):  # a batch may be ignored as a whole
+            total = total.clamp(min=torch.finfo(torch.float32).tiny)
+        return [(part, own, count / total) for (part, own), count in zip(parts, counts, strict=True)]
+
+    def _share(self, module: nn.Module, x: Any, y: Any, *weights: Any) -> torch.Tensor:
+        loss = self._loss_of(module, x, y)
+        for weight in weights:
+            loss = loss if weight is None else loss * weight
+        return loss
+
+    def _shares(self, module: nn.Module, x: Any, y: Any, weight: Any, n: int) -> list[Callable[[], torch.Tensor]]:
+        """What computes the loss of each of n parts, weighted by its share and by `weight`."""
+        return [partial(self._share, module, part, own, share, weight) for part, own, share in self._parts(x, y, n)]
+
+    @cached_property
+    def _engines(self) -> weakref.WeakKeyDictionary[nn.Module, Engine]:
+        return weakref.WeakKeyDictionary()
+
+    def _engine(self, module: nn.Module) -> Engine:
+        if module not in self._engines:
+            self._engines[module] = Engine(self.inner, cache_dir() / "inner.json")
+        return self._engines[module]
+
+    def _check_split(self, module: nn.Module) -> None:
+        """ProblemError where the gradients of a batch that is split are others."""
+        if self.inner.split in ("none", "intra-op"):
+            return
+        batch = self.load(self.train_indices()[: min(self.batch_size, LOOKED_AT)])
+        x, y = batch
+        module.train()
+        try:
+            difference = Engine(self.inner).check(module, len(_first(x)), partial(self._shares, module, x, y, None))
+        except ProblemError as error:
+            raise ProblemError(f"{self._title()}: {error}") from error
+        if difference > (ROUNDING if self.precision == "float32" else ROUNDING_16):
+            raise ProblemError(
+                f"{self._title()}: the gradients of a batch that the inner layer has split differ by {difference:.2g} from those of the batch "
+                "(relative). Its loss is no mean over samples, or what its forward() makes of a sample depends on the others, or on random "
+                "numbers. Have a module that mixes samples computed whole, with Inner(whole=['its name']), or leave the step undivided, with "
+                "Inner(split='none')."
+            )
 
     def _measured(self, module: nn.Module, loaded: Iterable[Any], metrics: Mapping[str, Any]) -> dict[str, float]:
         losses, meters = [], {}
@@ -271,3 +339,29 @@ def _cut(tensors: Any, n: int) -> list[Any]:
     if isinstance(tensors, Mapping):
         return [dict(zip(tensors, parts, strict=True)) for parts in zip(*(_cut(part, n) for part in tensors.values()), strict=True)]
     return list(tensors.tensor_split(n))
+
+
+def average_gradients(wrapped: DistributedDataParallel) -> None:
+    """The gradients that are on the parameters become those that an all-reduce averages.
+
+    They did not come from a backward pass through what DistributedDataParallel wraps; so they come from one through a sum, of which they
+    are the gradients.
+    """
+    network = wrapped.module
+    given = [(parameter, parameter.grad) for parameter in network.parameters() if parameter.grad is not None]
+    for parameter, _ in given:
+        parameter.grad = None
+    wrapped._modules["module"] = _Sum(given)
+    try:
+        wrapped().backward()
+    finally:
+        wrapped._modules["module"] = network
+
+
+class _Sum(nn.Module):
+    def __init__(self, given: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+        super().__init__()
+        self.__dict__["given"] = given
+
+    def forward(self) -> torch.Tensor:
+        return sum((parameter * gradient).sum() for parameter, gradient in self.given)

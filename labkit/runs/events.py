@@ -45,9 +45,10 @@ COLUMNS = [
     "device",
     "generator",  # of a join: does the worker draw random numbers from its "own", or is torch's "shared" with other threads?
     "message",
+    "inner",  # of a push: how its steps were computed, where the inner layer chose
     "metrics",  # of a push: means over its samples of what the problem's step returned beside the loss, by name
 ]  # fmt: skip
-TEXT_COLUMNS = ("kind", "device", "generator", "message")
+TEXT_COLUMNS = ("kind", "device", "generator", "message", "inner")
 NO_NUMBERS = (*TEXT_COLUMNS, "metrics")
 KNOWN = frozenset(COLUMNS)
 KINDS = frozenset(  # of formats 1 to 3, whose lines have no checksum

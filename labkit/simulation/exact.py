@@ -155,7 +155,7 @@ class Course:
         worker, answer = row["worker"], self.answers.pop(row["worker"], None)
         if answer is None or not answer.grant:
             raise self._differs(row, f"worker {worker} has nothing to push")
-        done, weights = self.replicas.work(worker, answer)
+        done, weights = self.replicas.work(worker, answer, row.get("inner"))
         if row["kind"] == "push":
             self._agrees(row, "samples", done["samples"])
             self._agrees(row, "loss", done["loss"])

@@ -65,9 +65,10 @@ class Replicas:
         buffers = WeightBuffers(replica, self.config.exchange, apart=self.config.overlap > 0)
         self.workers[worker] = _Worker(replica, buffers, threads, shared)
 
-    def work(self, worker: int, answer: Answer) -> tuple[dict, np.ndarray]:
+    def work(self, worker: int, answer: Answer, computed: str | None = None) -> tuple[dict, np.ndarray]:
         """The local pass that was granted: what `Replica.local_pass` returns, and the weights as the server gets them.
 
+        `computed` says how its steps were computed, as of `Problem.compute_as`.
         These, float32 (n,), are good until the worker is at work again.
         """
         own, grant, dtype = self.workers[worker], answer.grant, self.config.exchange
@@ -76,6 +77,8 @@ class Replicas:
             if replica.shard is None:
                 replica.begin(grant.incarnation)
             began = torch.get_rng_state() if own.shared else None
+            if computed:
+                self.problem.compute_as(replica.module, computed)
             if own.grant:  # what it did while its push was under way
                 replica.ahead(own.grant)
             np.copyto(buffers.pulled, compression.pack(answer.weights, dtype))

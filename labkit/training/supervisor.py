@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from labkit.cluster.lab import Lab, Task, Worker
-from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError
+from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError, traceback_of
 from labkit.locks import DirectoryLock
 from labkit.problems.problem import Problem
 from labkit.problems.trial import Fingerprint
@@ -174,7 +174,7 @@ class Supervisor:
         """An error that nobody expected in this thread; returns the reason."""
         reason = f"its supervisor failed: {traceback.format_exception_only(error)[-1].strip()}"
         if self.error is None:
-            text = "".join(traceback.format_exception(error))
+            text = traceback_of(error)
             self.error = RunError(f"run {self.run.name} failed: {reason}\n{text}")
             self.error.__cause__ = error
         return reason

@@ -23,13 +23,12 @@ Used by `labkit.training.server.server` (live) and `labkit.simulation.offline` (
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from labkit.errors import ClusterError, PartitionError, UpdateError
+from labkit.errors import ClusterError, PartitionError, UpdateError, traceback_of
 from labkit.partition import Partition
 from labkit.runs.checkpoints import AGE_S, Layout, Policy
 from labkit.runs.config import RunConfig
@@ -50,6 +49,7 @@ REPORTED = (
     "wait_s",
     "send_s",
     "hidden_s",
+    "inner",
     "metrics",
 )  # by a worker, of its local pass
 AGAIN = "it came again."  # the reason of a worker's leave when its next incarnation joins
@@ -294,7 +294,7 @@ class Coordinator:
 
     def _fail(self, error: Exception, where: str = "") -> None:
         """The rule has raised: the run ends, with its traceback."""
-        self.traceback = "".join(traceback.format_exception(error))
+        self.traceback = traceback_of(error)
         self.stop("failed", f"{where}{error if isinstance(error, UpdateError) else repr(error)}")
 
     def checkpoint(self) -> None:

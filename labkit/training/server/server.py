@@ -25,7 +25,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from labkit.errors import LabError, RunError, UpdateError, WireError
+from labkit.errors import LabError, RunError, UpdateError, WireError, traceback_of
 from labkit.partition import Partition
 from labkit.runs import checkpoints, server_file
 from labkit.runs import status as how_it_ended
@@ -186,7 +185,7 @@ class Server:
     def fail(self, error: BaseException) -> None:
         """Whatever nobody expected, in any thread: the run has failed, with the traceback. The first error counts."""
         reason = str(error) if isinstance(error, LabError) else f"{type(error).__name__}: {error}"
-        text = "".join(traceback.format_exception(error))
+        text = traceback_of(error)
         first = not self.failure
         self.failure = self.failure or {"state": "failed", "reason": f"the server failed: {reason}", "traceback": text}
         try:

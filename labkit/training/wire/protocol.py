@@ -208,6 +208,7 @@ REQUESTS = {
         **dict.fromkeys(("compute_s", "score_s", "wait_s", "send_s"), SECONDS),
         **dict.fromkeys(("load_s", "hidden_s"), _or_nothing(SECONDS)),
         "shift": _or_nothing(SHIFT),
+        "inner": _or_nothing(TEXT),
         "metrics": _or_nothing(NUMBERS),
     },
     "score": {"score": SHARE, "score_s": SECONDS},

@@ -130,8 +130,8 @@ class Replica:
     ) -> dict | None:
         """Train on the samples of this grant, but for those to be trained on ahead; None when it was halted in between.
 
-        Returns samples, loss (their mean), compute_s, load_s (of it) and wait_s, with those that were trained on ahead before; and as `metrics` the
-        means of what else the steps returned, if anything. After each step `progress` gets samples and summed loss so far.
+        Returns samples, loss (their mean), compute_s, load_s (of it) and wait_s, with those that were trained on ahead before; as `metrics` the
+        means of what else the steps returned, if anything; and as `inner` how the steps were computed, if that was chosen. After each step `progress` gets samples and summed loss so far.
         """
         if grant.settle:
             return self._settle(grant)
@@ -153,7 +153,8 @@ class Replica:
         means = {name: (sums[0][name][0] + total) / max(1, sums[0][name][1] + n) for name, (total, n) in sums[1].items()}
         made = {"samples": samples, "loss": means.pop("loss")}
         made |= {name: round(value, 6) for name, value in zip(("compute_s", "load_s", "wait_s"), seconds, strict=True)}
-        return made | ({"metrics": means} if means else {})
+        computed = self.problem.computed(self.module)
+        return made | ({"inner": computed} if computed else {}) | ({"metrics": means} if means else {})
 
     def _settle(self, grant: Grant) -> dict:
         """What a milestone asks for, on the newest weights."""

@@ -18,7 +18,6 @@ import contextlib
 import math
 import os
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 from labkit.cluster.emulation import Slowness, Unevenness
-from labkit.errors import WireError, WorkerError
+from labkit.errors import WireError, WorkerError, traceback_of
 from labkit.problems.problem import Problem
 from labkit.problems.trial import Fingerprint
 from labkit.runs.config import RunConfig
@@ -90,7 +89,7 @@ def _failure(error: BaseException, worker: "_Worker | None", spec: WorkerSpec) -
     message = f"worker {spec.index} ({spec.device}) failed at version {version}: {type(error).__name__}: {error}"
     if worker:
         worker.notify_failure(message)
-    return WorkerError(message, spec.index, "".join(traceback.format_exception(error)))
+    return WorkerError(message, spec.index, traceback_of(error))
 
 
 class _Worker:

@@ -1,0 +1,246 @@
+"""The inner layer of one replica: computes the gradients of each batch in the way that its `Inner` asks for.
+
+    batch -> a way: none | intra-op | samples in blocks | rows -> gradients on the parameters, and what it was: "samples 2x64"
+
+A way is a string, so that a record can hold it: split, threads and, of samples, the block.
+
+Used by `labkit.problems.supervised`.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from labkit.inner import samples
+from labkit.inner.adaptive import Adaptive
+from labkit.inner.inner import Inner
+from labkit.inner.pool import ThreadPool
+from labkit.inner.samples import has_batch_statistics, refuse
+
+BLOCKS = (128, 64, 32, 16)  # samples; those that are tried beside a thread's whole part
+SEARCHED = 3  # times each
+Shares = Callable[[int], Sequence[Callable[[], torch.Tensor]]]
+
+
+class Way(NamedTuple):
+    """How a step is computed; `block` of "samples" alone."""
+
+    split: str
+    threads: int = 1
+    block: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.split} {self.threads}x{self.block}" if self.block else f"{self.split} {self.threads}"
+
+    @classmethod
+    def of(cls, text: str) -> "Way":
+        split, _, numbers = text.partition(" ")
+        return cls(split, *map(int, numbers.split("x")))
+
+
+class Engine:
+    """Computes the gradients of the batches of one module.
+
+    inner : how.
+    remembered : file with the blocks that were found quickest, None for none.
+    """
+
+    def __init__(self, inner: Inner, remembered: str | os.PathLike[str] | None = None) -> None:
+        self.inner, self.remembered = inner, remembered
+        self.threads = inner.threads or torch.get_num_threads()
+        self._pool: ThreadPool | None = None
+        self._blocks: dict[int, int] = {}  # by samples in a batch
+        self._adaptive: Adaptive[Way] | None = None
+        self._usual = 0  # samples in most batches
+        self._done: list[tuple[str, int]] = []
+        self._given: Iterator[str] | None = None
+
+    def gradients(self, module: nn.Module, n: int, shares: Shares) -> torch.Tensor:
+        """Adds the gradients of a batch to `.grad` of the parameters; returns its loss.
+
+        module : always the same one. ProblemError, by name, where it cannot be split as asked.
+        n : samples in the batch.
+        shares : shares(k) are k functions that each compute the loss of one of k equal blocks of it, weighted by its share.
+        """
+        way = self._way(module, n, shares)
+        started = time.perf_counter()
+        loss = self._compute(way, module, n, shares)
+        if self._adaptive and self._given is None and n == self._usual:
+            if loss.is_cuda:
+                torch.cuda.synchronize(loss.device)
+            self._adaptive.note(way, time.perf_counter() - started)
+        text, steps = self._done.pop() if self._done and self._done[-1][0] == str(way) else (str(way), 0)
+        self._done.append((text, steps + 1))
+        return loss
+
+    def done(self) -> str:
+        """How the steps since the last call were computed: "none 1 *3, samples 2x64 *97"."""
+        runs, self._done = [f"{way} *{steps}" for way, steps in self._done], []
+        return ", ".join(runs)
+
+    def repeat(self, done: str) -> None:
+        """Compute the next steps as these were, and then as `Inner` says again."""
+        runs = [text.rsplit(" *", 1) for text in done.split(", ") if text]
+        self._given = iter([Way.of(way) for way, steps in runs for _ in range(int(steps))])
+
+    def check(self, module: nn.Module, n: int, shares: Shares) -> float:
+        """The relative difference between the gradients of a batch, split and not; dropout is left out. Leaves no trace.
+
+        It is rounding where the loss is a mean over samples, and what the network makes of a sample does not depend on the others.
+        ProblemError, by name, for layers that cannot be split.
+        """
+        refuse(module, self.inner.whole)
+        found = []
+        for way in (Way("none"), Way("samples", 2)):
+            with _as_it_was(module):
+                for part in module.modules():
+                    if isinstance(part, _DropoutNd):
+                        part.eval()
+                self._compute(way, module, n, shares, seed=0)
+                found.append({at: p.grad.double() for at, p in enumerate(module.parameters()) if p.grad is not None})
+        one, other = found
+        if one.keys() != other.keys():
+            return float("inf")
+        differ = sum(float((one[at] - other[at]).square().sum()) for at in one)
+        size = sum(float(gradient.square().sum()) for gradient in one.values())
+        return math.sqrt(differ / size) if size else math.sqrt(differ)
+
+    def close(self) -> None:
+        """End its threads."""
+        if self._pool:
+            self._pool.close()
+            self._pool = None
+
+    # How.
+
+    def _way(self, module: nn.Module, n: int, shares: Shares) -> Way:
+        if self._given is not None:
+            if (given := next(self._given, None)) is not None:
+                return given
+            self._given = None
+        split, threads = self.inner.split, self.threads
+        if split == "samples":
+            return self._of_samples(module, n, shares)
+        if split != "auto":
+            return Way(split, 1 if split == "none" else threads)
+        if threads == 1 or n < 2:
+            return Way("none")
+        if n > self._usual:  # the last batch of a pass is shorter
+            intra_op = Way("intra-op", threads)
+            ways = [Way("none"), self._of_samples(module, n, shares), intra_op]
+            self._usual, self._adaptive = n, Adaptive(ways, fragile=[intra_op])
+        way = self._adaptive.next()
+        return way if n == self._usual or way.split != "samples" else self._of_samples(module, n, shares)
+
+    def _of_samples(self, module: nn.Module, n: int, shares: Shares) -> Way:
+        part = -(-n // self.threads)
+        if has_batch_statistics(module):
+            return Way("samples", self.threads, part)
+        if self.inner.block is not None:
+            return Way("samples", self.threads, min(part, self.inner.block))
+        if n > max(self._blocks, default=0):
+            refuse(module, self.inner.whole)
+            self._blocks[n] = self._searched(module, n, part, shares)
+        return Way("samples", self.threads, min(part, self._blocks[max(self._blocks)]))
+
+    def _searched(self, module: nn.Module, n: int, part: int, shares: Shares) -> int:
+        """The size of block that is quickest for such batches, looked up or tried."""
+        sizes = [part, *(size for size in BLOCKS if size < part)]
+        key = self._key(module, n)
+        if len(sizes) == 1 or (known := self._remembered().get(key)) in sizes:
+            return part if len(sizes) == 1 else known
+        times: dict[int, list[float]] = {size: [] for size in sizes}
+        for _ in range(SEARCHED + 1):
+            for size in sizes:
+                with _as_it_was(module):
+                    started = time.perf_counter()
+                    loss = self._compute(Way("samples", self.threads, size), module, n, shares, seed=0)
+                    if loss.is_cuda:
+                        torch.cuda.synchronize(loss.device)
+                    times[size].append(time.perf_counter() - started)
+        best = min(sizes, key=lambda size: median(times[size][1:]))
+        self._remember(key, best)
+        return best
+
+    def _compute(self, way: Way, module: nn.Module, n: int, shares: Shares, seed: int | None = None) -> torch.Tensor:
+        if way.split == "samples":
+            if self._pool is None or self._pool.threads != way.threads:
+                self.close()
+                self._pool = ThreadPool(way.threads)
+            part = -(-n // way.threads)
+            n_blocks = way.threads * -(-part // (way.block or part))
+            return samples.gradients(module, self._pool, shares(min(n, n_blocks)), self.inner.whole, seed)
+        with _threads(way.threads):
+            (share,) = shares(1)
+            loss = share()
+            loss.backward()
+        return loss.detach()
+
+    def _key(self, module: nn.Module, n: int) -> str:
+        """Of a network, a batch and a machine."""
+        made = [(type(part).__name__, [tuple(p.shape) for p in part.parameters(recurse=False)]) for part in module.modules()]
+        where = torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()
+        return hashlib.sha256(repr((made, n, self.threads, where)).encode()).hexdigest()[:16]
+
+    def _remembered(self) -> dict[str, Any]:
+        try:
+            with open(self.remembered, encoding="utf-8") as file:
+                found = json.load(file)
+            return found if isinstance(found, dict) else {}
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _remember(self, key: str, block: int) -> None:
+        if self.remembered is None:
+            return
+        folder, own = os.path.dirname(os.fspath(self.remembered)), f"{os.fspath(self.remembered)}.{os.getpid()}"
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(own, "w", encoding="utf-8") as file:
+                json.dump(self._remembered() | {key: block}, file)
+            os.replace(own, self.remembered)
+        except OSError:  # such as a full disk: it is searched again next time
+            return
+
+
+@contextlib.contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """Torch computes with n threads."""
+    before = torch.get_num_threads()
+    if n != before:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        if n != before:
+            torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """What happens to gradients, buffers and modes of a module in here is undone."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    modes = [(part, part.training) for part in module.modules()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,185 @@
+"""split="samples" against plain torch: the same network after some steps, whatever the threads and blocks."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import labkit
+from labkit.errors import ProblemError
+from labkit.inner import samples
+from labkit.inner.pool import ThreadPool
+from labkit.models import MODELS, seeded
+
+SHAPES = {"lenet": (1, 28, 28), "vgg3": (1, 8, 8, 8), "vgg9": (3, 16, 16), "resnet20": (3, 16, 16)}
+
+
+def network(name, shape, width=0.25):
+    with seeded(0):
+        return MODELS[name](shape, 10, width)
+
+
+def batch(shape, n=24, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, *shape, generator=generator), torch.randint(10, (n,), generator=generator)
+
+
+def shares(module, x, y, n, of=F.cross_entropy):
+    total = len(y)
+    return [lambda x=a, y=b: of(module(x), y) * (len(y) / total) for a, b in zip(x.tensor_split(n), y.tensor_split(n), strict=True)]
+
+
+def trained(module, shape, steps, gradients):
+    """The module after some steps of SGD with momentum, from the gradients that `gradients(module, x, y)` leaves."""
+    module = copy.deepcopy(module)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.02, momentum=0.9)
+    for step in range(steps):
+        optimiser.zero_grad()
+        gradients(module, *batch(shape, seed=step))
+        optimiser.step()
+    return module
+
+
+def plain(module, x, y):
+    F.cross_entropy(module(x), y).backward()
+
+
+def flat(module):
+    return torch.cat([tensor.detach().double().flatten() for tensor in module.state_dict().values()])
+
+
+def far(one, other):
+    one, other = flat(one), flat(other)
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize(("name", "threads", "blocks"), [("lenet", 2, 6), ("vgg3", 4, 4), ("vgg9", 1, 3), ("resnet20", 2, 2)])
+def test_training_is_that_of_plain_torch_and_repeats_bit_for_bit(name, threads, blocks):
+    shape = SHAPES[name]
+    module, pool = network(name, shape), ThreadPool(threads)
+
+    def split(module, x, y):
+        samples.gradients(module, pool, shares(module, x, y, blocks))
+
+    one, again = (trained(module, shape, 4, split) for _ in range(2))
+    pool.close()
+    assert far(one, trained(module, shape, 4, plain)) < 1e-5
+    assert torch.equal(flat(one), flat(again))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_after_20_steps_each_model_is_that_of_plain_torch(name, threads):
+    shape = SHAPES[name]
+    module, pool = network(name, shape, 0.5), ThreadPool(threads)
+    one, again = (
+        trained(module, shape, 20, lambda module, x, y: samples.gradients(module, pool, shares(module, x, y, threads)))
+        for _ in range(2)
+    )
+    pool.close()
+    assert far(one, trained(module, shape, 20, plain)) < 1e-5 and torch.equal(flat(one), flat(again))
+
+
+class Norms(nn.Module):
+    """Each kind of BatchNorm: without weights, with a mean over all batches, without running statistics, frozen, called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.bare = nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, affine=False)
+        self.here, self.frozen = nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)
+        self.last, self.out = nn.BatchNorm1d(3), nn.Linear(3, 10)
+
+    def forward(self, x):
+        self.frozen.eval()
+        x = self.here(F.relu(self.bare(self.first(x))))
+        x = self.first(self.frozen(x) + x)
+        return self.out(self.last(x.mean((2, 3))))
+
+
+def test_batch_statistics_are_those_of_the_whole_batch():
+    shape, pool = (3, 6, 6), ThreadPool(3)
+    with seeded(0):
+        module = Norms()
+    one = trained(module, shape, 5, lambda module, x, y: samples.gradients(module, pool, shares(module, x, y, 3)))
+    pool.close()
+    other = trained(module, shape, 5, plain)
+    assert far(one, other) < 1e-5
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(one.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.4), nn.Dropout2d(0.4), nn.Dropout3d(0.4), nn.Dropout(1.0)])
+def test_dropout_draws_for_each_block_and_repeats(layer):
+    shape = (3, 4, 4, 4) if isinstance(layer, nn.Dropout3d) else (3, 4, 4)
+    seen, pool = [], ThreadPool(2)
+    module = nn.Sequential(layer, nn.Flatten(), nn.Linear(math.prod(shape), 10))
+    module[1].register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
+    x, y = torch.ones(200, *shape), torch.zeros(200, dtype=torch.long)
+
+    def step(seed):
+        seen.clear()
+        with seeded(seed):
+            samples.gradients(module, pool, shares(module, x, y, 2))
+        return torch.cat(sorted(seen, key=lambda part: part.flatten().tolist()))
+
+    one, again, other = step(1), step(1), step(2)
+    pool.close()
+    assert torch.equal(one, again) and (layer.p == 1 or not torch.equal(one, other))
+    assert set(one.unique().tolist()) <= {0.0, float(torch.tensor(1.0) / (1 - layer.p))}
+    assert abs(float((one == 0).float().mean()) - layer.p) < 0.1
+    if isinstance(layer, nn.Dropout2d | nn.Dropout3d):  # whole channels
+        assert all(len(channel.unique()) == 1 for channel in one.flatten(2).flatten(0, 1))
+
+
+class Centred(nn.Module):
+    """Mixes samples."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def odd():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Sequential(Centred(), nn.BatchNorm1d(16)), nn.Linear(16, 10))
+
+
+def test_what_mixes_samples_is_named_and_computed_whole_where_that_is_asked():
+    pool, shape = ThreadPool(2), (1, 8, 8)
+    with pytest.raises(ProblemError, match=r"2\.0 \(Centred\).*whole=\['2\.0'\]"):
+        samples.refuse(odd())
+    with pytest.raises(ProblemError, match=r"no module 'conv9'"):
+        samples.refuse(odd(), ["conv9"])
+    with seeded(0):
+        module = odd()
+    for whole in (["2.0"], ["2"], True):
+        samples.refuse(module, whole)
+        one = trained(
+            module, shape, 4, lambda module, x, y, whole=whole: samples.gradients(module, pool, shares(module, x, y, 2), whole)
+        )
+        assert far(one, trained(module, shape, 4, plain)) < 1e-5
+    with pytest.raises(ProblemError, match="RNN"):
+        samples.refuse(nn.Sequential(nn.RNN(4, 4)))
+    rnn = nn.Sequential(nn.Flatten(1, 2), nn.RNN(8, 8, batch_first=True))
+    with pytest.raises(ProblemError, match=r"RNN.*must give one tensor"):
+        samples.gradients(rnn, pool, [lambda: rnn(torch.ones(3, 1, 8, 8))[0].sum()] * 2, ["1"])
+    pool.close()
+
+
+def test_an_error_in_one_block_is_raised_and_the_module_is_as_it_was():
+    pool, module = ThreadPool(2), network("resnet20", (3, 8, 8))
+    parts = dict(module.named_modules())
+
+    def fails():
+        raise ZeroDivisionError("of the loss")
+
+    with pytest.raises(ZeroDivisionError, match="of the loss"):
+        samples.gradients(module, pool, [lambda: module(torch.ones(4, 3, 8, 8)).sum(), fails])
+    pool.close()
+    assert dict(module.named_modules()) == parts and not any(p.grad is not None for p in module.parameters())
+
+
+def test_public_name():
+    assert labkit.Inner(threads=1).split == "auto"
