@@ -103,6 +103,7 @@ def _source(size: tuple[int, int] | None, ground: str, files: list[Path], labels
         from PIL import Image
 
         with _opened(file) as picture:
+            _scale_key(picture)
             picture = _upright(picture)
             if _has_alpha(picture):
                 picture, is_clear = _on_ground(file, picture.convert("RGBA"), below, ground)
@@ -111,6 +112,9 @@ def _source(size: tuple[int, int] | None, ground: str, files: list[Path], labels
                 picture = picture.convert("L" if grey else "RGB")
             else:  # conversion would cut off at 255
                 values = np.asarray(picture, dtype=np.float32)
+                if isinstance(key := picture.info.get("transparency"), int) and (values == key).any():
+                    values = _filled(file, values, key, below, ground)
+                    clear.add(file)
                 if not np.isfinite(values).all():
                     raise DataError(f"{file} holds values that are no numbers. {ADVICE}")
                 picture = Image.fromarray(values / np.float32(257) if deep == "mixed" else values)
@@ -178,6 +182,15 @@ def _upright(picture: Any) -> Any:
     return picture
 
 
+def _scale_key(picture: Any) -> None:
+    """A PNG may say which value stands for transparency, in the bits of the file: to be called before it is unpacked to 8 bits."""
+    raw, key = str(picture.tile[0][3]) if picture.tile else "", picture.info.get("transparency")
+    if isinstance(key, tuple) and ";16" in raw:
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
+    elif isinstance(key, int) and raw in ("L;2", "L;4"):
+        picture.info["transparency"] = key * 255 // (2 ** int(raw[2:]) - 1)
+
+
 def _has_alpha(picture: Any) -> bool:
     return picture.mode in ALPHA or (picture.mode in ("1", "L", "P", "RGB") and "transparency" in picture.info)
 
@@ -189,13 +202,27 @@ def _on_ground(file: Path, picture: Any, below: tuple[int, int, int], ground: st
     laid = Image.alpha_composite(Image.new("RGBA", picture.size, (*below, 255)), picture).convert("RGB")
     alpha = picture.getchannel("A").getextrema()
     if all(low == high for low, high in laid.getextrema()) and any(low != high for low, high in picture.getextrema()):
-        if alpha[1] == 0:
-            raise DataError(f"{file} is transparent everywhere. {ADVICE}")
-        other = "grey" if ground == "black" else "black"
-        raise DataError(
-            f"{file} has transparency, and nothing of it is seen on a {ground} ground. Give another, such as ground={other!r}."
-        )
+        raise _unseen(file, ground, everywhere=alpha[1] == 0)
     return laid, alpha[0] < 255
+
+
+def _filled(file: Path, values: np.ndarray, key: int, below: tuple[int, int, int], ground: str) -> np.ndarray:
+    """Grey values of 16 bits, of which one stands for transparency, laid on a ground; DataError as of `_on_ground`."""
+    from PIL import Image
+
+    laid = np.where(values == key, np.float32(257 * Image.new("RGB", (1, 1), below).convert("L").getpixel((0, 0))), values)
+    if laid.min() == laid.max():
+        raise _unseen(file, ground, everywhere=bool((values == key).all()))
+    return laid
+
+
+def _unseen(file: Path, ground: str, everywhere: bool) -> DataError:
+    if everywhere:
+        return DataError(f"{file} is transparent everywhere. {ADVICE}")
+    other = "grey" if ground == "black" else "black"
+    return DataError(
+        f"{file} has transparency, and nothing of it is seen on a {ground} ground. Give another, such as ground={other!r}."
+    )
 
 
 @contextmanager

@@ -142,6 +142,12 @@ class Flat:
                     f"{slot.name!r} and {other.name!r} were one tensor, and became two during training. Change their values in place."
                 )
 
+    def not_finite(self) -> list[str]:
+        """Names of what a rule computes with, parameters and buffers, that holds NaN or infinity now."""
+        self.pack()
+        computed = {**self.shapes[0], **self.shapes[1]}
+        return [slot.name for slot in self.slots if slot.name in computed and not torch.isfinite(slot.view).all()]
+
     def appeared(self) -> list[str]:
         """Names of tensors that the module has got since; they are in no vector."""
         known = {slot.name for slot in self.slots}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from labkit.errors import LabError, real
+from labkit.errors import real
 from labkit.plots import style
 from labkit.runs.events import FILE, Tail
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from labkit.runs.record import RunRecord
 
 PERIOD_S = 0.5  # between two redraws
-FAILURES = 20  # of reading the record in a row, before the view stops
+FAILURES = 20  # of reading the record in a row, before the view says so; it goes on looking, more rarely
+RARELY_S = 5.0  # between two looks then
 POINTS = 400  # of a worker's line, at most: a long run must not slow the browser down
 
 Series = dict[int, list[tuple[float, float, float]]]  # worker: (seconds, score, samples/s) of each push
@@ -43,6 +44,7 @@ class Seen(NamedTuple):
     here: list[tuple[float, int]]  # (seconds, how many workers are here from then on)
     workers: frozenset[int]  # who is here, or was to the end
     test: float | None = None  # the score of the newest version on the test set, when the run has ended
+    trouble: str = ""  # why the record cannot be read just now
 
 
 NOTHING = Seen({}, [], frozenset())
@@ -177,22 +179,28 @@ def _now(call: Callable[[], None]) -> None:
 
 def _feed(run: RunRecord, watch: Watch, screen: Screen, timeout: float) -> None:
     """Show what is new until the run ends; the state is read first, so that the last push is drawn too."""
-    limit, shown, failures = time.monotonic() + timeout, None, 0
-    while time.monotonic() < limit and failures < FAILURES:
+    limit, shown, failures, seen = time.monotonic() + timeout, None, 0, NOTHING
+    while time.monotonic() < limit:
         try:
             ended = run.state != "running"
             seen = watch.look()
-            failures = 0
-        except (LabError, OSError, ValueError):  # the next look may be luckier
+        except Exception as error:  # the next look may be luckier
             failures += 1
+            if failures == FAILURES:
+                _show(screen, seen._replace(trouble=str(error)))
         else:
-            if watch.tail.offset != shown or ended:
+            if watch.tail.offset != shown or ended or failures >= FAILURES:
                 shown = watch.tail.offset
-                with contextlib.suppress(RuntimeError):  # the kernel ends
-                    screen.show(seen, ended)
+                _show(screen, seen, ended)
             if ended:
                 return
-        time.sleep(PERIOD_S)
+            failures = 0
+        time.sleep(PERIOD_S if failures < FAILURES else RARELY_S)
+
+
+def _show(screen: Screen, seen: Seen, last: bool = False) -> None:
+    with contextlib.suppress(RuntimeError):  # the kernel ends
+        screen.show(seen, last)
 
 
 def _scores(run: RunRecord, seen: Seen) -> Any:
@@ -203,6 +211,8 @@ def _scores(run: RunRecord, seen: Seen) -> Any:
         title = f"{run.label}: mean held-out score {np.mean(values):.3f} after {now:.0f} s"
         if seen.test is not None:
             title = f"{run.label}: test score {seen.test:.3f} after {now:.0f} s"
+    if seen.trouble:
+        title = f"{run.label}: the record cannot be read now: {seen.trouble}"
     return _panel(run, seen.series, 1, title, style.caption([run]), "held-out score", legend=False)
 
 

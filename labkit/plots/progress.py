@@ -45,7 +45,8 @@ def line(status: dict) -> str:
 def show(label: str, read: Callable[[], dict]) -> None:
     """See `Run.progress`: `read()` gives the status of the run with this label, and `test_score` when it has ended.
 
-    Where the status cannot be read, the next look may be luckier; after FAILURES of them the line says why it stops.
+    Where the status cannot be read, the next look may be luckier; after FAILURES of them the line says why it stops, and so does the bar,
+    which goes on looking.
     """
     bar, text = _bar() if style.interactive() else (None, None)
 
@@ -60,7 +61,7 @@ def show(label: str, read: Callable[[], dict]) -> None:
                     status = status | {"state": "unknown", "reason": str(error)}
                 elif not status:
                     status = {"state": "running"}
-            running, now = status["state"] == "running", time.monotonic()
+            running, now = status["state"] == "running" or bool(bar and failures), time.monotonic()
             if bar:
                 bar.value, text.value = _share(status), f"{label}: {line(status)}"
                 bar.bar_style = "" if running else {"done": "success", "stopped": "warning"}.get(status["state"], "danger")

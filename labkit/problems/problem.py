@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
@@ -370,6 +371,8 @@ class Problem:
             if one_number(value) is None or (of == "step()" and isinstance(value, torch.Tensor) and value.dim()):
                 got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
                 raise ProblemError(f"{title}: {name!r} of {of} is {got}. Each entry is one number or a tensor with one, shape ().")
+        if not math.isfinite(loss := one_number(stepped["loss"])):
+            warnings.warn(f"{title}: the loss of the first step, on two samples, is {loss:g}.", stacklevel=3)
 
     def _check_columns(self, of: str, measured: Mapping[str, Any]) -> None:
         """ProblemError for a number of a whole set that cannot be a column of the curve, beside those of the average."""

@@ -14,6 +14,8 @@ import contextlib
 import copy
 import math
 import numbers
+import pickle
+import random
 import sys
 import warnings
 import zlib
@@ -45,6 +47,8 @@ LEAVES = (torch.Tensor, np.ndarray, set, frozenset, *PLAIN)
 SEQUENCES = (list, tuple, deque)
 DEPTH = 3  # within an attribute
 FOREIGN = ("torch.", "functools", "weakref", "_thread", "threading", "logging")  # whose objects are not looked into
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GLOBAL = (torch.default_generator, np.random.mtrand._rand, random._inst)  # those that `seeded` seeds
 
 Measured = Callable[
     [nn.Module], dict[str, float]
@@ -125,6 +129,11 @@ def check_rebuilt(one: Flat, other: Flat, measured: Measured, before: Mapping[st
     if new := one.appeared():
         raise ProblemError(
             f"{title} gets {_listed(new)} in its first step only. A run trains what is there before: make it in the constructor."
+        )
+    if broken := one.not_finite():
+        raise ProblemError(
+            f"{title}: after its first step, on two samples, {_listed(broken)} hold NaN or infinity, and no push of them would count. Lower the "
+            "learning rate, or look for what has no finite gradient: a logarithm or a quotient of 0, samples or targets of NaN."
         )
     if _differs(before, measured(other.module)):
         raise ProblemError(
@@ -237,6 +246,10 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _collect(name: str, value: Any, found: dict[str, Any], depth: int) -> None:
     if name.rpartition(".")[2].startswith(COMPILER):
+        return
+    if isinstance(value, GENERATORS):
+        if not any(value is seeded_one for seeded_one in GLOBAL):
+            found[name] = value.get_state().numpy().tobytes() if isinstance(value, torch.Generator) else pickle.dumps(value)
         return
     if isinstance(value, LEAVES) or (isinstance(value, SEQUENCES) and value and all(isinstance(item, PLAIN) for item in value)):
         found[name] = value

@@ -103,6 +103,42 @@ def test_grey_and_palette_pictures_with_transparency(tmp_path):
     np.testing.assert_array_equal(x[1, 0], np.where(levels == 0, 255, levels * 60))
 
 
+def png(path, bits, values, key):
+    """A grey picture (h, w), or one of colours (h, w, 3), of so many bits, with the value that stands for transparency."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = values.reshape(len(values), -1)
+    packed = [row.astype(">u2").tobytes() for row in rows]
+    if bits < 16:
+        packed = [np.packbits(np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, -bits:]).tobytes() for row in rows]
+    header = struct.pack(">IIBBBBB", values.shape[1], len(values), bits, 2 * (values.ndim - 2), 0, 0, 0)
+    said = struct.pack(f">{len(key)}H", *key)
+    chunks = [(b"IHDR", header), (b"tRNS", said), (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed))), (b"IEND", b"")]
+    made = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(made))
+
+
+@pytest.mark.parametrize(("bits", "colours"), [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3), (16, 3)])
+def test_one_value_stands_for_transparency_in_the_bits_of_the_file(bits, colours, tmp_path):
+    top, chance = 2**bits - 1, np.random.default_rng(0)
+    levels, keys = chance.integers(0, 2, (6, 8)) * top, {"a": top, "b": 0}
+    for label, key in keys.items():
+        values = levels if colours == 1 else np.repeat(levels[..., None], 3, -1)
+        png(tmp_path / "set" / label / "1.png", bits, values, [key] * colours)
+    data, scale = open_dataset(tmp_path / "set", ground="#c0c0c0"), 65535 if (bits, colours) == (16, 1) else 255
+    assert "With transparency, laid on #c0c0c0 (ground=...): 2." in data.note
+    for x, key in zip(every(data)[0], keys.values(), strict=True):
+        np.testing.assert_array_equal(x[0], np.where(levels == key, 192 * scale // 255, levels // top * scale))
+
+
+def test_grey_values_of_16_bits_that_cannot_be_seen_are_refused(tmp_path):
+    values = np.random.default_rng(0).integers(0, 2, (6, 8)) * 65535
+    for label in "ab":
+        png(tmp_path / "set" / label / "1.png", 16, values, [0])
+    refused(tmp_path / "set", "nothing of it is seen on a white ground", "ground='black'")
+    png(tmp_path / "set" / "a" / "1.png", 16, values * 0, [0])
+    refused(tmp_path / "set", "transparent everywhere")
+
+
 UPRIGHT = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # EXIF orientation -> how such a picture was stored
 
 

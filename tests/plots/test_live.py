@@ -12,7 +12,7 @@ from bokeh.document import Document
 
 from labkit import plots
 from labkit.errors import RunError
-from labkit.plots.live import NOTHING, VIEWS, Screen, Watch, _feed
+from labkit.plots.live import FAILURES, NOTHING, VIEWS, Screen, Watch, _feed
 from tests.helpers import until
 from tests.plots.helpers import elements, title
 
@@ -26,7 +26,7 @@ def test_the_watch_reads_each_line_once_and_whole(run):
     before = sum(map(len, watch.look().series.values()))
     assert sum(map(len, watch.look().series.values())) == before
     file.write_bytes(lines)
-    (series, here, workers, _), pushes = watch.look(), run.events[run.events["kind"] == "push"]
+    (series, here, workers, *_), pushes = watch.look(), run.events[run.events["kind"] == "push"]
     for worker, own in pushes.groupby("worker"):
         seconds, score, rate = np.array(series[worker]).T
         assert np.array_equal(seconds, own["seconds"]) and np.array_equal(score, own["score"])
@@ -155,6 +155,29 @@ def test_what_is_new_is_drawn_once_between_two_cells_and_a_record_that_cannot_be
     watch = SimpleNamespace(look=look, tail=SimpleNamespace(offset=7))
     _feed(run, watch, screen, timeout=60)
     assert len(posted) == 2 and next(looks) is NOTHING
+
+
+def test_however_long_the_record_cannot_be_read_the_view_says_so_and_ends_with_the_last_picture(run, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    shown, whole = [], Watch(run).look()
+    looks = iter(
+        [whole, *[OSError("disk")] * FAILURES, KeyError("kind"), RunError("busy"), whole, *[OSError("disk")] * FAILURES, whole]
+    )
+
+    def look():
+        if isinstance(found := next(looks), Exception):
+            raise found
+        return found
+
+    def show(seen, last):
+        shown.append((seen, last))
+        run.state = "done" if len(shown) == 4 else run.state
+
+    run.state, screen = "running", SimpleNamespace(show=show)
+    _feed(run, SimpleNamespace(look=look, tail=SimpleNamespace(offset=7)), screen, timeout=60)
+    assert [(seen.trouble, last) for seen, last in shown[:4]] == [("", False), ("disk", False)] * 2
+    assert shown[4:] == [(whole, True)]
+    assert title(VIEWS[0](run, shown[1][0])) == "AGWU + IDPA: the record cannot be read now: disk"
 
 
 def test_live_follows_a_run_and_stops_with_it(run):

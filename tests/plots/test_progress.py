@@ -58,6 +58,25 @@ def test_a_status_that_cannot_be_read_does_not_end_the_line(capsys, monkeypatch)
     assert capsys.readouterr().out.endswith("version 3, unknown: the server does not answer.\n")
 
 
+def test_a_bar_whose_status_cannot_be_read_says_so_and_goes_on(monkeypatch):
+    done, shown, texts = RUNNING | {"state": "done", "samples": 100}, [], []
+    statuses = iter([RUNNING, *[None] * 30, RUNNING, done])
+
+    def read():
+        texts.append(shown[0].children[1].value)
+        if found := next(statuses):
+            return found
+        raise RunError("the disk is away.")
+
+    monkeypatch.setenv("LABKIT_PLOTS", "interactive")
+    monkeypatch.setattr("labkit.plots.progress.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("threading.Thread.start", lambda thread: thread.run())
+    show("a", read)
+    assert texts[30].endswith("unknown: the disk is away.") and "unknown" not in texts[32]
+    assert shown[0].children[1].value.endswith("version 3, done")
+
+
 def test_a_bar_is_shown_only_for_work_that_is_long(monkeypatch):
     class Thing:
         value = None

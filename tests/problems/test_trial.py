@@ -398,3 +398,88 @@ def test_what_cannot_be_in_a_vector_is_refused_by_name(change, match):
 
 def test_a_batch_is_no_larger_than_batches_are():
     refused(lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)), "does not fit", batch_size=1)
+
+
+# -- what is no number after one step ----------------------------------------------------------------------------------
+
+
+class Root(Net):
+    """The square root of 0 has no finite gradient."""
+
+    def forward(self, x):
+        return self.second(torch.sqrt(0 * self.first(x.flatten(1))))
+
+
+class Steep(Net):
+    def forward(self, x):
+        return 1e20 * super().forward(x)
+
+
+class Mean(Net):
+    """A running mean that becomes infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training:
+            self.mean += torch.tensor(float("inf"))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "what"),
+    [(Root, {}, r"'first\.weight', 'first\.bias'"), (Mean, {}, "'mean'"), (Steep, {"lr": 1e30}, "'second")],
+)
+def test_what_is_no_number_after_the_first_step_is_said_before_the_run(model, options, what):
+    refused(model, rf"after its first step, on two samples, {what}.* hold NaN or infinity.*Lower the learning rate", **options)
+
+
+def test_a_loss_that_is_no_number_though_the_weights_are_is_warned_of():
+    class Silent(labkit.Classifier):
+        def step(self, *given):
+            return super().step(*given) | {"loss": torch.tensor(float("nan"))}
+
+    with pytest.warns(UserWarning, match="the loss of the first step, on two samples, is nan"):
+        problem(kind=Silent).check(0)
+
+
+# -- generators of a module's own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.Generator().manual_seed(3),
+        lambda: np.random.default_rng(3),
+        lambda: np.random.RandomState(3),
+        lambda: random.Random(3),
+    ],
+)
+def test_a_generator_in_a_module_is_state_that_stays_in_each_worker(make):
+    class Noisy(Net):
+        def __init__(self):
+            super().__init__()
+            self.chance = {"noise": make()}
+
+        def forward(self, x):
+            if self.training:
+                one = self.chance["noise"]
+                torch.rand(1, generator=one) if isinstance(one, torch.Generator) else one.random()
+            return super().forward(x)
+
+    with pytest.warns(UserWarning, match=r"\"chance\['noise'\]\" changes in a step, and is no parameter or buffer"):
+        problem(Noisy).check(0)
+
+
+def test_the_generators_that_are_seeded_for_each_step_are_no_state_of_a_module():
+    class Noisy(Net):
+        def __init__(self):
+            super().__init__()
+            self.generators = [torch.default_generator, np.random.mtrand._rand, random._inst]
+
+        def forward(self, x):
+            return super().forward(x + torch.rand(1) * np.random.random() * random.random() * self.training)
+
+    problem(Noisy).check(0)
