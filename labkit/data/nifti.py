@@ -3,7 +3,8 @@
 CT, in HU, is clipped to [-1000, 400] (air to bone) and scaled to [0, 1]; volumes in other units, such as MRI, have values that
 stay as they are. Which of the two a set is, is given as `units`, or seen from its values: CT shows air, far below 0. All are
 resized to 64 slices of 128x128, the way of the Keras example on MosMedData. Axes are those of DICOM whatever the file's own: slices
-from foot to head, rows from front to back, columns from the patient's right to the left.
+from foot to head, rows from front to back, columns from the patient's right to the left. Where a file does not say its own, says two, or is
+oblique, the note counts it.
 
 Used by `labkit.data.open_dataset`.
 """
@@ -30,6 +31,12 @@ AIR = -500.0  # HU: each CT has voxels below it
 PADDING = -5000.0  # HU: few scanners write less around a patient, and other units may
 UNITS = ("HU", "file")
 MAX_SIDE = 4096  # a header may contain anything
+OBLIQUE = 20.0  # degrees between an axis of a file and that of the patient, from which on it is said
+DOUBTS = {
+    "none": "Axes not given in the file (sform and qform code 0), taken to go from right to left, back to front and foot to head",
+    "two": "Of two orientations in the file (sform, qform) the sform taken",
+    "oblique": f"Oblique by more than {OBLIQUE:g} degrees, read along the nearest axes",
+}
 
 
 def from_folder(path: Path, size: tuple[int, int, int] | None = None, units: str | None = None) -> Dataset:
@@ -43,15 +50,20 @@ def from_folder(path: Path, size: tuple[int, int, int] | None = None, units: str
     resized = f"volumes resized to {'x'.join(map(str, shape))}."
 
     def source(files: list[Path], labels: list[int], about: str) -> Source:
+        spans, doubts = {}, {}
+
+        def read(file: Path, window: tuple[float, float] | None = WINDOW) -> np.ndarray:
+            volume, spans[file], doubts[file] = _read(file, shape, window)
+            return volume[None]
+
+        def doubtful() -> str:
+            counts = {said: sum(kind in found for found in doubts.values()) for kind, said in DOUBTS.items()}
+            return "".join(f" {said}: {n}." for said, n in counts.items() if n)
+
         found, why = (units, "Values" if units == "file" else "(units='HU')") if units else _units(files)
         if found == "file":
             about += f" {why} stay as they are in the files, {resized}"
-            return one_by_one(lambda file: read_volume(file, shape, None)[None], files, (1, *shape), np.float32, labels, about)
-        spans = {}
-
-        def read(file: Path) -> np.ndarray:
-            volume, spans[file] = _read(file, shape, WINDOW)
-            return volume[None]
+            return one_by_one(lambda file: read(file, None), files, (1, *shape), np.float32, labels, lambda: about + doubtful())
 
         def said() -> str:
             low, high = WINDOW
@@ -62,7 +74,7 @@ def from_folder(path: Path, size: tuple[int, int, int] | None = None, units: str
                     f" {airless} of {len(spans)} volumes have no value below {AIR:g}, as CT has (all values are from {least:g} to "
                     f"{most:g}); the window cuts or flattens other values. Give units='file' for MRI."
                 )
-            return text
+            return text + doubtful()
 
         return one_by_one(read, files, (1, *shape), np.float16, labels, said)
 
@@ -100,18 +112,35 @@ def read_volume(path: Path, size: tuple[int, int, int], window: tuple[float, flo
     return _read(path, size, window)[0]
 
 
-def _read(path: Path, size: tuple[int, int, int], window: tuple[float, float] | None) -> tuple[np.ndarray, tuple[float, float]]:
-    """The volume, and the lowest and highest value in its file."""
+def _read(
+    path: Path, size: tuple[int, int, int], window: tuple[float, float] | None
+) -> tuple[np.ndarray, tuple[float, float], list[str]]:
+    """The volume, the lowest and highest value in its file, and which of `DOUBTS` hold of its axes."""
     from nibabel import orientations
 
     with _opened(path) as (image, shape):
         turn = orientations.io_orientation(image.affine)  # the patient's axis nearest to each axis of the file, and its sign
-        if np.isnan(turn).any():
+        if np.isnan(turn).any() or (doubts := _doubts(image)) is None:
             raise ValueError("its affine has no direction for one of the axes")
         small, span = _resized(path, image.dataobj, shape, tuple(size[2 - int(axis)] for axis in turn[:, 0]), window)
     to_dicom = orientations.ornt_transform(turn, orientations.axcodes2ornt("LPS"))
     volume = orientations.apply_orientation(small, to_dicom).T
-    return volume.astype(np.float32 if window is None else np.float16), span
+    return volume.astype(np.float32 if window is None else np.float16), span, doubts
+
+
+def _doubts(image: Any) -> list[str] | None:
+    """What is doubtful about the axes of a volume, of `DOUBTS`; None where two of them have one direction."""
+    from nibabel import aff2axcodes
+
+    ways = image.affine[:3, :3] / np.linalg.norm(image.affine[:3, :3], axis=0)
+    if abs(np.linalg.det(ways)) < 1e-3:
+        return None
+    header = image.header
+    coded = [bool(header[name]) for name in ("sform_code", "qform_code")]
+    other = all(coded) and aff2axcodes(header.get_sform()) != aff2axcodes(header.get_qform())
+    found = {"none": not any(coded), "two": other}
+    found["oblique"] = bool((np.abs(ways).max(axis=0) < np.cos(np.radians(OBLIQUE))).any())
+    return [kind for kind, holds in found.items() if holds]
 
 
 def _span(path: Path) -> tuple[float, float]:

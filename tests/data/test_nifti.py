@@ -81,6 +81,54 @@ def test_axes_of_a_volume_are_those_of_the_patient(suffix, tmp_path):
     np.testing.assert_array_equal(read_volume(nifti(tmp_path / f"four{suffix}", hu[..., None]), size), plain)
 
 
+def turned(degrees):
+    a = np.radians(degrees)
+    affine = np.eye(4)
+    affine[:2, :2] = [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]
+    return affine
+
+
+FLIPPED = np.diag([-1.0, -1, 1, 1])
+FORMS = {  # sform, qform, and what is said of the axes
+    "sform alone": (np.eye(4), None, None),
+    "both the same": (turned(10), turned(10), None),
+    "neither": (None, None, "Axes not given in the file"),
+    "two": (np.eye(4), FLIPPED, "Of two orientations in the file"),
+    "oblique": (turned(30), None, "Oblique by more than 20 degrees"),
+    "sheared": (np.eye(4) + 0.9 * np.eye(4, k=1) * [1, 1, 0, 0], None, "Oblique by more than 20 degrees"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("air", [-1000, 0])
+def test_axes_that_a_file_does_not_say_or_says_twice_are_counted(air, form, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    sform, qform, said = FORMS[form]
+    for label in "ab":
+        for number in range(2):
+            volume = np.random.default_rng(number).random((6, 5, 4)).astype(np.float32) * 500
+            volume[0] = air
+            image = nibabel.Nifti1Image(volume, None)
+            image.header.set_sform(np.eye(4) if number else sform, 1 if number or sform is not None else 0)
+            image.header.set_qform(None if number else qform, int(not number and qform is not None))
+            (tmp_path / "set" / label).mkdir(parents=True, exist_ok=True)
+            nibabel.save(image, tmp_path / "set" / label / f"{number}.nii.gz")
+    note = open_dataset(tmp_path / "set", size=(4, 5, 6)).note
+    assert (
+        f"{said}" in note and note.rstrip().endswith(": 2.")
+        if said
+        else not any(text in note for _, _, text in FORMS.values() if text)
+    )
+
+
+def test_two_axes_of_one_direction_are_refused(tmp_path):
+    affine = np.eye(4)
+    affine[:, 1] = affine[:, 0] + [0, 1e-6, 0, 0]
+    volumes(tmp_path / "set", [np.ones((6, 5, 4))], [np.ones((6, 5, 4))])
+    nifti(tmp_path / "set" / "a" / "0.nii.gz", np.random.default_rng(0).random((6, 5, 4)), affine, dtype=np.float32)
+    refused(tmp_path / "set", "no direction for one of the axes")
+
+
 def test_a_large_volume_is_read_slice_by_slice(tmp_path, monkeypatch):
     """Memory holds a slice and the result, not the volume."""
     import tracemalloc
