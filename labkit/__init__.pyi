@@ -28,6 +28,7 @@ from .partition import UDPA as UDPA
 from .problems import Classifier as Classifier
 from .problems import Problem as Problem
 from .problems import Regressor as Regressor
+from .problems.step_times import step_times as step_times
 from .runs.compare import compare as compare
 from .simulation.replay import replay as replay
 from .simulation.simulate import simulate as simulate
