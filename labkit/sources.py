@@ -32,6 +32,7 @@ import re
 import sys
 import sysconfig
 import threading
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,7 +44,7 @@ from typing import Any
 
 import cloudpickle
 
-from labkit.errors import ClusterError
+from labkit.errors import ClusterError, LabError, WorkerError
 
 PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None))
 PROCESS = uuid.uuid4().hex  # of this process
@@ -403,14 +404,61 @@ class Packed:
 
 
 class PackedCall:
-    """A function and its arguments as bytes, so that nobody on the way (Dask's scheduler) needs what they need."""
+    """A function and its arguments as bytes, so that nobody on the way (Dask's scheduler) needs what they need.
 
-    def __init__(self, name: str, pickled: bytes) -> None:
-        self.__name__, self.pickled = name, pickled
+    What cannot be sent, there or back, is an error of labkit, whatever the back end would make of it.
+    """
+
+    def __init__(self, name: str, pickled: bytes, here: bool) -> None:
+        self.__name__, self.pickled, self.here = name, pickled, here
 
     def __call__(self) -> Any:
-        fn, args = pickle.loads(self.pickled)
-        return fn(*args)
+        """What the function returns; in another process than its caller's as `Returned`."""
+        fault: Exception | None = None
+        try:
+            fn, args = pickle.loads(self.pickled)
+        except LabError:
+            raise
+        except Exception as error:
+            fault = ClusterError(f"{self.__name__}() or what it is given cannot be loaded on a worker ({_told(error)}).")
+        if fault is None:
+            try:
+                made = fn(*args)
+            except Exception as error:
+                if not unpicklable(error):
+                    raise
+                fault = WorkerError(f"{self.__name__}() failed: {_told(error)}", None, traceback.format_exc())
+        if fault is None and not self.here:
+            try:
+                made = Returned(cloudpickle.dumps(made))
+            except Exception as error:
+                fault = ClusterError(f"what {self.__name__}() returned cannot be sent back ({_told(error)}). Return plain values.")
+        if fault:
+            raise fault  # out here it does not hold the other one, which could not be sent either
+        return made
+
+
+class Returned:
+    """What a function has returned in another process, as bytes."""
+
+    def __init__(self, pickled: bytes) -> None:
+        self.pickled = pickled
+
+    def value(self) -> Any:
+        return pickle.loads(self.pickled)
+
+
+def unpicklable(thing: Any) -> str:
+    """Why another process would not get `thing`; "" where it would."""
+    try:
+        pickle.loads(cloudpickle.dumps(thing))
+    except Exception as error:
+        return _told(error)
+    return ""
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def pack(thing: Any) -> Any:
@@ -422,12 +470,21 @@ def pack(thing: Any) -> Any:
     return Packed(sources, cloudpickle.dumps(thing)) if sources else thing
 
 
-def pack_call(fn: Any, args: tuple) -> tuple[Any, tuple]:
-    """A call for another process: function and arguments. What was packed before stays as it was."""
-    packed = (fn, args) if _has_packed(args) else pack((fn, args))
-    if isinstance(packed, Packed) or _has_packed(args):
-        return PackedCall(getattr(fn, "__name__", "task"), cloudpickle.dumps(packed)), ()
-    return fn, args
+def pack_call(fn: Any, args: tuple, here: bool = False) -> PackedCall:
+    """A call for a worker, in this process if it is `here`: function and arguments. What was packed before stays as it was.
+
+    ClusterError where they cannot be sent.
+    """
+    name = getattr(fn, "__name__", "task")
+    try:
+        return PackedCall(name, cloudpickle.dumps((fn, args) if here or _has_packed(args) else pack((fn, args))), here)
+    except LabError:
+        raise
+    except Exception as error:
+        raise ClusterError(
+            f"{name}() or what it is given cannot be sent to a worker ({_told(error)}). Make locks, files, generators and "
+            "connections in the function, where they are used."
+        ) from error
 
 
 def _has_packed(value: Any) -> bool:

@@ -47,13 +47,13 @@ class Elsewhere:
         self.process = subprocess.Popen([sys.executable, "-c", LISTEN], env=environment, **pipes)
 
     def __call__(self, fn, *args, packed=True):
-        call = sources.pack_call(fn, args) if packed else (fn, args)
+        call = (sources.pack_call(fn, args), ()) if packed else (fn, args)
         self.process.stdin.write(cloudpickle.dumps(call))
         self.process.stdin.flush()
         answer = cloudpickle.load(self.process.stdout)
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return answer.value() if isinstance(answer, sources.Returned) else answer
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_lines_and_comments_may_move(write):
 def test_whose_modules():
     problem = Classifier(data=(np.eye(20, dtype="f4"), np.arange(20) % 2))
     assert not sources.needed(np.zeros(3), torch.nn.Linear(1, 1), problem, {"module": "json:loads"}, textwrap.dedent)
-    assert sources.pack(len) is len and sources.pack_call(len, ([1],)) == (len, ([1],))
+    assert sources.pack(len) is len and sources.pack_call(len, ([1],))().value() == sources.pack_call(len, ([1],), here=True)() == 1
     assert sources.needed(write, threading.Lock()) == {}  # it cannot be pickled: whoever sends it says so
 
 

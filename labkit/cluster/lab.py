@@ -26,7 +26,7 @@ from typing import Any
 from labkit.cluster.backend import About, Answer, Backend, Request, quiet
 from labkit.cluster.emulation import Unevenness, opposite, unsteadiness
 from labkit.cluster.tasks import Task, spread
-from labkit.errors import ClusterError, real, several, whole
+from labkit.errors import ClusterError, instance, like, real, several, whole
 from labkit.sources import pack_call
 
 DESCRIBE_S = 1.0  # how long `refresh` waits for a newcomer's description; the next time it looks again
@@ -100,13 +100,13 @@ class Lab(AbstractContextManager):
     def start(self, worker: int, fn: Callable, *args: Any) -> Task:
         """Run `fn(*args)` on one worker, however long it takes; it is never moved to another one and never run twice."""
         self._check_open()
+        instance("fn", fn, Callable, " such as a function")
         (worker,) = self.checked([worker])
         if worker in self.lost():
             raise ClusterError(f"worker {worker} was lost. connect() again for a full lab.")
         with self._lock:
             id, about = self._ids[worker], self.workers[worker]
-            fn, args = (fn, args) if about.here else pack_call(fn, args)
-            return Task(self._backend.submit(id, about.pid, fn, args), worker, self._backend, id)
+            return Task(self._backend.submit(id, about.pid, pack_call(fn, args, about.here), ()), worker, self._backend, id)
 
     def map(
         self,
@@ -125,6 +125,8 @@ class Lab(AbstractContextManager):
         called here as `each(number, result)` when an item is done, once for each.
         """
         self._check_open()
+        instance("fn", fn, Callable, " such as a function")
+        items = list(like("items", items, ("__iter__",), "a list"))
         workers, timeout = None if workers is None else self.checked(workers), real("timeout", timeout, above=0, finite=False)
 
         def idle() -> set[int]:
@@ -133,7 +135,7 @@ class Lab(AbstractContextManager):
         def start(worker: int, item: Any) -> Task:
             return self.start(worker, fn, item, *((self.workers[worker],) if placed else ()))
 
-        return spread(list(items), idle, start, timeout, each)
+        return spread(items, idle, start, timeout, each)
 
     # -- who is there --------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from labkit.cluster.backend import Again, Backend, TaskAnswer
 from labkit.errors import ClusterError
+from labkit.sources import Returned
 
 LOSSES = 3  # an item that has lost so many workers is not tried again
 
@@ -35,7 +36,8 @@ class Task:
         while True:
             if self.future.done():
                 try:
-                    return self.future.result(timeout=5)
+                    made = self.future.result(timeout=5)
+                    return made.value() if isinstance(made, Returned) else made
                 except TimeoutError:  # not the function's own: that is raised below
                     if self.future.done() and self.error() is not None:
                         raise
@@ -86,7 +88,10 @@ def spread(
                 number = todo.popleft()
                 try:
                     working[worker] = number, start(worker, items[number])
-                except ClusterError:  # lost just now
+                except ClusterError:
+                    if worker in idle():
+                        raise
+                    # else it was lost just now
                     todo.appendleft(number)
             for worker, (number, task) in list(working.items()):
                 if task.future.done():

@@ -13,7 +13,6 @@ launches runs on workers that it holds already, and by `labkit.simulation.offlin
 import contextlib
 import copy
 import itertools
-import pickle
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cloudpickle
 import numpy as np
 
 from labkit import locks
@@ -50,7 +48,7 @@ from labkit.runs import server_file
 from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig, environment
 from labkit.runs.files import write_json
-from labkit.sources import check, digests, needed
+from labkit.sources import check, digests, needed, unpicklable
 from labkit.training.monitor import Monitor, OnVersion
 from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
@@ -211,23 +209,14 @@ def configure(
 def check_travels(*things: Problem | Update | Partition) -> None:
     """ProblemError, by name, where the problem cannot go to workers (also to threads: each has its own), or a rule to the server."""
     for thing in things:
-        if error := _unpicklable(thing):
-            lost = next((name for name, value in vars(thing).items() if _unpicklable(value)), None)
+        if error := unpicklable(thing):
+            lost = next((name for name, value in vars(thing).items() if unpicklable(value)), None)
             what = f"its {lost!r} holds something that" if lost else "it"
             raise ProblemError(
                 f"{type(thing).__name__} cannot be sent to workers and server: {what} cannot be pickled ({error}). Make locks, files, "
                 "generators and connections where they are used, not beside the function or in the constructor; call torch.compile "
                 "on the module that a function makes, not on methods of a class."
             )
-
-
-def _unpicklable(thing: Any) -> str:
-    """Why another process would not get `thing`; "" where it would."""
-    try:
-        pickle.loads(cloudpickle.dumps(thing))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def check_sources(lab: Lab, problem: Problem, **rules: Update | Partition) -> dict[str, str]:

@@ -100,11 +100,44 @@ def test_errors_come_back_as_themselves_with_the_traceback_from_there(lab):
     assert "in boom" in shown or "boom" in shown
     with pytest.raises(ZeroDivisionError, match="no 3"):
         lab.map(boom, [3])
-    with pytest.raises(Exception, match="1"):
-        lab.start(0, odd).result(20)
     with pytest.raises(WorkerError, match="worker 3 failed") as caught:
         lab.start(0, worker_error).result(20)
     assert caught.value.worker == 3 and "over there" in str(caught.value)
+
+
+def lock(_):
+    return threading.Lock()
+
+
+class Unloadable:
+    def __reduce__(self):
+        return int, ("x",)
+
+
+def test_what_cannot_be_sent_is_one_error_on_every_back_end(lab):
+    for fn, item, words in (
+        (
+            abs,
+            threading.Lock(),
+            r"abs\(\) or what it is given cannot be sent to a worker \(TypeError: cannot pickle '_thread.lock' object\)",
+        ),
+        (abs, (i for i in (1,)), r"cannot pickle 'generator' object"),
+        (lambda _, held=threading.Lock(): held, 1, "cannot be sent to a worker"),  # noqa: B008
+        (abs, Unloadable(), r"abs\(\) or what it is given cannot be loaded on a worker \(ValueError"),
+    ):
+        with pytest.raises(ClusterError, match=words):
+            lab.map(fn, [item])
+    with pytest.raises(WorkerError, match=r"odd\(\) failed: Odd: 1"):
+        lab.start(0, odd).result(20)
+    if lab.workers[0].here:
+        assert type(lab.map(lock, [1])[0]) is type(threading.Lock())
+    else:
+        with pytest.raises(ClusterError, match=r"what lock\(\) returned cannot be sent back"):
+            lab.map(lock, [1])
+    for call, words in ((lambda: lab.map(5, [1]), "fn=5 must be"), (lambda: lab.map(abs, 5), "items=5 must be a list")):
+        with pytest.raises(TypeError, match=words):
+            call()
+    assert lab.map(abs, [-1, -2]) == [1, 2]
 
 
 def test_map_keeps_the_order_and_arrays_travel(lab):
