@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -25,6 +26,7 @@ from labkit.data import names as data_names
 from labkit.data.items import Items, is_items_path, seed_of_items, seeding
 from labkit.errors import SEEDS, DataError, LabError, ProblemError, RunError, file_path, flag, known, plain_scalar, real, whole
 from labkit.imports import by_value, constructor_arguments, import_path, imported, plain, short
+from labkit.inner.precision import SAMPLES, Precision, choose, host, laid_out, layers_of
 from labkit.models import seeded
 from labkit.models.flat import Flat
 from labkit.problems import splits
@@ -84,8 +86,14 @@ class Problem:
     train_samples, test_samples : use only so many, chosen once for all runs; None means all.
     score_samples : size of the score set, which is held out of the training split, class by class in proportion; it
         is never more than a fifth of that split.
-    precision : "float32", or "bfloat16" for autocast over float32 weights.
-    channels_last : give batches to the module with the channels as the innermost axis in memory.
+    precision : "float32"; "bfloat16" for autocast over float32 weights; or "auto", by which each worker decides when it begins:
+        bfloat16 and channels last where its device has instructions for it (AMX, AVX512-BF16, a GPU's) and the layers of the network
+        are quicker in it, else float32. With both, convolutions and linear layers are compared with float32 on the worker, once a
+        process and shape, and what bfloat16 computes wrongly, with "auto" also more slowly, stays in float32. That is printed, by the
+        names of the layers, and is in the record (`precision` of events "join"), so that replays and resumed runs do the same;
+        workers on different hosts may decide differently. Curves, `predict`, simulations and `train_subnets` take "auto" as float32.
+    channels_last : give batches to the module with the channels as the innermost axis in memory; with precision="auto" False means
+        where that is quicker.
     augment : a function of a batch that is trained on, or its import path: `augment(x)` gives x, `augment(x, y)` gives (x, y), as many
         samples of the same types. It runs on the workers; random numbers that it draws from torch's global generator, numpy's or
         Python's are seeded for each batch, so that a run can be replayed.
@@ -120,7 +128,7 @@ class Problem:
         self.train_samples = None if train_samples is None else whole("train_samples", train_samples)
         self.test_samples = None if test_samples is None else whole("test_samples", test_samples)
         self.score_samples = whole("score_samples", score_samples)
-        self.precision = known("precision", precision, ("float32", "bfloat16"))
+        self.precision = known("precision", precision, ("float32", "bfloat16", "auto"))
         self.channels_last = flag("channels_last", channels_last)
         if not (augment is None or callable(augment) or (isinstance(augment, str) and ":" in augment)):
             raise TypeError(f'augment={augment!r}: give a function of a batch of inputs, or its import path, "my_module:flip".')
@@ -177,11 +185,7 @@ class Problem:
         return x[0] if len(x) == 1 else x, y if len(y) > 1 else next(iter(y.values()), None)
 
     def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
-        if self.channels_last and x.dim() > 3:
-            # Not .contiguous(memory_format=...): that leaves one-channel images as they are, and convolutions slow.
-            x = x.movedim(1, -1).contiguous()
-            x = x.view(-1).view(x.shape).movedim(-1, 1)
-        return x
+        return laid_out(x) if self.channels_last else x
 
     def draw(self, indices: np.ndarray, device: str | torch.device = "cpu", generator: torch.Generator | None = None) -> Any:
         """A batch to train on: `load` of the samples `indices` of the training split, augmented.
@@ -297,10 +301,35 @@ class Problem:
         raise NotImplementedError(f"{type(self).__name__} has milestones, and must define settle(module, clock).")
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        """The precision asked for, around forward pass and loss."""
+        """The precision asked for, around forward pass and loss; of "auto", what this worker has decided (`in_precision`)."""
         if self.precision == "bfloat16":
             return torch.autocast(device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+    def choose_precision(self, seed: int, device: str = "cpu", earlier: Iterable[Mapping[str, Any]] = ()) -> Precision | None:
+        """What a worker is to compute in here, by a step on a module of its own whose layers are then compared with float32; None
+        where float32 is asked for. Of `earlier` decisions (`precision` of events "join") one for such a host holds."""
+        if self.precision == "float32":
+            return None
+        here = host(device)
+        if found := next((Precision(**one) for one in earlier if one["host"] == here), None):
+            return found
+        plain, eager = self.in_precision(Precision("float32", self.channels_last)), contextlib.nullcontext()
+        vars(plain)["inner"] = None  # one thread, as the layers are compared
+        if "torch._dynamo" in sys.modules:  # what is compiled need not be once more for this
+            eager = torch.compiler.set_stance("force_eager")
+        with seeded(seed), eager:
+            module = plain.new_module(seed).to(device)
+            batch = plain.draw(self.train_indices()[: min(self.batch_size, SAMPLES)], device, draws(seed, 0))
+            optimisers, clock = plain.optimisers(module), Clock(0, 1, 0.0, noise(seed, 0, device=device), torch.get_num_threads())
+            layers = layers_of(module, lambda: plain.step(module, batch, optimisers, clock), device)
+        return choose(layers, self.precision, self.channels_last, device)
+
+    def in_precision(self, precision: Precision) -> Self:
+        """The same problem as one worker computes it. Layers that stay in float32 are those of its module: `keep`."""
+        other = copy.copy(self)
+        other.precision, other.channels_last = precision.dtype, precision.channels_last
+        return other
 
     def new_module(self, seed: int) -> nn.Module:
         """A module as `build` makes it, ready to be trained, and nobody else's.

@@ -269,7 +269,7 @@ class Supervised(Problem):
             difference = Engine(self.inner).check(module, len(_first(x)), partial(self._shares, module, x, y, None))
         except ProblemError as error:
             raise ProblemError(f"{self._title()}: {error}") from error
-        if difference > (ROUNDING if self.precision == "float32" else ROUNDING_16):
+        if difference > (ROUNDING_16 if self.precision == "bfloat16" else ROUNDING):
             raise ProblemError(
                 f"{self._title()}: the gradients of a batch that the inner layer has split differ by {difference:.2g} from those of the batch "
                 "(relative). Its loss is no mean over samples, or what its forward() makes of a sample depends on the others, or on random "

@@ -45,11 +45,13 @@ COLUMNS = [
     "device",
     "generator",  # of a join: does the worker draw random numbers from its "own", or is torch's "shared" with other threads?
     "message",
+    "precision",  # of a join: what the worker computes in, where that is not float32 by the problem (`labkit.inner.precision.Precision`)
     "inner",  # of a push: how its steps were computed, where the inner layer chose
     "metrics",  # of a push: means over its samples of what the problem's step returned beside the loss, by name
 ]  # fmt: skip
 TEXT_COLUMNS = ("kind", "device", "generator", "message", "inner")
-NO_NUMBERS = (*TEXT_COLUMNS, "metrics")
+TABLE_COLUMNS = ("precision", "metrics")
+NO_NUMBERS = (*TEXT_COLUMNS, *TABLE_COLUMNS)
 KNOWN = frozenset(COLUMNS)
 KINDS = frozenset(  # of formats 1 to 3, whose lines have no checksum
     [
@@ -262,7 +264,7 @@ class Tail:
             for name, value in row.items():
                 if name not in KNOWN or (name == "kind" and value not in KINDS):
                     raise ValueError(f"{value if name == 'kind' else name!r} is not known")
-                of_type = dict if name == "metrics" else str if name in TEXT_COLUMNS else (int, float)
+                of_type = dict if name in TABLE_COLUMNS else str if name in TEXT_COLUMNS else (int, float)
                 if value is not None and (not isinstance(value, of_type) or isinstance(value, bool)):
                     raise ValueError(f"its {name} is {value!r}")
         except (ValueError, TypeError, RecursionError) as error:

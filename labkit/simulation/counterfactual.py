@@ -79,8 +79,9 @@ class Arrivals:
         member = self.it.members.get(worker)
         if kind == "join" and self.it.state == "running" and not self.it.finished:
             self._forget(worker)
-            self.replicas.join(worker, row.get("threads", 1))
-            self.it.join(worker, row.get("message", ""), row.get("probe_s"))
+            how = {"precision": row["precision"]} if "precision" in row else {}
+            self.replicas.join(worker, row.get("threads", 1), **how)
+            self.it.join(worker, row.get("message", ""), row.get("probe_s"), **how)
         elif kind == "missing":
             self.it.expect(set(self.it.workers) - {worker})
         elif kind in ("stop", "error"):

@@ -142,13 +142,13 @@ class Course:
                 self._push(row)
 
     def _join(self, row: dict) -> None:
-        where = {key: row[key] for key in ("device", "threads", "generator") if key in row}
+        where = {key: row[key] for key in ("device", "threads", "generator", "precision") if key in row}
         if where.get("device", "cpu") != "cpu":
             raise RunError(
                 f"worker {row['worker']} of run {self.run.name} computed on {where['device']}, whose sums depend on the order in "
                 "which they happen to be made, so it cannot be replayed bit for bit. replay(run, update=...) can: it computes anew."
             )
-        self.replicas.join(row["worker"], where.get("threads", 1), where.get("generator") == "shared")
+        self.replicas.join(row["worker"], where.get("threads", 1), where.get("generator") == "shared", where.get("precision"))
         self.it.join(row["worker"], row.get("message", ""), row.get("probe_s"), **where)
 
     def _push(self, row: dict) -> None:

@@ -10,7 +10,7 @@ Used by `labkit.simulation.exact`, `labkit.simulation.counterfactual` and `labki
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 from labkit.errors import RunError
+from labkit.inner.precision import Precision
 from labkit.locks import DirectoryLock
 from labkit.models.flat import Flat
 from labkit.partition import Partition
@@ -58,10 +59,12 @@ class Replicas:
         self.problem, self.config, self.workers = problem, config, {}
         self._threads = torch.get_num_threads()
 
-    def join(self, worker: int, threads: int = 1, shared: bool = False) -> None:
-        """A new incarnation of `worker`; with a `shared` generator its random numbers cannot be drawn again."""
+    def join(self, worker: int, threads: int = 1, shared: bool = False, precision: Mapping[str, Any] | None = None) -> None:
+        """A new incarnation of `worker`; with a `shared` generator its random numbers cannot be drawn again. `precision` is what it
+        computed in, by its event "join"."""
+        how = {"exact": self.config.exact_buffers, "precision": Precision(**precision) if precision else None}
         with torch.random.fork_rng(devices=[]):
-            replica = Replica(self.problem, self.config.seed, worker, self.config.budget, exact=self.config.exact_buffers)
+            replica = Replica(self.problem, self.config.seed, worker, self.config.budget, **how)
         buffers = WeightBuffers(replica, self.config.exchange, apart=self.config.overlap > 0)
         self.workers[worker] = _Worker(replica, buffers, threads, shared)
 
@@ -78,7 +81,7 @@ class Replicas:
                 replica.begin(grant.incarnation)
             began = torch.get_rng_state() if own.shared else None
             if computed:
-                self.problem.compute_as(replica.module, computed)
+                replica.problem.compute_as(replica.module, computed)
             if own.grant:  # what it did while its push was under way
                 replica.ahead(own.grant)
             np.copyto(buffers.pulled, compression.pack(answer.weights, dtype))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from labkit.inner.precision import Precision
 from labkit.models.flat import Flat
 from labkit.runs import checkpoints, metrics
 from labkit.runs.events import VERSIONS, effective
@@ -35,7 +36,7 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     (by default those that no run holds), or here without a lab. What is NaN is printed."""
     import pandas as pd
 
-    versions = checkpoints.versions(run.path)
+    versions, problem = checkpoints.versions(run.path), as_recorded(problem, run)
     n = len(workers or lab.free()) or 1 if lab else 1
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
     items = [(problem, str(run.path), share, run.config) for share in shares]
@@ -55,6 +56,13 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
             print(f"Run {run.name!r}: {name} is NaN for version{'s' * (len(without) > 1)} {', '.join(map(str, without[:12]))}.")
     metrics.write(run.path, run.config.id, table)
     return table
+
+
+def as_recorded(problem: Problem, run: RunRecord) -> Problem:
+    """The problem to measure weights of this run with: in float32 where bfloat16 was asked for and a worker found layers wrong in it."""
+    if problem.precision == "bfloat16" and any(found["float32"] for found in run.events.precision.dropna()):
+        return problem.in_precision(Precision("float32", problem.channels_last))
+    return problem
 
 
 def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ Used by `labkit.subnets`: on the workers, for the coarse network, and for severa
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from labkit.errors import ProblemError
+from labkit.inner.precision import keep
 from labkit.models.flat import Flat
 from labkit.partition import UDPA
 from labkit.problems import Clock, Problem, evaluating
@@ -61,6 +63,9 @@ def fit(
 
     `each(epoch, loss, score)` is called after each epoch, with the score where it was measured; if it returns true, training ends.
     """
+    if problem.precision == "bfloat16" and (precision := problem.choose_precision(seed, device)).float32:
+        warnings.warn("; ".join(precision.lines()[1:]), stacklevel=2)
+        keep(module, precision.float32)
     state = Flat(module, device)
     optimisers, generator = problem.optimisers(module), draws(seed, 0)
 

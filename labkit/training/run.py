@@ -285,15 +285,18 @@ class Run(RunRecord):
     def tested(self, data: Any = None) -> tuple[Problem, np.ndarray]:
         """The problem on the samples that `evaluate(data)` measures, and their numbers in its test split."""
         from labkit.data.given import given
+        from labkit.training.evaluation import as_recorded
 
-        problem = self.problem()
+        problem = as_recorded(self.problem(), self)
         samples = None if data is None else given(data, problem.dataset, answers=True)
         if samples is None or samples.is_own:
             return problem, problem.test_indices()
         return self._on(samples), np.arange(samples.n_test)
 
     def _on(self, samples: Any) -> Problem:
-        problem = self.problem()
+        from labkit.training.evaluation import as_recorded
+
+        problem = as_recorded(self.problem(), self)
         if problem.is_own_load:
             raise ProblemError(
                 f"{type(problem).__name__} loads its samples itself (load), so that what it makes of raw ones is not known here. Give "

@@ -22,10 +22,12 @@ from pathlib import Path
 
 from labkit.cluster.lab import Lab, Task, Worker
 from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError, traceback_of
+from labkit.inner.precision import Precision
 from labkit.locks import DirectoryLock
 from labkit.problems.problem import Problem
 from labkit.problems.trial import Fingerprint
 from labkit.runs import status as how_it_ended
+from labkit.runs.events import Tail
 from labkit.sources import pack
 from labkit.training.attach import watch
 from labkit.training.evaluation import measure
@@ -68,6 +70,7 @@ class Supervisor:
         self._raised: dict[int, BaseException] = {}  # by worker
         self.state = "running"
         self.tasks: dict[int, Task] = {}  # by worker: the latest
+        self._events, self._decided, self._printed = Tail(path), [], set()  # what workers compute in, the latest first
         self.started_on: dict[int, Worker] = {}  # the worker as it was then: one that comes back is another process
         self.generations: dict[int, int] = {}  # how often it was started
         self.meeting = f"{MEETING}{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
@@ -84,6 +87,7 @@ class Supervisor:
             if not all(worker.here for worker in self.lab.workers):
                 self.sent = pack(self.problem)  # once, so that who comes late trains the same
                 self.fingerprint = self.problem.fingerprint(self.spec.config.seed)
+            self._read_precision()
             self.server, self.address = _start_server(self.spec, self.path, self.lock)
             for index in self.spec.config.indices:
                 self._start_worker(index)
@@ -142,6 +146,7 @@ class Supervisor:
             meeting=str(self.path / self.meeting) if self.spec.update.collective else None,
             scored=self.spec.update.scored,
             fingerprint=None if worker.here else self.fingerprint,
+            precisions=tuple(self._decided),
         )
         self.tasks[index] = self.lab.start(index, run_worker, self.sent, spec)
         self._raised.pop(index, None)
@@ -210,6 +215,7 @@ class Supervisor:
                     while self.server.poll() is None:
                         self._status = ask(**self._request())
                         failures = 0
+                        self._read_precision()
                         if self._status["state"] == "running":
                             self._stop.wait(POLL_S)
                         else:
@@ -219,7 +225,21 @@ class Supervisor:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.server.wait(timeout=RETRY_S)
         self._last_line = _end(self.server)
+        self._read_precision()
         self._await_tasks()
+
+    def _read_precision(self) -> None:
+        """What workers have decided to compute in is printed, each line once, and those that are started later hold to it."""
+        if self.problem.precision == "float32":
+            return
+        with contextlib.suppress(RunError):  # not there yet; or damaged, which whoever reads it is told
+            for row in self._events.read(continued=True):
+                if row["kind"] == "join" and row.get("precision"):
+                    self._decided.insert(0, row["precision"])
+                    for line in Precision(**row["precision"]).lines():
+                        if (what := line.partition(":")[0]) not in self._printed:  # workers measure other numbers
+                            self._printed.add(what)
+                            print(f"Run {self.run.name!r}, worker {row['worker']}: {line}.", flush=True)
 
     def _await_tasks(self) -> None:
         limit = time.monotonic() + ENDING_S

@@ -158,7 +158,7 @@ def test_a_model_that_returns_no_tensor():
         ({"weight_decay": -1}, ValueError, "weight_decay=-1 must be at least 0"),
         ({"optimiser": "sdg"}, ValueError, r"optimiser='sdg' .* Known: sgd, adam, adamw, .*rprop. Did you mean 'sgd'\?"),
         ({"schedule": "cosin"}, ValueError, r"Known: constant, cosine, .*step. Did you mean 'cosine'\?"),
-        ({"precision": "float16"}, ValueError, r"Known: float32, bfloat16. Did you mean 'b?float\d+'\?"),
+        ({"precision": "float16"}, ValueError, r"Known: float32, bfloat16, auto. Did you mean 'b?float\d+'\?"),
         ({"channels_last": "no"}, TypeError, "channels_last='no' must be True or False"),
         ({"score_samples": 0}, ValueError, "score_samples=0"),
         ({"train_samples": -3}, ValueError, "train_samples=-3"),

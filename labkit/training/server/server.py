@@ -420,7 +420,7 @@ class WorkerConnection:
         server.generations[index], server.outboxes[index], server.connections[index] = generation, self.outbox, self.connection
         if before is not None and before is not self.connection:
             before.close()
-        about = {key: join[key] for key in ("device", "threads", "generator") if join.get(key) is not None}
+        about = {key: join[key] for key in ("device", "threads", "generator", "precision") if join.get(key) is not None}
         return self.course.join(index, join.get("about") or "", join.get("seconds_per_sample"), **about), ""
 
     def _receive(self, member: Member) -> bool:

@@ -162,6 +162,14 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, dict) and len(value) <= MAX_METRICS and all(_text(k) and _number(x) for k, x in value.items())
 
 
+def _precision(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "channels_last", "float32", "why", "host"}:
+        return False
+    layers = value["float32"]
+    known = value["dtype"] in ("float32", "bfloat16") and isinstance(value["channels_last"], bool) and isinstance(layers, dict)
+    return known and all(map(_text, (value["why"], value["host"], *layers, *layers.values())))
+
+
 def _list_of(fits: Any) -> Any:
     return lambda value: isinstance(value, list) and len(value) <= MAX_WORKERS and all(map(fits, value))
 
@@ -187,6 +195,7 @@ FLAG = ("true or false", lambda value: isinstance(value, bool))
 TABLE = ("a table", lambda value: isinstance(value, dict))
 NUMBERS = (f"a table of at most {MAX_METRICS} numbers by name", _numbers)
 ENDING = ("'stopped' or 'failed'", lambda value: value is None or value in ("stopped", "failed"))
+PRECISION = ("a dtype, with the layers that stay in float32", _precision)  # `labkit.inner.precision.Precision`
 GENERATOR = ("'own' or 'shared'", lambda value: value in ("own", "shared"))
 
 GRANT = {field.name: COUNT for field in fields(Grant)}
@@ -200,6 +209,7 @@ REQUESTS = {
         **dict.fromkeys(("device", "about"), _or_nothing(TEXT)),
         "seconds_per_sample": _or_nothing(PACE),
         "generator": _or_nothing(GENERATOR),
+        "precision": _or_nothing(PRECISION),
     },
     "heartbeat": {"samples": _or_nothing(COUNT), "loss": _or_nothing(NUMBER)},
     "push": {

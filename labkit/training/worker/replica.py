@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from labkit.inner.precision import Precision, keep
 from labkit.models.flat import Flat
 from labkit.problems.problem import Clock, Metrics, Problem, draws, noise
 from labkit.problems.splits import batches
@@ -49,12 +50,15 @@ class Replica:
         exact: bool = True,
         after: Callable[..., None] = lambda started, waited=0.0: None,
         halted: Callable[[], object] = lambda: False,
+        precision: Precision | None = None,
     ) -> None:
         """`exact` as of `Flat`. `after(started, waited)` is called after each piece of work (emulated slowdown); `halted()` ends a
-        local pass early."""
+        local pass early. `precision` is what this worker computes in; None: as the problem says."""
+        problem = problem.in_precision(precision) if precision else problem
         self.problem, self.seed, self.worker, self.budget, self.device = problem, seed, worker, budget, device
         self.after, self.halted = after, halted
         self.module = problem.new_module(seed)
+        keep(self.module, precision.float32 if precision else ())
         self.state, self.exact = Flat(self.module, device, exact), exact
         self.is_measuring_pure: bool | None = None  # does it leave weights and buffers as they are? None: not known yet
         self.flat, self.layout = self.state.vector, Layout.of(*self.state.shapes)

@@ -18,8 +18,10 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +57,7 @@ class WorkerSpec:
     generation: int = 0  # how often this worker has been started in this run before
     scored: bool = True  # does the rule need Q?
     fingerprint: Fingerprint | None = None  # of what the kernel has built; None where this is its process
+    precisions: Sequence[Mapping[str, Any]] = ()  # what workers of this run have computed in so far, the latest first
 
 
 def run_worker(problem: Problem, spec: WorkerSpec) -> None:
@@ -105,6 +108,7 @@ class _Worker:
         prepare(spec.device, spec.threads)
         if spec.fingerprint:
             self.problem.check_same(spec.config.seed, spec.fingerprint)
+        self.precision = self.problem.choose_precision(spec.config.seed, spec.device, spec.precisions)
         speed = self._probe()
         join = {
             "op": "join",
@@ -115,6 +119,7 @@ class _Worker:
             "threads": spec.threads,
             "generator": "shared" if spec.config.one_process else "own",
             "about": f"pid {os.getpid()}, {spec.device}, {spec.threads} thread(s)",
+            **({"precision": asdict(self.precision)} if self.precision else {}),
         }
         self._build()
         self._connect()
@@ -137,9 +142,8 @@ class _Worker:
 
     def _replica(self) -> Replica:
         config, live = self.spec.config, {"after": self.slowness.after, "halted": lambda: self.heartbeat.interrupt}
-        return Replica(
-            self.problem, config.seed, self.spec.index, config.budget, device=self.spec.device, exact=config.exact_buffers, **live
-        )
+        how = {"device": self.spec.device, "exact": config.exact_buffers, "precision": self.precision}
+        return Replica(self.problem, config.seed, self.spec.index, config.budget, **how, **live)
 
     def _build(self) -> None:
         self.replica = self._replica()

@@ -13,10 +13,12 @@ from labkit.training.wire.protocol import GRANT, REPLIES, REQUESTS, Answer, Gran
 
 PUSH = {"op": "push", "version": 3, "samples": 17, "score": 0.5, "loss": 1.25}
 PUSH |= {"compute_s": 0.1, "score_s": 0.01, "wait_s": 0.0, "send_s": 0}
+PRECISION = {"dtype": "bfloat16", "channels_last": True, "float32": {"conv1": "Conv2d: why"}, "why": "", "host": "AMX"}
 GOOD = [
     {"op": "join", "worker": 0, "seconds_per_sample": 1e-5, "about": "pid 7, ä"},
     {"op": "join", "worker": 2},
     {"op": "join", "worker": 2, "device": "cuda:0", "threads": 2, "generator": "shared"},
+    {"op": "join", "worker": 2, "precision": PRECISION},
     {"op": "heartbeat", "samples": 3, "loss": float("nan")},
     {"op": "heartbeat"},
     {"op": "drop", "workers": [0, 5]},
@@ -56,6 +58,10 @@ BAD = {
     "device": (GOOD[0], [0, ["cpu"]]),
     "threads": (GOOD[0], ["1", -1, 1.5]),
     "generator": (GOOD[0], ["mine", 1, ["own"]]),
+    "precision": (
+        GOOD[0],
+        ["bfloat16", {}, PRECISION | {"x": 1}, *(PRECISION | {key: 1} for key in PRECISION), PRECISION | {"float32": {"a": 1}}],
+    ),
     "about": (GOOD[0], [1, ["x"], "\ud800"]),
     "samples": (PUSH, [None, "17", -1, 1.5, False]),
     "version": (PUSH, [None, [3], -1, 1e3]),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from labkit.inner.precision import Precision
 from labkit.training.wire.protocol import Grant
 from labkit.training.worker.replica import Replica
 from tests.helpers import net_with_statistics, problem
@@ -117,3 +118,18 @@ def test_steps_ahead_are_added_to_what_comes_and_belong_to_the_next_push():
     assert last["samples"] == 16 and last["loss"] > 0 and last["compute_s"] > 0
     one.pull(news, carry=0)
     assert torch.equal(one.flat, news)
+
+
+def test_it_computes_in_the_precision_that_is_given_and_in_no_other():
+    def trained(precision):
+        one = replica(kind=net_with_statistics, precision=precision)
+        return one.local_pass(GRANT)["loss"], one.flat.clone(), one.problem.precision
+
+    plain, half = trained(None), trained(Precision("bfloat16"))
+    mixed, all_kept = (
+        trained(Precision("bfloat16", float32={"0": ""})),
+        trained(Precision("bfloat16", float32=dict.fromkeys("03", "") | {"6": ""})),
+    )
+    assert plain[2] == "float32" and half[2] == "bfloat16"
+    assert len({plain[0], half[0], mixed[0]}) == 3 and all_kept[0] == plain[0] and torch.equal(all_kept[1], plain[1])
+    assert torch.allclose(plain[1], half[1], atol=0.01) and trained(Precision("bfloat16", float32={"0": ""}))[0] == mixed[0]
