@@ -58,10 +58,10 @@ class Precision:
     host: str = ""
 
     def lines(self) -> list[str]:
-        """What a user should know: the dtype, then one line for layers of one shape that stay in float32."""
+        """What a user should know: the dtype, unless there is nothing to say of it; then one line for layers of one shape that stay
+        in float32."""
         last = ", channels last" if self.channels_last else ""
-        reason = f": {self.why}" if self.why else ""
-        found = [f"{self.dtype}{last}{reason}"]
+        found = [f"{self.dtype}{last}: {self.why}"] if self.why else []
         for why in dict.fromkeys(self.float32.values()):
             names = [name for name, own in self.float32.items() if own == why]
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

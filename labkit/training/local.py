@@ -64,7 +64,7 @@ def fit(
     `each(epoch, loss, score)` is called after each epoch, with the score where it was measured; if it returns true, training ends.
     """
     if problem.precision == "bfloat16" and (precision := problem.choose_precision(seed, device)).float32:
-        warnings.warn("; ".join(precision.lines()[1:]), stacklevel=2)
+        warnings.warn("; ".join(precision.lines()), stacklevel=2)
         keep(module, precision.float32)
     state = Flat(module, device)
     optimisers, generator = problem.optimisers(module), draws(seed, 0)
