@@ -235,7 +235,9 @@ for _rule in updates.RULES:
 NOT_PLAIN = (
     "partition update problem lab team decomposition client security resources job grid failures model data model_args augment "
 )
-NOT_PLAIN += "y loss metrics on_version source run runs figure frame note faults"  # objects, and dicts of what is in the table
+NOT_PLAIN += (
+    "y inner loss metrics on_version source run runs figure frame note faults"  # objects, and dicts of what is in the table
+)
 ELSEWHERE = "engines drift kind baselines path border x"  # in the tests of their modules: they depend on others
 
 
