@@ -29,7 +29,7 @@ from labkit.errors import DataError
 FORMAT = 1  # x and y
 FORMAT_FIELDS = 2  # fields of any name
 FORMAT_STREAMED = 3  # fields of any name that stay where they are (`labkit.data.streamed`)
-CONVERSION = 2  # count up when what is made of the same files or arrays changes: what was made before is then made again
+CONVERSION = 3  # count up when what is made of the same files or arrays changes: what was made before is then made again
 CHUNK_BYTES = 1 << 24  # samples are converted and checked in blocks of about this size
 STEPS = 100  # values of a feature that are closer than 1 / STEPS of its range are merged: worth a word
 SCALES_APART = 20  # between the largest values of the training and of the test split: worth a word
@@ -658,7 +658,9 @@ def _stored_as(name: str, given: dict[str, Source], field: str = "x") -> StoredA
     if len(shape) == 2 or channels == "none":
         if len(shape) > 3 or (len(shape) == 2 and channels not in (None, "none")):
             raise DataError(f"{name}: {field} has shape {written}, which does not fit channels={channels!r}.")
-        return StoredAs((1, *shape), stored, lambda block: block[:, None])
+        note = f"{name}: {field} of shape {written} is read as pictures of {'x'.join(map(str, shape))} with one channel."
+        note += f" Give channels='none' if they are; for sequences (N, steps, features) a dict of arrays, with as_given={field!r}."
+        return StoredAs((1, *shape), stored, lambda block: block[:, None], "" if channels else note)
     where = channels or _where_channels_are(shape)
     if where is None:
         raise DataError(

