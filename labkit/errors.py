@@ -9,6 +9,7 @@ Python's own int, float, bool, str, list or `Path`, whatever scalar, array or se
 Used by every module; imports nothing of labkit.
 """
 
+import contextlib
 import difflib
 import math
 import numbers
@@ -16,7 +17,7 @@ import operator
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def traceback_of(error: BaseException) -> str:
     """
     with _formatting:
         return "".join(traceback.format_exception(error))
+
+
+@contextlib.contextmanager
+def calling(title: str, error: type[Exception] = ProblemError, passes: type[Exception] | tuple = LabError) -> Iterator[None]:
+    """Round a call of a user's function: what it raises becomes an `error` that names it by its `title`; errors of labkit pass."""
+    try:
+        yield
+    except passes:
+        raise
+    except Exception as raised:
+        reason = str(raised).strip().partition("\n")[0]
+        raise error(f"{title} raised {type(raised).__name__}{f': {reason}' if reason else ''}.") from raised
 
 
 def did_you_mean(given: Any, options: Iterable[Any]) -> str:

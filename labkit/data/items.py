@@ -35,7 +35,7 @@ import numpy as np
 from labkit.data.cache import Source, check_labels, count_classes, hold_out, print_once
 from labkit.data.columns import ANSWERS, NO_LABEL, Asked, check_pad, detached, filled
 from labkit.data.dataset import SPLITS, Column, Dataset
-from labkit.errors import DataError, did_you_mean, known
+from labkit.errors import DataError, calling, did_you_mean, known
 from labkit.imports import imported
 
 BY_VALUE = 8 << 20  # bytes of a data set that goes to each worker as it is
@@ -213,7 +213,8 @@ def _is_iterable(data: Any) -> bool:
 
 def _called(path: str) -> Any:
     make = imported(path, DataError)
-    made = make() if isinstance(make, type) or (callable(make) and not is_items(make)) else make
+    with calling(f"data={path!r}", DataError):
+        made = make() if isinstance(make, type) or (callable(make) and not is_items(make)) else make
     if isinstance(made, type):
         raise DataError(f"{path} gave the class {made.__name__}, not a data set.")
     return made

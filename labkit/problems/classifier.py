@@ -14,8 +14,8 @@ from torch import nn
 
 from labkit.errors import ProblemError
 from labkit.problems.losses import Loss
-from labkit.problems.metrics import Meter
-from labkit.problems.supervised import Supervised, mean
+from labkit.problems.metrics import Meter, Right
+from labkit.problems.supervised import Supervised
 
 
 class Classifier(Supervised):
@@ -42,7 +42,8 @@ class Classifier(Supervised):
     loss : "cross-entropy" or another of torch's by its name, with settings such as class weights
         {"name": "cross-entropy", "weight": [1, 5], "label_smoothing": 0.1, "ignore_index": 255}, or a function (outputs, targets).
     metrics : further numbers that are measured with loss and score: a list of names, of functions (outputs, targets) of a whole
-        set, of objects as torchmetrics has them or their import paths, or a dict of these by name (`labkit.problems.metrics`).
+        set, of objects as torchmetrics has them or their import paths, or a dict of these by name (`labkit.problems.metrics`). Those of
+            your own get also the outputs and targets that the loss ignores.
     clip_norm : the largest norm of the gradient; longer ones are shortened. `step` then returns it as "grad_norm".
     accumulate : the gradient of a batch is computed in so many parts, one after the other, for less memory; BatchNorm sees parts.
     inner : how the threads of a worker share a step, a `labkit.Inner`: by default torch cuts each operator among them.
@@ -136,7 +137,7 @@ class Classifier(Supervised):
         return outputs, targets.float() if by_class else targets
 
     def scorer(self) -> Meter:
-        return _Right(self._loss)
+        return Right(self._loss)
 
     def _is_one_output(self, outputs: tuple[int, ...], labels: tuple[int, ...]) -> bool:
         """Is there one output for each label 0 or 1: yes, or no?"""
@@ -187,25 +188,3 @@ class Classifier(Supervised):
     def _several(self) -> bool:
         """Has a sample several labels?"""
         return self.dataset.n_classes is None and not self._loss.of_classes
-
-
-class _Right:
-    """The share of right answers, batch by batch."""
-
-    def __init__(self, loss: Any) -> None:
-        self.loss, self.found = loss, []
-
-    def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-        if outputs.numel() == targets.numel() and not self.loss.of_classes:  # yes or no
-            right = (outputs.reshape(targets.shape) > self.loss.threshold) == (targets > 0.5)
-        elif not targets.is_floating_point():
-            right = outputs.argmax(1) == targets
-            if targets.dim() > 1 or self.loss.uneven:  # what is no class can be no right answer
-                right = right[(targets != self.loss.ignored) & (targets >= 0) & (targets < outputs.shape[1])]
-                return self.found.append((right.double().mean().item() if right.numel() else 0.0, right.numel()))
-        else:  # a probability for each class
-            right = outputs.argmax(1) == targets.argmax(1)
-        self.found.append((right.float().mean().item(), len(targets)))
-
-    def compute(self) -> float:
-        return mean(self.found)

@@ -7,6 +7,7 @@
 Used by `labkit.problems.supervised`.
 """
 
+import contextlib
 import copy
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from labkit.errors import ProblemError
+from labkit.errors import ProblemError, calling
 from labkit.imports import check_settings, chosen, short
 
 LOSSES: dict[str, type[nn.Module]] = {
@@ -92,7 +93,8 @@ class Loss:
             of = F.cross_entropy if smoothing else F.nll_loss
             loss = of(outputs, targets, call.weight, ignore_index=call.ignore_index, reduction="sum", **smoothing)
             return loss / self.count(targets).clamp(min=torch.finfo(torch.float32).tiny)
-        loss = call(outputs, targets)
+        with calling(self.title) if self.is_own else contextlib.nullcontext():
+            loss = call(outputs, targets)
         if not isinstance(loss, torch.Tensor) or loss.dim():
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
             raise ProblemError(f"{self.title} gave {got}. A loss is a tensor with one number, such as the mean over the batch.")

@@ -6,6 +6,9 @@
     an object with update, compute and reset, such as those of torchmetrics  updated batch by batch
     "torchmetrics:F1Score", {"name": "torchmetrics:F1Score", "task": ...}    made where it is needed; the record holds it whole
 
+"accuracy" is what the score of a `Classifier` is: what the loss ignores, or is no class, does not count. A metric of the user's own gets
+all outputs and targets, also those: it has to leave them out itself (`ignore_index=255` of torchmetrics; outputs at targets != 255).
+
 torchmetrics is no dependency: it is imported where somebody names it. A metric of NaN stays NaN in the tables; who reads them is told.
 
 Used by `labkit.problems.supervised`; what is a number, and its name, wherever a problem gives some.
@@ -21,8 +24,9 @@ import torch
 from torch.nn import functional as F
 
 from labkit.data.columns import NO_LABEL
-from labkit.errors import ProblemError
+from labkit.errors import ProblemError, calling
 from labkit.imports import check_settings, chosen
+from labkit.problems.losses import Loss
 
 MOST = 256  # numbers by name beside the loss, as the protocol of a run takes them
 OF_A_CURVE = ("seconds", "samples", "version")  # its columns; "train_..." are what the steps of training returned
@@ -49,12 +53,30 @@ def r2(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return 1 - (outputs - targets).square().sum() / (targets - targets.mean(0)).square().sum()
 
 
-def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The share of labels that the largest output names; what is below 0 is no label."""
-    return (outputs.argmax(1) == targets)[targets >= 0].float().mean()
+class Right:
+    """The share of right answers, batch by batch, of those that its loss counts; NaN where that is none."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss, self.found = loss, []
+
+    def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        if outputs.numel() == targets.numel() and not self.loss.of_classes:  # yes or no
+            right = (outputs.reshape(targets.shape) > self.loss.threshold) == (targets > 0.5)
+        elif not targets.is_floating_point():
+            right = outputs.argmax(1) == targets
+            counted = (targets != self.loss.ignored) & (targets >= 0) & (targets < outputs.shape[1])
+            if targets.dim() > 1 or self.loss.uneven or not counted.all():  # what is no class can be no right answer
+                right = right[counted]
+                return self.found.append((right.double().mean().item() if right.numel() else 0.0, right.numel()))
+        else:  # a probability for each class
+            right = outputs.argmax(1) == targets.argmax(1)
+        self.found.append((right.float().mean().item(), len(targets)))
+
+    def compute(self) -> float:
+        return mean(self.found)
 
 
-METRICS = {"mae": mae, "rmse": rmse, "r2": r2, "accuracy": accuracy}
+METRICS = {"mae": mae, "rmse": rmse, "r2": r2, "accuracy": Right}
 
 
 def check_metrics(given: Any) -> dict[str, Any]:
@@ -74,13 +96,23 @@ def check_metrics(given: Any) -> dict[str, Any]:
             raise ValueError(f"a metric cannot be called {name!r}. Name it: metrics={{'name': metric}}.")
         made, settings = chosen("metrics", one, METRICS)
         if settings or isinstance(made, type):
-            check_settings(f"metric {name!r}", made, settings)
+            check_settings(f"metric {name!r}", made, settings, beside=("loss",) if made is Right else ())
     return named
 
 
-def make_meters(named: Mapping[str, Any], device: torch.device | str) -> dict[str, Meter]:
-    """A fresh meter of each metric."""
-    return {name: _meter(one, device) for name, one in named.items()}
+def make_meters(named: Mapping[str, Any], device: torch.device | str, loss: Loss) -> dict[str, Meter]:
+    """A fresh meter of each metric, of a problem with this loss."""
+    made = {}
+    for name, one in named.items():
+        with calling(f"metric {name!r}"):
+            made[name] = _meter(one, device, loss)
+    return made
+
+
+def mean(values: Sequence[tuple[float, float]]) -> float:
+    """Of (value, weight); NaN where nothing has a weight."""
+    total = sum(weight for _, weight in values)
+    return float(sum(value * weight for value, weight in values if weight) / total) if total else float("nan")
 
 
 def one_number(value: Any) -> float | None:
@@ -132,8 +164,10 @@ class _Whole:
         return self.function(*(_joined(parts) for parts in zip(*self.seen, strict=True)))
 
 
-def _meter(one: Any, device: torch.device | str) -> Meter:
+def _meter(one: Any, device: torch.device | str, loss: Loss) -> Meter:
     made, settings = chosen("metrics", one, METRICS)
+    if made is Right:
+        return Right(loss)
     if isinstance(made, type):
         made = made(**settings)
     elif settings:

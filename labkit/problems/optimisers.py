@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labkit.errors import ProblemError
+from labkit.errors import ProblemError, calling
 from labkit.imports import check_settings, chosen, short
 
 WITHOUT = ("Optimizer", "LBFGS", "SparseAdam")  # LBFGS evaluates the loss many times in a step; no gradient here is sparse
@@ -29,7 +29,7 @@ def check_optimiser(given: Any, **common: float) -> None:
     """ValueError or TypeError for what is no optimiser, for a setting that it has not, and for one of the problem that it would
     not use; `common` are lr, momentum, weight_decay."""
     kind, settings = chosen("optimiser", given, OPTIMISERS)
-    title, changed = f"optimiser {short(kind)}", [name for name, value in common.items() if value != DEFAULTS[name]]
+    title, changed = title_of(given), [name for name, value in common.items() if value != DEFAULTS[name]]
     check_settings(title, kind, settings, beside=("params", "parameters"))
     used = {"lr", *inspect.signature(kind).parameters} if _is_class(kind) else {"lr"} if _takes_lr(kind, settings) else set()
     used |= {"momentum"} if kind in (torch.optim.Adam, torch.optim.AdamW) else set()
@@ -44,12 +44,18 @@ def make_optimiser(given: Any, parameters: Sequence[nn.Parameter], **common: flo
     """The optimiser of these parameters; ProblemError where a function returns none."""
     kind, settings = chosen("optimiser", given, OPTIMISERS)
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    if _is_class(kind):
-        return kind(parameters, **{**_defaults(kind, parameters, settings, **common), **settings})
-    made = kind(parameters, *([common["lr"]] if _takes_lr(kind, settings) else []), **settings)
+    with calling(title_of(given)):
+        if _is_class(kind):
+            return kind(parameters, **{**_defaults(kind, parameters, settings, **common), **settings})
+        made = kind(parameters, *([common["lr"]] if _takes_lr(kind, settings) else []), **settings)
     if not isinstance(made, torch.optim.Optimizer):
-        raise ProblemError(f"optimiser {short(kind)} returned {short(made)} ({type(made).__name__}), not a torch.optim.Optimizer.")
+        raise ProblemError(f"{title_of(given)} returned {short(made)} ({type(made).__name__}), not a torch.optim.Optimizer.")
     return made
+
+
+def title_of(given: Any) -> str:
+    """What messages call an optimiser."""
+    return f"optimiser {short(chosen('optimiser', given, OPTIMISERS)[0])}"
 
 
 def _defaults(

@@ -24,7 +24,20 @@ from torch import nn
 from labkit.data import Dataset, open_dataset
 from labkit.data import names as data_names
 from labkit.data.items import Items, is_items_path, seed_of_items, seeding
-from labkit.errors import SEEDS, DataError, LabError, ProblemError, RunError, file_path, flag, known, plain_scalar, real, whole
+from labkit.errors import (
+    SEEDS,
+    DataError,
+    LabError,
+    ProblemError,
+    RunError,
+    calling,
+    file_path,
+    flag,
+    known,
+    plain_scalar,
+    real,
+    whole,
+)
 from labkit.imports import by_value, constructor_arguments, import_path, imported, plain, short
 from labkit.inner.precision import SAMPLES, Precision, choose, host, laid_out, layers_of
 from labkit.models import seeded
@@ -205,7 +218,8 @@ class Problem:
 
     def _augmented(self, batch: Any) -> Any:
         augment, (x, y) = self._augment, batch
-        made = augment(x, y) if self._augments_pairs else (augment(x), y)
+        with calling(f"augment={short(self.augment)}"):
+            made = augment(x, y) if self._augments_pairs else (augment(x), y)
         if not isinstance(made, tuple) or len(made) != 2 or type(made[0]) is not type(x):
             got = type(made).__name__ if self._augments_pairs else type(made[0]).__name__
             raise ProblemError(

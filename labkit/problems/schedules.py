@@ -22,7 +22,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from labkit.errors import ProblemError, real
+from labkit.errors import ProblemError, calling, real
 from labkit.imports import check_settings, chosen, short
 from labkit.problems.problem import Clock
 
@@ -68,7 +68,7 @@ def make_schedule(given: Any) -> Callable[[Clock], float] | None:
             )
         check_settings(f"schedule {short(made)}", made, settings)
         own = partial(made, **settings)
-        return lambda clock: _checked(own(clock), short(made), clock)
+        return lambda clock: _factor(own, short(made), clock)
     factor = _of_share(given)
     factor(0.0), factor(1.0)  # settings out of range are refused now
     return lambda clock: factor(min(1.0, clock.samples / clock.total))
@@ -82,7 +82,10 @@ def _of_share(given: Any) -> Callable[[float], float]:
     return partial(made, **settings)
 
 
-def _checked(factor: Any, title: str, clock: Clock) -> float:
+def _factor(own: Callable[[Clock], Any], title: str, clock: Clock) -> float:
+    """What a schedule of the user's own returns, as a number."""
+    with calling(f"schedule {title} at {clock.samples:,} of {clock.total:,} samples (pass {clock.passes:.3g})"):
+        factor = own(clock)
     if hasattr(factor, "item"):  # a tensor, a numpy number
         factor = factor.item()
     if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not math.isfinite(factor) or factor < 0:

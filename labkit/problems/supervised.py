@@ -22,14 +22,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from labkit.data.cache import cache_dir
-from labkit.errors import LabError, ProblemError, plain_scalar, real, whole
+from labkit.errors import ProblemError, calling, plain_scalar, real, whole
 from labkit.imports import reference
 from labkit.inner.engine import Engine
 from labkit.inner.inner import Inner
 from labkit.models import check_model, describe, evaluating, make_model
 from labkit.problems.losses import Loss
-from labkit.problems.metrics import Meter, check_metrics, make_meters, number, together
-from labkit.problems.optimisers import check_optimiser, make_optimiser
+from labkit.problems.metrics import Meter, check_metrics, make_meters, mean, number, together
+from labkit.problems.optimisers import check_optimiser, make_optimiser, title_of
 from labkit.problems.problem import MEASURED, Clock, Metrics, Optimisers, Problem
 from labkit.problems.schedules import make_schedule
 from labkit.problems.splits import batches
@@ -115,7 +115,8 @@ class Supervised(Problem):
         if self.clip_norm is not None:
             parameters = [p for group in optimiser.param_groups for p in group["params"]]
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        optimiser.step()
+        with calling(self._optimiser_title):
+            optimiser.step()
         return metrics
 
     def evaluate(self, module: nn.Module, batch: Any) -> dict[str, float]:
@@ -150,7 +151,7 @@ class Supervised(Problem):
         return {"predicted": self.predicted(outputs)}
 
     def check(self, seed: int = 0, scored: bool = True) -> None:
-        for made in ("_loss", "_schedule"):  # of a module that may have been loaded again
+        for made in ("_loss", "_schedule", "_optimiser_title"):  # of a module that may have been loaded again
             self.__dict__.pop(made, None)
         super().check(seed, scored)
         module = self.new_module(seed)
@@ -163,13 +164,8 @@ class Supervised(Problem):
                 raise ProblemError(
                     f"{self._title()} has an evaluate() of its own: have it return the metrics, and leave metrics= out."
                 )
-            try:
+            with calling(f"{self._title()}, measured on the score set,"):
                 self._check_columns("metrics", self.measure(module, self.score_indices()))
-            except LabError:
-                raise
-            except Exception as error:
-                names, reason = ", ".join(check_metrics(self.metrics)), f"{type(error).__name__}: {str(error).strip()}"
-                raise ProblemError(f"{self._title()}: metrics ({names}) cannot be measured on the score set: {reason}") from error
 
     def config(self) -> dict[str, Any]:
         named = ("model", "optimiser", "schedule", "loss", "metrics")
@@ -198,6 +194,10 @@ class Supervised(Problem):
     @cached_property
     def _schedule(self) -> Callable[[Clock], float] | None:
         return make_schedule(self.schedule)
+
+    @cached_property
+    def _optimiser_title(self) -> str:
+        return title_of(self.optimiser)
 
     def _loss_of(self, module: nn.Module, x: Any, y: Any) -> torch.Tensor:
         with self.autocast(_first(x).device):
@@ -278,16 +278,21 @@ class Supervised(Problem):
             )
 
     def _measured(self, module: nn.Module, loaded: Iterable[Any], metrics: Mapping[str, Any]) -> dict[str, float]:
-        losses, meters = [], {}
+        losses, scorer, meters = [], self.scorer(), {}
         for x, y in loaded:
-            meters = meters or {"score": self.scorer(), **make_meters(metrics, _first(x).device)}
+            meters = meters or make_meters(metrics, _first(x).device, self._loss)
             outputs, targets = self._outputs_of(module, x, y)
             losses.append((self._loss(outputs, targets).item(), float(self._loss.count(targets))))
-            for meter in meters.values():
-                meter.update(outputs, targets)
+            scorer.update(outputs, targets)
+            for name, meter in meters.items():
+                with calling(f"metric {name!r}"):
+                    meter.update(outputs, targets)
         if not losses:
             raise ProblemError(f"{self._title()} is measured on no samples. Give some to its score set and its test split.")
-        columns = [item for name, meter in meters.items() for item in number(name, meter.compute()).items()]
+        columns = [*number("score", scorer.compute()).items()]
+        for name, meter in meters.items():
+            with calling(f"metric {name!r}"):
+                columns += number(name, meter.compute()).items()
         if len(found := dict(columns)) < len(columns):
             twice = next(name for at, (name, _) in enumerate(columns) if name in dict(columns[:at]))
             raise ProblemError(f"two metrics give {twice!r}. Name them otherwise: metrics={{'name': metric}}.")
@@ -301,12 +306,6 @@ class Supervised(Problem):
 
     def _title(self) -> str:
         return f"model {describe(self.model)}"
-
-
-def mean(values: list[tuple[float, float]]) -> float:
-    """Of (value, weight); NaN where nothing has a weight."""
-    total = sum(weight for _, weight in values)
-    return float(sum(value * weight for value, weight in values if weight) / total) if total else float("nan")
 
 
 def _first(x: Any) -> torch.Tensor:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from labkit.errors import RunError
+from labkit.errors import RunError, calling
+from labkit.imports import short
 from labkit.models.flat import Flat
 from labkit.runs import checkpoints
 from labkit.runs.config import RunConfig
@@ -76,7 +77,8 @@ class Monitor:
                     self.best = max(self.best, merit(measured, self.config))
                     continue
                 if self.on_version:
-                    self.on_version(run, version, dict(measured))
+                    with calling(f"on_version={short(self.on_version)} at version {version}", RunError, passes=()):
+                        self.on_version(run, version, dict(measured))
                 if reason := self.verdict(version, measured):
                     return end(reason)
         except BaseException as error:

@@ -204,7 +204,7 @@ class Supervisor:
             return ""
         reason = f"after the end: {_message(self._failure)}"
         self.error = LabError(f"run {self.run.name}: {reason}")
-        self.error.__cause__ = self._failure
+        self.error.__cause__ = self._failure.__cause__ or self._failure
         return reason
 
     def _watch(self) -> None:
@@ -330,7 +330,7 @@ class Supervisor:
             if errors and isinstance(errors[0], WorkerError):
                 self.error = errors[0]
             elif errors or self._failure:
-                self.error.__cause__ = errors[0] if errors else self._failure
+                self.error.__cause__ = errors[0] if errors else self._failure.__cause__ or self._failure
         return ended["state"], ended["reason"]
 
     def _finish(self, state: str, reason: str) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from labkit.errors import ProblemError
+from labkit.problems.losses import Loss
 from labkit.problems.metrics import check_metrics, make_meters, number
+from tests.problems.test_problem import tiny
 
 X = torch.linspace(-1, 1, 17)
 Y = X**2
@@ -40,7 +42,7 @@ def span(outputs, targets, by=1.0):
 
 
 def measured(given, size=5):
-    meters = make_meters(check_metrics(given), "cpu")
+    meters = make_meters(check_metrics(given), "cpu", Loss("mse"))
     for x, y in zip(X.split(size), Y.split(size), strict=True):
         for meter in meters.values():
             meter.update(x, y)
@@ -97,11 +99,37 @@ def test_what_is_no_metric_is_refused_at_once(given, error, message):
         check_metrics(given)
 
 
-def test_accuracy_is_that_of_what_has_a_label():
-    logits, labels = torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 0, -1])
-    meters = make_meters(check_metrics("accuracy"), "cpu")
-    meters["accuracy"].update(logits, labels)
-    assert float(meters["accuracy"].compute()) == pytest.approx(2 / 3)
+@pytest.mark.parametrize(
+    ("loss", "labels", "expected"),
+    [
+        ("cross-entropy", [0, 1, 0, -1], 2 / 3),
+        ({"name": "cross-entropy", "ignore_index": 2}, [0, 2, 2, 1], 1 / 2),
+        ({"name": "cross-entropy", "ignore_index": 255}, [[0], [255], [0], [255]], 1 / 2),
+        ({"name": "cross-entropy", "ignore_index": 255}, [[255]] * 4, math.nan),
+        (lambda outputs, targets: outputs.sum(), [[0], [1], [0], [255]], 2 / 3),
+        ("bce-with-logits", [[1.0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1]], 8 / 12),
+    ],
+)
+def test_accuracy_is_that_of_what_counts(loss, labels, expected):
+    logits, labels = torch.eye(3)[[0, 1, 2, 0]], torch.tensor(labels)
+    meters = make_meters(check_metrics("accuracy"), "cpu", Loss(loss))
+    shape = (4, 3, 1) if labels.shape == (4, 1) else (4, 3)
+    for at in (slice(3), slice(3, 4)):
+        meters["accuracy"].update(logits.reshape(shape)[at], labels[at])
+    assert float(meters["accuracy"].compute()) == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_metric_that_raises_is_named():
+    class Broken(Largest):
+        def update(self, outputs, targets):
+            pass
+
+        def compute(self):
+            return {}["total"]
+
+    for metric, words in ((lambda x, y: 1 // 0, "ZeroDivisionError: integer"), (Broken(), "KeyError: 'total'")):
+        with pytest.raises(ProblemError, match=f"metric 'mine' raised {words}"):
+            tiny(metrics={"mine": metric}).check()
 
 
 def test_those_of_torchmetrics_are_measured_over_the_whole_set():
@@ -115,7 +143,7 @@ def test_those_of_torchmetrics_are_measured_over_the_whole_set():
     }
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(17, 3, generator=generator), torch.arange(17) % 3
-    meters = make_meters(check_metrics(given), "cpu")
+    meters = make_meters(check_metrics(given), "cpu", Loss("cross-entropy"))
     for x, y in zip(logits.split(5), labels.split(5), strict=True):
         for meter in meters.values():
             meter.update(x, y)

@@ -73,6 +73,34 @@ def test_schedules_multiply_the_rate_of_each_group():
         steps(problem, problem.build(0), clock=Clock(70, 100, 1.0))
 
 
+def broken(*given):
+    return 1 / 0
+
+
+class Broken(torch.optim.SGD):
+    def step(self, closure=None):
+        raise KeyError("momentum")
+
+
+@pytest.mark.parametrize(
+    ("setting", "given", "words"),
+    [
+        ("loss", broken, "loss 'broken' raised ZeroDivisionError: division by zero"),
+        ("loss", {"name": "tests.problems.test_supervised:broken"}, "loss 'broken' raised ZeroDivisionError"),
+        ("schedule", broken, r"schedule broken at 0 of 1 samples \(pass 0\) raised ZeroDivisionError: division by zero"),
+        ("schedule", lambda clock: 1 / clock.passes, "schedule .*lambda.* raised ZeroDivisionError"),
+        ("augment", broken, "augment=broken raised ZeroDivisionError"),
+        ("metrics", [broken], "metric 'broken' raised ZeroDivisionError"),
+        ("optimiser", broken, "optimiser broken raised ZeroDivisionError"),
+        ("optimiser", Broken, "optimiser Broken raised KeyError: 'momentum'"),
+    ],
+)
+def test_what_a_function_of_the_users_raises_names_it(setting, given, words):
+    with pytest.raises(ProblemError, match=words) as caught:
+        tiny(**{setting: given}).check()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError | KeyError) and "does not fit" not in str(caught.value)
+
+
 # What is measured.
 
 
