@@ -102,6 +102,11 @@ class Layout:
         return tuple(size for size, end in zip(self._sizes, ends, strict=True) if end <= self.n_params)
 
     @property
+    def averaged(self) -> tuple[int, ...]:
+        """Sizes of the tensors with which rules compute, in their order: all but those of bytes."""
+        return tuple(self._sizes[: len(self.names) - len(self.types)])
+
+    @property
     def n_exact(self) -> int:
         """Entries, at the end, that are bytes: no rule may compute with them."""
         return sum(self._sizes[len(self._sizes) - len(self.types) :])

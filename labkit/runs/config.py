@@ -10,6 +10,8 @@ What earlier formats did not have is filled in by `RunConfig.load`; nobody else 
     3    public names (labkit:Classifier), batch_size, one_process
     4    exact_buffers: counters, flags and other buffers that are not float32 are in the weight vector, bit for bit
          digests: of JSON files, of each event, of the curve; what holds none is of an earlier format, or was damaged
+    5    still: tensors that no push has changed keep their bits
+         a local pass of an all-reduce that was broken off is made again with the same samples
 
 Used wherever a run is started, driven or read. Imports numpy alone, so that the server stays small.
 """
@@ -31,7 +33,8 @@ from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError
 from labkit.runs.files import find_json, read_json, write_json
 
-FORMAT = 4  # of the run directory; what is newer is refused
+FORMAT = 5  # of the run directory; what is newer is refused
+JOINT = 5  # the first in which an all-reduce can be replayed
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
 # Settings that are left out where a run has none.
@@ -65,6 +68,7 @@ class RunConfig(Mapping[str, Any]):
     n_train: int
     units: Sequence[int] = ()  # offsets in these of what the data set reads together, such as row groups; none: each by itself
     exact_buffers: bool = True  # are buffers that are not float32 in the weight vector (`labkit.models.flat`)?
+    still: bool = True  # do tensors that no push has changed keep their bits (`labkit.updates.base`)?
     batch_size: int | None  # None: an earlier format, and a problem that sets its own
     exchange: str = "float32"  # how weights travel: `labkit.training.wire.compression`
     overlap: int = 0  # batches that a worker computes while its push is under way
@@ -188,6 +192,8 @@ def _present(stored: dict[str, Any]) -> dict[str, Any]:
         config["one_process"] = len(processes) == 1 < len(config["workers"])
     if config["format"] < 4:
         config.setdefault("exact_buffers", False)
+    if config["format"] < 5:
+        config.setdefault("still", False)
     return config
 
 

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -78,10 +79,16 @@ class Update:
 
     The last `n_exact` buffers are bytes of counters, flags and the like, with which nobody can compute: whatever a rule makes of
     them, a version gets those of the push with the most samples in it (`_leading`), and a worker with weights of its own keeps its.
+
+    A tensor that no push has changed yet is `still`: each version has its bits, whatever a rule makes of it by rounding. So frozen
+    parameters and constant buffers stay what they are.
     """
 
     name = ""
     n_exact = 0  # set before `start`
+    tensors: tuple[int, ...] | None = (
+        None  # so is this: sizes of those that may be still, in order. None: parameters, and buffers as one
+    )
     collective = False  # True: workers exchange gradients among themselves at every step
     scored = False  # True: the rule asks for Q
     ahead = False  # True: a worker may train on while its push is under way, and its next push holds that too
@@ -104,6 +111,8 @@ class Update:
         self.blocks = [int(size) for size in blocks] or [self.n_params]
         if sum(self.blocks) != self.n_params:
             raise UpdateError(f"blocks of {sum(self.blocks)} parameters in all, but there are {self.n_params}.")
+        sizes = [*self.blocks, n_buffers - self.n_exact] if self.tensors is None else self.tensors
+        self.still = [[end - size, end] for size, end in zip(sizes, accumulate(sizes), strict=True) if size]
         self.merges: list[Merge] = []
         self.drops: list[Merge] = []
         self.bases = {int(worker): 0 for worker in workers}  # worker -> version that it works from
@@ -175,6 +184,7 @@ class Update:
         return replies
 
     def _merge_exactly(self, push: Push) -> list[Reply]:
+        self.still = [[a, b] for a, b in self.still if np.array_equal(push.weights[a:b], self.weights[a:b])]
         if not self.n_exact:
             return self._merge(push)
         self.exact[push.worker] = push.weights[-self.n_exact :].copy()
@@ -274,6 +284,8 @@ class Update:
         self._publish_merged(weights, [self._merged(push, coefficient) for push, coefficient in merges])
 
     def _publish_merged(self, weights: np.ndarray, merges: list[Merge]) -> None:
+        for start, end in self.still:
+            weights[start:end] = self.weights[start:end]
         if self.n_exact:
             leading = self._leading(merges)
             weights[-self.n_exact :] = self.weights[-self.n_exact :] if leading is None else self.exact[leading]

@@ -426,3 +426,29 @@ PROMISES = [
     test_a_bad_push_is_refused_and_changes_nothing,
     test_who_joins_gets_the_current_version_and_may_push,
 ]
+
+
+@every_rule
+def test_what_no_push_has_changed_keeps_its_bits(rule):
+    """Tensors of 2, 3, 1 and 2 weights, of which the first and a buffer are trained; the others are as they began, -0.0 too."""
+    rule, chance = make_update(rule), np.random.default_rng(0)
+    rule.tensors, first = (2, 3, 1, 2), vector(1, 2, 0.1, -0.0, 1 / 3, 0.5, 0.7, 1e-8)
+    rule.start(first, (0, 1, 2), 3, (2, 3))
+    frozen, ready = [2, 3, 4, 6, 7], dict.fromkeys((0, 1, 2), rule.weights)
+
+    def pushed(moved):
+        worker = int(chance.choice(sorted(ready)))
+        weights = ready.pop(worker).copy()
+        weights[moved] += np.float32(0.1) if rule.collective else chance.uniform(0.1, 0.3, len(moved)).astype(np.float32)
+        for reply in rule.push(Push(worker, rule.bases[worker], weights, float(chance.random()), int(chance.integers(1, 9)))):
+            ready[reply.worker] = reply.weights
+
+    while rule.version < 6:
+        pushed([0, 1, 5])
+        assert (rule.weights[frozen].view(np.uint32) == first[frozen].view(np.uint32)).all()
+        assert all((weights[frozen] == first[frozen]).all() for weights in ready.values())
+    assert rule.still == [[2, 5], [6, 8]] and (rule.weights[[0, 1, 5]] != first[[0, 1, 5]]).all()
+    for _ in range(12):
+        pushed([0, 1, 2, 5])
+    rule.finish()
+    assert rule.weights[2] > first[2] and rule.still == [[6, 8]]  # what a push has changed is merged as ever

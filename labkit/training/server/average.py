@@ -12,6 +12,7 @@ Used by `labkit.training.server.coordinator`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ class Average:
         """What was before does not count any more."""
         self.weights, self.since, self.merged = np.array(weights), merged, merged
 
-    def follow(self, weights: np.ndarray, merged: int) -> None:
-        """A new version, in which so many samples of the run are merged."""
+    def follow(self, weights: np.ndarray, merged: int, still: Iterable[Sequence[int]] = ()) -> None:
+        """A new version, in which so many samples of the run are merged; what is `still` in it (`Update`) is the average."""
         n, total, self.merged = merged - self.merged, merged - self.since, merged
         if not n:
             return
@@ -41,6 +42,8 @@ class Average:
         for part in chunks(len(weights)):
             self.weights[part] *= np.float32(1 - rate)
             self.weights[part] += np.float32(rate) * weights[part]
+        for start, end in still:
+            self.weights[start:end] = weights[start:end]
         if self.n_exact:
             self.weights[-self.n_exact :] = weights[-self.n_exact :]
 

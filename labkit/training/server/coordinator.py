@@ -113,7 +113,7 @@ class Coordinator:
         **options: Any,
     ) -> Coordinator:
         """With update and partition at their start, or where the checkpoint of `weights` and `state` ends."""
-        update.n_exact = layout.n_exact
+        update.n_exact, update.tensors = layout.n_exact, layout.averaged if config.still else ()
         if state:
             update.go_on(weights, config.indices, layout.n_buffers, state["update"])
             partition.load_state_dict(state["partition"])
@@ -359,7 +359,7 @@ class Coordinator:
         """Count what the latest call of the rule has done, and save its version if that is due; was anything dropped?"""
         dropped = self.grants.count()
         if self.update.merges and self.average:
-            self.average.follow(self.update.weights, self.grants.merged)
+            self.average.follow(self.update.weights, self.grants.merged, self.update.still)
         if self.update.merges and self.policy.is_due(self.grants.merged):
             self.checkpoint()
         return dropped
