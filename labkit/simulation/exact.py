@@ -12,6 +12,7 @@ Used by `labkit.simulation.replay`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from contextlib import closing
@@ -26,10 +27,13 @@ from labkit.runs import checkpoints
 from labkit.runs.config import environment
 from labkit.runs.events import VERSIONS, read_rows
 from labkit.runs.files import read_json
+from labkit.simulation.joint import Ranks
 from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course
 from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
+from labkit.training.server.membership import Member
 from labkit.training.wire.compression import n_bytes
+from labkit.training.wire.protocol import Answer
 from labkit.updates import BadPush, Update
 
 BESIDE = ("release", "checkpoint", "refuse", "score")  # rows that change nothing: the server's own, and what it did not take in
@@ -80,7 +84,9 @@ class Course:
         self.retained = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lasting}
         self.newest = max((row["version"] for row in self.rows if row["kind"] in VERSIONS), default=version or 0)
         self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
-        self.replicas, self.answers = Replicas(problem, run.config), {}
+        self.answers: dict[int, Answer] = {}
+        together = {"answers": self.answers, "computed": self._computed_next}
+        self.replicas = Ranks(problem, run.config, **together) if update.collective else Replicas(problem, run.config)
         weights = state = None
         if version is not None:
             weights, state = checkpoints.read_state(run.path, version)
@@ -133,11 +139,13 @@ class Course:
         elif kind == "expire":
             self.now = max(self.now, self.it.expires or 0.0)  # what is recorded is rounded, and of another clock
             self.it.tick()
-        elif kind in ("push", "settle", "leave"):
+        elif kind in ("push", "settle", "leave", "regroup"):
             if (member := self.it.members.get(worker)) is None:
                 raise self._differs(row, f"worker {worker} is not there")
             if kind == "leave":
                 self.it.leave(member, row["message"])
+            elif kind == "regroup":
+                self._regroup(member, row)
             else:
                 self._push(row)
 
@@ -150,6 +158,12 @@ class Course:
             )
         self.replicas.join(row["worker"], where.get("threads", 1), where.get("generator") == "shared", where.get("precision"))
         self.it.join(row["worker"], row.get("message", ""), row.get("probe_s"), **where)
+
+    def _regroup(self, member: Member, row: dict) -> None:
+        if (answer := self.answers.pop(member.index, None)) is None or not answer.grant:
+            raise self._differs(row, f"worker {member.index} is in no group")
+        self.replicas.give_up(member.index, answer, row["message"])
+        self.it.regroup(member, row["message"])
 
     def _push(self, row: dict) -> None:
         worker, answer = row["worker"], self.answers.pop(row["worker"], None)
@@ -172,6 +186,11 @@ class Course:
             if self.at == at:  # earlier servers recorded it
                 self._copy()
         self.progress(self.it.grants.done)
+
+    def _computed_next(self, worker: int) -> str | None:
+        """How the steps of the next push of this worker were computed."""
+        pushes = (row for row in itertools.islice(self.rows, self.at, None) if row["kind"] == "push" and row["worker"] == worker)
+        return next(pushes, {}).get("inner")
 
     # -- what follows ----------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ Progress = Callable[[int], None]  # called with the samples done so far
 
 
 @dataclass
-class _Worker:
+class Incarnation:
     """One incarnation: its replica, the weights on their way, how it computes, its random numbers (None: not seeded yet)."""
 
     replica: Replica
@@ -50,6 +50,8 @@ class _Worker:
     shared: bool
     random: torch.Tensor | None = None
     grant: Grant | None = None  # the latest
+    group: Any = None  # of an all-reduce
+    precision: Precision | None = None  # None: as the problem says
 
 
 class Replicas:
@@ -62,11 +64,14 @@ class Replicas:
     def join(self, worker: int, threads: int = 1, shared: bool = False, precision: Mapping[str, Any] | None = None) -> None:
         """A new incarnation of `worker`; with a `shared` generator its random numbers cannot be drawn again. `precision` is what it
         computed in, by its event "join"."""
-        how = {"exact": self.config.exact_buffers, "precision": Precision(**precision) if precision else None}
+        computed_in = Precision(**precision) if precision else None
+        self.workers[worker] = Incarnation(*self._built(worker, computed_in), threads, shared, precision=computed_in)
+
+    def _built(self, worker: int, precision: Precision | None) -> tuple[Replica, WeightBuffers]:
+        how = {"exact": self.config.exact_buffers, "precision": precision}
         with torch.random.fork_rng(devices=[]):
             replica = Replica(self.problem, self.config.seed, worker, self.config.budget, **how)
-        buffers = WeightBuffers(replica, self.config.exchange, apart=self.config.overlap > 0)
-        self.workers[worker] = _Worker(replica, buffers, threads, shared)
+        return replica, WeightBuffers(replica, self.config.exchange, apart=self.config.overlap > 0)
 
     def work(self, worker: int, answer: Answer, computed: str | None = None) -> tuple[dict, np.ndarray]:
         """The local pass that was granted: what `Replica.local_pass` returns, and the weights as the server gets them.
@@ -74,20 +79,14 @@ class Replicas:
         `computed` says how its steps were computed, as of `Problem.compute_as`.
         These, float32 (n,), are good until the worker is at work again.
         """
-        own, grant, dtype = self.workers[worker], answer.grant, self.config.exchange
+        own, dtype = self.workers[worker], self.config.exchange
         replica, buffers = own.replica, own.buffers
         with self._as(own):
             if replica.shard is None:
-                replica.begin(grant.incarnation)
+                replica.begin(answer.grant.incarnation)
             began = torch.get_rng_state() if own.shared else None
-            if computed:
-                replica.problem.compute_as(replica.module, computed)
-            if own.grant:  # what it did while its push was under way
-                replica.ahead(own.grant)
-            np.copyto(buffers.pulled, compression.pack(answer.weights, dtype))
-            buffers.unpack(grant.carry)
-            replica.hold(grant.retain, answer.indices)
-            done, own.grant = replica.local_pass(grant), grant
+            self._take(own, answer, computed)
+            done = replica.local_pass(answer.grant)
             if began is not None and not torch.equal(began, torch.get_rng_state()):
                 raise RunError(
                     "the model or the problem draws random numbers (dropout, say), and the workers of this run were threads that "
@@ -101,6 +100,18 @@ class Replicas:
         compression.add_change(answer.weights, buffers.pushed, dtype, buffers.shift, weights, replica.layout.n_params)
         return done, weights
 
+    def _take(self, own: Incarnation, answer: Answer, computed: str | None = None) -> None:
+        """What its worker does with a grant before the local pass."""
+        replica, buffers = own.replica, own.buffers
+        if computed:
+            replica.problem.compute_as(replica.module, computed)
+        if own.grant:  # what it did while its push was under way
+            replica.ahead(own.grant)
+        np.copyto(buffers.pulled, compression.pack(answer.weights, self.config.exchange))
+        buffers.unpack(answer.grant.carry)
+        replica.hold(answer.grant.retain, answer.indices)
+        own.grant = answer.grant
+
     def score(self, worker: int) -> float:
         """Q of what this worker has pushed last."""
         with self._as(self.workers[worker]):
@@ -110,7 +121,7 @@ class Replicas:
         torch.set_num_threads(self._threads)
 
     @contextlib.contextmanager
-    def _as(self, worker: _Worker) -> Iterator[None]:
+    def _as(self, worker: Incarnation) -> Iterator[None]:
         if torch.get_num_threads() != worker.threads:
             torch.set_num_threads(worker.threads)
         with torch.random.fork_rng(devices=[]):

@@ -14,7 +14,7 @@ from labkit.imports import rule_title
 from labkit.partition import Partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
-from labkit.runs.config import REPLAYABLE
+from labkit.runs.config import JOINT, REPLAYABLE
 from labkit.simulation.counterfactual import Arrivals
 from labkit.simulation.exact import Course, read_lives
 from labkit.simulation.offline import Ledger
@@ -57,16 +57,18 @@ def replay(
     Raises
     ------
     RunError
-        The record cannot be replayed: it still grows, is older than replays, has a hole, is an all-reduce (torch averages inside
-        the steps), was computed on a GPU, or by threads that shared a generator of random numbers. Or the replay differs from it:
-        the first difference, with its event and worker.
+        The record cannot be replayed: it still grows, is older than replays (of an all-reduce: than format 5), has a hole, was
+        computed on a GPU, or drew random numbers from torch's generator where that was or is of several: workers that were threads,
+        ranks of an all-reduce, which are threads in a replay. Another `update` of an all-reduce, or an all-reduce of another run:
+        they exchange at every step, and the arrivals of one say nothing about the other. Or the replay differs from the record: the
+        first difference, with its event and worker.
     """
     instance("run", run, Run, ", such as labkit.load_run(path)")
     folder = run.path.parent if runs is None else file_path("runs", runs)
     name = None if name is None else run_name(name)
     rule = rule_of(run, "update", by="replay") if update is None else copy.deepcopy(make_update(update))
     exact = update is None or is_rule_of(run, "update", rule)
-    _check_replayable(run, rule)
+    _check_replayable(run, rule, exact)
     problem = problem_of(run, run._problem if problem is None else problem, by="replay")
     check_weighed(problem, rule, None if exact else run)
     partition = rule_of(run, "partition", partition, by="replay")
@@ -91,7 +93,7 @@ def replay(
     return Run(ledger.path, problem=problem)
 
 
-def _check_replayable(run: Run, rule: Update) -> None:
+def _check_replayable(run: Run, rule: Update, exact: bool) -> None:
     if run.state == "running":
         raise RunError(f"run {run.name} is still running: its record is not whole yet. Use run.wait() first.")
     if run.origin != "live":
@@ -101,9 +103,15 @@ def _check_replayable(run: Run, rule: Update) -> None:
             f"run {run.name} was recorded by labkit {run.config.labkit} before there were replays (format "
             f"{run.config.format}): probed speeds and threads of its workers are not in the record. Train it again."
         )
-    if rule.collective or run.config.update["name"] == "allreduce":
+    collective = rule.collective or run.config.update["name"] == "allreduce"
+    if collective and not exact:
         raise RunError(
-            "an all-reduce cannot be replayed: torch averages gradients among the workers within every step, and in which order it "
-            "adds them up is not in the record. With update='sgwu' a run with the same seed gives the same weights."
+            "the workers of an all-reduce exchange gradients within every step, those of other rules weights after a local pass: the "
+            "arrivals of one say nothing about the other. Train it: labkit.train(..., update=...)."
+        )
+    if collective and run.config.format < JOINT:
+        raise RunError(
+            f"run {run.name} is an all-reduce of format {run.config.format}, in which a local pass that was broken off went on with other "
+            "samples when it was made again, and the record does not hold with which. Train it again."
         )
     run.events  # noqa: B018  checked against how the run ended; `read_rows` sees single rows

@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -112,7 +111,7 @@ class Update:
         if sum(self.blocks) != self.n_params:
             raise UpdateError(f"blocks of {sum(self.blocks)} parameters in all, but there are {self.n_params}.")
         sizes = [*self.blocks, n_buffers - self.n_exact] if self.tensors is None else self.tensors
-        self.still = [[end - size, end] for size, end in zip(sizes, accumulate(sizes), strict=True) if size]
+        self.still = [[end - size, end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True) if size]
         self.merges: list[Merge] = []
         self.drops: list[Merge] = []
         self.bases = {int(worker): 0 for worker in workers}  # worker -> version that it works from

@@ -12,7 +12,8 @@ step under way fails with `Broken`, and the worker asks for a new group.
 The ranks find each other through files in the run directory, without a listening store; gloo itself then
 connects them over TCP, without authentication, on loopback where all are on one host.
 
-Used by `labkit.training.worker.worker` and `labkit.training.worker.replica`; `check_problem` by `labkit.training.train`.
+Used by `labkit.training.worker.worker`, `labkit.training.worker.replica` and `labkit.simulation.joint`; `check_problem` by
+`labkit.training.train`.
 """
 
 import contextlib
@@ -47,6 +48,7 @@ TIMEOUT = datetime.timedelta(seconds=60)  # of an exchange; a rank that is gone 
 FORMING_S = 30.0  # how long the ranks may take to find each other
 
 GONE = "the server says that a worker is gone"  # the reason where the exchange itself has not failed
+UNUSED = "a parameter took no part in the loss of a step"  # the reason of `Unused`
 
 _abandoned: list[dist.ProcessGroup] = []  # groups that wait for a frozen rank until their time limit
 
@@ -145,7 +147,7 @@ class ProcessGroup:
                 part._check_reducer_finalized()  # else the next forward pass says it, and after the last step nobody does
         except RuntimeError as error:
             if "Expected to have finished reduction" in str(error) and not self.unused:
-                raise Unused("a parameter took no part in the loss of a step") from error
+                raise Unused(UNUSED) from error
             if self.exchange.waiting.broken or isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise Broken(self.exchange.waiting.broken or _short(error)) from error
             raise

@@ -70,6 +70,8 @@ class Replica:
         self.shard: Shard | None = None
         self.draws: torch.Generator | None = None  # what is random in its batches
         self.noise = noise(seed, worker, device=device)  # and in its steps
+        self.own_generator = False  # and what its modules draw from torch's, where no other worker does
+        self.begun: tuple | None = None  # where these stood at the beginning of the local pass, in a group
         self.left = np.empty(0, np.int64)  # samples of this grant that are trained on ahead
         self.pushed: torch.Tensor | None = None  # the weights as they were before that
         self.carried = NOTHING  # what was trained on ahead, and belongs to the next push
@@ -79,19 +81,28 @@ class Replica:
         """An empty shard and streams of random numbers; one for dropout and the like, unless workers share torch's generator."""
         seeds = [self.seed, self.worker, incarnation]
         self.shard, self.draws, self.noise = Shard(*seeds, self.units), draws(*seeds), noise(*seeds, self.device)
+        self.own_generator = own_generator
         if own_generator:
             seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
             (torch.default_generator.manual_seed if self.device == "cpu" else torch.manual_seed)(seed)
 
     def go_on(self, before: "Replica") -> None:
         """In the place of one whose optimisers are given up: with its shard, its random numbers and its weights."""
-        self.shard, self.draws, self.noise = before.shard, before.draws, before.noise
+        self.shard, self.draws, self.noise, self.own_generator = before.shard, before.draws, before.noise, before.own_generator
         self.state.load(before.flat)
 
     def hold(self, retain: int, indices: np.ndarray) -> None:
         """Of the shard only the first `retain` samples stay, and `indices` are added."""
         self.shard.retain(retain)
         self.shard.add(indices)
+
+    def rewind(self) -> None:
+        """The latest local pass in a group is to be made again: its samples and random numbers have not been drawn."""
+        self.shard.rest, self.shard.epoch, draws, noise, own = self.begun
+        self.draws.set_state(draws)
+        self.noise.set_state(noise)
+        if own is not None:
+            torch.set_rng_state(own)
 
     def clock(self, samples: int) -> Clock:
         """Of a step that begins when all workers have trained on so many samples."""
@@ -139,14 +150,21 @@ class Replica:
         """
         if grant.settle:
             return self._settle(grant)
+        if group:
+            own = torch.get_rng_state() if self.own_generator else None
+            self.begun = self.shard.rest, self.shard.epoch, self.draws.get_state(), self.noise.get_state(), own
         drawn, batch_size = self.shard.draw(grant.samples), self.problem.batch_size
         if self.units is not None:
             self.problem.dataset.expect(self.train_indices[drawn])
         now, self.left = np.split(drawn, [len(drawn) - grant.ahead])
         if group:
             sizes, *plan = steps(grant.rank_samples, group.rank, batch_size)
-            parts = np.split(now, np.cumsum(sizes)[:-1])
-            done = self._train(parts, grant, 0, progress, group, *plan)
+            parts, done = np.split(now, np.cumsum(sizes)[:-1]), None
+            try:
+                done = self._train(parts, grant, 0, progress, group, *plan)
+            finally:
+                if done is None:
+                    self.rewind()
         else:
             done = self._train(batches(now, batch_size), grant, 0, progress)
         if done is None:

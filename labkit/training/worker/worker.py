@@ -18,7 +18,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -237,17 +237,9 @@ class _Worker:
     def _probe(self) -> float:
         """Seconds per sample, from a few steps of a replica that is then thrown away; the emulation begins anew after them."""
         self._slow(replace(self.spec.uneven, stalls=None))
-        replica, times = self._replica(), []
-        indices = np.arange(min(self.problem.batch_size, len(replica.train_indices)))
-        with gradients(replica.module) as unused:
-            for _ in range(PROBE_STEPS):
-                started = time.perf_counter()
-                replica.step(indices, replica.clock(0))
-                self.slowness.synchronise()
-                times.append((time.perf_counter() - started) / len(indices))
-        self.unused = bool(unused)
+        seconds, self.unused = probed(self._replica(), self.slowness.synchronise)
         self._slow(self.spec.uneven)
-        return float(np.median(times[1:]))
+        return seconds
 
     def _pull(self) -> dict:
         """Wait for the next grant, whose weights are received into their buffer; or for another message: stop, rejoin."""
@@ -327,6 +319,18 @@ class _Worker:
             return None, 0.0
         score, self.scored_at = self.replica.score(), started
         return score, round(time.perf_counter() - started, 6)
+
+
+def probed(replica: Replica, synchronise: Callable[[], object] = lambda: None) -> tuple[float, bool]:
+    """Of a few steps: seconds per sample, and do they leave parameters without a gradient?"""
+    indices, times = np.arange(min(replica.problem.batch_size, len(replica.train_indices))), []
+    with gradients(replica.module) as unused:
+        for _ in range(PROBE_STEPS):
+            started = time.perf_counter()
+            replica.step(indices, replica.clock(0))
+            synchronise()
+            times.append((time.perf_counter() - started) / len(indices))
+    return float(np.median(times[1:])), bool(unused)
 
 
 class WeightBuffers:
