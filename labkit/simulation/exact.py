@@ -12,7 +12,6 @@ Used by `labkit.simulation.replay`.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from contextlib import closing
@@ -189,8 +188,8 @@ class Course:
 
     def _computed_next(self, worker: int) -> str | None:
         """How the steps of the next push of this worker were computed."""
-        pushes = (row for row in itertools.islice(self.rows, self.at, None) if row["kind"] == "push" and row["worker"] == worker)
-        return next(pushes, {}).get("inner")
+        to_come = (self.rows[at] for at in range(self.at, len(self.rows)))
+        return next((row for row in to_come if row["kind"] == "push" and row["worker"] == worker), {}).get("inner")
 
     # -- what follows ----------------------------------------------------------------------------------------------
 
