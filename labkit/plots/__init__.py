@@ -5,6 +5,7 @@ from labkit.plots.membership import membership, roster
 from labkit.plots.runs import balance, curves, segments, speed, staleness, timeline, weights
 from labkit.plots.samples import confusion, worst
 from labkit.plots.scaling import errors, saturation, scaling
+from labkit.plots.steps import step_times
 from labkit.plots.style import extension, interactive, save
 from labkit.plots.subnets import decomposition, part_accuracy, part_scores, part_times
 
@@ -19,6 +20,7 @@ __all__ += [
     "scaling",
     "segments",
     "speed",
+    "step_times",
     "staleness",
 ]
 __all__ += ["timeline", "weights", "worst"]
