@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from labkit.errors import instance, several, whole
+from labkit.inner.precision import host, keep
 from labkit.models import seeded
 from labkit.problems.problem import Clock, Problem, noise
 
@@ -38,7 +39,8 @@ def step_times(
     -------
     A row for each size and problem: `problem`, `batch_size`, `ms` (the median), `ms_low` and `ms_high` (quartiles), `samples_per_s`, `speedup`
     (the median over steps of the time of the first problem, in the same round, by its own), and `computed`: how its last steps were
-    computed, where an inner layer chose. `attrs` hold the threads of torch, the cores and the load of the machine.
+    computed, where an inner layer chose, and in which precision, where that was measured. `attrs` hold the threads of torch, the cores and the
+    load of the machine, and as `host` its instruction set.
 
     ValueError or TypeError for a bad argument; ProblemError for a problem that cannot be trained.
     """
@@ -62,7 +64,7 @@ def step_times(
             rows.append([name, size, 1e3 * middle, 1e3 * low, 1e3 * high, one.n / middle, speedup, one.computed()])
     frame = pd.DataFrame(rows, columns=["problem", "batch_size", "ms", "ms_low", "ms_high", "samples_per_s", "speedup", "computed"])
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    frame.attrs |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": load}
+    frame.attrs |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": load, "host": host()}
     return frame
 
 
@@ -70,11 +72,15 @@ class _Stepped:
     """A problem with what a worker has of it, and a batch."""
 
     def __init__(self, problem: Problem, size: int, seed: int) -> None:
-        self.problem, self.device = problem, "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision = problem.choose_precision(seed, self.device)
+        self.problem = problem = problem.in_precision(precision) if precision else problem
         inner = getattr(problem, "inner", None)
         self.settling = SETTLING if inner is not None and inner.split == "auto" else WARM_UP
         with seeded(seed):
             self.module = problem.new_module(seed).to(self.device)
+        keep(self.module, precision.float32 if precision else ())
+        self.said = "; ".join(precision.lines()) if precision else ""
         self.optimisers = problem.optimisers(self.module)
         indices = problem.train_indices()
         self.batch = problem.load(np.resize(indices, size), "train", self.device)
@@ -93,4 +99,4 @@ class _Stepped:
         return seconds
 
     def computed(self) -> str:
-        return self._computed.rpartition(" *")[0]
+        return "; ".join(filter(None, [self._computed.rpartition(" *")[0], self.said]))

@@ -314,9 +314,10 @@ def test_a_run_records_and_says_once_what_was_decided_and_replays_with_it(host, 
     first, *_ = found = decisions(run)
     assert found == [first] * 2 and first["host"].startswith("AMX; torch ")
     assert Precision(**first).float32 == {"head": "Linear: bfloat16 takes 2.5x as long"}
+    by = next(row["worker"] for row in read_rows(run.path) if row["kind"] == "join")  # who came first
     assert [line for line in capsys.readouterr().out.splitlines() if "float32" in line] == [
-        "Run 'r', worker 0: bfloat16, channels last: 2.5x as fast as float32 (AMX).",
-        "Run 'r', worker 0: head (Linear) stays in float32: bfloat16 takes 2.5x as long.",
+        f"Run 'r', worker {by}: bfloat16, channels last: 2.5x as fast as float32 (AMX).",
+        f"Run 'r', worker {by}: head (Linear) stays in float32: bfloat16 takes 2.5x as long.",
     ]
     refuse_to_decide(monkeypatch)
     assert "bit for bit the same" in labkit.replay(run).status()["reason"]
