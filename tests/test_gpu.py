@@ -103,13 +103,14 @@ def test_sgwu_of_two_workers_on_one_card_repeats(tmp_path):
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_bfloat16_trains_float32_weights(channels_last, tmp_path):
+@pytest.mark.parametrize(("precision", "channels_last"), [("bfloat16", False), ("bfloat16", True), ("auto", False)])
+def test_bfloat16_trains_float32_weights(precision, channels_last, tmp_path):
     if not torch.cuda.is_bf16_supported():
         pytest.skip(f"{torch.cuda.get_device_name()} has no bfloat16")
     with labkit.connect("threads", 1) as lab:
         score = trained(lab, problem(), tmp_path / "32", passes=6).summary()["score"]
-        run = trained(lab, problem(precision="bfloat16", channels_last=channels_last), tmp_path / "16", passes=6)
+        run = trained(lab, problem(precision=precision, channels_last=channels_last), tmp_path / "16", passes=6)
+    assert len(run.events.precision.dropna()) == 1  # what was decided, or that no layer is wrong
     assert all(value.dtype == np.float32 for value in run.weights().values())
     assert abs(run.summary()["score"] - score) < 0.1
 
