@@ -23,13 +23,15 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from labkit.inner import samples
 from labkit.inner.adaptive import Adaptive
+from labkit.inner.executor import TaskEngine
 from labkit.inner.inner import Inner
 from labkit.inner.pool import ThreadPool
 from labkit.inner.samples import has_batch_statistics, refuse
 
 BLOCKS = (128, 64, 32, 16)  # samples; those that are tried beside a thread's whole part
 SEARCHED = 3  # times each
-Shares = Callable[[int], Sequence[Callable[[], torch.Tensor]]]
+# shares(network, k) are k functions that each compute the loss of one of k equal blocks of a batch, weighted by its share.
+Shares = Callable[[Callable[..., Any], int], Sequence[Callable[[], torch.Tensor]]]
 
 
 class Way(NamedTuple):
@@ -59,22 +61,24 @@ class Engine:
         self.inner, self.remembered = inner, remembered
         self.threads = inner.threads or torch.get_num_threads()
         self._pool: ThreadPool | None = None
+        self._tasks: TaskEngine | None = None
         self._blocks: dict[int, int] = {}  # by samples in a batch
         self._adaptive: Adaptive[Way] | None = None
         self._usual = 0  # samples in most batches
         self._done: list[tuple[str, int]] = []
         self._given: Iterator[str] | None = None
 
-    def gradients(self, module: nn.Module, n: int, shares: Shares) -> torch.Tensor:
+    def gradients(self, module: nn.Module, x: Any, shares: Shares) -> torch.Tensor:
         """Adds the gradients of a batch to `.grad` of the parameters; returns its loss.
 
         module : always the same one. ProblemError, by name, where it cannot be split as asked.
-        n : samples in the batch.
-        shares : shares(k) are k functions that each compute the loss of one of k equal blocks of it, weighted by its share.
+        x : the inputs, (samples, ...), or a tuple of them.
+        shares : of the batch.
         """
-        way = self._way(module, n, shares)
+        n = samples_in(x)
+        way = self._way(module, x, shares)
         started = time.perf_counter()
-        loss = self._compute(way, module, n, shares)
+        loss = self._compute(way, module, x, shares)
         if self._adaptive and self._given is None and n == self._usual:
             if loss.is_cuda:
                 torch.cuda.synchronize(loss.device)
@@ -93,20 +97,21 @@ class Engine:
         runs = [text.rsplit(" *", 1) for text in done.split(", ") if text]
         self._given = iter([Way.of(way) for way, steps in runs for _ in range(int(steps))])
 
-    def check(self, module: nn.Module, n: int, shares: Shares) -> float:
+    def check(self, module: nn.Module, x: Any, shares: Shares) -> float:
         """The relative difference between the gradients of a batch, split and not; dropout is left out. Leaves no trace.
 
         It is rounding where the loss is a mean over samples, and what the network makes of a sample does not depend on the others.
         ProblemError, by name, for layers that cannot be split.
         """
-        refuse(module, self.inner.whole)
+        if self.inner.split != "rows":  # which names what it cannot split itself
+            refuse(module, self.inner.whole)
         found = []
-        for way in (Way("none"), Way("samples", 2)):
+        for way in (Way("none"), Way("rows" if self.inner.split == "rows" else "samples", 2)):
             with _as_it_was(module):
                 for part in module.modules():
                     if isinstance(part, _DropoutNd):
                         part.eval()
-                self._compute(way, module, n, shares, seed=0)
+                self._compute(way, module, x, shares, seed=0)
                 found.append({at: p.grad.double() for at, p in enumerate(module.parameters()) if p.grad is not None})
         one, other = found
         if one.keys() != other.keys():
@@ -119,30 +124,31 @@ class Engine:
         """End its threads."""
         if self._pool:
             self._pool.close()
-            self._pool = None
+            self._pool = self._tasks = None
 
     # How.
 
-    def _way(self, module: nn.Module, n: int, shares: Shares) -> Way:
+    def _way(self, module: nn.Module, x: Any, shares: Shares) -> Way:
         if self._given is not None:
             if (given := next(self._given, None)) is not None:
                 return given
             self._given = None
-        split, threads = self.inner.split, self.threads
+        split, threads, n = self.inner.split, self.threads, samples_in(x)
         if split == "samples":
-            return self._of_samples(module, n, shares)
+            return self._of_samples(module, x, shares)
         if split != "auto":
             return Way(split, 1 if split == "none" else threads)
         if threads == 1 or n < 2:
             return Way("none")
         if n > self._usual:  # the last batch of a pass is shorter
             intra_op = Way("intra-op", threads)
-            ways = [Way("none"), self._of_samples(module, n, shares), intra_op]
+            ways = [Way("none"), self._of_samples(module, x, shares), intra_op]
             self._usual, self._adaptive = n, Adaptive(ways, fragile=[intra_op])
         way = self._adaptive.next()
-        return way if n == self._usual or way.split != "samples" else self._of_samples(module, n, shares)
+        return way if n == self._usual or way.split != "samples" else self._of_samples(module, x, shares)
 
-    def _of_samples(self, module: nn.Module, n: int, shares: Shares) -> Way:
+    def _of_samples(self, module: nn.Module, x: Any, shares: Shares) -> Way:
+        n = samples_in(x)
         part = -(-n // self.threads)
         if has_batch_statistics(module):
             return Way("samples", self.threads, part)
@@ -150,13 +156,13 @@ class Engine:
             return Way("samples", self.threads, min(part, self.inner.block))
         if n > max(self._blocks, default=0):
             refuse(module, self.inner.whole)
-            self._blocks[n] = self._searched(module, n, part, shares)
+            self._blocks[n] = self._searched(module, x, part, shares)
         return Way("samples", self.threads, min(part, self._blocks[max(self._blocks)]))
 
-    def _searched(self, module: nn.Module, n: int, part: int, shares: Shares) -> int:
+    def _searched(self, module: nn.Module, x: Any, part: int, shares: Shares) -> int:
         """The size of block that is quickest for such batches, looked up or tried."""
         sizes = [part, *(size for size in BLOCKS if size < part)]
-        key = self._key(module, n)
+        key = self._key(module, samples_in(x))
         if len(sizes) == 1 or (known := self._remembered().get(key)) in sizes:
             return part if len(sizes) == 1 else known
         times: dict[int, list[float]] = {size: [] for size in sizes}
@@ -164,7 +170,7 @@ class Engine:
             for size in sizes:
                 with _as_it_was(module):
                     started = time.perf_counter()
-                    loss = self._compute(Way("samples", self.threads, size), module, n, shares, seed=0)
+                    loss = self._compute(Way("samples", self.threads, size), module, x, shares, seed=0)
                     if loss.is_cuda:
                         torch.cuda.synchronize(loss.device)
                     times[size].append(time.perf_counter() - started)
@@ -172,16 +178,25 @@ class Engine:
         self._remember(key, best)
         return best
 
-    def _compute(self, way: Way, module: nn.Module, n: int, shares: Shares, seed: int | None = None) -> torch.Tensor:
+    def _compute(self, way: Way, module: nn.Module, x: Any, shares: Shares, seed: int | None = None) -> torch.Tensor:
+        if way.split in ("samples", "rows") and (self._pool is None or self._pool.threads != way.threads):
+            self.close()
+            self._pool = ThreadPool(way.threads)
+        if way.split == "rows":
+            if self._tasks is None:
+                self._tasks = TaskEngine(module, self._pool, whole=self.inner.whole, block=self.inner.block)
+            self._tasks.module = module
+            try:
+                return self._tasks.gradients(x, lambda outputs: shares(lambda *_: outputs, 1)[0]())
+            finally:
+                self._tasks.module = None  # whoever holds an engine for each module must not keep the module
         if way.split == "samples":
-            if self._pool is None or self._pool.threads != way.threads:
-                self.close()
-                self._pool = ThreadPool(way.threads)
+            n = samples_in(x)
             part = -(-n // way.threads)
             n_blocks = way.threads * -(-part // (way.block or part))
-            return samples.gradients(module, self._pool, shares(min(n, n_blocks)), self.inner.whole, seed)
+            return samples.gradients(module, self._pool, shares(module, min(n, n_blocks)), self.inner.whole, seed)
         with _threads(way.threads):
-            (share,) = shares(1)
+            (share,) = shares(module, 1)
             loss = share()
             loss.backward()
         return loss.detach()
@@ -211,6 +226,11 @@ class Engine:
             os.replace(own, self.remembered)
         except OSError:  # such as a full disk: it is searched again next time
             return
+
+
+def samples_in(x: Any) -> int:
+    """Of a batch, (samples, ...) or a tuple of such."""
+    return len(x[0] if isinstance(x, tuple) else x)
 
 
 @contextlib.contextmanager

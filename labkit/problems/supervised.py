@@ -215,8 +215,7 @@ class Supervised(Problem):
         for at, (part, own, weight) in enumerate(self._parts(x, y, n), 1):
             if self.inner is not None and (not wrapped or wrapped == [module]):
                 network = module.module if wrapped else module
-                shares = partial(self._shares, network, part, own, weight)
-                share = self._engine(network).gradients(network, len(_first(part)), shares)
+                share = self._engine(network).gradients(network, part, partial(self._shares, part, own, weight))
                 if wrapped and at == n:
                     average_gradients(module)
             else:
@@ -245,8 +244,8 @@ class Supervised(Problem):
             loss = loss if weight is None else loss * weight
         return loss
 
-    def _shares(self, module: nn.Module, x: Any, y: Any, weight: Any, n: int) -> list[Callable[[], torch.Tensor]]:
-        """What computes the loss of each of n parts, weighted by its share and by `weight`."""
+    def _shares(self, x: Any, y: Any, weight: Any, module: Callable[..., Any], n: int) -> list[Callable[[], torch.Tensor]]:
+        """What computes the loss of each of n parts, weighted by its share and by `weight`, from the outputs of `module`."""
         return [partial(self._share, module, part, own, share, weight) for part, own, share in self._parts(x, y, n)]
 
     @cached_property
@@ -262,11 +261,14 @@ class Supervised(Problem):
         """ProblemError where the gradients of a batch that is split are others."""
         if self.inner.split in ("none", "intra-op"):
             return
-        batch = self.load(self.train_indices()[: min(self.batch_size, LOOKED_AT)])
-        x, y = batch
+        if self.inner.split == "rows" and self.precision != "float32":
+            raise ProblemError(
+                f"{self._title()}: Inner(split='rows') computes in float32, and precision={self.precision!r} was asked for."
+            )
+        x, y = self.load(self.train_indices()[: min(self.batch_size, LOOKED_AT)])
         module.train()
         try:
-            difference = Engine(self.inner).check(module, len(_first(x)), partial(self._shares, module, x, y, None))
+            difference = Engine(self.inner).check(module, x, partial(self._shares, x, y, None))
         except ProblemError as error:
             raise ProblemError(f"{self._title()}: {error}") from error
         if difference > (ROUNDING_16 if self.precision == "bfloat16" else ROUNDING):

@@ -20,7 +20,7 @@ SHAPE = (1, 12, 12)
 def stepped(engine, module, n, steps=1):
     x, y = torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 10
     for _ in range(steps):
-        engine.gradients(module, n, lambda parts: shares(module, x, y, parts))
+        engine.gradients(module, x, lambda network, parts: shares(network, x, y, parts))
     return [parameter.grad.clone() for parameter in module.parameters()]
 
 
@@ -63,7 +63,7 @@ def test_ways_without_a_pool_take_any_module(inner):
     before, module = torch.get_num_threads(), nn.Sequential(nn.Flatten(), nn.RNN(144, 10))
     engine = Engine(inner)
     x, y = torch.randn(6, *SHAPE), torch.arange(6)
-    engine.gradients(module, 6, lambda parts: shares(lambda x: module(x)[0], x, y, parts))
+    engine.gradients(module, x, lambda network, parts: shares(lambda x: network(x)[0], x, y, parts))
     assert module[1].weight_hh_l0.grad is not None and torch.get_num_threads() == before
     assert engine.done() == {"auto": "none 1 *1", "none": "none 1 *1", "intra-op": "intra-op 2 *1"}[inner.split]
 
@@ -110,11 +110,16 @@ class Mixing(nn.Module):
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
-    "more", [{}, {"accumulate": 2, "loss": {"name": "cross-entropy", "weight": [1, 2, 5]}}, {"clip_norm": 0.5}]
+    ("split", "more"),
+    [
+        ("samples", {"accumulate": 2, "loss": {"name": "cross-entropy", "weight": [1, 2, 5]}}),
+        ("samples", {"clip_norm": 0.5}),
+        ("rows", {}),
+    ],
 )
-def test_a_step_of_a_problem_is_that_of_the_undivided_batch(pictures, more):
+def test_a_step_of_a_problem_is_that_of_the_undivided_batch(pictures, split, more):
     made = []
-    for inner in (None, labkit.Inner(threads=2, split="samples", block=7)):
+    for inner in (None, labkit.Inner(threads=2, split=split, block=7)):
         problem = labkit.Classifier(smooth, pictures, inner=inner, batch_size=42, **more)
         problem.check()
         module = problem.new_module(0)
@@ -142,11 +147,17 @@ def test_what_cannot_be_split_is_found_before_the_run(pictures):
     with pytest.raises(ProblemError, match="no mean over samples"):
         labkit.Classifier(smooth, pictures, loss=spread, inner=2).check()
     labkit.Classifier(net, pictures, inner=2).check()
+    with pytest.raises(ProblemError, match=r"rows.*float32"):
+        labkit.Classifier(smooth, pictures, precision="bfloat16", inner=labkit.Inner(threads=2, split="rows")).check()
+    with pytest.raises(ProblemError, match=r"1\.rnn"):
+        labkit.Classifier(recurrent, pictures, inner=labkit.Inner(threads=2, split="rows")).check()
     labkit.Classifier(Mixing, pictures, inner=labkit.Inner(threads=2, split="none")).check()
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize(("kind", "update", "split"), [("threads", "agwu", "auto"), ("threads", "sgwu", "samples")])
+@pytest.mark.parametrize(
+    ("kind", "update", "split"), [("threads", "agwu", "auto"), ("threads", "sgwu", "samples"), ("threads", "sgwu", "rows")]
+)
 def test_a_run_with_it_can_be_replayed_bit_for_bit(tmp_path, pictures, kind, update, split):
     problem = labkit.Classifier(smooth, pictures, inner=labkit.Inner(threads=2, split=split), batch_size=24)
     with labkit.connect(kind, 2) as lab:
