@@ -17,7 +17,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SMALL = {"kind": "threads", "data": "digits"}
 TINY = {
     "00-bring-your-own-model": SMALL
-    | {"train_samples": 300, "test_samples": 90, "passes": 2.0, "slowdown": [1, 2], "target": 0.2, "grid": {}},
+    | {"train_samples": 300, "test_samples": 90, "passes": 2.0, "slowdown": [1, 2], "target": 0.2, "grid": {"lr": [0.003]}},
     "01-start-a-lab": SMALL | {"train_samples": 200},
     "02-partition-the-data": SMALL | {"train_samples": 400, "passes": 3.0},
     "03-update-the-weights": SMALL

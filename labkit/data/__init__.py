@@ -95,8 +95,8 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
           by value up to 8 MiB; a larger one is made on each worker by a function: `"my_module:make_my_set"`;
         - a `Dataset` of labkit, which is returned as it is.
 
-        `x` is (N, F) features, (N, H, W) grey images, (N, C, H, W) images or (N, C, D, H, W) volumes, of booleans,
-        integers or floats. (N, H, W, C) and (N, D, H, W, C) are recognised where the sides tell them apart (C = 1 or 3 where
+        `x` is (N, F) features, (N, H, W) grey images (sequences (N, steps, features) keep their shape with `as_given="x"`),
+        (N, C, H, W) images or (N, C, D, H, W) volumes, of booleans, integers or floats. (N, H, W, C) and (N, D, H, W, C) are recognised where the sides tell them apart (C = 1 or 3 where
         axis 1 is neither, or one side much smaller than the others, or the others equal), converted, and noted in `.note`; where
         they do not, `channels` is asked for. `y` is (N,) integers 0..K-1, also as floats, or texts; (N, ...) integers, a class for each
         pixel or token, where what is below 0 or one value far above all others (255) is no class; (N, K) of 0 and 1, several labels

@@ -177,7 +177,8 @@ class AllReduce(Barrier):
     so unequal shards need the same number of steps everywhere and nobody waits for a missing batch.
 
     When a worker is lost or one comes, those who are there form a new group from the latest version, with fresh optimisers (their
-    momenta would differ); the local pass that was under way is made again.
+    momenta would differ); the local pass that was under way is made again. A replay has ranks of its own that meet in the same order
+    (`labkit.simulation.joint`), so its gradients are averaged to the same bits, on CPUs.
 
     Gradients are averaged at every step, so that NaN in those of one rank is in all replicas one step later: the run then fails for
     that, and nobody can tell whose it was. A push that is wrong in itself (its size, score or version) costs its worker alone, as

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import labkit
+from labkit import chaos
 from labkit.data import open_dataset, streamed
 from labkit.errors import DataError, PartitionError, ProblemError
+from labkit.runs import checkpoints
 from labkit.training.worker.sampler import Shard
-from tests.helpers import net
+from tests.helpers import Slow, net, until
 
 pa = pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -197,6 +199,30 @@ def test_a_run_on_row_groups_is_recorded_and_replayed(one_file, tmp_path):
     assert run.config.units == problem.units().tolist()
     assert 0 < run.events[run.events.kind == "allocate"].samples.sum() <= run.config.n_train  # all, if both get to their last batch
     assert labkit.replay(run).state == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize(("kind", "update"), [("threads", "sgwu"), ("dask", "agwu")])
+def test_what_a_lost_worker_held_is_dealt_out_again_by_whole_row_groups(kind, update, one_file, tmp_path):
+    problem = Slow(net, open_dataset(one_file[0], stream=True), score_samples=20, batch_size=16, lr=0.05)
+    units = problem.units()
+    with labkit.connect(kind, 3) as lab:
+        options = {"partition": "idpa", "passes": 10, "local_steps": 4, "checkpoints": 50, "runs": tmp_path}
+        run = labkit.train(problem, lab, update=update, **options)
+        until(lambda: run.status().get("version", 0) >= 6, 60)
+        chaos.kill(lab, 1) if kind == "dask" else chaos.drop_link(run, 1)
+        run.wait(90)
+    assert run.state == "done" and chaos.audit(run) == [] and "leave" in {*run.events.kind}
+    assert run.events[run.events.kind == "merge"].samples.sum() == run.config.budget
+    for version in checkpoints.versions(run.path):
+        state = checkpoints.read_state(run.path, version)[1]["partition"]
+        for samples in (state["pool"], *state["shards"].values()):
+            whole = [np.arange(units[u], units[u + 1]) for u in np.unique(np.searchsorted(units, samples, "right") - 1)]
+            np.testing.assert_array_equal(np.sort(samples), np.concatenate([np.empty(0, np.int64), *whole]))
+        everything = np.concatenate([state["pool"], *state["shards"].values()])
+        np.testing.assert_array_equal(np.sort(everything), np.arange(run.config.n_train))
+    np.testing.assert_array_equal(labkit.replay(run, problem=problem).flat(), run.flat())
 
 
 @pytest.mark.slow

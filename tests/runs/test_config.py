@@ -50,6 +50,7 @@ def test_format_2_is_read_by_the_names_of_now(tmp_path):
     config = RunConfig.load(stored(tmp_path, format=2, problem=problem, workers=workers, **times, **new))
     assert (config.problem["kind"], config.batch_size, config.one_process) == ("labkit:Classifier", 24, True)
     assert (config.heartbeat_timeout, config.join_timeout, config.exchange, config.overlap) == (7.5, 11.0, "float32", 0)
+    assert not RunConfig.load(stored(tmp_path, format=4, still=None)).still and RunConfig.load(stored(tmp_path)).still
     config.save(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["format"] == FORMAT and RunConfig.load(tmp_path).batch_size == 24
 

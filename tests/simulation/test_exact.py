@@ -23,8 +23,9 @@ from labkit.runs import checkpoints
 from labkit.runs.events import read_rows
 from labkit.runs.files import read_json, write_json
 from labkit.training import supervisor
+from labkit.training import train as training
 from labkit.updates import make_update
-from tests.helpers import Settling, ended, net_with_statistics, problem, until
+from tests.helpers import Settling, ended, net, net_with_statistics, problem, until
 from tests.simulation.own_rules import Backwards, Cautious
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -306,6 +307,29 @@ def test_a_rule_that_was_recorded_by_its_own_name_is_replayed_with_its_object(tr
     assert run.label == "named + IDPA" and same(run, labkit.replay(run, update=Named()))
     with pytest.raises(RunError, match="update='named' is not known"):
         labkit.replay(run)
+
+
+def net_in_part_frozen(shape, n_classes):
+    made = net(shape, n_classes)
+    made[1].requires_grad_(False)
+    made.register_buffer("scale", torch.full((3,), 0.1))
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("still", [True, False])
+def test_what_is_frozen_keeps_its_bits_and_older_records_theirs(still, lab, tmp_path, monkeypatch):
+    """Before format 5 the mean of equal weights was rounded, and a replay does that again."""
+    configure = training.configure
+    monkeypatch.setattr(training, "configure", lambda *given, **named: configure(*given, **named).replace(still=still))
+    options = {"update": "sgwu", "partition": labkit.IDPA(batches=3, speeds=[2, 1]), "passes": 8, "seed": 5, "runs": tmp_path}
+    run = ended(labkit.train(problem(net_in_part_frozen, ema=0.9), lab, name="r", **options))
+    state, first = run.model("ema").network.state_dict(), run.weights(0)
+    kept = [
+        (np.array_equal(run.weights()[n], first[n]), np.array_equal(state[n], first[n])) for n in ("1.weight", "1.bias", "scale")
+    ]
+    assert not np.array_equal(run.weights()["3.weight"], first["3.weight"])
+    assert same(run, labkit.replay(run)) and (kept == [(True, True)] * 3 if still else (True, True) not in kept)
 
 
 # -- or where it differs -----------------------------------------------------------------------------------------------

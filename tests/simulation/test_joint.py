@@ -108,7 +108,7 @@ def test_numbers_from_the_one_generator_of_torch_are_refused(lab, tmp_path):
 @pytest.mark.cluster
 def test_processes_that_are_killed_in_a_local_pass(tmp_path):
     with labkit.connect("dask", 3) as lab:
-        run = train(problem(net_with_statistics, kind=Slow, augment=noisy), lab, tmp_path, passes=8)
+        run = train(problem(net_with_statistics, kind=Slow, augment=noisy), lab, tmp_path, passes=6)
         until(lambda: run.status().get("version", 0) >= 2, 60)
         chaos.kill(lab, 2)
         ended(run, timeout=90)
