@@ -123,15 +123,18 @@ def layers_of(module: nn.Module, step: Callable[[], object], device: str = "cpu"
     """The convolutions and linear layers of `module` that `step()` calls, by name, each with the largest input that it is given."""
     found: dict[str, Layer] = {}
 
-    def called(name: str, part: nn.Module, inputs: tuple) -> None:
-        if inputs and isinstance(inputs[0], torch.Tensor):
-            layer = _layer(part, inputs[0], device)
+    def called(name: str, part: nn.Module, inputs: tuple, named: dict) -> None:
+        x = (*inputs, *named.values())[:1]
+        if x and isinstance(x[0], torch.Tensor):
+            layer = _layer(part, x[0], device)
             if name not in found or math.prod(layer.shape) > math.prod(found[name].shape):
                 found[name] = layer
 
     kinds = tuple(KINDS.values())
     hooks = [
-        part.register_forward_pre_hook(partial(called, name)) for name, part in module.named_modules() if isinstance(part, kinds)
+        part.register_forward_pre_hook(partial(called, name), with_kwargs=True)
+        for name, part in module.named_modules()
+        if isinstance(part, kinds)
     ]
     try:
         step()
@@ -176,7 +179,7 @@ def _compare(layer: Layer, modes: tuple[Mode, ...], timed: bool) -> dict[Mode, F
             parameter.data.copy_(normal(*parameter.shape) / math.sqrt(max(1, parameter[0].numel())))
         x, calls, gradient = normal(*layer.shape), {}, None
         for mode in modes:
-            own = laid_out(x) if mode.channels_last else x.clone()
+            own = laid_out(x) if mode.channels_last and layer.kind != "Linear" else x.clone()
             if layer.has_input_gradient:  # it comes from a layer that has computed in this dtype
                 own = own.to(getattr(torch, mode.dtype)).requires_grad_()
             out = _forward(twin, own, mode)
@@ -251,7 +254,7 @@ def choose(layers: Mapping[str, Layer], asked: str, channels_last: bool = False,
         }
         slow = f"as asked, though {what} has no instructions for it; precision='auto' would take float32"
         return Precision("bfloat16", channels_last, stay, "" if able else slow, of_host)
-    last = channels_last or any(len(layer.shape) > 3 for layer in layers.values())
+    last = channels_last or any(len(layer.shape) > 3 and layer.kind != "Linear" for layer in layers.values())
     modes = tuple(dict.fromkeys([Mode("float32", channels_last), Mode("float32", last)]))
     half = Mode("bfloat16", last)
     if not able and len(modes) == 1:

@@ -77,7 +77,11 @@ def test_layers_are_those_that_are_called_with_what_their_speed_depends_on():
     assert str(layers_of(odd := nn.Conv2d(1, 1, 3, stride=(2, 1), dilation=2), lambda: odd(torch.zeros(1, 1, 9, 9)))[""]) == (
         "Conv2d, stride=(2, 1), dilation=2"
     )
-    assert not any(part._forward_pre_hooks for part in net.modules())
+    (named,) = layers_of(
+        linear := nn.Linear(3, 2), lambda: [linear(torch.zeros(n, 3, 3, 3)) for n in (2, 1)] + [linear(input=torch.zeros(4, 3))]
+    ).values()
+    assert named.shape == (2, 3, 3, 3)  # the largest
+    assert not any(part._forward_pre_hooks for part in [*net.modules(), linear])
 
 
 @pytest.mark.parametrize(
@@ -184,7 +188,9 @@ def test_a_host_without_instructions_keeps_float32_in_one_line(host, monkeypatch
     (line,) = choose(layers(), "bfloat16").lines()
     assert line.startswith("bfloat16: as asked, though AVX2 has no instructions for it; precision='auto' would")
     host["seconds"].clear()  # nothing needs to be measured
-    assert choose({"head": layers()["head"]}, "auto").dtype == "float32" and choose({}, "auto").dtype == "float32"
+    tokens = layers_of(linear := nn.Linear(3, 2), lambda: linear(torch.zeros(2, 3, 3, 3)))
+    for some in ({}, {"head": layers()["head"]}, tokens):
+        assert choose(some, "auto").lines() == ["float32: AVX2 has no instructions for bfloat16"]
 
 
 def test_instruction_sets_are_what_torch_says(monkeypatch):
