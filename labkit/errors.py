@@ -23,6 +23,7 @@ from typing import Any
 
 MOST = 2**53  # of a count: beyond it a float is no longer exact
 SEEDS = 2**63 - 1  # the largest seed that torch's generators accept
+LONGEST_WAIT_S = 2e6  # of a limit of time that the system keeps, 23 days: it counts milliseconds in 31 bits
 _formatting = threading.Lock()
 
 

@@ -298,6 +298,17 @@ def test_a_lab_a_run_a_dict_of_another_kind(threads, home):
         (lambda: labkit.train(PROBLEM, threads, passes=1e308), "passes=1e.308 must be above 0"),
         (lambda: labkit.simulate([1.0], passes=1e308), "passes=1e.308 must be above 0"),
         (lambda: labkit.simulate([1.0], samples=10**400), "samples=1000"),
+        (lambda: labkit.simulate([1e-320]), "speed=.* must be at least"),
+        (lambda: labkit.connect("threads", 2, timeout=1e300), "timeout=1e.300 must be above 0 and at most 2e.06"),
+        (lambda: labkit.train(PROBLEM, threads, heartbeat_timeout=1e9), "heartbeat_timeout=1e.09 must be at most"),
+        (lambda: labkit.train_subnets(PROBLEM, threads, (2, 2), hidden=[10**9]), "the coarse network would have .* weights"),
+        (lambda: labkit.train_subnets(PROBLEM, threads, (10**9, 10**9)), "makes 1000000000000000000 subdomains"),
+        (lambda: labkit.train_subnets(PROBLEM, threads, (10**4, 2)), "10000 subdomains along axis 0, which has"),
+        (
+            lambda: labkit.train_subnets(PROBLEM, threads, {"gird": (2, 2)}),
+            "decomposition=.gird. is not known.*Did you mean .grid.*",
+        ),
+        (lambda: threads.start(0, abs, -1).result("x"), "timeout=.x. must be a number"),
         (lambda: labkit.load_run("x" * 300), "there is no run at xxx"),
         (lambda: labkit.summary("x" * 300), "there is no folder .*xxx"),
     ):

@@ -16,13 +16,12 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from labkit.cluster.backend import Request, made_by, quiet
-from labkit.cluster.emulation import make_stalls, opposite
+from labkit.cluster.emulation import jitter_of, make_stalls, opposite, slowdown_of
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, file_path, instance, known, real, several, text, whole
+from labkit.errors import LONGEST_WAIT_S, ClusterError, file_path, instance, known, real, several, text, whole
 
 MOST_WORKERS = 1 << 16  # as many as a run can have; and threads of one
 BACKENDS = {  # kind -> module with `check` and `open`, which is loaded when it is asked for (`labkit.cluster.backend`)
@@ -155,8 +154,8 @@ def _checked(request: Request) -> Request:
             given,
             n_workers=None if given.n_workers is None else whole("n_workers", given.n_workers, most=MOST_WORKERS),
             threads=whole("threads_per_worker", given.threads, most=MOST_WORKERS),
-            slowdown=() if given.slowdown is None else tuple(several("slowdown", given.slowdown, partial(real, least=1))),
-            jitter=real("jitter", given.jitter, least=0),
+            slowdown=() if given.slowdown is None else tuple(several("slowdown", given.slowdown, slowdown_of)),
+            jitter=jitter_of("jitter", given.jitter),
             drift=real("drift", given.drift, least=0),
             stalls=make_stalls(given.stalls),
             address=None if given.address is None else _address(given.address),
@@ -165,7 +164,7 @@ def _checked(request: Request) -> Request:
             else {text("resources", name): real(f"resources[{name!r}]", resources[name], least=0) for name in resources},
             engines=text("engines", given.engines),
             profile=None if given.profile is None else text("profile", given.profile),
-            timeout=real("timeout", given.timeout, above=0),
+            timeout=real("timeout", given.timeout, above=0, most=LONGEST_WAIT_S),
         )
         n_workers, slowdown = request.n_workers, request.slowdown
         if slowdown and n_workers not in (None, len(slowdown)):

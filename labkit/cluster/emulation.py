@@ -27,6 +27,11 @@ from labkit.errors import real, several
 SEGMENTS = 16  # of a local pass, in which drift is taken as constant, where only its length is asked for
 NAP_S = 0.2  # sleep is cut into such intervals
 LONGEST_S = 30.0  # of a stall: an exchange of an all-reduce waits for 60 s
+OFTENEST_S = 1e-3  # between two stalls, on average
+SLOWEST, WILDEST = 1e6, 10.0  # a slowdown, and a jitter, at most
+
+slowdown_of = partial(real, least=1, most=SLOWEST)
+jitter_of = partial(real, least=0, most=WILDEST)
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,11 @@ def opposite(slowdown: Sequence[float], drift: float) -> list[float]:
 
 
 def make_stalls(stalls: Sequence[float] | None) -> tuple[float, float] | None:
-    """(every, seconds), both above 0; None and an empty list are none. ValueError or TypeError otherwise."""
+    """(every, seconds), both above 0, a millisecond at least and half a minute at most; None and an empty list are none. ValueError or TypeError otherwise."""
     given = [] if stalls is None else several("stalls", stalls, partial(real, finite=False))
     if not given:
         return None
-    if len(given) != 2 or not (0 < given[0] < np.inf and 0 < given[1] <= LONGEST_S):
+    if len(given) != 2 or not (OFTENEST_S <= given[0] < np.inf and 0 < given[1] <= LONGEST_S):
         raise ValueError(
             f"stalls={stalls}: give (every, seconds), such as (20, 1), and at most {LONGEST_S:g} s of standing still: an "
             "all-reduce gives up a worker that is silent for a minute."

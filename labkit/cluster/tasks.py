@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from labkit.cluster.backend import Again, Backend, TaskAnswer
-from labkit.errors import ClusterError
+from labkit.errors import ClusterError, real
 from labkit.sources import Returned
 
 LOSSES = 3  # an item that has lost so many workers is not tried again
@@ -32,7 +32,7 @@ class Task:
 
     def result(self, timeout: float = 60.0) -> Any:
         """What the function returned; its own exception if it raised; `ClusterError` when the worker is lost or time is up."""
-        limit = time.monotonic() + timeout
+        limit = time.monotonic() + real("timeout", timeout, least=0, finite=False)
         while True:
             if self.future.done():
                 try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.cluster.emulation import make_stalls, opposite
+from labkit.cluster.emulation import jitter_of, make_stalls, opposite, slowdown_of
 from labkit.errors import MOST, SEEDS, RunError, real, several, whole
 from labkit.partition import Partition, make_partition
 from labkit.runs.config import RunConfig
@@ -37,7 +37,7 @@ UNKNOWN = {"n_weights": 20_000, "n_train": 60_000, "batch_size": 64, "exchange":
 
 def of_speeds(speeds: Sequence[float]) -> tuple[Timing, RunConfig]:
     """Timing and settings where only the samples/s of each worker are known."""
-    paces = tuple(Pace(1 / speed) for speed in several("speed", speeds, partial(real, above=0)))
+    paces = tuple(Pace(1 / speed) for speed in several("speed", speeds, partial(real, least=1e-9, most=1e15)))
     config = RunConfig(
         update=make_update("agwu").config(),
         partition=make_partition("idpa").config(),
@@ -73,7 +73,7 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, RunConfig]:
 def changed(recorded: RunConfig, update: Update, partition: Partition, given: Mapping[str, Any]) -> RunConfig:
     """The settings of the scenario; `given` are the arguments of `simulate`, by name, None where they are to be as recorded."""
     n_workers, slowdown, drift, stalls = (given[name] for name in ("n_workers", "slowdown", "drift", "stalls"))
-    slowdown = None if slowdown is None else several("slowdown", slowdown, partial(real, least=1))
+    slowdown = None if slowdown is None else several("slowdown", slowdown, slowdown_of)
     exchange, overlap, local_steps = (given[name] for name in ("exchange", "overlap", "local_steps"))
     if update.collective:
         raise ValueError("an all-reduce cannot be simulated: it exchanges within every step. Known to work: every other update.")
@@ -106,7 +106,7 @@ def changed(recorded: RunConfig, update: Update, partition: Partition, given: Ma
     if overlap is not None or (update.scored and not update.ahead):  # a rule that allows none does not inherit it
         settings["overlap"] = traffic["overlap"]
     if given["jitter"] is not None:
-        settings["jitter"] = real("jitter", given["jitter"], least=0)
+        settings["jitter"] = jitter_of("jitter", given["jitter"])
     if given["seed"] is not None:
         settings["seed"] = whole("seed", given["seed"], 0, SEEDS)
     if not isinstance(local_steps, str) or local_steps != RECORDED:

@@ -103,8 +103,8 @@ def simulate(
         partition = rule_of(base, "partition", by="simulate")
     update = copy.deepcopy(make_update(recorded.update if update is None else update))
     partition = copy.deepcopy(make_partition(recorded.partition if partition is None else partition))
-    bandwidth = None if bandwidth is None else real("bandwidth", bandwidth, above=0)
-    latency = None if latency is None else real("latency", latency, least=0)
+    bandwidth = None if bandwidth is None else real("bandwidth", bandwidth, least=1e-3)
+    latency = None if latency is None else real("latency", latency, least=0, most=1e9)
     given = {"n_workers": n_workers, "slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls, "seed": seed}
     given |= {"passes": passes, "local_steps": local_steps, "samples": samples, "exchange": exchange, "overlap": overlap}
     config = scenario.changed(recorded, update, partition, given)

@@ -27,6 +27,7 @@ import numpy as np
 from labkit.errors import ProblemError, known, plain_scalar, several, whole
 
 BORDERS = ("equal", "cut")
+MOST_PARTS = 1 << 16
 Window = tuple[slice, ...]
 
 
@@ -51,6 +52,8 @@ class Decomposition:
         self.grid = tuple(several("grid", grid, whole))
         if len(self.grid) not in (2, 3):
             raise TypeError(f"grid={grid!r} must have 2 entries (images) or 3 (volumes), such as (2, 2) or (2, 4, 4).")
+        if self.n_parts > MOST_PARTS:
+            raise ValueError(f"grid={self.grid} makes {self.n_parts} subdomains; {MOST_PARTS} at most can be trained.")
         overlap = plain_scalar(overlap)
         each = [overlap] * len(self.grid) if isinstance(overlap, numbers.Number) else overlap
         each = several("overlap", each, partial(whole, least=0))
@@ -91,7 +94,14 @@ class Decomposition:
         """A decomposition as it is, from its `config()`, or from a bare grid, as a notebook's parameter gives it."""
         if isinstance(what, cls):
             return what
-        return cls(**what) if isinstance(what, Mapping) else cls(what)
+        if isinstance(what, Mapping):
+            return cls(
+                **{
+                    known("decomposition", key, ("grid", "overlap", "border"), error=TypeError): value
+                    for key, value in what.items()
+                }
+            )
+        return cls(what)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Decomposition) and self.config() == other.config()

@@ -56,6 +56,7 @@ from labkit.updates import make_update
 
 LENGTH = {"epochs": 100, "patience": 15}  # of the training of a coarse network, which takes a second or two
 LR = 1e-3  # of its Adam
+MOST_WEIGHTS = 1 << 28  # of it: they, their gradients and the two means of Adam have 4 GB
 TOTALS = {"parameters": sum, "multiply_adds": sum, "epochs": max, "seconds": max}  # of the subnets together
 OUTPUTS = ("stack", "score", "test")  # the samples for which each subnet leaves its outputs
 TEAM = {"n_workers": None, "partition": "idpa", "update": "agwu", "local_steps": None}  # the last three as in `train`
@@ -143,6 +144,7 @@ def train_subnets(
     seed = whole("seed", seed, 0, SEEDS, error=ValueError)
     baselines = list(dict.fromkeys(several("baselines", baselines, partial(known, options=BASELINES))))
     runs, name = file_path("runs", runs), None if name is None else run_name(name)
+    decomposition.windows(problem.dataset.shape)  # before there are as many subnets
     subnets = [Subnet.of(problem, decomposition, part, width_rule, stacking) for part in range(decomposition.n_parts)]
     if problem.ema is not None:
         raise ValueError(f"ema={problem.ema:g}: subnets have no global weights to average. Leave out ema.")
@@ -152,6 +154,7 @@ def train_subnets(
         raise ValueError(
             f"batched={batched}: a subnet has several workers, or a worker several subnets. Leave out batched, or team."
         )
+    _check_coarse(hidden, decomposition.n_parts, problem.dataset.n_classes)
     costs = _check_subnets(problem, subnets, seed, inputs, batched)
     if "width" in baselines:
         channel_groups(problem, len(subnets))[-1].build(seed)  # refused now, not when all subnets are trained
@@ -206,6 +209,13 @@ def _map(lab: Lab, fn: Callable, items: Sequence[Any], *, workers: list[int], ti
     if not all(found):
         raise RunError("the folder of these subnets was replaced by another training of the same name. Give each its own: name=...")
     return found
+
+
+def _check_coarse(hidden: list[int], n_parts: int, n_classes: int | None) -> None:
+    """ValueError for a coarse network that no memory holds; refused now, and not when all subnets are trained."""
+    widths = [n_parts * (n_classes or 1), *hidden, n_classes or 1]
+    if (n := sum(one * next for one, next in itertools.pairwise(widths))) > MOST_WEIGHTS:
+        raise ValueError(f"hidden={hidden}: the coarse network would have {n:.3g} weights. Use fewer, {MOST_WEIGHTS:,} at most.")
 
 
 def _check_subnets(problem: Classifier, subnets: list[Subnet], seed: int, inputs: str, batched: int) -> list[int]:

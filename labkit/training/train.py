@@ -26,6 +26,7 @@ import numpy as np
 from labkit import locks
 from labkit.cluster.lab import Lab
 from labkit.errors import (
+    LONGEST_WAIT_S,
     MOST,
     SEEDS,
     ClusterError,
@@ -295,7 +296,7 @@ def server_host(lab: Lab) -> str:
 def check_limits(heartbeat_timeout: float, join_timeout: float) -> dict[str, float]:
     """The two limits of time of a run, by name."""
     limits = {"heartbeat_timeout": heartbeat_timeout, "join_timeout": join_timeout}
-    limits = {name: real(name, seconds, error=ValueError) for name, seconds in limits.items()}
+    limits = {name: real(name, seconds, most=LONGEST_WAIT_S, error=ValueError) for name, seconds in limits.items()}
     if min(limits.values()) < 1:
         given = ", ".join(f"{name}={seconds:g}" for name, seconds in limits.items())
         raise ValueError(f"{given}: workers send a heartbeat every 0.5 s and need some time to come; give 1 s at least.")
