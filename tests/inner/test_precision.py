@@ -316,7 +316,7 @@ def test_a_run_records_and_says_once_what_was_decided_and_replays_with_it(host, 
     monkeypatch.setattr(supervisor, "POLL_S", 0.02)
     host["slow"]["Linear"] = 10
     with labkit.connect("threads", 2) as lab:
-        run = labkit.train(problem, lab, partition="udpa", update="agwu", passes=2, runs=tmp_path, name="r").wait()
+        run = labkit.train(problem, lab, partition="udpa", update="agwu", passes=1, runs=tmp_path, name="r").wait()
     first, *_ = found = decisions(run)
     assert found == [first] * 2 and first["host"].startswith("AMX; torch ")
     assert Precision(**first).float32 == {"head": "Linear: bfloat16 takes 2.5x as long"}
