@@ -21,10 +21,12 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from labkit.errors import ProblemError
 from labkit.inner import samples
 from labkit.inner.adaptive import Adaptive
 from labkit.inner.executor import TaskEngine
 from labkit.inner.inner import Inner
+from labkit.inner.layers import trace
 from labkit.inner.pool import ThreadPool
 from labkit.inner.samples import has_batch_statistics, refuse
 
@@ -55,10 +57,11 @@ class Engine:
 
     inner : how.
     remembered : file with the blocks that were found quickest, None for none.
+    plain : are the gradients of float32 numbers, without autocast? "rows" computes no others.
     """
 
-    def __init__(self, inner: Inner, remembered: str | os.PathLike[str] | None = None) -> None:
-        self.inner, self.remembered = inner, remembered
+    def __init__(self, inner: Inner, remembered: str | os.PathLike[str] | None = None, plain: bool = True) -> None:
+        self.inner, self.remembered, self.plain = inner, remembered, plain
         self.threads = inner.threads or torch.get_num_threads()
         self._pool: ThreadPool | None = None
         self._tasks: TaskEngine | None = None
@@ -106,17 +109,19 @@ class Engine:
         if self.inner.split != "rows":  # which names what it cannot split itself
             refuse(module, self.inner.whole)
         found = []
-        for way in (Way("none"), Way("rows" if self.inner.split == "rows" else "samples", 2)):
+        by_tasks = self.inner.split == "rows" or (self.inner.split == "auto" and self._can_be_tasks(module, x))
+        ways = [Way("none")] + [Way("samples", 2)] * (self.inner.split != "rows") + [Way("rows", 2)] * by_tasks
+        for way in ways:
             with _as_it_was(module):
                 for part in module.modules():
                     if isinstance(part, _DropoutNd):
                         part.eval()
                 self._compute(way, module, x, shares, seed=0)
                 found.append({at: p.grad.double() for at, p in enumerate(module.parameters()) if p.grad is not None})
-        one, other = found
-        if one.keys() != other.keys():
+        one, *others = found
+        if any(one.keys() != other.keys() for other in others):
             return float("inf")
-        differ = sum(float((one[at] - other[at]).square().sum()) for at in one)
+        differ = max(sum(float((one[at] - other[at]).square().sum()) for at in one) for other in others)
         size = sum(float(gradient.square().sum()) for gradient in one.values())
         return math.sqrt(differ / size) if size else math.sqrt(differ)
 
@@ -143,9 +148,20 @@ class Engine:
         if n > self._usual:  # the last batch of a pass is shorter
             intra_op = Way("intra-op", threads)
             ways = [Way("none"), self._of_samples(module, x, shares), intra_op]
+            ways += [Way("rows", threads)] if self._can_be_tasks(module, x) else []
             self._usual, self._adaptive = n, Adaptive(ways, fragile=[intra_op])
         way = self._adaptive.next()
         return way if n == self._usual or way.split != "samples" else self._of_samples(module, x, shares)
+
+    def _can_be_tasks(self, module: nn.Module, x: Any) -> bool:
+        """Can this step be cut into tasks of its layers?"""
+        if not self.plain or not isinstance(x, torch.Tensor):
+            return False
+        try:
+            trace(module, x, self.inner.whole)
+        except ProblemError:
+            return False
+        return True
 
     def _of_samples(self, module: nn.Module, x: Any, shares: Shares) -> Way:
         n = samples_in(x)

@@ -28,7 +28,7 @@ class Inner:
         "samples"  blocks of the batch, a backward pass for each (`labkit.inner.samples`). One number of threads gives the same bits
                    each time.
         "rows"     the tasks of each layer: blocks of its output, forward, input gradient and weight gradient
-                   (`labkit.inner.graph`), scheduled by their upward rank.
+                   (`labkit.inner.graph`), scheduled by their upward rank; one input, in float32.
         "intra-op" nothing: torch cuts each operator.
         "none"     nothing: one thread computes.
         "auto"     whichever of these is quickest now: each is tried in the first steps, again when the time of a step changes, and

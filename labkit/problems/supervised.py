@@ -254,7 +254,7 @@ class Supervised(Problem):
 
     def _engine(self, module: nn.Module) -> Engine:
         if module not in self._engines:
-            self._engines[module] = Engine(self.inner, cache_dir() / "inner.json")
+            self._engines[module] = Engine(self.inner, cache_dir() / "inner.json", plain=self.precision == "float32")
         return self._engines[module]
 
     def _check_split(self, module: nn.Module) -> None:
@@ -268,7 +268,7 @@ class Supervised(Problem):
         x, y = self.load(self.train_indices()[: min(self.batch_size, LOOKED_AT)])
         module.train()
         try:
-            difference = Engine(self.inner).check(module, x, partial(self._shares, x, y, None))
+            difference = Engine(self.inner, plain=self.precision == "float32").check(module, x, partial(self._shares, x, y, None))
         except ProblemError as error:
             raise ProblemError(f"{self._title()}: {error}") from error
         if difference > (ROUNDING_16 if self.precision == "bfloat16" else ROUNDING):
