@@ -32,6 +32,8 @@ TINY = {
     | {"checked": [["sgwu", "idpa"]], "long": 2.0, "larger": [1, 100], "per_worker": 2},
     "07-kill-a-worker": SMALL
     | {"train_samples": 400, "test_samples": 100, "passes": 6.0, "local_steps": 4, "every": 0.2, "most": 2},
+    "benchmarks/14-inner": {"models": ["lenet"], "batch_sizes": [8], "small": True, "steps": 3, "compiled": [], "taken": []}
+    | {"precisions": ["float32"]},
     "benchmarks/04-chaos": {"kinds": ["dask"], "updates": ["allreduce"], "n_workers": 2, "passes": 4.0, "most": 3, "every": 1.0},
     "benchmarks/01-overhead": SMALL
     | {"batch_sizes": [16], "updates": ["sgwu", "gem"], "rounds": 1, "samples": 600, "local_steps": 5},
@@ -96,6 +98,7 @@ FIGURES = {
     "benchmarks/11-every-batch": ["every-batch.png"],
     "benchmarks/12-exchange": ["exchange.png"],
     "benchmarks/13-streaming": ["memory.png"],
+    "benchmarks/14-inner": ["lenet.png"],
     "benchmarks/04-chaos": ["storms.png"],
     "benchmarks/07-volumes": ["part-times.png"],
     "benchmarks/08-updates": ["updates.png"],
