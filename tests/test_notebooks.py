@@ -32,7 +32,7 @@ TINY = {
     | {"checked": [["sgwu", "idpa"]], "long": 2.0, "larger": [1, 100], "per_worker": 2},
     "07-kill-a-worker": SMALL
     | {"train_samples": 400, "test_samples": 100, "passes": 6.0, "local_steps": 4, "every": 0.2, "most": 2},
-    "benchmarks/14-inner": {"models": ["lenet"], "batch_sizes": [8], "small": True, "steps": 3, "compiled": [], "taken": []}
+    "benchmarks/14-inner": {"models": ["lenet"], "batch_sizes": [8], "small": True, "steps": 3, "compile_too": [], "take_core": []}
     | {"precisions": ["float32"]},
     "benchmarks/04-chaos": {"kinds": ["dask"], "updates": ["allreduce"], "n_workers": 2, "passes": 4.0, "most": 3, "every": 1.0},
     "benchmarks/01-overhead": SMALL
