@@ -33,7 +33,8 @@ MAX_HEADER = 1 << 20
 HANDSHAKE_S = 5.0  # a peer gets this long to prove that it belongs here
 HANDSHAKES = 256  # how many may be under way at the same time
 NONCE = 32
-AT_LEAST = 1 << 20  # bytes of a large body that have to be there before its receiver wakes up
+AT_LEAST = 1 << 20  # bytes of a large body, or all of a smaller one, that have to be there before its receiver wakes up
+SMALL = 1 << 14  # bytes of one that does not count
 
 
 class Connection(contextlib.AbstractContextManager):
@@ -126,7 +127,8 @@ class Connection(contextlib.AbstractContextManager):
             while done < len(view):
                 if self.deadline is not None:
                     self.sock.settimeout(max(1e-3, self.deadline - time.monotonic()))
-                self._wake_at(least if len(view) - done >= least else 1)
+                left = len(view) - done
+                self._wake_at(least if left >= least else left if SMALL <= len(view) < least else 1)
                 try:
                     got = self.sock.recv_into(view[done:])
                 except TimeoutError:
