@@ -307,6 +307,57 @@ def test_a_bad_push_of_one_worker_disturbs_nobody_under_any_rule(rule):
         assert np.isfinite(course.it.update.weights).all(), what
 
 
+FAULTS = {  # what a worker pushes, or that it is gone without a word
+    "NaN": {"weights": np.nan},
+    "huge": {"weights": 3.4e38},
+    "minus huge": {"weights": -3.4e38},
+    "score": {"score": 2.0},
+    "version": {"version": 9},
+    "gone": None,
+}
+
+
+def fails(course, worker, answer, what):
+    """A worker pushes what cannot be meant: is it refused?"""
+    if (fault := FAULTS[what]) is None or answer is None:
+        return True
+    header = {"samples": answer.grant.samples, "version": answer.grant.version, "loss": 1.0, "score": 0.5, "wait_s": 0.0}
+    header |= {"compute_s": 1.0, "score_s": 0.0, "send_s": 0.0} | {name: fault[name] for name in fault if name != "weights"}
+    weights = np.full(SIZE, fault.get("weights", 1.0), np.float32)
+    try:
+        course.it.push(course.members[worker], header, weights, weights.nbytes)
+    except BadPush:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("rule", [*names(), *OTHERS[-5:]], ids=str)
+def test_two_bad_workers_at_once_disturb_nobody_under_any_rule(rule):
+    """Both are bad before either has left; they leave and come back in any order, are bad again, and stay away in the end."""
+    workers = [0, 1, 2, 3]
+    for number, (one, other) in enumerate(itertools.product(FAULTS, repeat=2)):
+        course = Course(make_update(rule), workers=workers, budget=5 * SAMPLES).join(*workers)
+        work = {worker: course.answer(worker) for worker in workers}
+        for turn in range(2):
+            bad = [(1, one), (2, other)][:: 1 - 2 * ((number + turn) % 2)]
+            refused = [worker for worker, what in bad if fails(course, worker, work.pop(worker, None), what)]
+            for worker in refused[:: 1 - 2 * (number // 2 % 2)]:
+                course.it.leave(course.members[worker], "bad")
+            if course.it.update.collective:  # its group has broken
+                for worker in list(work):
+                    course.it.regroup(course.members[worker], "somebody is gone")
+            if turn == 0:
+                course.join(*refused)
+            work = {worker: course.answer(worker) or work.get(worker) for worker in course.it.members}
+            work = {worker: answer for worker, answer in work.items() if answer and course.members[worker].busy}
+        course.finish(work)
+        assert (course.it.state, course.it.reason) == ("done", ""), (one, other)
+        assert sum(row["samples"] for row in course.of("merge")) >= 5 * SAMPLES - 4, (one, other)
+        never = {worker for worker, what in ((1, one), (2, other)) if "huge" not in what}
+        assert not never & {row["worker"] for row in course.of("merge")}, (one, other)
+        assert np.isfinite(course.it.update.weights).all(), (one, other)
+
+
 @pytest.mark.parametrize("rule", names())
 @pytest.mark.parametrize("large", [1e16, 1e38, 3e38])
 def test_large_finite_weights_are_no_nan(rule, large):
