@@ -1,6 +1,7 @@
 # The public names and where each one lives: read by `__init__.py`, by editors and by type checkers. A new one is a line here.
 from . import chaos as chaos
 from . import data as data
+from . import inner as inner
 from . import models as models
 from . import plots as plots
 from . import problems as problems

@@ -1,1 +1,5 @@
 """The inner layer: one training step of one worker as tasks that its threads share (BPT-CNN, Chen et al. 2019)."""
+
+from labkit.inner.profiling import profile
+
+__all__ = ["profile"]

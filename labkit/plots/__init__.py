@@ -1,5 +1,6 @@
 """Figures, from the record of runs: `labkit.plots.curves(run)` and the like, and what shows or saves them."""
 
+from labkit.plots.inner import gantt, roofline
 from labkit.plots.live import live
 from labkit.plots.membership import membership, roster
 from labkit.plots.runs import balance, curves, segments, speed, staleness, timeline, weights
@@ -9,11 +10,13 @@ from labkit.plots.steps import step_times
 from labkit.plots.style import extension, interactive, save
 from labkit.plots.subnets import decomposition, part_accuracy, part_scores, part_times
 
-__all__ = ["balance", "confusion", "curves", "decomposition", "errors", "extension", "interactive", "live", "membership"]
+__all__ = ["balance", "confusion", "curves", "decomposition", "errors", "extension", "gantt", "interactive", "live"]
 __all__ += [
+    "membership",
     "part_accuracy",
     "part_scores",
     "part_times",
+    "roofline",
     "roster",
     "saturation",
     "save",
