@@ -21,6 +21,7 @@ import copy
 import math
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +74,7 @@ class Layer:
     op : what it computes, for tables: "conv", "relu", "max_pool2d", ...
     inputs : the numbers of the layers whose outputs it reads; 0 is the batch.
     shape : of the output for one sample.
-    module : the user's own, of a layer with weights.
+    reference : to the user's own module, of a layer with weights; weak, so that a plan of steps keeps no network alive.
     function : f(*inputs) -> output of a layer without.
     window : which rows it needs; None if it needs all of them.
     """
@@ -83,9 +84,16 @@ class Layer:
     op: str
     inputs: tuple[int, ...]
     shape: tuple[int, ...]
-    module: nn.Module | None = None
+    reference: Callable[[], nn.Module | None] | None = None
     function: Callable[..., torch.Tensor] | None = None
     window: Window | None = None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The user's own, of a layer with weights."""
+        if self.reference and self.reference() is None:
+            raise ReferenceError(f"the network of the layer {self.name} is gone; hold it as long as its layers are used.")
+        return self.reference() if self.reference else None
 
     @property
     def height(self) -> int:
@@ -267,10 +275,12 @@ def _without_numbers(module: nn.Module) -> nn.Module:
 def _call(node: fx.Node, root: nn.Module, **changed: Any) -> Callable[..., Any]:
     """f(*tensors) that does what a node does, with the tensors that it reads; `changed` are other values of its keywords."""
 
+    owner = weakref.ref(root)
+
     def function(*tensors: Any) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(node.all_input_nodes, tensors, strict=True)).__getitem__)
         if node.op == "call_module":
-            return root.get_submodule(node.target)(*args, **kwargs | changed)
+            return owner().get_submodule(node.target)(*args, **kwargs | changed)
         target = (
             getattr(args[0], node.target.rstrip("_")) if node.op == "call_method" else OUT_OF_PLACE.get(node.target, node.target)
         )
@@ -289,7 +299,10 @@ def _layers(module: nn.Module, x: torch.Tensor, wholes: set[str]) -> list[Layer]
             example = _without_numbers(module)(x.detach().to("meta"))
         if not _is_batch(example, x):
             raise _Unsupported("", "its output is not one tensor of the batch")
-        return [*layers, Layer("network", "whole", type(module).__name__, (0,), tuple(example.shape[1:]), module, module)]
+        return [
+            *layers,
+            Layer("network", "whole", type(module).__name__, (0,), tuple(example.shape[1:]), weakref.ref(module), _weakly(module)),
+        ]
     _check(module, wholes)
     holder: dict[fx.Node, int] = {}  # the layer that has the value of a node
     names: dict[str, int] = {}
@@ -320,6 +333,11 @@ def _layers(module: nn.Module, x: torch.Tensor, wholes: set[str]) -> list[Layer]
             if _in_place(node, module):
                 holder[sources[0]] = holder[node]  # who reads the value that was changed reads the new one
     raise AssertionError("a graph of torch.fx ends with its output")
+
+
+def _weakly(module: nn.Module) -> Callable[..., Any]:
+    owner = weakref.ref(module)
+    return lambda *tensors: owner()(*tensors)
 
 
 def _is_batch(example: Any, x: torch.Tensor) -> bool:
@@ -373,7 +391,7 @@ def _rule(node: fx.Node, module: nn.Module, place: str, wholes: set[str]) -> dic
     if node.op == "call_module":
         part = module.get_submodule(node.target)
         if node.target in wholes:
-            return {"kind": "whole", "op": type(part).__name__, "module": part, "function": _call(node, module)}
+            return {"kind": "whole", "op": type(part).__name__, "reference": weakref.ref(part), "function": _call(node, module)}
         if type(part) not in MODULES:
             raise _Unsupported(place, "there is no rule for it")
         fields = MODULES[type(part)](part)
@@ -403,15 +421,15 @@ def _convolution(conv: nn.Module) -> dict[str, Any] | str:
     if conv.padding_mode != "zeros" or (conv.padding == "same" and any(reach % 2 for reach in spread)):
         return f"padding={conv.padding!r}, padding_mode={conv.padding_mode!r}"
     window = Window(conv.kernel_size[0], conv.stride[0], padding_of(conv)[0], conv.dilation[0])
-    return {"kind": "conv", "module": conv, "window": window}
+    return {"kind": "conv", "reference": weakref.ref(conv), "window": window}
 
 
 def _norm(norm: nn.Module) -> dict[str, Any]:
-    return {"kind": "norm", "module": norm, "window": EACH_ROW}
+    return {"kind": "norm", "reference": weakref.ref(norm), "window": EACH_ROW}
 
 
 def _linear(linear: nn.Module) -> dict[str, Any]:
-    return {"kind": "linear", "module": linear}
+    return {"kind": "linear", "reference": weakref.ref(linear)}
 
 
 def _pointwise(part: nn.Module) -> dict[str, Any]:

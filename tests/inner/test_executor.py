@@ -6,6 +6,8 @@ Used by pytest.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -242,3 +244,14 @@ def test_the_error_of_a_task_ends_the_step_and_the_next_one_works(pools):
     assert float(engine.gradients(x, lambda outputs: F.cross_entropy(outputs, y))) > 0
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         TaskEngine(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), pools[1]).gradients(torch.zeros(1, 2), torch.sum)
+
+
+def test_a_plan_keeps_no_network_alive(pools):
+    x, y = batch((2, 8, 8), 3)
+    net = Branches().double()
+    engine, held = TaskEngine(net, pools[2], whole=True), weakref.ref(net)
+    engine.gradients(x, lambda outputs: F.cross_entropy(outputs, y))
+    engine.module = None
+    del net
+    gc.collect()
+    assert held() is None

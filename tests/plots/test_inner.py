@@ -21,7 +21,8 @@ PEAKS = {"float32": 50e9, "bfloat16": 400e9, "bytes": 10e9}
 @pytest.fixture(scope="module")
 def profile():
     """As of a machine that reaches half of its roofs."""
-    graph = step_graph(trace(cnn.lenet((1, 28, 28), 10), torch.randn(8, 1, 28, 28)), 8, block=4)
+    net = cnn.lenet((1, 28, 28), 10)
+    graph = step_graph(trace(net, torch.randn(8, 1, 28, 28)), 8, block=4)
     costs = [2 * max(task.flops / PEAKS["float32"], task.bytes / PEAKS["bytes"]) for task in graph.tasks]
     plan = schedule(graph.predecessors, costs, 2)
     return Profile(graph, plan, plan, plan, PEAKS, "AVX512, amx_tile", "lenet, 8 samples of 1 x 28 x 28")
