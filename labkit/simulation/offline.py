@@ -5,7 +5,7 @@
 
 The course itself is the `Coordinator` of live runs.
 
-Used by `labkit.simulation.exact`, `labkit.simulation.counterfactual` and `labkit.simulation.simulator`.
+Used by `labkit.simulation.exact`, `labkit.simulation.joint`, `labkit.simulation.counterfactual` and `labkit.simulation.simulator`.
 """
 
 import contextlib
@@ -97,7 +97,8 @@ class Replicas:
         if dtype == "float32":
             return done, buffers.weights
         weights = np.empty_like(answer.weights)
-        compression.add_change(answer.weights, buffers.pushed, dtype, buffers.shift, weights, replica.layout.n_params)
+        sizes = replica.layout.n_params, self.config.still
+        compression.add_change(answer.weights, buffers.pushed, dtype, buffers.shift, weights, *sizes)
         return done, weights
 
     def _take(self, own: Incarnation, answer: Answer, computed: str | None = None) -> None:

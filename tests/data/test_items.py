@@ -38,6 +38,10 @@ class Mine(TorchDataset):
         return self.item(i)
 
 
+def make_nothing():
+    return [][0]
+
+
 def make_mine():
     return Mine(), Mine(lambda i: (-X[i], Y[i]), n=7)
 
@@ -227,6 +231,11 @@ def test_an_item_that_is_unlike_the_others_is_named_wherever_it_stands(bad, word
     for indices in ([late], [0, late, 3]):
         with pytest.raises(DataError, match=words):
             data.batch(indices)
+
+
+def test_what_a_function_that_makes_a_data_set_raises_names_it():
+    with pytest.raises(DataError, match=rf"data='{__name__}:make_nothing' raised IndexError: list index out of range"):
+        open_dataset(f"{__name__}:make_nothing")
 
 
 def test_what_is_no_data_set_by_items_is_refused():

@@ -515,7 +515,8 @@ class WorkerConnection:
         if n != self.buffer.nbytes:
             return None
         if self.dtype != "float32":
-            compression.add_change(self.pulled, self.buffer, self.dtype, shift, self.weights, self.course.update.n_params)
+            sizes = self.course.update.n_params, self.server.config.still
+            compression.add_change(self.pulled, self.buffer, self.dtype, shift, self.weights, *sizes)
         return self.weights
 
     def _score(self, member: Member, header: dict) -> None:

@@ -7,7 +7,7 @@ R rounds to the nearest, ties to even. `bfloat16` has the range of float32 and 8
 holds 6e-5 to 65,504 with all of them: a change is multiplied by the power of two that makes the most of that. A change is small
 against its weight, so it keeps its precision where a rounded weight would lose it altogether; and since it is added to what the
 server has, what a pull has rounded away never piles up (mixed precision: Micikevicius et al., ICLR 2018). Buffers are averages
-already, and a variance must not fall below zero: they travel as they are, rounded.
+already, and a variance must not fall below zero: they travel as they are, rounded; what comes back as it was sent is what it was.
 
 Both ends use these functions, and so do replays: the same bits everywhere.
 
@@ -89,8 +89,13 @@ def pack_change(weights: np.ndarray, pulled: np.ndarray, dtype: str, wire: np.nd
     return shift
 
 
-def add_change(base: np.ndarray, wire: np.ndarray, dtype: str, shift: int, weights: np.ndarray, n_params: int) -> None:
-    """What the server makes of a push, into float32 `weights`: the version `base` that the worker has pulled, and its change."""
+def add_change(
+    base: np.ndarray, wire: np.ndarray, dtype: str, shift: int, weights: np.ndarray, n_params: int, still: bool = True
+) -> None:
+    """What the server makes of a push, into float32 `weights`: the version `base` that the worker has pulled, and its change.
+
+    A buffer that has not changed is that of `base`; unless `still` (runs of format 4 and before) it is what rounding has left of it.
+    """
     factor = np.float32(2.0**-shift)
     with np.errstate(invalid="ignore", over="ignore"):  # as above
         for part in chunks(n_params):
@@ -98,7 +103,9 @@ def add_change(base: np.ndarray, wire: np.ndarray, dtype: str, shift: int, weigh
             if shift:
                 change *= factor
             np.add(base[part], change, out=weights[part])
-    weights[n_params:] = _floats(wire[n_params:], dtype)
+    buffers, before = wire[n_params:], base[n_params:]
+    now = _floats(buffers, dtype)
+    weights[n_params:] = np.where(buffers == _halves(before, dtype), before, now) if still else now
 
 
 def _apart(weights: np.ndarray, pulled: np.ndarray, dtype: str, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

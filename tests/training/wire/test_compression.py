@@ -68,6 +68,18 @@ def test_a_variance_that_all_but_vanishes_stays_above_zero(kind):
 
 
 @pytest.mark.parametrize("kind", HALVES)
+def test_a_buffer_that_comes_back_as_it_was_sent_has_its_bits(kind):
+    base, got, wire = np.array([0.1, 1 / 3, 0.7], np.float32), np.empty(3, np.float32), compression.buffer(kind, 3)
+    compression.unpack(given := compression.pack(base, kind), kind, now := np.empty(3, np.float32))
+    rounded, now[2] = now.copy(), 0.5
+    shift = compression.pack_change(now, given, kind, wire, 0)
+    compression.add_change(base, wire, kind, shift, got, 0)
+    assert got.tolist() == [*base[:2].tolist(), 0.5] != rounded.tolist()
+    compression.add_change(base, wire, kind, shift, got, 0, still=False)  # as in records of format 4
+    assert got.tolist() == [*rounded[:2].tolist(), 0.5]
+
+
+@pytest.mark.parametrize("kind", HALVES)
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000])
 def test_what_is_no_number_stays_so(kind, bits):
     bad = np.array([1.0, 0.0, 2.0], np.float32)
