@@ -32,6 +32,9 @@ TINY = {
     | {"checked": [["sgwu", "idpa"]], "long": 2.0, "larger": [1, 100], "per_worker": 2},
     "07-kill-a-worker": SMALL
     | {"train_samples": 400, "test_samples": 100, "passes": 6.0, "local_steps": 4, "every": 0.2, "most": 2},
+    "08-split-the-step": SMALL
+    | {"batch_size": 8, "batch_sizes": [8], "splits": ["none", "samples"], "steps": 3}
+    | {"train_samples": 200, "test_samples": 60, "passes": 1.0, "local_steps": 4},
     "benchmarks/14-inner": {"models": ["lenet"], "batch_sizes": [8], "small": True, "steps": 3, "compile_too": [], "take_core": []}
     | {"precisions": ["float32"]},
     "benchmarks/04-chaos": {"kinds": ["dask"], "updates": ["allreduce"], "n_workers": 2, "passes": 4.0, "most": 3, "every": 1.0},
@@ -92,6 +95,7 @@ FIGURES = {
     "05-compare-the-updates": ["accuracy.png", "staleness.png"],
     "06-scale-the-cluster": ["data.png", "nodes.png", "crowd.png"],
     "07-kill-a-worker": ["membership.png"],
+    "08-split-the-step": ["gantt.png", "roofline.png", "step-times.png"],
     "benchmarks/02-time-to-accuracy": ["curves.png"],
     "benchmarks/05-back-ends": ["back-ends.png"],
     "benchmarks/06-parts": ["parts.png"],

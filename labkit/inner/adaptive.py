@@ -22,6 +22,7 @@ TRIALS = 3  # steps of each way, after a first one that is not counted
 CHANGED = 1.3  # times as long, or as short, as expected: the machine has changed
 IN_A_ROW = 3  # steps that say so
 SOON, LATE = 16, 256  # steps before the next probe: at first, and once nothing has changed for long
+CLEARLY = 1.05  # times as quick: what a way that suffers more from others must be
 WORTH = 2.0  # times as long as the quickest: other ways are not probed
 
 
@@ -61,7 +62,7 @@ class Adaptive(Generic[Way]):
     def _choose(self) -> None:
         """From what was tried; more trials first where they are too few."""
         times = {way: median(seconds) for way, seconds in self._recent.items()}
-        quickest = min(times, key=times.__getitem__)
+        quickest = min(times, key=lambda way: times[way] * (CLEARLY if way in self.fragile else 1.0))
         few = [] if len(self._recent[quickest]) == TRIALS else [quickest]  # a single quick step is no proof
         if quickest != self.ways[0]:
             few += [way for way in self.fragile if way not in times and self._best.get(way, 0.0) <= times[quickest]]

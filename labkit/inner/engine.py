@@ -221,7 +221,7 @@ class Engine:
         """Of a network, a batch and a machine."""
         made = [(type(part).__name__, [tuple(p.shape) for p in part.parameters(recurse=False)]) for part in module.modules()]
         where = torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()
-        return hashlib.sha256(repr((made, n, self.threads, where)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((made, n, self.threads, self.plain, where)).encode()).hexdigest()[:16]
 
     def _remembered(self) -> dict[str, Any]:
         try:
