@@ -95,6 +95,7 @@ def test_a_flipped_bit_is_always_found(version, seed, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit() is Linux's")
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_a_freed_one_does_not(threads, tmp_path):
     run = train(threads, tmp_path)
     chaos.fill_disk(run)

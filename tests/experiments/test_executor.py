@@ -83,6 +83,7 @@ def test_a_failing_run_is_a_row_with_its_error_and_the_others_go_on(tmp_path):
     assert len(outputs[0].text) < 60_000 and "cell-03-stdout.txt" in outputs[0].text
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_come_up_is_started_once_more(tmp_path, monkeypatch):
     import jupyter_client.provisioning.local_provisioner as provisioner
 

@@ -156,11 +156,11 @@ def test_what_cannot_be_split_is_found_before_the_run(pictures):
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
-    ("kind", "update", "split"), [("threads", "agwu", "auto"), ("threads", "sgwu", "samples"), ("threads", "sgwu", "rows")]
+    ("update", "split"), [("agwu", "auto"), *(pytest.param("sgwu", split, marks=pytest.mark.slow) for split in ("samples", "rows"))]
 )
-def test_a_run_with_it_can_be_replayed_bit_for_bit(tmp_path, pictures, kind, update, split):
+def test_a_run_with_it_can_be_replayed_bit_for_bit(tmp_path, pictures, update, split):
     problem = labkit.Classifier(smooth, pictures, inner=labkit.Inner(threads=2, split=split), batch_size=24)
-    with labkit.connect(kind, 2) as lab:
+    with labkit.connect("threads", 2) as lab:
         run = labkit.train(problem, lab, update=update, passes=4, runs=tmp_path).wait()
     pushes = run.events[run.events.kind == "push"]
     assert pushes.inner.str.contains(r"\*").all()
@@ -171,6 +171,7 @@ def test_a_run_with_it_can_be_replayed_bit_for_bit(tmp_path, pictures, kind, upd
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.slow
 def test_an_all_reduce_averages_what_the_threads_computed(tmp_path, pictures):
     flats = []
     with labkit.connect("threads", 2) as lab:

@@ -97,6 +97,7 @@ class Browser:
         return re.findall(r'"(AGWU[^"]*)"', "".join(part for part in self.sent[len(self.sent) - 1] if isinstance(part, str)))
 
 
+@pytest.mark.slow
 def test_a_browser_that_comes_late_or_again_gets_the_last_picture(run, monkeypatch):
     plots.extension("interactive")
     lines = (run.path / "events.jsonl").read_bytes()

@@ -350,6 +350,7 @@ def test_files_that_are_not_ours_are_no_versions(path):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_only_whole_files(tmp_path):
     """Killed at random moments of writing, again and again: the newest version can always be read."""
     code = (

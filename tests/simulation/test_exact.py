@@ -160,10 +160,10 @@ def test_what_is_random_in_batches_is_drawn_again(lab, tmp_path):
 
 
 RULES = [
-    *("delayed-nesterov", "easgd"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("heloco", "gem", "ssp", "diloco", "fedbuff")),
-    pytest.param({"name": "fedbuff", "size": 5}, id="fedbuff-5"),
-    pytest.param({"name": "ringmaster", "limit": 1}, id="ringmaster-1"),
+    "delayed-nesterov",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("easgd", "heloco", "gem", "ssp", "diloco", "fedbuff")),
+    pytest.param({"name": "fedbuff", "size": 5}, id="fedbuff-5", marks=pytest.mark.slow),
+    pytest.param({"name": "ringmaster", "limit": 1}, id="ringmaster-1", marks=pytest.mark.slow),
     pytest.param({"name": "sgwu", "quorum": 0.5, "grace": 0.01}, id="sgwu-quorum"),
 ]
 
@@ -387,6 +387,7 @@ def test_another_machine_is_named_where_bits_differ(train):
         labkit.replay(rewrite(run, lambda rows: nth(rows, "push").update(loss=0.1)))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_replayed_says_why(train, lab, tmp_path):
     with pytest.raises(RunError, match="threads that shared one generator"):
         labkit.replay(train(problem(net_with_chance), name="chance"))

@@ -184,6 +184,7 @@ def test_a_grace_ends_when_it_should(simulate):
 
 
 @pytest.mark.parametrize("update", [pytest.param("sgwu", marks=pytest.mark.slow), "agwu"])
+@pytest.mark.slow
 def test_a_thousand_workers_in_seconds(update, simulate):
     begun = time.monotonic()
     run = simulate([100.0] * 1000, slowdown=[1, 1, 1, 4] * 250, samples=30_000, update=update, partition="idpa")

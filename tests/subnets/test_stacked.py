@@ -82,6 +82,7 @@ def test_each_of_a_batch_stops_at_its_own_time_and_keeps_its_best(train):
         assert one.measure(module, one.score_indices()) == {"loss": parts.loss[part], "score": parts.score[part]}
 
 
+@pytest.mark.slow
 def test_batches_have_one_shape_and_leave_no_worker_without(train, lab, monkeypatch, tmp_path):
     seen, spread = [], type(lab).map
     monkeypatch.setattr(

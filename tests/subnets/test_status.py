@@ -62,6 +62,7 @@ def test_long_subnets_report_their_epochs_now_and_then(way, train, capsys, monke
     assert seen
 
 
+@pytest.mark.slow
 def test_in_a_notebook_a_bar_shows_how_far_the_subnets_are(train, capsys, monkeypatch):
     shown = []
     monkeypatch.setenv("LABKIT_PLOTS", "interactive")

@@ -45,6 +45,7 @@ LABS = [
 
 
 @pytest.mark.parametrize(("kind", "rules", "more"), LABS)
+@pytest.mark.slow
 def test_what_a_worker_trains_is_what_is_measured_and_what_is_given(kind, rules, more, tmp_path):
     """Modules of every kind in one network, and the last version under each rule: for the worker, on the curve, as a model."""
     with labkit.connect(kind, 2) as lab:

@@ -114,6 +114,7 @@ class Named(labkit.AGWU):
     name = "named"
 
 
+@pytest.mark.slow
 def test_a_run_of_format_2_with_a_rule_and_a_model_by_the_names_of_then_is_resumed_again_and_again(cut, begun, lab):
     run = cut(problem(lenet), update=Named())
     config = {**run.config, "format": 2, "update": {"name": "named", "quality": "normalised"}}

@@ -233,6 +233,7 @@ class Pausing(labkit.Classifier):
         return super().step(module, batch, optimisers, clock)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_slow_to_answer_is_not_taken_to_be_gone(train):
     run = train(problem(kind=Pausing), update="sgwu", partition="udpa", passes=2, heartbeat_timeout=1.0).wait(60)
     assert run.state == "done" and run.events.query("kind == 'push'").compute_s.max() > 2

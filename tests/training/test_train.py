@@ -215,6 +215,7 @@ def test_local_steps_is_the_number_of_optimiser_steps(train):
 
 
 @pytest.mark.parametrize("update", ["sgwu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("agwu", "allreduce"))])
+@pytest.mark.slow
 def test_budgets_that_leave_a_few_samples_over(update, train):
     """Whatever is left for the last pass, no worker gets a batch of one sample, or of none."""
     n = len(problem().train_indices())
@@ -294,6 +295,7 @@ def test_two_runs_at_once_hold_workers_of_their_own(train, lab):
     assert {*first.events.query("kind == 'push'").worker} == {1} and len(first.curve())
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_name_in_two_folders_do_not_stop_each_other(train, lab, tmp_path, capsys):
     first = train(problem(kind=Slow), passes=1000, workers=[0], name="same", runs=tmp_path / "x")
     second = train(problem(kind=Slow), passes=1000, name="same", runs=tmp_path / "y")  # what is free

@@ -53,7 +53,8 @@ def test_bytes_are_those_of_the_newest_version_and_large_weights_stay_finite():
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize("update", ["agwu", pytest.param("allreduce", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("update", ["agwu", "allreduce"])
+@pytest.mark.slow
 def test_a_run_measures_keeps_and_goes_on_with_its_average(update, train, lab):
     a_problem = problem(net_with_statistics, ema=0.9)
     run = train(a_problem, update=update, passes=3, local_steps=4, checkpoints=100)

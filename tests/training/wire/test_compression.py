@@ -159,6 +159,7 @@ def test_a_run_counts_every_sample_learns_and_can_be_replayed(update, kind, over
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("update", ["agwu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedasync", "localsgd"))])
+@pytest.mark.slow
 def test_a_simulation_with_real_numerics_exchanges_as_the_run_did(update, train):
     """One worker's arrivals leave nothing to chance: the same weights, in 16 bits and with steps ahead."""
     run = train(workers=[0], update=update, exchange="bfloat16", overlap=1, local_steps=3)
@@ -178,6 +179,7 @@ def test_half_the_bytes_cost_no_accuracy(train):
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.slow
 def test_a_worker_that_is_lost_in_the_middle_of_an_exchange_holds_up_nobody(train, monkeypatch):
     cut_off(monkeypatch, after=2)
     run = train(problem(kind=Slow), update="agwu", exchange="bfloat16", overlap=1, passes=6, local_steps=2)
