@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from bokeh.document import Document
 
 from labkit import plots
