@@ -135,3 +135,12 @@ def test_weights_go_through_pinned_memory_both_ways(tmp_path, monkeypatch):
         trained(lab, problem(), tmp_path)
     pushes = [what for what in seen if what[0]]
     assert len(pushes) == 3 and all(what[1:] == (True, True, True) for what in seen)
+
+
+@pytest.mark.parametrize("model", ["lenet", "resnet20"])
+@pytest.mark.parametrize("split", ["samples", "auto"])
+def test_threads_of_a_worker_share_a_step_on_streams_of_their_own(split, model, tmp_path):
+    with labkit.connect("threads", 1) as lab:
+        run = trained(lab, problem(model), tmp_path / "whole")
+        shared = trained(lab, problem(model, inner=labkit.Inner(threads=2, split=split)), tmp_path / "shared")
+    np.testing.assert_allclose(shared.flat(), run.flat(), rtol=1e-2, atol=1e-3)
