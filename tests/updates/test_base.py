@@ -281,13 +281,13 @@ def test_a_bad_push_is_refused_and_changes_nothing(rule):
 @every_rule
 def test_only_who_pushes_large_weights_is_refused(rule):
     """Whatever a rule remembers of them: who pushes what it was given, a little changed, never is, now or later."""
-    for large in (1e20, 1e38, 3.4e38):
+    for large in (1e38, 3.4e38):
         made, chance = make_update(rule), np.random.default_rng(0)
         if made.collective:  # its replicas are equal
             continue
         made.start(chance.normal(size=7).astype(np.float32), [0, 1, 2], 2, [3, 2])
         own = dict.fromkeys(made.bases, made.weights)
-        for turn in range(40):
+        for turn in range(20):
             for worker in sorted(own):
                 weights = own.pop(worker) + np.float32(0.01) if worker else np.full(7, large * (-1) ** (turn // 3), np.float32)
                 before = bits(made.state_dict())

@@ -335,7 +335,7 @@ def fails(course, worker, answer, what):
 def test_two_bad_workers_at_once_disturb_nobody_under_any_rule(rule):
     """Both are bad before either has left; they leave and come back in any order, are bad again, and stay away in the end."""
     workers = [0, 1, 2, 3]
-    for number, (one, other) in enumerate([*itertools.combinations_with_replacement(FAULTS, 2)][::2]):
+    for number, (one, other) in enumerate([*itertools.combinations_with_replacement(FAULTS, 2)][::3]):
         course = Course(make_update(rule), workers=workers, budget=5 * SAMPLES).join(*workers)
         work = {worker: course.answer(worker) for worker in workers}
         for turn in range(2):
