@@ -83,8 +83,9 @@ class TaskEngine:
     ----------
     module : the network; ProblemError, with the place, where it has a part that cannot be split.
     pool : threads, with one intra-op thread of torch each.
-    block : samples in a block at most. None: as many blocks as threads, and twice as many where each still has 16 samples.
-    rows : blocks of output rows at most. None: 1, and as many as threads where there are fewer samples than these.
+    block : samples in a block at most. None: as many blocks as threads, and twice as many where each still has 16 samples; of 2 samples
+        at least, as torch computes convolutions of a single small sample without oneDNN, several times slower.
+    rows : blocks of output rows at most. None: 1, and so many that each thread has one where there are fewer blocks of samples.
     whole : modules that are one task over the whole batch, as for `labkit.inner.layers.trace`.
     priority : "upward-rank" or "level".
 
@@ -115,8 +116,9 @@ class TaskEngine:
         key = (tuple(x.shape), layout, x.dtype, hash((trained, modes)))
         if key not in self._plans:
             layers, threads, samples = trace(self.module, x, self.whole), self.pool.threads, len(x)
-            block = self.block or max(1, math.ceil(samples / (2 * threads if samples >= 32 * threads else threads)))
-            rows = self.rows or (1 if samples >= threads else threads)
+            blocks = max(1, min(2 * threads if samples >= 32 * threads else threads, samples // 2))
+            block = self.block or math.ceil(samples / blocks)
+            rows = self.rows or math.ceil(threads / math.ceil(samples / block))
             graph = step_graph(layers, samples, block=block, rows=rows)
             if len(self._plans) >= 8:  # shapes come and go: a last short batch, another data set
                 del self._plans[next(iter(self._plans))]

@@ -101,6 +101,14 @@ def test_twenty_steps_of_sgd_end_where_plain_torch_does(name, threads, pools):
     assert float((plain - first).norm() / plain.norm()) < 1e-5 and torch.equal(first, second)
 
 
+def test_blocks_that_nobody_asked_for(pools):
+    """Two samples in a block at least, and rows where that leaves a thread without one."""
+    engine = TaskEngine(net := small(), pools[4])
+    for n, blocks, rows in ((1, 1, 4), (3, 1, 4), (5, 2, 2), (8, 4, 1), (127, 4, 1), (128, 8, 1)):
+        graph = engine.plan(torch.zeros(n, 3, 16, 16, dtype=torch.float64)).graph
+        assert (len(graph.samples), len(graph.rows[1])) == (blocks, rows) and net.training
+
+
 def test_the_bits_depend_on_the_blocks_alone(pools):
     x, y = batch((3, 16, 16), dtype=torch.float32)
     found = []
