@@ -48,7 +48,9 @@ def test_a_cut_is_even_and_whole():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("options", [{}, {"block": 3, "rows": 3}], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="whole", marks=pytest.mark.slow), pytest.param({"block": 3, "rows": 3}, id="cut")]
+)
 def test_every_layer_has_its_tasks(name, options):
     graph = graph_of(name, **options)
     assert all(earlier < number for number, task in enumerate(graph.tasks) for earlier in task.predecessors)

@@ -31,7 +31,7 @@ def overlaps(plan):
 
 @pytest.mark.parametrize(("priority", "assignment"), WAYS)
 def test_what_holds_for_every_graph(priority, assignment):
-    for seed in range(60):
+    for seed in range(30):
         predecessors, costs = drawn(seed)
         for threads in (1, 2, 3, 7):
             plan = schedule(predecessors, costs, threads, priority=priority, assignment=assignment)
