@@ -20,6 +20,9 @@ from .errors import UpdateError as UpdateError
 from .errors import WireError as WireError
 from .errors import WorkerError as WorkerError
 from .experiments.notebook import parameters as parameters
+from .experiments.search import Search as Search
+from .experiments.search import load_search as load_search
+from .experiments.search import search as search
 from .experiments.sweep import report as report
 from .experiments.sweep import summary as summary
 from .experiments.sweep import sweep as sweep

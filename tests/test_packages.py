@@ -47,7 +47,8 @@ def conda_file(path: str) -> tuple[dict, set[str]]:
     content = yaml.safe_load((ROOT / path).read_text())
     packages = [line.replace(" ", "") for line in content["dependencies"] if isinstance(line, str)]
     assert len(packages) == len(set(packages))
-    return content, {line for line in packages if not re.fullmatch(r"(python|pip)([=<>!].*)?", line)}
+    others = [Requirement(line) for line in packages if not re.fullmatch(r"(python|pip)([=<>!].*)?", line)]
+    return content, {f"{one.name}{one.specifier}" for one in others}  # bounds in one order
 
 
 def test_environment_yml_names_the_packages_of_pyproject():

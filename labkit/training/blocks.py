@@ -5,12 +5,11 @@
 The workers stay leased to the caller from the first run to the last. A run goes on without a worker that is lost, as any run does;
 the next ones on its block begin without it.
 
-Used by `labkit.subnets.train`.
+Used by `labkit.subnets.train` and `labkit.experiments.search`.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from labkit.cluster.lab import Lab
@@ -24,25 +23,28 @@ def run_on_blocks(
     lab: Lab,
     workers: Sequence[int],
     size: int,
-    jobs: Sequence[Any],
-    start: Callable[[Any, list[int]], Run],
+    jobs: Iterable[Any],
+    start: Callable[[Any, list[int]], Run | None],
     each: Callable[[Any, Run], None],
     *,
     timeout: float,
-) -> list[Run]:
+) -> list[Run | None]:
     """A run for each job, in the order of the jobs; returns when all have ended.
 
     Parameters
     ----------
     workers, size
         The workers, leased by the caller, and how many of them a block has.
+    jobs
+        Drawn one by one, each when a block is free for it; an iterator may make them of what has ended before.
     start
-        `start(job, workers)` begins the run of a job on the live workers of a block (`labkit.training.train.launch`).
+        `start(job, workers)` begins the run of a job on the live workers of a block (`labkit.training.train.launch`); None where there
+        is none to be, and the block draws the next job.
     each
         `each(job, run)` is called again and again while a run lasts, and at least once when it has ended, done or not. It decides
         whether a run that failed or was stopped matters: whatever it raises stops all others.
     timeout
-        Seconds for all of them.
+        Seconds for all of them, if there is an end of jobs.
 
     Raises
     ------
@@ -51,27 +53,33 @@ def run_on_blocks(
     """
     limit = time.monotonic() + timeout
     blocks = [list(workers[at : at + size]) for at in range(0, len(workers) - size + 1, size)]
-    todo, ended = deque(enumerate(jobs)), {}
+    jobs, ended = iter(jobs), []  # a run for each job that was drawn, None until it has ended
     busy: dict[int, tuple[int, Any, Run]] = {}  # by block: number of the job, the job, its run
     try:
-        while len(ended) < len(jobs):
-            for at in [at for at in range(len(blocks)) if at not in busy and todo]:
-                if alive := [worker for worker in blocks[at] if worker not in lab.lost()]:
-                    number, job = todo.popleft()
-                    busy[at] = number, job, start(job, alive)
+        while True:
+            lost = lab.lost()
+            alive = {at: left for at, block in enumerate(blocks) if (left := [worker for worker in block if worker not in lost])}
+            for at in [at for at in alive if at not in busy]:
+                for job in jobs:
+                    ended.append(None)
+                    if run := start(job, alive[at]):
+                        busy[at] = len(ended) - 1, job, run
+                        break
             if not busy:
-                raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
+                if not alive and next(jobs, ended) is not ended:
+                    raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
+                return ended
             for at, (number, job, run) in list(busy.items()):
                 over = run.state != "running"
                 each(job, run)
                 if over:
                     ended[number] = run
                     del busy[at]
-            if time.monotonic() > limit and len(ended) < len(jobs):
-                left = len(jobs) - len(ended)
-                raise ClusterError(f"{left} of {len(jobs)} runs were not done within {timeout:g} s; they were stopped.")
+            if time.monotonic() > limit and busy:
+                waiting = sum(1 for _ in jobs)
+                left, total = len(busy) + waiting, len(ended) + waiting
+                raise ClusterError(f"{left} of {total} runs were not done within {timeout:g} s; they were stopped.")
             time.sleep(POLL_S)
     finally:
         for _, _, run in busy.values():
             run.stop()
-    return [ended[number] for number in range(len(jobs))]

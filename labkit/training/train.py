@@ -6,8 +6,8 @@
 
 `train` returns at once; a thread of the kernel follows the run to its end.
 
-Used from notebooks, by `labkit.training.resume`, which does the second half for a run that exists, by `labkit.subnets.train`, which
-launches runs on workers that it holds already, and by `labkit.simulation.offline` and `labkit.simulation.scenario`.
+Used from notebooks, by `labkit.training.resume`, which does the second half for a run that exists, by `labkit.subnets.train` and
+`labkit.experiments.search`, which launch runs on workers that they hold already, and by `labkit.simulation.offline` and `labkit.simulation.scenario`.
 """
 
 import contextlib
@@ -140,12 +140,8 @@ def train(
         a module of your own is not what this kernel has loaded, as its file was edited since.
     """
     update, partition = make_update(update), make_partition(partition)
-    lengths = {
-        "passes": real("passes", passes, above=0, most=MOST),
-        "local_steps": None if local_steps is None else whole("local_steps", local_steps, most=MOST, error=ValueError),
-        "seed": (seed := whole("seed", seed, 0, SEEDS, error=ValueError)),
-        "checkpoints": whole("checkpoints", checkpoints, most=MOST, error=ValueError),
-    }
+    seed = whole("seed", seed, 0, SEEDS, error=ValueError)
+    lengths = {"seed": seed, **check_lengths(passes, local_steps, checkpoints)}
     traffic = check_traffic(update, exchange, overlap)
     limits = check_limits(heartbeat_timeout, join_timeout)
     bounds = {} if getattr(problem, "lower_is_better", False) else {"above": 0, "most": 1}
@@ -158,10 +154,7 @@ def train(
         raise TypeError(f"problem is a {type(problem).__name__}; give a labkit.Problem such as labkit.Classifier(...).")
     instance("lab", lab, Lab, " of labkit.connect(...)")
     runs, name = file_path("runs", runs), None if name is None else run_name(name)
-    problem.check(seed, scored=update.scored or target is not None or patience is not None)
-    check_weighed(problem, update)
-    if update.collective:
-        check_problem(problem, seed)
+    check_under(problem, update, seed, scored=target is not None or patience is not None)
     default = "-".join([*(rule_title(rule.config()) for rule in (update, partition)), f"seed{seed}"])
     newcomers = workers is None
     workers = choose(lab, workers, runs / (name or default))
@@ -291,6 +284,23 @@ def server_host(lab: Lab) -> str:
     from distributed.utils import get_ip
 
     return "127.0.0.1" if {worker.host for worker in lab.workers} == {socket.gethostname()} else get_ip()
+
+
+def check_lengths(passes: float, local_steps: int | None, checkpoints: int) -> dict[str, Any]:
+    """The length of a run, of its local passes, and what is kept of it, by name."""
+    return {
+        "passes": real("passes", passes, above=0, most=MOST),
+        "local_steps": None if local_steps is None else whole("local_steps", local_steps, most=MOST, error=ValueError),
+        "checkpoints": whole("checkpoints", checkpoints, most=MOST, error=ValueError),
+    }
+
+
+def check_under(problem: Problem, update: Update, seed: int, scored: bool) -> None:
+    """ProblemError where the problem cannot be trained under this rule, or has no score and is to be `scored`."""
+    problem.check(seed, scored=update.scored or scored)
+    check_weighed(problem, update)
+    if update.collective:
+        check_problem(problem, seed)
 
 
 def check_limits(heartbeat_timeout: float, join_timeout: float) -> dict[str, float]:

@@ -1,0 +1,127 @@
+"""`labkit/experiments/space.py`: values in plain Python, refused by name where they make no sense."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from labkit.experiments.space import Space, check_names
+from labkit.updates import AGWU
+from tests.helpers import net
+
+FULL = {
+    "lr": (1e-4, 0.5, "log"),
+    "momentum": (0, 0.95),
+    "width": (4, 32, "int"),
+    "units": (np.int64(4), 512, "log", "int"),
+    "steps": range(8, 65, 8),
+    "batch_size": [32, 64],
+    "optimiser": {"sgd": {"nesterov": [True, False]}, "adam": {"beta": (0.8, 0.99), "lr_end": [1, 2]}, "rmsprop": {}},
+}
+
+
+def drawn(space, last=False):
+    """The point of low ends and first choices, or of the others."""
+
+    def choose(_, parameter):
+        about = parameter.distribution
+        return about.choices[-last] if hasattr(about, "choices") else about.high if last else about.low
+
+    return space.walk(choose)
+
+
+def test_each_form_is_what_it_says():
+    space = Space(FULL)
+    assert {name: parameter.described() for name, parameter in space.parameters.items()} == {
+        "lr": "a real number from 0.0001 to 0.5 (log)",
+        "momentum": "a real number from 0 to 0.95",
+        "width": "a whole number from 4 to 32",
+        "units": "a whole number from 4 to 512 (log)",
+        "steps": "a whole number from 8 to 64",
+        "batch_size": "one of 32, 64",
+        "optimiser": "one of sgd, adam, rmsprop",
+    }
+    assert space.conditional and not Space({"a": {"x": {}, "y": {}}}).conditional
+    assert space.names == [*list(FULL), "nesterov", "beta", "lr_end"]
+    first = {"lr": 1e-4, "momentum": 0, "width": 4, "units": 4, "steps": 8, "batch_size": 32, "optimiser": "sgd"}
+    assert drawn(space) == first | {"nesterov": True}
+    assert "nesterov" not in drawn(space, last=True)
+
+
+def test_a_grid_has_each_point_once_and_parameters_only_where_they_belong():
+    space = Space({"a": [1, 2], "kind": {"x": {}, "y": {"depth": (1, 2, "int")}}})
+    points = space.grid()
+    assert (
+        points[:3] == [{"a": 1, "kind": "x"}, {"a": 1, "kind": "y", "depth": 1}, {"a": 1, "kind": "y", "depth": 2}]
+        and len(points) == 6
+    )
+    with pytest.raises(ValueError, match=r"space 'lr' is a real number from 0\.1 to 0\.2, and a grid needs single values"):
+        Space({"lr": (0.1, 0.2)}).grid()
+    with pytest.raises(ValueError, match="more than 100,000 points"):
+        Space({name: (0, 99, "int") for name in "abc"}).grid()
+
+
+def test_what_no_json_holds_goes_by_a_name_and_comes_back_as_it_was():
+    rule, other = AGWU(), AGWU(initial_quality=0.5) if "initial_quality" in AGWU().config() else None
+    space = Space({"update": [rule, "sgwu"], "hidden": [(64, 32), (8,)], "model": {net: {}}, "n": [np.int64(3)], "none": [None]})
+    point = drawn(space)
+    assert json.loads(json.dumps(point)) == point
+    assert point["update"].startswith("agwu") and point["hidden"] == "(64, 32)" and point["model"] == "net"
+    assert space.values(point) == {"update": rule, "hidden": (64, 32), "model": net, "n": 3, "none": None} and other is None
+
+
+def test_a_space_is_recorded_and_read():
+    space = Space(FULL)
+    config = json.loads(json.dumps(space.config()))
+    again = Space.from_config(config)
+    assert again.config() == config and again.names == space.names and drawn(again, last=True) == drawn(space, last=True)
+    keys = [[p.key for p in one.parameters["optimiser"].spaces["adam"].parameters.values()] for one in (space, again)]
+    assert keys[0] == keys[1] == ["beta [optimiser=adam]", "lr_end [optimiser=adam]"]
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ((0.5, 0.5), "range is empty"),
+        ((2.0, 1.0), "range is empty"),
+        ((0.0, 1.0, "log"), "0.0 has no logarithm"),
+        ((-1, 10, "log", "int"), "-1 has no logarithm"),
+        ((1, 8), r'whole or real numbers\? Write \(1, 8, "int"\) or \(1\.0, 8\.0\)'),
+        ((0.5, 8, "int"), "both ends are whole numbers"),
+        ((0.1, 0.2, "logg"), "Did you mean 'log'"),
+        ((0.1, "0.2"), "no end of a range"),
+        ((0.1, float("nan")), "no end of a range"),
+        ((True, 2), "no end of a range"),
+        ((0.1,), "What does not vary is set outside"),
+        (0.1, "What does not vary is set outside"),
+        ("sgd", "What does not vary is set outside"),
+        (range(3, 3), "empty"),
+        ([], "no choice"),
+        ({}, "no choice"),
+        ([1, 1], "choice 1 twice"),
+        ([1, True], "which are equal"),
+        ([float("nan")], "cannot be a choice"),
+        ({"sgd": 0.1}, "what comes with 'sgd'"),
+        ({"sgd": {"y": (1.0, 0.5)}}, "space 'y'.*range is empty"),
+        ({"sgd": {"x": [1]}}, "stands within x=sgd and outside of it"),
+    ],
+)
+def test_a_form_that_makes_no_sense_is_refused_by_its_name(form, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        Space({"x": form})
+
+
+@pytest.mark.parametrize("given", [{}, [("lr", 1)], None, {3: [1]}, {"a b": [1]}])
+def test_a_space_that_is_no_dict_of_names_is_refused(given):
+    with pytest.raises(TypeError, match="space"):
+        Space(given)
+
+
+def test_names_that_nobody_has_are_refused_with_the_nearest():
+    space = Space({"widht": [1], "lr": [2]})
+    with pytest.raises(ValueError, match=r"'widht' is nothing that is set here\. Did you mean 'width'\?.*net: width"):
+        check_names(space, {"Classifier": ["lr"], "net": ["width"]})
+    with pytest.raises(ValueError, match="the problem needs 'depth'"):
+        check_names(space, None, ["lr", "depth"])

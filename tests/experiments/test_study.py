@@ -1,0 +1,100 @@
+"""`labkit/experiments/study.py`: points depend on the log alone; it is read whole, and replayed."""
+
+from __future__ import annotations
+
+import json
+
+import optuna
+import pytest
+
+from labkit.errors import RunError
+from labkit.experiments.space import Space
+from labkit.experiments.study import FILE, METHODS, STORAGE, Study
+
+SPACE = Space({"x": (-2.0, 2.0), "n": (1, 9, "int"), "kind": ["a", "b"]})
+CONDITIONAL = Space({"x": (1e-3, 1.0, "log"), "kind": {"a": {}, "b": {"y": (0.0, 1.0)}}})
+
+
+def value(point):
+    return -((point["x"] - 0.7) ** 2) - (point.get("kind") == "b") - 0.01 * point.get("n", 0)
+
+
+def drive(study, n, ahead=1):
+    """Trials up to number n, so many under way at once, which end out of order; each third fails."""
+    going = [number for number, trial in enumerate(study.trials) if trial["told"] is None]
+    while len(study.trials) < n or going:
+        while len(going) < ahead and len(study.trials) < n:
+            going.append(study.ask())
+        number = going.pop(len(study.lines) % len(going))
+        study.begin(number, None, [0])
+        study.end(number, None, value(study.trials[number]["point"]))
+        if number % 3:
+            study.tell(number, "done", value(study.trials[number]["point"]))
+        else:
+            study.tell(number, "failed", error="no")
+    return study
+
+
+@pytest.mark.parametrize(
+    ("method", "space"), [*((method, SPACE) for method in METHODS[:4]), ("tpe", CONDITIONAL), ("evolution", CONDITIONAL)]
+)
+def test_a_search_that_is_cut_off_goes_on_as_if_it_had_not_been_and_is_replayed(method, space, tmp_path):
+    n = 6 if method == "gp" else 24
+    whole = drive(Study(space, method, 3, 4), n, ahead=3)
+    assert whole.replay().points == whole.points and len({json.dumps(point) for point in whole.points}) > n // 2
+    (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in whole.lines[: 2 * n]) + '{"ask": 1')
+    resumed = Study(space, method, 3, 4, tmp_path)
+    assert resumed.lines == whole.lines[: 2 * n] and (tmp_path / FILE).read_text().endswith("}\n")
+    for line in whole.lines[2 * n :]:  # from here on the same happens
+        number = next(iter(line.values()))
+        if "ask" in line:
+            assert resumed.ask() == number
+        elif "begin" in line:
+            resumed.begin(number, None, line["workers"])
+        elif "end" in line:
+            resumed.end(number, None, line["score"])
+        else:
+            resumed.tell(number, line["state"], line["value"], line["error"])
+    assert resumed.points == whole.points
+    assert Study(space, method, 3, 4, tmp_path, readonly=True).trials == resumed.trials
+
+
+def test_the_seed_makes_other_points_and_a_grid_has_its_own():
+    assert Study(SPACE, "random", 1, 3).points == []
+    one, other = (drive(Study(SPACE, "random", seed, 3), 3).points for seed in (1, 2))
+    assert one != other and one == drive(Study(SPACE, "random", 1, 3), 3).points
+    grid = Space({"x": [0.5, 1.0], "kind": {"a": {}, "b": {"y": [1, 2]}}})
+    assert drive(Study(grid, "grid", 0, 3), 6, ahead=2).points == grid.grid()
+
+
+@pytest.mark.parametrize("method", ["tpe", "evolution"])
+def test_later_points_are_better_than_the_first(method):
+    values = [value(point) for point in drive(Study(SPACE, method, 5, 8), 48, ahead=2).points]
+    assert sum(values[-16:]) / 16 > sum(values[:8]) / 8 + 0.5
+
+
+def test_optuna_opens_the_copy(tmp_path):
+    study = drive(Study(SPACE, "random", 0, 3, tmp_path), 4, ahead=2)
+    study.ask()
+
+    def copied():
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / STORAGE)))
+        return optuna.load_study(study_name=tmp_path.name, storage=storage)
+
+    copy = copied()
+    assert [trial.params for trial in copy.trials] == study.points
+    assert [trial.state.name for trial in copy.trials] == ["FAIL", "COMPLETE", "COMPLETE", "FAIL", "RUNNING"]
+    assert copy.best_value == max(trial["value"] for trial in study.trials if trial["state"] == "done")
+    study.tell(4, "failed", error="its block was lost")
+    assert Study(SPACE, "random", 0, 3, tmp_path).points == study.points
+    assert copied().trials[-1].state.name == "FAIL"
+
+
+def test_a_damaged_log_is_refused_by_its_line(tmp_path):
+    study = drive(Study(SPACE, "random", 0, 3, tmp_path), 3)
+    lines = (tmp_path / FILE).read_text().splitlines()
+    lines[4] = lines[4].replace('"ask"', '"asked"')
+    (tmp_path / FILE).write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match=r"line 6 of .*log\.jsonl is damaged"):
+        Study(SPACE, "random", 0, 3, tmp_path)
+    assert len(study.points) == 3
