@@ -32,6 +32,7 @@ from labkit.inner.samples import has_batch_statistics, refuse
 
 BLOCKS = (128, 64, 32, 16)  # samples; those that are tried beside a thread's whole part
 SEARCHED = 3  # times each
+MOVED = 1e-2  # between buffers after a step of a batch that is split and of one that is not: rounding, of 16 bits at worst
 # shares(network, k) are k functions that each compute the loss of one of k equal blocks of a batch, weighted by its share.
 Shares = Callable[[Callable[..., Any], int], Sequence[Callable[[], torch.Tensor]]]
 
@@ -104,11 +105,11 @@ class Engine:
         """The relative difference between the gradients of a batch, split and not; dropout is left out. Leaves no trace.
 
         It is rounding where the loss is a mean over samples, and what the network makes of a sample does not depend on the others.
-        ProblemError, by name, for layers that cannot be split.
+        ProblemError, by name, for layers that cannot be split, and for buffers that a forward pass moves with each part.
         """
         if self.inner.split != "rows":  # which names what it cannot split itself
             refuse(module, self.inner.whole)
-        found = []
+        found, buffers = [], []
         by_tasks = self.inner.split == "rows" or (self.inner.split == "auto" and self._can_be_tasks(module, x))
         ways = [Way("none")] + [Way("samples", 2)] * (self.inner.split != "rows") + [Way("rows", 2)] * by_tasks
         for way in ways:
@@ -118,6 +119,14 @@ class Engine:
                         part.eval()
                 self._compute(way, module, x, shares, seed=0)
                 found.append({at: p.grad.double() for at, p in enumerate(module.parameters()) if p.grad is not None})
+                buffers.append({name: buffer.detach().double() for name, buffer in module.named_buffers()})
+        for name, buffer in buffers[0].items():
+            for other in (after[name] for after in buffers[1:]):
+                if buffer.shape != other.shape or not torch.allclose(buffer, other, rtol=MOVED, atol=MOVED, equal_nan=True):
+                    raise ProblemError(
+                        f"the inner layer cannot split a network whose forward pass moves the buffer {name!r} with each part of a batch. Have its "
+                        "module computed whole, with Inner(whole=['its name']), or leave the step undivided, with Inner(split='none')."
+                    )
         one, *others = found
         if any(one.keys() != other.keys() for other in others):
             return float("inf")
@@ -265,7 +274,12 @@ def _threads(n: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
     """What happens to gradients, buffers and modes of a module in here is undone."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    buffers = [  # a module may hold another tensor afterwards
+        (part._buffers, name, buffer, buffer.detach().clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     modes = [(part, part.training) for part in module.modules()]
     for parameter, _ in gradients:
@@ -274,8 +288,9 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in buffers:
+            for held, name, buffer, value in buffers:
                 buffer.copy_(value)
+                held[name] = buffer
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for part, training in modes:

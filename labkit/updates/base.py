@@ -80,7 +80,8 @@ class Update:
     them, a version gets those of the push with the most samples in it (`_leading`), and a worker with weights of its own keeps its.
 
     A tensor that no push has changed yet is `still`: each version has its bits, whatever a rule makes of it by rounding. So frozen
-    parameters and constant buffers stay what they are.
+    parameters and constant buffers stay what they are. A rule from elsewhere may mean to move what no push has changed (noise, decay), and
+    does.
     """
 
     name = ""
@@ -111,6 +112,7 @@ class Update:
         if sum(self.blocks) != self.n_params:
             raise UpdateError(f"blocks of {sum(self.blocks)} parameters in all, but there are {self.n_params}.")
         sizes = [*self.blocks, n_buffers - self.n_exact] if self.tensors is None else self.tensors
+        sizes = sizes if type(self).__module__.startswith("labkit.") else ()
         self.still = [[end - size, end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True) if size]
         self.merges: list[Merge] = []
         self.drops: list[Merge] = []

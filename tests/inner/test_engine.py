@@ -99,6 +99,20 @@ def recurrent():
     return nn.Sequential(nn.Flatten(1, 2), Last())
 
 
+class Following(nn.Module):
+    """Follows the mean of its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(64, 3)
+        self.register_buffer("mean", torch.zeros(64))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.dense(x)
+
+
 class Mixing(nn.Module):
     def __init__(self):
         super().__init__()
@@ -140,6 +154,9 @@ def test_what_cannot_be_split_is_found_before_the_run(pictures):
     with pytest.raises(ProblemError, match=r"1\.rnn \(RNN\)"):
         labkit.Classifier(recurrent, pictures, inner=2).check()
     labkit.Classifier(recurrent, pictures, inner=labkit.Inner(threads=2, whole=["1"])).check()
+
+    with pytest.raises(ProblemError, match=r"the buffer 'mean'"):
+        labkit.Classifier(Following, pictures, inner=2).check()
 
     def spread(outputs, targets):  # no mean over samples
         return F.cross_entropy(outputs, targets) + outputs.std()
