@@ -1,4 +1,4 @@
-"""The command line: `python -m labkit demo | sweep | summary | doctor`.
+"""The command line: `python -m labkit demo | sweep | summary | search | doctor`.
 
 Everything here can be done from a notebook too; the commands are for batch systems, for `make run`, and for finding out
 what a machine has. Exit code: 0 when all went well, 1 when a run or a probe failed, 2 for a wrong request.
@@ -27,6 +27,7 @@ from labkit.errors import LabError, SweepError
 from labkit.experiments.demo import demo
 from labkit.experiments.notebook import parameters
 from labkit.experiments.sweep import summary, sweep
+from labkit.imports import imported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +78,33 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("out", metavar="DIR", help="folder of the runs")
     table.set_defaults(run=lambda options: _print(summary(options.out)))
 
+    search = commands.add_parser("search", help="search the settings of a problem that win")
+    search.add_argument(
+        "problem", metavar="MODULE:NAME", help="a problem, a class of problems, or a function of a point that makes one"
+    )
+    search.add_argument(
+        "--set", action="append", default=[], metavar="NAME=LOW:HIGH[:log][:int] or NAME=A,B,...", dest="space",
+        help="a range of a parameter, or its choices; once for each parameter. One value is a constant: data=digits",
+    )  # fmt: skip
+    search.add_argument("--method", default="gp", help="gp, evolution, tpe, random or grid (default: %(default)s)")
+    for name, of, metavar, text in (
+        ("trials", int, "N", "how many (default: 40, or the whole grid)"),
+        ("workers-per-trial", int, "N", "workers of a block (default: 2)"),
+        ("folds", int, "N", "train each trial on so many folds"),
+        ("prune", str, "RULE", "end trials that do badly early: asha, extrapolate, or with folds wilcoxon"),
+        ("passes", float, "X", "length of a trial, in passes over the samples (default: 5)"),
+        ("update", str, "RULE", "how weights are merged (default: agwu)"),
+        ("partition", str, "RULE", "how samples are shared out (default: idpa)"),
+        ("seed", int, "N", "of the points (default: 0)"),
+        ("name", str, "NAME", "of the search (default: search)"),
+        ("runs", str, "DIR", "folder that it is recorded in (default: runs)"),
+    ):
+        search.add_argument(f"--{name}", type=of, metavar=metavar, help=text, default=argparse.SUPPRESS)
+    search.add_argument("--fresh", action="store_true", help="begin anew instead of going on with a search of this name")
+    search.add_argument("--kind", choices=["threads", "dask", "ipyparallel"], help="where the workers are")
+    search.add_argument("--n-workers", type=int, metavar="N", help="workers of the lab")
+    search.set_defaults(run=_search)
+
     commands.add_parser("doctor", help="show what this machine has").set_defaults(run=lambda options: doctor())
     return parser
 
@@ -104,16 +132,22 @@ def _print(table: pd.DataFrame) -> int:
 
 def parse_grid(texts: Sequence[str], types: dict[str, str]) -> dict[str, list]:
     """`["seed=0,1", "sizes=[1,2],[3]"]` as a grid. `types` gives each parameter's type: text for a str stays text."""
-    grid: dict[str, list] = {}
+    named = _named("--grid", texts).items()
+    return {name: [_value(text.strip(), types.get(name, ""), name) for text in _split(values)] for name, values in named}
+
+
+def _named(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """What is given by name, each once."""
+    found: dict[str, str] = {}
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise SweepError(f"--grid {text!r} is not NAME=VALUE,VALUE,...")
-        if name in grid:
-            raise SweepError(f"--grid gives {name!r} twice. Write its values in one: --grid {name}=A,B")
-        grid[name] = [_value(text.strip(), types.get(name, ""), name) for text in _split(values)]
-    return grid
+            raise SweepError(f"{option} {text!r} is not NAME=VALUE,VALUE,...")
+        if name in found:
+            raise SweepError(f"{option} gives {name!r} twice. Write its values in one: {option} {name}=A,B")
+        found[name] = values
+    return found
 
 
 def _split(text: str) -> list[str]:
@@ -143,6 +177,40 @@ def _value(text: str, type_: str, name: str) -> Any:
         except ValueError as error:
             raise SweepError(f"--grid {name}: {text} is not JSON ({error}); text in it is double-quoted.") from None
     return text
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+
+
+def _search(options: argparse.Namespace) -> int:
+    from labkit.experiments.search import search
+
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it, also where this is a console script
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("command", "run", "problem", "space", "kind", "n_workers")
+    }
+    problem, space = imported(options.problem), parse_space(options.space)
+    with connect(options.kind, options.n_workers) as lab:
+        try:
+            found = search(problem, space, lab, **given)
+        except (ValueError, TypeError) as error:
+            raise LabError(str(error)) from error
+    table = found.table()
+    print(table.sort_values("score", ascending=found.lower_is_better).to_string(index=False, float_format="{:.4g}".format))
+    print(found)
+    return int(not (table.state == "done").any())
+
+
+def parse_space(texts: Sequence[str]) -> dict[str, Any]:
+    """`["lr=1e-4:0.5:log", "width=4:32:int", "batch_size=32,64"]` as the space of a search."""
+    space: dict[str, Any] = {}
+    for name, values in _named("--set", texts).items():
+        ends = [_value(text.strip(), "", name) for text in values.split(":")]
+        is_range = len(ends) > 1 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends[:2])
+        space[name] = tuple(ends) if is_range else [_value(text.strip(), "", name) for text in _split(values)]
+    return space
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 import labkit
 from labkit import chaos, plots, updates
 from labkit.cluster import connect
-from labkit.experiments import sweep
+from labkit.experiments import search, sweep
 from labkit.plots import style
 from labkit.runs import analysis, checkpoints
 from labkit.runs.record import RunRecord
@@ -107,6 +107,13 @@ def of_sweep(monkeypatch, lab, **given):
     monkeypatch.setattr(sweep, "_jobs", begin)
     found = caught(lambda: labkit.sweep(**{"notebook": "n.ipynb", "grid": {}} | given))
     return found | {"notebook": found["path"], "out": found["folder"]}
+
+
+def of_search(monkeypatch, lab, **given):
+    monkeypatch.setattr(search, "_claimed", begin)
+    return caught(
+        lambda: labkit.search(PROBLEM, {"lr": [0.1]}, lab, **{"folds": 2 if given.get("prune") == "wilcoxon" else None} | given)
+    )
 
 
 def of_simulate(monkeypatch, lab, **given):
@@ -196,6 +203,12 @@ DOORS = {  # of each call: how far it goes, and (argument, kind, a good value)
                       ("width_rule", str, "same"), ("progress", bool, True)]),
     "sweep": (of_sweep, [("out", Path, "~/there"), ("notebook", Path, "~/there"), ("parallel", int, 3), ("timeout", float, 2.0),
               ("retry_failed", bool, True), ("fresh", bool, True), ("progress", bool, True), ("kernel_name", str, "python3")]),
+    "search": (of_search, [("method", str, "tpe"), ("trials", int, 3), ("workers_per_trial", int, 2), ("folds", int, 3),
+               ("prune", str, "asha"), ("passes", float, 2.0), ("local_steps", int, 3), ("exchange", str, "bfloat16"),
+               ("overlap", int, 3), ("seed", int, 3), ("name", str, "mine"), ("runs", Path, "~/there"), ("workers", list, [0, 1]),
+               ("fresh", bool, True), ("wait", bool, True), ("progress", bool, True)]),
+    "load_search": (of_path(labkit.load_search, search), [("path", Path, "~/there")]),
+    "plots.search_history": (of_figure(lambda **given: plots.search_history([], **given)), [("x", str, "seconds")]),
     "simulate": (of_simulate, [("n_workers", int, 3), ("slowdown", list, [1.0, 4.0]), ("jitter", float, 0.5), ("drift", float, 0.0),
                  ("bandwidth", float, 2.0), ("latency", float, 2.0), ("servers", int, 3), ("passes", float, 2.0),
                  ("local_steps", int, 3), ("samples", int, 300), ("n_weights", int, 3), ("overlap", int, 3), ("seed", int, 3),
@@ -235,10 +248,8 @@ for _rule in updates.RULES:
 NOT_PLAIN = (
     "partition update problem lab team decomposition client security resources job grid failures model data model_args augment "
 )
-NOT_PLAIN += (
-    "y inner loss metrics on_version source run runs figure frame note faults"  # objects, and dicts of what is in the table
-)
-ELSEWHERE = "engines drift kind baselines path border x"  # in the tests of their modules: they depend on others
+NOT_PLAIN += "y inner loss metrics on_version source run runs figure frame note faults space objective searches"  # objects, and dicts of what is in the table
+ELSEWHERE = "engines drift kind baselines path border x target"  # in the tests of their modules: they depend on others
 
 
 @pytest.mark.parametrize("call", DOORS)

@@ -65,6 +65,38 @@ def test_sweep_and_summary_in_a_shell(notebook, tmp_path):
     assert second.stdout == first.stdout.split("failed\n")[-1]
 
 
+# -- search ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_space_is_read():
+    texts = ["lr=1e-4:0.5:log", "width=4:32:int", "batch_size=32,64", "model=lenet,my_module:net", "data=digits", "m=0:0.9"]
+    assert cli.parse_space(texts) == {
+        "lr": (1e-4, 0.5, "log"), "width": (4, 32, "int"), "batch_size": [32, 64], "model": ["lenet", "my_module:net"],
+        "data": ["digits"], "m": (0, 0.9),
+    }  # fmt: skip
+    with pytest.raises(SweepError, match="--set gives 'lr' twice"):
+        cli.parse_space(["lr=1", "lr=2"])
+
+
+def test_a_search_from_the_shell(tmp_path, capsys, cache):
+    command = ["search", "labkit:Classifier", "--kind", "threads", "--n-workers", "1", "--runs", str(tmp_path), "--method", "grid"]
+    command += [
+        "--set",
+        "data=digits",
+        "--set",
+        "train_samples=100",
+        "--set",
+        "test_samples=50",
+        "--passes",
+        "1",
+        "--update",
+        "sgwu",
+    ]
+    assert main([*command, "--set", "lrr=0.1:0.2"]) == 2 and "Did you mean 'lr'" in capsys.readouterr().err
+    assert main([*command, "--set", "width=0.1,-1"]) == 0
+    assert "2 of 2 trials, best score" in capsys.readouterr().out and (tmp_path / "search" / "log.jsonl").exists()
+
+
 # -- grids -------------------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,8 @@ TINY = {
     "08-split-the-step": SMALL
     | {"batch_size": 8, "batch_sizes": [8], "splits": ["none", "samples"], "steps": 3}
     | {"train_samples": 200, "test_samples": 60, "passes": 1.0, "local_steps": 4},
+    "09-search-the-settings": SMALL
+    | {"methods": "random tpe", "trials": 4, "seeds": [0], "passes": 0.5, "long": 1.0, "train_samples": 200, "test_samples": 60},
     "benchmarks/14-inner": {"models": ["lenet"], "batch_sizes": [8], "small": True, "steps": 3, "compile_too": [], "take_core": []}
     | {"precisions": ["float32"]},
     "benchmarks/04-chaos": {"kinds": ["dask"], "updates": ["allreduce"], "n_workers": 2, "passes": 4.0, "most": 3, "every": 1.0},
@@ -96,6 +98,7 @@ FIGURES = {
     "06-scale-the-cluster": ["data.png", "nodes.png", "crowd.png"],
     "07-kill-a-worker": ["membership.png"],
     "08-split-the-step": ["gantt.png", "roofline.png", "step-times.png"],
+    "09-search-the-settings": ["history.png", "points.png", "importance.png", "timeline.png"],
     "benchmarks/02-time-to-accuracy": ["curves.png"],
     "benchmarks/05-back-ends": ["back-ends.png"],
     "benchmarks/06-parts": ["parts.png"],

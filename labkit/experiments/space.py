@@ -96,6 +96,12 @@ class Space:
         """Are there parameters that only some points have?"""
         return any(space.parameters for parameter in self.parameters.values() for space in parameter.spaces.values())
 
+    @property
+    def numeric(self) -> bool:
+        """Are all parameters numbers, several of them, and in every point?"""
+        ranges = [not isinstance(parameter.distribution, CategoricalDistribution) for parameter in self.parameters.values()]
+        return len(ranges) > 1 and all(ranges)
+
     def walk(self, choose: Callable[[str, Parameter], Any]) -> dict[str, Any]:
         """The point whose values are `choose(name, parameter)`, in the order of the space."""
         point = {}

@@ -1,6 +1,7 @@
 """What a search has asked and been told: the log on the disk, and the sampler (Optuna's) that makes the next point of it.
 
-    log.jsonl    {"ask": 3, "point": {"lr": 0.01}}   {"begin": 3, "workers": [0, 1]}   {"end": 3, "score": 0.9}   {"tell": 3, ...}
+    log.jsonl    {"ask": 3, "point": {"lr": 0.01}}   {"begin": 3, "workers": [0, 1]}   {"report": 3, "step": 1, "value": 0.4}
+                 {"end": 3, "score": 0.9}   {"tell": 3, "state": "done", "value": 0.9}
 
 The log is the truth. Each line is on the disk before anything follows from it; Optuna's study is made of it. The sampler is made
 anew for each trial, with a seed from the number of the trial: a point depends on the lines before it in the log and on nothing
@@ -23,13 +24,14 @@ import optuna
 from optuna.trial import TrialState
 
 from labkit.errors import RunError
+from labkit.experiments.pruning import PRUNERS
 from labkit.experiments.space import Parameter, Space, suggest
 from labkit.runs.files import read_lines_since
 
 FILE = "log.jsonl"
 STORAGE = "optuna.log"  # a copy that optuna-dashboard opens
 METHODS = ("gp", "evolution", "tpe", "random", "grid")
-STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+STATES = {"running": TrialState.RUNNING, "done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
 class Study:
@@ -41,20 +43,30 @@ class Study:
         As of `labkit.search`.
     n_random
         So many trials are drawn at random before "gp" and "tpe" have enough to go by; of "evolution" it is the size of a generation.
+    prune
+        A name of `labkit.experiments.pruning`.
     path, readonly
         The folder of the search; without one nothing is written. Another process may be at work in one that is only read.
 
     Attributes
     ----------
     trials
-        A dict a trial, in the order of their numbers: point, state, value, error, asked (seconds), and its `units`: a dict by fold
-        (None without folds) with workers, begun, ended, score and error.
+        A dict a trial, in the order of their numbers: point, state, value, error, asked and told (seconds), reports (value by step),
+        `worse` (it is to end early), and its `units`: a dict by fold (None without folds) with workers, begun, ended, score and error.
     """
 
     def __init__(
-        self, space: Space, method: str, seed: int, n_random: int, path: Path | None = None, *, readonly: bool = False
+        self,
+        space: Space,
+        method: str,
+        seed: int,
+        n_random: int,
+        path: Path | None = None,
+        *,
+        prune: str | None = None,
+        readonly: bool = False,
     ) -> None:
-        self.space, self.method, self.seed, self.n_random = space, method, seed, n_random
+        self.space, self.method, self.seed, self.n_random, self.prune = space, method, seed, n_random, prune
         self.trials: list[dict[str, Any]] = []
         self.lines: list[dict[str, Any]] = []
         self._file = None if path is None else path / FILE
@@ -65,7 +77,7 @@ class Study:
         if path is not None:
             self._read(readonly)
         if path is not None and not readonly:
-            self._copy = _copied(self._study, path / STORAGE, self._params)
+            self._copy = _copied(path / STORAGE, self._frozen, self.trials)
 
     # -- the sampler ---------------------------------------------------------------------------------------------
 
@@ -75,6 +87,8 @@ class Study:
             return samplers.GPSampler(seed=seed, n_startup_trials=self.n_random, warn_independent_sampling=False)
         if self.method == "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=self.n_random)
+        if self.method == "evolution" and self.space.numeric:
+            return samplers.CmaEsSampler(seed=seed, popsize=self.n_random, warn_independent_sampling=False)
         if self.method == "evolution":
             return samplers.NSGAIISampler(seed=seed, population_size=self.n_random)
         return samplers.RandomSampler(seed=seed)
@@ -94,6 +108,12 @@ class Study:
         self.space.walk(lambda name, parameter: found.setdefault(name, parameter) and point[name])
         return {p.key: point[name] for name, p in found.items()}, {p.key: p.distribution for p in found.values()}
 
+    def _frozen(self, trial: Mapping[str, Any]) -> Any:
+        """A trial as Optuna has it."""
+        params, distributions = self._params(trial["point"])
+        about = {"state": STATES[trial["state"]], "value": trial["value"] if trial["state"] == "done" else None}
+        return optuna.trial.create_trial(**about, params=params, distributions=distributions)
+
     # -- asking and telling --------------------------------------------------------------------------------------
 
     def ask(self) -> int:
@@ -105,16 +125,25 @@ class Study:
         """A run of a trial begins on these workers."""
         self._write(begin=number, fold=fold, workers=workers)
 
-    def end(self, number: int, fold: int | None, score: float | None, sign: int = 1, error: str = "") -> None:
-        """A run has ended, with this score or an error; `sign` is -1 where less is better."""
-        self._write(end=number, fold=fold, score=score, sign=sign, error=error)
+    def report(self, number: int, step: int, value: float) -> bool:
+        """A score so far, of which more is better; is the trial to end?"""
+        self._write(report=number, step=step, value=value)
+        return self.trials[number]["worse"]
+
+    def end(
+        self, number: int, fold: int | None, score: float | None, sign: int = 1, error: str = "", passes: float | None = None
+    ) -> None:
+        """A run has ended after so many passes, with this score or an error; `sign` is -1 where less is better."""
+        self._write(end=number, fold=fold, score=score, sign=sign, error=error, passes=passes)
 
     def leave(self, number: int, fold: int | None) -> None:
-        """A run was stopped with the search: it is to be made again."""
+        """A run was stopped with the search, or its block was lost: it is to be made again."""
         self._write(leave=number, fold=fold)
 
     def tell(self, number: int, state: str, value: float | None = None, error: str = "") -> None:
-        """A trial has ended: "done" with a value, of which more is better, "pruned" or "failed"."""
+        """A trial has ended: "done" or "pruned", with a value, of which more is better, or "failed".
+
+        For the samplers a trial that was pruned has the value that it had reached: most of them see nothing of those without one."""
         self._write(tell=number, state=state, value=value, error=error)
 
     def seed_of(self, number: int) -> int:
@@ -142,24 +171,27 @@ class Study:
         """What a line of the log does; `sampled`: Optuna has made the point, and need not be given it."""
         self.lines.append(line)
         if "ask" in line:
-            if not sampled:
-                params, distributions = self._params(line["point"])
-                running = optuna.trial.create_trial(state=TrialState.RUNNING, params=params, distributions=distributions)
-                self._study.add_trial(running)
             trial = {"point": line["point"], "state": "running", "value": None, "error": "", "asked": line["seconds"]}
-            self.trials.append(trial | {"told": None, "units": {}})
+            self.trials.append(trial | {"told": None, "reports": {}, "worse": False, "units": {}})
+            if not sampled:
+                self._study.add_trial(self._frozen(self.trials[-1]))
         elif "begin" in line:
             begun = self.trials[line["begin"]]["units"].get(line["fold"], {"times": 0})["times"] + 1
-            unit = {"workers": line["workers"], "begun": line["seconds"], "ended": None, "score": None, "error": "", "times": begun}
+            unit = {"workers": line["workers"], "begun": line["seconds"], "times": begun}
+            unit |= {"ended": None, "score": None, "sign": 1, "error": "", "passes": None}
             self.trials[line["begin"]]["units"][line["fold"]] = unit
+        elif "report" in line:
+            trial = self.trials[line["report"]]
+            trial["reports"][line["step"]] = line["value"]
+            trial["worse"] = PRUNERS[self.prune].is_worse(self.trials, line["report"])
         elif "end" in line:
             unit = self.trials[line["end"]]["units"][line["fold"]]
-            unit |= {name: line[name] for name in ("score", "sign", "error")} | {"ended": line["seconds"]}
+            unit |= {name: line[name] for name in ("score", "sign", "error", "passes")} | {"ended": line["seconds"]}
         elif "leave" in line:
             del self.trials[line["leave"]]["units"][line["fold"]]
         elif "tell" in line:
             number, state = line["tell"], line["state"]
-            self._study.tell(number, line["value"] if state == "done" else None, STATES[state])
+            self._study.tell(number, line["value"], TrialState.FAIL if state == "failed" else TrialState.COMPLETE)
             self.trials[number] |= {name: line[name] for name in ("state", "value", "error")} | {"told": line["seconds"]}
 
     def _read(self, readonly: bool) -> None:
@@ -181,31 +213,38 @@ class Study:
         if (point := self._sample()) != line["point"]:
             raise RunError(f"trial {line['ask']} of {self._file} is {line['point']}, and the sampler makes {point} now.")
 
+    def importance(self) -> dict[str, float]:
+        """By parameter, the largest first: how much it decides whether a trial is among the best tenth; they sum to 1."""
+        with _quiet():
+            shares = optuna.importance.get_param_importances(self._study)
+        names: dict[str, float] = {}
+        for key, share in shares.items():
+            names[key.partition(" ")[0]] = names.get(key.partition(" ")[0], 0.0) + share
+        return dict(sorted(names.items(), key=lambda pair: -pair[1]))
+
     def replay(self) -> "Study":
         """A new study that is asked and told the same in the same order; its points are those that its sampler makes."""
-        other = Study(self.space, self.method, self.seed, self.n_random)
+        other = Study(self.space, self.method, self.seed, self.n_random, prune=self.prune)
         for line in self.lines:
             other._apply(line | ({"point": other._sample()} if "ask" in line else {}), sampled=True)
         return other
 
 
-def _copied(study: optuna.Study, file: Path, params: Callable) -> Callable[[dict], None]:
+def _copied(file: Path, frozen: Callable[[dict], Any], trials: list[dict]) -> Callable[[dict], None]:
     """A copy of a study in a file of Optuna's own, made anew from here; call what is returned with each further line of the log."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     file.unlink(missing_ok=True)
     with _quiet():
-        copy = optuna.create_study(
-            study_name=file.parent.name, direction="maximize", storage=JournalStorage(JournalFileBackend(str(file)))
-        )
-    for trial in study.trials:
-        copy.add_trial(trial)
+        storage = JournalStorage(JournalFileBackend(str(file)))
+        copy = optuna.create_study(study_name=file.parent.name, direction="maximize", storage=storage)
+    for trial in trials:
+        copy.add_trial(frozen(trial))
 
     def follow(line: dict[str, Any]) -> None:
         if "ask" in line:
-            values, distributions = params(line["point"])
-            copy.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, params=values, distributions=distributions))
+            copy.add_trial(frozen(trials[line["ask"]]))
         elif "tell" in line:
             copy.tell(line["tell"], line["value"] if line["state"] == "done" else None, STATES[line["state"]])
 

@@ -17,6 +17,7 @@ from labkit.errors import ClusterError
 from labkit.training.run import Run
 
 POLL_S = 0.05
+END = object()  # of the jobs
 
 
 def run_on_blocks(
@@ -39,7 +40,7 @@ def run_on_blocks(
         Drawn one by one, each when a block is free for it; an iterator may make them of what has ended before.
     start
         `start(job, workers)` begins the run of a job on the live workers of a block (`labkit.training.train.launch`); None where there
-        is none to be, and the block draws the next job.
+        is none to be, and the block is free.
     each
         `each(job, run)` is called again and again while a run lasts, and at least once when it has ended, done or not. It decides
         whether a run that failed or was stopped matters: whatever it raises stops all others.
@@ -59,15 +60,17 @@ def run_on_blocks(
         while True:
             lost = lab.lost()
             alive = {at: left for at, block in enumerate(blocks) if (left := [worker for worker in block if worker not in lost])}
+            n_drawn = len(ended)
             for at in [at for at in alive if at not in busy]:
-                for job in jobs:
+                if (job := next(jobs, END)) is not END:
                     ended.append(None)
                     if run := start(job, alive[at]):
                         busy[at] = len(ended) - 1, job, run
-                        break
+            if not busy and len(ended) > n_drawn:
+                continue
+            if not busy and not alive and next(jobs, END) is not END:
+                raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
             if not busy:
-                if not alive and next(jobs, ended) is not ended:
-                    raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
                 return ended
             for at, (number, job, run) in list(busy.items()):
                 over = run.state != "running"

@@ -17,7 +17,14 @@ from labkit.experiments.space import Space
 from labkit.training import blocks, supervisor
 from tests.helpers import data, net
 
-TRAINING = {"partition": "idpa", "update": "agwu", "passes": 1, "local_steps": None, "exchange": "float32", "overlap": 0}
+TRAINING = {
+    "partition": labkit.IDPA(),
+    "update": labkit.AGWU(),
+    "passes": 1,
+    "local_steps": None,
+    "exchange": "float32",
+    "overlap": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,35 @@ def search(lab, tmp_path):
     return lambda problem, space, **more: labkit.search(problem, space, lab, **{"runs": tmp_path, "progress": False} | more)
 
 
+def config_of(problem):
+    return SimpleNamespace(lower_is_better=problem.lower_is_better, n_train=100)
+
+
+class Going:
+    """A run that comes a step further at each look, up to the score of its problem, or is stopped."""
+
+    def __init__(self, problem, measured, steps, name):
+        self.problem, self.measured, self.steps, self.name = problem, measured, steps, name
+        self.step, self.is_stopped, self.config = 0, False, config_of(problem)
+
+    @property
+    def state(self):
+        if self.is_stopped or self.step == self.steps:
+            return "stopped" if self.is_stopped else "done"
+        self.step += 1
+        self.measured[self.step] = self.step, {"score": self.problem.lr * (1 - 0.5 / self.step), "loss": 1.0}
+        return "running"
+
+    def status(self):
+        return {"samples": 100 * self.step / self.steps}
+
+    def wait(self, timeout):
+        return self
+
+    def stop(self):
+        self.is_stopped = True
+
+
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Runs that end at once with the score `of(problem)`; what was launched."""
@@ -51,9 +87,8 @@ def stand_ins(monkeypatch):
         def launch(self, problem, settings, number, fold, workers):
             before(number)
             launched.append((number, fold, tuple(workers), settings, self.study.seed_of(number)))
-            self.measured[number, fold] = {0: {"score": 9.0, "loss": 1}, 5: {"score": of(problem), "loss": 1}}
-            config = SimpleNamespace(lower_is_better=problem.lower_is_better)
-            run = SimpleNamespace(state=state, config=config, name=str(number), status=lambda: {}, stop=lambda: None)
+            self.measured[number, fold] = {0: (0, {"score": 9.0, "loss": 1}), 5: (1, {"score": of(problem), "loss": 1})}
+            run = SimpleNamespace(state=state, config=config_of(problem), name=str(number), status=dict, stop=lambda: None)
             run.wait = lambda timeout: run
             return run
 
@@ -100,9 +135,11 @@ def test_a_problem_a_class_or_a_function_is_made_of_a_point(problem):
         (labkit.Classifier, class_),
         (lambda lr, width: labkit.Classifier(net, data(), lr=lr, model_args={"width": width}), space),
     ):
-        made, training = Maker(given, its, **TRAINING)(its.walk(lambda _, parameter: parameter.distribution.choices[0]))
+        made, training = Maker(given, its, TRAINING)(its.walk(lambda _, parameter: parameter.distribution.choices[0]))
         assert made.lr == 0.25 and made.model_args == {"width": 4} and (training["passes"], training["update"]) == (3, "sgwu")
     assert problem.lr == 0.05 and problem.model_args == {}
+    a_fold = Maker(problem.fold(1, 3), Space({"lr": [0.1]}), TRAINING)({"lr": 0.1})[0]
+    assert a_fold._fold == (1, 3, 0) and a_fold.lr == 0.1
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_begins(search, problem, tmp_path):
@@ -117,6 +154,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_begins(search, problem,
         (make, {"lr": [1]}, "needs 'depth'"),
         (make, {"lr": [1], "kind": {"a": {"depth": [1]}, "b": {}}}, "needs 'depth'"),
         (problem, {"lr": (1.0, 0.1)}, "range is empty"),
+        (lambda score: problem, {"score": [1]}, "a column of this name"),
     ):
         with pytest.raises(ValueError, match=said):
             search(given, space)
@@ -210,6 +248,74 @@ def test_a_trial_that_ended_the_kernel_twice_has_failed(search, problem, stand_i
     assert list(table.state) == ["failed", "done"] and "cut off 2 times" in table.error[0]
 
 
+@pytest.mark.parametrize(("prune", "steps"), [("asha", 9), ("extrapolate", 12)])
+def test_trials_that_do_badly_end_early_and_the_best_is_found(search, problem, monkeypatch, tmp_path, prune, steps):
+    def launch(self, problem, settings, number, fold, workers):
+        self.measured[number, fold] = {}
+        return Going(problem, self.measured[number, fold], steps, str(number))
+
+    monkeypatch.setattr(_Blocks, "_launch", launch)
+    lr = [float(value) for value in np.random.default_rng(1).permutation(np.linspace(0.1, 0.9, 17))]
+    found = search(problem, {"lr": lr}, method="grid", prune=prune)
+    table = found.table()
+    assert set(table.state) == {"done", "pruned"} and found.best.lr == 0.9 and not table.error.any()
+    assert (table.score <= 0.96 * table.lr).all() and table.score[table.state == "done"].equals(
+        (table.lr * (1 - 0.5 / steps))[table.state == "done"]
+    )
+    spent = found.timeline().groupby("trial").passes.first()
+    assert spent[table.state == "done"].eq(1).all() and spent.sum() < (0.6 if prune == "asha" else 0.8) * 17
+    read = labkit.load_search(found.path)
+    assert read.table().equals(table) and [one["worse"] for one in read._study.trials] == [
+        one["worse"] for one in found._study.trials
+    ]
+    assert found.replay().table().state.tolist() == table.state.tolist()
+
+
+def test_folds_that_are_worse_are_not_all_trained(search, problem, stand_ins):
+    launched = stand_ins(lambda problem: problem.lr + 0.01 * problem._fold[0])
+    found = search(problem, {"lr": [0.5, 0.1, 0.6]}, method="grid", folds=6, prune="wilcoxon")
+    assert list(found.table().state) == ["done", "pruned", "done"] and found.best.lr == 0.6
+    assert [fold for number, fold, *_ in launched if number == 1] == [0, 1, 2, 3] and found.table().score[1] == pytest.approx(0.115)
+    for more, said in (
+        ({"prune": "wilcoxon"}, "compares folds"),
+        ({"prune": "asha", "folds": 3}, "goes by the passes of one run"),
+        ({"prune": "ashaa"}, "Did you mean 'asha'"),
+        ({"prune": "asha", "objective": len}, "objective= is known only in the end"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            search(problem, {"lr": [0.5]}, name="other", **more)
+
+
+def test_a_run_whose_block_is_lost_is_made_again_on_another_once(search, problem, lab, stand_ins, monkeypatch):
+    lost, launched = [], stand_ins()
+    plain = _Blocks._launch
+
+    def launch(self, problem, settings, number, fold, workers):
+        run = plain(self, problem, settings, number, fold, workers)
+        if number == 0 and workers == [0]:
+            lost.append(0)
+            run.state, run.stop = "running", lambda: setattr(run, "state", "stopped")
+        if number == 2:
+            raise ClusterError("a worker is gone")
+        return run
+
+    monkeypatch.setattr(_Blocks, "_launch", launch)
+    monkeypatch.setattr(lab, "lost", lambda: lost)
+    found = search(problem, {"lr": [0.1, 0.2, 0.3, 0.4]}, method="grid", workers_per_trial=1)
+    assert list(found.table().state) == ["done", "done", "failed", "done"] and found.table().error[2] == "a worker is gone"
+    assert [workers for number, _, workers, *_ in launched if number == 0] == [(0,), (1,)] and found.replay().points == found.points
+    lost.append(1)
+    with pytest.raises(ClusterError, match="lost"):
+        search(problem, {"lr": [0.1, 0.2, 0.3, 0.4, 0.5]}, method="grid", name="other", workers=[0, 1])
+
+
+@pytest.mark.slow
+def test_a_real_run_is_stopped_by_its_scores(search, problem):
+    found = search(problem, {"lr": [0.05, 1e-5, 2e-5, 3e-5]}, method="grid", prune="asha", passes=4)
+    assert list(found.table().state) == ["done", "pruned", "pruned", "pruned"] and found.best.lr == 0.05
+    assert found.timeline().groupby("trial").passes.first()[1:].max() < 4 and found.run(1).state == "stopped"
+
+
 def test_folds_that_are_left_of_a_failed_trial_are_not_trained(search, problem, stand_ins):
     launched = stand_ins(lambda problem: float("nan") if problem.lr == 0.1 and problem._fold[0] == 1 else problem._fold[0])
     found = search(problem, {"lr": [0.1, 0.2]}, method="grid", folds=4, workers_per_trial=2)
@@ -224,8 +330,12 @@ def test_an_objective_of_ones_own_and_scores_of_which_less_is_better(search, pro
     monkeypatch.setattr(labkit.Classifier, "lower_is_better", True)
     found = search(problem, {"lr": [0.1, 0.4, 0.2]}, method="grid", name="lower")
     assert found.best.lr == 0.1 and found.table().score.tolist() == [0.1, 0.4, 0.2]
+    found = search(problem, {"lr": [0.4, 0.2, 0.1, 0.3]}, method="grid", name="target", target=0.2)
+    assert found.table().score.tolist() == [0.4, 0.2] and found.state == labkit.load_search(found.path).state == "done"
     with pytest.raises(TypeError, match="objective"):
         search(problem, {"lr": [0.1]}, objective=3)
+    with pytest.raises(ValueError, match="one fold of a cross-validation already"):
+        search(problem.fold(0, 3), {"lr": [0.1]}, folds=2)
 
 
 def test_a_gaussian_process_leaves_conditional_spaces_to_tpe(search, problem, stand_ins, capsys):
@@ -233,5 +343,6 @@ def test_a_gaussian_process_leaves_conditional_spaces_to_tpe(search, problem, st
     space = {"lr": (0.1, 0.2), "optimiser": {"sgd": {"momentum": (0.0, 0.9)}, "adam": {}}}
     found = search(problem, space, trials=8)
     assert "'tpe' is taken for 'gp'" in capsys.readouterr().out and found.config["method"] == "tpe"
-    table = found.table()
+    table, importance = found.table(), found.importance()
+    assert importance.sum() == pytest.approx(1) and set(importance.index) >= {"lr", "optimiser"}
     assert table.momentum.isna().tolist() == (table.optimiser == "adam").tolist() and table.momentum.notna().any()

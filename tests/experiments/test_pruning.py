@@ -1,0 +1,83 @@
+"""`labkit/experiments/pruning.py`: what each rule decides of the scores so far."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from labkit.experiments.pruning import PRUNERS, asha, extrapolate, extrapolated, wilcoxon
+
+
+def trial(reports, value=None):
+    return {"reports": dict(reports), "state": "running" if value is None else "done", "value": value}
+
+
+def test_successive_halving_lets_the_best_third_of_those_that_came_as_far_go_on():
+    trials = [trial({1: 0.5})]
+    assert not asha(trials, 0)
+    trials += [trial({1: score}) for score in (0.4, 0.6, 0.3, 0.55, 0.7)]
+    assert [asha(trials, number) for number in range(6)] == [True, True, False, True, True, False]
+    trials[2]["reports"] |= {2: 0.1}
+    assert not asha(trials, 2)  # no rung
+    trials[2]["reports"] |= {3: 0.1}
+    assert not asha(trials, 2)  # alone so far
+    trials[5]["reports"] |= {3: 0.8}
+    assert asha(trials, 2) and not asha(trials, 5)
+
+
+def test_it_spends_a_third_of_the_passes_and_keeps_the_best():
+    random, spent, kept = np.random.default_rng(0), 0, []
+    trials = []
+    for final in random.permutation(np.linspace(0, 1, 81)):
+        trials.append(trial({}))
+        for step in range(1, 10):
+            trials[-1]["reports"][step] = final - 0.5 / step + random.normal(scale=0.01)
+            spent += 1
+            if asha(trials, len(trials) - 1):
+                break
+        else:
+            kept.append(final)
+    assert spent / (9 * 81) < 0.4 and max(kept) == 1
+
+
+@pytest.mark.parametrize(("level", "slope", "exponent"), [(0.9, 0.5, 0.5), (0.7, 0.3, 1.0), (0.95, 1.2, 0.2)])
+def test_a_power_law_is_continued(level, slope, exponent):
+    steps = np.arange(1, 7)
+    end = level - slope * 12.0**-exponent
+    assert extrapolated(steps, level - slope * steps**-exponent, 12) == pytest.approx(end, abs=0.02)
+    noisy = [
+        extrapolated(steps, level - slope * steps**-exponent + np.random.default_rng(i).normal(0, 0.01, 6), 12) for i in range(20)
+    ]
+    assert np.mean(np.array(noisy) >= end) > 0.8  # at most
+
+
+def test_a_trial_that_will_not_reach_the_best_one_ends():
+    def reports(level, n=5):
+        return {step: level - 0.3 / step for step in range(1, n + 1)}
+
+    trials = [
+        trial(reports(0.9, 12), 0.88),
+        trial(reports(0.7)),
+        trial(reports(0.95)),
+        trial(reports(0.7, 4)),
+        trial({1: 0.2, 2: 0.1, 3: 0.1, 4: 0.1, 5: 0.1}),
+    ]
+    assert [extrapolate(trials, number) for number in range(1, 5)] == [True, False, False, True]
+    assert not extrapolate(trials[1:], 0)  # none is done
+
+
+def test_folds_are_compared_with_those_of_the_best_trial():
+    best = trial({fold: 0.9 + 0.01 * fold for fold in range(5)}, 0.92)
+    worse = trial({fold: 0.8 + 0.005 * fold for fold in range(4)})
+    mixed = trial({0: 0.8, 1: 0.95, 2: 0.93, 3: 0.90})
+    assert [wilcoxon([best, other], 1) for other in (worse, mixed, trial({0: 0.1}), trial(best["reports"]))] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert not wilcoxon([trial({}, None), worse], 1)
+
+
+def test_each_has_a_name():
+    assert {name: pruner.steps for name, pruner in PRUNERS.items()} == {"asha": 9, "extrapolate": 12, "wilcoxon": 1}
