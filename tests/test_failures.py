@@ -40,7 +40,7 @@ SCENARIOS = {
     "stopped": ["Coordinator.stop", "Server.stop", "server._notify"],
     "target": ["Supervisor._end_early"],
     "watched": ["Supervisor._shown"],
-    "all-reduce": ["Coordinator.regroup", "Ranks.form", "Replica.go_on"],
+    "all-reduce": ["Coordinator.regroup", "Ranks.form", "Replica.go_on", "Replica.rewind", "WorkerConnection._regroup"],
     "paced": ["grants.by_speed"],
     "silent": ["Coordinator.refuse", "WorkerConnection._expired", "WorkerConnection._serve_expired"],
     "rule raises": ["Coordinator._fail"],

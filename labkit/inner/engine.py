@@ -32,7 +32,8 @@ from labkit.inner.samples import has_batch_statistics, refuse
 
 BLOCKS = (128, 64, 32, 16)  # samples; those that are tried beside a thread's whole part
 SEARCHED = 3  # times each
-MOVED = 1e-2  # between buffers after a step of a batch that is split and of one that is not: rounding, of 16 bits at worst
+# Between buffers after a step of a batch that is split and of one that is not: of what they have moved, and of themselves.
+MOVED, MOVED_16, ROUNDING = 1e-2, 0.1, 1e-6
 # shares(network, k) are k functions that each compute the loss of one of k equal blocks of a batch, weighted by its share.
 Shares = Callable[[Callable[..., Any], int], Sequence[Callable[[], torch.Tensor]]]
 
@@ -69,6 +70,7 @@ class Engine:
         self._blocks: dict[int, int] = {}  # by samples in a batch
         self._adaptive: Adaptive[Way] | None = None
         self._usual = 0  # samples in most batches
+        self._tried: Way | None = None  # by `_adaptive`, in this step
         self._done: list[tuple[str, int]] = []
         self._given: Iterator[str] | None = None
 
@@ -79,14 +81,13 @@ class Engine:
         x : the inputs, (samples, ...), or a tuple of them.
         shares : of the batch.
         """
-        n = samples_in(x)
         way = self._way(module, x, shares)
         started = time.perf_counter()
         loss = self._compute(way, module, x, shares)
-        if self._adaptive and self._given is None and n == self._usual:
+        if self._tried is not None:
             if loss.is_cuda:
                 torch.cuda.synchronize(loss.device)
-            self._adaptive.note(way, time.perf_counter() - started)
+            self._adaptive.note(self._tried, time.perf_counter() - started)
         text, steps = self._done.pop() if self._done and self._done[-1][0] == str(way) else (str(way), 0)
         self._done.append((text, steps + 1))
         return loss
@@ -109,9 +110,14 @@ class Engine:
         """
         if self.inner.split != "rows":  # which names what it cannot split itself
             refuse(module, self.inner.whole)
+        before = {name: buffer.detach().double() for name, buffer in module.named_buffers()}
+        if self.inner.split != "rows" and any(isinstance(part, _DropoutNd) for part in module.modules()):
+            with _as_it_was(module):  # may fail with it alone
+                self._compute(Way("samples", 2), module, x, shares, seed=0)
         found, buffers = [], []
         by_tasks = self.inner.split == "rows" or (self.inner.split == "auto" and self._can_be_tasks(module, x))
-        ways = [Way("none")] + [Way("samples", 2)] * (self.inner.split != "rows") + [Way("rows", 2)] * by_tasks
+        block = 0 if self._is_one_block(module) else self.inner.block or 0
+        ways = [Way("none")] + [Way("samples", 2, block)] * (self.inner.split != "rows") + [Way("rows", 2)] * by_tasks
         for way in ways:
             with _as_it_was(module):
                 for part in module.modules():
@@ -122,7 +128,9 @@ class Engine:
                 buffers.append({name: buffer.detach().double() for name, buffer in module.named_buffers()})
         for name, buffer in buffers[0].items():
             for other in (after[name] for after in buffers[1:]):
-                if buffer.shape != other.shape or not torch.allclose(buffer, other, rtol=MOVED, atol=MOVED, equal_nan=True):
+                moved = (buffer - before[name]).norm() if before[name].shape == buffer.shape else buffer.norm()
+                limit = (MOVED if self.plain else MOVED_16) * moved + ROUNDING * buffer.norm()
+                if buffer.shape != other.shape or (buffer - other).norm() > limit:
                     raise ProblemError(
                         f"the inner layer cannot split a network whose forward pass moves the buffer {name!r} with each part of a batch. Have its "
                         "module computed whole, with Inner(whole=['its name']), or leave the step undivided, with Inner(split='none')."
@@ -143,6 +151,7 @@ class Engine:
     # How.
 
     def _way(self, module: nn.Module, x: Any, shares: Shares) -> Way:
+        self._tried = None
         if self._given is not None:
             if (given := next(self._given, None)) is not None:
                 return given
@@ -158,9 +167,14 @@ class Engine:
             intra_op = Way("intra-op", threads)
             ways = [Way("none"), self._of_samples(module, x, shares), intra_op]
             ways += [Way("rows", threads)] if self._can_be_tasks(module, x) else []
-            self._usual, self._adaptive = n, Adaptive(ways, fragile=[intra_op])
+            self._usual, self._adaptive = n, Adaptive(list(dict.fromkeys(ways)), fragile=[intra_op])
         way = self._adaptive.next()
-        return way if n == self._usual or way.split != "samples" else self._of_samples(module, x, shares)
+        self._tried = way if n == self._usual else None
+        return self._of_samples(module, x, shares) if way.split == "samples" else way
+
+    def _is_one_block(self, module: nn.Module) -> bool:
+        """Is the part of a thread not to be cut further, because layers compute with all of the batch at once?"""
+        return bool(self.inner.whole) or has_batch_statistics(module)
 
     def _can_be_tasks(self, module: nn.Module, x: Any) -> bool:
         """Can this step be cut into tasks of its layers?"""
@@ -175,7 +189,9 @@ class Engine:
     def _of_samples(self, module: nn.Module, x: Any, shares: Shares) -> Way:
         n = samples_in(x)
         part = -(-n // self.threads)
-        if has_batch_statistics(module):
+        if self._is_one_block(module):
+            if first_of(x).is_cuda:  # where one thread computes the backward passes of all: they cannot wait for each other
+                return Way("none")
             return Way("samples", self.threads, part)
         if self.inner.block is not None:
             return Way("samples", self.threads, min(part, self.inner.block))
@@ -187,7 +203,7 @@ class Engine:
     def _searched(self, module: nn.Module, x: Any, part: int, shares: Shares) -> int:
         """The size of block that is quickest for such batches, looked up or tried."""
         sizes = [part, *(size for size in BLOCKS if size < part)]
-        key = self._key(module, samples_in(x))
+        key = self._key(module, x)
         if len(sizes) == 1 or (known := self._remembered().get(key)) in sizes:
             return part if len(sizes) == 1 else known
         times: dict[int, list[float]] = {size: [] for size in sizes}
@@ -208,6 +224,8 @@ class Engine:
             self.close()
             self._pool = ThreadPool(way.threads)
         if way.split == "rows":
+            if isinstance(x, tuple):
+                raise ProblemError(f"Inner(split='rows') cuts the step of a network with one input, and this one has {len(x)}.")
             if self._tasks is None:
                 self._tasks = TaskEngine(module, self._pool, whole=self.inner.whole, block=self.inner.block)
             self._tasks.module = module
@@ -226,8 +244,9 @@ class Engine:
             loss.backward()
         return loss.detach()
 
-    def _key(self, module: nn.Module, n: int) -> str:
+    def _key(self, module: nn.Module, x: Any) -> str:
         """Of a network, a batch and a machine."""
+        n = [(tuple(part.shape), part.stride(), str(part.dtype)) for part in (x if isinstance(x, tuple) else (x,))]
         made = [(type(part).__name__, [tuple(p.shape) for p in part.parameters(recurse=False)]) for part in module.modules()]
         where = torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()
         return hashlib.sha256(repr((made, n, self.threads, self.plain, where)).encode()).hexdigest()[:16]
@@ -255,7 +274,12 @@ class Engine:
 
 def samples_in(x: Any) -> int:
     """Of a batch, (samples, ...) or a tuple of such."""
-    return len(x[0] if isinstance(x, tuple) else x)
+    return len(first_of(x))
+
+
+def first_of(x: Any) -> torch.Tensor:
+    """The first input of a batch."""
+    return x[0] if isinstance(x, tuple) else x
 
 
 @contextlib.contextmanager

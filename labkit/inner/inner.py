@@ -6,7 +6,7 @@ Used by users through `labkit.Inner`, and by `labkit.problems.supervised`.
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from labkit.errors import known, whole
@@ -69,7 +69,9 @@ class Inner:
         if given is None or isinstance(given, cls):
             return given
         if isinstance(given, Mapping):
-            return cls(**given)
+            return cls(
+                **{known("a setting of inner", name, [field.name for field in fields(cls)]): value for name, value in given.items()}
+            )
         if isinstance(given, bool) or not hasattr(given, "__index__"):
             raise TypeError(f"inner={given!r} must be a labkit.Inner, such as labkit.Inner(threads=2), or a number of threads.")
         return cls(threads=given)

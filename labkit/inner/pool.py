@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 
+from labkit.errors import ProblemError
+
 
 class ThreadPool:
     """`threads` native threads, started at once; they end with the pool."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        own, self._answers = torch.get_num_threads(), SimpleQueue()
+        own = torch.get_num_threads()
         self._inboxes = [SimpleQueue() for _ in range(threads)]
         for inbox in self._inboxes:
             threading.Thread(target=_work, args=(inbox,), name="labkit-inner", daemon=True).start()
-        # Torch sets the number for a thread when it first computes, from what was set last anywhere: so each sets its own here.
-        self.run([lambda: torch.set_num_threads(1)] * threads)
+        self.run([_one_thread_of_torch] * threads)
         torch.set_num_threads(own)
         self.close = weakref.finalize(self, _end, self._inboxes)
 
@@ -36,9 +37,18 @@ class ThreadPool:
         """
         if len(functions) > self.threads:
             raise ValueError(f"{len(functions)} functions cannot run at once on {self.threads} threads.")
+        answers, ended = SimpleQueue(), {}
         for at, function in enumerate(functions):
-            self._inboxes[at].put((at, function, self._answers))
-        ended = dict(self._answers.get() for _ in functions)
+            self._inboxes[at].put((at, function, answers))
+        try:
+            while len(ended) < len(functions):
+                at, answer = answers.get()
+                ended[at] = answer
+        except BaseException:  # KeyboardInterrupt: what has begun works on the network of the next step
+            while len(ended) < len(functions):
+                at, answer = answers.get()
+                ended[at] = answer
+            raise
         errors = [error for at in range(len(functions)) if (error := ended[at][1]) is not None]
         if errors:
             raise min(errors, key=lambda error: isinstance(error, Abandoned))
@@ -56,9 +66,18 @@ def _work(inbox: SimpleQueue) -> None:
         del item, function, answers, answer  # what a step has made may be large
 
 
+def _one_thread_of_torch() -> None:
+    """Torch sets the number for a thread when it is asked first, to what was set last anywhere: so it is asked before."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
 def _end(inboxes: Sequence[SimpleQueue]) -> None:
     for inbox in inboxes:
         inbox.put(None)
+
+
+FAILED = "another thread of this step has failed"
 
 
 class Abandoned(RuntimeError):
@@ -70,22 +89,40 @@ class Exchange:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self._changed, self._slots, self._is_broken = threading.Condition(), {}, False
+        self._changed, self._slots, self._error = threading.Condition(), {}, ""
+        self._waiting = self._ended = 0
 
     def gather(self, key: Any, at: int, value: Any) -> list[Any]:
-        """The values that all n threads give under this key, each at its place; waits for them. Abandoned where one has failed."""
+        """The values that all n threads give under this key, each at its place; waits for them.
+
+        Abandoned where one has failed; ProblemError where all wait, for different keys, or have ended.
+        """
         with self._changed:
             slots = self._slots.setdefault(key, {})
             slots[at] = value
             if len(slots) == self.n:
+                self._waiting -= self.n - 1
                 self._changed.notify_all()
-            self._changed.wait_for(lambda: len(slots) == self.n or self._is_broken)
+            else:
+                self._waiting += 1
+                self._look()
+            self._changed.wait_for(lambda: len(slots) == self.n or self._error)
             if len(slots) < self.n:
-                raise Abandoned("another thread of this step has failed")
+                raise (Abandoned if self._error == FAILED else ProblemError)(self._error)
         return [slots[place] for place in range(self.n)]
 
-    def abandon(self) -> None:
-        """Nobody waits any more."""
+    def end(self, failed: bool = False) -> None:
+        """A thread gives nothing any more; where it has failed, nobody waits any longer."""
         with self._changed:
-            self._is_broken = True
+            self._ended += 1
+            self._error = self._error or (FAILED if failed else "")
+            self._look()
+            self._changed.notify_all()
+
+    def _look(self) -> None:
+        if self._waiting and self._waiting + self._ended == self.n and not self._error:
+            self._error = (
+                "the inner layer cannot split this network: for one part of a batch its forward() calls layers that it does not call for another, "
+                "and they need all parts (BatchNorm, say). Leave the step undivided, with Inner(split='none')."
+            )
             self._changed.notify_all()

@@ -19,10 +19,12 @@ Used by `labkit.inner.engine`.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from labkit.errors import ProblemError
 from labkit.inner.pool import Exchange, ThreadPool
@@ -55,8 +57,9 @@ def unsupported(module: nn.Module, whole: Sequence[str] | bool = ()) -> dict[str
         if not isinstance(whole, bool) and name in whole:
             return
         known = isinstance(part, (*CONTAINERS, *BY_SAMPLE, _BatchNorm)) or type(part) in DROPOUTS
+        known = known and not is_parametrized(part)  # what makes its weights may have state, such as that of a spectral norm
         parts = dict(part.named_children())
-        if not known and (not parts or type(part).__module__.startswith("torch.nn.")):
+        if not known and (not parts or type(part).__module__.startswith("torch.nn.") or is_parametrized(part)):
             found[name] = part
             return
         for child, inside in parts.items():
@@ -76,10 +79,18 @@ def refuse(module: nn.Module, whole: Sequence[str] | bool = ()) -> None:
     found = unsupported(module, whole)
     if found and (whole is not True or "" in found):
         named = ", ".join(f"{name or 'the model itself'} ({type(part).__name__})" for name, part in found.items())
+        names = [name for name in found if name]
+        advice = f"Have one thread compute it for the whole batch, with Inner(whole={names}), or leave" if names else "Leave"
         raise ProblemError(
-            f"the inner layer cannot split {named}: it is not known to compute each sample by itself. Have one thread compute it for the whole "
-            f"batch, with Inner(whole={[name for name in found if name] or True}), or leave the step undivided, with Inner(split='none')."
+            f"the inner layer cannot split {named}: it is not known to compute each sample by itself. {advice} the step undivided, with "
+            "Inner(split='none')."
         )
+    for _, _, part, _ in _stand_ins(module, threading.local(), tuple(found) if whole is True else whole or ()):
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            raise ProblemError(
+                f"the inner layer cannot split {type(part).__name__}, for which another layer stands in while a batch is split: it has hooks, "
+                "which would not be called. Remove them, or leave the step undivided, with Inner(split='none')."
+            )
 
 
 def has_batch_statistics(module: nn.Module) -> bool:
@@ -183,18 +194,21 @@ class _Run:
         total, sums = None, [None] * len(self.parameters)
         try:
             for share in self.shares:
+                local.is_backward = False
                 loss = share()
+                local.is_backward = True
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
                 total = loss.detach() if total is None else total + loss.detach()
                 sums = [
                     own if new is None else new if own is None else own.add_(new) for own, new in zip(sums, gradients, strict=True)
                 ]
-            return total, sums
         except BaseException:
-            self.exchange.abandon()
+            self.exchange.end(failed=True)
             raise
         finally:
             local.exchange = local.generator = None
+        self.exchange.end()
+        return total, sums
 
 
 class _StandIn(nn.Module):
@@ -204,6 +218,23 @@ class _StandIn(nn.Module):
         super().__init__()
         self.layer, self.local = layer, local
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.local.is_backward:
+            raise ProblemError(
+                f"the inner layer cannot split this network: a {type(self.layer).__name__} is computed again in the backward pass "
+                "(torch.utils.checkpoint). Leave the step undivided, with Inner(split='none')."
+            )
+        return self.computed(x)
+
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
     def key(self) -> tuple[int, int]:
         """Of this call: a layer may be called several times in a step, in the same order by all threads."""
         calls = self.local.calls
@@ -212,7 +243,7 @@ class _StandIn(nn.Module):
 
 
 class _Dropout(_StandIn):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.layer
         if not layer.training or not layer.p:
             return layer(x)
@@ -225,7 +256,7 @@ class _Dropout(_StandIn):
 
 
 class _Norm(_StandIn):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.layer
         if not layer.training and layer.running_mean is not None:
             return layer(x)
@@ -259,15 +290,16 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, variance, eps, total, exchange, at, key):
-        scale = torch.ones_like(mean) if weight is None else weight
+        scale = torch.ones_like(mean) if weight is None else weight.float()
+        shift = None if bias is None else bias.float()
         ctx.save_for_backward(x, scale, mean, variance)
-        ctx.given = weight is not None, bias is not None, eps, total, exchange, at, key
-        return torch.native_batch_norm(x, scale, bias, mean, variance, False, 0.0, eps)[0]
+        ctx.given = None if weight is None else weight.dtype, None if bias is None else bias.dtype, eps, total, exchange, at, key
+        return torch.native_batch_norm(x, scale, shift, mean, variance, False, 0.0, eps)[0]
 
     @staticmethod
     def backward(ctx, slope):
         x, scale, mean, variance = ctx.saved_tensors
-        has_weight, has_bias, eps, total, exchange, at, key = ctx.given
+        of_weight, of_shift, eps, total, exchange, at, key = ctx.given
         inverse = (variance + eps).rsqrt()
         # Mean and variance taken as constants; then what x does through them, for which the sums over all parts are needed.
         dx, d_scale, d_bias = torch.ops.aten.native_batch_norm_backward(
@@ -279,11 +311,11 @@ class _Normalise(torch.autograd.Function):
         constant = -scale * inverse * of_bias - by_x * mean
         shape = (1, -1, *[1] * (x.dim() - 2))
         dx = dx.addcmul_(x, by_x.view(shape).to(x.dtype)).add_(constant.view(shape).to(x.dtype))
-        return dx, d_scale if has_weight else None, d_bias if has_bias else None, *[None] * 7
+        return dx, d_scale.to(of_weight) if of_weight else None, d_bias.to(of_shift) if of_shift else None, *[None] * 7
 
 
 class _Whole(_StandIn):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
         parameters = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
         return _OfAll.apply(x, self.layer, self.local.exchange, self.local.at, self.key(), *parameters)
 

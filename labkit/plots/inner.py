@@ -7,7 +7,7 @@ Used through `labkit.plots`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ NAMED = 3  # layers of the roofline that are named, those that take longest
 
 def gantt(profile: Profile) -> hv.Overlay:
     """The tasks of one step by thread, as they were executed; a black strip marks those of the critical path."""
+    _check(profile)
     style.extension()
     tasks, measured = profile.tasks, profile.schedule
     start, end, row = 1e3 * np.array(tasks.start), 1e3 * np.array(tasks.end), -np.array(tasks.thread, float)
@@ -55,6 +56,11 @@ def gantt(profile: Profile) -> hv.Overlay:
     )  # fmt: skip
 
 
+def _check(profile: Any) -> None:
+    if not all(hasattr(profile, name) for name in ("graph", "tasks", "schedule", "peaks")):
+        raise TypeError(f"profile={str(profile)[:80]} must be what labkit.inner.profile returns, not {type(profile).__name__}.")
+
+
 def _threads(n: int) -> str:
     return "1 thread takes" if n == 1 else f"{n} threads take"
 
@@ -62,6 +68,7 @@ def _threads(n: int) -> str:
 def roofline(profile: Profile) -> hv.Overlay:
     """FLOP/s of each layer against its FLOPs a byte, both logarithmic, with what one thread of this machine allows: copying and products of
     matrices, in float32 and in bfloat16, measured with the step."""
+    _check(profile)
     style.extension()
     table, peaks = profile.table(), profile.peaks
     table = table[(table["flops"] > 0) & (table["ms"] > 0)]

@@ -32,7 +32,6 @@ from labkit.training.run import Run
 from labkit.training.server.coordinator import AGAIN
 from labkit.training.server.membership import Member
 from labkit.training.wire.compression import n_bytes
-from labkit.training.wire.protocol import Answer
 from labkit.updates import BadPush, Update
 
 BESIDE = ("release", "checkpoint", "refuse", "score")  # rows that change nothing: the server's own, and what it did not take in
@@ -83,7 +82,7 @@ class Course:
         self.retained = {v for v in checkpoints.versions(run.path) if (version or -1) < v <= lasting}
         self.newest = max((row["version"] for row in self.rows if row["kind"] in VERSIONS), default=version or 0)
         self.at, self.now, self.compared, self.passes = 0, self.rows[0]["time"], 0, 0
-        self.answers: dict[int, Answer] = {}
+        self.answers, self.problem = {}, problem
         together = {"answers": self.answers, "computed": self._computed_next}
         self.replicas = Ranks(problem, run.config, **together) if update.collective else Replicas(problem, run.config)
         weights = state = None
@@ -188,8 +187,14 @@ class Course:
 
     def _computed_next(self, worker: int) -> str | None:
         """How the steps of the next push of this worker were computed."""
-        to_come = (self.rows[at] for at in range(self.at, len(self.rows)))
-        return next((row for row in to_come if row["kind"] == "push" and row["worker"] == worker), {}).get("inner")
+        to_come = (self.rows[at] for at in range(self.at, len(self.rows)) if self.rows[at].get("worker") == worker)
+        row = next((row for row in to_come if row["kind"] in ("push", "join", "leave")), {"kind": "leave"})
+        if row["kind"] != "push" and getattr(self.problem, "inner", None) is not None and self.problem.inner.split == "auto":
+            raise RunError(
+                f"worker {worker} of run {self.run.name} was lost before its push, which would have recorded how it computed its last steps "
+                "(Inner(split='auto')), and the others have averaged with them: such an all-reduce cannot be replayed."
+            )
+        return row.get("inner")
 
     # -- what follows ----------------------------------------------------------------------------------------------
 

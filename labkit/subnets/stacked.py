@@ -118,7 +118,7 @@ def check_batching(problem: Subnet, seed: int) -> None:
     """Try a step of two modules at once, and whether each still gives the logits that it gives alone; ProblemError if not."""
     modules = [problem.new_module(seed), problem.new_module(seed + 1)]
     title = f"part {problem.part} of {problem.decomposition!r}: {problem._title()} cannot be trained in a batch of subnets"
-    alone = {name: value for name, value in problem.unwritten.items() if name in ("loss", "clip_norm", "accumulate")}
+    alone = {name: value for name, value in problem.unwritten.items() if name in ("loss", "clip_norm", "accumulate", "inner")}
     if changed := [name for name, value in alone.items() if getattr(problem, name) != value]:
         raise ProblemError(f"{title}: {changed[0]} would be of all of them together. Leave out batched.")
     if problem.optimiser not in ("sgd", "adam", "adamw"):

@@ -68,6 +68,29 @@ def test_ways_without_a_pool_take_any_module(inner):
     assert engine.done() == {"auto": "none 1 *1", "none": "none 1 *1", "intra-op": "intra-op 2 *1"}[inner.split]
 
 
+def test_a_layer_that_is_computed_whole_sees_the_whole_batch():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(144, 8), Centre(), nn.Linear(8, 10))
+    for n in (16, 5):
+        module.zero_grad()
+        one = stepped(Engine(labkit.Inner(threads=2, split="none")), module, n)
+        module.zero_grad()
+        other = stepped(Engine(labkit.Inner(threads=2, split="samples", block=1, whole=["2"])), module, n)
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_remembered_is_of_a_shape(tmp_path):
+    module, keys = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)), set()
+    for x in (torch.ones(64, 1, 8, 8), torch.ones(64, 1, 9, 9), torch.ones(64, 1, 8, 8).double(), torch.ones(80, 1, 8, 8)):
+        keys.add(Engine(labkit.Inner(threads=2, split="samples"))._key(module, x))
+    assert len(keys) == 4
+
+
+class Centre(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
 # In a problem and a run.
 
 
@@ -111,6 +134,15 @@ class Following(nn.Module):
         x = x.flatten(1)
         self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
         return self.dense(x)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(72, 3)
+
+    def forward(self, a, b):
+        return self.dense(torch.cat([a.flatten(1), b], 1))
 
 
 class Mixing(nn.Module):
@@ -164,10 +196,23 @@ def test_what_cannot_be_split_is_found_before_the_run(pictures):
     with pytest.raises(ProblemError, match="no mean over samples"):
         labkit.Classifier(smooth, pictures, loss=spread, inner=2).check()
     labkit.Classifier(net, pictures, inner=2).check()
+    rows, two = labkit.Inner(threads=2, split="rows"), {"a": pictures[0], "b": pictures[0][:, 0, 0], "y": pictures[1]}
+    with pytest.raises(ProblemError, match=r"rows.*float32"):
+        labkit.Classifier(smooth, pictures, precision="bfloat16", inner=rows).check()
+    with pytest.raises(ProblemError, match=r"1\.rnn"):
+        labkit.Classifier(recurrent, pictures, inner=rows).check()
+    with pytest.raises(ProblemError, match=r"one input, and this one has 2"):
+        labkit.Classifier(Two, two, inner=rows).check()
+    labkit.Classifier(Two, two, inner=2).check()
+    with pytest.raises(ValueError, match=r"threadz.*threads"):
+        labkit.Classifier(Two, two, inner={"threadz": 2})
     with pytest.raises(ProblemError, match=r"rows.*float32"):
         labkit.Classifier(smooth, pictures, precision="bfloat16", inner=labkit.Inner(threads=2, split="rows")).check()
     with pytest.raises(ProblemError, match=r"1\.rnn"):
         labkit.Classifier(recurrent, pictures, inner=labkit.Inner(threads=2, split="rows")).check()
+    two = {"a": pictures[0], "b": pictures[0][:, 0, 0], "y": pictures[1]}
+    with pytest.raises(ProblemError, match=r"one input, and this one has 2"):
+        labkit.Classifier(Two, two, inner=labkit.Inner(threads=2, split="rows")).check()
     labkit.Classifier(Mixing, pictures, inner=labkit.Inner(threads=2, split="none")).check()
 
 

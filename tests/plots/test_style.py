@@ -91,7 +91,8 @@ def test_the_caption_states_what_a_reader_must_know(tmp_path):
 DOORS = {
     "balance curves staleness": r"runs=.* must be (a run|a list)",
     "confusion live membership roster segments timeline weights worst": r"run=.* must be a run, as labkit\.train and labkit\.load_run give it",
-    "errors part_scores saturation scaling speed": "give a pandas DataFrame",
+    "errors part_scores saturation scaling speed step_times": "give a pandas DataFrame",
+    "gantt roofline": r"profile=.* must be what labkit\.inner\.profile returns",
     "part_accuracy part_times": r"joined=.* must be what labkit\.train_subnets returns",
 }
 

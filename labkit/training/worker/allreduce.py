@@ -231,6 +231,9 @@ def check_problem(problem: Problem, seed: int) -> None:
 
 def _without_gradients(problem: Problem, seed: int, rank: int) -> dict[str, torch.Tensor]:
     """The parameters after a step whose gradients are zero; each rank has samples and random numbers of its own."""
+    if getattr(problem, "inner", None) is not None:  # whose gradients may come from no backward pass
+        problem = copy.copy(problem)
+        problem.inner = None
     module, indices = problem.new_module(seed), problem.train_indices()
     for parameter in _trained(module):
         parameter.register_hook(torch.zeros_like)
@@ -281,6 +284,7 @@ def gradients(module: torch.nn.Module) -> Iterator[set[torch.nn.Parameter]]:
     finally:
         for hook in hooks:
             hook.remove()
+        unused -= {parameter for parameter in unused if parameter.grad is not None}  # set by what is no backward pass
 
 
 def _short(error: Exception) -> str:
