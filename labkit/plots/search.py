@@ -86,7 +86,13 @@ def search_points(found: Any) -> hv.Overlay:
     thin = {"bokeh": {"line_width": 1}, "matplotlib": {"linewidth": 1}}
     elements = [style.styled(hv.Path(rest), **thin, color=style.GREY, alpha=0.35)] if rest else []
     elements.append(
-        style.styled(hv.Path(good), bokeh={"line_width": 2}, matplotlib={"linewidth": 2}, color=style.COLOURS[1], alpha=0.8)
+        style.styled(
+            hv.Path(good),
+            bokeh={"line_width": 2, "line_dash": "dashed"},
+            matplotlib={"linewidth": 2, "linestyle": "--"},
+            color=style.COLOURS[1],
+            alpha=0.8,
+        )
     )
     elements.append(style.line(x, heights[order[-1]], 0, "best", ("parameter", "value")))
     ends = [_ends(space[name]) for name in names] + [tuple(f"{edge:.3g}" for edge in (table.score.min(), table.score.max()))]

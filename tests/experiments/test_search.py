@@ -3,19 +3,28 @@ tests."""
 
 from __future__ import annotations
 
+import json
+import os
+import runpy
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import labkit
+from labkit import locks
 from labkit.errors import ClusterError, RunError
 from labkit.experiments import search as search_module
 from labkit.experiments.search import Maker, _Blocks
 from labkit.experiments.space import Space
 from labkit.training import blocks, supervisor
-from tests.helpers import data, net
+from tests.helpers import data, net, until
+
+ROOT = Path(__file__).parents[2]
 
 TRAINING = {
     "partition": labkit.IDPA(),
@@ -307,6 +316,39 @@ def test_a_run_whose_block_is_lost_is_made_again_on_another_once(search, problem
     lost.append(1)
     with pytest.raises(ClusterError, match="lost"):
         search(problem, {"lr": [0.1, 0.2, 0.3, 0.4, 0.5]}, method="grid", name="other", workers=[0, 1])
+
+
+KILLED = """
+import sys, labkit
+from tests.helpers import data, net
+
+problem = labkit.Classifier(net, data(), batch_size=16, score_samples=40)
+space = {"lr": (1e-2, 0.5, "log"), "momentum": (0.0, 0.9)}
+if __name__ == "__main__":
+    with labkit.connect("threads", 1) as lab:
+        labkit.search(problem, space, lab, method="tpe", trials=7, passes=1, runs=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_kernel_leaves_a_search_that_goes_on_as_if_nothing_had_been(search, tmp_path, cache):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    kernel = subprocess.Popen(
+        [sys.executable, script, tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
+    )
+    log = tmp_path / "search" / "log.jsonl"
+    until(lambda: log.exists() and log.read_text().count('"tell"') == 4, 100)
+    kernel.kill()
+    kernel.wait()
+    before = [json.loads(line) for line in log.read_text().splitlines()]
+    more = runpy.run_path(str(script))
+    whole = search(more["problem"], more["space"], method="tpe", trials=7, passes=1, name="whole", workers_per_trial=1, workers=[0])
+    until(lambda: not any(locks.held(path) for path in (tmp_path / "search").glob("trials/*")), 60)
+    again = search(more["problem"], more["space"], method="tpe", trials=7, passes=1, workers_per_trial=1, workers=[0])
+    after = [json.loads(line) for line in log.read_text().splitlines()]
+    assert after[: len(before)] == before and [line["tell"] for line in after if "tell" in line] == list(range(7))
+    assert again.points == whole.points == again.replay().points and again.table().score.tolist() == whole.table().score.tolist()
 
 
 @pytest.mark.slow
