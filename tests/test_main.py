@@ -78,6 +78,7 @@ def test_a_space_is_read():
         cli.parse_space(["lr=1", "lr=2"])
 
 
+@pytest.mark.slow
 def test_a_search_from_the_shell(tmp_path, capsys, cache):
     command = ["search", "labkit:Classifier", "--kind", "threads", "--n-workers", "1", "--runs", str(tmp_path), "--method", "grid"]
     command += [

@@ -1,5 +1,5 @@
-"""`labkit.search`: trials on blocks of workers, what fails in them, and a search that goes on. Runs are stand-ins but in the first two
-tests."""
+"""`labkit.search`: trials on blocks of workers, what fails in them, and a search that goes on. Runs are stand-ins but in the first
+test, and in slow ones."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def stand_ins(monkeypatch):
     return install
 
 
-def test_a_trial_is_a_train_of_its_point_and_the_search_is_read_back(search, problem, lab, tmp_path, capsys):
+def test_a_trial_is_a_run_of_its_point_and_the_search_is_read_back(search, problem, capsys):
     space = {"lr": (1e-2, 0.5, "log"), "width": (3, 9, "int"), "update": ["sgwu"], "partition": ["udpa"]}
     found = search(problem, space, method="random", trials=2, passes=1, seed=4, progress=True)
     table = found.table()
@@ -118,16 +118,23 @@ def test_a_trial_is_a_train_of_its_point_and_the_search_is_read_back(search, pro
     assert best.config["update"]["name"] == "sgwu" and best.config["problem"]["model_args"] == {"width": found.best.width}
     measured = found.problem().measure(best.model().network, best.problem().score_indices())
     assert found.best.score == pytest.approx(measured["score"], abs=1e-6)
-    again = labkit.train(found.problem(), lab, **found.training(), seed=best.config["seed"], runs=tmp_path / "again").wait()
-    np.testing.assert_array_equal(again.flat(), best.flat())  # the same whoever comes first
+    assert found.problem().lr == found.best.lr and found.training()["update"] == "sgwu"
     read = labkit.load_search(found.path)
     assert read.table().equals(table) and read.state == "done" and read.replay().points == found.points == found.replay().points
     assert read.training()["update"] == "sgwu" and read.run(0).name == "0" and "2 of 2 trials, best" in repr(read)
     assert set(found.timeline().columns) >= {"trial", "worker", "start", "end"} and len(found.timeline()) == 4
 
 
-def test_folds_are_runs_of_their_own_and_their_scores_are_averaged(search, problem):
+@pytest.mark.slow
+def test_folds_are_trained_as_train_does_and_their_scores_are_averaged(search, problem, lab, tmp_path):
     found = search(problem, {"lr": [0.1]}, method="grid", folds=2, passes=1, workers_per_trial=1)
+    made, seed = found.run(0, 1), found.run(0, 1).config["seed"]
+    again = labkit.train(
+        found.problem().fold(1, 2), lab, **found.training(), seed=seed, workers=[0], runs=tmp_path / "again"
+    ).wait()
+    np.testing.assert_array_equal(again.flat(), made.flat())
+    measured = again.problem().measure(again.model().network, again.problem().score_indices())["score"]
+    assert found.timeline().score[found.timeline().fold == 1].item() == pytest.approx(measured, abs=1e-6)
     held = [set(found.run(0, fold).problem().score_indices()) for fold in range(2)]
     assert not held[0] & held[1] and len(held[0] | held[1]) == problem.dataset.n_train
     assert sorted(found.timeline().fold) == [0, 1] and found.best.score == pytest.approx(found.timeline().score.mean())
@@ -216,7 +223,7 @@ def test_blocks_are_as_many_as_there_are_workers_for_and_seeds_come_from_the_num
     assert len(set(seeds.values())) == 6
 
 
-@pytest.mark.parametrize("method", ["tpe", "evolution"])
+@pytest.mark.parametrize("method", ["tpe", pytest.param("evolution", marks=pytest.mark.slow)])
 def test_a_search_that_was_stopped_goes_on_and_nothing_is_lost_or_doubled(search, problem, stand_ins, tmp_path, method):
     space, reached = {"lr": (0.1, 0.9), "momentum": (0.0, 0.9)}, threading.Event()
     stand_ins()
@@ -257,7 +264,7 @@ def test_a_trial_that_ended_the_kernel_twice_has_failed(search, problem, stand_i
     assert list(table.state) == ["failed", "done"] and "cut off 2 times" in table.error[0]
 
 
-@pytest.mark.parametrize(("prune", "steps"), [("asha", 9), ("extrapolate", 12)])
+@pytest.mark.parametrize(("prune", "steps"), [("asha", 9), pytest.param("extrapolate", 12, marks=pytest.mark.slow)])
 def test_trials_that_do_badly_end_early_and_the_best_is_found(search, problem, monkeypatch, tmp_path, prune, steps):
     def launch(self, problem, settings, number, fold, workers):
         self.measured[number, fold] = {}

@@ -41,11 +41,11 @@ def drive(study, n, ahead=1):
     [*((method, SPACE) for method in METHODS[:4]), ("tpe", CONDITIONAL), ("evolution", CONDITIONAL), ("evolution", NUMBERS)],
 )
 def test_a_search_that_is_cut_off_goes_on_as_if_it_had_not_been_and_is_replayed(method, space, tmp_path):
-    n = 6 if method == "gp" else 24
-    whole = drive(Study(space, method, 3, 4), n, ahead=3)
+    n, n_random = (6, 2) if method == "gp" else (24, 4)
+    whole = drive(Study(space, method, 3, n_random), n, ahead=3)
     assert whole.replay().points == whole.points and len({json.dumps(point) for point in whole.points}) > n // 2
     (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in whole.lines[: 2 * n]) + '{"ask": 1')
-    resumed = Study(space, method, 3, 4, tmp_path)
+    resumed = Study(space, method, 3, n_random, tmp_path)
     assert resumed.lines == whole.lines[: 2 * n] and (tmp_path / FILE).read_text().endswith("}\n")
     for line in whole.lines[2 * n :]:  # from here on the same happens
         number = next(iter(line.values()))
@@ -58,7 +58,7 @@ def test_a_search_that_is_cut_off_goes_on_as_if_it_had_not_been_and_is_replayed(
         else:
             resumed.tell(number, line["state"], line["value"], line["error"])
     assert resumed.points == whole.points
-    assert Study(space, method, 3, 4, tmp_path, readonly=True).trials == resumed.trials
+    assert Study(space, method, 3, n_random, tmp_path, readonly=True).trials == resumed.trials
 
 
 def test_the_seed_makes_other_points_and_a_grid_has_its_own():

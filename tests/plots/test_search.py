@@ -63,8 +63,13 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_picture_and_a_page(name, tmp_path):
+def test_a_picture(name, tmp_path):
     assert plots.save(FIGURES[name](Found()), tmp_path / "x.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_page(name, tmp_path):
     assert "Bokeh" in plots.save(FIGURES[name](Found()), tmp_path / "x.html").read_text()
 
 
