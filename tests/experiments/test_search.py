@@ -129,9 +129,8 @@ def test_a_trial_is_a_run_of_its_point_and_the_search_is_read_back(search, probl
 def test_folds_are_trained_as_train_does_and_their_scores_are_averaged(search, problem, lab, tmp_path):
     found = search(problem, {"lr": [0.1]}, method="grid", folds=2, passes=1, workers_per_trial=1)
     made, seed = found.run(0, 1), found.run(0, 1).config["seed"]
-    again = labkit.train(
-        found.problem().fold(1, 2), lab, **found.training(), seed=seed, workers=[0], runs=tmp_path / "again"
-    ).wait()
+    settings = found.training() | {"seed": seed, "workers": made.config.indices, "runs": tmp_path / "again"}
+    again = labkit.train(found.problem().fold(1, 2), lab, **settings).wait()
     np.testing.assert_array_equal(again.flat(), made.flat())
     measured = again.problem().measure(again.model().network, again.problem().score_indices())["score"]
     assert found.timeline().score[found.timeline().fold == 1].item() == pytest.approx(measured, abs=1e-6)
