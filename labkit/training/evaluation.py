@@ -36,7 +36,7 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     (by default those that no run holds), or here without a lab. What is NaN is printed."""
     import pandas as pd
 
-    versions, problem = checkpoints.versions(run.path), as_recorded(problem, run)
+    versions = checkpoints.versions(run.path)
     n = len(workers or lab.free()) or 1 if lab else 1
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
     items = [(problem, str(run.path), share, run.config) for share in shares]

@@ -146,10 +146,10 @@ class Run(RunRecord):
     # -- what was trained ----------------------------------------------------------------------------------------
 
     def _measured(self) -> pd.DataFrame:
-        from labkit.training.evaluation import measure
+        from labkit.training.evaluation import as_recorded, measure
 
         lab = self._follower.lab if self._follower else None
-        return measure(self, self.problem(), lab if lab and not lab.closed and lab.free() else None)
+        return measure(self, as_recorded(self.problem(), self), lab if lab and not lab.closed and lab.free() else None)
 
     def _layout_anew(self, why: RunError) -> Layout:
         """From the model, where its size is that of the newest version."""

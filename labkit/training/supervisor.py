@@ -30,7 +30,7 @@ from labkit.runs import status as how_it_ended
 from labkit.runs.events import Tail
 from labkit.sources import pack
 from labkit.training.attach import watch
-from labkit.training.evaluation import measure
+from labkit.training.evaluation import as_recorded, measure
 from labkit.training.monitor import Monitor
 from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
@@ -192,7 +192,10 @@ class Supervisor:
         self._measuring.set()
         ended = sorted(index for index, task in self.tasks.items() if task.done and not task.lost)
         try:
-            measure(self.run, self.sent if ended else self.problem, self.lab if ended else None, ended)
+            problem = as_recorded(self.problem, self.run)
+            if ended and problem is self.problem:
+                problem = self.sent
+            measure(self.run, problem, self.lab if ended else None, ended)
         except Exception as error:
             return f"its curve is not measured yet: {error}"
         return ""
