@@ -259,7 +259,8 @@ def test_what_is_compiled_passes_the_check_or_is_refused_as_such():
         lacks,
         pytest.raises(ProblemError, match=r"cannot be compiled here: .*No working C.. compiler found.*Leave out torch.compile"),
     ):
-        problem(compiled_as_a_whole, train_samples=36, model_args={"backend": "inductor"}).check(SEED)
+        # of a size of its own: what another test has compiled in this process needs no compiler
+        problem(compiled_as_a_whole, train_samples=44, batch_size=7, model_args={"backend": "inductor"}).check(SEED)
 
 
 @pytest.mark.slow
