@@ -550,4 +550,4 @@ def test_a_milestone_in_whose_midst_a_process_is_killed_is_settled_once_and_repl
             np.testing.assert_array_equal(labkit.replay(run).flat(), run.flat())
             if kind == "ipyparallel":
                 lab.add(1)
-            until(lambda: len(lab.free()) == 2, 60)
+            until(lambda: len(lab.free()) == 2, 120)
