@@ -33,12 +33,12 @@ TINY = {
     "07-kill-a-worker": SMALL
     | {"train_samples": 400, "test_samples": 100, "passes": 6.0, "local_steps": 4, "every": 0.2, "most": 2},
     "08-split-the-step": SMALL
-    | {"batch_size": 8, "batch_sizes": [8], "splits": ["none", "samples"], "steps": 3}
+    | {"batch_size": 8, "batch_sizes": [8], "splits": ["none", "samples"], "steps": 3, "threads": 1}
     | {"train_samples": 200, "test_samples": 60, "passes": 1.0, "local_steps": 4},
     "09-search-the-settings": SMALL
     | {"methods": "random tpe", "trials": 4, "seeds": [0], "passes": 0.5, "long": 1.0, "train_samples": 200, "test_samples": 60},
     "benchmarks/14-inner": {"models": ["lenet"], "batch_sizes": [8], "small": True, "steps": 3, "compile_too": [], "take_core": []}
-    | {"precisions": ["float32"]},
+    | {"precisions": ["float32"], "threads": 1},
     "benchmarks/04-chaos": {"kinds": ["dask"], "updates": ["allreduce"], "n_workers": 2, "passes": 4.0, "most": 3, "every": 1.0},
     "benchmarks/01-overhead": SMALL
     | {"batch_sizes": [16], "updates": ["sgwu", "gem"], "rounds": 1, "samples": 600, "local_steps": 5},
