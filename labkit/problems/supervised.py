@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from labkit.data.cache import cache_dir
 from labkit.errors import ProblemError, calling, plain_scalar, real, whole
 from labkit.imports import reference
-from labkit.inner.engine import Engine
+from labkit.inner.engine import Engine, first_of
 from labkit.inner.inner import Inner
 from labkit.models import check_model, describe, evaluating, make_model
 from labkit.problems.losses import Loss
@@ -200,7 +200,7 @@ class Supervised(Problem):
         return title_of(self.optimiser)
 
     def _loss_of(self, module: nn.Module, x: Any, y: Any) -> torch.Tensor:
-        with self.autocast(_first(x).device):
+        with self.autocast(first_of(x).device):
             outputs = module(*x) if isinstance(x, tuple) else module(x)
             return self._loss(*self.fitted(_float(outputs), x if y is None else y))
 
@@ -209,7 +209,7 @@ class Supervised(Problem):
 
         It is computed in `accumulate` parts, each of which the inner layer may split further; a part has two samples at least (BatchNorm).
         """
-        n = max(1, min(self.accumulate, len(_first(x)) // 2))
+        n = max(1, min(self.accumulate, len(first_of(x)) // 2))
         wrapped = [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
         loss = 0.0
         for at, (part, own, weight) in enumerate(self._parts(x, y, n), 1):
@@ -282,7 +282,7 @@ class Supervised(Problem):
     def _measured(self, module: nn.Module, loaded: Iterable[Any], metrics: Mapping[str, Any]) -> dict[str, float]:
         losses, scorer, meters = [], self.scorer(), {}
         for x, y in loaded:
-            meters = meters or make_meters(metrics, _first(x).device, self._loss)
+            meters = meters or make_meters(metrics, first_of(x).device, self._loss)
             outputs, targets = self._outputs_of(module, x, y)
             losses.append((self._loss(outputs, targets).item(), float(self._loss.count(targets))))
             scorer.update(outputs, targets)
@@ -302,16 +302,12 @@ class Supervised(Problem):
 
     def _outputs_of(self, module: nn.Module, x: Any, y: Any) -> tuple[Any, Any]:
         """Outputs of a module that is evaluated, and targets, as the loss takes them."""
-        with evaluating(module) as plain, self.autocast(_first(x).device):
+        with evaluating(module) as plain, self.autocast(first_of(x).device):
             outputs = plain(*x) if isinstance(x, tuple) else plain(x)
         return self.fitted(_float(outputs), x if y is None else y)
 
     def _title(self) -> str:
         return f"model {describe(self.model)}"
-
-
-def _first(x: Any) -> torch.Tensor:
-    return x[0] if isinstance(x, tuple) else x
 
 
 def _float(outputs: Any) -> Any:
