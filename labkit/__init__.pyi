@@ -5,6 +5,7 @@ from . import inner as inner
 from . import models as models
 from . import plots as plots
 from . import problems as problems
+from . import showers as showers
 from . import updates as updates
 from .cluster.connect import connect as connect
 from .cluster.lab import Lab as Lab

@@ -159,4 +159,6 @@ NAMED: dict[str, Callable[..., Dataset] | str] = {
     "lfw-faces": lfw_faces,
     "head-lesions": "labkit.data.synthetic.volumes:head_lesions",
     "chest-phantom": "labkit.data.synthetic.volumes:chest_phantom",
+    "showers-wsi": "labkit.showers.geant4:showers_wsi",
+    "parametrised-showers": "labkit.showers.parametrised:parametrised_showers",
 }

@@ -19,7 +19,17 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_names_are_the_ones_that_open():
-    assert names() == ["fashion-mnist", "fashion-mnist-32", "mnist", "digits", "lfw-faces", "head-lesions", "chest-phantom"]
+    assert names() == [
+        "fashion-mnist",
+        "fashion-mnist-32",
+        "mnist",
+        "digits",
+        "lfw-faces",
+        "head-lesions",
+        "chest-phantom",
+        "showers-wsi",
+        "parametrised-showers",
+    ]
     with pytest.raises(DataError, match="Did you mean 'digits'"):
         open_dataset("digit")
     with pytest.raises(DataError, match="data is a int"):
