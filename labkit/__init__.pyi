@@ -2,6 +2,7 @@
 from . import chaos as chaos
 from . import data as data
 from . import inner as inner
+from . import jets as jets
 from . import models as models
 from . import plots as plots
 from . import problems as problems

@@ -25,7 +25,7 @@ STUB = [
     if isinstance(node, ast.ImportFrom)
     for alias in node.names
 ]
-PACKAGES = "chaos", "data", "models", "plots", "problems", "updates"
+PACKAGES = "chaos", "data", "jets", "models", "plots", "problems", "updates"
 
 
 @pytest.mark.parametrize(("home", "alias"), STUB, ids=[alias.name for _, alias in STUB])

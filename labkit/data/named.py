@@ -161,4 +161,5 @@ NAMED: dict[str, Callable[..., Dataset] | str] = {
     "chest-phantom": "labkit.data.synthetic.volumes:chest_phantom",
     "showers-wsi": "labkit.showers.geant4:showers_wsi",
     "parametrised-showers": "labkit.showers.parametrised:parametrised_showers",
+    "jets": "labkit.jets.files:sample",
 }

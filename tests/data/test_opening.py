@@ -29,6 +29,7 @@ def test_names_are_the_ones_that_open():
         "chest-phantom",
         "showers-wsi",
         "parametrised-showers",
+        "jets",
     ]
     with pytest.raises(DataError, match="Did you mean 'digits'"):
         open_dataset("digit")

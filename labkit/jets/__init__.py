@@ -1,0 +1,28 @@
+"""Jets: made by Pythia and FastJet or read from files, a network that clusters them without labels, and what its clusters are worth.
+
+labkit.jets.generate("jets/full", lab, jets=50_000, mass=(10, 200), classes="WZt")
+run = labkit.train(labkit.jets.UCluster("jets/full"), lab, update="allreduce", passes=40).wait()
+labkit.jets.table(run)
+"""
+
+from labkit.jets.anomaly import Anomalies, events, pairs
+from labkit.jets.evaluation import baselines, chosen, network, table
+from labkit.jets.figures import embedding, masses
+from labkit.jets.files import CLASSES, SUBSTRUCTURE, Jets, convert, dataset, load, provenance, read, to_awkward, write
+from labkit.jets.problem import UCluster
+from labkit.jets.pythia import generate
+
+__all__ = [
+    "CLASSES",
+    "SUBSTRUCTURE",
+    "Anomalies",
+    "Jets",
+    "UCluster",
+    "baselines",
+    "chosen",
+    "convert",
+    "dataset",
+    "embedding",
+    "events",
+]
+__all__ += ["generate", "load", "masses", "network", "pairs", "provenance", "read", "table", "to_awkward", "write"]
