@@ -138,8 +138,8 @@ def test_weights_go_through_pinned_memory_both_ways(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["lenet", "resnet20"])
-@pytest.mark.parametrize("split", ["samples", "auto"])
-def test_threads_of_a_worker_share_a_step_on_streams_of_their_own(split, model, tmp_path):
+@pytest.mark.parametrize("split", ["samples", "rows", "auto"])
+def test_threads_of_a_worker_share_a_step(split, model, tmp_path):
     with labkit.connect("threads", 1) as lab:
         run = trained(lab, problem(model), tmp_path / "whole")
         shared = trained(lab, problem(model, inner=labkit.Inner(threads=2, split=split)), tmp_path / "shared")

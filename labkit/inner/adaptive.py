@@ -56,7 +56,8 @@ class Adaptive(Generic[Way]):
 
     def _explore(self, ways: Sequence[Way]) -> None:
         self._recent: dict[Way, deque[float]] = {}
-        self._plan = [way for _ in range(TRIALS) for way in ways if way not in self.fragile]
+        plan = [way for _ in range(TRIALS) for way in ways if way not in self.fragile]
+        self._plan = plan or [self.current] * TRIALS  # where no other is likely, what it takes now is expected from here on
         self._steps, self._odd = 0, 0
 
     def _choose(self) -> None:

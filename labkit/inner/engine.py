@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -21,12 +21,13 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from labkit.errors import ProblemError
+from labkit.errors import LabError, ProblemError
 from labkit.inner import samples
 from labkit.inner.adaptive import Adaptive
 from labkit.inner.executor import TaskEngine
+from labkit.inner.hooks import taken_off
 from labkit.inner.inner import Inner
-from labkit.inner.layers import trace
+from labkit.inner.layers import attributes, trace
 from labkit.inner.pool import ThreadPool
 from labkit.inner.samples import has_batch_statistics, refuse
 
@@ -106,26 +107,37 @@ class Engine:
         """The relative difference between the gradients of a batch, split and not; dropout is left out. Leaves no trace.
 
         It is rounding where the loss is a mean over samples, and what the network makes of a sample does not depend on the others.
-        ProblemError, by name, for layers that cannot be split, and for buffers that a forward pass moves with each part.
+        ProblemError, by name, for layers that cannot be split, for buffers that a forward pass moves with each part, for values that it
+        leaves on a module, and for random numbers of its own.
         """
+        whole = samples.unsupported(module) if self.inner.whole is True else self.inner.whole or ()
         if self.inner.split != "rows":  # which names what it cannot split itself
             refuse(module, self.inner.whole)
-        before = {name: buffer.detach().double() for name, buffer in module.named_buffers()}
-        if self.inner.split != "rows" and any(isinstance(part, _DropoutNd) for part in module.modules()):
-            with _as_it_was(module):  # may fail with it alone
-                self._compute(Way("samples", 2), module, x, shares, seed=0)
+        before = {name: _wide(buffer) for name, buffer in module.named_buffers()}
         found, buffers = [], []
         by_tasks = self.inner.split == "rows" or (self.inner.split == "auto" and self._can_be_tasks(module, x))
         block = 0 if self._is_one_block(module) else self.inner.block or 0
         ways = [Way("none")] + [Way("samples", 2, block)] * (self.inner.split != "rows") + [Way("rows", 2)] * by_tasks
         for way in ways:
-            with _as_it_was(module):
+            with as_it_was(module, x), torch.random.fork_rng(devices=[]):
                 for part in module.modules():
                     if isinstance(part, _DropoutNd):
                         part.eval()
-                self._compute(way, module, x, shares, seed=0)
-                found.append({at: p.grad.double() for at, p in enumerate(module.parameters()) if p.grad is not None})
-                buffers.append({name: buffer.detach().double() for name, buffer in module.named_buffers()})
+                random = torch.get_rng_state()
+                if way.split == "none":
+                    self._compute(way, module, x, shares)
+                    if self.inner.split != "rows" and not torch.equal(random, torch.get_rng_state()):
+                        raise ProblemError(
+                            "the inner layer cannot split a network, or a loss, that draws random numbers itself: its threads would draw them from "
+                            "one generator, in any order. Have nn.Dropout do so, or leave the step undivided, with Inner(split='none')."
+                        )
+                else:
+                    self._tried_out(way, module, x, shares, whole)
+                found.append({at: _wide(p.grad) for at, p in enumerate(module.parameters()) if p.grad is not None})
+                buffers.append({name: _wide(buffer) for name, buffer in module.named_buffers()})
+        if self.inner.split != "rows" and any(isinstance(part, _DropoutNd) for part in module.modules()):
+            with as_it_was(module, x):  # may fail with it alone
+                self._tried_out(Way("samples", 2), module, x, shares, whole)
         for name, buffer in buffers[0].items():
             for other in (after[name] for after in buffers[1:]):
                 moved = (buffer - before[name]).norm() if before[name].shape == buffer.shape else buffer.norm()
@@ -138,9 +150,38 @@ class Engine:
         one, *others = found
         if any(one.keys() != other.keys() for other in others):
             return float("inf")
-        differ = max(sum(float((one[at] - other[at]).square().sum()) for at in one) for other in others)
-        size = sum(float(gradient.square().sum()) for gradient in one.values())
+        differ = max(sum(float((one[at] - other[at]).abs().square().sum()) for at in one) for other in others)
+        size = sum(float(gradient.abs().square().sum()) for gradient in one.values())
         return math.sqrt(differ / size) if size else math.sqrt(differ)
+
+    def _tried_out(self, way: Way, module: nn.Module, x: Any, shares: Shares, whole: Collection[str]) -> None:
+        """A step of `check`; ProblemError where it fails with parts of a batch, or leaves values on a module, which its threads share."""
+        inside = tuple(f"{name}." for name in whole)
+        parts = {name: part for name, part in module.named_modules() if not f"{name}.".startswith(inside)}
+        held = [dict(vars(part)) for part in parts.values()]  # so that nothing else gets the address of what is replaced
+        before, failed = {name: attributes(part) for name, part in parts.items()}, None
+        try:
+            self._compute(way, module, x, shares, seed=0)
+        except LabError:
+            raise
+        except Exception as error:
+            failed = error
+        del held
+        for name, part in parts.items():
+            now = attributes(part)
+            changed = [key for key in now if key != "training" and now[key] != before[name].get(key, now)]
+            if changed and way.split == "samples":
+                apart = f"have it computed whole, with Inner(whole={[name]}), " if name else ""
+                raise ProblemError(
+                    f"the inner layer cannot split {name or 'the model itself'} ({type(part).__name__}): its forward pass leaves {changed[0]!r} on "
+                    f"it, which the threads of a step would do to each other. Use a local variable, {apart}or leave the step undivided, with "
+                    "Inner(split='none')."
+                ) from failed
+        if failed:
+            raise ProblemError(
+                f"the inner layer cannot split this network: in parts of a batch it fails with {type(failed).__name__}: "
+                f"{' '.join(str(failed).split())[:200]}. Leave the step undivided, with Inner(split='none')."
+            ) from failed
 
     def close(self) -> None:
         """End its threads."""
@@ -209,7 +250,7 @@ class Engine:
         times: dict[int, list[float]] = {size: [] for size in sizes}
         for _ in range(SEARCHED + 1):
             for size in sizes:
-                with _as_it_was(module):
+                with as_it_was(module, x):
                     started = time.perf_counter()
                     loss = self._compute(Way("samples", self.threads, size), module, x, shares, seed=0)
                     if loss.is_cuda:
@@ -237,7 +278,9 @@ class Engine:
             n = samples_in(x)
             part = -(-n // way.threads)
             n_blocks = way.threads * -(-part // (way.block or part))
-            return samples.gradients(module, self._pool, shares(module, min(n, n_blocks)), self.inner.whole, seed)
+            # A single sample may be another thing to a network: squeeze() takes its axis off. So there are two, unless one is asked for.
+            most = n if self.inner.block == 1 else max(1, n // 2)
+            return samples.gradients(module, self._pool, shares(module, min(most, n_blocks)), self.inner.whole, seed)
         with _threads(way.threads):
             (share,) = shares(module, 1)
             loss = share()
@@ -296,8 +339,10 @@ def _threads(n: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """What happens to gradients, buffers and modes of a module in here is undone."""
+def as_it_was(module: nn.Module, x: Any = ()) -> Iterator[None]:
+    """What happens to gradients, buffers and modes of a module in here is undone, and what its forward pass does to the inputs `x`;
+    hooks on parameters, an optimiser's, say, are not called."""
+    inputs = [(part, part.clone()) for part in (x if isinstance(x, tuple) else (x,))]
     buffers = [  # a module may hold another tensor afterwards
         (part._buffers, name, buffer, buffer.detach().clone())
         for part in module.modules()
@@ -309,13 +354,23 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        yield
+        with taken_off([parameter for parameter, _ in gradients]):
+            yield
     finally:
         with torch.no_grad():
             for held, name, buffer, value in buffers:
                 buffer.copy_(value)
                 held[name] = buffer
+            for part, value in inputs:
+                if not torch.equal(part, value):
+                    part.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for part, training in modes:
             part.training = training
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In double precision, for comparisons."""
+    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    return dense.to(torch.complex128 if dense.is_complex() else torch.float64, copy=True)

@@ -15,9 +15,11 @@ Used by `labkit.inner.inner` (split="rows") and `labkit.inner.profiling`.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
@@ -30,7 +32,8 @@ from torch.nn import functional as F
 from labkit.errors import known
 from labkit.errors import whole as whole_number
 from labkit.inner.graph import Graph, Range, Task, chains, input_rows, step_graph
-from labkit.inner.layers import KINDS, Layer, padding_of, trace
+from labkit.inner.hooks import add, has_hooks, taken_off
+from labkit.inner.layers import KINDS, Layer, padding_of, state_of, trace
 from labkit.inner.scheduler import PRIORITIES, Schedule, priorities, successors
 
 LEAST = 300e-6  # s; a task that takes less is chained to the one before it
@@ -107,15 +110,18 @@ class TaskEngine:
         self.measured: Schedule | None = None
         self.tasks: Schedule | None = None
         self._plans: dict[Any, Plan] = {}
+        self._wholes: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that are called as they are, whatever changes in them
 
     def plan(self, x: torch.Tensor) -> Plan:
         """Of batches like `x`; ProblemError if the network cannot be split."""
         layout = tuple(x.stride()[i] for i in range(1, x.dim()))
-        trained = tuple(parameter.requires_grad for parameter in self.module.parameters())
-        modes = tuple(part.training for part in self.module.modules())
-        key = (tuple(x.shape), layout, x.dtype, hash((trained, modes)))
+        key = (tuple(x.shape), layout, x.dtype, state_of(self.module, self._wholes))
         if key not in self._plans:
             layers, threads, samples = trace(self.module, x, self.whole), self.pool.threads, len(x)
+            found = [layer.module for layer in layers if layer.kind == "whole"]
+            if not self._wholes.issuperset(found):
+                self._wholes.update(found)
+                return self.plan(x)
             blocks = max(1, min(2 * threads if samples >= 32 * threads else threads, samples // 2))
             block = self.block or math.ceil(samples / blocks)
             rows = self.rows or math.ceil(threads / math.ceil(samples / block))
@@ -138,14 +144,18 @@ class TaskEngine:
         x : (samples, ...), as the network takes it.
         loss_of : from the outputs of the whole batch to a scalar; called once.
         update : called with the parameters of each layer when their gradients are there and nothing reads the old weights any
-            more, on any thread, while other layers still compute.
+            more, on any thread, while other layers still compute; without those that have hooks (`labkit.inner.hooks`).
+
+        On a GPU all tasks are computed in the stream of the caller, one after the other.
         """
         plan = self.plan(x)
         with torch.no_grad():
             step = _Step(plan, x, loss_of, update, self.module)
-            thread, start, end = _execute(plan, self.pool, step)
-        for parameter, gradient in step.beside.items():  # of parameters that the network does not use
-            _add(parameter, gradient)
+            with taken_off(step.parameters):
+                thread, start, end = _execute(plan, self.pool, step)
+        for parameter in reversed(step.parameters):  # as a backward pass comes to them
+            if (gradient := step.beside.pop(parameter, None)) is not None:
+                add(parameter, gradient)
         began = min(start)
         start, end = [moment - began for moment in start], [moment - began for moment in end]
         plan.learn([b - a for a, b in zip(start, end, strict=True)])
@@ -166,6 +176,7 @@ def _execute(plan: Plan, pool: Pool, step: _Step) -> tuple[list[int], list[float
     ready = [(-plan.ranks[chain], chain) for chain in range(len(waiting)) if not waiting[chain]]
     heapq.heapify(ready)
     left, failed = len(waiting), False
+    stream = torch.cuda.current_stream(step.device) if step.device.type == "cuda" else None
 
     def work(own: int) -> None:
         nonlocal left, failed
@@ -199,7 +210,7 @@ def _execute(plan: Plan, pool: Pool, step: _Step) -> tuple[list[int], list[float
                 raise
 
     def begin(own: int) -> None:
-        with torch.no_grad():  # of this thread
+        with torch.no_grad(), torch.cuda.stream(stream) if stream else contextlib.nullcontext():  # of this thread
             work(own)
 
     pool.run([partial(begin, own) for own in range(pool.threads)])
@@ -212,8 +223,9 @@ class _Step:
     def __init__(self, plan: Plan, x: torch.Tensor, loss_of: Callable, update: Callable | None, module: nn.Module) -> None:
         self.plan, self.graph, self.layers = plan, plan.graph, plan.graph.layers
         self.chains, self.before = plan.chains, plan.before
-        self.loss_of, self.update = loss_of, update
+        self.loss_of, self.update, self.device = loss_of, update, x.device
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.hooked = set(filter(has_hooks, self.parameters))
         n = len(self.graph.samples)
         self.tensors: dict[str, list[list[Any]]] = {
             what: [plan.buffers[what, i] if (what, i) in plan.buffers else [None] * n for i in range(len(self.layers))]
@@ -222,7 +234,8 @@ class _Step:
         self.tensors["value"][0] = [x[first:last] for first, last in self.graph.samples]
         self.saved: dict[Any, Any] = {}  # what a task leaves for a later one
         self.sums: dict[int, list[torch.Tensor | None]] = {}  # gradients of a module's parameters
-        self.beside: dict[nn.Parameter, torch.Tensor] = {}  # gradients of a loss that reads parameters itself
+        # Gradients that are added at the end: of a loss that reads parameters itself, and of parameters with hooks.
+        self.beside: dict[nn.Parameter, torch.Tensor] = {}
         self.loss = torch.tensor(float("nan"))
         for number, layer in enumerate(self.layers):
             if layer.kind == "dropout":  # in the order of the layers, as plain torch draws them
@@ -545,10 +558,6 @@ def _loss(step: _Step, task: Task, layer: Layer) -> None:
     step.loss = loss.detach()
 
 
-def _add(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-
-
 def _update(step: _Step, task: Task, layer: Layer) -> None:
     held = [parameter for parameter in _weights(layer) if parameter is not None]
     found = [
@@ -557,9 +566,13 @@ def _update(step: _Step, task: Task, layer: Layer) -> None:
     for parameter, gradient in zip(held, found, strict=True):
         if parameter.requires_grad:
             beside = step.beside.pop(parameter, None)
-            _add(parameter, gradient if beside is None else gradient + beside)
+            gradient = gradient if beside is None else gradient + beside
+            if parameter in step.hooked:  # hooks are the user's own, and not for several threads
+                step.beside[parameter] = gradient
+            else:
+                add(parameter, gradient)
     if step.update is not None:
-        step.update(layer.parameters)
+        step.update([parameter for parameter in layer.parameters if parameter not in step.hooked])
 
 
 _ACTIONS: dict[tuple[str, str], Callable[[_Step, Task, Layer], None]] = {

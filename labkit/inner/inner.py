@@ -35,12 +35,21 @@ class Inner:
                    now and then, so that it falls back while somebody else uses a core, and comes back. What was chosen is recorded, so
                    that a run can be replayed.
     block : samples in a block of "samples"; by default as many as were quickest on the first batch, tried once for a network,
-        a batch and a number of threads, and remembered beside the data in labkit's cache.
+        a batch and a number of threads, and remembered beside the data in labkit's cache. Two at least, as a network may take a single
+        sample for something else (`squeeze`), unless block=1 is asked for.
     whole : layers, by their names, that one thread computes for the whole batch because they cannot be split; True for all that
         labkit does not know. Without, they are an error.
 
-    ValueError or TypeError for what cannot be. The step keeps its meaning: gradients are those of the whole batch, BatchNorm's
-    statistics too, but for rounding; dropout draws other zeros.
+    ValueError or TypeError for what cannot be; ProblemError before the run, by name, for a model that is not computed the same in parts,
+    and for a problem whose `step` goes past it. The step keeps its meaning: gradients are those of the whole batch, BatchNorm's
+    statistics too, but for rounding; dropout draws other zeros. Hooks on parameters are called once a step, on the thread of the worker;
+    those on modules for each block, on its thread ("samples"), or they are refused ("rows", and layers that need the whole batch).
+
+    On a GPU "samples" has a stream for each thread, and leaves networks with BatchNorm and `whole` layers undivided; the tasks of "rows"
+    are computed one after the other. There are no CUDA graphs: what launching its operators costs a step of a small batch, it costs here.
+
+    Weights are pushed when a local pass is done and scored, and not layer by layer while the last of its steps computes: that could hide no
+    more than the `send_share` of `Run.summary()`, and `labkit.train(..., overlap=1)` hides all of it behind the next steps.
     """
 
     threads: int | None = None

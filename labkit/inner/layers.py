@@ -22,9 +22,11 @@ import math
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partialmethod
+from types import FunctionType, NoneType
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -168,6 +170,62 @@ def _message(module: nn.Module, found: _Unsupported) -> str:
     )
 
 
+# -- what a recording depends on --------------------------------------------------------------------------------------------
+
+OWN = frozenset(vars(nn.Module())) - {"training"}  # attributes that every module has
+PLAIN = frozenset([int, float, complex, bool, str, bytes, NoneType, torch.device, torch.dtype])
+FOREIGN = (
+    "torch",
+    "builtins",
+    "functools",
+    "numpy",
+    "logging",
+    "threading",
+    "_thread",
+    "weakref",
+)  # whose objects are not looked into
+DEPTH = 3  # within an attribute
+
+
+def attributes(part: nn.Module) -> dict[str, Any]:
+    """What a module holds besides parameters, buffers and modules, such as the p of a dropout, in a form that can be compared.
+
+    Numbers and strings by value, also within lists, dicts and objects; of other objects, tensors among them, which they are.
+    """
+    return {name: value if type(value) in PLAIN else _plain(value) for name, value in vars(part).items() if name not in OWN}
+
+
+def _plain(value: Any, depth: int = DEPTH) -> Any:
+    if type(value) in PLAIN or (type(value) is tuple and PLAIN.issuperset(map(type, value))):
+        return value
+    if isinstance(value, torch.Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if isinstance(value, nn.Module) or not depth:
+        return id(value)
+    if isinstance(value, dict):
+        return tuple((_plain(key, 0), _plain(item, depth - 1)) for key, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(_plain(item, depth - 1) for item in value)
+    if type(value).__module__.partition(".")[0] in FOREIGN:
+        return weakref.ref(value) if isinstance(value, FunctionType) else id(value)
+    return id(value), tuple(_plain(item, depth - 1) for item in getattr(value, "__dict__", {}).values())
+
+
+def state_of(module: nn.Module, without: Iterable[nn.Module] = ()) -> tuple:
+    """Equal for two moments at which `trace` gives the same layers of batches of one shape; what is in `without` does not count."""
+    inside = {part for outer in without for part in outer.modules()}
+    found: list[Any] = [parameter.requires_grad for parameter in module.parameters()]
+    for part in module.modules():
+        if part not in inside:
+            found += [weakref.ref(part), has_hooks(part), *attributes(part).values()]
+    return tuple(found)
+
+
+def has_hooks(part: nn.Module) -> bool:
+    """Is something else called with it, which a layer in its place would not call?"""
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+
+
 # -- recording --------------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +256,15 @@ class _Sized(fx.Proxy):
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
+
+    def _changed_by(self, operation: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    # torch.fx takes `y += 1` for `y = y + 1`, which changes no other name of y.
+    __iadd__ = partialmethod(_changed_by, operator.iadd)
+    __isub__ = partialmethod(_changed_by, operator.isub)
+    __imul__ = partialmethod(_changed_by, operator.imul)
+    __itruediv__ = partialmethod(_changed_by, operator.itruediv)
 
 
 class _Tracer(fx.Tracer):
@@ -265,6 +332,8 @@ def _record(module: nn.Module, x: torch.Tensor, wholes: set[str]) -> fx.Graph:
 
 def _without_numbers(module: nn.Module) -> nn.Module:
     empty: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    computed = (value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor))
+    empty |= {id(value): value.detach() for value in computed if not value.is_leaf}  # which torch cannot copy
     network = copy.deepcopy(module, empty | {id(buffer): buffer.to("meta") for buffer in module.buffers()})
     for part in network.modules():
         if getattr(part, "momentum", 0.1) is None:  # a BatchNorm that counts its batches
@@ -281,9 +350,7 @@ def _call(node: fx.Node, root: nn.Module, **changed: Any) -> Callable[..., Any]:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(node.all_input_nodes, tensors, strict=True)).__getitem__)
         if node.op == "call_module":
             return owner().get_submodule(node.target)(*args, **kwargs | changed)
-        target = (
-            getattr(args[0], node.target.rstrip("_")) if node.op == "call_method" else OUT_OF_PLACE.get(node.target, node.target)
-        )
+        target = getattr(args[0], node.target.rstrip("_")) if node.op == "call_method" else _not_in_place(node.target)
         return target(*(args[1:] if node.op == "call_method" else args), **kwargs | changed)
 
     return function
@@ -306,7 +373,9 @@ def _layers(module: nn.Module, x: torch.Tensor, wholes: set[str]) -> list[Layer]
     _check(module, wholes)
     holder: dict[fx.Node, int] = {}  # the layer that has the value of a node
     names: dict[str, int] = {}
-    for node in _record(module, x, wholes).nodes:
+    nodes = list(_record(module, x, wholes).nodes)
+    aliases, order = _aliases(nodes, module), {node: at for at, node in enumerate(nodes)}
+    for node in nodes:
         if node.op == "placeholder" and not holder:
             holder[node] = 0
         elif node.op == "placeholder":
@@ -330,9 +399,41 @@ def _layers(module: nn.Module, x: torch.Tensor, wholes: set[str]) -> list[Layer]
             inputs = tuple(holder[source] for source in sources)
             layers.append(Layer(name=name, inputs=inputs, shape=tuple(example.shape[1:]), **fields))
             holder[node] = len(layers) - 1
-            if _in_place(node, module):
-                holder[sources[0]] = holder[node]  # who reads the value that was changed reads the new one
+            for other in list(holder) if _in_place(node, module) else ():
+                if aliases[other].tensor is aliases[node].tensor:
+                    holder[other] = holder[node]  # who reads the value that was changed reads the new one
+                elif aliases[other].memory is aliases[node].memory and any(order[user] > order[node] for user in other.users):
+                    raise _Unsupported(
+                        place, f"{fields['op']} changes memory in place that {other.name}, which is read afterwards, lies in too"
+                    )
     raise AssertionError("a graph of torch.fx ends with its output")
+
+
+class _Alias(NamedTuple):
+    """The first value that is the same tensor as this one, and the first that lies in the same memory: a view of it, say."""
+
+    tensor: fx.Node
+    memory: fx.Node
+
+
+def _aliases(nodes: Sequence[fx.Node], module: nn.Module) -> dict[fx.Node, _Alias]:
+    found: dict[fx.Node, _Alias] = {}
+    for node in nodes:
+        sources = node.all_input_nodes if node.op != "output" else []
+        own, changed = _memory(node), bool(sources) and _in_place(node, module)
+        found[node] = _Alias(node, node)
+        for source in sources[:1] if changed else sources:
+            if changed or (own is not None and node.meta["example"] is source.meta.get("example")):
+                found[node] = found[source]
+                break
+            if own is not None and own == _memory(source):
+                found[node] = _Alias(node, found[source].memory)
+    return found
+
+
+def _memory(node: fx.Node) -> int | None:
+    example = node.meta.get("example")
+    return example.untyped_storage()._cdata if isinstance(example, torch.Tensor) else None
 
 
 def _weakly(module: nn.Module) -> Callable[..., Any]:
@@ -359,7 +460,7 @@ def _check(module: nn.Module, wholes: set[str]) -> None:
     for place, part in module.named_modules():
         if any(place == outer or place.startswith(f"{outer}.") for outer in wholes):
             continue
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        if has_hooks(part):
             raise _Unsupported(place, "it has hooks")
         for name, parameter in part.named_parameters(recurse=False):
             if id(parameter) in owners:
@@ -376,14 +477,26 @@ def _place(node: fx.Node) -> str:
 def _op(node: fx.Node) -> str:
     if node.op == "call_module":
         return "a call"
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-    return {"getitem": "cut", "iadd": "add", "imul": "mul"}.get(name, name).rstrip("_")
+    name = _name(node)
+    return {"getitem": "cut", "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}.get(name, name).rstrip("_")
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _in_place(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
         return getattr(module.get_submodule(node.target), "inplace", False)
-    return node.kwargs.get("inplace", False) or node.target in OUT_OF_PLACE or str(node.target).endswith("_")
+    return node.kwargs.get("inplace", False) or node.target in OUT_OF_PLACE or _name(node).rstrip("_") == _name(node)[:-1]
+
+
+def _not_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that gives the same and changes nothing: torch.relu for torch.relu_."""
+    name = getattr(function, "__name__", "")
+    if name.rstrip("_") == name[:-1]:
+        return next((getattr(home, name[:-1]) for home in (torch, F) if hasattr(home, name[:-1])), function)
+    return OUT_OF_PLACE.get(function, function)
 
 
 def _rule(node: fx.Node, module: nn.Module, place: str, wholes: set[str]) -> dict[str, Any]:
@@ -553,4 +666,9 @@ FUNCTIONS: dict[str, Callable[[fx.Node, Sequence[Any]], dict[str, Any] | str]] =
     "mean": _mean,
     **dict.fromkeys(("cat", "concat"), _joined),
 }
-OUT_OF_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, torch.relu_: torch.relu}
+OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}

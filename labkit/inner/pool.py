@@ -8,6 +8,7 @@ Used by `labkit.inner`.
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
@@ -90,17 +91,21 @@ class Exchange:
     def __init__(self, n: int) -> None:
         self.n = n
         self._changed, self._slots, self._error = threading.Condition(), {}, ""
+        self._calls: Counter[tuple[Any, int]] = Counter()
         self._waiting = self._ended = 0
 
     def gather(self, key: Any, at: int, value: Any) -> list[Any]:
-        """The values that all n threads give under this key, each at its place; waits for them.
+        """The values that all n threads give under this key, each at its place; waits for them. A key may come again, on all of them.
 
         Abandoned where one has failed; ProblemError where all wait, for different keys, or have ended.
         """
         with self._changed:
-            slots = self._slots.setdefault(key, {})
+            self._calls[key, at] += 1
+            call = key, self._calls[key, at]
+            slots = self._slots.setdefault(call, {})
             slots[at] = value
             if len(slots) == self.n:
+                del self._slots[call]  # who waits has it, and what is in it may be large
                 self._waiting -= self.n - 1
                 self._changed.notify_all()
             else:

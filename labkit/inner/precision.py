@@ -193,9 +193,12 @@ def _compare(layer: Layer, modes: tuple[Mode, ...], timed: bool) -> dict[Mode, F
             for mode, call in calls.items():
                 seconds[mode].append(_seconds(call, layer.device))
     right = results[modes[0]]
+    # The sum over a whole batch may happen to be near 0; its rounding goes by how many are summed.
+    summed = {"bias gradient": math.sqrt(gradient.numel() / twin.bias.numel())} if twin.bias is not None else {}
     return {
         mode: Found(
-            statistics.median(seconds[mode]) if timed else math.nan, {name: _error(made[name], right[name]) for name in right}
+            statistics.median(seconds[mode]) if timed else math.nan,
+            {name: _error(made[name], right[name], summed.get(name, 0.0)) for name in right},
         )
         for mode, made in results.items()
     }
@@ -221,9 +224,9 @@ def _seconds(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def _error(found: torch.Tensor, right: torch.Tensor) -> float:
+def _error(found: torch.Tensor, right: torch.Tensor, least: float) -> float:
     right = right.float()
-    scale = right.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    scale = right.square().mean().sqrt().clamp(min=max(least, torch.finfo(torch.float32).tiny))
     return float(((found.float() - right).abs().max() / scale).nan_to_num(math.inf, math.inf))
 
 
@@ -287,20 +290,26 @@ def _slow(layer: Layer, half: Found, plain: Found, total: float) -> str:
 
 
 def keep(module: nn.Module, names: Iterable[str]) -> None:
-    """Have the layers of these names compute in float32 under autocast too, inputs cast; whatever else the module is stays.
+    """Have the layers of these names compute in float32 under autocast too (those of float64 weights in that), inputs cast; whatever else
+    the module is stays.
 
-    They get a `forward` of their own, which copies, pickles and wrappers have too. For a module that nobody else holds, such as
-    the replica of a worker.
+    They get a `forward` of their own, which copies, pickles and wrappers have too, around one that they have already. For a module
+    that nobody else holds, such as the replica of a worker.
     """
     for name in names:
         layer = module.get_submodule(name)
-        layer.forward = partial(_in_float32, layer)
+        own = vars(layer).get("forward")
+        if not (isinstance(own, partial) and own.func is _in_float32):
+            layer.forward = partial(_in_float32, layer, own)
 
 
-def _in_float32(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
-    with torch.autocast(next(layer.parameters()).device.type, enabled=False):
-        return type(layer).forward(layer, *map(_float32, inputs), **{name: _float32(x) for name, x in named.items()})
+def _in_float32(layer: nn.Module, own: Callable[..., Any] | None, *inputs: Any, **named: Any) -> Any:
+    weight = next(layer.parameters())
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
 
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-def _float32(x: Any) -> Any:
-    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    with torch.autocast(weight.device.type, enabled=False):
+        forward = own or partial(type(layer).forward, layer)
+        return forward(*map(cast, inputs), **{name: cast(x) for name, x in named.items()})

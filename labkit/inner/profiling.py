@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from labkit.errors import ProblemError, whole
+from labkit.inner.engine import as_it_was
 from labkit.inner.executor import Plan, TaskEngine
 from labkit.inner.graph import Graph
 from labkit.inner.inner import Inner
@@ -100,34 +101,48 @@ def profile(
     steps: int = 5,
     seed: int = 0,
 ) -> Profile:
-    """Measure a training step that threads share task by task (split="rows").
+    """Measure a training step that threads share task by task (split="rows"), in float32.
 
     Parameters
     ----------
-    problem : a network, or a problem, such as a `labkit.Classifier`, whose network is made from `seed`.
+    problem : a network, or a problem, such as a `labkit.Classifier`, whose network is made from `seed`. A network is afterwards as it was,
+        gradients and running statistics included.
     batch : (x, y) for a network. For a problem the number of samples of its training set; by default its batch size.
-    inner : threads, block and whole of a `labkit.Inner`, or the number of threads; by default as many as torch has.
-    loss : loss(outputs, y); by default cross-entropy where y are classes, the mean square elsewhere.
+    inner : threads, block and whole of a `labkit.Inner`, or the number of threads; by default that of the problem, if it has one, and as many
+        threads as torch has.
+    loss : loss(outputs, y); by default that of the problem; of a network cross-entropy where y are classes, the mean square elsewhere.
     rows : blocks of rows of a map, as of `labkit.inner.executor.TaskEngine`.
     steps : how many are measured, after some that are not; the quickest is kept.
+
+    TypeError or ValueError for a bad argument; ProblemError, by name, for what cannot be split, or is on a GPU, whose times are not
+    those of the threads.
     """
-    inner, steps, seed = Inner.of(inner) or Inner(), whole("steps", steps), whole("seed", seed, 0)
+    inner = Inner.of(inner) or getattr(problem, "inner", None) or Inner()
+    steps, seed = whole("steps", steps), whole("seed", seed, 0)
     network, (x, y) = _network(problem, batch, seed)
-    loss = loss or (F.mse_loss if y.is_floating_point() else F.cross_entropy)
+    of = loss or (F.mse_loss if y.is_floating_point() else F.cross_entropy)
+    own = loss is None and hasattr(problem, "loss_of")
     pool = ThreadPool(inner.threads or torch.get_num_threads())
-    with closing(pool):
+    with closing(pool), as_it_was(network, x):
+        network.train()
         engine = TaskEngine(network, pool, block=inner.block, rows=rows, whole=inner.whole)
         best: tuple[float, Any] = (float("inf"), None)
         for step in range(WARM_UP + steps):
             network.zero_grad()
-            engine.gradients(x, lambda outputs: loss(outputs, y))
+            engine.gradients(x, lambda outputs: problem.loss_of(lambda *_: outputs, x, y) if own else of(outputs, y))
             if step >= WARM_UP and engine.measured.makespan < best[0]:
                 best = engine.measured.makespan, (engine.tasks, engine.measured)
-        peaks = pool.run([measure_peaks])[0]
+        plan, peaks = engine.plan(x), pool.run([measure_peaks])[0]
     tasks, measured = best[1]
-    planned = schedule(measured.predecessors, _work(engine.plan(x), tasks), pool.threads)
-    title = f"{type(network).__name__ if isinstance(problem, nn.Module) else problem.model}, {len(x)} samples of {' x '.join(map(str, x.shape[1:]))}"
-    return Profile(engine.plan(x).graph, tasks, measured, planned, peaks, native()[1], title)
+    planned = schedule(measured.predecessors, _work(plan, tasks), pool.threads)
+    title = f"{_name(problem)}, {len(x)} samples of {' x '.join(map(str, x.shape[1:]))}"
+    title += ", in float32" if getattr(problem, "precision", "float32") != "float32" else ""
+    return Profile(plan.graph, tasks, measured, planned, peaks, native()[1], title)
+
+
+def _name(problem: Any) -> str:
+    model = getattr(problem, "model", None) if not isinstance(problem, nn.Module) else None
+    return model if isinstance(model, str) else getattr(model, "__name__", type(problem).__name__)
 
 
 def _work(plan: Plan, tasks: Schedule) -> list[float]:
@@ -146,7 +161,11 @@ def _network(problem: Any, batch: Any, seed: int) -> tuple[nn.Module, tuple[torc
         network, pair = problem, batch
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, torch.Tensor) for part in pair)):
         raise ProblemError("a step is profiled on a batch of two tensors, (x, y): profile(network, (x, y)).")
-    return network.train(), tuple(pair)
+    if pair[0].device.type != "cpu":
+        raise ProblemError(
+            f"a step is profiled on a CPU, and this batch is on {pair[0].device}: threads do not wait for what a GPU computes."
+        )
+    return network, tuple(pair)
 
 
 def measure_peaks(rounds: int = 5) -> dict[str, float]:

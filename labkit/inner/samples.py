@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from labkit.errors import ProblemError
+from labkit.inner.hooks import add, taken_off
 from labkit.inner.pool import Exchange, ThreadPool
 
 # Layers of torch that compute each sample by itself.
@@ -58,6 +59,8 @@ def unsupported(module: nn.Module, whole: Sequence[str] | bool = ()) -> dict[str
             return
         known = isinstance(part, (*CONTAINERS, *BY_SAMPLE, _BatchNorm)) or type(part) in DROPOUTS
         known = known and not is_parametrized(part)  # what makes its weights may have state, such as that of a spectral norm
+        # Shortens its weights while it is called, or counts samples over the batch.
+        known = known and not (isinstance(part, nn.Embedding) and (part.max_norm is not None or part.scale_grad_by_freq))
         parts = dict(part.named_children())
         if not known and (not parts or type(part).__module__.startswith("torch.nn.") or is_parametrized(part)):
             found[name] = part
@@ -77,6 +80,12 @@ def refuse(module: nn.Module, whole: Sequence[str] | bool = ()) -> None:
             f"Inner(whole={list(whole)}): the model has no module {wrong[0]!r}. It has {', '.join(filter(None, names))}."
         )
     found = unsupported(module, whole)
+    inside = tuple(f"{name}." for name in (found if whole is True else whole or ()))
+    if compiled := [name for name, part in names.items() if _is_compiled(part) and not f"{name}.".startswith(inside)]:
+        raise ProblemError(
+            f"the inner layer cannot split {compiled[0] or 'the model itself'}, which is compiled: torch.compile is not for several threads "
+            "at once. Leave it out, or leave the step undivided, with Inner(split='none')."
+        )
     if found and (whole is not True or "" in found):
         named = ", ".join(f"{name or 'the model itself'} ({type(part).__name__})" for name, part in found.items())
         names = [name for name in found if name]
@@ -91,6 +100,10 @@ def refuse(module: nn.Module, whole: Sequence[str] | bool = ()) -> None:
                 f"the inner layer cannot split {type(part).__name__}, for which another layer stands in while a batch is split: it has hooks, "
                 "which would not be called. Remove them, or leave the step undivided, with Inner(split='none')."
             )
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    return getattr(part, "_compiled_call_impl", None) is not None or type(part).__module__.startswith("torch._dynamo")
 
 
 def has_batch_statistics(module: nn.Module) -> bool:
@@ -121,19 +134,20 @@ def gradients(
     if seed is None and any(isinstance(stand_in, _Dropout) for *_, stand_in in places):
         seed = int(torch.randint(1 << 62, ()))
     cuts = [len(shares) * at // n for at in range(n + 1)]
-    with _replaced(places), _streams(parameters[0].device if parameters else torch.device("cpu"), n) as streams:
+    device = parameters[0].device if parameters else torch.device("cpu")
+    with _replaced(places), taken_off(parameters), _streams(device, n) as streams:
         runs = [
             _Run(local, at, exchange, shares[cuts[at] : cuts[at + 1]], parameters, seed, stream)
             for at, stream in enumerate(streams)
         ]
         losses, lists = zip(*pool.run(runs), strict=True)
-    for at, parameter in enumerate(parameters):
+    for at in reversed(range(len(parameters))):  # as a backward pass comes to them
         given = [gradients[at] for gradients in lists if gradients[at] is not None]
         if given:
             total = given[0]
             for gradient in given[1:]:
                 total = total.add_(gradient)
-            parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
+            add(parameters[at], total)
     return sum(losses[1:], losses[0])
 
 
@@ -298,6 +312,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope):
+        _refuse_second()
         x, scale, mean, variance = ctx.saved_tensors
         of_weight, of_shift, eps, total, exchange, at, key = ctx.given
         inverse = (variance + eps).rsqrt()
@@ -312,6 +327,15 @@ class _Normalise(torch.autograd.Function):
         shape = (1, -1, *[1] * (x.dim() - 2))
         dx = dx.addcmul_(x, by_x.view(shape).to(x.dtype)).add_(constant.view(shape).to(x.dtype))
         return dx, d_scale.to(of_weight) if of_weight else None, d_bias.to(of_shift) if of_shift else None, *[None] * 7
+
+
+def _refuse_second() -> None:
+    """In a backward pass: ProblemError if it is to be differentiated itself, through what the threads exchange."""
+    if torch.is_grad_enabled():
+        raise ProblemError(
+            "the inner layer cannot split this network: a gradient of it is differentiated again (create_graph=True), through layers that "
+            "need all parts of a batch (BatchNorm, say). Leave the step undivided, with Inner(split='none')."
+        )
 
 
 class _Whole(_StandIn):
@@ -344,6 +368,7 @@ class _OfAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope):
+        _refuse_second()
         exchange, at, key, sizes, n = ctx.given
         slopes, of_parameters, dx = exchange.gather((*key, "slope"), at, slope), [None] * n, None
         if at == 0:

@@ -25,12 +25,13 @@ from labkit.data.cache import cache_dir
 from labkit.errors import ProblemError, calling, plain_scalar, real, whole
 from labkit.imports import reference
 from labkit.inner.engine import Engine, first_of
+from labkit.inner.hooks import taken_off
 from labkit.inner.inner import Inner
-from labkit.models import check_model, describe, evaluating, make_model
+from labkit.models import check_model, describe, evaluating, make_model, seeded
 from labkit.problems.losses import Loss
 from labkit.problems.metrics import Meter, check_metrics, make_meters, mean, number, together
 from labkit.problems.optimisers import check_optimiser, make_optimiser, title_of
-from labkit.problems.problem import MEASURED, Clock, Metrics, Optimisers, Problem
+from labkit.problems.problem import MEASURED, Clock, Metrics, Optimisers, Problem, noise
 from labkit.problems.schedules import make_schedule
 from labkit.problems.splits import batches
 
@@ -111,7 +112,7 @@ class Supervised(Problem):
             for group in optimiser.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimiser.zero_grad(set_to_none=True)
-        metrics = {"loss": self._backward(module, x, y)}
+        metrics = {"loss": self.backward(module, x, y)}
         if self.clip_norm is not None:
             parameters = [p for group in optimiser.param_groups for p in group["params"]]
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
@@ -158,6 +159,7 @@ class Supervised(Problem):
         if not self._evaluates_itself:
             self._loss.check(*self._outputs_of(module, *self.load(self.train_indices()[:LOOKED_AT])))
         if self.inner is not None:
+            self._check_step(module, seed)
             self._check_split(module)
         if self.metrics:
             if self._evaluates_itself:
@@ -199,21 +201,28 @@ class Supervised(Problem):
     def _optimiser_title(self) -> str:
         return title_of(self.optimiser)
 
-    def _loss_of(self, module: nn.Module, x: Any, y: Any) -> torch.Tensor:
+    def loss_of(self, module: Callable[..., Any], x: Any, y: Any) -> torch.Tensor:
+        """The loss of a batch by what `module` makes of x, in the precision of the problem."""
         with self.autocast(first_of(x).device):
             outputs = module(*x) if isinstance(x, tuple) else module(x)
             return self._loss(*self.fitted(_float(outputs), x if y is None else y))
 
-    def _backward(self, module: nn.Module, x: Any, y: Any) -> torch.Tensor:
-        """Leaves the gradients of the batch's loss on the parameters, and returns it.
+    def backward(self, module: nn.Module, x: Any, y: Any) -> torch.Tensor:
+        """Adds the gradients of the batch's loss to those on the parameters, and returns it, without a gradient of its own.
 
-        It is computed in `accumulate` parts, each of which the inner layer may split further; a part has two samples at least (BatchNorm).
+        A `step` of your own calls it in the place of `loss.backward()`: so `inner` and `accumulate` hold. The loss is computed in `accumulate`
+        parts, each of which the inner layer may split further; a part has two samples at least (BatchNorm).
         """
         n = max(1, min(self.accumulate, len(first_of(x)) // 2))
-        wrapped = [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
+        wrapped = self._wrapped(module)
+        if self.inner is not None and wrapped and wrapped != [module]:
+            raise ProblemError(
+                f"{self._title()}: inner= computes the gradients of one network, and networks() gives others to average. Leave inner= or "
+                "networks() out, or use another update than 'allreduce'."
+            )
         loss = 0.0
         for at, (part, own, weight) in enumerate(self._parts(x, y, n), 1):
-            if self.inner is not None and (not wrapped or wrapped == [module]):
+            if self.inner is not None:
                 network = module.module if wrapped else module
                 share = self._engine(network).gradients(network, part, partial(self._shares, part, own, weight))
                 if wrapped and at == n:
@@ -239,7 +248,7 @@ class Supervised(Problem):
         return [(part, own, count / total) for (part, own), count in zip(parts, counts, strict=True)]
 
     def _share(self, module: nn.Module, x: Any, y: Any, *weights: Any) -> torch.Tensor:
-        loss = self._loss_of(module, x, y)
+        loss = self.loss_of(module, x, y)
         for weight in weights:
             loss = loss if weight is None else loss * weight
         return loss
@@ -248,14 +257,43 @@ class Supervised(Problem):
         """What computes the loss of each of n parts, weighted by its share and by `weight`, from the outputs of `module`."""
         return [partial(self._share, module, part, own, share, weight) for part, own, share in self._parts(x, y, n)]
 
+    def _wrapped(self, module: nn.Module) -> list[nn.Module]:
+        """What of a module an all-reduce has wrapped; looked for once."""
+        if module not in self._wrapped_names:
+            found = [name for name, part in module.named_modules() if isinstance(part, DistributedDataParallel)]
+            self._wrapped_names[module] = found  # by name, as a value must not hold its key
+        return [module.get_submodule(name) for name in self._wrapped_names[module]]
+
+    @cached_property
+    def _wrapped_names(self) -> weakref.WeakKeyDictionary[nn.Module, list[str]]:
+        return self.__dict__.setdefault("_wrapped_names", weakref.WeakKeyDictionary())  # the same for threads that come at once
+
     @cached_property
     def _engines(self) -> weakref.WeakKeyDictionary[nn.Module, Engine]:
-        return weakref.WeakKeyDictionary()
+        return self.__dict__.setdefault("_engines", weakref.WeakKeyDictionary())
 
     def _engine(self, module: nn.Module) -> Engine:
         if module not in self._engines:
             self._engines[module] = Engine(self.inner, cache_dir() / "inner.json", plain=self.precision == "float32")
         return self._engines[module]
+
+    def _check_step(self, module: nn.Module, seed: int) -> None:
+        """ProblemError where a step of the user's own goes past the inner layer."""
+        if type(self).step is Supervised.step:
+            return
+        called: list[bool] = []
+        self.backward = lambda *batch: called.append(True) or type(self).backward(self, *batch)
+        try:
+            with seeded(seed):
+                batch = self.load(self.train_indices()[: min(2, self.batch_size)])
+                self.step(module, batch, self.optimisers(module), Clock(0, 1, 0.0, noise(seed, 0)))
+        finally:
+            del self.backward
+        if not called:
+            raise ProblemError(
+                f"{self._title()}: {type(self).__name__} has a step() of its own, which inner= does not reach. Call self.backward(module, x, y) in "
+                "it in the place of loss.backward(), or leave inner= out."
+            )
 
     def _check_split(self, module: nn.Module) -> None:
         """ProblemError where the gradients of a batch that is split are others."""
@@ -335,7 +373,8 @@ def _cut(tensors: Any, n: int) -> list[Any]:
         return list(zip(*(_cut(part, n) for part in tensors), strict=True))
     if isinstance(tensors, Mapping):
         return [dict(zip(tensors, parts, strict=True)) for parts in zip(*(_cut(part, n) for part in tensors.values()), strict=True)]
-    return list(tensors.tensor_split(n))
+    # .data: autograd would take what a network changes of its part in place (a first ReLU, say) for a change of all parts
+    return [part.data for part in tensors.tensor_split(n)]
 
 
 def average_gradients(wrapped: DistributedDataParallel) -> None:
@@ -350,7 +389,8 @@ def average_gradients(wrapped: DistributedDataParallel) -> None:
         parameter.grad = None
     wrapped._modules["module"] = _Sum(given)
     try:
-        wrapped().backward()
+        with taken_off([parameter for parameter, _ in given]):  # which have had these gradients
+            wrapped().backward()
     finally:
         wrapped._modules["module"] = network
 

@@ -187,13 +187,16 @@ class Course:
 
     def _computed_next(self, worker: int) -> str | None:
         """How the steps of the next push of this worker were computed."""
-        to_come = (self.rows[at] for at in range(self.at, len(self.rows)) if self.rows[at].get("worker") == worker)
-        row = next((row for row in to_come if row["kind"] in ("push", "join", "leave")), {"kind": "leave"})
+        rows = (self.rows[at] for at in range(self.at, len(self.rows)))
+        of_worker = (row for row in rows if row.get("worker") == worker and row["kind"] in ("push", "join", "leave", "regroup"))
+        row = next(of_worker, {"kind": "leave"})
         if row["kind"] != "push" and getattr(self.problem, "inner", None) is not None and self.problem.inner.split == "auto":
             raise RunError(
-                f"worker {worker} of run {self.run.name} was lost before its push, which would have recorded how it computed its last steps "
-                "(Inner(split='auto')), and the others have averaged with them: such an all-reduce cannot be replayed."
+                f"worker {worker} of run {self.run.name} was lost, or its group was, before its push, which would have recorded how it computed its "
+                "last steps (Inner(split='auto')), and the others have averaged with them: such an all-reduce cannot be replayed."
             )
+        while row["kind"] == "regroup":
+            row = next(of_worker, {"kind": "leave"})
         return row.get("inner")
 
     # -- what follows ----------------------------------------------------------------------------------------------

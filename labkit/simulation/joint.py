@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from labkit.errors import RunError
 from labkit.problems.problem import Problem
 from labkit.runs.config import RunConfig
 from labkit.simulation.offline import Incarnation, Replicas
-from labkit.training.wire.protocol import Answer
+from labkit.training.wire.protocol import MAX_WORKERS, Answer
 from labkit.training.worker.allreduce import UNUSED, ProcessGroup, networks_of
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.worker import probed
@@ -42,7 +42,7 @@ class Ranks(Replicas):
         self.lost: dict[int, tuple[Answer | None, Incarnation]] = {}  # incarnations that have gone, and what they were at
         self.unused: dict[int, bool] = {}  # do its steps leave parameters without a gradient?
         self.folder = tempfile.TemporaryDirectory(prefix="labkit-ranks-")
-        self.pool = ThreadPoolExecutor(thread_name_prefix="labkit-rank")
+        self.pool = ThreadPoolExecutor(MAX_WORKERS, "labkit-rank")  # as many as ranks, which wait for each other
 
     def join(self, worker: int, *how: Any, **others: Any) -> None:
         if worker in self.lost:
@@ -93,7 +93,12 @@ class Ranks(Replicas):
             own.replica.go_on(before)
 
     def _local_pass(self, answers: Mapping[int, Answer], ranks: tuple[int, ...], computed: Mapping[int, str | None]) -> None:
-        group = {}
+        group, errors = {}, []
+        if gone := [rank for rank in ranks if rank not in answers]:
+            raise RunError(
+                f"worker {gone[0]} asked for another group before all had pushed what they computed with it: such an all-reduce cannot be "
+                "replayed."
+            )
         for rank in ranks:
             at, lost = self.lost.get(rank, (None, None))
             group[rank] = own = lost if at is answers[rank] else self.workers[rank]
@@ -102,11 +107,11 @@ class Ranks(Replicas):
                 if how := computed.get(rank) or self.computed(rank):
                     own.replica.problem.compute_as(own.replica.module, how)
         before = torch.get_rng_state()
-        made = {rank: self.pool.submit(self._of_rank, rank, group) for rank in ranks}
-        errors = [error for one in made.values() if (error := one.exception())]
+        made = {rank: self.pool.submit(self._of_rank, rank, group, errors) for rank in ranks}
+        wait(made.values())
         drawn = not torch.equal(before, torch.get_rng_state())
         torch.set_rng_state(before)
-        if errors:
+        if errors:  # the first is what has broken the others
             raise errors[0]
         if drawn:
             raise RunError(
@@ -115,8 +120,8 @@ class Ranks(Replicas):
             )
         self.done |= {rank: one.result() for rank, one in made.items()}
 
-    def _of_rank(self, rank: int, group: Mapping[int, Incarnation]) -> dict:
-        """In a thread of its own."""
+    def _of_rank(self, rank: int, group: Mapping[int, Incarnation], errors: list[BaseException]) -> dict:
+        """In a thread of its own; an error is added to `errors`."""
         own = group[rank]
         try:
             torch.set_num_threads(own.threads)
@@ -126,6 +131,7 @@ class Ranks(Replicas):
                 own.group.wrap(own.replica.module, networks_of(own.replica.problem, own.replica.module))
             return own.replica.local_pass(own.grant, group=own.group)
         except BaseException as error:
+            errors.append(error)
             for other in group.values():  # they would wait for it
                 if other.group:
                     other.group.exchange.waiting.fail(str(error))

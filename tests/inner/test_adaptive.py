@@ -60,3 +60,14 @@ def test_one_way_needs_no_trials():
     adaptive = Adaptive(["none"])
     assert {way for way, _ in course(lambda step: {"none": 1.0 + (step % 90 > 45)}, 200, adaptive)} == {"none"}
     assert len(list(itertools.islice(iter(adaptive.next, None), 3))) == 3
+
+
+def test_where_torchs_own_threads_alone_are_likely_what_they_take_is_expected_anew():
+    """Once they are quicker than ever, others are looked at again from time to time, and slower steps are noticed."""
+    then, now = {"none": 2.4, "samples": 2.2, "intra-op": 2.0}, {"none": 2.4, "samples": 2.2, "intra-op": 0.9}
+    adaptive = Adaptive(list(then), fragile=["intra-op"])
+    course(lambda _: then, 300, adaptive)
+    assert adaptive.current == "intra-op"
+    made = course(lambda step: now if step < 60 else {**now, "intra-op": 1.9, "samples": 1.0}, 200, adaptive)
+    assert {way for way, _ in made[5:60]} == {"intra-op"} and made[-1][0] == "samples"
+    assert sum(way == "intra-op" for way, _ in made[60:]) < 10

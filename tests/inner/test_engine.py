@@ -1,6 +1,7 @@
 """`labkit.inner.engine`: which way a step is computed, remembered and repeated; and what comes of it in a run."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import labkit
 from labkit.errors import ProblemError
 from labkit.inner.engine import Engine, Way
 from labkit.problems.problem import Clock
+from labkit.training.worker.allreduce import ProcessGroup, check_problem
+from labkit.training.worker.heartbeat import Heartbeat
 from tests.inner.test_samples import far, network, shares
 
 SHAPE = (1, 12, 12)
@@ -206,14 +209,199 @@ def test_what_cannot_be_split_is_found_before_the_run(pictures):
     labkit.Classifier(Two, two, inner=2).check()
     with pytest.raises(ValueError, match=r"threadz.*threads"):
         labkit.Classifier(Two, two, inner={"threadz": 2})
-    with pytest.raises(ProblemError, match=r"rows.*float32"):
-        labkit.Classifier(smooth, pictures, precision="bfloat16", inner=labkit.Inner(threads=2, split="rows")).check()
-    with pytest.raises(ProblemError, match=r"1\.rnn"):
-        labkit.Classifier(recurrent, pictures, inner=labkit.Inner(threads=2, split="rows")).check()
-    two = {"a": pictures[0], "b": pictures[0][:, 0, 0], "y": pictures[1]}
-    with pytest.raises(ProblemError, match=r"one input, and this one has 2"):
-        labkit.Classifier(Two, two, inner=labkit.Inner(threads=2, split="rows")).check()
     labkit.Classifier(Mixing, pictures, inner=labkit.Inner(threads=2, split="none")).check()
+
+
+class Called(nn.Module):
+    """A dense layer behind whatever is given."""
+
+    def __init__(self, called, **parts):
+        super().__init__()
+        self.dense, self.called = nn.Linear(64, 3), called
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return self.called(self, x)
+
+
+def kept(self, x):
+    self.mask = torch.ones_like(x)
+    return self.dense((x * self.mask).flatten(1))
+
+
+def remembered(self, x):
+    if not hasattr(self, "table"):
+        self.table = torch.ones(64)
+    return self.dense(x.flatten(1) * self.table)
+
+
+def noisy(self, x):
+    return self.dense(x.flatten(1) + 1e-6 * torch.randn(64))
+
+
+def of_two(self, x):
+    if 2 < len(x) < 40:
+        raise ZeroDivisionError("too few")
+    return self.dense(x.flatten(1))
+
+
+def squeezed(self, x):
+    return self.dense(x.squeeze().flatten(-2))
+
+
+def normed():
+    """With weights that each forward pass computes anew into an attribute."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, for its newer form
+        return nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(64, 3)))
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: Called(kept), r"the model itself \(Called\).*leaves 'mask'"),
+        (normed, r"1 \(Linear\).*leaves 'weight'.*whole=\['1'\]"),
+        (lambda: Called(noisy), "draws random numbers itself"),
+        (lambda: Called(of_two), "in parts of a batch it fails with ZeroDivisionError: too few"),
+    ],
+)
+def test_what_threads_would_do_to_each_other_is_refused_by_name(pictures, model, words):
+    with pytest.raises(ProblemError, match=words):
+        labkit.Classifier(model, pictures, inner=labkit.Inner(threads=2, split="samples", block=16)).check()
+    labkit.Classifier(model, pictures, inner=labkit.Inner(threads=2, split="none")).check()
+
+
+@pytest.mark.usefixtures("cache")
+def test_what_is_made_once_or_computed_whole_is_not(pictures):
+    labkit.Classifier(lambda: Called(remembered), pictures, inner=2).check()
+    inside = lambda: nn.Sequential(Called(kept), nn.ReLU(), nn.Linear(3, 3))  # noqa: E731
+    labkit.Classifier(inside, pictures, inner=labkit.Inner(threads=2, split="samples", whole=["0"])).check()
+    functional = lambda: Called(lambda self, x: self.dense(F.dropout(x.flatten(1), 0.3, self.training)))  # noqa: E731
+    labkit.Classifier(functional, pictures, inner=labkit.Inner(threads=2, split="rows")).check()
+
+
+def test_a_part_of_a_batch_has_two_samples_at_least():
+    """squeeze() would take the axis of a single one off."""
+    module = Called(squeezed)
+    for n in (2, 3, 5, 6):
+        x, y, sizes = torch.randn(n, 1, 8, 8), torch.arange(n) % 3, []
+        right = torch.autograd.grad(F.cross_entropy(module(x), y), list(module.parameters()))
+        for block in (2, 3):
+            module.zero_grad()
+            of = lambda network, parts, x=x, y=y, sizes=sizes: sizes.append(parts) or shares(network, x, y, parts)  # noqa: E731
+            Engine(labkit.Inner(threads=2, split="samples", block=block)).gradients(module, x, of)
+            for parameter, gradient in zip(module.parameters(), right, strict=True):
+                torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+        assert all(n // parts >= 2 for parts in sizes)
+    one = Engine(labkit.Inner(threads=2, split="samples", block=1))  # asked for
+    one.gradients(
+        module, x, lambda network, parts: sizes.append(parts) or shares(lambda x: network.dense(x.flatten(1)), x, y, parts)
+    )
+    assert sizes[-1] == 6
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_batch_that_a_network_changes_in_place_is_changed_once(pictures):
+    """Though blocks are tried out on it, and threads change their parts at once."""
+    changing, made = lambda: Called(lambda self, x: self.dense(x.add_(1).flatten(1))), []
+    for inner in (None, labkit.Inner(threads=2, split="samples"), labkit.Inner(threads=2, split="rows")):
+        problem = labkit.Classifier(changing, pictures, inner=inner, batch_size=40)
+        problem.check()
+        module, (x, y) = problem.new_module(0), problem.load(problem.train_indices()[:40])
+        before = x.clone()
+        problem.step(module, (x, y), problem.optimisers(module), Clock(0, 100, 0.0))
+        assert torch.allclose(x, before + (inner is None or inner.split != "rows"))
+        made.append(module)
+    assert far(made[1], made[0]) < 1e-5 and far(made[2], made[0]) < 1e-5
+
+
+def test_complex_weights_and_buffers_are_compared_as_they_are():
+    class Turning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.turn, self.dense = nn.Parameter(torch.randn(64, dtype=torch.complex64)), nn.Linear(64, 3)
+            self.register_buffer("by", torch.ones(64, dtype=torch.complex128))
+
+        def forward(self, x):
+            return self.dense((x.flatten(1) * self.turn * self.by).imag.float())
+
+    x, y = torch.randn(12, 1, 8, 8), torch.arange(12) % 3
+    engine = Engine(labkit.Inner(threads=2, split="samples", block=3, whole=True))
+    assert engine.check(nn.Sequential(Turning()), x, lambda network, parts: shares(network, x, y, parts)) < 1e-5
+    module, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 3, dtype=torch.complex64)), x.to(torch.complex64)
+    spread = lambda out, _: out.imag.std()  # noqa: E731  no mean over samples
+    assert engine.check(module, x, lambda network, parts: shares(network, x, y, parts, spread)) > 1e-3
+    engine.close()
+
+
+class OwnStep(labkit.Classifier):
+    def step(self, module, batch, optimisers, clock):
+        optimisers[0].zero_grad()
+        loss = self.loss_of(module, *batch)
+        loss.backward()
+        optimisers[0].step()
+        return {"loss": loss.detach()}
+
+
+class Reached(OwnStep):
+    def step(self, module, batch, optimisers, clock):
+        optimisers[0].zero_grad()
+        loss = self.backward(module, *batch)
+        optimisers[0].step()
+        return {"loss": loss}
+
+
+class Parts(labkit.Classifier):
+    def networks(self, module):
+        return [module[1], module[3]]
+
+
+def dense():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_step_of_ones_own_reaches_the_inner_layer_or_is_refused(pictures):
+    for split in ("samples", "none"):
+        with pytest.raises(ProblemError, match=r"OwnStep has a step\(\) of its own.*self\.backward\(module, x, y\)"):
+            OwnStep(smooth, pictures, inner=labkit.Inner(threads=2, split=split)).check()
+    OwnStep(smooth, pictures).check()
+    made = []
+    for kind in (labkit.Classifier, Reached):
+        problem = kind(smooth, pictures, inner=labkit.Inner(threads=2, split="samples", block=7), batch_size=42)
+        problem.check()
+        module, batch = problem.new_module(0), problem.load(problem.train_indices()[:42])
+        problem.step(module, batch, problem.optimisers(module), Clock(0, 100, 0.0))
+        assert problem.computed(module) == "samples 2x21 *1"
+        made.append(module)
+    assert all(map(torch.equal, made[0].state_dict().values(), made[1].state_dict().values()))
+    check_problem(Parts(dense, pictures), 0)
+    with pytest.raises(ProblemError, match=r"inner= computes the gradients of one network"):
+        check_problem(Parts(dense, pictures, inner=2), 0)
+
+
+@pytest.mark.usefixtures("cache")
+def test_an_all_reduce_calls_hooks_once(pictures, tmp_path):
+    made = []
+    for inner in (None, labkit.Inner(threads=2, split="samples", block=7)):
+        problem = labkit.Classifier(smooth, pictures, inner=inner, batch_size=14)
+        module, calls = problem.new_module(0), []
+        module[0].weight.register_hook(lambda g, calls=calls: calls.append(1) or 0.5 * g)
+        module[0].weight.register_post_accumulate_grad_hook(lambda p, calls=calls: calls.append(2))
+        x, y = problem.load(problem.train_indices()[:14])
+        group = ProcessGroup(0, [0], 0, Heartbeat(), meeting=str(tmp_path / f"group{len(made)}"), one_process=True)
+        try:
+            wrapped = group.wrap(module, [module])
+            group.begin(1.0)
+            with group.exchanging():
+                problem.backward(wrapped, x, y)
+        finally:
+            group.close()
+        assert calls == [1, 2]
+        made.append(module[0].weight.grad.clone())
+    torch.testing.assert_close(made[1], made[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("cache")

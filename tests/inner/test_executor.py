@@ -261,3 +261,85 @@ def test_a_plan_keeps_no_network_alive(pools):
     del net
     gc.collect()
     assert held() is None
+
+
+class Settings:
+    p, slopes = 0.0, None
+
+
+class Tunable(nn.Module):
+    """A forward pass that reads each kind of setting."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act, self.drop = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.1), nn.Dropout(0.0)
+        self.dense, self.scale, self.settings, self.function = nn.Linear(4, 10), 1.0, Settings(), F.relu
+        self.settings.slopes = [0.1, {"of": 0.2}]
+
+    def forward(self, x):
+        x = self.function(self.act(self.norm(self.conv(x))) * self.scale)
+        x = F.leaky_relu(x, self.settings.slopes[1]["of"])
+        return self.dense(self.drop(F.dropout(x.mean((2, 3)), self.settings.p, self.training)))
+
+
+def _other_activation(net):
+    net.act = nn.Tanh()
+
+
+CHANGES = {
+    "p of a layer": lambda net: setattr(net.drop, "p", 0.4),
+    "p of a function": lambda net: setattr(net.settings, "p", 0.4),
+    "slope": lambda net: setattr(net.act, "negative_slope", 0.9),
+    "deep": lambda net: net.settings.slopes[1].update(of=-1.0),
+    "number": lambda net: setattr(net, "scale", -2.0),
+    "function": lambda net: setattr(net, "function", torch.tanh),
+    "layer": _other_activation,
+    "mode": lambda net: net.norm.eval(),
+    "momentum": lambda net: setattr(net.norm, "momentum", 0.5),
+    "eps": lambda net: setattr(net.norm, "eps", 0.3),
+    "padding": lambda net: setattr(net.conv, "padding", (1, 1)),
+    "frozen": lambda net: net.conv.requires_grad_(False),
+}
+
+
+def test_plans_follow_whatever_changes(pools):
+    """Settings of layers and of the user's own modules, the functions and the layers that they call; and a plan that is there is used."""
+    x, y = batch((2, 7, 6), 6)
+    torch.manual_seed(0)
+    plain = Tunable().double()
+    tasks = copy.deepcopy(plain)
+    engine = TaskEngine(tasks, pools[2], block=3)
+
+    def step():
+        for net, gradients in ((plain, lambda of: of(plain(x)).backward()), (tasks, lambda of: engine.gradients(x, of))):
+            net.zero_grad()
+            torch.manual_seed(3)
+            gradients(lambda outputs: F.cross_entropy(outputs, y))
+        return difference(plain, tasks)
+
+    assert step() < 1e-10 and step() < 1e-10 and len(engine._plans) == 1
+    for name, change in CHANGES.items():
+        change(plain), change(tasks)
+        assert step() < 1e-10, name
+    tasks.dense.register_forward_hook(lambda *_: None)
+    with pytest.raises(ProblemError, match=r"dense \(Linear\).*hooks"):
+        step()
+
+
+def test_what_a_whole_module_does_to_itself_makes_no_new_plan(pools):
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x.roll(1, 1)
+
+    net, (x, y) = nn.Sequential(nn.Linear(3, 4), Counting(), nn.Linear(4, 10)).double(), batch((3,), 6)
+    for whole in (["1"], True):
+        engine = TaskEngine(net, pools[2], whole=whole)
+        plans = set()
+        for _ in range(3):
+            engine.gradients(x, lambda outputs: F.cross_entropy(outputs, y))
+            plans.add(id(engine.plan(x)))
+        assert len(plans) == 1 == len(engine._plans)
+    assert net[1].calls == 6

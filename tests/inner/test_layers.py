@@ -5,6 +5,7 @@ Used by pytest.
 
 from __future__ import annotations
 
+import operator
 import threading
 
 import pytest
@@ -132,6 +133,46 @@ def test_a_change_in_place_is_seen_by_who_reads_the_value_later():
     assert layers[2].function(y).max() == 0 and y.max() == -1  # the input of a task stays as it is
 
 
+def _halved(self, x):
+    y = self.conv(x)
+    y /= 2
+    return y.mean((2, 3)) + self.conv(x).mean((2, 3))
+
+
+CHANGED = {
+    "in place, by another name": lambda self, x: ((y := self.conv(x)), operator.iadd(y, 1), y)[2].mean((2, 3)),
+    "halved": _halved,
+    "of one tensor": lambda self, x: ((y := self.conv(x)), self.relu(self.same(y)), y)[2].mean((2, 3)),
+    "twice": lambda self, x: ((y := self.conv(x)), F.leaky_relu_(self.relu(y).sub_(1)), y)[2].mean((2, 3)),
+    "a view that alone is read": lambda self, x: self.relu(self.conv(x).flatten(1)).view(-1, 4, 64).mean(2),
+}
+
+
+@pytest.mark.parametrize("form", CHANGED)
+def test_values_that_change_in_place(form):
+    net, x = Own(CHANGED[form], relu=nn.ReLU(inplace=True), same=nn.Identity()), torch.randn(5, 2, 8, 8)
+    layers, values = trace(net, x), [x]
+    for layer in layers[1:]:
+        values.append((layer.module if layer.kind != "each" else layer.function)(*(values[i] for i in layer.inputs)))
+    assert torch.equal(values[-1], net(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda self, x: ((y := self.conv(x)), y.view(x.shape[0], -1).mul_(2), y)[2].mean((2, 3)),
+            "mul changes memory in place that conv",
+        ),
+        (lambda self, x: ((y := self.conv(x)), operator.imul(y[:, :2], 2), y)[2].mean((2, 3)), "mul changes .* that conv"),
+        (lambda self, x: ((y := self.conv(x)), (z := y.flatten(1)), self.relu(y), z)[3], "ReLU changes .* that flatten"),
+    ],
+)
+def test_a_view_and_what_it_is_of_are_refused_where_one_changes_in_place(change, words):
+    with pytest.raises(ProblemError, match=words):
+        trace(Own(change, relu=nn.ReLU(inplace=True)), torch.randn(5, 2, 8, 8))
+
+
 def test_rows():
     layers = trace(Own(lambda self, x: F.relu(F.max_pool2d(self.conv(x), 2))[..., ::2, :]), torch.randn(5, 2, 8, 8))
     assert [layer.window for layer in layers[1:]] == [Window(3, 1, 1), Window(2, 2), EACH_ROW, Window(1, 2)]
@@ -237,3 +278,9 @@ def test_other_threads_compute_while_a_network_is_recorded():
         ended.set()
         thread.join()
     assert not wrong and len(lengths) == 1
+
+
+def test_a_computed_tensor_on_a_module_is_no_obstacle():
+    net = Own(lambda self, x: self.dense(self.conv(x).mean((2, 3))))
+    net.seen = net.conv.weight * 2
+    assert len(trace(net, torch.randn(2, 2, 8, 8))) == 4

@@ -97,3 +97,9 @@ def test_after_an_interrupt_the_next_answers_are_the_next_ones(pool, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             pool.run([lambda: "old"] * 3)
     assert pool.run([lambda: "new"] * 3) == ["new"] * 3
+
+
+def test_a_key_may_come_again(pool):
+    exchange = Exchange(3)
+    made = pool.run([lambda at=at: [exchange.gather("same", at, (at, turn)) for turn in range(50)] for at in range(3)])
+    assert made == [[[(at, turn) for at in range(3)] for turn in range(50)]] * 3 and not exchange._slots

@@ -251,6 +251,19 @@ def test_a_layer_stays_in_float32_through_copies_and_wrappers(change):
         assert net.head.weight.any() and torch.equal(changed(x)[0], changed.head.bias)
 
 
+def test_layers_of_float64_and_with_a_forward_of_their_own_stay_what_they_are():
+    net = Net()
+    net.head = net.head.double()
+    own = net.stem.forward
+    net.stem.forward = lambda x: own(x) + 1
+    x = torch.randn(2, 3, 8, 8)
+    right = net.stem(x)
+    keep(net, ["stem", "head"])
+    keep(net, ["stem"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.stem(x), right) and net(x).dtype == torch.float64
+
+
 def images(n=120):
     y = np.arange(n) % 4
     x = np.random.default_rng(0).normal(size=(n, 3, 8, 8)).astype(np.float32)

@@ -225,3 +225,57 @@ def test_stand_ins_have_what_their_layers_have():
     with pytest.raises(ProblemError, match=r"0 \(ParametrizedLinear\).*whole=\['0'\]"):
         samples.refuse(nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))))
     pool.close()
+
+
+def test_what_changes_its_weights_or_is_compiled_is_refused_by_name():
+    for embedding in (nn.Embedding(5, 4, max_norm=1.0), nn.Embedding(5, 4, scale_grad_by_freq=True)):
+        with pytest.raises(ProblemError, match=r"0 \(Embedding\).*whole=\['0'\]"):
+            samples.refuse(nn.Sequential(embedding, nn.Flatten(), nn.Linear(8, 10)))
+    compiled = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    compiled[1]._compiled_call_impl = compiled[1].forward  # what compile() sets, without the compiler
+    with pytest.raises(ProblemError, match=r"split 1, which is compiled"):
+        samples.refuse(compiled)
+    samples.refuse(compiled, ["1"])
+
+
+def test_sparse_and_complex_gradients_and_tied_weights():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.turn = nn.Embedding(7, 4, sparse=True), nn.Parameter(torch.randn(4, dtype=torch.complex64))
+            self.dense, self.again = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.again.weight = self.dense.weight
+
+        def forward(self, x):
+            return self.again(self.dense(torch.view_as_real(self.words(x).mean(1) * self.turn)[..., 0]))
+
+    with seeded(0):
+        module, pool = Words(), ThreadPool(2)
+    x, y = torch.arange(24).view(8, 3) % 7, torch.arange(8) % 4
+    plain(module, x, y)
+    right = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    samples.gradients(module, pool, shares(module, x, y, 4))
+    pool.close()
+    for parameter, own in zip(module.parameters(), right, strict=True):
+        assert parameter.grad.layout == own.layout and parameter.grad.dtype == own.dtype
+        torch.testing.assert_close(parameter.grad.to_dense(), own.to_dense(), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_within_a_step():
+    """One that is used as a number is right; one that is differentiated again would leave out what the other threads have a part in."""
+
+    def forward(self, x, again):
+        x = x.detach().requires_grad_()
+        y = self.norm(x)
+        (slope,) = torch.autograd.grad(y.tanh().square().sum(), x, retain_graph=True, create_graph=again)
+        return y + (slope if again else slope.detach())
+
+    shape, pool = (1, 8, 8), ThreadPool(2)
+    module = Odd(lambda self, x: forward(self, x, False))
+    one = trained(module, shape, 2, lambda module, x, y: samples.gradients(module, pool, shares(module, x, y, 2)))
+    assert far(one, trained(module, shape, 2, plain)) < 1e-5
+    module.called = lambda self, x: forward(self, x, True)
+    with pytest.raises(ProblemError, match=r"differentiated again \(create_graph=True\)"):
+        samples.gradients(module, pool, shares(module, *batch(shape), 2))
+    pool.close()

@@ -47,15 +47,27 @@ def noisy(x):
     return x + 0.01 * torch.randn_like(x)
 
 
-def test_three_ranks_with_random_batches_statistics_and_milestones(lab, tmp_path):
+def test_three_ranks_with_random_batches_statistics_and_milestones(lab, tmp_path, monkeypatch):
     a_problem = problem(net_with_statistics, kind=Settling, schedule="cosine", augment=noisy)
     run = ended(train(a_problem, lab, tmp_path))
     assert (run.events.kind == "settle").sum() == 2 and same(run)
     with pytest.raises(RunError, match="exchange gradients within every step"):
         labkit.replay(run, update="sgwu")
+    with monkeypatch.context() as patch:
+        patch.setattr(Replica, "step", lambda self, *rest, step=Replica.step: step(self, *rest) if self.worker < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # and not what the other ranks make of it
+            labkit.replay(run, problem=a_problem)
     write_json(run.path / "config.json", {**read_json(run.path / "config.json"), "format": 4})
     with pytest.raises(RunError, match="an all-reduce of format 4, in which a local pass that was broken off"):
         labkit.replay(labkit.load_run(run.path, problem=a_problem))
+
+
+@pytest.mark.slow
+def test_more_ranks_than_a_pool_has_threads_by_default(tmp_path, monkeypatch):
+    """They wait for each other."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # 5 threads, then
+    with labkit.connect("threads", 7) as lab:
+        assert same(ended(train(problem(), lab, tmp_path, passes=1)))
 
 
 @pytest.mark.slow
