@@ -1,7 +1,23 @@
-"""Showers in a calorimeter: those of Geant4 that come with the package, parametrised ones, and files of others."""
+"""Showers in a calorimeter: their data, networks that make them (a GAN, a flow), and whether these measure like the simulated ones."""
 
 from labkit.showers import geant4, parametrised
 from labkit.showers.features import observables
+from labkit.showers.figures import fractions, page
 from labkit.showers.files import open_showers
+from labkit.showers.flow import ShowerFlow
+from labkit.showers.gan import ShowerGAN
+from labkit.showers.generation import generate
+from labkit.showers.validation import negative_objective, objective, official, validate
 
-__all__ = ["geant4", "observables", "open_showers", "parametrised"]
+__all__ = [
+    "ShowerFlow",
+    "ShowerGAN",
+    "fractions",
+    "geant4",
+    "generate",
+    "negative_objective",
+    "objective",
+    "observables",
+    "official",
+]
+__all__ += ["open_showers", "page", "parametrised", "validate"]

@@ -2,7 +2,7 @@
 
 Cells are arrays (n, X, Y, Z) in MeV, depth last; energies (n,) in GeV; positions are in cells from the middle of the calorimeter.
 
-Used by users through `labkit.showers`.
+Used by `labkit.showers.gan` and `flow` (the score), and by `labkit.showers.validation`.
 """
 
 from __future__ import annotations

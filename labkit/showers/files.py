@@ -11,7 +11,7 @@ A data set has "x" (1, X, Y, Z), depth last, as it stands in the file, and the t
 Of CaloChallenge's data sets 2 and 3 the axes are angle, radius, layer; the voxels of data set 1 are (1, 1, 1, 368), say. What is read is
 copied into the cache once, a block at a time; from there each worker maps it, and indices are dealt out.
 
-Used by users through `labkit.showers.open_showers`.
+Used by users through `labkit.showers.open_showers` and by `labkit.showers.generation`.
 """
 
 from __future__ import annotations

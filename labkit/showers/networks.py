@@ -1,0 +1,326 @@
+"""The networks: those of 3DGAN, layer by layer, a variant for any angle, and a pair that trains on two CPU cores.
+
+A generator maps (noise (n, n_noise), condition (n, 1 or 2)) to cells (n, 1, X, Y, Z), a critic (cells, condition) to its `Verdict`. The
+condition is the energy / 100 GeV, and the angle in rad where there is one; cells are in units of the network, MeV times `unit`.
+
+    full      25 x 25 x 25, 872,808 and 73,402 parameters      3DGAN (Carminati et al. 2018; the source paper's network)
+    angle     51 x 51 x 25, 1,364,983 and 87,354               3DGAN for angles (Khattak et al. 2019-22)
+    reduced   25 x 25 x 25, on a CPU                           this package's own: `Reduced`, `ReducedCritic`
+
+Those of 3DGAN behave as Keras's did: batch normalisation with momentum 0.99 (0.01 in torch's sense) and epsilon 0.001, LeakyReLU of slope
+0.3, nearest-neighbour upsampling, an even kernel with "same" padding that has the odd one behind, flattening with channels last.
+
+Used by `labkit.showers.gan`; `Profile` also by `labkit.showers.flow`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SLOPE = 0.3
+GRAIN = 8  # numbers of noise for each (x, y) of the reduced generator
+FLOOR_MEV = 0.1  # below it the energy of a layer is counted linearly, above it by its logarithm
+CELL_MEV = 0.05  # the same of a cell, for the critic
+LEAST_MEV = 1e-3  # of a cell that is hit
+
+
+class Verdict(NamedTuple):
+    """What a critic says of n showers: how real (n, heads) as logits, and which energy / 100 GeV, angle and total they have, (n,) each."""
+
+    logits: torch.Tensor
+    energy: torch.Tensor
+    total: torch.Tensor
+    angle: torch.Tensor | None = None
+
+
+class SameConv3d(nn.Conv3d):
+    """Keras's padding="same" for kernels of any size: of k - 1 zeros (k - 1) // 2 come before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pads = [side for k in reversed(self.kernel_size) for side in ((k - 1) // 2, k // 2)]
+        return super().forward(F.pad(x, pads))
+
+
+class Lattice(nn.Module):
+    """Keras's Reshape of (n, X * Y * Z * C), channels last, to torch's (n, C, X, Y, Z)."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(len(x), *self.shape).movedim(-1, 1)
+
+
+def _pad(x: int, y: int, z: int) -> nn.ConstantPad3d:
+    return nn.ConstantPad3d((z, z, y, y, x, x), 0.0)
+
+
+def _norm(channels: int) -> nn.BatchNorm3d:
+    return nn.BatchNorm3d(channels, eps=1e-3, momentum=0.01)
+
+
+def _conv(into: int, out: int, kernel: Sequence[int], init: str, same: bool = False, bias: bool = True) -> nn.Conv3d:
+    made = (SameConv3d if same else nn.Conv3d)(into, out, tuple(kernel), bias=bias)
+    return _initialised(made, init)
+
+
+def _initialised(layer: nn.Module, init: str) -> nn.Module:
+    if init == "he_uniform":
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+    else:
+        (nn.init.xavier_normal_ if init == "glorot_normal" else nn.init.xavier_uniform_)(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Generator(nn.Module):
+    """A generator of 3DGAN: `layers` on latent numbers, which the condition scales ("times") or is put before ("first")."""
+
+    def __init__(self, layers: nn.Sequential, n_noise: int, condition: str) -> None:
+        super().__init__()
+        self.layers, self.n_noise, self.condition = layers, n_noise, condition
+
+    def forward(self, noise: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return self.layers(noise * condition[:, :1] if self.condition == "times" else torch.cat([condition, noise], 1))
+
+
+def full_generator(latent: int = 200) -> Generator:
+    """25 x 25 x 25 of `latent` normal numbers times the energy; 872,808 parameters with 200."""
+    layers = nn.Sequential(
+        _initialised(nn.Linear(latent, 3136), "glorot_uniform"),
+        Lattice(7, 7, 8, 8),
+        _conv(8, 64, (6, 6, 8), "he_uniform", same=True),
+        nn.LeakyReLU(SLOPE),
+        _norm(64),
+        nn.Upsample(scale_factor=(2, 2, 2)),
+        _pad(2, 2, 0),
+        _conv(64, 6, (6, 5, 8), "he_uniform"),
+        nn.LeakyReLU(SLOPE),
+        _norm(6),
+        nn.Upsample(scale_factor=(2, 2, 3)),
+        _pad(1, 0, 3),
+        _conv(6, 6, (3, 3, 8), "he_uniform"),
+        nn.LeakyReLU(SLOPE),
+        _conv(6, 1, (2, 2, 2), "glorot_normal", bias=False),
+        nn.ReLU(),
+    )
+    return Generator(layers, latent, "times")
+
+
+def angle_generator(latent: int = 256) -> Generator:
+    """51 x 51 x 25 of energy, angle and `latent` - 2 normal numbers; 1,364,983 parameters with 256."""
+    layers = [_initialised(nn.Linear(latent, 5184), "glorot_uniform"), Lattice(9, 9, 8, 8), nn.Upsample(scale_factor=(6, 6, 6))]
+    layers += [_conv(8, 8, (6, 6, 8), "he_uniform"), nn.ReLU(), _norm(8)]
+    for into, kernel, pad in (
+        (8, (4, 4, 6), (2, 2, 1)),
+        (6, (4, 4, 6), (2, 2, 1)),
+        (6, (4, 4, 6), (2, 2, 1)),
+        (6, (3, 3, 5), (1, 1, 0)),
+    ):
+        layers += [_pad(*pad), _conv(into, 6, kernel, "he_uniform"), nn.ReLU(), _norm(6)]
+    layers += [_pad(1, 1, 0), _conv(6, 6, (3, 3, 3), "he_uniform"), nn.ReLU()]
+    layers += [_conv(6, 1, (2, 2, 2), "glorot_normal"), nn.ReLU()]
+    return Generator(nn.Sequential(*layers), latent - 2, "first")
+
+
+class Critic(nn.Module):
+    """A discriminator of 3DGAN: heads for real or fake and for the energy on its features; the total and the angle of the image itself."""
+
+    def __init__(self, features: nn.Sequential, n_features: int, measures_angle: bool = False, power: float = 1.0) -> None:
+        super().__init__()
+        self.features, self.measures_angle, self.power = features, measures_angle, power
+        self.real = _initialised(nn.Linear(n_features, 1), "glorot_uniform")
+        self.energy = _initialised(nn.Linear(n_features, 1), "glorot_uniform")
+
+    def forward(self, cells: torch.Tensor, condition: torch.Tensor) -> Verdict:
+        h = self.features(cells).movedim(1, -1).flatten(1)  # as Keras flattens
+        linear = cells if self.power == 1 else cells.clamp_min(1e-12) ** (1 / self.power)
+        angle = measured_angle(linear[:, 0]) if self.measures_angle else None
+        return Verdict(self.real(h), self.energy(h)[:, 0], linear.sum((1, 2, 3, 4)), angle)
+
+
+def full_critic(dropout: float = 0.2) -> Critic:
+    """Of 25 x 25 x 25; 73,402 parameters."""
+    layers = [_conv(1, 32, (5, 5, 5), "glorot_uniform", same=True), nn.LeakyReLU(SLOPE), nn.Dropout(dropout)]
+    for into, pad in ((32, 2), (8, 2), (8, 1)):
+        layers += [
+            _pad(pad, pad, pad),
+            _conv(into, 8, (5, 5, 5), "glorot_uniform"),
+            nn.LeakyReLU(SLOPE),
+            _norm(8),
+            nn.Dropout(dropout),
+        ]
+    return Critic(nn.Sequential(*layers, nn.AvgPool3d(2)), 10648)
+
+
+def angle_critic(dropout: float = 0.2, power: float = 0.85) -> Critic:
+    """Of 51 x 51 x 25, whose cells were raised to `power`; 87,354 parameters."""
+    kernel = (5, 6, 6)
+    layers = [_conv(1, 16, kernel, "glorot_uniform", same=True), nn.LeakyReLU(SLOPE), nn.Dropout(dropout)]
+    for into, pad in ((16, 1), (8, 1), (8, 0)):
+        layers += [_pad(0, 0, pad), _conv(into, 8, kernel, "glorot_uniform"), nn.LeakyReLU(SLOPE), _norm(8), nn.Dropout(dropout)]
+    return Critic(nn.Sequential(*layers, nn.AvgPool3d(2)), 19152, True, power)
+
+
+def measured_angle(cells: torch.Tensor) -> torch.Tensor:
+    """The angle to the front in rad, (n,), of cells (n, X, Y, Z): that of each layer's barycentre as seen from the shower's, weighted by depth.
+
+    With (x, y, z) the barycentre of the shower and (x_k, y_k) that of layer k at depth z_k, the layer says pi / 2 - atan(m_k), where
+    m_k = sign(z_k - z) (y_k - y) / sqrt((x_k - x)^2 + (z_k - z)^2). Of an empty shower it is 100, as in 3DGAN.
+    """
+    x, y, z = (torch.arange(side, device=cells.device, dtype=cells.dtype) + 0.5 for side in cells.shape[1:])
+    layers = cells.sum((1, 2))
+    total = layers.sum(1)
+    safe, filled = torch.where(total > 0, total, 1.0), layers > 0
+    by_layer = torch.where(filled, layers, 1.0)
+    x_k, y_k = torch.einsum("nxyz,x->nz", cells, x) / by_layer, torch.einsum("nxyz,y->nz", cells, y) / by_layer
+    mean_x, mean_y, mean_z = ((part * layers).sum(1, keepdim=True) / safe[:, None] for part in (x_k, y_k, z.expand_as(layers)))
+    far = ((x_k - mean_x) ** 2 + (z - mean_z) ** 2).clamp_min(1e-7).sqrt()
+    slope = torch.where(z < mean_z, -1.0, 1.0) * (y_k - mean_y) / far
+    weights = z * filled
+    angle = ((math.pi / 2 - torch.atan(slope)) * weights).sum(1) / weights.sum(1).clamp_min(1e-7)
+    return torch.where(total > 0, angle, 100.0)
+
+
+# The pair that trains on two cores.
+
+
+class Profile(NamedTuple):
+    """What showers (of the training split) are like on average: where a reduced network begins.
+
+    `by_energy` (3, Z): mean of s = ln(1 + layer / 0.1 MeV) as a polynomial in ln(energy / 100 GeV), from the constant on; `spread` (Z,): its
+    standard deviation about that; `image` (X * Y, Z): the mean share of each cell in its layer; `visible`: mean of total / (energy / 100 GeV), MeV.
+    """
+
+    by_energy: np.ndarray
+    spread: np.ndarray
+    image: np.ndarray
+    visible: float
+
+    @classmethod
+    def of(cls, cells: np.ndarray, energy: np.ndarray) -> Profile:
+        """Of showers (n, X, Y, Z) in MeV and their energies (n,) / 100 GeV."""
+        n, depth = len(cells), cells.shape[3]
+        layers = cells.sum((1, 2), dtype=np.float64)
+        s, powers = np.log1p(layers / FLOOR_MEV), np.vander(np.log(energy), 3, increasing=True)
+        by_energy = np.linalg.lstsq(powers, s, rcond=None)[0] if n > 3 else np.stack([s.mean(0), 0 * s[0], 0 * s[0]])
+        spread = np.maximum((s - powers @ by_energy).std(0), 0.05)
+        image = (cells.sum(0, dtype=np.float64) + 1e-9).reshape(-1, depth)
+        image, visible = (image / image.sum(0)).astype(np.float32), float((layers.sum(1) / energy).mean())
+        return cls(by_energy.astype(np.float32), spread.astype(np.float32), image, visible)
+
+
+class Condition(nn.Module):
+    """The energy as a network sees it, (n, 3), and the mean of the layers' s at it, (n, Z)."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        self.register_buffer("by_energy", torch.tensor(profile.by_energy))
+        self.register_buffer("spread", torch.tensor(profile.spread))
+
+    def forward(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        energy = condition[:, :1]
+        log = energy.log()
+        seen = torch.cat([log + 1.6, 4 * energy - 1, 0.3 / energy.sqrt() - 0.6], 1)  # about 0 +- 1 for 2 to 50 GeV
+        return seen, torch.cat([torch.ones_like(log), log, log**2], 1) @ self.by_energy
+
+
+def standardised(layers: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """Energies of layers (n, Z) in MeV as (s - mean) / spread."""
+    return ((layers / FLOOR_MEV).log1p() - mean) / spread
+
+
+def in_mev(standard: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """The inverse: what is below 0 is 0."""
+    return FLOOR_MEV * torch.expm1((mean + spread * standard).clamp(0, 12))
+
+
+class Reduced(nn.Module):
+    """A generator that costs about a million multiplications a shower: the energy of each layer, and its share in each cell.
+
+        u, c = MLP(latent, energy)      layer z: in_mev(u_z)      share of a cell: softmax over its layer of
+        basis_0 + sum_k c_k basis_k + amplitude * (mix @ grain)
+
+    with learned `basis` (rank + 1, X * Y, Z) and `amplitude` (X * Y, Z), and GRAIN normal numbers for each (x, y). It begins at the mean shower of
+    `profile`. Cells below 1 keV are 0, as in the data, and count for no gradient.
+    """
+
+    def __init__(self, profile: Profile, latent: int = 32, width: int = 128, rank: int = 24, unit: float = 1.0) -> None:
+        super().__init__()
+        pixels, depth = profile.image.shape
+        self.side, self.latent, self.unit, self.n_noise = math.isqrt(pixels), latent, unit, latent + GRAIN * pixels
+        self.condition = Condition(profile)
+        self.body = nn.Sequential(
+            nn.Linear(latent + 3, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.2),
+        )
+        self.layers, self.coefficients = nn.Linear(width, depth), nn.Linear(width, rank)
+        self.mean = nn.Parameter(torch.tensor(profile.image).clamp_min(1e-7).log())
+        self.basis = nn.Parameter(0.02 * torch.randn(rank, pixels, depth))
+        self.amplitude = nn.Parameter(torch.full((pixels, depth), 1.0))
+        self.mix = nn.Parameter(torch.randn(GRAIN, depth) / math.sqrt(GRAIN))
+
+    def forward(self, noise: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        n, (pixels, depth) = len(noise), self.mean.shape
+        seen, mean = self.condition(condition)
+        h = self.body(torch.cat([noise[:, : self.latent], seen], 1))
+        layers = in_mev(self.layers(h), mean, self.condition.spread)
+        grain = (noise[:, self.latent :].reshape(n * pixels, GRAIN) @ self.mix).view(n, pixels, depth)
+        logits = torch.addmm(self.mean.view(-1), self.coefficients(h), self.basis.view(len(self.basis), -1)).view(n, pixels, depth)
+        cells = torch.softmax(torch.addcmul(logits, grain, self.amplitude), 1) * layers[:, None]
+        cells = F.threshold(cells, LEAST_MEV, 0.0)
+        return (cells if self.unit == 1 else cells * self.unit).view(n, 1, self.side, self.side, depth)
+
+
+class ReducedCritic(nn.Module):
+    """Two heads: convolutions over each layer's image (depth as channels), and a perceptron on energies and centres of the layers.
+
+    Both see the energy. The second head sees of each layer s, standardised, and its shares in the central cell and in the 3 x 3 and 7 x 7
+    around it: so the sums that physics is judged by are judged on their own, whatever single cells look like.
+    """
+
+    def __init__(self, profile: Profile, width: int = 128, channels: int = 48, dropout: float = 0.0, unit: float = 1.0) -> None:
+        super().__init__()
+        pixels, depth = profile.image.shape
+        self.side, self.unit = math.isqrt(pixels), unit
+        self.condition = Condition(profile)
+        half = (torch.arange(self.side) - self.side // 2).abs()
+        far = torch.maximum(half[:, None], half[None]).flatten()
+        self.register_buffer("windows", torch.stack([(far <= reach).float() for reach in (0, 1, 3)]))
+        self.register_buffer("visible", torch.tensor(profile.visible))
+        act, drop = nn.LeakyReLU(0.2), nn.Dropout(dropout)
+        left = math.ceil(self.side / 8)
+        self.image = nn.Sequential(
+            nn.Conv2d(depth, channels, 3, 2, 1), act, drop, nn.Conv2d(channels, channels, 3, 2, 1), act, drop,
+            nn.Conv2d(channels, channels, 3, 2, 1), act, nn.Flatten(), nn.Linear(channels * left**2, width), act,
+        )  # fmt: skip
+        self.sums = nn.Sequential(nn.Linear(4 * depth + 4, width), act, drop, nn.Linear(width, width), act)
+        self.of_image, self.of_sums = nn.Linear(width + 3, 1), nn.Linear(width, 1)
+        self.energy = nn.Linear(width, 1)
+
+    def forward(self, cells: torch.Tensor, condition: torch.Tensor) -> Verdict:
+        n = len(cells)
+        mev = (cells if self.unit == 1 else cells / self.unit).view(n, self.side**2, -1)
+        seen, mean = self.condition(condition)
+        layers = mev.sum(1)
+        total = layers.sum(1)
+        shares = (self.windows @ mev) / (layers[:, None] + FLOOR_MEV)  # (n, windows, Z)
+        relative = 10 * (total / (self.visible * condition[:, 0]) - 1)
+        of_sums = [standardised(layers, mean, self.condition.spread), (4 * shares - 2).flatten(1), relative[:, None], seen]
+        h = self.sums(torch.cat(of_sums, 1))
+        image = (mev / CELL_MEV).log1p().view(n, self.side, self.side, -1).permute(0, 3, 1, 2)  # channels last in memory
+        logits = torch.cat([self.of_image(torch.cat([self.image(image), seen], 1)), self.of_sums(h)], 1)
+        return Verdict(logits, self.energy(h)[:, 0], total if self.unit == 1 else total * self.unit)
