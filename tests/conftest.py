@@ -54,6 +54,20 @@ LASTING_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkse
 LASTING_THREADS = ("Dask-Offload",)
 
 
+def pytest_configure() -> None:
+    """Dask forks its workers from a process that has loaded torch, as each would need seconds for that. Users' workers are spawned."""
+    import multiprocessing.util
+
+    import dask
+    import distributed.utils
+
+    multiprocessing.util.get_temp_dir()  # where the two find each other: not in the folder of whichever test is the first
+    context = distributed.utils.get_mp_context  # sets its own list of modules, once
+    environ = {"LABKIT_CACHE": "", "LABKIT_DATA": ""}  # as they are when a worker starts
+    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver", "distributed.nanny.environ": environ})
+    context().set_forkserver_preload(["distributed", "torch", "labkit.training.worker.worker", "labkit.cluster.dask_backend"])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
@@ -141,7 +155,19 @@ def _processes() -> set[psutil.Process]:
         elif parents is not None:
             OTHERS.add(process)  # another job's, and it will stay so
     commands = {process: _command(process) for process in found}
-    return {p for p, command in commands.items() if command and not any(name in command for name in LASTING_PROCESSES)}
+    return {
+        p
+        for p, command in commands.items()
+        if command and not (any(map(command.__contains__, LASTING_PROCESSES)) and not _forked(p))
+    }
+
+
+def _forked(process: psutil.Process) -> bool:
+    """Is it a worker that looks like the process it was forked from?"""
+    try:
+        return _command(process) == _command(process.parent())
+    except (psutil.Error, AttributeError):
+        return False
 
 
 def _command(process: psutil.Process) -> str:

@@ -31,6 +31,9 @@ from labkit.errors import ClusterError
 
 ASK_S = 0.5  # how old the list of workers may be before the scheduler is asked again
 SILENT_S = 15.0  # a scheduler that has not answered for so long is gone
+RESTART = {
+    "distributed.deploy.lost-worker-timeout": "300s"
+}  # to start a killed worker again; then Dask gives it up. Read when one is lost
 LEASE_S = 5.0  # the longest wait for a worker's answer about a lease
 SETTINGS = {  # what Dask should do otherwise in a cluster of ours
     "distributed.worker.profile.enabled": False,  # it samples every 10 ms and would be timed too
@@ -57,6 +60,11 @@ class DaskWorkers:
         self._asking = threading.Lock()
         self._describing: list[concurrent.futures.Future] = []
         self._leased: dict[str, set[str]] = {}  # holder -> worker ids
+        self._settings = contextlib.ExitStack()
+        if cluster is not None:
+            import dask
+
+            self._settings.enter_context(dask.config.set(RESTART))
 
     @property
     def keeps_names(self) -> bool:
@@ -190,6 +198,7 @@ class DaskWorkers:
         with quiet():
             for thing in self.owned:
                 thing.close(timeout=10)
+        self._settings.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _has_resources(self, has: dict) -> bool:

@@ -39,15 +39,29 @@ def test_it_falls_back_while_a_core_is_taken_and_comes_back():
     assert sum(way == "samples" for way, _ in after) > 0.9 * len(after)
 
 
-def test_where_the_core_is_taken_from_the_beginning_torchs_own_threads_are_not_tried():
-    assert "intra-op" not in {way for way, _ in course(lambda _: TAKEN, 500)}
+def test_where_the_core_is_taken_from_the_beginning_torchs_own_threads_are_hardly_tried():
+    made = course(lambda step: TAKEN if step < 500 else FREE | {"intra-op": 0.8}, 1000)
+    assert sum(way == "intra-op" for way, _ in made[:500]) <= 2
+    assert sum(way == "intra-op" for way, _ in made[780:]) > 200, "once the core is free, and that is seen"
+
+
+def test_torchs_own_threads_may_be_the_only_ones_that_are_quicker():
+    made = course(lambda _: {"none": 1.0, "samples": 1.2, "intra-op": 0.8}, 500)
+    assert sum(way == "intra-op" for way, _ in made) > 450
+
+
+def test_what_was_slow_by_chance_when_it_was_tried_is_tried_again():
+    machine = {"none": 2.0, "samples": 1.2, "intra-op": 1.0}
+    made = course(lambda step: machine | ({"intra-op": 1.6} if step < 25 else {}), 500)
+    assert made[24][0] == "samples" and sum(way == "intra-op" for way, _ in made) > 400
 
 
 def test_torchs_own_threads_that_become_slow_are_left_at_once():
     machine = {"none": 2.0, "samples": 1.3, "intra-op": 1.0}
     made = course(lambda step: TAKEN if step >= 300 else machine, 600)
     assert made[299][0] == "intra-op"
-    assert sum(way == "intra-op" for way, _ in made[300:]) <= 4
+    assert sum(way == "intra-op" for way, _ in made[300:350]) <= 4
+    assert sum(seconds for _, seconds in made[300:]) < 1.2 * 2.0 * 300
 
 
 def test_single_odd_steps_change_nothing():

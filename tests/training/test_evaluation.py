@@ -38,9 +38,9 @@ RULES = {"sgwu": [0], "agwu": [0, 1], "ssp": [0, 1], "fedbuff": [0, 1], "diloco"
 rare = (pytest.mark.slow, pytest.mark.filterwarnings("ignore"))  # torch warns of itself when it compiles
 LABS = [
     ("threads", ["sgwu"], ()),
-    pytest.param("threads", ["agwu", "fedbuff", "easgd", "allreduce"], ("compiled_as_a_whole", "compiled_in_part"), marks=rare),
+    pytest.param("threads", ["agwu", "easgd", "allreduce"], ("compiled_as_a_whole", "compiled_in_part"), marks=rare),
     pytest.param("dask", ["agwu", "allreduce"], ("compiled_as_a_whole",), marks=(pytest.mark.cluster, *rare)),
-    pytest.param("ipyparallel", ["sgwu", "easgd", "allreduce"], (), marks=(pytest.mark.cluster, *rare)),
+    pytest.param("ipyparallel", ["easgd", "allreduce"], (), marks=(pytest.mark.cluster, *rare)),
 ]
 
 

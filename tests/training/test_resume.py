@@ -330,12 +330,12 @@ def test_a_run_whose_server_was_killed_goes_on_with_another_number_of_workers(la
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_killed_at_random_moments_never_more_than_one_interval_is_lost(lab, tmp_path):
-    """20 kills of the server, half of them while it writes a checkpoint: the run goes on at most one interval behind. After every
-    fifth kill the newest file is only half there, as on a disk that lied: it is refused, and one interval more is lost."""
+    """12 kills of the server, half of them while it writes a checkpoint: the run goes on at most one interval behind. After every
+    fourth kill the newest file is only half there, as on a disk that lied: it is refused, and one interval more is lost."""
     rng, n, torn, folder = np.random.default_rng(0), 40, 0, tmp_path / "r" / "checkpoints"
     wide = problem(wide_net, lr=0.01)  # 3 MB: a write takes long enough to be hit
     run = labkit.train(wide, lab, update="agwu", partition="idpa", passes=200, runs=tmp_path, name="r", checkpoints=n)
-    for kill in range(20):
+    for kill in range(12):
         until_version(run, int(run.status().get("version", 0)) + int(rng.integers(1, 20)))
         if kill % 2:
             until(lambda: any(folder.glob(".*")), 20)
@@ -345,7 +345,7 @@ def test_killed_at_random_moments_never_more_than_one_interval_is_lost(lab, tmp_
             run.wait(60)
         cut = any(folder.glob(".*"))
         torn += cut
-        versions, lied = checkpoints.versions(run.path), kill % 5 == 4
+        versions, lied = checkpoints.versions(run.path), kill % 4 == 3
         if lied:
             os.truncate(file(run, versions[-1]), file(run, versions[-1]).stat().st_size // 2)
         merges = run.events.query("kind == 'merge'")
@@ -356,7 +356,7 @@ def test_killed_at_random_moments_never_more_than_one_interval_is_lost(lab, tmp_
         lost = reached - resumed["samples"]
         assert lost <= (1 + lied) * (run.config["budget"] / n + 2 * largest), f"{lost} samples lost, {cut=}, {lied=}"
     run.wait(100)
-    assert run.state == "done" and torn >= 5, f"{torn} writes were cut off"
+    assert run.state == "done" and torn >= 3, f"{torn} writes were cut off"
     assert_whole(run)
 
 

@@ -131,7 +131,7 @@ def test_a_run_goes_on_from_its_checkpoint_under_a_rule_with_a_memory(update, tr
 def test_a_killed_process_ends_no_run(train):
     a_problem = problem(kind=Slow)
     with labkit.connect("dask", 2) as lab:
-        for update in ("easgd", "fedbuff", "diloco", {"name": "sgwu", "quorum": 0.5}):
+        for update in ("fedbuff", "diloco", {"name": "sgwu", "quorum": 0.5}):
             run = train(a_problem, lab, update=update, passes=10, local_steps=3)
             until(lambda run=run: run.status()["version"] >= 4, 90)
             os.kill(lab.workers[1].pid, signal.SIGKILL)
