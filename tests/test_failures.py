@@ -7,6 +7,7 @@ All three work in this process, in threads: the server as its process would run 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import inspect
 import io
 import json
@@ -281,18 +282,23 @@ def test_the_run_in_which_errors_are_raised_goes_well_without_them(lab, servers,
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sockets of which the caller never came to know
 @pytest.mark.parametrize(("where", "name", "scenario"), list(cases()))
 def test_an_error_that_nobody_expected_ends_the_run_with_its_traceback(
-    where, name, scenario, lab, servers, cache, tmp_path, monkeypatch
+    where, name, scenario, lab, servers, cache, tmp_path, monkeypatch, request
 ):
     story = Story(scenario, lab, tmp_path, servers, monkeypatch)
     sabotaged, run, before = raising(ZeroDivisionError("sabotage"), story.raised), None, of_runs()
     monkeypatch.setattr(where, name, sabotaged)
+    stacks = (tmp_path / "stacks.txt").open("w+")  # of all threads, shortly before it is too late
+    request.addfinalizer(
+        lambda: (faulthandler.cancel_dump_traceback_later(), stacks.close(), until(lambda: lab.free() == [0, 1], 60))
+    )
+    faulthandler.dump_traceback_later(LIMIT_S - 2, file=stacks)
     if vars(supervisor).get(name):  # imported there
         monkeypatch.setattr(supervisor, name, sabotaged)
     with pytest.raises((LabError, ZeroDivisionError)) as caught:
         run = story.begin()
         run.wait(30)
         assert story.raised, "never called: give it a scenario in which it is"
-    assert time.monotonic() - story.raised[0] < LIMIT_S
+    assert time.monotonic() - story.raised[0] < LIMIT_S, (tmp_path / "stacks.txt").read_text()
     text = "".join(traceback.format_exception(caught.value))
     assert "sabotage" in text and ", in sabotaged" in text
     if run:
