@@ -28,6 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from labkit.errors import ProblemError
 from labkit.inner.hooks import add, taken_off
+from labkit.inner.layers import has_hooks
 from labkit.inner.pool import Exchange, ThreadPool
 
 # Layers of torch that compute each sample by itself.
@@ -94,8 +95,8 @@ def refuse(module: nn.Module, whole: Sequence[str] | bool = ()) -> None:
             f"the inner layer cannot split {named}: it is not known to compute each sample by itself. {advice} the step undivided, with "
             "Inner(split='none')."
         )
-    for _, _, part, _ in _stand_ins(module, threading.local(), tuple(found) if whole is True else whole or ()):
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    for _, _, part, stand_in in _stand_ins(module, threading.local(), tuple(found) if whole is True else whole or ()):
+        if has_hooks(part) and not isinstance(stand_in, _Whole):  # which calls the layer itself
             raise ProblemError(
                 f"the inner layer cannot split {type(part).__name__}, for which another layer stands in while a batch is split: it has hooks, "
                 "which would not be called. Remove them, or leave the step undivided, with Inner(split='none')."

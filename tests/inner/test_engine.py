@@ -278,6 +278,9 @@ def test_what_is_made_once_or_computed_whole_is_not(pictures):
     labkit.Classifier(lambda: Called(remembered), pictures, inner=2).check()
     inside = lambda: nn.Sequential(Called(kept), nn.ReLU(), nn.Linear(3, 3))  # noqa: E731
     labkit.Classifier(inside, pictures, inner=labkit.Inner(threads=2, split="samples", whole=["0"])).check()
+    labkit.Classifier(
+        normed, pictures, inner=labkit.Inner(threads=2, split="samples", whole=["1"])
+    ).check()  # by a hook of the layer
     functional = lambda: Called(lambda self, x: self.dense(F.dropout(x.flatten(1), 0.3, self.training)))  # noqa: E731
     labkit.Classifier(functional, pictures, inner=labkit.Inner(threads=2, split="rows")).check()
 
