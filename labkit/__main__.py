@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     search = commands.add_parser("search", help="search the settings of a problem that win")
     search.add_argument(
-        "problem", metavar="MODULE:NAME", help="a problem, a class of problems, or a function of a point that makes one"
+        "problem", metavar="MODULE:NAME", help="a problem, a class of problems, a function of a point that makes one, or a notebook"
     )
     search.add_argument(
         "--set", action="append", default=[], metavar="NAME=LOW:HIGH[:log][:int] or NAME=A,B,...", dest="space",
@@ -100,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         ("runs", str, "DIR", "folder that it is recorded in (default: runs)"),
     ):
         search.add_argument(f"--{name}", type=of, metavar=metavar, help=text, default=argparse.SUPPRESS)
+    search.add_argument(
+        "--objective", action="append", metavar="NAME", default=argparse.SUPPRESS,
+        help="what is searched, once for each: score (the default), loss, time, size, or what a notebook reports",
+    )  # fmt: skip
     search.add_argument("--fresh", action="store_true", help="begin anew instead of going on with a search of this name")
     search.add_argument("--kind", choices=["threads", "dask", "ipyparallel"], help="where the workers are")
     search.add_argument("--n-workers", type=int, metavar="N", help="workers of the lab")
@@ -191,7 +195,8 @@ def _search(options: argparse.Namespace) -> int:
         for name, value in vars(options).items()
         if name not in ("command", "run", "problem", "space", "kind", "n_workers")
     }
-    problem, space = imported(options.problem), parse_space(options.space)
+    problem = options.problem if options.problem.endswith(".ipynb") else imported(options.problem)
+    space = parse_space(options.space)
     with connect(options.kind, options.n_workers) as lab:
         try:
             found = search(problem, space, lab, **given)

@@ -248,7 +248,7 @@ for _rule in updates.RULES:
 NOT_PLAIN = (
     "partition update problem lab team decomposition client security resources job grid failures model data model_args augment "
 )
-NOT_PLAIN += "y inner loss metrics on_version source run runs figure frame note faults space objective searches"  # objects, and dicts of what is in the table
+NOT_PLAIN += "y inner loss metrics on_version source run runs figure frame note faults space objective constraints searches"  # objects, and dicts of what is in the table
 ELSEWHERE = "engines drift kind baselines path border x target"  # in the tests of their modules: they depend on others
 
 

@@ -36,7 +36,16 @@ TINY = {
     | {"batch_size": 8, "batch_sizes": [8], "splits": ["none", "samples"], "steps": 3, "threads": 1}
     | {"train_samples": 200, "test_samples": 60, "passes": 1.0, "local_steps": 4},
     "09-search-the-settings": SMALL
-    | {"methods": "random tpe", "trials": 4, "seeds": [0], "passes": 0.5, "long": 1.0, "train_samples": 200, "test_samples": 60},
+    | {
+        "methods": "random tpe",
+        "trials": 4,
+        "front_trials": 2,
+        "seeds": [0],
+        "passes": 0.5,
+        "long": 1.0,
+        "train_samples": 200,
+        "test_samples": 60,
+    },
     "12-cluster-the-jets": {"kind": "threads", "particles": 12, "most": 100, "passes": 2.0, "pretrain": 1.0, "batch_size": 16}
     | {"defects": ["kmeans-per-rank"]},
     "13-scale-the-jets": {
@@ -48,6 +57,8 @@ TINY = {
         "row_groups": [1, 4],
         "rows": 50,
     },
+    "benchmarks/15-search": {"tables": ["made"], "trials": 12, "seeds": 2, "blocks": [1, 2], "gp_tables": ["made"], "gp_trials": 4}
+    | {"gp_seeds": 1, "before": [8], "kind": "threads", "n_workers": 1},
     "benchmarks/14-inner": {"models": ["lenet"], "batch_sizes": [8], "small": True, "steps": 3, "compile_too": [], "take_core": []}
     | {"precisions": ["float32"], "threads": 1},
     "benchmarks/04-chaos": {"kinds": ["dask"], "updates": ["allreduce"], "n_workers": 2, "passes": 3.0, "most": 2, "every": 1.0},
@@ -109,9 +120,10 @@ FIGURES = {
     "06-scale-the-cluster": ["data.png", "nodes.png", "crowd.png"],
     "07-kill-a-worker": ["membership.png"],
     "08-split-the-step": ["gantt.png", "roofline.png", "step-times.png"],
-    "09-search-the-settings": ["history.png", "points.png", "importance.png", "timeline.png"],
+    "09-search-the-settings": ["history.png", "points.png", "importance.png", "timeline.png", "front.png"],
     "12-cluster-the-jets": ["masses.png", "embedding.png"],
     "13-scale-the-jets": ["scale.png"],
+    "benchmarks/15-search": ["blocks.png"],
     "benchmarks/02-time-to-accuracy": ["curves.png"],
     "benchmarks/05-back-ends": ["back-ends.png"],
     "benchmarks/06-parts": ["parts.png"],

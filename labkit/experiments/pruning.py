@@ -1,12 +1,13 @@
 """Which trials of a search end early: rules by name, each a function of the scores that trials have reported so far.
 
-    "asha"         after 1/9 and 1/3 of its passes a trial goes on if it is among the best third of those that came as far (asynchronous
-                   successive halving: Li et al., MLSys 2020, arXiv:1810.05934); the first to come need only be the best
+    "asha"         after 1/9 and 1/3 of its passes (the rungs) a trial goes on if it is among the best third of those that came as far
+                   (asynchronous successive halving: Li et al., MLSys 2020, arXiv:1810.05934); the first to come need only be the best
     "extrapolate"  a power law through its scores, a - b t^-c, ends below the best score (Domhan et al., IJCAI 2015, have many such laws)
     "wilcoxon"     of folds: a signed-rank test says that it is worse than the best trial on the same folds
 
-A report is a score, the more the better, at a step: the part of its passes that a run has done, or its fold. What a rule decides
-depends on the reports before, in the order of the log.
+A report is a score, the more the better, at a step: the part of its passes that a run has done, or its fold. A run reports where it
+has a new version of the weights, so that a step may be left out. What a rule decides depends on the reports before, in the order of
+the log.
 
 Used by `labkit.experiments.study` and `labkit.experiments.search`.
 """
@@ -20,6 +21,7 @@ REDUCTION = 3  # of the trials at a rung, one goes on
 LEAST = 5  # reports that a power law is drawn through
 EXPONENTS = np.geomspace(0.1, 2.0, 16)
 P_VALUE = 0.1
+RUNGS = (1, REDUCTION)  # steps, of REDUCTION**2
 
 Trials = Sequence[Mapping[str, Any]]
 
@@ -32,13 +34,19 @@ class Pruner(NamedTuple):
 
 
 def asha(trials: Trials, number: int) -> bool:
-    """Is the newest score of this trial, at a rung, below the best third of those that came as far?"""
+    """Is the newest score of this trial, its first at a rung or beyond it, below the best third of those that came as far?"""
     own = trials[number]["reports"]
     step = max(own)
-    if step not in (1, REDUCTION):
+    rung = max((rung for rung in RUNGS if rung <= step < REDUCTION * rung), default=None)
+    if rung is None or step != _at(own, rung):
         return False
-    there = sorted((trial["reports"][step] for trial in trials if step in trial["reports"]), reverse=True)
+    there = sorted((trial["reports"][at] for trial in trials if (at := _at(trial["reports"], rung)) is not None), reverse=True)
     return own[step] < there[max(1, len(there) // REDUCTION) - 1]
+
+
+def _at(reports: Mapping[int, float], rung: int) -> int | None:
+    """The step at which a trial was measured for a rung, where it was before the next one."""
+    return min((step for step in reports if rung <= step < REDUCTION * rung), default=None)
 
 
 def extrapolate(trials: Trials, number: int) -> bool:

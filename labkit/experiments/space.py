@@ -80,7 +80,9 @@ class Space:
             if taken.count(name) > 1:
                 raise ValueError(f"space {name!r} stands within {within} and outside of it. Leave out one of them.")
             key = name + f" [{within}]" * bool(within)
-            self.parameters[name] = _chosen(name, key, form, taken) if _is_choice(form) else Parameter(key, _ranged(name, form))
+            self.parameters[name] = (
+                _chosen(name, key, form, within, taken) if _is_choice(form) else Parameter(key, _ranged(name, form))
+            )
 
     @property
     def names(self) -> list[str]:
@@ -147,7 +149,8 @@ class Space:
         space = cls.__new__(cls)
         space.parameters = {}
         for name, about in config.items():
-            spaces = {value: cls.from_config(below, f"{name}={value}") for value, below in about.get("spaces", ())}
+            inside = f"{within}, {name}=".removeprefix(", ")
+            spaces = {value: cls.from_config(below, f"{inside}{value}") for value, below in about.get("spaces", ())}
             distribution = json_to_distribution(json.dumps({key: about[key] for key in ("name", "attributes")}))
             space.parameters[name] = Parameter(name + f" [{within}]" * bool(within), distribution, {}, spaces)
         return space
@@ -181,7 +184,7 @@ def _is_choice(form: Any) -> bool:
     return isinstance(form, list | Mapping)
 
 
-def _chosen(name: str, key: str, form: Any, taken: list[str]) -> Parameter:
+def _chosen(name: str, key: str, form: Any, within: str, taken: list[str]) -> Parameter:
     if not form:
         raise ValueError(f"space {name!r} has no choice. Give one at least.")
     labels, values, spaces = [], {}, {}
@@ -199,7 +202,7 @@ def _chosen(name: str, key: str, form: Any, taken: list[str]) -> Parameter:
                 raise TypeError(
                     f"space {name!r}: what comes with {value!r} is {short(form[value])}; give a dict of parameters, or {{}}."
                 )
-            spaces[label] = Space(form[value], f"{name}={label}", taken)
+            spaces[label] = Space(form[value], f"{within}, {name}={label}".removeprefix(", "), taken)
     return Parameter(key, CategoricalDistribution(labels), values, spaces)
 
 

@@ -1,7 +1,7 @@
 """What a search has asked and been told: the log on the disk, and the sampler (Optuna's) that makes the next point of it.
 
     log.jsonl    {"ask": 3, "point": {"lr": 0.01}}   {"begin": 3, "workers": [0, 1]}   {"report": 3, "step": 1, "value": 0.4}
-                 {"end": 3, "score": 0.9}   {"tell": 3, "state": "done", "value": 0.9}
+                 {"end": 3, "score": 0.9}   {"tell": 3, "state": "done", "value": 0.9}   {"leave": 3} (its run is to be made again)
 
 The log is the truth. Each line is on the disk before anything follows from it; Optuna's study is made of it. The sampler is made
 anew for each trial, with a seed from the number of the trial: a point depends on the lines before it in the log and on nothing
@@ -11,11 +11,12 @@ same order, and gets the same points, however many blocks there were.
 Used by `labkit.experiments.search`.
 """
 
-import contextlib
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import optuna
 from optuna.trial import TrialState
 
 from labkit.errors import RunError
+from labkit.experiments.copies import CONSTRAINT, Journal, quiet
 from labkit.experiments.pruning import PRUNERS
 from labkit.experiments.space import Parameter, Space, suggest
 from labkit.runs.files import read_lines_since
@@ -45,14 +47,20 @@ class Study:
         So many trials are drawn at random before "gp" and "tpe" have enough to go by; of "evolution" it is the size of a generation.
     prune
         A name of `labkit.experiments.pruning`.
+    n_objectives, constrained
+        How many values a trial is told, and whether it may break a constraint.
     path, readonly
-        The folder of the search; without one nothing is written. Another process may be at work in one that is only read.
+        The folder of the search; without one nothing is written. Another process may be at work in one that is only read: `refresh`.
+    clock
+        Seconds, by which lines of the log are dated.
 
     Attributes
     ----------
     trials
-        A dict a trial, in the order of their numbers: point, state, value, error, asked and told (seconds), reports (value by step),
-        `worse` (it is to end early), and its `units`: a dict by fold (None without folds) with workers, begun, ended, score and error.
+        A dict a trial, in the order of their numbers: point, state, value (of the first objective, the more the better) and values (of
+        all), violations (by constraint, at most 0 where it holds), error, asked and told (seconds), reports (value by step),
+        `worse` (it is to end early), and its `units`: a dict by fold (None without folds) with workers, begun, ended, score, measured
+        (by name), whole (it was not stopped on its way) and error.
     """
 
     def __init__(
@@ -64,20 +72,30 @@ class Study:
         path: Path | None = None,
         *,
         prune: str | None = None,
+        n_objectives: int = 1,
+        constrained: bool = False,
         readonly: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.space, self.method, self.seed, self.n_random, self.prune = space, method, seed, n_random, prune
+        self.n_objectives, self.constrained, self.readonly, self.clock = n_objectives, constrained, readonly, clock
         self.trials: list[dict[str, Any]] = []
         self.lines: list[dict[str, Any]] = []
-        self._file = None if path is None else path / FILE
+        self._file, self._offset, self._journal = None if path is None else path / FILE, 0, None
         self._grid = space.grid() if method == "grid" else []
-        self._before, self._started = 0.0, time.monotonic()
-        with _quiet():
-            self._study = optuna.create_study(direction="maximize")
+        self._before, self._started = 0.0, clock()
+        self._reading = threading.Lock()  # a live figure and a cell may both look
+        self._storage = optuna.storages.InMemoryStorage()
+        with quiet():
+            self._study = optuna.create_study(directions=["maximize"] * n_objectives, storage=self._storage)
         if path is not None:
-            self._read(readonly)
+            self.refresh()
         if path is not None and not readonly:
-            self._copy = _copied(path / STORAGE, self._frozen, self.trials)
+            if self._file.exists() and self._file.stat().st_size > self._offset:  # a line that was cut off
+                os.truncate(self._file, self._offset)
+            self._journal = Journal(path / STORAGE, n_objectives)
+            for trial in self.trials:
+                self._journal.add(self._frozen(trial))
 
     # -- the sampler ---------------------------------------------------------------------------------------------
 
@@ -87,7 +105,7 @@ class Study:
             return samplers.GPSampler(seed=seed, n_startup_trials=self.n_random, warn_independent_sampling=False)
         if self.method == "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=self.n_random)
-        if self.method == "evolution" and self.space.numeric:
+        if self.method == "evolution" and self.space.numeric and self.n_objectives == 1 and not self.constrained:
             return samplers.CmaEsSampler(seed=seed, popsize=self.n_random, warn_independent_sampling=False)
         if self.method == "evolution":
             return samplers.NSGAIISampler(seed=seed, population_size=self.n_random)
@@ -98,7 +116,7 @@ class Study:
         self._study.sampler = self._sampler(number)
         if self.method == "grid":
             self._study.enqueue_trial(self._params(self._grid[number])[0])
-        with _quiet():
+        with quiet():
             trial = self._study.ask()
             return self.space.walk(lambda _, parameter: suggest(trial, parameter))
 
@@ -111,8 +129,23 @@ class Study:
     def _frozen(self, trial: Mapping[str, Any]) -> Any:
         """A trial as Optuna has it."""
         params, distributions = self._params(trial["point"])
-        about = {"state": STATES[trial["state"]], "value": trial["value"] if trial["state"] == "done" else None}
+        about = {"state": STATES[trial["state"]], "values": trial["values"] if trial["state"] == "done" else None}
+        about |= {"constraints": trial["violations"], "intermediate_values": dict(trial["reports"])}
         return optuna.trial.create_trial(**about, params=params, distributions=distributions)
+
+    def frozen(self, began: datetime) -> list[Any]:
+        """All trials as Optuna has them, for a copy; `began` is when the clock of the search was 0."""
+        found = []
+        for trial in self.trials:
+            frozen = self._frozen(trial)
+            frozen.datetime_start = began + timedelta(seconds=trial["asked"])
+            if trial["told"] is not None:
+                frozen.datetime_complete = began + timedelta(seconds=trial["told"])
+            frozen.set_user_attr("runs", {f"{fold}": unit["workers"] for fold, unit in trial["units"].items()})
+            if trial["error"]:
+                frozen.set_user_attr("error", trial["error"])
+            found.append(frozen)
+        return found
 
     # -- asking and telling --------------------------------------------------------------------------------------
 
@@ -131,20 +164,41 @@ class Study:
         return self.trials[number]["worse"]
 
     def end(
-        self, number: int, fold: int | None, score: float | None, sign: int = 1, error: str = "", passes: float | None = None
+        self,
+        number: int,
+        fold: int | None,
+        score: float | None,
+        sign: int | Sequence[int] = 1,
+        error: str = "",
+        passes: float | None = None,
+        measured: Mapping[str, float] | None = None,
+        whole: bool = True,
     ) -> None:
-        """A run has ended after so many passes, with this score or an error; `sign` is -1 where less is better."""
-        self._write(end=number, fold=fold, score=score, sign=sign, error=error, passes=passes)
+        """A run has ended after so many passes, with this score or an error; `sign` (one for each objective) is -1 where less is better,
+        `measured` what else there is of it by name, and `whole` says that it was not stopped on its way."""
+        signs = list(sign) if isinstance(sign, Sequence) else [sign]
+        more = ({"measured": dict(measured)} if measured else {}) | ({} if whole else {"whole": False})
+        more |= {"signs": signs} if len(signs) > 1 else {}
+        self._write(end=number, fold=fold, score=score, sign=signs[0], error=error, passes=passes, **more)
 
     def leave(self, number: int, fold: int | None) -> None:
         """A run was stopped with the search, or its block was lost: it is to be made again."""
         self._write(leave=number, fold=fold)
 
-    def tell(self, number: int, state: str, value: float | None = None, error: str = "") -> None:
-        """A trial has ended: "done" or "pruned", with a value, of which more is better, or "failed".
+    def tell(
+        self,
+        number: int,
+        state: str,
+        value: float | Sequence[float] | None = None,
+        error: str = "",
+        violations: Mapping[str, float] | None = None,
+    ) -> None:
+        """A trial has ended: "done" or "pruned", with a value (or one for each objective), of which more is better, or "failed".
 
         For the samplers a trial that was pruned has the value that it had reached: most of them see nothing of those without one."""
-        self._write(tell=number, state=state, value=value, error=error)
+        values = list(value) if isinstance(value, Sequence) else [value]
+        more = ({"values": values} if len(values) > 1 else {}) | ({"violations": dict(violations)} if violations else {})
+        self._write(tell=number, state=state, value=values[0], error=error, **more)
 
     def seed_of(self, number: int) -> int:
         """The seed of a trial's training."""
@@ -157,28 +211,40 @@ class Study:
     # -- the log -------------------------------------------------------------------------------------------------
 
     def _write(self, **line: Any) -> None:
-        line["seconds"] = round(self._before + time.monotonic() - self._started, 4)
+        line["seconds"] = round(self._before + self.clock() - self._started, 4)
         if self._file is not None:
             with open(self._file, "ab") as file:
                 file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         self._apply(line, sampled=True)
-        if self._file is not None:
+        if self._journal:
             self._copy(line)
+
+    def _copy(self, line: Mapping[str, Any]) -> None:
+        if "ask" in line:
+            self._journal.add(self._frozen(self.trials[line["ask"]]))
+        elif "report" in line:
+            self._journal.report(line["report"], line["step"], line["value"])
+        elif "tell" in line:
+            trial = self.trials[line["tell"]]
+            values = trial["values"] if trial["state"] == "done" else None
+            self._journal.tell(line["tell"], STATES[trial["state"]], values, trial["violations"])
 
     def _apply(self, line: dict[str, Any], *, sampled: bool) -> None:
         """What a line of the log does; `sampled`: Optuna has made the point, and need not be given it."""
         self.lines.append(line)
         if "ask" in line:
-            trial = {"point": line["point"], "state": "running", "value": None, "error": "", "asked": line["seconds"]}
-            self.trials.append(trial | {"told": None, "reports": {}, "worse": False, "units": {}})
+            trial = {"point": line["point"], "state": "running", "value": None, "values": None, "violations": {}, "error": ""}
+            trial |= {"asked": line["seconds"], "told": None, "reports": {}, "worse": False, "units": {}}
+            self.trials.append(trial)
             if not sampled:
                 self._study.add_trial(self._frozen(self.trials[-1]))
         elif "begin" in line:
             begun = self.trials[line["begin"]]["units"].get(line["fold"], {"times": 0})["times"] + 1
             unit = {"workers": line["workers"], "begun": line["seconds"], "times": begun}
             unit |= {"ended": None, "score": None, "sign": 1, "error": "", "passes": None}
+            unit |= {"measured": {}, "whole": True, "signs": [1]}
             self.trials[line["begin"]]["units"][line["fold"]] = unit
         elif "report" in line:
             trial = self.trials[line["report"]]
@@ -187,27 +253,39 @@ class Study:
         elif "end" in line:
             unit = self.trials[line["end"]]["units"][line["fold"]]
             unit |= {name: line[name] for name in ("score", "sign", "error", "passes")} | {"ended": line["seconds"]}
+            more = {"measured": {}, "whole": True, "signs": [line["sign"]]}
+            unit |= {name: line.get(name, default) for name, default in more.items()}
         elif "leave" in line:
             del self.trials[line["leave"]]["units"][line["fold"]]
         elif "tell" in line:
-            number, state = line["tell"], line["state"]
-            self._study.tell(number, line["value"], TrialState.FAIL if state == "failed" else TrialState.COMPLETE)
-            self.trials[number] |= {name: line[name] for name in ("state", "value", "error")} | {"told": line["seconds"]}
+            number, has_failed = line["tell"], line["state"] == "failed"
+            values, violations = None if has_failed else line.get("values", [line["value"]]), line.get("violations", {})
+            id = self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+            for name, violation in violations.items():
+                self._storage.set_trial_system_attr(id, CONSTRAINT + name, violation)
+            self._study.tell(number, values, TrialState.FAIL if has_failed else TrialState.COMPLETE)
+            about = {name: line[name] for name in ("state", "value", "error")} | {"values": values, "violations": violations}
+            self.trials[number] |= about | {"told": line["seconds"]}
 
-    def _read(self, readonly: bool) -> None:
-        """What is in the log; a line that was cut off is cut away."""
-        lines, size = read_lines_since(self._file)
-        for at, text in enumerate(lines):
+    def refresh(self) -> None:
+        """Read what has been added to the log; of one that is written here that is nothing."""
+        if self._file is None or self._journal:
+            return
+        with self._reading:
+            self._read()
+
+    def _read(self) -> None:
+        lines, self._offset = read_lines_since(self._file, self._offset)
+        again = self.method == "evolution" and not self.readonly  # its generations are in no log: it makes them again
+        for at, text in enumerate(lines, len(self.lines) + 1):
             try:
                 line = json.loads(text)
-                if "ask" in line and self.method == "evolution":  # its generations are in no log: it makes them again
+                if "ask" in line and again:
                     self._again(line)
-                self._apply(line, sampled=self.method == "evolution")
+                self._apply(line, sampled=again)
             except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise RunError(f"line {at + 1} of {self._file} is damaged: {error}. Put a copy of the file back.") from error
+                raise RunError(f"line {at} of {self._file} is damaged: {error}. Put a copy of the file back.") from error
             self._before = line["seconds"]
-        if not readonly and self._file.exists() and self._file.stat().st_size > size:
-            os.truncate(self._file, size)
 
     def _again(self, line: dict[str, Any]) -> None:
         if (point := self._sample()) != line["point"]:
@@ -215,7 +293,7 @@ class Study:
 
     def importance(self) -> dict[str, float]:
         """By parameter, the largest first: how much it decides whether a trial is among the best tenth; they sum to 1."""
-        with _quiet():
+        with quiet():
             shares = optuna.importance.get_param_importances(self._study)
         names: dict[str, float] = {}
         for key, share in shares.items():
@@ -224,43 +302,12 @@ class Study:
 
     def replay(self) -> "Study":
         """A new study that is asked and told the same in the same order; its points are those that its sampler makes."""
-        other = Study(self.space, self.method, self.seed, self.n_random, prune=self.prune)
+        about = {"prune": self.prune, "n_objectives": self.n_objectives, "constrained": self.constrained}
+        other = Study(self.space, self.method, self.seed, self.n_random, **about)
         for line in self.lines:
             other._apply(line | ({"point": other._sample()} if "ask" in line else {}), sampled=True)
         return other
 
 
-def _copied(file: Path, frozen: Callable[[dict], Any], trials: list[dict]) -> Callable[[dict], None]:
-    """A copy of a study in a file of Optuna's own, made anew from here; call what is returned with each further line of the log."""
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    file.unlink(missing_ok=True)
-    with _quiet():
-        storage = JournalStorage(JournalFileBackend(str(file)))
-        copy = optuna.create_study(study_name=file.parent.name, direction="maximize", storage=storage)
-    for trial in trials:
-        copy.add_trial(frozen(trial))
-
-    def follow(line: dict[str, Any]) -> None:
-        if "ask" in line:
-            copy.add_trial(frozen(trials[line["ask"]]))
-        elif "tell" in line:
-            copy.tell(line["tell"], line["value"] if line["state"] == "done" else None, STATES[line["state"]])
-
-    return follow
-
-
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna announces each study, and which optional package of its own is not there."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(level)

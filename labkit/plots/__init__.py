@@ -6,7 +6,7 @@ from labkit.plots.membership import membership, roster
 from labkit.plots.runs import balance, curves, segments, speed, staleness, timeline, weights
 from labkit.plots.samples import confusion, worst
 from labkit.plots.scaling import errors, saturation, scaling
-from labkit.plots.search import search_history, search_importance, search_points, search_timeline
+from labkit.plots.search import search_front, search_history, search_importance, search_live, search_points, search_timeline
 from labkit.plots.steps import step_times
 from labkit.plots.style import extension, interactive, save
 from labkit.plots.subnets import decomposition, part_accuracy, part_scores, part_times
@@ -22,8 +22,10 @@ __all__ += [
     "saturation",
     "save",
     "scaling",
+    "search_front",
     "search_history",
     "search_importance",
+    "search_live",
     "search_points",
     "search_timeline",
     "segments",

@@ -5,7 +5,7 @@ gets its first picture only from a free kernel, so `await` the run in the next c
 gets all that is known then. At the end of the run the output of the cell is replaced by the last picture, which needs no kernel any
 more: it is there however late the browser was, and in the notebook that is saved.
 
-Used through `labkit.plots` and `Run.live`.
+`moving` is the mechanism, for whatever grows. Used through `labkit.plots` and `Run.live`, and by the figures of a search.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -59,23 +59,45 @@ def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
     run, and returns the final picture.
     """
     timeout = real("timeout", timeout, least=0, finite=False)
-    watch = Watch(style.a_run("run", run))
+    return moving(style.a_run("run", run), Watch(run), VIEWS, NOTHING, timeout)
+
+
+class Watched(Protocol):
+    """What reads something that grows."""
+
+    @property
+    def at(self) -> Any:
+        """How far it has read: another value where something is new."""
+
+    def look(self) -> Any:
+        """What is known now, a named tuple with `trouble`, a text."""
+
+
+def moving(grows: Any, watch: Watched, views: Sequence[Callable[[Any, Any], Any]], nothing: Any, timeout: float) -> hv.Layout:
+    """A figure of `view(grows, seen)` for each view, under each other, redrawn until `grows.state` is not "running" any more.
+
+    What a view draws consists of the same elements each time, also of `nothing`.
+    """
+
+    def picture(seen: Any) -> hv.Layout:
+        return style.stack([draw(grows, seen) for draw in views])
+
     if style.extension() == "static":
         limit = time.monotonic() + timeout
-        while run.state == "running" and time.monotonic() < limit:
+        while grows.state == "running" and time.monotonic() < limit:
             time.sleep(PERIOD_S)
-        return style.stack([draw(run, watch.look()) for draw in VIEWS])
+        return picture(watch.look())
     import holoviews as hv
 
     pipe = hv.streams.Pipe(data=watch.look())
-    views = [hv.DynamicMap(lambda data, draw=draw: draw(run, data), streams=[pipe]) for draw in VIEWS]
+    maps = [hv.DynamicMap(lambda data, draw=draw: draw(grows, data), streams=[pipe]) for draw in views]
     try:
         post = asyncio.get_running_loop().call_soon_threadsafe  # the kernel's, which runs between its cells
     except RuntimeError:
         post = _now
-    screen = Screen(pipe, post, lambda seen: style.stack([draw(run, seen) for draw in VIEWS]))
-    threading.Thread(target=_feed, args=(run, watch, screen, timeout), name=f"live-{run.name}", daemon=True).start()
-    figure, shown = style.stack(views), style.stack(views)
+    screen = Screen(pipe, post, picture, nothing)
+    threading.Thread(target=_feed, args=(grows, watch, screen, timeout), name=f"live-{grows.name}", daemon=True).start()
+    figure, shown = style.stack(maps), style.stack(maps)
     figure._ipython_display_ = lambda: screen.display(shown)  # what a notebook calls instead of showing `figure` in its own way
     return figure
 
@@ -89,6 +111,10 @@ class Watch:
         self.here: list[tuple[float, int]] = []
         self.workers: set[int] = set()
         self.last: dict[int, float] = {}  # worker: seconds of its last push, or of the release that it started with
+
+    @property
+    def at(self) -> int:
+        return self.tail.offset
 
     def look(self) -> Seen:
         self.tail.file = self.run.path / FILE  # when it has ended, a run of its name may take its place
@@ -130,9 +156,11 @@ class Screen:
     a comm: that is how the last picture comes, which `picture(seen)` draws.
     """
 
-    def __init__(self, pipe: Any, post: Callable[[Callable[[], None]], Any], picture: Callable[[Seen], Any]) -> None:
-        self.pipe, self.post, self.picture = pipe, post, picture
-        self.latest, self.posted, self.ended = NOTHING, False, False
+    def __init__(
+        self, pipe: Any, post: Callable[[Callable[[], None]], Any], picture: Callable[[Any], Any], nothing: Any = NOTHING
+    ) -> None:
+        self.pipe, self.post, self.picture, self.nothing = pipe, post, picture, nothing
+        self.latest, self.posted, self.ended = nothing, False, False
         self.displayed: str | None = None  # the id
 
     def display(self, figure: Any) -> None:
@@ -142,7 +170,7 @@ class Screen:
         self.displayed = self.displayed or uuid.uuid4().hex
         display(self.picture(self.latest) if self.ended else figure, display_id=self.displayed)
 
-    def show(self, seen: Seen, last: bool = False) -> None:
+    def show(self, seen: Any, last: bool = False) -> None:
         """From any thread; `post` has the kernel draw, which must not do two things at once to a figure."""
         self.latest, self.ended = seen, last
         if not self.posted:
@@ -165,7 +193,7 @@ class Screen:
             self.pipe.send(self.latest)
 
     def _again(self, _: Any) -> None:
-        self.pipe.send(NOTHING)
+        self.pipe.send(self.nothing)
         self.pipe.send(self.latest)
 
 
@@ -177,9 +205,9 @@ def _now(call: Callable[[], None]) -> None:
     call()
 
 
-def _feed(run: RunRecord, watch: Watch, screen: Screen, timeout: float) -> None:
+def _feed(run: Any, watch: Watched, screen: Screen, timeout: float) -> None:
     """Show what is new until the run ends; the state is read first, so that the last push is drawn too."""
-    limit, shown, failures, seen = time.monotonic() + timeout, None, 0, NOTHING
+    limit, shown, failures, seen = time.monotonic() + timeout, None, 0, screen.nothing
     while time.monotonic() < limit:
         try:
             ended = run.state != "running"
@@ -189,8 +217,8 @@ def _feed(run: RunRecord, watch: Watch, screen: Screen, timeout: float) -> None:
             if failures == FAILURES:
                 _show(screen, seen._replace(trouble=str(error)))
         else:
-            if watch.tail.offset != shown or ended or failures >= FAILURES:
-                shown = watch.tail.offset
+            if watch.at != shown or ended or failures >= FAILURES:
+                shown = watch.at
                 _show(screen, seen, ended)
             if ended:
                 return
@@ -198,7 +226,7 @@ def _feed(run: RunRecord, watch: Watch, screen: Screen, timeout: float) -> None:
         time.sleep(PERIOD_S if failures < FAILURES else RARELY_S)
 
 
-def _show(screen: Screen, seen: Seen, last: bool = False) -> None:
+def _show(screen: Screen, seen: Any, last: bool = False) -> None:
     with contextlib.suppress(RuntimeError):  # the kernel ends
         screen.show(seen, last)
 

@@ -1,4 +1,5 @@
-"""Figures of a search: the best score over trials, all points as lines through their parameters, what matters, who trained what when.
+"""Figures of a search: the best score over trials, all points as lines through their parameters, what matters, which trials are on
+the front of two objectives, who trained what when; and the first and the last of these while the search goes.
 
 They read what a search says of itself: `table()`, `timeline()`, `importance()` and its settings.
 
@@ -8,12 +9,13 @@ Used through `labkit.plots`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from labkit.errors import RunError, known, like, several
+from labkit.errors import RunError, known, like, real, several
 from labkit.plots import style
+from labkit.plots.live import moving
 
 if TYPE_CHECKING:
     import holoviews as hv
@@ -120,34 +122,146 @@ def search_importance(found: Any) -> hv.Overlay:
     return style.columns({"share": 100 * shares.to_numpy()}, list(shares.index), title, note, "{:.0f}", ylabel="importance (%)")
 
 
+def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.Overlay:
+    """Two objectives against each other, each trial a mark; those that no other one is better than in all of them are a line.
+
+    `x` and `y` are names of objectives, by default the second and the first. Trials that break a constraint are marked as such.
+    """
+    found = like("found", _a_search("found", found), ("front", "objectives"), "a search, as labkit.search gives it")
+    names = list(found.objectives)
+    if len(names) < 2:
+        raise ValueError(
+            f"search {found.name} has one objective, {names[0]}. Give labkit.search several: objective=['score', 'time']."
+        )
+    x, y = (known(axis, given, names) for axis, given in (("x", x or names[1]), ("y", y or names[0])))
+    style.extension()
+    table, front = found.table(), found.front()
+    if front.empty:
+        return style.message(f"{y} against {x}", f"{found.name}: no trial is done that keeps the constraints.")
+    at, height = ("score" if name == names[0] else name for name in (x, y))
+    front = front.sort_values(at)
+    rest = table[(table.state == "done") & ~table.trial.isin(front.trial)]
+    broken = ~rest.feasible.astype(bool) if "feasible" in rest else np.zeros(len(rest), bool)
+    elements = [style.line(front[at].to_numpy(float), front[height].to_numpy(float), 0, "front", (x, y))]
+    legend = [(f"front ({len(front)} trials)", 0, "line")]
+    for label, number, own in (("another trial", 5, rest[~broken]), ("breaks a constraint", 1, rest[broken])):
+        if len(own):
+            elements.append(style.marks(own[at].to_numpy(float), own[height].to_numpy(float), number, label, (x, y)))
+            legend.append((f"{label} ({len(own)})", number, "mark"))
+    title = f"{len(front)} of {len(front) + len(rest)} trials are worth a choice: {y} from {_ends_of(front[height])}, {x} from {_ends_of(front[at])}"
+    limits = [f"{name} {_said(bounds)}" for name, bounds in (found.config.get("constraints") or {}).items()]
+    units = {"time": "time of a run (s)", "size": "parameters of the network"}
+    return style.finish(elements, title, "; ".join(limits), legend, xlabel=units.get(x, x), ylabel=units.get(y, y))
+
+
 def search_timeline(found: Any) -> hv.Overlay:
     """One row for each worker: which trials it trained when, by how they ended."""
     found = _a_search("found", found)
     style.extension()
-    spans = found.timeline()
-    if spans.empty:
+    if found.timeline().empty:
         return style.message("Who trained what when", f"{found.name}: no trial has begun yet.")
-    state = found.table().set_index("trial").state
-    end = float(np.nanmax([spans.end.max(), spans.start.max()]))
+    return _timeline(found)
+
+
+def search_live(found: Any, timeout: float = 86400) -> hv.Layout:
+    """The best score so far and the trials of each worker, redrawn until the search ends or `timeout` seconds have passed.
+
+    As `labkit.plots.live` of a run: begin the search with `wait=False`, and leave the kernel free in the next cell,
+    `await asyncio.to_thread(found.wait)`. In static mode this waits for the end.
+    """
+    found = like("found", _a_search("found", found), ("state",), "a search, as labkit.search gives it")
+    return moving(found, _Watch(found), LIVE, NOTHING, real("timeout", timeout, least=0, finite=False))
+
+
+class _Seen(NamedTuple):
+    """What is known of a search now."""
+
+    table: Any = None
+    timeline: Any = None
+    trouble: str = ""
+
+
+NOTHING = _Seen()
+
+
+class _Watch:
+    """Reads a search; `at` is how many runs have begun and ended, and trials been told of."""
+
+    def __init__(self, found: Any) -> None:
+        self.found, self.at = found, None
+
+    def look(self) -> _Seen:
+        timeline, table = self.found.timeline(), self.found.table()
+        self.at = len(timeline), timeline.end.notna().sum(), (table.state != "running").sum()
+        return _Seen(table, timeline)
+
+
+class _Then:
+    """A search as it was seen, for the figures."""
+
+    def __init__(self, found: Any, seen: _Seen) -> None:
+        self.name, self.config, self.lower_is_better, self.seen = found.name, found.config, found.lower_is_better, seen
+
+    def table(self) -> pd.DataFrame:
+        return self.seen.table
+
+    def timeline(self) -> pd.DataFrame:
+        return self.seen.timeline
+
+
+def _live_history(found: Any, seen: _Seen) -> hv.Overlay:
+    ended = _ended(_Then(found, seen)) if seen.table is not None else None
+    at, score = (np.array([]), np.array([])) if ended is None else (ended.seconds.to_numpy(float), ended.score.to_numpy(float))
+    best = (np.minimum if found.lower_is_better else np.maximum).accumulate(score)
+    title = (
+        f"{found.name}: best score {best[-1]:.4g} after {len(best)} trials" if len(best) else f"{found.name}: waiting for a score"
+    )
+    if seen.trouble:
+        title = f"{found.name}: the log cannot be read now: {seen.trouble}"
+    dims = ("time (s)", "score")
+    elements = [style.line(at, best, 0, "best so far", dims), style.marks(at, score, 3, "a trial", dims)]
+    legend = [("best so far", 0, "line"), ("a trial", 3, "mark")]
+    return style.finish(
+        elements, title, "", legend, xlabel=AXES["seconds"], ylabel="score", xlim=(0, None), height=2.8, shape={"aspect": 2.8}
+    )
+
+
+def _live_timeline(found: Any, seen: _Seen) -> hv.Overlay:
+    return _timeline(_Then(found, seen), moves=True)
+
+
+LIVE = (_live_history, _live_timeline)  # under each other
+
+
+def _timeline(found: Any, moves: bool = False) -> hv.Overlay:
+    """With `moves` all its elements are there from the beginning."""
+    spans = found.timeline()
+    if spans is None or spans.empty:
+        import pandas as pd
+
+        spans, state, end = pd.DataFrame({name: np.array([]) for name in ("trial", "worker", "start", "end")}), {}, 0.0
+    else:
+        state, end = found.table().set_index("trial").state, float(np.nanmax([spans.end.max(), spans.start.max()]))
     spans = spans.assign(end=spans.end.fillna(end), state=spans.trial.map(state))
     rows = {worker: -row for row, worker in enumerate(sorted(spans.worker.unique()))}  # worker 0 on top
-    first = float(spans.start.min())
+    first = float(spans.start.min()) if len(spans) else 0.0
     busy = float((spans.end - spans.start).sum() / (len(rows) * (end - first))) if end > first else 1.0
     elements, legend = [], []
     for name, number in STATES.items():
         own = spans[spans.state == name]
-        if len(own):
+        if len(own) or moves:
             y = own.worker.map(rows).to_numpy(float)
-            table = (own.start.to_numpy(), y - 0.3, own.end.to_numpy(), y + 0.3)
+            table = (own.start.to_numpy(float), y - 0.3, own.end.to_numpy(float), y + 0.3)
             elements.append(style.boxes(table, number, name, ("start (s)", "bottom", "end (s)", "top")))
-            legend.append((f"{name} ({own.trial.nunique()} trials)", number, "box"))
+            legend.append((name if moves else f"{name} ({own.trial.nunique()} trials)", number, "box"))
     y = spans.worker.map(rows).to_numpy(float)
-    elements.append(style.ticks(spans.start.to_numpy(), y - 0.3, y + 0.3))
-    names = [(row, f"worker {worker}") for worker, row in rows.items()]
+    elements.append(style.ticks(spans.start.to_numpy(float), y - 0.3, y + 0.3))
+    names = [(row, f"worker {worker}") for worker, row in rows.items()] or [(0, "")]
+    shape = {"height": 2.8, "shape": {"aspect": 2.8}} if moves else {"height": float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8))}
     return style.finish(
         elements, f"Workers train {100 * busy:.0f} % of the time", f"{found.name}: a tick begins each run", legend, xlabel=AXES["seconds"],
-        ylabel="", yticks=names if len(names) <= 24 else names[::8], ylim=(-len(rows) + 0.5, 0.5), xlim=(0, end), grid="x",
-        height=float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8)),
+        ylabel="", yticks=names if len(names) <= 24 else names[::8], ylim=(-max(1, len(rows)) + 0.5, 0.5),
+        xlim=(0, None if moves else end), grid="x", **shape,
     )  # fmt: skip
 
 
@@ -160,10 +274,12 @@ def _names(searches: Iterable[Any]) -> str:
 
 
 def _ended(found: Any) -> pd.DataFrame:
-    """The trials with a score in the order in which they ended, with columns trials (how many had ended by then) and seconds."""
+    """The trials with a score, and that keep the constraints, in the order in which they ended, with columns trials (how many had ended by then) and seconds."""
     ends = found.timeline().groupby("trial").end.max()
     table = found.table()
     table = table[table.state.isin(["done", "pruned"]) & table.score.notna()]
+    if "feasible" in table:
+        table = table[table.feasible.astype(bool)]
     table = table.assign(seconds=table.trial.map(ends)).sort_values(["seconds", "trial"], kind="stable")
     return table.assign(trials=np.arange(1, len(table) + 1))
 
@@ -200,6 +316,16 @@ def _ends(about: Mapping[str, Any]) -> tuple[str, str]:
     if "choices" in about:
         return _short(about["choices"][0]), _short(about["choices"][-1])
     return _short(about["low"]), _short(about["high"])
+
+
+def _ends_of(values: pd.Series) -> str:
+    return f"{values.min():.3g} to {values.max():.3g}"
+
+
+def _said(bounds: Any) -> str:
+    """A constraint in words."""
+    low, high = bounds
+    return f"at most {high:g}" if low is None else f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
 
 
 def _short(value: Any) -> str:

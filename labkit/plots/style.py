@@ -162,7 +162,7 @@ def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str]) -> Any
 
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     dots = hv.Scatter((x, y), dims[0], dims[1], label=label)
-    return styled(dots, bokeh={"size": 9}, matplotlib={"s": 46}, color=colour, marker=marker)
+    return styled(dots, bokeh={"size": 9, "framewise": True}, matplotlib={"s": 46}, color=colour, marker=marker)
 
 
 def ticks(x: Any, bottom: Any, top: Any) -> Any:
@@ -188,7 +188,7 @@ def boxes(rows: Any, number: int, label: str, names: Sequence[str] = ("left", "b
     box = hv.Rectangles(rows, kdims=list(names), label=label)
     return styled(
         box,
-        bokeh={"fill_color": colour, "line_alpha": 0, "tools": ["hover"], "hooks": [_hatched(hatch)]},
+        bokeh={"fill_color": colour, "line_alpha": 0, "tools": ["hover"], "hooks": [_hatched(hatch)], "framewise": True},
         matplotlib={"facecolor": colour, "edgecolor": "white", "linewidth": 0, "hatch": hatch},
     )
 

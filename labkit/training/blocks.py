@@ -3,7 +3,7 @@
     workers 0 1 2 3 4, blocks of 2    (0, 1) and (2, 3), each with one job at a time, in the order of the jobs; worker 4 is idle
 
 The workers stay leased to the caller from the first run to the last. A run goes on without a worker that is lost, as any run does;
-the next ones on its block begin without it.
+the next ones on its block begin without it, or with the process that has come in its place.
 
 Used by `labkit.subnets.train` and `labkit.experiments.search`.
 """
@@ -17,6 +17,7 @@ from labkit.errors import ClusterError
 from labkit.training.run import Run
 
 POLL_S = 0.05
+RETURN_S = 15.0  # so long a worker that is lost may take to come back, where no block has one any more
 END = object()  # of the jobs
 
 
@@ -50,26 +51,35 @@ def run_on_blocks(
     Raises
     ------
     ClusterError
-        All workers are lost, or not all runs have ended in time; those that still run are stopped.
+        All workers are lost and none comes back, or not all runs have ended in time; those that still run are stopped.
     """
     limit = time.monotonic() + timeout
     blocks = [list(workers[at : at + size]) for at in range(0, len(workers) - size + 1, size)]
     jobs, ended = iter(jobs), []  # a run for each job that was drawn, None until it has ended
     busy: dict[int, tuple[int, Any, Run]] = {}  # by block: number of the job, the job, its run
+    drawn, all_lost_at = END, None  # a job that no block was left for, and since when
     try:
         while True:
+            if lab.lost():
+                lab.refresh()
             lost = lab.lost()
             alive = {at: left for at, block in enumerate(blocks) if (left := [worker for worker in block if worker not in lost])}
             n_drawn = len(ended)
             for at in [at for at in alive if at not in busy]:
-                if (job := next(jobs, END)) is not END:
+                job, drawn = (next(jobs, END), END) if drawn is END else (drawn, END)
+                if job is not END:
                     ended.append(None)
                     if run := start(job, alive[at]):
                         busy[at] = len(ended) - 1, job, run
             if not busy and len(ended) > n_drawn:
                 continue
-            if not busy and not alive and next(jobs, END) is not END:
-                raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
+            if not busy and not alive and (drawn := next(jobs, END) if drawn is END else drawn) is not END:
+                all_lost_at = all_lost_at or time.monotonic()
+                if time.monotonic() - all_lost_at >= RETURN_S:
+                    raise ClusterError("every worker of this lab is lost. connect() again for a full lab.")
+                time.sleep(POLL_S)
+                continue
+            all_lost_at = None
             if not busy:
                 return ended
             for at, (number, job, run) in list(busy.items()):

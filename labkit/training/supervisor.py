@@ -59,8 +59,10 @@ class Supervisor:
         monitor: Monitor | None = None,
         *,
         takes_newcomers: bool,
+        curve: bool = True,
     ) -> None:
         self.path, self.lab, self.problem, self.spec, self.takes_newcomers = path, lab, problem, spec, takes_newcomers
+        self.curve = curve  # is it measured at the end?
         self.lock = lock  # of the run directory: the server inherits it, so that it is held while one of the two lives
         self.monitor, self._reason = monitor, ""  # why the monitor ends the run
         self._failure: BaseException | None = None  # of the monitor
@@ -158,7 +160,8 @@ class Supervisor:
             try:
                 self._watch()
                 state, reason = self._ending()
-                reason = self._measure() or reason if state == "done" or self._reason else reason
+                if self.curve and (state == "done" or self._reason):
+                    reason = self._measure() or reason
                 if self.monitor and state == "done":
                     reason = self._shown() or reason
             except BaseException as error:  # whatever it is, `wait` must end and raise it

@@ -238,8 +238,12 @@ def launch(
     *,
     takes_newcomers: bool = False,
     on_version: OnVersion | None = None,
+    curve: bool = True,
 ) -> Run:
-    """The second half of `train`: a run of what was checked, on workers that are leased, by the caller."""
+    """The second half of `train`: a run of what was checked, on workers that are leased, by the caller.
+
+    Without `curve` nothing is measured on the test set at its end; `Run.curve` does it when it is asked.
+    """
     state = Flat(problem.new_module(config.seed), exact=config.exact_buffers)
     layout = Layout.of(*state.shapes)
     path, lock = new_run(Path(runs), config, layout)
@@ -253,7 +257,7 @@ def launch(
         labels=labels_for(partition, problem),
         host=server_host(lab),
     )
-    return begin(path, lab, problem, spec, lock, takes_newcomers, on_version)
+    return begin(path, lab, problem, spec, lock, takes_newcomers, on_version, curve)
 
 
 def begin(
@@ -264,10 +268,11 @@ def begin(
     lock: DirectoryLock,
     takes_newcomers: bool,
     on_version: OnVersion | None = None,
+    curve: bool = True,
 ) -> Run:
     """Start the server and the workers of a run whose directory is ready, and held by `lock`."""
     monitor = Monitor.of(problem, spec.config, on_version)
-    supervisor = Supervisor(path, lab, problem, spec, lock, monitor, takes_newcomers=takes_newcomers)
+    supervisor = Supervisor(path, lab, problem, spec, lock, monitor, takes_newcomers=takes_newcomers, curve=curve)
     run = Run(path, problem=problem, follower=supervisor)
     lab.runs.append(run)
     try:

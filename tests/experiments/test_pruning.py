@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from labkit.experiments.pruning import PRUNERS, asha, extrapolate, extrapolated, wilcoxon
+from labkit.experiments.pruning import PRUNERS, STEPS, asha, extrapolate, extrapolated, wilcoxon
 
 
 def trial(reports, value=None):
@@ -23,6 +23,28 @@ def test_successive_halving_lets_the_best_third_of_those_that_came_as_far_go_on(
     assert not asha(trials, 2)  # alone so far
     trials[5]["reports"] |= {3: 0.8}
     assert asha(trials, 2) and not asha(trials, 5)
+
+
+def test_a_rung_that_a_run_has_jumped_over_is_where_it_came_down():
+    trials = [trial({1: score}) for score in (0.5, 0.6, 0.7)] + [trial({2: 0.4}), trial({4: 0.4}), trial({2: 0.6, 3: 0.6})]
+    assert asha(trials, 3) and not asha(trials[:5], 4)  # alone at its rung so far
+    assert not asha(trials, 5)  # the better of two at the second rung
+
+
+def test_extrapolation_spends_half_of_the_passes_and_keeps_the_best():
+    random, spent, kept, trials = np.random.default_rng(0), 0, [], []
+    for final in random.permutation(np.linspace(0, 1, 81)):
+        exponent, scores = random.uniform(0.4, 1.2), {}
+        trials.append(trial({}) | {"reports": scores})
+        for step in range(1, STEPS + 1):
+            scores[step] = final - 0.3 * (step**-exponent - STEPS**-exponent) + random.normal(scale=0.01)
+            spent += 1
+            if extrapolate(trials, len(trials) - 1):
+                break
+        else:
+            kept.append(final)
+            trials[-1] |= {"state": "done", "value": scores[STEPS]}
+    assert spent / (STEPS * 81) < 0.5 and max(kept) == 1
 
 
 def test_it_spends_a_third_of_the_passes_and_keeps_the_best():

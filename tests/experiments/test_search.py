@@ -1,5 +1,5 @@
-"""`labkit.search`: trials on blocks of workers, what fails in them, and a search that goes on. Runs are stand-ins but in the first
-test, and in slow ones."""
+"""`labkit.search`: trials on blocks of workers, what fails in them, and a search that goes on; with `labkit/experiments/trials.py` and
+`labkit/experiments/coordinator.py`. Runs are stand-ins but in the first test, and in slow ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ import numpy as np
 import pytest
 
 import labkit
-from labkit import locks
-from labkit.errors import ClusterError, RunError
+from labkit.errors import ClusterError, RunError, SweepError
+from labkit.experiments import coordinator, trials
 from labkit.experiments import search as search_module
-from labkit.experiments.search import Maker, _Blocks
+from labkit.experiments.coordinator import Coordinator
+from labkit.experiments.executor import state
 from labkit.experiments.space import Space
+from labkit.experiments.trials import Maker
+from labkit.runs.files import write_json
 from labkit.training import blocks, supervisor
-from tests.helpers import data, net, until
+from tests.experiments.helpers import write
+from tests.helpers import Slow, data, net, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +55,9 @@ def problem():
 def _quick(monkeypatch):
     monkeypatch.setattr(supervisor, "POLL_S", 0.02)
     monkeypatch.setattr(blocks, "POLL_S", 0.002)
+    for module in (coordinator, blocks):
+        monkeypatch.setattr(module, "LOST_S" if module is coordinator else "RETURN_S", 0.0)
+    monkeypatch.setattr(search_module, "write_sqlite", lambda *what: None)  # test_copies.py has it
 
 
 @pytest.fixture
@@ -101,7 +108,7 @@ def stand_ins(monkeypatch):
             run.wait = lambda timeout: run
             return run
 
-        monkeypatch.setattr(_Blocks, "_launch", launch)
+        monkeypatch.setattr(Coordinator, "_launch", launch)
         return launched
 
     return install
@@ -119,6 +126,7 @@ def test_a_trial_is_a_run_of_its_point_and_the_search_is_read_back(search, probl
     measured = found.problem().measure(best.model().network, best.problem().score_indices())
     assert found.best.score == pytest.approx(measured["score"], abs=1e-6)
     assert found.problem().lr == found.best.lr and found.training()["update"] == "sgwu"
+    assert not any(found.path.glob("trials/*/metrics.parquet"))  # no trial has seen the test set
     read = labkit.load_search(found.path)
     assert read.table().equals(table) and read.state == "done" and read.replay().points == found.points == found.replay().points
     assert read.training()["update"] == "sgwu" and read.run(0).name == "0" and "2 of 2 trials, best" in repr(read)
@@ -136,6 +144,7 @@ def test_folds_are_trained_as_train_does_and_their_scores_are_averaged(search, p
     assert found.timeline().score[found.timeline().fold == 1].item() == pytest.approx(measured, abs=1e-6)
     held = [set(found.run(0, fold).problem().score_indices()) for fold in range(2)]
     assert not held[0] & held[1] and len(held[0] | held[1]) == problem.dataset.n_train
+    assert all(set(problem.labels(np.array(sorted(fold))).tolist()) == {0, 1, 2} for fold in held)
     assert sorted(found.timeline().fold) == [0, 1] and found.best.score == pytest.approx(found.timeline().score.mean())
     assert found.run(0, 1).config["problem"]["cross_validation"]["fold"] == 1 and found.problem()._fold is None
     with pytest.raises(RunError, match="has no run of fold 2"):
@@ -231,7 +240,7 @@ def test_a_search_that_was_stopped_goes_on_and_nothing_is_lost_or_doubled(search
     stopped = threading.Event()
     found = search(problem, space, method=method, trials=14, name="cut", wait=False)
     assert reached.wait(20) and found.state == "running" and len(found.table()) == 9
-    found._blocks._stop.set()
+    found._coordinator._stop.set()
     stopped.set()
     assert found.stop().state == "stopped" and found.wait() is found and found.points == whole.points[:9]
     launched.clear()
@@ -269,7 +278,7 @@ def test_trials_that_do_badly_end_early_and_the_best_is_found(search, problem, m
         self.measured[number, fold] = {}
         return Going(problem, self.measured[number, fold], steps, str(number))
 
-    monkeypatch.setattr(_Blocks, "_launch", launch)
+    monkeypatch.setattr(Coordinator, "_launch", launch)
     lr = [float(value) for value in np.random.default_rng(1).permutation(np.linspace(0.1, 0.9, 17))]
     found = search(problem, {"lr": lr}, method="grid", prune=prune)
     table = found.table()
@@ -303,7 +312,7 @@ def test_folds_that_are_worse_are_not_all_trained(search, problem, stand_ins):
 
 def test_a_run_whose_block_is_lost_is_made_again_on_another_once(search, problem, lab, stand_ins, monkeypatch):
     lost, launched = [], stand_ins()
-    plain = _Blocks._launch
+    plain = Coordinator._launch
 
     def launch(self, problem, settings, number, fold, workers):
         run = plain(self, problem, settings, number, fold, workers)
@@ -314,7 +323,7 @@ def test_a_run_whose_block_is_lost_is_made_again_on_another_once(search, problem
             raise ClusterError("a worker is gone")
         return run
 
-    monkeypatch.setattr(_Blocks, "_launch", launch)
+    monkeypatch.setattr(Coordinator, "_launch", launch)
     monkeypatch.setattr(lab, "lost", lambda: lost)
     found = search(problem, {"lr": [0.1, 0.2, 0.3, 0.4]}, method="grid", workers_per_trial=1)
     assert list(found.table().state) == ["done", "done", "failed", "done"] and found.table().error[2] == "a worker is gone"
@@ -350,7 +359,6 @@ def test_a_killed_kernel_leaves_a_search_that_goes_on_as_if_nothing_had_been(sea
     before = [json.loads(line) for line in log.read_text().splitlines()]
     more = runpy.run_path(str(script))
     whole = search(more["problem"], more["space"], method="tpe", trials=7, passes=1, name="whole", workers_per_trial=1, workers=[0])
-    until(lambda: not any(locks.held(path) for path in (tmp_path / "search").glob("trials/*")), 60)
     again = search(more["problem"], more["space"], method="tpe", trials=7, passes=1, workers_per_trial=1, workers=[0])
     after = [json.loads(line) for line in log.read_text().splitlines()]
     assert after[: len(before)] == before and [line["tell"] for line in after if "tell" in line] == list(range(7))
@@ -396,3 +404,195 @@ def test_a_gaussian_process_leaves_conditional_spaces_to_tpe(search, problem, st
     table, importance = found.table(), found.importance()
     assert importance.sum() == pytest.approx(1) and set(importance.index) >= {"lr", "optimiser"}
     assert table.momentum.isna().tolist() == (table.optimiser == "adam").tolist() and table.momentum.notna().any()
+
+
+# -- what may end a search, and where --------------------------------------------------------------------------------------
+
+
+def test_wherever_the_kernel_ends_no_trial_is_lost_or_doubled(search, problem, stand_ins, tmp_path):
+    """The log is cut behind each of its lines."""
+    launched, settings = stand_ins(lambda problem: float("nan") if problem.lr == 0.2 else problem.lr + 0.01 * problem._fold[0]), {}
+    settings |= {"method": "grid", "folds": 2, "prune": "wilcoxon"}
+    whole = search(problem, {"lr": [0.1, 0.2, 0.15]}, name="whole", **settings)
+    lines = (whole.path / "log.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == len(whole._study.lines) and set(whole.table().state) == {"done", "failed"}
+    for n in range(len(lines)):
+        cut = tmp_path / f"cut-{n}"
+        cut.mkdir()
+        for file in ("search.json", "environment.json"):
+            (cut / file).write_bytes((whole.path / file).read_bytes())
+        (cut / "log.jsonl").write_text("".join(lines[:n]) + lines[n][: len(lines[n]) // 2])
+        launched.clear()
+        again = search(problem, {"lr": [0.1, 0.2, 0.15]}, name=cut.name, **settings)
+        after = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
+        assert after[:n] == [json.loads(line) for line in lines[:n]]
+        ended = [(line["end"], line["fold"]) for line in after if "end" in line]
+        assert len(set(ended)) == len(ended) and sorted(line["tell"] for line in after if "tell" in line) == [0, 1, 2]
+        assert again.points == whole.points == again.replay().points and again.state == "done"
+        assert again.table()[["score", "state", "error"]].equals(whole.table()[["score", "state", "error"]])
+        assert not {(line["end"], line["fold"]) for line in after[:n] if "end" in line} & {job[:2] for job in launched}
+
+
+def test_a_search_that_is_running_elsewhere_is_neither_begun_twice_nor_taken_for_an_old_one(search, problem, stand_ins, tmp_path):
+    reached, go_on = threading.Event(), threading.Event()
+    stand_ins(before=lambda number: number == 2 and (reached.set(), go_on.wait(20)))
+    about = {"method": "random", "trials": 4, "workers": [0], "workers_per_trial": 1}
+    found = search(problem, {"lr": (0.1, 0.2)}, **about, wait=False)
+    assert reached.wait(20)
+    read = labkit.load_search(tmp_path / "search")
+    assert read.state == "running" and len(read.points) == 3 and "running" in repr(read)
+    for fresh in (False, True):
+        with pytest.raises(RunError, match="still running"):
+            search(problem, {"lr": (0.1, 0.2)}, **about | {"workers": [1], "fresh": fresh})
+    go_on.set()
+    assert found.wait().state == "done" and read.state == "done" and read.points == found.points and len(read.points) == 4
+
+
+def test_the_end_of_a_run_that_was_made_again_is_not_that_of_the_new_one(search, problem, stand_ins):
+    stand_ins()
+    found = search(problem, {"lr": [0.1]}, method="grid")
+    old, new = (SimpleNamespace(state=state, name="0") for state in ("failed", "running"))
+    it = found._coordinator
+    it.study.begin(0, None, [0])
+    it.current[0, None], n = new, len(it.study.lines)
+    it._each((0, None), old)
+    assert len(it.study.lines) == n
+
+
+def test_a_fold_that_is_stopped_on_its_way_has_no_score(search, problem, monkeypatch):
+    """Of two blocks one is slow; what it has begun when the trial is found to be worse does not count, and is no failure."""
+
+    def launch(self, problem, settings, number, fold, workers):
+        measured = self.measured[number, fold] = {}
+        slow = number == 1 and fold == 1
+        return Going(problem, {} if slow else measured, 10**9 if slow else 1, f"{number}-{fold}")
+
+    monkeypatch.setattr(Coordinator, "_launch", launch)
+    found = search(problem, {"lr": [0.5, 0.1]}, method="grid", folds=6, prune="wilcoxon", workers_per_trial=1)
+    table, units = found.table(), found._study.trials[1]["units"]
+    assert table.state.tolist() == ["done", "pruned"] and table.score[1] == pytest.approx(0.05) and not table.error.any()
+    assert all(unit["whole"] == (unit["score"] is not None) for unit in units.values())
+
+
+# -- objectives, constraints, notebooks ------------------------------------------------------------------------------------
+
+
+def test_several_objectives_have_a_front_and_constraints_are_kept(search, problem, stand_ins, monkeypatch, capsys):
+    stand_ins()
+    cost = {0.1: 1.0, 0.2: 2.0, 0.3: 9.0, 0.4: 3.0, 0.5: 30.0}
+
+    def costs(run):
+        return -cost[float(run.name)]
+
+    plain = Coordinator._launch
+
+    def launch(self, problem, *more):
+        run = plain(self, problem, *more)
+        run.name = problem.lr
+        return run
+
+    monkeypatch.setattr(Coordinator, "_launch", launch)
+    about = {"method": "grid", "objective": ["score", costs], "progress": True}
+    found = search(problem, {"lr": list(cost)}, **about)
+    table = found.table()
+    assert table.columns[:4].tolist() == ["trial", "lr", "score", "costs"] and table.costs.tolist() == [-c for c in cost.values()]
+    assert found.front().lr.tolist() == [0.5, 0.4, 0.2, 0.1] and found.best.lr == 0.5
+    assert found.objectives == ["score", "costs"] and "score 0.1, costs -1" in capsys.readouterr().out
+    kept = search(problem, {"lr": list(cost)}, **about, name="kept", constraints={"costs": (-10, None), "score": 0.35})
+    assert kept.table().feasible.tolist() == [True, True, True, False, False] and kept.front().lr.tolist() == [0.3, 0.2, 0.1]
+    read = labkit.load_search(kept.path)
+    assert read.best.lr == 0.3 and read.table().equals(kept.table()) and read.front().equals(kept.front())
+    none = search(problem, {"lr": list(cost)}, **about, name="none", constraints={"score": (1, None)})
+    assert none.front().empty
+    with pytest.raises(RunError, match="keeps the constraints"):
+        assert none.best is None
+    for method in ("tpe", "evolution"):
+        space = {"lr": list(cost), "momentum": (0.0, 0.9)}
+        more = {"name": method, "trials": 12, "constraints": {"costs": (-10, None)}, "method": method, "progress": False}
+        made = search(problem, space, **about | more)
+        assert (
+            made.replay().points == made.points
+            and set(made.table().state) == {"done"}
+            and made.importance().sum() == pytest.approx(1)
+        )
+    with pytest.raises(RunError, match="is another search: its constraints"):
+        search(problem, space, **about | more | {"constraints": {"costs": (-9, None)}})
+    with pytest.raises(ValueError, match="goes by one score"):
+        search(problem, {"lr": [0.1]}, method="grid", folds=2, prune="wilcoxon", objective=["score", "time"])
+
+
+@pytest.mark.slow
+def test_time_and_size_are_those_of_the_runs(search, problem):
+    about = {"method": "grid", "passes": 1, "objective": {"score": "max", "size": "min"}, "constraints": {"time": 100}}
+    table = search(problem, {"width": [3, 5]}, **about).table()
+    assert table["size"].tolist() == [36 * w + w + 3 * w + 3 for w in (3, 5)] and ((table.time > 0) & (table.time < 100)).all()
+    table = search(problem, {"width": [3]}, method="grid", passes=1, objective="nothing", name="other").table()
+    assert "'nothing' is nothing that was measured" in table.error[0]
+
+
+def test_a_notebook_is_a_trial_and_its_results_are_the_scores(search, lab, tmp_path, monkeypatch):
+    def execute(job):
+        values, folder = job["parameters"], Path(job["folder"])
+        folder.mkdir(parents=True)
+        assert values["run_dir"] == str(folder) and Path(job["flag"]).exists()
+        failed = values.get("strategy") == "none"
+        write_json(folder / "params.json", job["record"])
+        if not failed:
+            write_json(folder / "results.json", [{"score": values["lr"] + row, "name": "a"} for row in (0, 1)])
+        write_json(
+            folder / "status.json", {"state": "failed" if failed else "done", "seconds": 2.0, "error": "In [2]: no" * failed}
+        )
+        return state(folder)["state"]
+
+    monkeypatch.setattr(trials, "execute", execute)
+    notebook = write(tmp_path / "train.ipynb", "1")
+    space = {"lr": [0.1, 0.4], "strategy": ["agwu", "none"]}
+    found = search(notebook, space, method="grid", objective=["score", "time"])
+    table = found.table()
+    assert table.score.tolist()[::2] == pytest.approx([0.6, 0.9]) and table.time.tolist()[::2] == [2.0, 2.0]
+    assert table.state.tolist() == ["done", "failed"] * 2 and "In [2]: no" in table.error[1] and found.best.lr == 0.4
+    assert found.replay().points == labkit.load_search(found.path).points == found.points
+    assert labkit.summary(found.path / "trials").lr.tolist() == [0.1, 0.1, 0.1, 0.4, 0.4, 0.4]  # two rows where it was done
+    with pytest.raises(RunError, match=r"is a notebook: .*notebook\.ipynb"):
+        found.run()
+    table = search(notebook, {"lr": [0.1]}, method="grid", objective="accuracy", name="other").table()
+    assert table.error[0] == "'accuracy' is nothing that was measured. There are time, score"
+    for space, said in (
+        ({"lrr": [0.1]}, "Did you mean 'lr'"),
+        ({"run_dir": ["a"]}, "'run_dir' is nothing that is set here"),
+        ({"seed": (0.0, 0.5)}, "parameter 'seed' is int"),
+        ({"lr": [0.1, "a"]}, "parameter 'lr' is float"),
+    ):
+        with pytest.raises((ValueError, SweepError), match=said):
+            search(notebook, space, name="never")
+    with pytest.raises(ValueError, match="executed as a whole"):
+        search(notebook, {"lr": [0.1]}, name="never", folds=3)
+    with pytest.raises(SweepError, match="there is no notebook"):
+        search(tmp_path / "none.ipynb", {"lr": [0.1]}, name="never")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_notebook_is_executed(search, tmp_path):
+    notebook = write(tmp_path / "train.ipynb", "import labkit\nlabkit.report(run_dir, {'score': lr})")
+    found = search(notebook, {"lr": [0.1, 0.4]}, method="grid")
+    assert found.table().score.tolist() == [0.1, 0.4] and (found.path / "trials" / "1" / "notebook.ipynb").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_killed_worker_of_a_block_costs_no_trial(tmp_path, monkeypatch, cache):  # the last one: it closes the lab of the others
+    monkeypatch.setattr(coordinator, "LOST_S", 5.0)
+    monkeypatch.setattr(blocks, "RETURN_S", 15.0)
+    problem = Slow(net, data(), batch_size=16, score_samples=40)
+    with labkit.connect("dask", 2) as lab:
+        about = {"method": "random", "trials": 3, "passes": 6, "runs": tmp_path, "progress": False}
+        found = labkit.search(problem, {"lr": (0.01, 0.1)}, lab, **about, workers_per_trial=1, wait=False)
+        until(lambda: len(found.timeline()) == 2 and any(found.path.glob("trials/0/events.jsonl")), 60)
+        victim = lab.workers[int(found.timeline().worker[0])]
+        os.kill(victim.pid, 9)
+        table = found.wait(200).table()
+    assert table.state.tolist() == ["done"] * 3 and found.replay().points == found.points
+    told = [line["tell"] for line in found._study.lines if "tell" in line]
+    assert sorted(told) == [0, 1, 2]

@@ -81,6 +81,14 @@ def test_a_space_is_recorded_and_read():
     assert keys[0] == keys[1] == ["beta [optimiser=adam]", "lr_end [optimiser=adam]"]
 
 
+def test_a_parameter_of_one_name_is_another_wherever_it_stands():
+    below = {one: {"b": {"q": {"x": [one, 1]}}} for one in ("p", "r")}
+    space = Space({"a": below})
+    for one in (space, Space.from_config(json.loads(json.dumps(space.config())))):
+        keys = [one.parameters["a"].spaces[at].parameters["b"].spaces["q"].parameters["x"].key for at in ("p", "r")]
+        assert keys == ["x [a=p, b=q]", "x [a=r, b=q]"]
+
+
 @pytest.mark.parametrize(
     ("form", "said"),
     [

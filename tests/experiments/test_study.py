@@ -92,6 +92,34 @@ def test_optuna_opens_the_copy(tmp_path):
     assert copied().trials[-1].state.name == "FAIL"
 
 
+def test_one_that_is_only_read_grows_with_its_log(tmp_path):
+    study = Study(NUMBERS, "evolution", 0, 4, tmp_path)
+    read = Study(NUMBERS, "evolution", 0, 4, tmp_path, readonly=True)
+    drive(study, 6, ahead=2)
+    assert not read.trials
+    read.refresh()
+    assert read.trials == study.trials and read.replay().points == study.points
+    study.refresh()
+    assert len(study.trials) == 6
+
+
+@pytest.mark.parametrize("method", [pytest.param("gp", marks=pytest.mark.slow), "tpe", "evolution"])
+def test_several_objectives_and_constraints_are_cut_off_and_replayed_too(method, tmp_path):
+    def tell(study, number):
+        x = study.trials[number]["point"]["x"]
+        study.tell(number, "done", [x, -(x**2)], violations={"x <= 1": x - 1.0})
+
+    about = {"n_objectives": 2, "constrained": True}
+    whole = Study(NUMBERS, method, 3, 4, tmp_path, **about)
+    for number in range(n := 7 if method == "gp" else 9):
+        assert whole.ask() == number
+        if number > 1:  # two are under way
+            tell(whole, number - 2)
+    again = Study(NUMBERS, method, 3, 4, tmp_path, **about)
+    assert again.trials == whole.trials and again.trials[0]["violations"] and len(again.trials[0]["values"]) == 2
+    assert again.ask() == whole.ask() == n and again.points == whole.points == whole.replay().points
+
+
 def test_a_damaged_log_is_refused_by_its_line(tmp_path):
     study = drive(Study(SPACE, "random", 0, 3, tmp_path), 3)
     lines = (tmp_path / FILE).read_text().splitlines()

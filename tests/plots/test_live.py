@@ -154,7 +154,7 @@ def test_what_is_new_is_drawn_once_between_two_cells_and_a_record_that_cannot_be
             raise found
         return found
 
-    watch = SimpleNamespace(look=look, tail=SimpleNamespace(offset=7))
+    watch = SimpleNamespace(look=look, at=7)
     _feed(run, watch, screen, timeout=60)
     assert len(posted) == 2 and next(looks) is NOTHING
 
@@ -175,8 +175,8 @@ def test_however_long_the_record_cannot_be_read_the_view_says_so_and_ends_with_t
         shown.append((seen, last))
         run.state = "done" if len(shown) == 4 else run.state
 
-    run.state, screen = "running", SimpleNamespace(show=show)
-    _feed(run, SimpleNamespace(look=look, tail=SimpleNamespace(offset=7)), screen, timeout=60)
+    run.state, screen = "running", SimpleNamespace(show=show, nothing=NOTHING)
+    _feed(run, SimpleNamespace(look=look, at=7), screen, timeout=60)
     assert [(seen.trouble, last) for seen, last in shown[:4]] == [("", False), ("disk", False)] * 2
     assert shown[4:] == [(whole, True)]
     assert title(VIEWS[0](run, shown[1][0])) == "AGWU + IDPA: the record cannot be read now: disk"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from labkit import plots
 from labkit.errors import RunError
-from tests.plots.helpers import title
+from labkit.plots.search import _ended
+from tests.plots.helpers import elements, title
 
 FLOAT = {"name": "FloatDistribution", "attributes": {"low": 1e-3, "high": 1.0, "log": True}}
 WIDTH = {"name": "IntDistribution", "attributes": {"low": 1, "high": 9, "log": False, "step": 1}}
@@ -25,13 +28,14 @@ class Found:
 
     def __init__(self, n=12, method="gp", seed=0, lower=False):
         random = np.random.default_rng(seed)
-        self.name, self.lower_is_better = "found", lower
+        self.name, self.lower_is_better, self.state, self.objectives = "found", lower, "done", ["score", "time"]
         self.config = {"method": method, "space": {"lr": FLOAT, "width": WIDTH, "optimiser": CHOICE}}
         lr, optimiser = 10 ** random.uniform(-3, 0, n), random.choice(["sgd", "adam"], n)
         self._table = pd.DataFrame(
             {"trial": range(n), "lr": lr, "width": random.integers(1, 10, n), "optimiser": optimiser}
             | {"momentum": np.where(optimiser == "sgd", 0.5, np.nan), "score": 1 - (np.log10(lr) + 1) ** 2 / 4}
         )
+        self._table["time"] = 1.0 + self._table.width
         self._table["state"] = ["failed" if i == 2 else "pruned" if i == 3 else "done" for i in range(n)]
         self._table.loc[self._table.state == "failed", "score"] = np.nan
         start = np.arange(n) // 2 * 1.0
@@ -44,6 +48,11 @@ class Found:
 
     def timeline(self):
         return self._timeline.copy()
+
+    def front(self):
+        done = self._table[self._table.state == "done"]
+        order = done.sort_values(["score", "time"], ascending=[False, True])
+        return order[order.time.cummin().diff().fillna(-1) < 0]
 
     def importance(self):
         if len(self._table) < 4:
@@ -59,10 +68,12 @@ FIGURES = {
     "points": plots.search_points,
     "importance": plots.search_importance,
     "timeline": plots.search_timeline,
+    "front": plots.search_front,
+    "live": plots.search_live,
 }
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "live" else name for name in FIGURES])
 def test_a_picture(name, tmp_path):
     assert plots.save(FIGURES[name](Found()), tmp_path / "x.png").stat().st_size > 5_000
 
@@ -87,11 +98,49 @@ def test_titles_are_the_answers():
     row = found.table().loc[found.table().score.idxmax()]
     assert title(plots.search_points(found)).startswith(f"Best: lr {row.lr:.3g}, width {row.width}, optimiser {row.optimiser}")
     assert title(plots.search_importance(found)) == "lr matters most: 75 %"
+    assert title(plots.search_front(found)).startswith(f"{len(found.front())} of 10 trials are worth a choice: score from ")
     assert title(plots.search_timeline(found)) == "Workers train 92 % of the time"  # 0.9 of each second, but for the last gap
 
 
-@pytest.mark.parametrize("figure", [plots.search_history, plots.search_points, plots.search_importance, plots.search_timeline])
+@pytest.mark.parametrize("figure", [one for name, one in FIGURES.items() if name != "history-of-several"])
 def test_of_a_search_without_trials_the_figure_is_a_message_and_what_is_no_search_is_refused(figure, tmp_path):
     assert plots.save(figure(Found(0)), tmp_path / "empty.png").stat().st_size > 2_000
     with pytest.raises(TypeError, match="must be a search"):
         figure(3)
+
+
+def test_trials_that_break_a_constraint_are_marked_and_one_objective_has_no_front():
+    found = Found()
+    found.config |= {"constraints": {"time": [None, 4.0], "score": [0.1, None], "width": [2, 3]}}
+    found._table["feasible"] = found._table.time <= 4
+    found.front = lambda: found._table[found._table.feasible].iloc[:2]
+    figure = plots.search_front(found)
+    assert {"front", "another trial", "breaks a constraint"} >= set(elements(figure, "Scatter")) >= {"front", "breaks a constraint"}
+    assert ": time from " in title(plots.search_front(found, x="score", y="time"))
+    assert len(_ended(found)) == (found._table.feasible & found._table.score.notna()).sum()
+    with pytest.raises(ValueError, match="Did you mean 'score'"):
+        plots.search_front(found, x="scor")
+    found.objectives = ["score"]
+    with pytest.raises(ValueError, match="has one objective"):
+        plots.search_front(found)
+
+
+def test_the_live_figure_has_the_same_elements_from_the_beginning(monkeypatch):
+    plots.extension("interactive")
+    found, whole = Found(0), Found()
+    found.state = "running"
+    figure = plots.search_live(found)
+    import holoviews as hv
+
+    panels = figure.traverse(lambda view: view, [hv.DynamicMap])
+    hv.renderer("bokeh").get_plot(figure)
+    kinds = [[type(element) for element in panel[()].traverse(lambda element: element, [hv.Element])] for panel in panels]
+    assert title(panels[0][()]) == "found: waiting for a score"
+    found._table, found._timeline, found.state = whole._table, whole._timeline, "done"
+    for thread in threading.enumerate():
+        if thread.name == "live-found":
+            thread.join(10)
+            assert not thread.is_alive()
+    assert title(panels[0][()]) == f"found: best score {whole.table().score.max():.4g} after 11 trials"
+    assert title(panels[1][()]) == title(plots.search_timeline(whole))
+    assert kinds == [[type(element) for element in panel[()].traverse(lambda element: element, [hv.Element])] for panel in panels]

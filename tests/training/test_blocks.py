@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from labkit.errors import ClusterError
+from labkit.training import blocks
 from labkit.training.blocks import run_on_blocks
 
 
@@ -15,7 +16,13 @@ class Course:
     """A lab whose runs end after as many looks as their job says; "end" is what a job's run becomes then."""
 
     def __init__(self, lost=()):
-        self.lab, self.started, self.going, self.together, self.stopped = SimpleNamespace(lost=lambda: lost), [], {}, 0, []
+        self.lab, self.started, self.going, self.together, self.stopped = (
+            SimpleNamespace(lost=lambda: lost, refresh=list),
+            [],
+            {},
+            0,
+            [],
+        )
 
     def start(self, job, workers):
         assert not {worker for held in self.going.values() for worker in held} & set(workers)
@@ -48,7 +55,8 @@ def test_blocks_are_disjoint_work_at_the_same_time_and_draw_jobs_in_order():
     assert [run.state for run in runs] == ["done"] * 4 and not course.stopped
 
 
-def test_lost_workers_are_in_no_block():
+def test_lost_workers_are_in_no_block(monkeypatch):
+    monkeypatch.setattr(blocks, "RETURN_S", 0.0)
     course = Course(lost=[1, 2])
     course([0, 1, 2], 2, [1, 1])
     assert [workers for _, workers in course.started] == [[0], [0]]
@@ -57,6 +65,12 @@ def test_lost_workers_are_in_no_block():
     assert [workers for _, workers in course.started] == [[0], [0]]
     with pytest.raises(ClusterError, match="every worker of this lab is lost"):
         Course(lost=[0, 1])([0, 1], 1, [1])
+
+
+def test_a_worker_that_comes_back_is_in_its_block_again_and_no_job_is_lost():
+    lost, course, looks = [0], Course(), iter([False, False, True])
+    course.lab.lost, course.lab.refresh = lambda: lost, lambda: next(looks) and lost.clear()
+    assert [run.state for run in course([0], 1, [1, 2])] == ["done"] * 2 and course.started == [(1, [0]), (2, [0])]
 
 
 def test_what_each_raises_stops_the_others_and_is_called_once_a_run_has_ended():

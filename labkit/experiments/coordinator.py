@@ -1,0 +1,330 @@
+"""The coordinator of a search: asks for points, starts their runs on free blocks, and tells what they gave; a thread of the kernel.
+
+    job = (trial, fold)   begin -> run -> reports -> end;  the last run of a trial that ends tells of it
+
+What has happened is in the log before anything follows from it, so that whatever ends the kernel, and wherever, the next
+coordinator goes on from there (`_left`): runs that had begun are made again, runs that had ended are not.
+
+Used by `labkit.experiments.search`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from labkit.cluster.lab import Lab
+from labkit.errors import ClusterError, LabError, RunError
+from labkit.experiments.objectives import Goals, merit, sign_of
+from labkit.experiments.pruning import PRUNERS
+from labkit.experiments.trials import Notebook, NotebookRun
+from labkit.partition import make_partition
+from labkit.problems.problem import Problem
+from labkit.runs import checkpoints
+from labkit.training.blocks import run_on_blocks
+from labkit.training.run import Run
+from labkit.training.train import (
+    check_lengths,
+    check_shards,
+    check_traffic,
+    check_travels,
+    check_under,
+    configure,
+    launch,
+    leased,
+)
+from labkit.updates import make_update
+
+ATTEMPTS = 2  # of a run that the end of the kernel has cut off, or whose block was lost
+LOST_S = 5.0  # so long the workers of a block that are all lost may take to come back, before its run goes to another one
+
+Job = tuple[int, int | None]  # trial and fold, None without folds
+
+
+class Coordinator:
+    """One search in the kernel that has started it, from `start` to its end."""
+
+    def __init__(self, found: Any, goals: Goals, lab: Lab, workers: list[int], size: int, lock: Any, progress: bool) -> None:
+        self.found, self.goals, self.lab, self.workers, self.size = found, goals, lab, workers, size
+        self.lock, self.progress = lock, progress
+        self.study, self.config, self.make = found._study, found.config, found._make
+        self.state, self.error = "running", None
+        self.pending = deque(self._left())
+        self.current: dict[Job, Run | NotebookRun] = {}  # the run of a job that is under way
+        self.measured: dict[Job, dict[int, tuple[int, dict]]] = {}  # by version: the step, what it gave on the score set
+        self.attempts: Counter[Job] = Counter()  # of runs whose block was lost
+        self.lost_at: dict[Job, float] = {}  # since when all workers of a job are lost
+        self.ending: set[Job] = set()  # whose runs are being stopped
+        self._stop, self._over = threading.Event(), threading.Event()
+        found._coordinator = self
+
+    def start(self) -> None:
+        with leased(self.lab, self.workers, self.config["id"], self.found.path):
+            threading.Thread(target=self._follow, name=f"labkit-{self.found.name}", daemon=True).start()
+
+    def wait(self, timeout: float) -> None:
+        limit = time.monotonic() + timeout
+        try:
+            while not self._over.wait(0.1):
+                if time.monotonic() > limit:
+                    raise RunError(f"search {self.found.name} is still running after {timeout:g} s. Wait again, or stop() it.")
+        except KeyboardInterrupt:
+            self.stop(60)
+            raise
+        if self.error:
+            raise self.error.with_traceback(None)
+
+    def stop(self, timeout: float) -> None:
+        self._stop.set()
+        if not self._over.wait(timeout):
+            raise RunError(f"search {self.found.name} has not ended within {timeout:g} s.")
+
+    # -- the jobs of the blocks ----------------------------------------------------------------------------------
+
+    def __iter__(self) -> Coordinator:
+        return self
+
+    def __next__(self) -> Job:
+        """The next run: of a trial that was cut off, of a fold that is left, or of a new trial; StopIteration while there is none."""
+        if self._stop.is_set():
+            raise _Stopped
+        if not self.pending and len(self.study.trials) < self.config["trials"] and not self.found._has_reached():
+            number = self.study.ask()
+            self.pending.extend((number, fold) for fold in self._folds())
+        if not self.pending:
+            raise StopIteration
+        return self.pending.popleft()
+
+    def _folds(self) -> Sequence[int | None]:
+        return range(self.config["folds"]) if self.config["folds"] else (None,)
+
+    def _left(self) -> list[Job]:
+        """The runs that are left of trials that were under way when the search was cut off. Of one that needs none more it is told; so
+        it is of one that was cut off too often, which has failed."""
+        left: list[Job] = []
+        for number, trial in enumerate(self.study.trials):
+            if trial["told"] is not None:
+                continue
+            units = trial["units"]
+            runs = [(number, fold) for fold in self._folds() if fold not in units or units[fold]["ended"] is None]
+            if not runs or trial["worse"] or any(unit["error"] for unit in units.values()):
+                self._tell(number)
+            elif any(unit["ended"] is None and unit["times"] >= ATTEMPTS for unit in units.values()):
+                self.study.tell(number, "failed", error=f"it was cut off {ATTEMPTS} times, with the kernel")
+            else:
+                left += runs
+        return left
+
+    def _begin(self, job: Job, workers: list[int]) -> Run | NotebookRun | None:
+        number, fold = job
+        is_notebook = isinstance(self.make, Notebook)
+        workers = workers[:1] if is_notebook else workers
+        self.study.begin(number, fold, workers)
+        point = self.study.trials[number]["point"]
+        try:
+            if is_notebook:
+                run = self.make.start(self.lab, point, self.found.path / "trials" / called(number, fold), workers)
+            else:
+                problem, settings = self.make(point)
+                problem = problem if fold is None else problem.fold(fold, self.config["folds"], self.config["seed"])
+                run = self._launch(problem, settings, number, fold, workers)
+        except ClusterError as error:
+            if self.lab.closed:
+                raise
+            return self._again(job, error)
+        except Exception as error:
+            return self._end(job, None, None, error)
+        self.current[job] = run
+        return run
+
+    def _launch(self, problem: Problem, settings: dict[str, Any], number: int, fold: int | None, workers: list[int]) -> Run:
+        seed, update, partition = self.study.seed_of(number), make_update(settings["update"]), make_partition(settings["partition"])
+        steps = PRUNERS[self.study.prune].steps if self.study.prune else 1
+        lengths = check_lengths(settings["passes"], settings["local_steps"], steps)
+        traffic = check_traffic(update, settings["exchange"], settings["overlap"])
+        check_under(problem, update, seed, scored=False)
+        check_shards(problem, workers, partition)
+        check_travels(problem, update, partition)
+        named = {"name": called(number, fold), "seed": seed}
+        config = configure(problem, self.lab, workers, update, partition, **named, **lengths, **traffic)
+        measured = self.measured[number, fold] = {}
+
+        def note(run: Run, version: int, values: dict[str, float]) -> None:
+            with contextlib.suppress(OSError, RunError):  # pruned meanwhile; the last one never is
+                done = int(checkpoints.read_state(run.path, version)[1].get("done", 0))
+                measured[version] = done * steps // config.budget, values
+
+        folder = self.found.path / "trials"
+        return launch(
+            problem, self.lab, config, update, partition, folder, on_version=note, curve=False
+        )  # no trial sees the test set
+
+    def _each(self, job: Job, run: Run | NotebookRun) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        if self.lab.closed:
+            raise ClusterError("the lab was closed. The same call on another lab goes on from here.")
+        if self.current.get(job) is not run:  # seen at the last look, when it had ended just then
+            return
+        number, _ = job
+        trial, state = self.study.trials[number], run.state
+        if state == "running":
+            self._report(job, run)
+            if trial["worse"] or self._is_lost(job):
+                self._end_early(job, run)
+            return
+        try:
+            if state != "done" and not trial["worse"] and job in self.lost_at:
+                return self._again(job, ClusterError("the workers of its block were lost"))
+            if state != "done" and trial["worse"]:
+                return self._end(job, run, None, None)
+            if (state := run.wait(10).state) != "done":
+                raise RunError(f"run {run.name} was {state}: {run.status().get('reason', '')}")
+            self._report(job, run)
+            self._end(job, run, self.goals.measure(run, self._results(job, run)), None)
+        except Exception as error:
+            self._end(job, run, None, error)
+
+    def _is_lost(self, job: Job) -> bool:
+        """Have all workers of a run been lost for too long? The run goes on where one comes back in time."""
+        number, fold = job
+        if set(self.study.trials[number]["units"][fold]["workers"]) - set(self.lab.lost()):
+            self.lost_at.pop(job, None)
+            return False
+        return time.monotonic() - self.lost_at.setdefault(job, time.monotonic()) >= LOST_S
+
+    def _again(self, job: Job, error: Exception) -> None:
+        """A run whose block was lost is made again on another one, once."""
+        self.attempts[job] += 1
+        if self.attempts[job] >= ATTEMPTS:
+            self._end(job, None, None, error)
+        else:
+            self.study.leave(*job)
+            self._forget(job)
+            self.pending.append(job)
+
+    def _forget(self, job: Job) -> None:
+        for of in (self.current, self.measured, self.lost_at):
+            of.pop(job, None)
+        self.ending.discard(job)
+
+    def _report(self, job: Job, run: Run | NotebookRun) -> None:
+        """Report what is new of a run, where trials are compared while they go."""
+        number, _ = job
+        trial = self.study.trials[number]
+        if self.study.prune in ("asha", "extrapolate"):
+            for step, values in [self.measured[job][version] for version in sorted(self.measured[job].copy())]:
+                value = merit(values, sign_of(run))
+                if step > max(trial["reports"], default=0) and math.isfinite(value) and not trial["worse"]:
+                    self.study.report(number, step, value)
+
+    def _end_early(self, job: Job, run: Run | NotebookRun) -> None:
+        """Stop a run, without waiting for it here."""
+        if job not in self.ending:
+            self.ending.add(job)
+            threading.Thread(target=run.stop, name=f"labkit-stop-{run.name}", daemon=True).start()
+
+    def _results(self, job: Job, run: Run | NotebookRun) -> Mapping[str, float]:
+        """What the end of a run gave on the score set, or what a notebook has reported."""
+        if isinstance(run, NotebookRun):
+            return run.results()
+        if not (measured := self.measured[job]):
+            raise RunError("its last weights could not be measured")
+        return measured[max(measured)][1]
+
+    def _end(self, job: Job, run: Run | NotebookRun | None, found: dict[str, float] | None, error: Exception | None) -> None:
+        """A run has ended: with what was `found` by name, or an error, or, stopped on its way, neither."""
+        number, fold = job
+        self._forget(job)
+        signs = [1] if run is None else self.goals.signs(run)
+        passes = None if run is None or isinstance(run, NotebookRun) else run.status().get("samples", 0) / run.config.n_train
+        measured = dict(found or {})
+        score, text = measured.pop(self.goals.names[0], None), "" if error is None else _line(error)
+        if self.study.prune == "wilcoxon" and found:
+            self.study.report(number, fold, score * signs[0])
+        self.study.end(number, fold, score, signs, text, passes, measured, whole=bool(found or error))
+        trial = self.study.trials[number]
+        if text or trial["worse"]:  # what is left of the trial is not trained
+            self.pending = deque(left for left in self.pending if left[0] != number)
+        if all(unit["ended"] is not None for unit in trial["units"].values()) and all(left[0] != number for left in self.pending):
+            self._tell(number)
+
+    def _tell(self, number: int) -> None:
+        """A trial has ended: by an error, whole, or stopped on its way with the score that it had reached."""
+        trial = self.study.trials[number]
+        units = [unit for unit in trial["units"].values() if unit["ended"] is not None]
+        whole = [unit for unit in units if unit["score"] is not None and unit["whole"]]
+        if errors := [unit["error"] for unit in units if unit["error"]]:
+            self.study.tell(number, "failed", error=errors[0])
+        elif len(whole) == len(self._folds()):
+            self._tell_whole(number, whole)
+        else:
+            reports = [trial["reports"][step] for step in sorted(trial["reports"])]
+            self.study.tell(number, "pruned", sum(reports) / len(reports) if self.config["folds"] else reports[-1])
+        if self.progress:
+            print(self._said(number), flush=True)
+
+    def _tell_whole(self, number: int, units: Sequence[Mapping[str, Any]]) -> None:
+        """Means over the folds."""
+        rows = [{self.goals.names[0]: unit["score"], **unit["measured"]} for unit in units]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in self.goals.names}
+        values = [means[name] * sign for name, sign in zip(self.goals.senses, units[0]["signs"], strict=True)]
+        self.study.tell(number, "done", values, violations=self.goals.violations(means))
+
+    def _said(self, number: int) -> str:
+        row = self.found._row(number, self.study.trials[number])
+        point = ", ".join(f"{name} {_short(value)}" for name, value in self.study.trials[number]["point"].items())
+        others = "".join(f", {name} {row[name]:.4g}" for name in self.goals.names[1:] if row["state"] == "done")
+        came = row["error"] if row["error"] else f"score {row['score']:.4g}{others}" + " (pruned)" * (row["state"] == "pruned")
+        if row["state"] == "done" and self.found._is_best(number):
+            came += " (the best so far)"
+        on = "" if not row["workers"] else f", {row['seconds']:.1f} s on workers {', '.join(map(str, row['workers']))}"
+        return f"trial {number + 1} of {self.config['trials']}: {point}: {came}{on}"
+
+    # -- from the first to the last ------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        state = "failed"
+        try:
+            with contextlib.suppress(_Stopped):
+                run_on_blocks(self.lab, self.workers, self.size, self, self._begin, self._each, timeout=math.inf)
+            state = "done" if self.found._is_done() else "stopped"
+        except BaseException as error:  # whatever it is, `wait` raises it
+            self.error = error
+            if not isinstance(error, LabError):
+                self.error = RunError(f"search {self.found.name} failed: {error!r}\n{traceback.format_exc()}")
+        finally:
+            with contextlib.ExitStack() as last:  # all of it, the last line first
+                last.callback(self._over.set)
+                last.callback(setattr, self, "state", state)
+                last.callback(self.lab.release, self.config["id"])
+                last.callback(self.lock.release)
+                last.callback(self.found._copy)
+                for number, trial in enumerate(self.study.trials):
+                    for fold in [fold for fold, unit in trial["units"].items() if unit["ended"] is None]:
+                        self.study.leave(number, fold)
+
+
+class _Stopped(Exception):
+    """The search was stopped."""
+
+
+def called(number: int, fold: int | None) -> str:
+    """The name of a run, and its folder."""
+    return f"{number}" if fold is None else f"{number}-{fold}"
+
+
+def _line(error: Exception) -> str:
+    """An error in one line of the table."""
+    text = str(error.args[0] if error.args else error).strip().partition("\n")[0]
+    return text if isinstance(error, LabError) else f"{type(error).__name__}: {text}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
