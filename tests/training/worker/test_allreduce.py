@@ -180,7 +180,7 @@ def test_waiting_for_a_slow_rank_is_measured(slow, tmp_path):
             waits[rank] = group.waited
 
     _, errors = ranks(2, work, tmp_path)
-    assert not any(errors) and waits[1 - slow] > 0.15 and waits[slow] < 0.1
+    assert not any(errors) and waits[1 - slow] > 0.15 and waits[slow] < 0.7 * waits[1 - slow]
 
 
 def test_nccl_needs_a_card_for_each_rank():
