@@ -59,9 +59,9 @@ def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
         elements.append(style.marks(ended[x].to_numpy(float), ended.score.to_numpy(float), 3, "a trial", (x, "score")))
         legend.append(("a trial", 3, "mark"))
     winner = (min if lower else max)(last, key=last.__getitem__)
-    title = f"{winner} finds {last[winner]:.4g}" + (
-        f", the {'lowest' if lower else 'highest'} of {len(last)}" if len(last) > 1 else ""
-    )
+    equal = [method for method in last if last[method] == last[winner]]
+    title = f"{' and '.join(equal)} find{'s' * (len(equal) == 1)} {last[winner]:.4g}"
+    title += f", the {'lowest' if lower else 'highest'} of {len(last)}" * (1 < len(last) != len(equal))
     counts = {len(series) for series in groups.values()}
     note = f"{min(counts)} search{'es' * (min(counts) > 1)} a method" + (
         ", range of the seeds as a band" if max(counts) > 1 else ""
@@ -319,7 +319,7 @@ def _ends(about: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _ends_of(values: pd.Series) -> str:
-    return f"{values.min():.3g} to {values.max():.3g}"
+    return " to ".join(f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for end in (values.min(), values.max()))
 
 
 def _said(bounds: Any) -> str:

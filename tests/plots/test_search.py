@@ -93,6 +93,7 @@ def test_titles_are_the_answers():
         {"gp": best, "random": np.median([other.table().score.max() for other in others])}.items(), key=lambda pair: pair[1]
     )
     assert title(plots.search_history([found, *others])) == f"{winner[0]} finds {winner[1]:.4g}, the highest of 2"
+    assert title(plots.search_history([found, Found(method="other")])) == f"gp and other find {best:.4g}"
     lowest = Found(lower=True).table().score.min()
     assert title(plots.search_history(Found(lower=True))) == f"gp finds {lowest:.4g}"
     row = found.table().loc[found.table().score.idxmax()]
