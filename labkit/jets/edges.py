@@ -109,7 +109,7 @@ class _Scores(torch.autograd.Function):
                 edge = edges.edge(k, part, own, out)
                 torch.mv(edge, w, out=scores[k, part])
                 if k:
-                    at.masked_fill_(edge > most, k)
+                    torch.maximum(at, (edge > most).view(torch.uint8).mul_(k), out=at)  # where k is larger, the latest such k
                     torch.maximum(most, edge, out=most)
                 else:
                     most.copy_(edge)
@@ -126,7 +126,7 @@ class _Scores(torch.autograd.Function):
         scale = gamma * inverse
         of_scores = of_scores.contiguous()
         of_rows, of_columns, of_w = torch.zeros_like(u), torch.zeros_like(u), torch.zeros_like(w)
-        gradient = None
+        gradient, zero = None, u.new_zeros(())
         for part, own, out in edges.blocks(edges.begins):
             gradient = torch.empty_like(out) if gradient is None or gradient.shape != out.shape else gradient
             largest, at = of_largest[part], which[part]
@@ -135,10 +135,10 @@ class _Scores(torch.autograd.Function):
                 edge = edges.edge(k, part, own, out)
                 of_w += torch.mv(edge.t(), of_scores[k, part])
                 torch.mul(of_scores[k, part, None], w, out=gradient)
-                gradient.add_(largest * (at == k))
+                gradient.add_(torch.where(at == k, largest, zero))
                 if edges.gradient is not None:
                     gradient.addcmul_(edges.attention[k, part, None], edges.gradient[part])
-                gradient.mul_(edge > 0)
+                gradient = torch.ops.aten.threshold_backward(gradient, edge, 0)  # that of the ReLU
                 of_rows[part].add_(gradient)
                 of_columns.index_add_(0, ends, gradient)
         of_beta = of_rows.sum(0)
