@@ -46,6 +46,29 @@ TINY = {
         "train_samples": 200,
         "test_samples": 60,
     },
+    "10-generate-the-showers": {
+        **{
+            "kind": "threads",
+            "gan_passes": 0.5,
+            "flow_passes": 0.1,
+            "local_steps": 1,
+            "n_showers": 300,
+            "compared": 30,
+            "timed": 10,
+        },
+        **{"classifiers": [], "channels": 8},
+    },
+    "11-distribute-the-gan": {
+        **{
+            "kind": "threads",
+            "updates": "sgwu",
+            "passes": 0.5,
+            "local_steps": 1,
+            "n_showers": 300,
+            "compared": 30,
+            "classifiers": [],
+        },
+    },
     "12-cluster-the-jets": {"kind": "threads", "particles": 12, "most": 100, "passes": 2.0, "pretrain": 1.0, "batch_size": 16}
     | {"defects": ["kmeans-per-rank"]},
     "13-scale-the-jets": {
@@ -121,6 +144,8 @@ FIGURES = {
     "07-kill-a-worker": ["membership.png"],
     "08-split-the-step": ["gantt.png", "roofline.png", "step-times.png"],
     "09-search-the-settings": ["history.png", "points.png", "importance.png", "timeline.png", "front.png"],
+    "10-generate-the-showers": ["flow.png", "gan.png"],
+    "11-distribute-the-gan": ["fractions.png"],
     "12-cluster-the-jets": ["masses.png", "embedding.png"],
     "13-scale-the-jets": ["scale.png"],
     "benchmarks/15-search": ["blocks.png"],
