@@ -36,6 +36,7 @@ MASS_EDGES = np.linspace(10, 1000, 20)  # GeV
 CLASSES = ("background", "signal")
 RADIUS, LEAST_PT = 1.0, 20.0
 HADRONS, BLOCK = 700, 1_000  # of an event of the LHC Olympics; events at once
+LEAST_EVENTS = 10  # of a cluster whose share of signal counts: of one event it is 0 or 1
 
 
 class Events(NamedTuple):
@@ -74,7 +75,8 @@ class AnomalyNet(Trunk):
 class Anomalies(UCluster):
     """Cluster events of two jets, by the masses of the jets that their constituents are of.
 
-    Of a whole set `measure` has also "signal_share", the largest share of signal in a cluster, by the labels; `accuracy` says little here.
+    Of a whole set `measure` has also "signal_share", the largest share of signal in a cluster of at least 10 events, by the labels
+    (0 where no cluster has so many). `accuracy` says little here.
 
     Parameters beside those of `UCluster`
     -------------------------------------
@@ -154,18 +156,18 @@ class Anomalies(UCluster):
         label = self.dataset.batch(indices, split, fields=["label"])["label"]
         z, centres = self.embeddings(module, indices, split, device), module.centres.detach().cpu().double().numpy()
         clusters = nearest(((z[:, None] - centres) ** 2).sum(-1))
-        return {**found, "signal_share": float(signal_shares(clusters, label).max())}
+        return {**found, "signal_share": float(signal_shares(clusters, label, LEAST_EVENTS).max())}
 
     @cached_property
     def edges(self) -> dict[str, np.ndarray]:
         return {"mass": MASS_EDGES}
 
 
-def signal_shares(clusters: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """The share of signal (label 1) in each cluster, (K,); 0 in empty ones."""
+def signal_shares(clusters: np.ndarray, label: np.ndarray, least: int = 1) -> np.ndarray:
+    """The share of signal (label 1) in each cluster, (K,); 0 in those with fewer events than `least`."""
     table = contingency(clusters, label)
-    of_signal = table[:, 1] if table.shape[1] > 1 else np.zeros(len(table))
-    return of_signal / np.maximum(1, table.sum(1))
+    of_signal, n = table[:, 1] if table.shape[1] > 1 else np.zeros(len(table)), table.sum(1)
+    return np.where(n >= least, of_signal / np.maximum(1, n), 0.0)
 
 
 def pairs(one: Jets, other: Jets, label: np.ndarray | Sequence[int], particles: int = PARTICLES) -> Jets:

@@ -3,8 +3,8 @@
     frozen-alpha       the counter of epochs never moves: alpha stays slope (2 - pretrain)
     frozen-schedules   learning rate and momentum of the normalisations stay what they are at the beginning
     scaled-rate        the learning rate is multiplied by the number of workers (2), without a warm-up
-    kmeans-per-rank    each rank has centres of its own, from k-means on its own half, and nothing makes them one
-    reinitialised      ranks have weights of their own: they are made again after the broadcast
+    kmeans-per-rank    each rank has centres of its own, in any order, from k-means on its own half, and nothing makes them one
+    reinitialised      ranks have weights of their own: they are made again after the broadcast; the centres are those of the first
 
 The last two are of ranks that differ, which an all-reduce of labkit does not let happen. They are emulated in one process by two
 `Replicas`: each trains on its half of a batch, with statistics of its own, and gradients are averaged as if both were one network.

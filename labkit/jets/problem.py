@@ -14,8 +14,8 @@ Used by users as `labkit.jets.UCluster`, by notebooks 12 and 13, and by `labkit.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +69,7 @@ class UCluster(Problem):
         has 19 equal bins up to 200 GeV and one above, other numbers `bins` with equal numbers of training jets. Or "distill", a small
         transformer that learns from itself (`labkit.jets.distillation`); then `score` is how often its two halves agree.
     bins : of other numbers than the mass; that has 20.
-    gamma : of the focal loss; 4.
+    gamma : of the focal loss, 0 or at least 1; 4.
     pretrain : passes before k-means; 11 or 21.
     slope : alpha is slope (e - pretrain + 2) in epoch e; 2 or 5.
     cluster_weight : lambda; 1 or 10.
@@ -111,9 +111,13 @@ class UCluster(Problem):
         self.preset = preset
         self.clusters, self.embedding = whole("clusters", clusters, 2), whole("embedding", embedding)
         self.pretext = [known("pretext", name, (*SUBSTRUCTURE, DISTILL)) for name in _names(pretext)]
+        if not self.pretext or len(set(self.pretext)) < len(self.pretext):
+            raise ValueError(f"pretext={self.pretext}: give one number of a jet, or several, each once.")
         if DISTILL in self.pretext and len(self.pretext) > 1:
             raise ValueError(f"pretext={self.pretext}: {DISTILL!r} has no bins, and goes alone.")
         self.bins, self.gamma = whole("bins", bins, 2, 256), real("gamma", gamma, least=0)
+        if 0 < self.gamma < 1:
+            raise ValueError(f"gamma={self.gamma:g} must be 0 or at least 1: between, a bin that is certain has no gradient.")
         self.pretrain = real("pretrain", of["pretrain"] if pretrain is None else pretrain, above=0)
         self.slope = real("slope", of["slope"] if slope is None else slope, above=0)
         self.cluster_weight = real("cluster_weight", of["cluster_weight"] if cluster_weight is None else cluster_weight, least=0)
@@ -151,16 +155,21 @@ class UCluster(Problem):
         for group in optimiser.param_groups:
             group["lr"] = self.rate(clock)
         optimiser.zero_grad(set_to_none=True)
+        after: list[Callable[[], None]] = []
         if isinstance(module, Replicas):
-            metrics = module.backward(batch, lambda network, part: self.losses(network, part, clock))
+            metrics = module.backward(batch, lambda network, part: self.losses(network, part, clock, after))
         else:
-            metrics = self.losses(module, batch, clock)
+            metrics = self.losses(module, batch, clock, after)
             metrics["loss"].backward()
         optimiser.step()
+        for follow in after:
+            follow()
         return {name: value.detach() for name, value in metrics.items()}
 
-    def losses(self, network: nn.Module, batch: Batch, clock: Clock) -> dict[str, torch.Tensor]:
-        """ "loss", and of it "pretext" and "cluster", of a batch at this moment."""
+    def losses(
+        self, network: nn.Module, batch: Batch, clock: Clock, after: list[Callable[[], None]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """ "loss", and of it "pretext" and "cluster", of a batch at this moment; `after` gets what is to follow the step."""
         with self.autocast(batch.x.device):
             made = self.call(network, batch, self.momentum(clock), clock.generator)
         plain = network.module if isinstance(network, DistributedDataParallel) else network
@@ -171,8 +180,8 @@ class UCluster(Problem):
         cluster = (d * torch.softmax(-alpha * d, 1)).sum(1).mean()
         # times 0 until k-means, so that the centres have a gradient, of 0, on all ranks of an all-reduce
         loss = pretext + self.cluster_weight * plain.settled * cluster
-        if isinstance(plain, Distilled) and plain.training:
-            plain.follow(made.logits)
+        if isinstance(plain, Distilled) and after is not None:
+            after.append(partial(plain.follow, made.logits.detach()))
         return {"loss": loss, "pretext": pretext, "cluster": cluster}
 
     def call(self, network: nn.Module, batch: Any, momentum: float = 0.1, noise: torch.Generator | None = None) -> Jet:
@@ -214,13 +223,23 @@ class UCluster(Problem):
         return (self.pretrain,)
 
     def settle(self, module: nn.Module, clock: Clock) -> None:
-        """k-means on the embeddings of training jets, as the network gives them now: 20 restarts in float64."""
+        """k-means on the embeddings of training jets, as the network gives them now: 20 restarts in float64.
+
+        Replicas have the centres of the first one, unless each has its own by a defect: then in a random order.
+        """
         networks = list(module) if isinstance(module, Replicas) else [module]
-        shares = np.array_split(self.train_indices()[:FITTED], len(networks))
-        for number, (network, indices) in enumerate(zip(networks, shares, strict=True)):
+        per_rank = "kmeans-per-rank" in self.defects
+        shares, found = np.array_split(self.train_indices()[:FITTED], len(networks) if per_rank else 1), []
+        for number, (network, indices) in enumerate(zip(networks, shares, strict=False)):
             z = self.embeddings(network, indices, device=str(network.centres.device))
-            with torch.no_grad():
-                network.centres.copy_(torch.from_numpy(k_means(z, self.clusters, seed=number)))
+            centres = torch.from_numpy(k_means(z, self.clusters, seed=number))
+            if per_rank:  # k_means has sorted them
+                noise = clock.generator
+                centres = centres[torch.randperm(len(centres), generator=noise, device=noise.device if noise else "cpu").cpu()]
+            found.append(centres)
+        with torch.no_grad():
+            for number, network in enumerate(networks):
+                network.centres.copy_(found[number % len(found)])
                 network.settled.fill_(1)
 
     # The clock.
@@ -318,7 +337,7 @@ def _first(module: nn.Module) -> nn.Module:
 
 
 def _names(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else several("pretext", list(value), text)
+    return [value] if isinstance(value, str) else several("pretext", value, text)
 
 
 def _number(read: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -21,13 +21,13 @@ def few(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def lab():
     with labkit.connect(kind="threads", n_workers=2) as lab:
         yield lab
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def run(few, lab, tmp_path_factory):
     """Three passes by two workers without a barrier, with k-means after the first."""
     with pytest.MonkeyPatch.context() as patch:

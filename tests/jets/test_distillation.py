@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from labkit.jets.distillation import Distilled, view
+from labkit.jets.distillation import FOLLOWS, Distilled, view
 from labkit.problems import Clock
 from labkit.problems.problem import noise
 from tests.jets.helpers import problem
@@ -22,7 +22,10 @@ def test_a_step_moves_the_student_and_the_teacher_follows(few):
     of.check()
     module, batch = of.new_module(0), of.load(np.arange(16))
     teacher = [p.clone() for p in module.teacher.parameters()]
-    losses = [float(of.step(module, batch, of.optimisers(module), Clock(0, 100, 0.0, noise(0, 0)))["loss"]) for _ in range(3)]
+    losses = [float(of.step(module, batch, of.optimisers(module), Clock(0, 100, 0.0, noise(0, 0)))["loss"])]
+    after = [a.lerp(b, 1 - FOLLOWS) for a, b in zip(teacher, module.student.parameters(), strict=True)]  # b: after the step
+    torch.testing.assert_close(list(module.teacher.parameters()), after)
+    losses.append(float(of.step(module, batch, of.optimisers(module), Clock(0, 100, 0.0, noise(0, 0)))["loss"]))
     assert all(np.isfinite(losses)) and module.centre.abs().sum() > 0
     moved = [(a - b).abs().max() for a, b in zip(module.teacher.parameters(), teacher, strict=True)]
     apart = [(a - b).abs().max() for a, b in zip(module.teacher.parameters(), module.student.parameters(), strict=True)]
