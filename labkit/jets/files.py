@@ -20,6 +20,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ import numpy as np
 
 from labkit.data import Dataset, open_dataset
 from labkit.data.cache import is_of_cache, print_once, reading
-from labkit.errors import DataError, file_path, known, several, text, whole
+from labkit.errors import DataError, LabError, file_path, known, real, several, text, whole
 from labkit.runs.files import replacing
 
 CLASSES = ("q", "g", "W", "Z", "t")
 PARTICLES = 100  # constituents of a jet that a file has room for
 ROWS = 1_000  # jets of a row group
 BLOCK = 10_000  # jets in memory at once, and of a file that is written
+OURS = "jets-[0-9][0-9][0-9][0-9][0-9].parquet"  # the files of a folder that is written
 KEY = b"labkit.jets"
 FORMAT = 1
 SAMPLE = Path(__file__).with_name("sample.parquet")
@@ -42,7 +44,7 @@ OF_JET = ("mass", "pt", "eta", "phi", "n")
 # of all constituents: GeV, GeV, and numbers without a unit; tau_N with axes of exclusive kT, energy correlation C2 with beta = 1
 SUBSTRUCTURE = ("mass", "trimmed", "n", "girth", "ptd", "leading", "tau21", "tau32", "c2", "trimmed_share")
 HLS4ML = {"j_q": "q", "j_g": "g", "j_w": "W", "j_z": "Z", "j_t": "t"}
-HLS4ML_AT = {"j_g": 53, "j_q": 54, "j_w": 55, "j_z": 56, "j_t": 57}  # where a file does not name its columns
+HLS4ML_AT = {"j_mass": 3, "j_g": 53, "j_q": 54, "j_w": 55, "j_z": 56, "j_t": 57}  # where a file does not name its columns
 JETCLASS = {"Wqq": "W", "Zqq": "Z", "Tbqq": "t"}  # others keep the name of their column: QCD, Hbb, ...
 EXTRA = 'pip install "labkit[jets]"'
 
@@ -108,8 +110,18 @@ def _hardest(constituents: np.ndarray, particles: int) -> np.ndarray:
     return np.pad(sorted_, ((0, 0), (0, max(0, room)), (0, 0)))
 
 
+def mass_window(mass: Any) -> tuple[float, float] | None:
+    """(least, most), GeV, or None for any mass; ValueError for what is no window."""
+    if mass is None:
+        return None
+    window = tuple(several("mass", mass, lambda name, value: real(name, value, least=0)))
+    if len(window) != 2 or window[0] >= window[1]:
+        raise ValueError(f"mass={mass} must be (least, most) in GeV, the least below the most.")
+    return window
+
+
 def check(jets: Jets, where: str) -> None:
-    """DataError for jets that are none: numbers that are not finite, negative energies, no constituents."""
+    """DataError for jets that are none: numbers that are not finite, negative energies, no constituents or transverse momentum."""
     for name, values in {"constituents": jets.constituents, **jets.of_jet}.items():
         if len(bad := np.flatnonzero(~np.isfinite(values).reshape(len(jets), -1).all(1))):
             raise DataError(f"{where}: {name} of {len(bad)} jets, the first of them jet {bad[0]}, are not finite. Drop these jets.")
@@ -117,6 +129,8 @@ def check(jets: Jets, where: str) -> None:
         raise DataError(f"{where}: {len(bad)} jets, the first of them jet {bad[0]}, have constituents of negative energy.")
     if len(bad := np.flatnonzero(~(jets.constituents[..., 3] > 0).any(1))):
         raise DataError(f"{where}: {len(bad)} jets, the first of them jet {bad[0]}, have no constituents. Drop these jets.")
+    if len(bad := np.flatnonzero(jets.of_jet.get("pt", np.ones(len(jets))) <= 0)):
+        raise DataError(f"{where}: {len(bad)} jets, the first of them jet {bad[0]}, have no transverse momentum. Drop these jets.")
     if len(jets) and not (jets.label.min() >= 0 and jets.label.max() < len(jets.classes)):
         raise DataError(f"{where}: labels are {jets.label.min()} to {jets.label.max()}, of the classes {', '.join(jets.classes)}.")
 
@@ -178,7 +192,7 @@ def convert(
     Parameters
     ----------
     data : a path, several, or "jets", the sample that labkit has.
-    out : a folder; its files are jets-00000.parquet and so on, and are made anew.
+    out : a folder; its files are jets-00000.parquet and so on. Those of an earlier conversion are made anew, no others.
     classes : those to take, in the order of their numbers: names, or a text such as "WZt" of names of one letter.
     mass : (least, most), GeV, of the jet as it is given, ungroomed.
     particles : room for so many constituents of a jet; of more, the hardest are taken, which is counted and printed.
@@ -189,10 +203,12 @@ def convert(
     Raises
     ------
     DataError
-        A file is of no known format, or holds jets that are none; nothing is left of them.
+        A file is of no known format, or holds jets that are none; nothing is left of them. `out` has files of these names that no
+        conversion has written, or that are to be read.
     """
     out, generator = file_path("out", out), np.random.default_rng(seed)
     size, most = whole("jets_per_file", jets_per_file, 2), None if most is None else whole("most", most)
+    particles, mass = whole("particles", particles), mass_window(mass)
     wanted = None if classes is None else tuple(several("classes", list(classes), text))
     waiting, written, n, cut = [], [], 0, 0
 
@@ -204,6 +220,7 @@ def convert(
 
     paths = [SAMPLE if isinstance(one, str) and one == "jets" else file_path("data", one) for one in _each(data)]
     sources = [list(_sources(path)) for path in paths]
+    _replaceable(out, [path for own in sources for path in own])
     blocks = _by_turns(
         [read(path, particles=particles, block=max(2, size // sum(map(len, sources)))) for own in sources for path in own]
     )
@@ -225,11 +242,24 @@ def convert(
         of = f"of the classes {', '.join(wanted)}" if wanted else "there"
         within = f" with a mass in {mass} GeV" if mass else ""
         raise DataError(f"no jet of {', '.join(map(str, paths))} is {of}{within}.")
-    for late in sorted(set(out.glob("jets-*.parquet")) - set(written)):  # of an earlier, longer conversion
+    for late in sorted(set(out.glob(OURS)) - set(written)):  # of an earlier, longer conversion
         late.unlink()
     if cut:
         print_once(f"{out.name}: {cut} of {n} jets have more than {particles} constituents, of which the hardest are kept.")
     return written
+
+
+def _replaceable(out: Path, sources: Sequence[Path]) -> None:
+    """DataError where a conversion to this folder would replace what is no conversion, or is read by it."""
+    read_ = {path.resolve() for path in sources}
+    for path in sorted(out.glob(OURS)):
+        if path.resolve() in read_:
+            raise DataError(f"{path} is to be converted, and would be replaced. Give another folder as `out`.")
+        said = None
+        with suppress(LabError):
+            said = provenance(path)
+        if said is None or "source" not in said:
+            raise DataError(f"{path} was not written by labkit.jets.convert, and would be replaced. Give another folder as `out`.")
 
 
 def _each(data: Any) -> list[Any]:
@@ -287,6 +317,7 @@ def read(path: Any, *, particles: int = PARTICLES, block: int = BLOCK) -> Iterat
 def load(path: Any = "jets", *, particles: int = PARTICLES, most: int | None = None) -> Jets:
     """All jets of a file or a folder, or the first so many, in memory; "jets" is the sample that labkit has."""
     path = SAMPLE if isinstance(path, str) and path == "jets" else file_path("path", path)
+    particles, most = whole("particles", particles), None if most is None else whole("most", most)
     parts, n = [], 0
     for file in _sources(path):
         for jets in read(file, particles=particles):
@@ -324,19 +355,21 @@ def _hls4ml(path: Path, file: Any, particles: int, block: int) -> Iterator[Jets]
         else []
     )
     at = {name: names.index(name) if name in names else HLS4ML_AT[name] for name in HLS4ML}
+    mass_at = names.index("j_mass") if "j_mass" in names else None if names else HLS4ML_AT["j_mass"]
     width = file["jets"].shape[1]
     if max(at.values()) >= width or file["jetConstituentList"].ndim != 3 or file["jetConstituentList"].shape[2] < 4:
         raise DataError(f"{path}: jets have {width} columns, and their classes should be in {', '.join(at)}.")
     for start in range(0, len(file["jets"]), block):
         rows = slice(start, start + block)
-        one_hot = file["jets"][rows][:, list(at.values())]
+        of_jet = file["jets"][rows]
+        one_hot = of_jet[:, list(at.values())]
         if (one_hot.sum(1) != 1).any():
             raise DataError(f"{path}: jet {start + int(np.flatnonzero(one_hot.sum(1) != 1)[0])} is of no class, or of several.")
         classes = tuple(HLS4ML.values())
         given = file["jetConstituentList"][rows, :, :4]
-        mass = {"mass": file["jets"][rows][:, names.index("j_mass")]} if "j_mass" in names else {}
-        n = (given[..., 3] > 0).sum(1)
-        yield Jets.of(_hardest(given, particles), one_hot.argmax(1), classes, n=n, **mass)
+        mass = {} if mass_at is None else {"mass": of_jet[:, mass_at]}
+        jets = Jets.of(given, one_hot.argmax(1), classes, **mass)  # of all constituents
+        yield dataclasses.replace(jets, constituents=_hardest(jets.constituents, particles))
 
 
 def _jetnet(path: Path, file: Any, particles: int, block: int) -> Iterator[Jets]:
@@ -482,7 +515,8 @@ def dataset(data: Any = "jets", *, stream: bool | None = None) -> Dataset:
     Raises
     ------
     DataError
-        A file is not of labkit's layout: `labkit.jets.convert` writes it. Values are not finite.
+        A file is not of labkit's layout: `labkit.jets.convert` writes it. Values are not finite, labels are none of the file's
+        classes, jets have no constituents or no transverse momentum. Files have other classes than the first one.
     """
     if isinstance(data, Dataset):
         _check_fields(data)
@@ -491,20 +525,27 @@ def dataset(data: Any = "jets", *, stream: bool | None = None) -> Dataset:
         data = SAMPLE
     if not isinstance(data, list | tuple | Mapping) and is_of_cache(file_path("data", data).resolve()):  # as a record names it
         return dataset(open_dataset(data))
-    for path in [
-        file_path("data", one) for part in (data.values() if isinstance(data, Mapping) else [data]) for one in _each(part)
-    ]:
+    paths = [file_path("data", one) for part in (data.values() if isinstance(data, Mapping) else [data]) for one in _each(part)]
+    for path in paths:
         if not path.exists():
             raise DataError(
                 f'there is no file or folder {path}. Give one that labkit.jets.generate or convert has written, or "jets".'
             )
-    first = data["train"] if isinstance(data, Mapping) else data
-    file = next(_sources(file_path("data", _each(first)[0])))
-    names, said = _names(file)
-    if said is None:
-        raise DataError(
-            f"{file} is not in the layout of labkit.jets. Convert it: labkit.jets.convert({str(file)!r}, 'jets-of-mine')."
-        )
+    found = [file for path in paths for file in _sources(path)]
+    files = [file for file in found if file.suffix.lower() == ".parquet"] or found
+    names, classes = [], None
+    for file in files:
+        has, said = _names(file)
+        if said is None:
+            raise DataError(
+                f"{file} is not in the layout of labkit.jets. Convert it: labkit.jets.convert({str(file)!r}, 'jets-of-mine')."
+            )
+        names, classes = names or has, classes or said["classes"]
+        if said["classes"] != classes:
+            raise DataError(
+                f"{file} has jets of the classes {', '.join(said['classes'])}, and {files[0]} of {', '.join(classes)}, so that one "
+                "label is two classes. Convert them together: labkit.jets.convert([...], 'jets-of-mine')."
+            )
     targets = ["label", *(name for name in names if name not in ("constituents", "label"))]
     options = {} if stream is None else {"stream": stream}
     return open_dataset(data, inputs=["constituents"], target=targets, as_given="constituents", **options)
@@ -515,8 +556,30 @@ def _names(file: Path) -> tuple[list[str], dict[str, Any] | None]:
 
     if file.suffix.lower() != ".parquet":
         return [], None
-    with reading(file, advice="Is it a whole Parquet file?"):
-        return pq.read_schema(file).names, provenance(file)
+    said = provenance(file)
+    with reading(file, advice="Is it a whole Parquet file?"), pq.ParquetFile(file) as opened:
+        names = opened.schema_arrow.names
+        if said is None:
+            return names, None
+        for name in [name for name in ("label", "n", "pt") if name in names]:
+            low, high = _range(opened, name)
+            if name == "label" and (low < 0 or high >= len(said["classes"])):
+                raise DataError(f"{file}: labels are {low} to {high}, of the classes {', '.join(said['classes'])}. Write it again.")
+            if name != "label" and low <= 0:
+                what = {"n": "constituents", "pt": "transverse momentum"}[name]
+                raise DataError(f"{file}: there are jets without {what}, their {name} is {low + 0:g}. Drop these jets.")
+    return names, said
+
+
+def _range(file: Any, name: str) -> tuple[float, float]:
+    """The least and the largest value of a column of a Parquet file, as its row groups know them, or else by reading it."""
+    about = file.metadata
+    column = [about.schema.column(at).path for at in range(about.num_columns)].index(name)
+    held = [about.row_group(group).column(column).statistics for group in range(about.num_row_groups)]
+    if all(one is not None and one.has_min_max for one in held):
+        return min((one.min for one in held), default=np.inf), max((one.max for one in held), default=-np.inf)
+    values = file.read([name]).column(0).to_numpy()
+    return values.min(initial=np.inf), values.max(initial=-np.inf)
 
 
 def _check_fields(data: Dataset) -> None:

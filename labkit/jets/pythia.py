@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from labkit.errors import SEEDS, DataError, LabError, ProblemError, file_path, known, several, text, whole
-from labkit.jets.files import CLASSES, EXTRA, PARTICLES, ROWS, Jets, check, padded, provenance, together, write
+from labkit.jets.files import CLASSES, EXTRA, OURS, PARTICLES, ROWS, Jets, check, mass_window, padded, provenance, together, write
 
 COMMON = (
     "Beams:idA = 2212",
@@ -78,7 +78,7 @@ def generate(
 ) -> list[Path]:
     """Make jets, in as many files as they fill, side by side on the workers of a lab; returns the files.
 
-    A call that was broken off goes on when it is made again: files that are whole, and of these settings, stay.
+    A call that was broken off goes on when it is made again: files that are whole, of these settings and of this Pythia, stay.
 
     Parameters
     ----------
@@ -97,7 +97,8 @@ def generate(
     Raises
     ------
     ProblemError
-        Pythia or FastJet is not installed: it says which extra is missing. Also where the folder holds jets of other settings.
+        Pythia or FastJet is not installed: it says which extra is missing. Also where the folder holds jets of other settings or of
+        another Pythia, more files than these, or files of these names that are not of labkit.
     """
     jets, jets_per_file = whole("jets", jets), whole("jets_per_file", jets_per_file)
     seed, particles = whole("seed", seed, 0, SEEDS), whole("particles", particles, 3)
@@ -107,12 +108,18 @@ def generate(
         raise ValueError(f"classes={classes}: give each class once.")
     out = file_path("out", out).resolve()
     settings = {"generator": "pythia", "preset": preset, "seed": seed, "particles": particles}
-    settings |= {"mass": None if mass is None else [float(mass[0]), float(mass[1])], "substructure": bool(substructure)}
+    mass = mass_window(mass)
+    settings |= {"mass": None if mass is None else list(mass), "substructure": bool(substructure)}
     shards = [
         {**settings, "classes": list(classes), "file": at, "jets": min(jets_per_file, jets - at * jets_per_file)}
         for at in range(-(-jets // jets_per_file))
     ]
     paths = [out / f"jets-{at:05d}.parquet" for at in range(len(shards))]
+    if later := sorted(set(out.glob(OURS)) - set(paths)):
+        raise ProblemError(
+            f"{out} has {len(later)} files beyond the {len(paths)} that jets={jets} fill, from {later[0].name} on, which "
+            "would be read with them as one set. Remove these, or give another folder."
+        )
     todo = [(str(path), shard) for path, shard in zip(paths, shards, strict=True) if not _is_made(path, shard)]
     begun, done = time.monotonic(), []
 
@@ -131,17 +138,21 @@ def generate(
 
 
 def _is_made(path: Path, shard: Mapping[str, Any]) -> bool:
-    """Is the file there, whole, and of these settings? ProblemError where it is of others."""
+    """Is the file there, whole, and of these settings? ProblemError where it is of others, of another Pythia or not of labkit."""
     if not path.exists():
         return False
-    said = None
-    with suppress(LabError):
+    try:
         said = provenance(path)
-    if said is None:
+    except LabError:  # broken off on a bad disk
         return False
-    if other := {name: said.get(name) for name in shard if said.get(name) != shard[name]}:
+    if said is None:
+        raise ProblemError(f"{path} is a Parquet file of others, and is not replaced. Give another folder.")
+    wanted = dict(shard)
+    with suppress(metadata.PackageNotFoundError):  # the workers may have it
+        wanted["pythia8mc"] = metadata.version("pythia8mc")
+    if other := {name: said.get(name) for name in wanted if said.get(name) != wanted[name]}:
         name, value = next(iter(other.items()))
-        raise ProblemError(f"{path} has jets of {name}={value!r}, and {name}={shard[name]!r} is asked for. Give another folder.")
+        raise ProblemError(f"{path} has jets of {name}={value!r}, and {name}={wanted[name]!r} is asked for. Give another folder.")
     return True
 
 

@@ -6,12 +6,16 @@ Used by pytest.
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from labkit.errors import ProblemError
-from labkit.jets.files import SUBSTRUCTURE, load, provenance
+from labkit.jets import pythia
+from labkit.jets.files import SUBSTRUCTURE, load, provenance, write
 from labkit.jets.pythia import PROCESSES, generate, settings_of
 from tests.jets.helpers import sample
 
@@ -58,9 +62,36 @@ def test_what_cannot_be_made_is_refused_at_once(tmp_path):
         generate(tmp_path, classes="WH")
     with pytest.raises(ValueError, match="give each class once"):
         generate(tmp_path, classes="WW")
+    with pytest.raises(ValueError, match=r"mass=\(200, 10\) must be \(least, most\) in GeV"):
+        generate(tmp_path, mass=(200, 10))
     assert not list(tmp_path.iterdir())
     assert "PartonLevel:ISR = off" in settings_of("W", "clean") and "PartonLevel:ISR = off" not in settings_of("W")
     assert set(PROCESSES) == set("qgWZt")
+
+
+def test_a_folder_holds_the_jets_of_one_call_and_nothing_of_others(tmp_path, monkeypatch):
+    calls, version = [], ["8.317"]
+
+    def make(item):  # jets of the sample, as if Pythia had made them
+        path, shard = item
+        calls.append(write(path, sample()[: shard["jets"]], {**shard, "pythia8mc": version[0]}))
+        return shard["jets"]
+
+    monkeypatch.setattr(pythia, "_make", make)
+    monkeypatch.setattr(pythia, "metadata", SimpleNamespace(version=lambda name: version[0], PackageNotFoundError=ImportError))
+    how = {"jets": 20, "jets_per_file": 10}
+    paths = generate(tmp_path, **how)
+    assert generate(tmp_path, **how) == paths == calls
+    with pytest.raises(ProblemError, match=r"has 1 files beyond the 1 that jets=10 fill, from jets-00001\.parquet on"):
+        generate(tmp_path, jets=10, jets_per_file=10)
+    version[0] = "8.318"
+    with pytest.raises(ProblemError, match=r"jets of pythia8mc='8\.317', and pythia8mc='8\.318' is asked for"):
+        generate(tmp_path, **how)
+    pq.write_table(pa.table({"x": [1.0]}), paths[0])
+    before = paths[0].read_bytes()
+    with pytest.raises(ProblemError, match=r"jets-00000\.parquet is a Parquet file of others, and is not replaced"):
+        generate(tmp_path, **how)
+    assert paths[0].read_bytes() == before and len(calls) == 2
 
 
 @pytest.mark.slow
