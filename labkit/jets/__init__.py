@@ -6,7 +6,7 @@ labkit.jets.table(run)
 """
 
 from labkit.jets.anomaly import Anomalies, events, pairs
-from labkit.jets.evaluation import baselines, chosen, network, table
+from labkit.jets.evaluation import baselines, chosen, confusion, network, table
 from labkit.jets.figures import embedding, masses
 from labkit.jets.files import CLASSES, SUBSTRUCTURE, Jets, convert, dataset, load, provenance, read, to_awkward, write
 from labkit.jets.problem import UCluster
@@ -20,6 +20,7 @@ __all__ = [
     "UCluster",
     "baselines",
     "chosen",
+    "confusion",
     "convert",
     "dataset",
     "embedding",

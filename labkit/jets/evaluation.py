@@ -8,7 +8,7 @@
 Of baselines the mass alone comes first: UCluster learns little else, and on clean jets k-means on that one number is hard to beat. No such
 row was found published, nor an accuracy of W, Z and t without labels later than UCluster's 0.81, which is of other jets.
 
-Used by users, as `labkit.jets.table` and `labkit.jets.baselines`, and by notebooks 12 and 13.
+Used by users, as `labkit.jets.table`, `labkit.jets.confusion` and `labkit.jets.baselines`, and by notebooks 12 and 13.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from torch import nn
 from labkit.errors import DataError, ProblemError, known, like
 from labkit.jets.clustering import accuracy, assignment, contingency, k_means
 from labkit.jets.defects import Replicas
-from labkit.jets.files import SUBSTRUCTURE, Jets
+from labkit.jets.files import OF_JET, SUBSTRUCTURE, Jets
 from labkit.jets.problem import UCluster
 from labkit.plots.style import some_runs
 
@@ -118,14 +118,21 @@ def _probe(name: str, z: np.ndarray, wanted: np.ndarray, of_test: np.ndarray, la
 # -- what simple methods give ------------------------------------------------------------------------------------------
 
 
-def baselines(train: Jets, test: Jets, *, seed: int = 0, names: Sequence[str] | None = None) -> pd.DataFrame:
+def baselines(
+    train: Jets | UCluster, test: Jets | None = None, *, seed: int = 0, names: Sequence[str] | None = None
+) -> pd.DataFrame:
     """A row for each simple method, fitted to `train` without labels and measured on `test`, and for two that see the labels.
 
-        train, test = jets[: n], jets[n :]       with jets = labkit.jets.load("jets/full")
+        labkit.jets.baselines(problem)           on the jets that UCluster is trained on, and the test split that it is measured on
+        labkit.jets.baselines(jets[:n], jets[n:])            jets = labkit.jets.load("jets/full")
 
     Columns: method, labels (does it see them?), accuracy, ari, nmi. The mixture of Poisson distributions of the multiplicity (Alvarez et
     al., arXiv:2112.11352) is for two classes, q and g; the ten numbers are those that `labkit.jets.generate` stores.
     """
+    if isinstance(train, UCluster) and test is None:
+        train, test = _of(train, "train"), _of(train, "test")
+    if not isinstance(train, Jets) or not isinstance(test, Jets):
+        raise TypeError("baselines are of labkit.jets.Jets, to train and to test, or of a problem labkit.jets.UCluster alone.")
     classes = len(np.unique(train.label))
     if classes < 2:
         raise DataError(f"all jets are {train.classes[train.label[0]]!r}: there is nothing to tell apart.")
@@ -142,6 +149,15 @@ def baselines(train: Jets, test: Jets, *, seed: int = 0, names: Sequence[str] | 
             numbers["accuracy"] = float((clusters == test.label).mean())
         rows.append({"method": name, "labels": name in CEILINGS, **numbers})
     return pd.DataFrame(rows)
+
+
+def _of(problem: UCluster, split: str) -> Jets:
+    """What simple methods read of the jets of a problem: no constituents."""
+    indices = problem.train_indices() if split == "train" else problem.test_indices()
+    names = [name for name in (*OF_JET, "substructure") if name in problem.dataset.fields]
+    of_jet = problem.dataset.batch(indices, split, fields=["label", *names])
+    label = of_jet.pop("label").astype(np.int64)
+    return Jets(np.zeros((len(label), 0, 4), np.float32), label, tuple(map(str, range(label.max(initial=0) + 1))), of_jet)
 
 
 def _mass(jets: Jets) -> np.ndarray:

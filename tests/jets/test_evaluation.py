@@ -13,8 +13,9 @@ import pytest
 
 from labkit.errors import DataError, ProblemError
 from labkit.jets import evaluation
+from labkit.jets.clustering import accuracy, k_means
 from labkit.jets.evaluation import agreement, baselines, chosen, confusion, network, poisson_mixture, table
-from tests.jets.helpers import sample
+from tests.jets.helpers import problem, sample
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -44,6 +45,17 @@ def test_quarks_and_gluons_are_told_apart_by_how_many_particles_they_have():
     counts = np.concatenate([generator.poisson(40, 600), generator.poisson(80, 400)])
     share, mean = poisson_mixture(counts, 2)
     assert np.abs(mean - [40, 80]).max() < 1 and np.abs(share - [0.6, 0.4]).max() < 0.02
+
+
+def test_they_are_measured_on_the_jets_that_a_problem_is_measured_on(few):
+    of = problem(few)
+    (made,) = baselines(of, names=["mass: k-means"]).accuracy
+    train = of.dataset.batch(of.train_indices(), fields=["mass"])["mass"]
+    test = of.dataset.batch(of.test_indices(), "test", fields=["mass", "label"])
+    centres = k_means(train[:, None], 3)
+    assert made == accuracy(np.abs(test["mass"][:, None] - centres.T).argmin(1), test["label"])
+    with pytest.raises(TypeError, match=r"are of labkit\.jets\.Jets, to train and to test, or of a problem"):
+        baselines(of, sample())
 
 
 def test_agreement_and_confusion():
