@@ -63,14 +63,6 @@ def test_three_ranks_with_random_batches_statistics_and_milestones(lab, tmp_path
 
 
 @pytest.mark.slow
-def test_more_ranks_than_a_pool_has_threads_by_default(tmp_path, monkeypatch):
-    """They wait for each other."""
-    monkeypatch.setattr("os.cpu_count", lambda: 1)  # 5 threads, then
-    with labkit.connect("threads", 7) as lab:
-        assert same(ended(train(problem(), lab, tmp_path, passes=1)))
-
-
-@pytest.mark.slow
 def test_a_group_that_breaks_in_the_middle_of_a_local_pass(lab, tmp_path, monkeypatch):
     """Of which each rank has done as much as it had: its random numbers are drawn again."""
     step, lost = Replica.step, threading.Event()
@@ -114,6 +106,14 @@ def test_numbers_from_the_one_generator_of_torch_are_refused(lab, tmp_path):
     run = ended(train(a_problem, lab, tmp_path, passes=1))
     with pytest.raises(RunError, match=r"draws random numbers \(dropout, say\), and the ranks of an all-reduce"):
         labkit.replay(run)
+
+
+@pytest.mark.slow
+def test_more_ranks_than_a_pool_has_threads_by_default(tmp_path, monkeypatch):  # its lab takes the place of the one of three
+    """They wait for each other."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # 5 threads, then
+    with labkit.connect("threads", 7) as lab:
+        assert same(ended(train(problem(), lab, tmp_path, passes=1)))
 
 
 @pytest.mark.slow
