@@ -5,7 +5,9 @@ Used by the tests in this folder.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 import labkit
 from labkit.jets.files import convert
@@ -33,3 +35,10 @@ def run(few, lab, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LABKIT_CACHE", str(tmp_path_factory.getbasetemp() / "labkit-cache"))
         return ended(labkit.train(problem(few), lab, update="agwu", passes=3, runs=tmp_path_factory.mktemp("runs"), seed=3))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws is the same each time, whatever the tests before it have drawn."""
+    torch.manual_seed(0)
+    np.random.seed(0)
