@@ -11,7 +11,6 @@ import copy
 import inspect
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -52,6 +51,7 @@ from labkit.problems.trial import (
     check_rebuilt,
     check_same,
     copied,
+    eagerly,
     fingerprint,
     initialise,
     is_of_compiler,
@@ -328,11 +328,9 @@ class Problem:
         here = host(device)
         if found := next((Precision(**one) for one in earlier if one["host"] == here), None):
             return found
-        plain, eager = self.in_precision(Precision("float32", self.channels_last)), contextlib.nullcontext()
+        plain = self.in_precision(Precision("float32", self.channels_last))
         vars(plain)["inner"] = None  # one thread, as the layers are compared
-        if "torch._dynamo" in sys.modules:  # what is compiled need not be once more for this
-            eager = torch.compiler.set_stance("force_eager")
-        with seeded(seed), eager:
+        with seeded(seed), eagerly():  # what is compiled need not be once more for this
             module = plain.new_module(seed).to(device)
             batch = plain.draw(self.train_indices()[: min(self.batch_size, SAMPLES)], device, draws(seed, 0))
             optimisers, clock = plain.optimisers(module), Clock(0, 1, 0.0, noise(seed, 0, device=device), torch.get_num_threads())

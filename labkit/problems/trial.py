@@ -17,10 +17,12 @@ import numbers
 import pickle
 import random
 import sys
+import threading
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -34,6 +36,17 @@ from labkit.models import evaluating, seeded
 from labkit.models.flat import Flat
 from labkit.problems.metrics import one_number
 
+
+@dataclass
+class _Eager:
+    """How many threads compute without compiling, and what restores the setting of torch."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    n: int = 0
+    stance: Any = None
+
+
+_eager = _Eager()
 OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 COMPILER = "_torchdynamo"  # so begin the attributes that torch.compile gives modules and functions
 SHOWN = 3  # names in a message
@@ -100,8 +113,25 @@ def is_lazy(module: nn.Module) -> bool:
 def initialise(module: nn.Module, evaluate: Callable[[], Any]) -> None:
     """Give the lazy tensors of a module their shapes, if it has any, by `evaluate()`; not compiled, at which torch may fail."""
     if is_lazy(module):
-        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext():
+        with eagerly():
             evaluate()
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Nothing is compiled meanwhile. torch has one setting for all threads: the first that comes changes it, the last restores it."""
+    with _eager.lock:
+        if _eager.n == 0 and "torch._dynamo" in sys.modules:
+            _eager.stance = torch.compiler.set_stance("force_eager")
+        _eager.n += 1
+    try:
+        yield
+    finally:
+        with _eager.lock:
+            _eager.n -= 1
+            if _eager.n == 0 and _eager.stance:
+                _eager.stance.__exit__(None, None, None)
+                _eager.stance = None
 
 
 def check_equal(one: Flat, other: Flat, title: str) -> None:

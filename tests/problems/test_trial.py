@@ -16,6 +16,7 @@ from torch import nn
 import labkit
 from labkit.errors import ProblemError
 from labkit.models.flat import Flat
+from labkit.problems.trial import eagerly
 from tests.helpers import problem
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -483,3 +484,14 @@ def test_the_generators_that_are_seeded_for_each_step_are_no_state_of_a_module()
             return super().forward(x + torch.rand(1) * np.random.random() * random.random() * self.training)
 
     problem(Noisy).check(0)
+
+
+def test_when_two_threads_have_computed_without_compiling_the_next_one_compiles():
+    compiled = []
+    twice = torch.compile(lambda x: 2 * x, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    first, second = eagerly(), eagerly()
+    for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+        step()
+        assert twice(torch.ones(1)) == 2 and not compiled
+    second.__exit__(None, None, None)
+    assert twice(torch.ones(1)) == 2 and len(compiled) == 1

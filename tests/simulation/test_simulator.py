@@ -351,7 +351,7 @@ def test_simulated_times_of_runs_that_were_not_fitted_are_near_the_measured_ones
     a_problem, fitted, errors = problem(net_with_statistics, kind=Slow, xy=data(1000)), None, []
     for ways, together in itertools.groupby(HELD_OUT, key=lambda row: row[0]):
         with labkit.connect("threads", 2, **ways) as lab:
-            common = {"passes": 2, "runs": tmp_path}
+            common = {"passes": 1, "runs": tmp_path}
             if fitted is None:
                 fitted = ended(labkit.train(a_problem, lab, update="agwu", partition="udpa", name="fitted", **common))
             for _, options in together:
