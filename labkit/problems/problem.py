@@ -476,7 +476,7 @@ class Problem:
 
     def on(self, dataset: Dataset) -> "Problem":
         """The same problem on the samples of another data set."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # by `__getstate__`: what was made of the samples is made anew
         other.__dict__ |= {"dataset": dataset}
         return other
 
@@ -592,7 +592,8 @@ class Problem:
         return self.on(self.dataset)._folded((k, n, seed))
 
     def _folded(self, fold: tuple[int, int, int] | None) -> Self:
-        self.__dict__.pop("_split", None)
+        for name in self._made_on_use() - {"dataset"}:  # of other samples, such as what a network begins from
+            self.__dict__.pop(name, None)
         self._fold = fold
         return self
 
@@ -609,11 +610,16 @@ class Problem:
         return {"kind": import_path(type(self)), **settings}
 
     def __getstate__(self) -> dict[str, Any]:
-        made = {name for cls in type(self).__mro__ for name, value in vars(cls).items() if isinstance(value, cached_property)}
+        made = self._made_on_use()
         state = {name: value for name, value in self.__dict__.items() if name not in made}
         if "dataset" in self.__dict__:
             state["_expected"] = _identity(self.dataset)
         return state
+
+    @classmethod
+    def _made_on_use(cls) -> set[str]:
+        """Names of what is made when it is first asked for; copies, also those in other processes, make it anew."""
+        return {name for one in cls.__mro__ for name, value in vars(one).items() if isinstance(value, cached_property)}
 
     def _title(self) -> str:
         return f"problem {type(self).__name__}"

@@ -29,13 +29,14 @@ from labkit.models import evaluating, seeded
 from labkit.problems.optimisers import make_optimiser
 from labkit.problems.problem import Clock, Metrics, Optimisers
 from labkit.showers.features import distance
-from labkit.showers.gan import GEV, NOISE_SEED, Showers, mirrored
+from labkit.showers.gan import EMPTY, GEV, NOISE_SEED, Showers, mirrored
 from labkit.showers.networks import LEAST_MEV, Condition, Profile, in_mev, standardised
 
 TIMES = 8  # frequencies by which a network sees t
 MAPS = 8  # learned planes that tell the convolutions where they are
 SCALE = 4.0  # of the logarithm of a cell's energy
 MOST_STEPS = 8
+LOOKED_AT = 8  # showers of a batch whose layers are made to see whether they are empty
 
 
 class ShowerFlow(Showers):
@@ -49,6 +50,8 @@ class ShowerFlow(Showers):
     steps : midpoint steps from noise to a shower, 8 at most; each evaluates the network twice.
     lr, decay : of Adam; the rate ends at decay * lr by a half cosine over the run.
     mirror : showers are mirrored and transposed at random, batch by batch: they come head on.
+
+    A loss that is no number, or layers that are empty (looked at in every 16th step of a worker), end the run: `step` raises a ProblemError.
     """
 
     def __init__(
@@ -102,8 +105,25 @@ class ShowerFlow(Showers):
         optimisers[0].zero_grad()
         loss.backward()
         optimisers[0].step()
+        due = self._is_due(module)
+        if due or cells.device.type == "cpu":
+            self._check_collapse(module if due else None, loss.detach(), cells, batch[1], clock)
         of = losses.detach().mean(0)
         return {"loss": loss.detach(), "layers": of[0], "cells": of[1]}
+
+    def _check_collapse(
+        self, module: nn.Module | None, loss: torch.Tensor, cells: torch.Tensor, energies: torch.Tensor, clock: Clock
+    ) -> None:
+        """ProblemError where the loss is no number, or the layers that `module` makes, if it is given, are empty."""
+        fine = {"its loss is no number": loss.isfinite()}
+        if module is not None:
+            condition = energies[:LOOKED_AT, None] / GEV
+            noise = torch.randn(len(condition), cells.shape[4], generator=torch.Generator().manual_seed(NOISE_SEED))
+            with evaluating(module) as plain:
+                made = in_mev(*plain.layers_from(noise.to(cells.device), condition, self.steps)).sum(1)
+            enough = made > EMPTY * cells.sum((1, 2, 3, 4)).mean()
+            fine |= {"its layers are no numbers": made.isfinite().all(), "its layers are empty": enough.float().mean() >= 0.1}
+        self._refuse_collapse(fine, clock)
 
     def _pair(self, module: nn.Module, batch: Any, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Roots of the layers' energies, of real and of made showers, (n, Z) each, and the two losses (n, 2)."""

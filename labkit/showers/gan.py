@@ -1,4 +1,4 @@
-"""The problem "train a GAN to make showers": 3DGAN's networks and recipe, critics of today as presets, on any lab under any update.
+"""The problem "train a GAN to make showers": 3DGAN's networks, losses and steps, critics of today as presets, on any lab under any update.
 
     critic    real showers x, showers of the generator G(z, E) for the energies E of the batch; then
     generator  so many steps on fresh noise, against the critic as it is now
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -35,18 +36,26 @@ from labkit.problems.problem import Clock, Metrics, Optimisers, Problem
 from labkit.problems.splits import batches
 from labkit.showers import networks
 from labkit.showers.features import compared, distance
-from labkit.showers.networks import Profile, Verdict
+from labkit.showers.networks import LEAST_MEV, Profile, Verdict
 
 GEV = 100.0  # the unit of energies in the networks
 PROFILED = 1000  # showers of the training split that a reduced network begins from
 NOISE_SEED = 1  # of what is made to be measured
 MEASURED = 128  # showers that are made at once there
-FEWEST = 8  # showers of a batch by which a collapse is told
-EMPTY, ALIKE = 0.01, 0.02  # of the mean total of real showers; of the spread of their layers' shares
+LOOK_EVERY = 16  # steps of a worker; to look at each waits for a GPU
+EMPTY = 0.01  # of the mean total of real showers
+ALIKE = 0.002  # of the spread of real layers' shares: a reduced generator begins at 0.02 to 0.04, and without its latent numbers it is below 0.001
 
 
 class Objective(NamedTuple):
-    """A preset: what the networks are trained with. Weights are those of 3DGAN's output: real or fake, energy, total, angle."""
+    """A preset: what the networks are trained with. Weights are those of 3DGAN's output: real or fake, energy, total, angle.
+
+    Those called "3dgan" have its weights, optimiser, flipped labels and steps: the critic on a real and on a fake batch, then the generator twice on
+    fresh noise. They depart from its script in three points. Fakes have the energies of the real batch; there they are uniform, 10 to 500 GeV. The
+    total that is asked of a fake is that of the real shower beside it; there it is a polynomial of the energy, fitted to its detector. (The script
+    for angles takes the labels of the batch, as here.) And the fakes of the critic's step come from the generator in training mode, with
+    normalisations by the batch; there from its prediction, with running statistics.
+    """
 
     kind: str  # "bce", "hinge" or "wgan-gp"
     validity: float = 1.0
@@ -138,6 +147,26 @@ class Showers(Problem):
         return {"loss": apart, "score": math.exp(-apart)}
 
     @cached_property
+    def _own_steps(self) -> weakref.WeakKeyDictionary[nn.Module, int]:
+        return self.__dict__.setdefault("_own_steps", weakref.WeakKeyDictionary())  # the same for threads that come at once
+
+    def _is_due(self, module: nn.Module) -> bool:
+        """Is this step on `module`, a worker's own, the first one or a 16th after it? Asked once a step."""
+        number = self._own_steps[module] = self._own_steps.get(module, -1) + 1
+        return number % LOOK_EVERY == 0
+
+    def _refuse_collapse(self, fine: Mapping[str, torch.Tensor], clock: Clock) -> None:
+        """ProblemError by the first of these that does not hold, each one bool; they are read from the device together."""
+        held = torch.stack([one.reshape(()) for one in fine.values()]).tolist()
+        if not all(held):
+            raise ProblemError(
+                f"the generator has collapsed after {clock.passes:.2f} passes: {list(fine)[held.index(False)]}. The checkpoints up to here "
+                f"remain (run.model(), labkit.resume with another problem). {self._remedy}"
+            )
+
+    _remedy = "Lower lr."
+
+    @cached_property
     def profile(self) -> Profile:
         """Of the first showers of the training split."""
         indices = np.sort(self.train_indices()[:PROFILED])
@@ -169,7 +198,8 @@ class ShowerGAN(Showers):
     data : showers: "showers-wsi" (Geant4's, in the package), "parametrised-showers", or what `labkit.showers.open_showers` returns.
     network : "reduced", "full" or "angle" (`labkit.showers.networks`).
     loss : a preset of `labkit.showers.gan.LOSSES`: "3dgan" (2 / 0.1 / 0.1), "3dgan-master" (6 / 0.2 / 0.1), "3dgan-horovod"
-        (8 / 0.2 / 0.1), "3dgan-angle" (3 / 0.1 / 0.1 / 25), "hinge" or "wgan-gp". By default that of the network.
+        (8 / 0.2 / 0.1), "3dgan-angle" (3 / 0.1 / 0.1 / 25), whose three departures from 3DGAN's script are in `gan.Objective`; "hinge" or
+        "wgan-gp". By default that of the network.
     validity, energy, total : weights of real or fake, of the energy and of the total, instead of those of the preset.
     latent : numbers of noise that the shape of a shower is made of; by default as published, or 32.
     dropout : of the critic; by default 0.2 as published, or 0.
@@ -179,8 +209,9 @@ class ShowerGAN(Showers):
     mirror : real showers are mirrored and transposed at random, batch by batch: eight times as many for the critic to know, where electrons come
         head on. By default so of the reduced network.
 
-    A batch whose showers are empty, no numbers or all alike has collapsed: `step` raises a ProblemError that says which, the run fails with it, and the
-    checkpoints up to then remain.
+    A generator whose showers of a batch are empty or no numbers, or the same for two noises at the same energies (their layers differ by less than
+    0.2 % of the spread of real ones), has collapsed: `step` raises a ProblemError that says which, the run fails with it, and the checkpoints up
+    to then remain. On a GPU each worker looks at every 16th of its steps. Cells below 1 keV of the showers that are made are 0.
     """
 
     def __init__(
@@ -273,15 +304,18 @@ class ShowerGAN(Showers):
         with self.autocast(x.device):
             for _ in range(how.critic_steps):
                 with torch.no_grad():
-                    fake = _plain(generator)(noise(), condition)
+                    fake = other = _plain(generator)(noise(), condition)
                 of_critic = self._critic_step(critic, optimisers[1], cells, fake, condition, truth, clock)
-            for _ in range(how.generator_steps):
+            for number in range(how.generator_steps):
                 with _frozen(_plain(critic)) as judge:
                     fake = generator(noise(), condition)
+                    if number == 0:
+                        pair = other, fake.detach()  # of one generator
                     said = judge(fake, condition)
                     losses = self._losses(said, truth, 1.0)
                     _descend(optimisers[0], losses["loss"])
-        self._check_collapse(fake.detach(), cells, clock)
+        if self._is_due(module) or x.device.type == "cpu":
+            self._check_collapse(fake.detach(), pair, cells, clock)
         with torch.no_grad():
             return {**{name: value.detach() for name, value in losses.items()}, "critic": of_critic.detach()}
 
@@ -340,7 +374,7 @@ class ShowerGAN(Showers):
         self, module: nn.Module, energies: torch.Tensor, noise: torch.Tensor, theta: torch.Tensor | None = None
     ) -> torch.Tensor:
         made = self._linear(_plain(module["generator"])(noise, self._condition(energies, theta)))[:, 0]
-        return made / NETWORKS[self.network].unit
+        return F.threshold(made / NETWORKS[self.network].unit, LEAST_MEV, 0.0)
 
     # -- units, and what can go wrong ----------------------------------------------------------------------------
 
@@ -366,24 +400,26 @@ class ShowerGAN(Showers):
             for group in optimiser.param_groups:
                 group["lr"] = lr * share
 
-    def _check_collapse(self, fake: torch.Tensor, cells: torch.Tensor, clock: Clock) -> None:
-        if len(fake) < FEWEST or (
-            fake.device.type != "cpu" and clock.samples // self.batch_size % 16
-        ):  # there it waits for the device
-            return
-        fake, cells = fake.float(), cells.float()
-        layers, of_real = fake.sum((1, 2, 3)), cells.sum((1, 2, 3))
-        totals, typical = layers.sum(1), of_real.sum(1).mean()
-        spread, of_reals = (one.div(one.sum(1, keepdim=True).clamp_min(1e-9)).std(0).mean() for one in (layers, of_real))
-        numbers = totals.isfinite().all(), (totals > EMPTY * typical).float().mean() >= 0.1, spread >= ALIKE * of_reals
-        fine = torch.stack([number.reshape(()) for number in numbers]).tolist()
-        if not all(fine):
-            what = ("hold cells that are no numbers", "are empty", "are all alike, whatever the noise")[fine.index(False)]
-            raise ProblemError(
-                f"the generator has collapsed after {clock.passes:.2f} passes: the showers of a batch {what}. The checkpoints up to here remain "
-                "(run.model(), labkit.resume with another problem). Lower lr, or take another loss than "
-                f"{self.loss!r}: {', '.join(LOSSES)}."
-            )
+    def _check_collapse(
+        self, fake: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor], cells: torch.Tensor, clock: Clock
+    ) -> None:
+        """ProblemError where `fake`, beside the real `cells`, has collapsed, or the generator makes the same of the two noises of `pair`."""
+        totals, of_real = fake.float().sum((1, 2, 3, 4)), cells.float().sum((1, 2, 3))
+        one, other, real_ones = (
+            layers / layers.sum(1, keepdim=True).clamp_min(1e-9)
+            for layers in (*(made.float().sum((1, 2, 3)) for made in pair), of_real)
+        )
+        spread = (one - other).square().mean(0).div(2).sqrt().mean()  # at equal energies: that of one, if both were drawn alike
+        fine = {
+            "the showers of a batch hold cells that are no numbers": totals.isfinite().all(),
+            "the showers of a batch are empty": (totals > EMPTY * of_real.sum(1).mean()).float().mean() >= 0.1,
+            "the showers of an energy are all alike, whatever the noise": spread >= ALIKE * real_ones.std(0, correction=0).mean(),
+        }
+        self._refuse_collapse(fine, clock)
+
+    @property
+    def _remedy(self) -> str:
+        return f"Lower lr, or take another loss than {self.loss!r}: {', '.join(LOSSES)}."
 
 
 def mirrored(cells: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

@@ -100,6 +100,15 @@ def test_it_is_checked_recorded_trained_and_replayed(small, train):
     assert {"layers", "cells", "distance"} <= set(run.curve().columns)
 
 
+@pytest.mark.parametrize(("bias", "words"), [(math.nan, "its loss is no number"), (-1e3, "its layers are empty")])
+def test_a_collapse_ends_the_run(bias, words, small):
+    problem = tiny(small)
+    module = problem.new_module(0)
+    torch.nn.init.constant_(module.of_layers[-1].bias, bias)
+    with pytest.raises(ProblemError, match=f"the generator has collapsed after 0.40 passes: {words}.*Lower lr"):
+        problem.step(module, problem.load(np.arange(4)), problem.optimisers(module), Clock(20, 360, 0.4, noise(0, 0)))
+
+
 def test_data_with_angles_are_refused(small, monkeypatch):
     monkeypatch.setattr(ShowerFlow, "has_angle", True)
     with pytest.raises(ProblemError, match="knows of no angles"):

@@ -185,19 +185,55 @@ def test_what_does_not_fit_is_refused_by_what_it_is(small):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoiled", "words"),
     [
-        (lambda made: 0 * made, "are empty"),
-        (lambda made: made[:1].expand(len(made), -1, -1, -1, -1), "are all alike, whatever the noise"),
-        (lambda made: made * math.nan, "hold cells that are no numbers"),
+        (lambda x: (0 * x, (x.flip(0), x)), "the showers of a batch are empty"),
+        (lambda x: (x, (x, x)), "the showers of an energy are all alike, whatever the noise"),  # of many energies
+        (lambda x: (x * math.nan, (x.flip(0), x)), "the showers of a batch hold cells that are no numbers"),
     ],
 )
-def test_a_collapse_is_seen_in_its_batch(spoil, words, small):
+def test_a_collapse_is_seen_in_its_batch(spoiled, words, small):
     problem = tiny(small)
-    x = problem.load(np.arange(12))[0].float()
-    problem._check_collapse(x.flip(0), x, clock())
-    with pytest.raises(ProblemError, match=f"collapsed after 0.40 passes: the showers of a batch {words}"):
-        problem._check_collapse(spoil(x), x, clock(20))
+    for n in (2, 12):
+        x = problem.load(np.arange(n))[0].float()
+        problem._check_collapse(x.flip(0), (x.flip(0), x), x, clock())
+        with pytest.raises(ProblemError, match=f"collapsed after 0.40 passes: {words}"):
+            problem._check_collapse(*spoiled(x), x, clock(20))
+
+
+@pytest.mark.parametrize("ignored", [5, None], ids=["latent", "all"])
+def test_a_generator_that_ignores_its_noise_has_collapsed(ignored, small):
+    problem = tiny(small)
+    module = problem.new_module(0)
+    kept = torch.arange(problem.n_noise(module)) >= (ignored or math.inf)
+    module["generator"].register_forward_pre_hook(lambda _, given: (given[0] * kept, given[1]))
+    with pytest.raises(ProblemError, match="all alike, whatever the noise"):
+        problem.step(module, problem.load(problem.train_indices()[:4]), problem.optimisers(module), clock())
+
+
+def test_every_sixteenth_step_of_a_worker_is_due_whatever_the_others_do(small):
+    problem, one, other = tiny(small), torch.nn.Identity(), torch.nn.Identity()
+    for number in range(33):
+        assert problem._is_due(one) == (number % 16 == 0)
+    assert problem._is_due(other)
+
+
+def test_cells_below_a_kev_are_not_made(small):
+    problem = tiny(small)
+    problem.network = "full"  # whose unit is 10 MeV
+    cells = torch.tensor([0.0, 5e-4, 2e-3, 3.0]).view(1, 1, 1, 1, 4)
+    made = problem.make({"generator": lambda noise, condition: 0.1 * cells}, torch.tensor([10.0]), torch.zeros(1, 5))
+    torch.testing.assert_close(made.flatten(), torch.tensor([0.0, 0.0, 2e-3, 3.0]))
+
+
+def test_a_fold_begins_from_its_own_showers_also_after_a_check(small):
+    used = tiny(small)
+    used.check()
+    expected = [tiny(small).fold(k, 2).profile.image for k in range(2)]
+    assert not np.array_equal(*expected)
+    for k in range(2):
+        np.testing.assert_array_equal(used.fold(k, 2).profile.image, expected[k])
+        np.testing.assert_array_equal(used._folded((k, 2, 0)).profile.image, expected[k])
 
 
 class Collapsing(ShowerGAN):
