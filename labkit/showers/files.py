@@ -8,7 +8,8 @@
     "showerdata"    energies, num_points, shape, showers (points)     of showerdata 0.7                GeV
 
 A data set has "x" (1, X, Y, Z), depth last, as it stands in the file, and the targets "energy" in GeV and, where there is one, "theta".
-Of CaloChallenge's data sets 2 and 3 the axes are angle, radius, layer; the voxels of data set 1 are (1, 1, 1, 368), say. What is read is
+Of CaloChallenge's data sets 2 and 3 the axes are angle, radius, layer; the voxels of data set 1 are (1, 1, 1, 368), say. Files that labkit
+wrote in this layout or as "showerdata" say which cells they have. What is read is
 copied into the cache once, a block at a time; from there each worker maps it, and indices are dealt out.
 
 Used by users through `labkit.showers.open_showers` and by `labkit.showers.generation`.
@@ -37,6 +38,8 @@ KEYS = {  # of each layout, and the first that is there is the layout of a file
 }
 LAYOUTS = tuple(KEYS)
 ANGLES = ("theta", "mtheta")
+IN_GEV = ("lcd", "lcd-angle", "nnlo")  # layouts whose cells their authors wrote in GeV
+LEAST_VISIBLE = 0.5  # MeV per GeV: less no calorimeter of these shows
 GEV = {"nnlo": 100.0, "calochallenge": 1e-3}  # what one unit of energy is in GeV, where it is none
 CYLINDERS = {6480: (45, 16, 9), 40500: (45, 50, 18)}  # voxels of CaloChallenge: layers, angles, radii
 EMPTY = ("refuse", "drop")
@@ -62,7 +65,7 @@ def open_showers(
     *,
     grid: Sequence[Sequence[float]] | None = None,
     empty: str = "refuse",
-    scale: float = 1.0,
+    scale: float | None = None,
 ) -> Dataset:
     """The showers of one HDF5 file, of several, or of all in a folder, as one data set of which a tenth is held out.
 
@@ -78,17 +81,18 @@ def open_showers(
     empty
         "drop" leaves showers without energy out and says how many they were; "refuse" is a DataError.
     scale
-        What each cell is multiplied by, so that it is in MeV, as the networks of this package and its figures take it: 1000 for files in GeV.
+        What each cell is multiplied by, so that it is in MeV, as the networks of this package and its figures take it: 1000 for files in GeV,
+        as those of LCD and NNLO are. By default 1; such files are then refused where showers have less than 0.5 MeV per GeV.
 
     Raises
     ------
     ValueError, TypeError
         An argument makes no sense.
     DataError
-        A file is damaged or has none of the keys (the message has those that are there), shapes differ, an energy is not above 0, a
-        cell is negative or no number, or a shower is empty.
+        A file is damaged or has none of the keys (the message has those that are there), shapes or numbers of rows differ, an energy is not above 0, a
+        cell is negative or no number or seems to be in GeV, or a shower is empty.
     """
-    empty, scale = known("empty", empty, EMPTY), real("scale", scale, above=0)
+    empty, scale = known("empty", empty, EMPTY), None if scale is None else real("scale", scale, above=0)
     layout = None if layout is None else known("layout", layout, LAYOUTS)
     grid = None if grid is None else _grid(grid)
     parts = [_part(path, layout, grid) for path in _paths(files)]
@@ -128,6 +132,7 @@ class Writer:
                 self._make(name, (), "i4")
             self._file.attrs["labkit_cells"] = self.shape  # x, y and z of a point are numbers of cells
         elif self.layout == "calochallenge":
+            self._file.attrs["labkit_cells"] = self.shape
             self._make("showers", (voxels,), "f4", packed=True)
             self._make("incident_energies", (1,), "f4")
         else:
@@ -229,8 +234,13 @@ def _part(path: Path, layout: str | None, grid: Grid | None) -> Part:
             lacks = needs if layout is None else f"{', '.join(missing)} for layout {layout!r}"
             raise DataError(f"{path} has the keys {', '.join(there) or '(none)'}, and lacks those of showers ({lacks}).")
         angle = next((name for name in ANGLES if name in file), None) if layout == "lcd-angle" else None
+        if layout == "lcd-angle" and angle is None:
+            raise DataError(
+                f"{path} has the keys {', '.join(there)}, and no angles; layout {layout!r} needs {' or '.join(ANGLES)}."
+            )
+        _check_rows(path, file, layout, angle)
+        cells = file.attrs.get("labkit_cells")
         if layout == "showerdata":
-            cells = file.attrs.get("labkit_cells")
             if grid is None and cells is None:
                 raise DataError(
                     f"{path} holds points. Say in which cells they are counted: grid=[(low, high, cells), ...] of x, y, depth."
@@ -243,7 +253,8 @@ def _part(path: Path, layout: str | None, grid: Grid | None) -> Part:
             ok = len(shape) == 1
             if ok:
                 depth, angles, radii = CYLINDERS.get(shape[0], (shape[0], 1, 1))
-                shape = (angles, radii, depth)
+                own = cells is not None and int(np.prod(cells)) == shape[0]
+                shape = tuple(cells) if own else (angles, radii, depth)
         else:
             ok = len(shape) == 3
         if not ok or 0 in stored:
@@ -251,6 +262,19 @@ def _part(path: Path, layout: str | None, grid: Grid | None) -> Part:
                 f"{path}: showers have shape {stored}; layout {layout!r} needs {KEYS[layout]} of (N, X, Y, Z) cells, N > 0."
             )
         return Part(path, layout, stored[0], tuple(map(int, shape)), angle)
+
+
+def _check_rows(path: Path, file: h5py.File, layout: str, angle: str | None) -> None:
+    """DataError unless every array has a row for each shower."""
+    names = [*KEYS[layout], *([angle] if angle else [])]
+    if layout == "nnlo" and isinstance(file["y"], h5py.Group) and "b" in file["y"]:
+        names.append("y/b")
+    arrays = {name: file[name] for name in names if name != "shape" and isinstance(file[name], h5py.Dataset)}
+    rows = {name: array.shape[0] if array.shape else 1 for name, array in arrays.items()}
+    if len({*rows.values()}) > 1:
+        raise DataError(
+            f"{path} has {', '.join(f'{n} rows of {name}' for name, n in rows.items())}. Each shower needs one of each."
+        )
 
 
 def _blocks(part: Part, grid: Grid | None) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
@@ -306,9 +330,9 @@ def _block(file: h5py.File, part: Part, some: slice, grid: Grid | None) -> tuple
     return x, target.reshape(n, -1)[:, 1]
 
 
-def _fields(parts: list[Part], grid: Grid | None, empty: str, scale: float) -> dict[str, Source]:
+def _fields(parts: list[Part], grid: Grid | None, empty: str, scale: float | None) -> dict[str, Source]:
     """The split, on its way into the cache: the answers are read now, the showers as they are written."""
-    kept, answers = [], {"energy": [], **({"theta": []} if parts[0].angle else {})}
+    kept, total, answers = [], 0.0, {"energy": [], **({"theta": []} if parts[0].angle else {})}
     for part in parts:
         masks, start = [], 0
         for x, found in _blocks(part, grid):
@@ -318,12 +342,20 @@ def _fields(parts: list[Part], grid: Grid | None, empty: str, scale: float) -> d
                 raise DataError(f'{part.path}: shower {bad} is empty. Leave such out with empty="drop".')
             masks.append(mask)
             start += len(x)
+            total += float(x.sum(dtype=np.float64))
             for name, values in found.items():
                 answers[name].append(values[mask])
         kept.append(np.concatenate(masks))
     n, dropped = (sum(int((mask == one).sum()) for mask in kept) for one in (True, False))
     if not n:
         raise DataError(f"{parts[0].path}: all {dropped} showers are empty.")
+    visible = total / sum(float(values.sum(dtype=np.float64)) for values in answers["energy"])
+    if scale is None and parts[0].layout in IN_GEV and visible < LEAST_VISIBLE:
+        raise DataError(
+            f"{parts[0].path}: showers have {visible:.2g} per GeV, which is little in MeV. For cells in GeV give scale=1000; scale=1 says that "
+            "they are in MeV."
+        )
+    scale = 1.0 if scale is None else scale
 
     def chunks() -> Iterator[np.ndarray]:
         for part, mask in zip(parts, kept, strict=True):

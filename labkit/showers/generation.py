@@ -71,22 +71,21 @@ def generate(
     Raises
     ------
     DataError
-        Energies that are no numbers above 0, no energies, or angles that do not fit them.
+        Energies that are no numbers above 0, no energies, or angles that do not fit them, are no numbers, or are none of the model's.
     ProblemError, ValueError, TypeError
         The model makes no showers, or an argument makes no sense.
     """
     seed, batch_size = whole("seed", seed, 0, SEEDS, error=ValueError), whole("batch_size", batch_size)
     layout = known("layout", layout, WRITABLE)
     energies = _checked_energies(energies)
-    theta = None if theta is None else np.asarray(theta, np.float32)
     if lab is not None:
         instance("lab", lab, Lab, " of labkit.connect(...)")
         if out is None or not isinstance(model, Run):
             raise ValueError("with lab= give a run and out=: the workers read its weights by its path, and write a file each.")
-        return _by_workers(model, energies, seed, theta, batch_size, file_path("out", out), layout, lab, version)
     problem, module = model_of(model, version)
-    if problem.has_angle and (theta is None or theta.shape != energies.shape):
-        raise DataError(f"{problem._title()} makes showers of an energy and an angle: give theta={energies.shape}, in rad.")
+    theta = _checked_angles(problem, energies, theta)
+    if lab is not None:
+        return _by_workers(problem, model, energies, seed, theta, batch_size, file_path("out", out), layout, lab, version)
     made = _stream(problem, module.to(device), energies, theta, seed, batch_size, device)
     shape = tuple(problem.dataset.shape[1:])
     if out is None:
@@ -122,6 +121,21 @@ def _checked_energies(energies: Any) -> np.ndarray:
     return energies
 
 
+def _checked_angles(problem: Showers, energies: np.ndarray, theta: Any) -> np.ndarray | None:
+    if not problem.has_angle:
+        if theta is not None:
+            raise DataError(
+                f"{problem._title()} makes showers of an energy alone. Leave theta= out, or train on showers with angles."
+            )
+        return None
+    theta = None if theta is None else np.asarray(theta, np.float32)
+    if theta is None or theta.shape != energies.shape:
+        raise DataError(f"{problem._title()} makes showers of an energy and an angle: give theta={energies.shape}, in rad.")
+    if (wrong := np.flatnonzero(~np.isfinite(theta))).size:
+        raise DataError(f"theta {wrong[0]} is {theta[wrong[0]]:g}. Each is a number, in rad.")
+    return theta
+
+
 def _stream(
     problem: Showers,
     module: nn.Module,
@@ -150,8 +164,8 @@ def _stream(
 
 
 def _noise(seed: int, block: int, n_noise: int) -> torch.Tensor:
-    stream = np.random.SeedSequence([seed, block])
-    return torch.randn(BLOCK, n_noise, generator=torch.Generator().manual_seed(int(stream.generate_state(1)[0])))
+    """By numpy's generator, which makes use of all of the seed; torch's on the CPU has 32 bits, in which blocks would soon meet again."""
+    return torch.from_numpy(np.random.default_rng([seed, block]).standard_normal((BLOCK, n_noise), np.float32))
 
 
 def _write(
@@ -169,6 +183,7 @@ def _write(
 
 
 def _by_workers(
+    problem: Showers,
     run: Run,
     energies: np.ndarray,
     seed: int,
@@ -183,13 +198,12 @@ def _by_workers(
     n = min(len(lab.free()) or 1, blocks)
     edges = [BLOCK * (blocks * part // n) for part in range(n)] + [len(energies)]
     out = out.absolute()
-    problem = run.problem()
     items = [
         (problem, str(run.path), version, energies[low:high], None if theta is None else theta[low:high], seed, batch_size, low, layout,
          str(out.with_name(f"{out.stem}-{part:02d}{out.suffix or '.h5'}")))
         for part, (low, high) in enumerate(pairwise(edges))
     ]  # fmt: skip
-    return [Path(path) for path in lab.map(_a_share, items, placed=True)]
+    return [Path(path) for path in lab.map(_a_share, items, math.inf, placed=True)]  # as long as it takes
 
 
 def _a_share(item: tuple, worker: Worker) -> str:

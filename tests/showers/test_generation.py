@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
+import torch
 
 import labkit
 from labkit.errors import DataError, ProblemError
@@ -44,19 +47,26 @@ def test_what_is_streamed_to_a_file_is_what_stays_in_memory(model, tmp_path):
         np.testing.assert_allclose(batch["x"][:, 0], made[rows], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_showers(model, tmp_path):
-    import tracemalloc
+def test_no_batch_is_kept_when_the_next_one_is_written(model, tmp_path, monkeypatch):
+    made, alive = [], []
 
-    def peak(n):
-        tracemalloc.start()
-        generate(model, np.full(n, 10.0), batch_size=8, out=tmp_path / f"{n}.h5")
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        return most
+    class Watched(generation.Writer):
+        def append(self, showers, *of):
+            made.append((len(showers), weakref.ref(showers)))
+            alive.append(sum(one() is not None for _, one in made))
+            super().append(showers, *of)
 
-    peak(100)
-    assert peak(4000) < peak(400) + 4000 * 8 * 4 + 200_000  # energies, and what is not ours
+    monkeypatch.setattr(generation, "Writer", Watched)
+    generate(model, np.full(60, 10.0), batch_size=8, out=tmp_path / "made.h5")
+    assert [n for n, _ in made] == [8] * 7 + [4] and max(alive) <= 2
+
+
+def test_blocks_have_noise_of_their_own_by_all_of_the_seed():
+    noise = generation._noise(2**32 + 3, 5, 40)
+    assert torch.equal(noise, generation._noise(2**32 + 3, 5, 40)) and noise.shape == (generation.BLOCK, 40)
+    assert abs(float(noise.mean())) < 0.05 and float(noise.std()) == pytest.approx(1, abs=0.05)
+    for seed, block in ((3, 5), (2**32 + 3, 6), (5, 2**32 + 3)):
+        assert not torch.equal(noise, generation._noise(seed, block, 40))
 
 
 @pytest.mark.slow
@@ -71,6 +81,17 @@ def test_workers_make_a_part_each(small, train, lab, tmp_path):
     assert negative_objective(run) < 0
     with pytest.raises(ValueError, match="with lab= give a run and out="):
         generate(run, energies, lab=lab)
+    with pytest.raises(DataError, match="an energy alone"):
+        generate(run, energies, theta=energies, out=tmp_path / "angles.h5", lab=lab)
+
+
+def test_angles_are_for_the_models_that_know_them(model, monkeypatch):
+    with pytest.raises(DataError, match="makes showers of an energy alone"):
+        generate(model, [5.0], theta=[1.0])
+    monkeypatch.setattr(ShowerGAN, "has_angle", True)
+    for theta, words in ((None, r"give theta=\(2,\)"), ([1.0], r"give theta=\(2,\)"), ([1.0, np.nan], "theta 1 is nan")):
+        with pytest.raises(DataError, match=words):
+            generate(model, [5.0, 6.0], theta=theta)
 
 
 def test_what_makes_no_showers_and_energies_that_are_none_are_refused(model):
