@@ -25,7 +25,7 @@ def page(found: Any) -> hv.Layout:
     style.extension()
     samples = (found.real, found.other, found.made)
     n = len(found.real["total"])
-    note = f"{n} showers each; simulated by Geant4 or read from files"
+    note = f"{n} showers each" + (f"; data: {of}" if (of := getattr(found, "data", "")) else "")
     return style.stack(
         [_along(found, samples, note), _across(samples), _cells(samples), _fraction(found), _separations(found)], space=0.9
     )

@@ -4,8 +4,8 @@
     FPD, KPD     Frechet distance of Gaussians, extrapolated to infinitely many showers, and MMD^2 with the polynomial kernel
                  (x.y / d + 1)^4, unbiased (Kansal et al., arXiv:2211.10295), on high-level features; x 1000, as published
     P, R, D, C   precision and recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797) by the k = 5 nearest neighbours
-    AUC          of a classifier on voxels ("low"), voxels and layers apart ("normalised"), layers' sums and shapes ("high"): 0.5 cannot tell
-                 them apart; trained, chosen and calibrated on parts of its own, and judged on another
+    AUC, JSD     of a classifier on voxels ("low"), voxels and layers apart ("normalised"), layers' sums and shapes ("high"): 0.5 and 0 cannot
+                 tell them apart; trained, chosen and calibrated on parts of its own, and judged on another
 
 Each number stands beside its floor, which is that of simulated showers against others of them, with the spread of bootstrap samples and the number
 of showers: numbers of other sizes or detectors are no comparison.
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 BINS = 30
 NEIGHBOURS = 5
+MOST = 10_000  # showers of each sample whose distances from each other are counted: 0.8 GB a matrix
 DEGREE = 4  # of the kernel of KPD
 INPUTS = ("low", "normalised", "high")
 SEPARATED = ("total", "fraction", "depth", "length", "x", "y", "width", "hits", "core")
@@ -104,9 +105,10 @@ def mmd(real: np.ndarray, made: np.ndarray, degree: int = DEGREE) -> float:
 
 
 def prdc(real: np.ndarray, made: np.ndarray, k: int = NEIGHBOURS) -> dict[str, float]:
-    """Precision, recall, density and coverage of features (n, d), (m, d), standardised by the real ones."""
+    """Precision, recall, density and coverage of features (n, d), (m, d), standardised by the real ones; of the first 10,000 of each."""
     from scipy.spatial.distance import cdist
 
+    real, made = real[:MOST], made[:MOST]
     mean, spread = real.mean(0), np.maximum(real.std(0), 1e-9)
     real, made = (real - mean) / spread, (made - mean) / spread
     between = cdist(real, made)
@@ -126,7 +128,7 @@ def prdc(real: np.ndarray, made: np.ndarray, k: int = NEIGHBOURS) -> dict[str, f
 
 @dataclass(frozen=True)
 class ClassifierTest:
-    """How the classifier that tells showers apart is trained: two hidden layers of `width`."""
+    """How the classifier that tells showers apart is trained: three hidden layers of `width`, as CaloChallenge's (its num_layer=2 adds two)."""
 
     width: int = 256
     lr: float = 1e-3
@@ -137,18 +139,19 @@ class ClassifierTest:
 CLASSIFIERS = {"small": ClassifierTest(), "calochallenge": ClassifierTest(2048, 2e-4, 1000, 50)}
 
 
-def inputs_of(cells: np.ndarray, energies: np.ndarray, kind: str = "low") -> np.ndarray:
+def inputs_of(cells: np.ndarray, energies: np.ndarray, kind: str = "low", visible: float = 1.0) -> np.ndarray:
     """What a classifier sees of showers (n, X, Y, Z) in MeV of energies (n,) in GeV: (n, d) float32, as in CaloChallenge.
 
-    "low": log10 E, and 100 x cell / E. "normalised": log10 E, cell / layer, log10 of the layers. "high": log10 E, log10 of the layers, and of
-    each layer centre and width in x and y.
+    "low": log10 E, and 100 x cell / E, of showers calibrated to E: `visible` is the share of E that cells hold on average. "normalised": log10 E,
+    cell / layer, log10 of the layers. "high": log10 E, log10 of the layers, and of each layer centre and width in x and y, in cells (there in
+    100 mm). E and the layers are in MeV.
     """
     known("kind", kind, INPUTS)
     cells, mev = np.asarray(cells, np.float32), 1e3 * np.asarray(energies, np.float32)[:, None]
     seen, flat = by_layer(cells), cells.reshape(len(cells), -1)
     layers = np.log10(seen["layer"] + 1e-8)
     if kind == "low":
-        return np.column_stack([np.log10(mev), 100 * flat / mev])
+        return np.column_stack([np.log10(mev), np.float32(100 / visible) * flat / mev])
     if kind == "normalised":
         return np.column_stack([np.log10(mev), (cells / (seen["layer"][:, None, None] + 1e-16)).reshape(len(cells), -1), layers])
     return np.column_stack([np.log10(mev), layers, *(values for name, values in seen.items() if name != "layer")]).astype(
@@ -157,10 +160,12 @@ def inputs_of(cells: np.ndarray, energies: np.ndarray, kind: str = "low") -> np.
 
 
 def auc(real: np.ndarray, made: np.ndarray, how: str | ClassifierTest = "small", seed: int = 0) -> dict[str, float]:
-    """How well a classifier tells inputs (n, d) from (m, d): "auc" on showers that it has not seen, calibrated, and its "jsd" (0 to 1).
+    """How well a classifier tells inputs (n, d) from (m, d): "auc" on showers that it has not seen, calibrated, and its "jsd" (0 to 1; 0 also
+    where its outputs say less than none).
 
-    60 % train it, with 20 % the best epoch is chosen and outputs are calibrated (isotonic), 20 % judge it. ProblemError for fewer than 50 showers
-    of either kind.
+    60 % train it, with 20 % the best epoch is chosen and outputs are calibrated (isotonic), 20 % judge it. Inputs are taken as they are: of numbers
+    about 1, and not standardised, by which a cell that is hit in one shower of a thousand would count most. ProblemError for fewer than 50
+    showers of either kind.
     """
     from sklearn.isotonic import IsotonicRegression
     from sklearn.metrics import roc_auc_score
@@ -173,13 +178,10 @@ def auc(real: np.ndarray, made: np.ndarray, how: str | ClassifierTest = "small",
     x = np.concatenate([one[rng.permutation(len(one))[:n]] for one in (real, made)]).astype(np.float32)
     y = np.repeat(np.float32([0, 1]), n)
     part = np.tile(np.digitize(np.arange(n) / n, [0.6, 0.8]), 2)
-    mean, spread = x[part == 0].mean(0), x[part == 0].std(0)
-    x = torch.from_numpy((x - mean) / np.where(spread > 1e-6, spread, 1))
-    y = torch.from_numpy(y)
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
     train, choose, judge = (torch.from_numpy(np.flatnonzero(part == p)) for p in range(3))
     with seeded(seed):
-        act = nn.LeakyReLU(0.01)
-        net = nn.Sequential(nn.Linear(x.shape[1], how.width), act, nn.Linear(how.width, how.width), act, nn.Linear(how.width, 1))
+        net = _classifier(x.shape[1], how.width)
         optimiser = torch.optim.Adam(net.parameters(), lr=how.lr)
         best, state = -1.0, None
         for _ in range(how.epochs):
@@ -199,7 +201,13 @@ def auc(real: np.ndarray, made: np.ndarray, how: str | ClassifierTest = "small",
     calibrated = IsotonicRegression(out_of_bounds="clip", y_min=1e-6, y_max=1 - 1e-6).fit(chosen, y[choose].numpy()).predict(judged)
     truth = y[judge].numpy()
     entropy = -np.mean(truth * np.log(calibrated) + (1 - truth) * np.log(1 - calibrated))
-    return {"auc": float(roc_auc_score(truth, judged)), "jsd": float(1 - entropy / np.log(2))}
+    return {"auc": float(roc_auc_score(truth, judged)), "jsd": max(0.0, float(1 - entropy / np.log(2)))}
+
+
+def _classifier(n_inputs: int, width: int) -> nn.Sequential:
+    act = nn.LeakyReLU(0.01)
+    inner = [layer for _ in range(2) for layer in (nn.Linear(width, width), act)]
+    return nn.Sequential(nn.Linear(n_inputs, width), act, *inner, nn.Linear(width, 1))
 
 
 # -- 3DGAN's own ------------------------------------------------------------------------------------------------------
@@ -227,8 +235,8 @@ def negative_objective(run: Any) -> float:
     problem, module = model_of(run)
     indices = problem.score_indices()
     x, y = problem.load(indices)
-    energies = problem.conditions(y)[0].numpy()
-    return -objective(x[:, 0].float().numpy(), generate((problem, module), energies), energies, energies)
+    energies, theta = (None if one is None else one.numpy() for one in problem.conditions(y))
+    return -objective(x[:, 0].float().numpy(), generate((problem, module), energies, theta=theta), energies, energies)
 
 
 def _moments(cells: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -254,7 +262,7 @@ def _relative(real: np.ndarray, made: np.ndarray) -> float:
 class Validation:
     """What `validate` found. `table` has a row for each number; `real`, `other` and `made` the observables of the three samples.
 
-    Columns of the table: metric, value, spread (of bootstrap samples or batches), floor, n (showers of each sample).
+    Columns of the table: metric, value, spread (of bootstrap samples or batches), floor, n (showers of each sample). `data`: of what they are compared with.
     """
 
     title: str
@@ -263,6 +271,7 @@ class Validation:
     other: dict[str, np.ndarray]
     made: dict[str, np.ndarray]
     bins: pd.DataFrame
+    data: str = ""
 
     def __getitem__(self, metric: str) -> float:
         return float(self.table.set_index("metric")["value"][known("metric", metric, list(self.table["metric"]))])
@@ -295,7 +304,7 @@ def validate(
     data
         What they are compared with: by default what the model was trained on; of a function it is needed.
     n
-        Showers of each sample; by default all of the test split.
+        Showers of each sample; by default all of the test split. Precision, recall, density and coverage are of 10,000 at most.
     classifiers
         Which classifier tests: of "low", "normalised", "high".
     how
@@ -306,7 +315,7 @@ def validate(
     Raises
     ------
     ProblemError, ValueError
-        The model makes no showers, or an argument makes no sense.
+        The model makes no showers, a function returns others than it was asked for, or an argument makes no sense.
     """
     import pandas as pd
 
@@ -325,18 +334,23 @@ def validate(
     for name, measure in (("FPD x 1000", fpd), ("KPD x 1000", kpd)):
         (value, spread), (floor, _) = (measure(high[0], one, seed) for one in (high[2], high[1]))
         rows.append((name, 1e3 * value, 1e3 * spread, 1e3 * floor))
-    value, floor = prdc(high[0], high[2]), prdc(high[0], high[1])
-    rows += [(name, value[name], np.nan, floor[name]) for name in value]
+    precisions, floor = prdc(high[0], high[2]), prdc(high[0], high[1])
+    rows += [(name, value, np.nan, floor[name]) for name, value in precisions.items()]
+    visible = float(real.sum(dtype=np.float64) / (1e3 * energies.sum(dtype=np.float64)))
     for kind in classifiers:
-        x = [inputs_of(*one, kind) for one in ((real, energies), (other, other_energies), (made, other_energies))]
-        pairs = {of: [auc(x[0], one, how, seed + s)["auc"] for s in range(2)] for of, one in (("made", x[2]), ("floor", x[1]))}
-        rows.append((f"AUC {kind}", np.mean(pairs["made"]), np.ptp(pairs["made"]) / 2, np.mean(pairs["floor"])))
+        x = [inputs_of(*one, kind, visible) for one in ((real, energies), (other, other_energies), (made, other_energies))]
+        of_made, floor = ([auc(x[0], one, how, seed + s) for s in range(2)] for one in (x[2], x[1]))
+        for name in ("auc", "jsd"):
+            values, floors = ([one[name] for one in found] for found in (of_made, floor))
+            rows.append((f"{name.upper()} {kind}", np.mean(values), np.ptp(values) / 2, np.mean(floors)))
     value, floor = objective(real, made, energies, other_energies), objective(real, other, energies, other_energies)
     rows.append(("3DGAN objective", value, np.nan, floor))
     table = pd.DataFrame(rows, columns=["metric", "value", "spread", "floor"]).assign(n=n)
+    table.loc[table["metric"].isin([*precisions]), "n"] = min(n, MOST)
     for sample, cells, e in zip(seen, (real, other, made), (energies, other_energies, other_energies), strict=True):
         sample |= {"energy": e, "across": cells.sum((2, 3)), "spectrum": _spectrum(cells)}
-    return Validation(title, table, *seen, _by_energy(seen[0], seen[2]))
+    about = f"{data_set.name}{' (synthetic, no simulation)' * data_set.synthetic}"
+    return Validation(title, table, *seen, _by_energy(seen[0], seen[2]), about)
 
 
 def official() -> pd.DataFrame:
@@ -351,15 +365,31 @@ def _maker(model: Any, data: Any, seed: int, version: Any) -> tuple[Callable[...
     if callable(model) and not isinstance(model, Run):
         if data is None:
             raise ProblemError("a function that makes showers was given; say with data= what they are to be compared with.")
-        return (
-            (lambda energies, theta: np.asarray(model(energies, seed), np.float32)),
-            open_dataset(data),
-            getattr(model, "__name__", "function"),
-        )
+        data_set, title = open_dataset(data), getattr(model, "__name__", "function")
+        shape = tuple(data_set.shape[1:])
+        return (lambda energies, theta: _checked(model(energies, seed), (len(energies), *shape), title)), data_set, title
     problem, module = model_of(model, version)
     data_set = problem.dataset if data is None else open_dataset(data)
     title = getattr(model, "label", None) or type(problem).__name__
-    return (lambda energies, theta: generate((problem, module), energies, seed, theta=theta)), data_set, title
+
+    def make(energies: np.ndarray, theta: np.ndarray | None) -> np.ndarray:
+        return generate((problem, module), energies, seed, theta=theta if problem.has_angle else None)
+
+    return make, data_set, title
+
+
+def _checked(showers: Any, shape: tuple[int, ...], title: str) -> np.ndarray:
+    """What a function of the user's own returned, float32; ProblemError where these are no showers of this shape."""
+    try:
+        showers = np.asarray(showers, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ProblemError(f"{title} returned a {type(showers).__name__}, and no array of showers: {error}.") from error
+    if showers.shape != shape:
+        raise ProblemError(f"{title} returned showers of shape {showers.shape}; asked for were {shape}, in MeV, depth last.")
+    if not np.isfinite(showers).all() or showers.min() < 0:
+        bad = np.flatnonzero(~(np.isfinite(showers) & (showers >= 0)).reshape(len(showers), -1).all(1))[0]
+        raise ProblemError(f"{title}: shower {bad} has cells that are negative or no numbers.")
+    return showers
 
 
 def _loaded(data: Dataset, n: int, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -12,12 +12,16 @@ from labkit.showers.gan import ShowerGAN
 from labkit.showers.validation import ClassifierTest
 from tests.showers.helpers import data, showers
 
-RNG = np.random.default_rng(0)
 QUICK = ClassifierTest(32, 1e-2, 20, 4)
 
 
-def test_separation_power_is_that_of_histograms():
-    real, made = RNG.normal(size=2000), RNG.normal(0.5, 1, 2000)
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_separation_power_is_that_of_histograms(rng):
+    real, made = rng.normal(size=2000), rng.normal(0.5, 1, 2000)
     low, high = np.quantile(real, [0.005, 0.995])
     edges = [-np.inf, *np.linspace(low, high, 11), np.inf]
     h, g = (np.histogram(one, edges)[0] / 2000 for one in (real, made))
@@ -27,25 +31,25 @@ def test_separation_power_is_that_of_histograms():
     assert validation.separation(real, np.full(2000, np.nan)) > 0.9 and validation.separation(np.ones(9), np.ones(9)) == 0
 
 
-def test_the_frechet_distance_is_that_of_gaussians():
-    a, b = (RNG.normal(size=(5, 5)) for _ in range(2))
-    one, other, apart = a @ a.T, b @ b.T, RNG.normal(size=5)
+def test_the_frechet_distance_is_that_of_gaussians(rng):
+    a, b = (rng.normal(size=(5, 5)) for _ in range(2))
+    one, other, apart = a @ a.T, b @ b.T, rng.normal(size=5)
     expected = apart @ apart + np.trace(one + other - 2 * np.real(sqrtm(one @ other)))
     assert validation.frechet(apart, one, np.zeros(5), other) == pytest.approx(expected)
     assert validation.frechet(apart, one, apart, one) == pytest.approx(0, abs=1e-9)
 
 
-def test_fpd_extrapolates_to_the_distance_of_infinitely_many():
-    real, made = RNG.normal(1, 0.1, (3000, 4)), RNG.normal(1.05, 0.1, (3000, 4))
+def test_fpd_extrapolates_to_the_distance_of_infinitely_many(rng):
+    real, made = rng.normal(1, 0.1, (3000, 4)), rng.normal(1.05, 0.1, (3000, 4))
     largest = np.abs(real).max(0)
     expected = float(((0.05 / largest) ** 2).sum())
     value, error = validation.fpd(real, made)
     assert value == pytest.approx(expected, rel=0.25) and error < 0.2 * expected
-    assert validation.fpd(real, RNG.normal(1, 0.1, (3000, 4)))[0] < 0.1 * expected
+    assert validation.fpd(real, rng.normal(1, 0.1, (3000, 4)))[0] < 0.1 * expected
 
 
-def test_kpd_is_the_unbiased_mmd_of_the_polynomial_kernel():
-    real, made = RNG.normal(size=(12, 3)), RNG.normal(size=(9, 3)) + 1
+def test_kpd_is_the_unbiased_mmd_of_the_polynomial_kernel(rng):
+    real, made = rng.normal(size=(12, 3)), rng.normal(size=(9, 3)) + 1
 
     def kernel(x, y):
         return (sum(a * b for a, b in zip(x, y, strict=True)) / 3 + 1) ** 4
@@ -54,12 +58,12 @@ def test_kpd_is_the_unbiased_mmd_of_the_polynomial_kernel():
     expected += sum(kernel(made[i], made[j]) for i in range(9) for j in range(9) if i != j) / (9 * 8)
     expected -= 2 * sum(kernel(x, y) for x in real for y in made) / (12 * 9)
     assert validation.mmd(real, made) == pytest.approx(expected)
-    one, other, far = RNG.normal(1, 0.2, (300, 3)), RNG.normal(1, 0.2, (300, 3)), RNG.normal(1.2, 0.2, (300, 3))
+    one, other, far = rng.normal(1, 0.2, (300, 3)), rng.normal(1, 0.2, (300, 3)), rng.normal(1.2, 0.2, (300, 3))
     assert abs(validation.kpd(one, other)[0]) < 0.1 * validation.kpd(one, far)[0]
 
 
-def test_precision_recall_density_and_coverage_are_those_of_loops():
-    real, made, k = RNG.normal(size=(30, 2)), RNG.normal(0.5, 1, (20, 2)), 3
+def test_precision_recall_density_and_coverage_are_those_of_loops(rng, monkeypatch):
+    real, made, k = rng.normal(size=(30, 2)), rng.normal(0.5, 1, (20, 2)), 3
     mean, spread = real.mean(0), real.std(0)
     real_ones, others = (real - mean) / spread, (made - mean) / spread
     radius = [sorted(np.linalg.norm(real_ones - x, axis=1))[k] for x in real_ones]
@@ -69,15 +73,24 @@ def test_precision_recall_density_and_coverage_are_those_of_loops():
     expected = {"precision": near.any(0).mean(), "recall": recall, "density": near.sum() / (k * 20), "coverage": near.any(1).mean()}
     assert validation.prdc(real, made, k) == pytest.approx(expected)
     assert set(validation.prdc(real, real + 50).values()) == {0}
+    monkeypatch.setattr(validation, "MOST", 15)
+    assert validation.prdc(real, made, k) == validation.prdc(real[:15], made[:15], k)
 
 
-def test_a_classifier_cannot_tell_the_same_apart_and_tells_others():
-    one, other = RNG.normal(size=(300, 6)), RNG.normal(size=(300, 6))
+def test_a_classifier_cannot_tell_the_same_apart_and_tells_others(rng):
+    one, other = rng.normal(size=(300, 6)), rng.normal(size=(300, 6))
     assert abs(validation.auc(one, other, QUICK)["auc"] - 0.5) < 0.15
     far = validation.auc(one, other + 1.5, QUICK)
     assert far["auc"] > 0.97 and 0.5 < far["jsd"] <= 1 and validation.auc(one, other + 1.5, QUICK) == far
     with pytest.raises(ProblemError, match="50 showers of each kind"):
         validation.auc(one[:40], other, QUICK)
+
+
+def test_a_classifier_has_the_layers_of_the_published_one_and_takes_inputs_as_they_are(rng):
+    layers = [type(layer).__name__ for layer in validation._classifier(5, 8)]
+    assert layers == 3 * ["Linear", "LeakyReLU"] + ["Linear"]
+    one, other = rng.normal(size=(2, 100, 6))
+    assert validation.auc(one, other + 0.3, QUICK) != validation.auc(3 * one, 3 * (other + 0.3), QUICK)
 
 
 def test_what_a_classifier_sees():
@@ -87,6 +100,8 @@ def test_what_a_classifier_sees():
     assert low[2, 0] == pytest.approx(np.log10(1000 * energies[2])) and low[2, 1:].sum() == pytest.approx(
         100 * cells[2].sum() / (1000 * energies[2]), rel=1e-4
     )
+    calibrated = validation.inputs_of(cells, energies, "low", cells.sum() / (1e3 * energies.sum()))
+    assert np.average(calibrated[:, 1:].sum(1), weights=energies) == pytest.approx(100, rel=1e-3)
     assert normalised[2, 1:487].sum() == pytest.approx((cells[2].sum((0, 1)) > 0).sum(), rel=1e-4)
     with pytest.raises(ValueError, match="kind='all' is not known"):
         validation.inputs_of(cells, energies, "all")
@@ -120,8 +135,10 @@ def test_the_table_has_every_measure_beside_its_floor():
         "KPD x 1000",
         "coverage",
         "AUC high",
+        "JSD high",
         "3DGAN objective",
     } <= set(names)
+    assert found.data == problem.dataset.name and 0 <= found["JSD high"] <= 1
     assert (found.table["n"] == 60).all() and found.table[["value", "floor"]].notna().all(axis=None)
     assert found["separation hits"] > found.floor("separation hits") and found["FPD x 1000"] > found.floor("FPD x 1000")
     assert {"ratio", "maximum_real", "maximum_made"} <= set(found.bins.columns) and len(found.bins) == 4
@@ -131,6 +148,20 @@ def test_the_table_has_every_measure_beside_its_floor():
         found["separation totl"]
     with pytest.raises(ValueError, match="classifiers"):
         validation.validate((problem, module), classifiers=["all"])
+
+
+@pytest.mark.usefixtures("cache")
+def test_what_a_function_returns_is_looked_at():
+    simulated = data(200)
+    for spoil, words in (
+        (lambda made: made[1:], r"returned showers of shape \(19, 9, 9, 6\); asked for were \(20, 9, 9, 6\)"),
+        (lambda made: np.where(made == made.max(), np.nan, made), "has cells that are negative or no numbers"),
+        (lambda made: made - 1, "shower 0 has cells that are negative"),
+        (lambda made: None, "asked for were"),
+        (lambda made: ["a"], "returned a list, and no array of showers"),
+    ):
+        with pytest.raises(ProblemError, match=words):
+            validation.validate(lambda energies, seed, spoil=spoil: spoil(showers(len(energies))[0]), simulated, n=20)
 
 
 def test_the_official_results_are_there_as_published():
