@@ -226,8 +226,8 @@ def convert(
     )
     for jets in blocks:
         jets = _selected(jets, wanted, mass)
-        cut += int((jets.of_jet["n"] > particles).sum())
         jets = jets[: None if most is None else max(0, most - n)]
+        cut += int((jets.of_jet["n"] > particles).sum())
         n += len(jets)
         waiting.append(jets)
         while sum(map(len, waiting)) >= size:

@@ -69,6 +69,8 @@ def test_the_hardest_are_kept_where_a_jet_has_more_than_there_is_room_for(tmp_pa
     jets = load(path)
     assert jets.constituents.shape[1:] == (100, 4) and not jets.constituents[:, 20:].any() and jets.of_jet["n"].max() > 20
     assert "have more than 20 constituents, of which the hardest are kept" in capsys.readouterr().out
+    convert("jets", tmp_path / "fewer", particles=3, most=7)
+    assert "fewer: 7 of 7 jets have more than 3 constituents" in capsys.readouterr().out
 
 
 def test_a_selection_is_in_random_order_and_the_same_each_time(tmp_path):
