@@ -14,10 +14,10 @@ from tests.showers.helpers import data
 @pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_it_can_be_kept_as_a_page_with_the_result_as_its_title(tmp_path):
-    problem = ShowerGAN(data(700), batch_size=16)
-    found = validate((problem, problem.new_module(0)), n=60, classifiers=[], bootstrap=2)
+    problem = ShowerGAN(data(300), batch_size=16)
+    found = validate((problem, problem.new_module(0)), n=30, classifiers=[], bootstrap=2)
     page = plots.save(figures.page(found), tmp_path / "page.html").read_text()
-    assert "Bokeh" in page and f"60 showers each; data: {found.data}" in page
+    assert "Bokeh" in page and f"30 showers each; data: {found.data}" in page
     assert figures.headline(found).startswith("ShowerGAN: sampling fraction within ")
     assert f"separation of the total {found['separation total']:.3f}" in figures.headline(found)
     assert "within" in plots.save(figures.fractions({"a": found, "b": found}), tmp_path / "fractions.html").read_text()

@@ -265,9 +265,7 @@ def test_two_threads_train_it_and_a_replay_has_the_same_bits(small, train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("update", "loss"), [("allreduce", "hinge"), ("allreduce", "wgan-gp"), ("easgd", "3dgan"), ("sgwu", "wgan-gp")]
-)
+@pytest.mark.parametrize(("update", "loss"), [("allreduce", "wgan-gp"), ("easgd", "3dgan")])
 def test_every_update_and_loss_trains_both_networks(update, loss, small, train):
     run = ended(train(tiny(small, loss=loss, lr=1e-3), update=update, passes=1))
     first, last = run.weights(0), run.weights()
