@@ -169,6 +169,9 @@ class ProcessGroup:
         self.heartbeat.on_interrupt = lambda: None
         for part in self.parts:
             vars(part).clear()
+        active = DistributedDataParallel._active_ddp_module  # one of another thread, too: each restores what it found
+        if active is not None and not vars(active):  # what is compiled from now on is no part of it
+            DistributedDataParallel._active_ddp_module = None
         self.parts, self.module = [], None
         if self.exchange.waiting.under_way:  # with a rank that is frozen: the end of the group would wait for it
             _abandoned.append(self.exchange.group)

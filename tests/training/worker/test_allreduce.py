@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import labkit
 from labkit.errors import ProblemError
@@ -181,6 +182,23 @@ def test_waiting_for_a_slow_rank_is_measured(slow, tmp_path):
 
     _, errors = ranks(2, work, tmp_path)
     assert not any(errors) and waits[1 - slow] > 0.15 and waits[slow] < 0.7 * waits[1 - slow]
+
+
+def test_ranks_in_threads_leave_nothing_that_is_compiled_later_to_torch(tmp_path):
+    """torch has one active module for all threads; of two that cross each other the first is left behind."""
+    first, second, left = threading.Event(), threading.Event(), threading.Event()
+
+    def work(group, rank):
+        module = group.wrap(network())
+        if rank == 1:
+            assert first.wait(20)
+        with module._inside_ddp_forward():
+            (second if rank else first).set()
+            assert (left if rank else second).wait(20)
+        left.set()
+
+    _, errors = ranks(2, work, tmp_path)
+    assert not any(errors) and DistributedDataParallel._active_ddp_module is None
 
 
 def test_nccl_needs_a_card_for_each_rank():
