@@ -69,7 +69,8 @@ class Adaptive(Generic[Way]):
         if times[quickest] * CHANGED < self._expected < math.inf:  # the machine is freer than it was
             self._expected = times[quickest]
             for way in self.fragile - {quickest}:
-                times.pop(way, None), self._recent.pop(way, None), self._best.pop(way, None)
+                for known in (times, self._recent, self._best):
+                    known.pop(way, None)
         few += [way for way in self.fragile if way not in times and self._best.get(way, 0.0) <= times[quickest]]
         self._plan = few
         if not few:
