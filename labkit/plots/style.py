@@ -242,12 +242,15 @@ def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str
     return finish(elements, title, note, legend, grid="y", **options)
 
 
-def stack(views: Sequence[Any], space: float = 0.4) -> Any:
-    """Figures under each other; `space` is what matplotlib leaves between them, in heights of a figure."""
+def stack(views: Sequence[Any], space: float = 0.4, height: float | None = None) -> Any:
+    """Figures under each other; `space` is what matplotlib leaves between them, in heights of a figure. `height` in inches is for more
+    than two, between which holoviews would leave pages blank."""
     import holoviews as hv
 
     layout = hv.Layout(list(views)).cols(1)  # shared_axes=False would freeze live axes
-    return styled(layout, bokeh={"toolbar": "right"}, matplotlib={"fig_inches": (8, None), "vspace": space, "sublabel_format": ""})
+    return styled(
+        layout, bokeh={"toolbar": "right"}, matplotlib={"fig_inches": (8, height), "vspace": space, "sublabel_format": ""}
+    )
 
 
 def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence[tuple[str, int, str]] = (), **options: Any) -> Any:

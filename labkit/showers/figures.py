@@ -27,7 +27,9 @@ def page(found: Any) -> hv.Layout:
     n = len(found.real["total"])
     note = f"{n} showers each" + (f"; data: {of}" if (of := getattr(found, "data", "")) else "")
     return style.stack(
-        [_along(found, samples, note), _across(samples), _cells(samples), _fraction(found), _separations(found)], space=0.9
+        [_along(found, samples, note), _across(samples), _cells(samples), _fraction(found), _separations(found)],
+        space=0.9,
+        height=24,
     )
 
 
