@@ -69,8 +69,8 @@ TINY = {
             "classifiers": [],
         },
     },
-    "12-cluster-the-jets": {"kind": "threads", "particles": 12, "most": 100, "passes": 2.0, "pretrain": 1.0, "batch_size": 16}
-    | {"defects": ["kmeans-per-rank"]},
+    "12-cluster-the-jets": {"kind": "threads", "particles": 12, "most": 100, "passes": 3.0, "pretrain": 1.0, "batch_size": 16}
+    | {"defects": ["kmeans-per-rank"], "trials": 1},
     "13-scale-the-jets": {
         "kind": "threads",
         "particles": 12,

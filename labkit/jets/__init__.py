@@ -6,8 +6,8 @@ labkit.jets.table(run)
 """
 
 from labkit.jets.anomaly import Anomalies, events, pairs
-from labkit.jets.evaluation import baselines, chosen, confusion, network, table
-from labkit.jets.figures import embedding, masses
+from labkit.jets.evaluation import baselines, chosen, confusion, embedded, network, silhouette, table
+from labkit.jets.figures import before_and_after, embedding, masses, worlds
 from labkit.jets.files import CLASSES, SUBSTRUCTURE, Jets, convert, dataset, load, provenance, read, to_awkward, write
 from labkit.jets.problem import UCluster
 from labkit.jets.pythia import generate
@@ -19,11 +19,26 @@ __all__ = [
     "Jets",
     "UCluster",
     "baselines",
+    "before_and_after",
     "chosen",
     "confusion",
     "convert",
     "dataset",
+    "embedded",
     "embedding",
     "events",
 ]
-__all__ += ["generate", "load", "masses", "network", "pairs", "provenance", "read", "table", "to_awkward", "write"]
+__all__ += [
+    "generate",
+    "load",
+    "masses",
+    "network",
+    "pairs",
+    "provenance",
+    "read",
+    "silhouette",
+    "table",
+    "to_awkward",
+    "worlds",
+    "write",
+]

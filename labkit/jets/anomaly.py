@@ -171,10 +171,17 @@ def signal_shares(clusters: np.ndarray, label: np.ndarray, least: int = 1) -> np
 
 
 def pairs(one: Jets, other: Jets, label: np.ndarray | Sequence[int], particles: int = PARTICLES) -> Jets:
-    """Events of two jets each, the n-th of `one` and of `other`, with label 0 for background and 1 for signal. Jets need substructure."""
+    """Events of two jets each, the n-th of `one` and of `other`, with label 0 for background and 1 for signal. Jets need substructure,
+    and at least as many slots as `particles`, if they have more constituents: these are the hardest of both jets."""
     for jets in (one, other):
         if "substructure" not in jets.of_jet:
             raise DataError("jets of an event need their substructure (tau21): labkit.jets.generate(..., substructure=True).")
+        slots = jets.constituents.shape[1]
+        if particles > slots and (cut := int((jets.of_jet["n"] > slots).sum())):
+            raise DataError(
+                f"{cut} jets have more constituents than the {slots} that are stored, so that the {particles} hardest of their events are not "
+                f"known. Give particles={slots}, or jets with more."
+            )
     numbers = []
     for jets in (one, other):
         tau21 = jets.of_jet["substructure"][:, SUBSTRUCTURE.index("tau21")]

@@ -5,7 +5,7 @@ no tensor of all edges is ever made. As the layer before the normalisation is li
 nodes; normalised it is s (u_i - u_j) + t = (s u_i + t) - s u_j. So an edge costs a gather, a difference and a ReLU, and is computed again
 wherever it is needed, in blocks that fit into the cache:
 
-    forward     mean and variance of u_i - u_j;  n_ij = w . e_ij and l_i = max_j e_ij;  v_i = sum_j a_ij e_ij
+    forward     mean and variance of u_i - u_j, from sums over neighbours alone;  n_ij = w . e_ij and l_i = max_j e_ij;  v_i = sum_j a_ij e_ij
     backward    dL/da_ij = g_i . e_ij;  then all that e_ij is used for at once, summed to its two nodes
 
 The sums through the mean and the variance need no edges: sum_j (u_i - u_j) of each node is all of it.
@@ -49,12 +49,20 @@ class Edges:
         u is (M, F), the vectors are (F,); with `running` = (mean, variance) those are used instead of the batch's.
         """
         with torch.autocast(u.device.type, enabled=False):
-            return _Scores.apply(_full(u), bias, gamma, beta, w, self, running, eps)
+            return _Scores.apply(_full(u), bias, gamma, beta, w, self, running, eps, torch.is_grad_enabled())
 
     def weighted(self, attention: torch.Tensor) -> torch.Tensor:
         """sum_j a_ij e_ij (M, F), of `attention` (K, M), which was made of the scores."""
         with torch.autocast(attention.device.type, enabled=False):
             return _Weighted.apply(_full(attention), self)
+
+    def counts(self) -> torch.Tensor:
+        """How many edges end in each node, (M,)."""
+        return torch.bincount(self.neighbours.flatten(), minlength=self.m)
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """sum_j of values (M, F) over the neighbours of each node."""
+        return F.embedding_bag(self.neighbours.t().contiguous(), values, mode="sum")
 
     def blocks(self, nodes: torch.Tensor) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Rows, the `nodes` (M, F) in these, and memory for an edge of each."""
@@ -80,19 +88,17 @@ def _full(x: torch.Tensor) -> torch.Tensor:
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, bias, gamma, beta, w, edges, running, eps):
+    def forward(ctx, u, bias, gamma, beta, w, edges, running, eps, trained):
         u = u.contiguous()
-        n, sums = edges.k * edges.m, torch.zeros_like(u)
-        total = u.new_zeros(u.shape[1], dtype=torch.float64)
-        square = torch.zeros_like(total)
+        n, sums = edges.k * edges.m, None
         if running is None:
-            for part, own, out in edges.blocks(u):
-                for k in range(edges.k):
-                    apart = edges.differences(k, part, own, u, out)
-                    sums[part].add_(apart)
-                    square += apart.square_().sum(0)
-            total = sums.sum(0, dtype=torch.float64)
-            mean = total / n
+            # sum (u_i - u_j)^2 without an edge: u less its mean, so that what cancels is no larger than what stays
+            centred = u - u.mean(0)
+            around = edges.sums(centred)
+            sums = edges.k * centred - around
+            mean = sums.sum(0, dtype=torch.float64) / n
+            square = (centred.square() * (edges.k + edges.counts()[:, None])).sum(0, dtype=torch.float64)
+            square -= 2 * (centred * around).sum(0, dtype=torch.float64)
             variance = (square / n - mean**2).clamp_min(0).to(u.dtype)
             mean = mean.to(u.dtype)
         else:
@@ -101,15 +107,16 @@ class _Scores(torch.autograd.Function):
         scale = gamma * inverse
         edges.ends = u * scale
         edges.begins = edges.ends + (beta - scale * mean)
-        scores, largest = u.new_empty(edges.k, edges.m), torch.zeros_like(u)
-        which = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
+        scores, largest = u.new_empty(edges.k, edges.m), torch.empty_like(u)
+        which = torch.zeros(u.shape, dtype=torch.uint8, device=u.device) if trained else None
         for part, own, out in edges.blocks(edges.begins):
-            most, at = largest[part], which[part]
+            most, at = largest[part], which[part] if trained else None
             for k in range(edges.k):
                 edge = edges.edge(k, part, own, out)
                 torch.mv(edge, w, out=scores[k, part])
                 if k:
-                    torch.maximum(at, (edge > most).view(torch.uint8).mul_(k), out=at)  # where k is larger, the latest such k
+                    if trained:
+                        torch.maximum(at, (edge > most).view(torch.uint8).mul_(k), out=at)  # where k is larger, the latest such k
                     torch.maximum(most, edge, out=most)
                 else:
                     most.copy_(edge)
@@ -146,7 +153,7 @@ class _Scores(torch.autograd.Function):
         of_u, of_bias = of_rows - of_columns, scale * of_beta
         if ctx.by_batch:
             n, ends = edges.k * edges.m, edges.neighbours.flatten()
-            count = torch.bincount(ends, minlength=edges.m)
+            count = edges.counts()
             begins = torch.argsort(ends, stable=True) % edges.m  # of the edges that end in node 0, in node 1, ...
             onto = F.embedding_bag(begins, u, count.cumsum(0) - count, mode="sum")  # sum of u_i over the edges that end in a node
             count = count[:, None]
@@ -155,7 +162,7 @@ class _Scores(torch.autograd.Function):
             of_u = of_u - (edges.k - count) * (of_beta / n) - z * (of_gamma / n)
             of_bias = torch.zeros_like(of_bias)
         edges.attention = edges.gradient = None
-        return scale * of_u, of_bias, of_gamma, of_beta, of_w, None, None, None
+        return scale * of_u, of_bias, of_gamma, of_beta, of_w, None, None, None, None
 
 
 class _Weighted(torch.autograd.Function):

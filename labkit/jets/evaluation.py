@@ -20,17 +20,23 @@ import torch
 from torch import nn
 
 from labkit.errors import DataError, ProblemError, known, like
-from labkit.jets.clustering import accuracy, assignment, contingency, k_means
-from labkit.jets.defects import Replicas
+from labkit.jets.clustering import accuracy, assignment, contingency, k_means, nearest
 from labkit.jets.files import OF_JET, SUBSTRUCTURE, Jets
-from labkit.jets.problem import UCluster
+from labkit.jets.problem import UCluster, first
 from labkit.plots.style import some_runs
 
 NEIGHBOURS = 20  # of the kNN probe
 PROBED = 20_000  # training jets of the probes
+SILHOUETTE = 2_000  # training jets of a silhouette: it compares each with each
 STEPS, CLOSE = 200, 1e-6  # of the mixture of Poisson distributions
 PROBES = ("knn", "linear")
-UNSUPERVISED = ("mass: k-means", "mass: Gaussian mixture", "ten numbers: k-means", "multiplicity: Poisson mixture")
+UNSUPERVISED = (
+    "mass: k-means",
+    "mass by rank: k-means",
+    "mass: Gaussian mixture",
+    "ten numbers: k-means",
+    "multiplicity: Poisson mixture",
+)
 CEILINGS = ("mass: best cuts", "ten numbers: boosted trees")
 
 
@@ -80,8 +86,8 @@ def table(runs: Any, *, probes: Sequence[str] = PROBES) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def network(run: Any, version: int) -> nn.Module:
-    """The network of a version, as the problem builds it."""
+def network(run: Any, version: int | None = None) -> nn.Module:
+    """The network of a version, by default of the last one, as the problem builds it."""
     module = run.problem().new_module(run.config["seed"])
     module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in run.weights(version).items()})
     return module
@@ -89,15 +95,33 @@ def network(run: Any, version: int) -> nn.Module:
 
 def evaluate(problem: UCluster, module: Any, probes: Sequence[str] = PROBES) -> dict[str, float]:
     """The numbers of one network on the test split of its problem."""
-    test, train = problem.test_indices(), problem.train_indices()[:PROBED]
-    z, label = problem.embeddings(module, test, "test"), _labels(problem, test, "test")
-    centres = (module[0] if isinstance(module, Replicas) else module).centres.detach().double().numpy()
-    clusters = ((z[:, None] - centres) ** 2).sum(-1).argmin(1)
+    train = problem.train_indices()[:PROBED]
+    z, label, _, clusters = embedded(problem, module)
     found = agreement(clusters, label)
     if probes:
         of_train, wanted = problem.embeddings(module, train), _labels(problem, train, "train")
         found |= {probe: _probe(probe, of_train, wanted, z, label) for probe in probes}
     return found
+
+
+def embedded(
+    problem: UCluster, module: Any, split: str = "test", most: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of the jets of a split, or the first `most`: embeddings (n, d), labels (n,), and the clusters: centres (K, d), and of each jet (n,)."""
+    indices = (problem.test_indices() if split == "test" else problem.train_indices())[:most]
+    z, label = problem.embeddings(module, indices, split), _labels(problem, indices, split)
+    centres = first(module).centres.detach().cpu().double().numpy()
+    return z, label, centres, nearest(((z[:, None] - centres) ** 2).sum(-1))
+
+
+def silhouette(run: Any) -> float:
+    """How far apart the clusters of the last version of a run are, in [-1, 1], without labels and of any number of them: the silhouette
+    (Rousseeuw 1987) of training jets; -1 where they are all in one. For a search: `labkit.search(..., objective=labkit.jets.silhouette)`."""
+    from sklearn.metrics import silhouette_score
+
+    z, _, _, clusters = embedded(run.problem(), network(run), "train", SILHOUETTE)
+    n = len(np.unique(clusters))
+    return float(silhouette_score(z, clusters)) if 1 < n < len(z) else -1.0
 
 
 def _labels(problem: UCluster, indices: np.ndarray, split: str) -> np.ndarray:
@@ -169,6 +193,13 @@ def _by_mass(train: Jets, test: Jets, classes: int, seed: int) -> np.ndarray:
     return np.abs(_mass(test) - centres.T).argmin(1)
 
 
+def _by_rank(train: Jets, test: Jets, classes: int, seed: int) -> np.ndarray:
+    """Of the share of training jets that are lighter: clusters of about equal size."""
+    known_ = np.sort(_mass(train)[:, 0])
+    ranks = [np.searchsorted(known_, _mass(jets)[:, 0])[:, None] / len(known_) for jets in (train, test)]
+    return np.abs(ranks[1] - k_means(ranks[0], classes, seed).T).argmin(1)
+
+
 def _by_mixture(train: Jets, test: Jets, classes: int, seed: int) -> np.ndarray:
     from sklearn.mixture import GaussianMixture
 
@@ -225,4 +256,6 @@ def _by_trees(train: Jets, test: Jets, classes: int, seed: int) -> np.ndarray:
     return HistGradientBoostingClassifier(random_state=seed).fit(_ten(train), train.label).predict(_ten(test))
 
 
-_METHODS = dict(zip(UNSUPERVISED + CEILINGS, (_by_mass, _by_mixture, _by_ten, _by_counts, _by_cuts, _by_trees), strict=True))
+_METHODS = dict(
+    zip(UNSUPERVISED + CEILINGS, (_by_mass, _by_rank, _by_mixture, _by_ten, _by_counts, _by_cuts, _by_trees), strict=True)
+)

@@ -1,21 +1,27 @@
-"""Figures of jets: their masses by class, and where their embeddings lie, by class and by cluster.
+"""Figures of jets: their masses by class, where their embeddings lie, by class and by cluster, and what more workers do to speed and accuracy.
 
-Used by users, as `labkit.jets.masses` and `labkit.jets.embedding`, and by notebook 12.
+Used by users, as `labkit.jets.masses`, `embedding`, `before_and_after` and `worlds`, and by notebooks 12 and 13.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from labkit.errors import known
 from labkit.jets.clustering import accuracy
+from labkit.jets.evaluation import chosen, embedded, network
 from labkit.jets.files import SUBSTRUCTURE, Jets
+from labkit.jets.problem import first
 from labkit.plots import style
+from labkit.problems import Clock
+from labkit.problems.problem import noise
 
 if TYPE_CHECKING:
     import holoviews as hv
+    import pandas as pd
 
 BINS, HIGHEST = 40, 250.0
 SHOWN = 600  # jets in a scatter
@@ -45,24 +51,33 @@ def masses(jets: Jets, of: str = "mass", note: str = "") -> hv.Overlay:
     return style.finish(elements, title, note, legend, xlabel=f"{what.lower()}{unit}", ylabel="share per unit", ylim=(0, None))
 
 
-def embedding(z: Any, label: Any, classes: Any, clusters: Any = None, note: str = "", title: str = "") -> hv.Overlay:
-    """Embeddings z (n, d) along their two widest directions, coloured by class; the title says how well `clusters` (n,) agree with it."""
+def embedding(
+    z: Any, label: Any, classes: Any, clusters: Any = None, note: str = "", title: str = "", centres: Any = None
+) -> hv.Overlay:
+    """Embeddings z (n, d) along their two widest directions, coloured by class, with the `centres` (K, d) of clusters; the title says how
+    well `clusters` (n,) agree with the classes."""
     style.extension()
     z, label = np.asarray(z, np.float64), np.asarray(label)
     centred = z - z.mean(0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    flat = centred @ directions[:2].T
-    if flat.shape[1] < 2:
-        flat = np.column_stack([flat, np.zeros(len(flat))])
+
+    def flattened(values: np.ndarray) -> np.ndarray:
+        flat = values @ directions[:2].T
+        return flat if flat.shape[1] > 1 else np.column_stack([flat, np.zeros(len(flat))])
+
+    flat, axes = flattened(centred), (f"first {title}", f"second {title}")  # figures under each other have axes of their own
     shown = np.random.default_rng(0).permutation(len(z))[:SHOWN]
     elements, legend = [], []
     for number, name in enumerate(classes):
         own = shown[label[shown] == number]
         if len(own):
-            elements.append(style.marks(flat[own, 0], flat[own, 1], number, name, ("first", "second")))
+            elements.append(style.marks(flat[own, 0], flat[own, 1], number, name, axes))
             legend.append((name, number, "mark"))
     if not elements:
         return style.message("Embeddings of jets", "there are no jets to draw.")
+    if centres is not None:
+        middle = flattened(np.asarray(centres, np.float64) - z.mean(0))
+        elements.append(style.labels([(x, y, str(number)) for number, (x, y) in enumerate(middle.tolist(), 1)], "black"))
     if clusters is not None:
         agree = 100 * accuracy(np.asarray(clusters), label)
         title = f"{title or 'Clusters and classes'}: {agree:.0f} % of the jets are in the cluster of their class"
@@ -70,3 +85,54 @@ def embedding(z: Any, label: Any, classes: Any, clusters: Any = None, note: str 
     return style.finish(
         elements, title or "Embeddings of jets by class", note, legend, xlabel="widest direction", ylabel="second widest"
     )
+
+
+def before_and_after(run: Any, classes: Sequence[str], note: str = "") -> hv.Layout:
+    """The test jets of a run of UCluster in its embedding: above after pretraining, with the clusters of k-means, below at the version that
+    `labkit.jets.chosen` takes. Numbers are the centres of the clusters; `classes` are the names of the labels."""
+    problem, curve, last = run.problem(), run.curve(), chosen(run)
+    before = curve.loc[curve["spread"] == 1.0, "version"]  # those without clusters
+    views = []
+    for title, version in (("Before clustering", int(before.max()) if len(before) else 0), ("After clustering", last)):
+        trained = network(run, version)
+        if not first(trained).settled:
+            problem.settle(trained, Clock(0, 1, problem.pretrain, noise(run.config["seed"], 0)))
+        z, label, centres, clusters = embedded(problem, trained)
+        views.append(embedding(z, label, classes, clusters, note, title, centres))
+    return style.stack(views, height=11)
+
+
+def worlds(frame: pd.DataFrame, note: str = "") -> hv.Layout:
+    """What more workers do at one global batch: above jets per second, below accuracy, a mark a run and a line through their means.
+
+    `frame`: n_workers, samples_per_s, accuracy; a row a run.
+    """
+    style.extension()
+    style.check_columns(frame, ["n_workers", "samples_per_s", "accuracy"])
+    if frame.empty:
+        return style.message("Speed and accuracy by workers", "there is no run to draw.")
+    frame = frame.sort_values("n_workers")
+    means = frame.groupby("n_workers")[["samples_per_s", "accuracy"]].mean()
+    at, least, most = means.index.to_numpy(float), means.index[0], means.index[-1]
+    speed, found = (means[name].to_numpy(float) for name in ("samples_per_s", "accuracy"))
+    per_run = frame["n_workers"].to_numpy(float)
+    axes = {"xlabel": "workers", "xticks": [(x, f"{x:g}") for x in at], "xlim": (0.8 * at[0], at[-1] + 0.2 * at[0])}
+    dims = ("workers", "jets/s")
+    rate = [
+        style.line(at, speed, 0, "measured", dims),
+        style.marks(per_run, frame["samples_per_s"].to_numpy(float), 0, "a run", dims),
+        style.line(at, speed[0] * at / at[0], 1, "in proportion", dims),
+    ]
+    title = f"{most:g} workers train {speed[-1] / speed[0]:.2f} times the jets per second of {least:g}"
+    legend = [("measured", 0, "line"), ("in proportion", 1, "line")]
+    upper = style.finish(rate, title, note, legend, ylabel="jets per second", ylim=(0, None), **axes)
+    dims = ("workers", "accuracy (%)")
+    values = 100 * frame["accuracy"].to_numpy(float)
+    accuracy_ = [style.line(at, 100 * found, 2, "mean", dims), style.marks(per_run, values, 2, "a run", dims)]
+    within = frame.groupby("n_workers")["accuracy"].agg(np.ptp).max()
+    title = f"Accuracy of {least:g} to {most:g} workers: means {100 * np.ptp(found):.1f} points apart"
+    title += f", seeds up to {100 * within:.1f}" if len(frame) > len(means) else ""
+    low, high = max(0.0, values.min() - 10), min(100.0, values.max() + 10)
+    legend = [("mean of the runs", 2, "line")]
+    lower = style.finish(accuracy_, title, "", legend, ylabel="accuracy (%)", ylim=(low, high), **axes)
+    return style.stack([upper, lower], height=9)

@@ -12,7 +12,12 @@ GAP, graph attention pooling, with K neighbours j of constituent i, itself inclu
 
 As published (`attention="faithful"`) s_i and n_ij are never negative, so that s_i cancels in the softmax and W_h, w_s have no effect: they
 are among the parameters, and are not trained. With `attention="paper"` both are linear, c_ij = LeakyReLU(s_i + n_ij), and s_i counts.
-`padding="faithful"` counts empty slots as constituents in neighbours, normalisation and mean; "masked" leaves them out.
+`padding="faithful"` counts empty slots as constituents in neighbours, normalisation and mean; "masked" leaves them out; "summed" does, too,
+but divides the sum over the constituents by the number of slots. The mass is such a sum, m^2 = pT sum_i pT_i r_i^2 to first order, which a
+mean over n constituents knows only up to n.
+
+As published the embedding is itself the mean, additive in the constituents: it can grow as the squared mass does, but not bend. With `pooled`
+numbers instead, a layer for each jet goes on to the embedding, which can then lay apart what is near in mass and draw together tops.
 
 Mikuni, Canelli: ABCNet (arXiv:2001.05311), UCluster (arXiv:2010.07106). 186,057 parameters without the centres.
 
@@ -30,9 +35,10 @@ from torch import nn
 from labkit.jets.edges import Edges
 
 FEATURES = ("eta_rel", "phi_rel", "log_pt_rel", "delta_r", "log_e", "log_e_rel", "log_pt", "cos_theta_rel")
-ATTENTIONS, PADDINGS = ("faithful", "paper"), ("faithful", "masked")
+ATTENTIONS, PADDINGS = ("faithful", "paper"), ("faithful", "masked", "summed")
 EPS = 1e-3  # of all normalisations
 FAR = 1000.0  # is added to the squared distance for each end that is an empty slot
+JET = 64  # numbers between what is pooled and the embedding
 
 
 def features(constituents: torch.Tensor, jet: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -164,20 +170,30 @@ class Trunk(nn.Module):
     `settled` is 1 once the centres of the clusters are those of k-means.
     """
 
-    def __init__(self, n: int, embedding: int, clusters: int, neighbours: int, attention: str, padding: str, more: int = 0) -> None:
+    def __init__(
+        self,
+        n: int,
+        embedding: int,
+        clusters: int,
+        neighbours: int,
+        attention: str,
+        padding: str,
+        more: int = 0,
+        pooled: int | None = None,
+    ) -> None:
         super().__init__()
         self.neighbours, self.padding = neighbours, padding
         self.gap_0, self.gap_1 = GAP(n, 16, attention), GAP(128, 128, attention)
         self.a, self.b = Layer(n + 16, 64), Layer(64, 128)
         self.c, self.d = Layer(n + 128, 256), Layer(256, 256)
-        self.together = Layer(64 + 128 + 256 + 256 + 16 + 128 + more, embedding)
+        self.together = Layer(64 + 128 + 256 + 256 + 16 + 128 + more, pooled or embedding)
         self.centres = nn.Parameter(torch.zeros(clusters, embedding))
         self.register_buffer("settled", torch.zeros((), dtype=torch.int64))
 
     def known(self, x: torch.Tensor, momentum: float) -> Known:
         """Of each constituent of x (B, N, n)."""
         real = x[..., 2] != 0
-        masked = self.padding == "masked"
+        masked = self.padding != "faithful"
         at = real.flatten().nonzero().squeeze(1) if masked else None
         x_0 = x.flatten(0, 1) if at is None else x.flatten(0, 1)[at]
         v_0, l_0 = self.gap_0(x_0, _rows(self._near(x, real), real if masked else None), momentum)
@@ -222,7 +238,7 @@ class Trunk(nn.Module):
         return self._nearest(squared, real)
 
     def _nearest(self, squared: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        if self.padding == "masked":
+        if self.padding != "faithful":
             squared = squared.masked_fill(~real[:, None], math.inf)
         return squared.topk(min(self.neighbours, squared.shape[-1]), largest=False, sorted=False).indices
 
@@ -240,8 +256,10 @@ class ABCNet(Trunk):
         neighbours: int = 10,
         attention: str = "faithful",
         padding: str = "faithful",
+        pooled: int | None = None,
     ) -> None:
-        super().__init__(len(FEATURES), embedding, clusters, neighbours, attention, padding)
+        super().__init__(len(FEATURES), embedding, clusters, neighbours, attention, padding, pooled=pooled)
+        self.jet = nn.Sequential(Layer(pooled, JET), linear(JET, embedding)) if pooled else None
         self.bins = bins
         self.head_0, self.head_1, self.logits = Layer(embedding, 256), Layer(256, 128), linear(128, pretexts * bins)
 
@@ -255,7 +273,11 @@ class ABCNet(Trunk):
         """(B, N, 8) -> (B, d)."""
         known = self.known(x, momentum)
         rows = known.slots(self.join(known.parts, momentum))
-        return rows.mean(1) if known.at is None else rows.sum(1) / known.real.sum(1, keepdim=True).clamp_min(1)
+        z = rows.mean(1) if self.padding != "masked" else rows.sum(1) / known.real.sum(1, keepdim=True).clamp_min(1)
+        if self.jet is None:
+            return z
+        layer, last = self.jet
+        return last(layer(z, momentum))
 
 
 def _rows(nearest: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:

@@ -42,6 +42,7 @@ MASS_BINS = np.linspace(0, 200, 20)[1:]  # GeV: 19 bins of 10.5, and one above
 LEAST_LR, LEAST_MOMENTUM = 1e-5, 0.01
 FITTED = 20_000  # training jets that k-means is fitted to: the first ones of their random order
 UNITS = ("absolute", "relative")
+MASS_BINNING = ("width", "share")
 DISTILL = "distill"
 
 
@@ -69,6 +70,8 @@ class UCluster(Problem):
         has 19 equal bins up to 200 GeV and one above, other numbers `bins` with equal numbers of training jets. Or "distill", a small
         transformer that learns from itself (`labkit.jets.distillation`); then `score` is how often its two halves agree.
     bins : of other numbers than the mass; that has 20.
+    mass_bins : "width", as published, or "share": `bins` with equal numbers of jets for the mass, too. Then they are narrow where most
+        jets are, which the embedding has to tell apart.
     gamma : of the focal loss, 0 or at least 1; 4.
     pretrain : passes before k-means; 11 or 21.
     slope : alpha is slope (e - pretrain + 2) in epoch e; 2 or 5.
@@ -76,7 +79,7 @@ class UCluster(Problem):
     alpha_units : "absolute", or "relative": alpha in units of 1 / mean d, for any scale of the embedding.
     lr, halve_every : the learning rate, halved after each so many jets, down to 1e-5; so is the momentum of the normalisations, from
         0.5 down to 0.01.
-    neighbours, attention, padding : of the network.
+    neighbours, attention, padding, pooled : of the network (`labkit.jets.networks`), by default as published.
     defects : what the published distributed notebooks do, by name (`labkit.jets.defects`): for ablations.
     """
 
@@ -89,6 +92,7 @@ class UCluster(Problem):
         embedding: int = 3,
         pretext: str | Sequence[str] = "mass",
         bins: int = 20,
+        mass_bins: str = "width",
         gamma: float = 4.0,
         pretrain: float | None = None,
         slope: float | None = None,
@@ -99,6 +103,7 @@ class UCluster(Problem):
         neighbours: int = 10,
         attention: str = "faithful",
         padding: str = "faithful",
+        pooled: int | None = None,
         defects: Sequence[str] = (),
         batch_size: int = 512,
         train_samples: int | None = None,
@@ -116,6 +121,7 @@ class UCluster(Problem):
         if DISTILL in self.pretext and len(self.pretext) > 1:
             raise ValueError(f"pretext={self.pretext}: {DISTILL!r} has no bins, and goes alone.")
         self.bins, self.gamma = whole("bins", bins, 2, 256), real("gamma", gamma, least=0)
+        self.mass_bins = known("mass_bins", mass_bins, MASS_BINNING)
         if 0 < self.gamma < 1:
             raise ValueError(f"gamma={self.gamma:g} must be 0 or at least 1: between, a bin that is certain has no gradient.")
         self.pretrain = real("pretrain", of["pretrain"] if pretrain is None else pretrain, above=0)
@@ -125,6 +131,7 @@ class UCluster(Problem):
         self.lr, self.halve_every = real("lr", lr, above=0), whole("halve_every", halve_every)
         self.neighbours = whole("neighbours", neighbours)
         self.attention, self.padding = known("attention", attention, ATTENTIONS), known("padding", padding, PADDINGS)
+        self.pooled = None if pooled is None else whole("pooled", pooled)
         self.defects = [known("defects", name, DEFECTS) for name in several("defects", list(defects), text)]
         super().__init__(
             data if isinstance(data, str) and data == "jets" else dataset(data),  # the sample goes by its name
@@ -142,8 +149,11 @@ class UCluster(Problem):
         def network() -> nn.Module:
             if self.pretext == [DISTILL]:
                 return Distilled(self.embedding, self.clusters)
-            n_bins = len(MASS_BINS) + 1 if self.pretext == ["mass"] else max(self.bins, len(MASS_BINS) + 1)
-            return ABCNet(self.embedding, self.clusters, n_bins, len(self.pretext), self.neighbours, self.attention, self.padding)
+            by_width = self.mass_bins == "width"
+            n_bins = max(len(MASS_BINS) + 1 if name == "mass" and by_width else self.bins for name in self.pretext)
+            return ABCNet(
+                self.embedding, self.clusters, n_bins, len(self.pretext), self.neighbours, self.attention, self.padding, self.pooled
+            )
 
         return Replicas.of(network, self.defects, seed)
 
@@ -157,7 +167,8 @@ class UCluster(Problem):
         optimiser.zero_grad(set_to_none=True)
         after: list[Callable[[], None]] = []
         if isinstance(module, Replicas):
-            metrics = module.backward(batch, lambda network, part: self.losses(network, part, clock, after))
+            alone = "uneven-batches" in self.defects and self._ends_pass(batch, clock)
+            metrics = module.backward(batch, lambda network, part: self.losses(network, part, clock, after), alone)
         else:
             metrics = self.losses(module, batch, clock, after)
             metrics["loss"].backward()
@@ -263,6 +274,10 @@ class UCluster(Problem):
         """The share of a batch in the running statistics of normalisations."""
         return max(0.5 * self.halved(clock), LEAST_MOMENTUM)
 
+    def _ends_pass(self, batch: Batch, clock: Clock) -> bool:
+        n = len(self.train_indices())
+        return (clock.samples + len(batch.label)) // n > clock.samples // n
+
     # The data.
 
     def load(self, indices: np.ndarray, split: str = "train", device: str | torch.device = "cpu") -> Batch:
@@ -285,15 +300,18 @@ class UCluster(Problem):
                 f"pretext={self.pretext}: these jets have no substructure. Make them with labkit.jets.generate(..., substructure=True), "
                 'or take pretext="mass".'
             )
-        at = np.arange(0, self.dataset.n_train, max(1, self.dataset.n_train // 20_000)) if others else ()
-        columns = self.dataset.raw(at, "train", "substructure") if others else None
         shares = np.linspace(0, 1, self.bins + 1)[1:-1]
-        return {name: MASS_BINS if name == "mass" else np.quantile(columns[:, SUBSTRUCTURE.index(name)], shares) for name in named}
+        at = np.arange(0, self.dataset.n_train, max(1, self.dataset.n_train // 20_000))
+        columns = self.dataset.raw(at, "train", "substructure") if others else None
+        found = {name: np.quantile(columns[:, SUBSTRUCTURE.index(name)], shares) for name in others}
+        if "mass" in named:
+            found["mass"] = MASS_BINS if self.mass_bins == "width" else np.quantile(self.dataset.raw(at, "train", "mass"), shares)
+        return {name: found[name] for name in named}
 
     def embeddings(self, module: nn.Module, indices: np.ndarray, split: str = "train", device: str = "cpu") -> np.ndarray:
         """z of these jets, (n, d) float64, in evaluation mode."""
         with evaluating(module) as plain:
-            network = _first(plain)
+            network = first(plain)
             parts = [self.embed(network, self.load(part, split, device)).float().cpu() for part in batches(indices, MEASURED)]
         return torch.cat(parts).double().numpy()
 
@@ -307,7 +325,7 @@ class UCluster(Problem):
         """What the network gives of all these batches, and whether there are clusters."""
         found: dict[str, list[torch.Tensor]] = {}
         with evaluating(module) as plain:
-            network = _first(plain)
+            network = first(plain)
             for batch in loaded:
                 made = self.call(network, batch)
                 of = {"z": made.embedding, "d": made.distances, "logits": made.logits, "bins": batch.bins, "label": batch.label}
@@ -319,7 +337,7 @@ class UCluster(Problem):
         return {name: torch.cat(parts) for name, parts in found.items()}, settled
 
     def _numbers(self, module: nn.Module, said: Mapping[str, torch.Tensor], settled: bool) -> dict[str, float]:
-        network, logits = _first(module), said["logits"].float().to(next(module.parameters()).device)
+        network, logits = first(module), said["logits"].float().to(next(module.parameters()).device)
         with torch.no_grad():
             pretext = float(self.pretext_loss(network, logits, said["bins"].to(logits.device)))
             if isinstance(network, Distilled):
@@ -330,7 +348,7 @@ class UCluster(Problem):
         return {"loss": pretext + self.cluster_weight * cluster, "score": float(right), "pretext": pretext}
 
 
-def _first(module: nn.Module) -> nn.Module:
+def first(module: nn.Module) -> nn.Module:
     """The network that is measured."""
     plain = module.module if isinstance(module, DistributedDataParallel) else module
     return plain[0] if isinstance(plain, Replicas) else plain

@@ -194,6 +194,8 @@ def _present(stored: dict[str, Any]) -> dict[str, Any]:
         config.setdefault("exact_buffers", False)
     if config["format"] < 5:
         config.setdefault("still", False)
+    if config.get("update", {}).get("name") == "allreduce":  # of before it had a choice
+        config["update"] = {"buffers": "first", **config["update"]}
     return config
 
 

@@ -12,7 +12,7 @@ a version and the weights of that version. A barrier is nothing but "no replies 
     what they share                       pushes, members, versions, checks            base.py
 
 Every vector is [parameters | buffers]: buffers (BatchNorm's running statistics) are mixed as convex averages under every rule,
-because a variance must not be extrapolated below zero; AllReduce takes those of its first worker, as DDP does.
+because a variance must not be extrapolated below zero.
 
 `names()` lists the rules; `make_update` makes one from its name, an import path, or a dict of name and settings.
 

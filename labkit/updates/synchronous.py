@@ -183,11 +183,25 @@ class AllReduce(Barrier):
     Gradients are averaged at every step, so that NaN in those of one rank is in all replicas one step later: the run then fails for
     that, and nobody can tell whose it was. A push that is wrong in itself (its size, score or version) costs its worker alone, as
     under every rule. Raises `UpdateError`, which ends the run, when the replicas no longer agree; parameters that the samples of a
-    batch change otherwise than by gradients are refused before it starts. Buffers are those of the first worker, as DDP does.
+    batch change otherwise than by gradients are refused before it starts.
+
+    Parameters
+    ----------
+    buffers
+        "mean" (default): running statistics of normalisations are reduced at the end of each local pass, to their mean by samples.
+        "first": they are those of the first worker, as DDP has them; so they are in records without this setting. Counters and flags are
+        the first worker's anyway.
+    tolerance
+        By how much replicas may differ, of their largest weight if that is above 1: processors of several kinds round otherwise. With 0
+        they must be equal to the last bit.
     """
 
     name = "allreduce"
     collective = True
+
+    def __init__(self, buffers: str = "mean", tolerance: float = 1e-4) -> None:
+        self.buffers = one_of(self, "buffers", buffers, ("mean", "first"))
+        self.tolerance = float(number(self, "tolerance", tolerance, least=0))
 
     def _leading(self, merges: list[Merge]) -> int | None:
         return merges[0].worker
@@ -195,10 +209,16 @@ class AllReduce(Barrier):
     def _merge_all(self, pushes: list[Push]) -> None:
         first = pushes[0].weights[: self.n_params]
         for push in pushes[1:]:
-            apart = float(np.max(np.abs(push.weights[: self.n_params] - first), initial=0.0))
-            if apart > 1e-4 * max(1.0, float(np.max(np.abs(first), initial=0.0))):
+            other = push.weights[: self.n_params]
+            apart = float(np.max(np.abs(other - first), initial=0.0))
+            most = self.tolerance * max(1.0, float(np.max(np.abs(first), initial=0.0)))
+            if apart > most or (self.tolerance == 0 and (other.view(np.uint32) != first.view(np.uint32)).any()):
                 raise UpdateError(
                     f"replicas of workers {pushes[0].worker} and {push.worker} differ by {apart:.3g}; all-reduce keeps them "
                     "equal. Is a parameter changed outside the optimiser step?"
                 )
-        self._publish(pushes[0].weights.copy(), zip(pushes, shares(pushes, "samples"), strict=True))
+        weights, factors = pushes[0].weights.copy(), shares(pushes, "samples")
+        floats = slice(self.n_params, len(weights) - self.n_exact)
+        if self.buffers == "mean" and floats.start < floats.stop and len(pushes) > 1:
+            weights[floats] = weighted_sum([push.weights[floats] for push in pushes], factors)
+        self._publish(weights, zip(pushes, factors, strict=True))

@@ -58,6 +58,9 @@ def test_events_hold_the_hardest_of_both_jets_and_the_heavier_jet_first():
     del bare.of_jet["substructure"]
     with pytest.raises(DataError, match="need their substructure"):
         pairs(bare, bare, [0] * 4)
+    many = sample()[np.flatnonzero(sample().of_jet["n"] > 100)[:4]]
+    with pytest.raises(DataError, match="4 jets have more constituents than the 100 that are stored, so that the 150 hardest"):
+        pairs(many, many, [0] * 4, 150)
 
 
 def test_each_constituent_is_to_be_said_the_mass_of_its_own_jet(file):

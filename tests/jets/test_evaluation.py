@@ -14,7 +14,7 @@ import pytest
 from labkit.errors import DataError, ProblemError
 from labkit.jets import evaluation
 from labkit.jets.clustering import accuracy, k_means
-from labkit.jets.evaluation import agreement, baselines, chosen, confusion, network, poisson_mixture, table
+from labkit.jets.evaluation import agreement, baselines, chosen, confusion, network, poisson_mixture, silhouette, table
 from tests.jets.helpers import problem, sample
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -30,7 +30,7 @@ def test_simple_methods_tell_w_z_and_t_apart_to_some_degree():
     jets = of_classes("WZt")
     made = baselines(jets[::2], jets[1::2]).set_index("method")
     assert list(made.index) == [name for name in evaluation.UNSUPERVISED + evaluation.CEILINGS if "Poisson" not in name]
-    assert made.labels.tolist() == [False] * 3 + [True] * 2
+    assert made.labels.tolist() == [False] * 4 + [True] * 2
     assert (made.accuracy > 0.4).all() and made.accuracy["ten numbers: boosted trees"] > made.accuracy["mass: k-means"]
     assert ((made.ari > 0) & (made.nmi > 0)).all()
     with pytest.raises(DataError, match="all jets are 'W'"):
@@ -74,7 +74,7 @@ def test_a_row_for_each_run_at_the_version_that_is_chosen_without_labels(run):
     row = made.iloc[0]
     assert row.version == version and row.oracle == curve.accuracy.max() and 0 < row.knn <= 1 and 0 < row.linear <= 1
     assert row.accuracy == pytest.approx(curve.accuracy[curve.version == version].iloc[0])
-    assert "centres" in network(run, version).state_dict()
+    assert "centres" in network(run, version).state_dict() and -1 <= silhouette(run) <= 1
 
 
 def test_a_run_without_clusters_has_no_version_to_choose():

@@ -6,14 +6,16 @@ Used by pytest.
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from labkit import plots
-from labkit.jets.figures import embedding, masses
+from labkit.jets.evaluation import table
+from labkit.jets.figures import before_and_after, embedding, masses, worlds
 from tests.jets.helpers import sample
 from tests.plots.helpers import title
 
-pytestmark = pytest.mark.slow  # HoloViews is slow to load
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]  # HoloViews is slow to load
 
 
 @pytest.mark.parametrize("of", ["mass", "trimmed", "tau21"])
@@ -36,3 +38,22 @@ def test_embeddings_by_class(tmp_path):
 
 def test_without_jets_a_figure_is_a_message(tmp_path):
     assert plots.save(masses(sample()[:0]), tmp_path / "a.png").stat().st_size > 2_000
+
+
+def test_embeddings_before_and_after_clustering(run, tmp_path):
+    figure = before_and_after(run, ("W", "Z", "t"))
+    titles = [title(panel) for panel in figure]
+    assert [text.partition(":")[0] for text in titles] == ["Before clustering", "After clustering"]
+    assert titles[1].split()[2] == f"{100 * table(run, probes=[]).accuracy[0]:.0f}"
+    assert plots.save(figure, tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_speed_and_accuracy_by_workers(tmp_path):
+    frame = pd.DataFrame({"n_workers": [1, 1, 2, 2], "samples_per_s": [100, 110, 180, 198], "accuracy": [0.7, 0.72, 0.71, 0.75]})
+    figure = worlds(frame)
+    assert [title(panel) for panel in figure] == [
+        "2 workers train 1.80 times the jets per second of 1",
+        "Accuracy of 1 to 2 workers: means 2.0 points apart, seeds up to 4.0",
+    ]
+    assert plots.save(figure, tmp_path / "worlds.png").stat().st_size > 10_000
+    assert title(worlds(frame[:0])) == "Speed and accuracy by workers"

@@ -120,6 +120,10 @@ def test_masked_padding_does_not_count_empty_slots():
     for training in (True, False):
         made.train(training)
         torch.testing.assert_close(made.embed(longer), made.embed(x), rtol=1e-4, atol=1e-5)
+    summed = network(padding="summed", neighbours=4).eval()
+    summed.load_state_dict(made.state_dict())
+    n = (x[..., 2] != 0).sum(1, keepdim=True)
+    torch.testing.assert_close(summed.embed(x), made.embed(x) * n / 14, rtol=1e-4, atol=1e-5)
     faithful = network(neighbours=4).eval()
     assert (faithful.embed(longer) - faithful.embed(x)).abs().max() > 1e-3
 
@@ -170,3 +174,10 @@ def test_features_are_those_of_the_jet():
     wanted = [eta, phi, np.log(pt / of["pt"]), np.hypot(eta, phi), np.log(e), np.log(e / energy), np.log(pt), cosine]
     for at, values in enumerate(wanted):
         assert np.abs(x.numpy()[..., at][real] - values).max() < 2e-4, FEATURES[at]
+
+
+def test_what_is_pooled_may_be_more_than_the_embedding():
+    made, x = network(pooled=6, padding="summed", neighbours=4).eval(), jets()
+    assert made.embed(x).shape == (4, 3) and made.together.linear.weight.shape[0] == 6 and (made.embed(x) < 0).any()
+    made.jet = None
+    assert made.embed(x).shape == (4, 6)

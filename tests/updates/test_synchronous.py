@@ -137,6 +137,19 @@ def test_allreduce_takes_the_common_weights_and_refuses_replicas_that_drift_apar
     push(rule, 0, (3, 4))
     with pytest.raises(UpdateError, match="differ by"):
         push(rule, 1, (3, 5))
+    rule = started(AllReduce(tolerance=0))
+    push(rule, 0, (3, 4))
+    with pytest.raises(UpdateError, match="differ by"):
+        push(rule, 1, np.nextafter(np.float32([3, 4]), np.float32(9)))
+
+
+def test_allreduce_reduces_running_statistics_by_samples():
+    for buffers, wanted in (("mean", [3, 4, 2]), ("first", [3, 4, 1])):
+        rule = AllReduce(buffers)
+        rule.start(np.zeros(3, np.float32), [0, 1], n_buffers=1)
+        push(rule, 0, (3, 4, 1), samples=30)
+        push(rule, 1, (3, 4, 5), samples=10)
+        assert rule.weights.tolist() == wanted
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

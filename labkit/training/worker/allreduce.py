@@ -131,7 +131,7 @@ class ProcessGroup:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)
             with self.exchanging():  # the ranks compare their parameters
                 ddp = DistributedDataParallel(network, process_group=self.exchange.group, find_unused_parameters=self.unused)
-            ddp.broadcast_buffers = False  # rank 0's statistics count, when the pass is over; until then no rank waits for them
+            ddp.broadcast_buffers = False  # the rule reduces them when the pass is over; until then no rank waits for them
             ddp.register_comm_hook(self.exchange, _average)
             self.parts.append(ddp)
             wrapped[network] = ddp
@@ -228,7 +228,7 @@ def check_problem(problem: Problem, seed: int) -> None:
         raise ProblemError(
             f"{problem._title()} cannot be trained with update='allreduce': {', '.join(map(repr, differ[:SHOWN]))} change by the "
             "samples of a batch, or at random, besides by its gradients, so that the ranks would train different networks. Keep such "
-            "values in buffers, which are those of the first rank, or use another update: 'sgwu', 'agwu'."
+            "values in buffers, which are reduced after each local pass, or use another update: 'sgwu', 'agwu'."
         )
 
 
