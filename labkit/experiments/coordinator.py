@@ -2,6 +2,10 @@
 
     job = (trial, fold)   begin -> run -> reports -> end;  the last run of a trial that ends tells of it
 
+A Gaussian process needs up to seconds for a point. So with several blocks it is asked ahead, in a thread of its own, while all blocks
+train: a free block begins at once with the point that is there. What ends meanwhile is logged when the point is there, so that a point
+depends on the lines before it and on nothing else.
+
 What has happened is in the log before anything follows from it, so that whatever ends the kernel, and wherever, the next
 coordinator goes on from there (`_left`): runs that had begun are made again, runs that had ended are not.
 
@@ -17,6 +21,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from labkit.cluster.lab import Lab
@@ -61,6 +66,11 @@ class Coordinator:
         self.attempts: Counter[Job] = Counter()  # of runs whose block was lost
         self.lost_at: dict[Job, float] = {}  # since when all workers of a job are lost
         self.ending: set[Job] = set()  # whose runs are being stopped
+        # A target ends the search with the first trial that reaches it: then none may be asked for before it can begin.
+        self.asks_ahead = self.study.method == "gp" and len(workers) >= 2 * size and self.config["target"] is None
+        self.asked: Future[int] | None = None  # the next trial, which is being asked for
+        self.late: deque[tuple[Job, Run | NotebookRun]] = deque()  # runs that have ended meanwhile
+        self._asker = ThreadPoolExecutor(1, f"labkit-ask-{found.name}")
         self._stop, self._over = threading.Event(), threading.Event()
         found._coordinator = self
 
@@ -94,12 +104,29 @@ class Coordinator:
         """The next run: of a trial that was cut off, of a fold that is left, or of a new trial; StopIteration while there is none."""
         if self._stop.is_set():
             raise _Stopped
-        if not self.pending and len(self.study.trials) < self.config["trials"] and not self.found._has_reached():
-            number = self.study.ask()
-            self.pending.extend((number, fold) for fold in self._folds())
+        if not self.pending and self._asks_more() and self.asked is None:
+            self._ask()
+        if not self.pending:
+            self._collect(wait=len(self.current) == len(self.late))
         if not self.pending:
             raise StopIteration
         return self.pending.popleft()
+
+    def _asks_more(self) -> bool:
+        return len(self.study.trials) < self.config["trials"] and not self.found._has_reached()
+
+    def _ask(self) -> None:
+        self.asked = self._asker.submit(self.study.ask)
+        if not self.asks_ahead:
+            self._collect(wait=True)
+
+    def _collect(self, wait: bool = False) -> None:
+        """The jobs of the trial that was asked for, if it is there, and the ends of runs that had to wait for it."""
+        if self.asked is not None and (wait or self.asked.done()):
+            number, self.asked = self.asked.result(), None
+            self.pending.extend((number, fold) for fold in self._folds())
+        while self.late and self.asked is None:
+            self._ended(*self.late.popleft())
 
     def _folds(self) -> Sequence[int | None]:
         return range(self.config["folds"]) if self.config["folds"] else (None,)
@@ -170,15 +197,25 @@ class Coordinator:
             raise _Stopped
         if self.lab.closed:
             raise ClusterError("the lab was closed. The same call on another lab goes on from here.")
+        self._collect()
         if self.current.get(job) is not run:  # seen at the last look, when it had ended just then
             return
-        number, _ = job
-        trial, state = self.study.trials[number], run.state
-        if state == "running":
-            self._report(job, run)
+        trial = self.study.trials[job[0]]
+        if run.state == "running":
+            if self.asks_ahead and self.asked is None and not self.pending and self._asks_more():
+                self._ask()
+            elif self.asked is None:
+                self._report(job, run)
             if trial["worse"] or self._is_lost(job):
                 self._end_early(job, run)
-            return
+        elif self.asked is not None:
+            if (job, run) not in self.late:
+                self.late.append((job, run))
+        else:
+            self._ended(job, run)
+
+    def _ended(self, job: Job, run: Run | NotebookRun) -> None:
+        trial, state = self.study.trials[job[0]], run.state
         try:
             if state != "done" and not trial["worse"] and job in self.lost_at:
                 return self._again(job, ClusterError("the workers of its block were lost"))
@@ -306,6 +343,7 @@ class Coordinator:
                 last.callback(self.lab.release, self.config["id"])
                 last.callback(self.lock.release)
                 last.callback(self.found._copy)
+                self._asker.shutdown()  # a point that is being made is logged before what is left
                 for number, trial in enumerate(self.study.trials):
                     for fold in [fold for fold, unit in trial["units"].items() if unit["ended"] is None]:
                         self.study.leave(number, fold)

@@ -23,7 +23,9 @@ SETTLING = 25  # of one that tries several ways itself
 def step_times(
     problems: Mapping[str, Problem], batch_sizes: Sequence[int] | None = None, steps: int = 10, seed: int = 0
 ) -> pd.DataFrame:
-    """The time of a training step of each problem, on this machine: one step of each in turn, so that a load hits all alike.
+    """The time of a training step of each problem, on this machine: one step of each in a round, so that a load hits all alike.
+
+    In each round they are in another order: torch's own threads wait for more work with a busy core, which slows whoever comes next.
 
         labkit.step_times({"torch": labkit.Classifier("vgg9", data), "samples": labkit.Classifier("vgg9", data, inner=2)}, [16, 128])
 
@@ -57,7 +59,11 @@ def step_times(
         for one in started:
             for _ in range(one.settling):
                 one.step()
-        seconds = np.array([[one.step() for one in started] for _ in range(steps)])
+        seconds = np.empty((steps, len(started)))
+        orders = np.random.default_rng(seed).permuted(np.tile(np.arange(len(started)), (steps, 1)), axis=1)
+        for number, order in enumerate(orders):
+            for at in order:
+                seconds[number, at] = started[at].step()
         for at, (name, one) in enumerate(zip(problems, started, strict=True)):
             low, middle, high = np.quantile(seconds[:, at], (0.25, 0.5, 0.75))
             speedup = float(np.median(seconds[:, 0] / seconds[:, at]))

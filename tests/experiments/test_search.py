@@ -22,6 +22,7 @@ from labkit.experiments import search as search_module
 from labkit.experiments.coordinator import Coordinator
 from labkit.experiments.executor import state
 from labkit.experiments.space import Space
+from labkit.experiments.study import Study
 from labkit.experiments.trials import Maker
 from labkit.runs.files import write_json
 from labkit.training import blocks, supervisor
@@ -407,6 +408,37 @@ def test_a_gaussian_process_leaves_conditional_spaces_to_tpe(search, problem, st
 
 
 # -- what may end a search, and where --------------------------------------------------------------------------------------
+
+
+def test_a_slow_sampler_makes_a_point_while_all_blocks_train_and_what_ends_meanwhile_comes_after_it(search, problem, monkeypatch):
+    ask, met = Study.ask, []
+
+    def launch(self, problem, settings, number, fold, workers):
+        measured = self.measured[number, fold] = {}
+        return Going(problem, measured, 3, str(number))
+
+    def slow(study):
+        if len(study.trials) == 5:  # until the runs of both blocks have ended
+            until(lambda: searches[-1].late and len(searches[-1].late) == len(searches[-1].current))
+            met.append([job for job, _ in searches[-1].late])
+        return ask(study)
+
+    searches, start = [], Coordinator.start
+
+    def ahead(self):  # as with "gp", whose points take longer than a test should
+        searches.append(self)
+        self.asks_ahead = True
+        start(self)
+
+    monkeypatch.setattr(Coordinator, "start", ahead)
+    monkeypatch.setattr(Coordinator, "_launch", launch)
+    monkeypatch.setattr(Study, "ask", slow)
+    found = search(problem, {"lr": (0.1, 0.9), "momentum": (0.0, 0.9)}, method="tpe", trials=8, workers_per_trial=1)
+    lines = [json.loads(line) for line in (found.path / "log.jsonl").read_text().splitlines()]
+    ended = [line["end"] for line in lines[: next(at for at, line in enumerate(lines) if line.get("ask") == 5)] if "end" in line]
+    assert met[0] and not {number for number, _ in met[0]} & set(ended)
+    assert found.table().score.tolist() == pytest.approx([point["lr"] * (1 - 0.5 / 3) for point in found.points])
+    assert set(found.table().state) == {"done"} and found.replay().points == found.points
 
 
 def test_wherever_the_kernel_ends_no_trial_is_lost_or_doubled(search, problem, stand_ins, tmp_path):
