@@ -14,7 +14,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,75 +89,94 @@ def _made() -> tuple[dict, list[tuple], list[float], list[float]]:
 # -- searches ----------------------------------------------------------------------------------------------------------
 
 
-def course(item: tuple[str, str, int, int, int]) -> dict[str, Any]:
-    """One search: table, method, blocks (0: Optuna alone), trials, seed. With `regret` and `end` of its trials in the order of their
-    ends, and how `busy` its blocks were."""
-    name, method, blocks, trials, seed = item
-    about = {"table": name, "method": method, "blocks": blocks, "seed": seed}
-    if not blocks:
-        return about | {"regret": _alone(table(name), method, trials, seed)}
-    return about | _on_blocks(table(name), method, blocks, trials, seed)
+def course(item: tuple[str, str, str, int, int, int]) -> dict[str, Any]:
+    """One search: by whom ("labkit" or "optuna"), table, method, blocks, trials, seed. With `regret` and `end` of its trials in the order
+    of their ends, and how `busy` its blocks were."""
+    by, name, method, blocks, trials, seed = item
+    searched = (_by_labkit if by == "labkit" else _by_optuna)(table(name), method, blocks, trials, seed)
+    return {"by": by, "table": name, "method": method, "blocks": blocks, "seed": seed} | searched
 
 
-def _alone(of: Table, method: str, trials: int, seed: int) -> list[float]:
+def _by_optuna(of: Table, method: str, blocks: int, trials: int, seed: int) -> dict[str, Any]:
+    """Optuna's study alone, with as many trials under way as there are blocks."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     samplers = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=N_RANDOM),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=N_RANDOM),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
-    study, regrets = optuna.create_study(direction="minimize", sampler=samplers[method]()), []
+    study = optuna.create_study(direction="minimize", sampler=samplers[method]())
     distributions = {parameter.key: parameter.distribution for parameter in of.space.parameters.values()}
-    for _ in range(trials):
-        trial = study.ask(distributions)
-        regrets.append(of({name: trial.params[name] for name in of.space.parameters})[0])
-        study.tell(trial, regrets[-1])
-    return regrets
+    asked: list[Any] = []
+
+    def ask() -> dict[str, Any]:
+        asked.append(study.ask(distributions))
+        return {name: asked[-1].params[name] for name in of.space.parameters}
+
+    return _on_blocks(of, blocks, trials, ask, lambda number, regret: study.tell(asked[number], regret))
 
 
-def _on_blocks(of: Table, method: str, blocks: int, trials: int, seed: int) -> dict[str, Any]:
-    """labkit's study, asked for as many points as there are blocks, and told of each when its time has passed."""
-    now, running, ends, regrets, spent = 0.0, [], [], [], 0.0
-    study = Study(of.space, method, seed, N_RANDOM, clock=lambda: now)
+def _by_labkit(of: Table, method: str, blocks: int, trials: int, seed: int) -> dict[str, Any]:
+    study = Study(of.space, method, seed, N_RANDOM)
+    ahead = method == "gp" and blocks > 1  # as in `labkit.search`
+    return _on_blocks(
+        of,
+        blocks,
+        trials,
+        lambda: study.trials[study.ask()]["point"],
+        lambda number, regret: study.tell(number, "done", -regret),
+        ahead=ahead,
+    )
+
+
+def _on_blocks(of: Table, blocks: int, trials: int, ask: Callable, tell: Callable, *, ahead: bool = False) -> dict[str, Any]:
+    """Points that are asked for when a block is free, or one `ahead`, and told of when the time of their training has passed."""
+    now, running, ends, regrets, spent, points = 0.0, [], [], [], 0.0, []
+    begun = 0
     while len(ends) < trials:
-        while len(running) < blocks and len(study.trials) < trials:
-            number = study.ask()
-            seconds = of(study.trials[number]["point"])[1]
-            heapq.heappush(running, (now + seconds, number))
-            spent += seconds
+        while len(running) < blocks and begun < trials:
+            if begun == len(points):
+                points.append(ask())
+            seconds = of(points[begun])[1]
+            heapq.heappush(running, (now + seconds, begun))
+            spent, begun = spent + seconds, begun + 1
+        if ahead and begun == len(points) < trials:
+            points.append(ask())
         now, number = heapq.heappop(running)
-        regrets.append(of(study.trials[number]["point"])[0])
+        regrets.append(of(points[number])[0])
         ends.append(now)
-        study.tell(number, "done", -regrets[-1])
+        tell(number, regrets[-1])
     return {"regret": regrets, "end": ends, "busy": spent / (blocks * now)}
 
 
 def items(wanted: list[str], method: str, blocks: list[int], trials: int, seeds: list[int]) -> list[tuple]:
-    """The searches of a comparison; those with several blocks have a quarter more trials to reach the regret of one."""
-    lengths = {0: trials, 1: trials} | {n: round(1.25 * trials) for n in blocks if n > 1}
-    return [(name, method, n, lengths[n], seed) for name in names(wanted) for seed in seeds for n in [0, *blocks]]
+    """The searches of a comparison; those of labkit with several blocks have a quarter more trials to reach the regret of one."""
+    lengths = {n: trials if n == 1 else round(1.25 * trials) for n in blocks}
+    cases = [("labkit", lengths), ("optuna", dict.fromkeys(blocks, trials))]
+    return [(by, name, method, n, own[n], seed) for name in names(wanted) for seed in seeds for by, own in cases for n in blocks]
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------
 
 
 def after(found: list[dict], trials: int) -> pd.DataFrame:
-    """By blocks: mean regret after equal trials, its difference from Optuna alone in the same tables and seeds with its standard error,
-    and how busy the blocks were."""
+    """By blocks: mean regret after equal trials, that of Optuna alone with as many trials under way, the mean difference in the same tables
+    and seeds with its standard error, and how busy the blocks were."""
     frame = pd.DataFrame([{**row, "regret": min(row["regret"][:trials])} for row in found])
-    wide = frame.pivot(index=["table", "seed"], columns="blocks", values="regret")
-    less = wide.sub(wide[0], axis=0)
-    errors = less.std() / np.sqrt(len(less))
-    busy = frame.groupby("blocks").busy.mean() if "busy" in frame else np.nan
-    return pd.DataFrame({"regret": wide.mean(), "than_alone": less.mean(), "standard_error": errors, "busy": busy})
+    wide = frame.pivot(index=["table", "seed"], columns=["by", "blocks"], values="regret")
+    more = wide["labkit"] - wide["optuna"]
+    means = {"regret": wide["labkit"].mean(), "optuna": wide["optuna"].mean(), "difference": more.mean()}
+    busy = frame[frame.by == "labkit"].groupby("blocks").busy.mean()
+    return pd.DataFrame({**means, "standard_error": more.std() / np.sqrt(len(more)), "busy": busy})
 
 
 def by_time(found: list[dict]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """By blocks: mean regret (n,) at virtual times (n,), where the search with one block of the same table and seed takes 1."""
+    found = [row for row in found if row["by"] == "labkit"]
     whole = {(row["table"], row["seed"]): row["end"][-1] for row in found if row["blocks"] == 1}
     at = np.linspace(0, 1, 401)[1:]
     means = {}
-    for blocks in sorted({row["blocks"] for row in found} - {0}):
+    for blocks in sorted({row["blocks"] for row in found}):
         curves = []
         for row in (row for row in found if row["blocks"] == blocks):
             best, ends = np.minimum.accumulate(row["regret"]), np.array(row["end"]) / whole[row["table"], row["seed"]]

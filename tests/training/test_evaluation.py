@@ -39,8 +39,7 @@ rare = (pytest.mark.slow, pytest.mark.filterwarnings("ignore"))  # torch warns o
 LABS = [
     ("threads", ["sgwu"], ()),
     pytest.param("threads", ["agwu", "easgd", "allreduce"], ("compiled_as_a_whole", "compiled_in_part"), marks=rare),
-    pytest.param("dask", ["agwu", "allreduce"], (), marks=(pytest.mark.cluster, *rare)),
-    pytest.param("ipyparallel", ["easgd", "allreduce"], (), marks=(pytest.mark.cluster, *rare)),
+    pytest.param("dask", ["agwu", "easgd", "allreduce"], (), marks=(pytest.mark.cluster, *rare)),
 ]
 
 

@@ -34,8 +34,8 @@ def wide_net(shape, n_classes):
     return net(shape, n_classes, width=20_000)
 
 
-def problem(model=net, n=231, **options):
-    return labkit.Classifier(model, data(n), **{"batch_size": 16, "score_samples": 20, **options})
+def problem(model=net, n=231, kind=labkit.Classifier, **options):
+    return kind(model, data(n), **{"batch_size": 16, "score_samples": 20, **options})
 
 
 def cell():
@@ -394,12 +394,13 @@ def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(l
 
 CELLS = """
 import sys, labkit
+from tests.helpers import Slow
 from tests.training.test_resume import problem
 
 if __name__ == "__main__":
     kind, lr, passes, runs = sys.argv[1:]
     with labkit.connect(kind, 2) as lab:
-        run = labkit.train(problem(lr=float(lr)), lab, update="agwu", partition="udpa", passes=float(passes), runs=runs, checkpoints=int(float(passes)))
+        run = labkit.train(problem(kind=Slow, lr=float(lr)), lab, update="agwu", partition="udpa", passes=float(passes), runs=runs, checkpoints=int(float(passes)))
         print("began", run.path, run.config.id, flush=True)
         run.wait(100)
 """
