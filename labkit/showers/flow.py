@@ -3,9 +3,16 @@
     x_t = (1 - t) x_0 + t x_1,   loss = |v(x_t, t, condition) - (x_1 - x_0)|^2        x_0 noise, x_1 a shower, t uniform (arXiv:2210.02747)
     a shower: x_0 -> x_1 by midpoint steps, 8 at most                                  condition: the energy; of cells the layers too
 
-Two flows, trained in one step: of the energies of the layers (Z numbers, standardised at the energy), by a perceptron; and of the cells, given those,
-by convolutions over a layer's plane with the depth as channels. A cell that is hit is 1/4 + ln(c / keV) / 4, one that is not -1/4 - |z| / 4 with z normal:
-the sign says which. In the end the cells of a layer are scaled to its energy.
+Two flows, trained in one step: of the energies of the layers (Z numbers, standardised at the energy and decorrelated), by a perceptron; and of the cells,
+given those, by convolutions over a layer's plane with the depth as channels. A cell that is hit is 1/4 + ln(c / keV) / 4, one that is not
+normal about -1/2; an empty layer likewise. In the end the cells of a layer are scaled to its energy.
+
+Neither network says the velocity itself. That of a normal x_1 of mean m and deviation s is known,
+
+    v = m + (t s^2 - (1 - t)) / w (x_t - t m)        w = t^2 s^2 + (1 - t)^2
+
+so the perceptron says by how much that of a standard normal is wrong; and the convolutions say of each cell how likely it is hit, and m if it is, from
+which follows v of the mixture (with what x_t says of it). So both begin at what `Profile` knows, and a cell decides in a step or two.
 
 The loss of curves is the mean flow-matching loss with the same noise and times each time; the score is exp(-(W + L)), with W the distance of the
 layers' energies that the first flow makes (as of a GAN, of these sums alone) and L the loss of the second: no shower of cells is made for it.
@@ -30,10 +37,11 @@ from labkit.problems.optimisers import make_optimiser
 from labkit.problems.problem import Clock, Metrics, Optimisers
 from labkit.showers.features import distance
 from labkit.showers.gan import EMPTY, GEV, NOISE_SEED, Showers, mirrored
-from labkit.showers.networks import LEAST_MEV, Condition, Profile, in_mev, standardised
+from labkit.showers.networks import FLOOR_MEV, LEAST_MEV, Condition, Profile, in_mev, standardised
 
 TIMES = 8  # frequencies by which a network sees t
-MAPS = 8  # learned planes that tell the convolutions where they are
+AGAIN = 8  # times and noises for the layers of a shower in a step: their network costs little
+NOT_HIT = -0.5, 0.1  # mean and deviation of a cell that is not
 SCALE = 4.0  # of the logarithm of a cell's energy
 MOST_STEPS = 8
 LOOKED_AT = 8  # showers of a batch whose layers are made to see whether they are empty
@@ -45,7 +53,7 @@ class ShowerFlow(Showers):
     Parameters beside those of `Problem`
     ------------------------------------
     data : as of `ShowerGAN`, of 25 x 25 x 25 cells or any square layers.
-    channels, blocks : of the convolutions; 48 and 3.
+    channels, blocks : of the convolutions; 48 and 2.
     width : of the perceptron; 192.
     steps : midpoint steps from noise to a shower, 8 at most; each evaluates the network twice.
     lr, decay : of Adam; the rate ends at decay * lr by a half cosine over the run.
@@ -58,9 +66,9 @@ class ShowerFlow(Showers):
         self,
         data: Any = "showers-wsi",
         *,
-        batch_size: int = 64,
+        batch_size: int = 32,
         channels: int = 48,
-        blocks: int = 3,
+        blocks: int = 2,
         width: int = 192,
         steps: int = 8,
         lr: float = 2e-3,
@@ -120,7 +128,7 @@ class ShowerFlow(Showers):
             condition = energies[:LOOKED_AT, None] / GEV
             noise = torch.randn(len(condition), cells.shape[4], generator=torch.Generator().manual_seed(NOISE_SEED))
             with evaluating(module) as plain:
-                made = in_mev(*plain.layers_from(noise.to(cells.device), condition, self.steps)).sum(1)
+                made = plain.layers_from(noise.to(cells.device), condition, self.steps)[0].sum(1)
             enough = made > EMPTY * cells.sum((1, 2, 3, 4)).mean()
             fine |= {"its layers are no numbers": made.isfinite().all(), "its layers are empty": enough.float().mean() >= 0.1}
         self._refuse_collapse(fine, clock)
@@ -130,7 +138,7 @@ class ShowerFlow(Showers):
         cells, condition = batch[0][:, 0].float(), (batch[1] / GEV)
         with evaluating(module) as plain:
             noise = torch.randn(len(cells), cells.shape[3], generator=generator).to(cells.device)
-            layers = in_mev(*plain.layers_from(noise, condition[:, None], self.steps))
+            layers = plain.layers_from(noise, condition[:, None], self.steps)[0]
             here = generator if cells.device.type == "cpu" else torch.Generator(cells.device).manual_seed(NOISE_SEED)
             with self.autocast(cells.device):
                 losses = plain(cells, condition, here)
@@ -155,11 +163,14 @@ class Flows(nn.Module):
         self.side = math.isqrt(pixels)
         self.n_noise = self.depth + pixels * self.depth
         self.condition = Condition(profile)
+        self.register_buffer("root", torch.tensor(profile.root.T.copy()))
+        self.register_buffer("inverse", torch.linalg.inv(self.root))
         self.of_layers = nn.Sequential(
             nn.Linear(self.depth + 3 + 2 * TIMES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, self.depth),
         )  # fmt: skip
-        self.of_cells = Planes(self.side, self.depth, channels, blocks)
+        _zero(self.of_layers[-1])
+        self.of_cells = Planes(profile, channels, blocks)
 
     def forward(self, cells: torch.Tensor, energy: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         n = len(cells)
@@ -167,67 +178,111 @@ class Flows(nn.Module):
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, device=cells.device)
 
-        seen, mean = self.condition(energy[:, None])
-        layers = standardised(cells.sum((1, 2)), mean, self.condition.spread)
-        t = torch.rand(n, 1, generator=generator, device=cells.device)
-        one, zero = layers, normal(n, self.depth)
-        losses = [(self._speed(zero + t * (one - zero), t, seen) - (one - zero)).square().mean(1)]
+        seen, mean, spread = self.condition(energy[:, None])
+        layers = cells.sum((1, 2))
+        s = (layers / FLOOR_MEV).log1p()
+        s = torch.where(layers >= LEAST_MEV, s, NOT_HIT[0] + NOT_HIT[1] * normal(n, self.depth))
+        one = (((s - mean) / spread) @ self.inverse).repeat(AGAIN, 1)
+        zero, t = normal(AGAIN * n, self.depth), torch.rand(AGAIN * n, 1, generator=generator, device=cells.device)
+        wrong = (self._speed(torch.lerp(zero, one, t), t, seen.repeat(AGAIN, 1)) - (one - zero)).square()
+        losses = [wrong.view(AGAIN, n, self.depth).mean((0, 2))]
         one = encoded(cells, normal(n, self.side, self.side, self.depth)).permute(0, 3, 1, 2)
         zero = normal(n, self.side, self.side, self.depth).permute(0, 3, 1, 2)
         t = torch.rand(n, 1, generator=generator, device=cells.device)
         way = one - zero
-        speed = self.of_cells(zero + t[:, :, None, None] * way, t, torch.cat([seen, layers], 1))
-        return torch.stack([losses[0], (speed.float() - way).square().mean((1, 2, 3))], 1)
+        speed = self.of_cells(zero + t[:, :, None, None] * way, t, seen, layers, standardised(layers, mean, spread))
+        return torch.stack([losses[0], (speed - way).square().mean((1, 2, 3))], 1)
 
-    def layers_from(
-        self, noise: torch.Tensor, condition: torch.Tensor, steps: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Layers of noise (n, Z), standardised, with their mean and spread: what `in_mev` takes."""
-        seen, mean = self.condition(condition)
-        return midpoint(lambda x, t: self._speed(x, t, seen), noise, steps), mean, self.condition.spread
+    def layers_from(self, noise: torch.Tensor, condition: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Energies of layers (n, Z) in MeV of noise (n, Z), and the same standardised."""
+        seen, mean, spread = self.condition(condition)
+        made = midpoint(lambda x, t: self._speed(x, t, seen), noise, steps) @ self.root
+        layers = in_mev(made, mean, spread)
+        return layers, standardised(layers, mean, spread)
 
     def showers(self, noise: torch.Tensor, condition: torch.Tensor, steps: int) -> torch.Tensor:
         """(n, X, Y, Z) in MeV."""
         n = len(noise)
-        layers, mean, spread = self.layers_from(noise[:, : self.depth], condition, steps)
-        seen = torch.cat([self.condition(condition)[0], layers], 1)
+        layers, standard = self.layers_from(noise[:, : self.depth], condition, steps)
+        seen = self.condition(condition)[0]
         start = noise[:, self.depth :].reshape(n, self.side, self.side, self.depth).permute(0, 3, 1, 2)
-        cells = decoded(midpoint(lambda x, t: self.of_cells(x, t, seen).float(), start, steps).permute(0, 2, 3, 1))
-        of_layers = in_mev(layers, mean, spread)
-        cells = cells * (of_layers / cells.sum((1, 2)).clamp_min(LEAST_MEV))[:, None, None]
+        x = midpoint(lambda x, t: self.of_cells(x, t, seen, layers, standard), start, steps)
+        x = torch.where(x == x.amax((2, 3), keepdim=True), x.clamp_min(0.25), x)  # a layer with energy has a cell that is hit
+        cells = decoded(x.permute(0, 2, 3, 1))
+        cells = cells * (layers / cells.sum((1, 2)).clamp_min(LEAST_MEV))[:, None, None]
         return F.threshold(cells, LEAST_MEV, 0.0)
 
     def _speed(self, x: torch.Tensor, t: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        return self.of_layers(torch.cat([x, seen, waves(t)], 1)).float()
+        return velocity(x, t, torch.zeros_like(t), 1.0)[0] + self.of_layers(torch.cat([x, seen, waves(t)], 1)).float()
 
 
 class Planes(nn.Module):
-    """A velocity for each cell: residual blocks of convolutions over (x, y), layers as channels, modulated by time and condition."""
+    """A velocity for each cell, of (n, Z, X, Y): residual blocks of convolutions over (x, y), layers as channels, modulated by time and condition.
 
-    def __init__(self, side: int, depth: int, channels: int, blocks: int) -> None:
+    They say of each cell how likely it is hit, as a logit, the mean if it is, and a rest; beside what is learned of each cell and its layer's energy.
+    """
+
+    def __init__(self, profile: Profile, channels: int, blocks: int) -> None:
         super().__init__()
-        self.maps = nn.Parameter(0.1 * torch.randn(1, MAPS, side, side))
+        pixels, depth = profile.image.shape
+        side = math.isqrt(pixels)
+        self.place = nn.Parameter(torch.zeros(side, side, channels))  # tells the convolutions where they are
         self.embed = nn.Sequential(nn.Linear(2 * TIMES + 3 + depth, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU())
-        self.first = nn.Conv2d(depth + MAPS, channels, 3, padding=1)
+        self.first = nn.Conv2d(depth, channels, 3, padding=1)
         self.blocks = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2 * blocks))
         self.modulate = nn.ModuleList(nn.Linear(96, 2 * channels) for _ in range(blocks))
-        self.last = nn.Conv2d(channels, depth, 3, padding=1)
-        self.direct = nn.Linear(96, 2 * depth)  # of x itself: most cells are noise that only has to shrink
+        self.last = nn.Conv2d(channels, 3 * depth, 1)
+        self.direct = nn.Linear(96, 2 * depth)
         for layer in (self.last, self.direct, *self.modulate):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            _zero(layer)
         for layer in list(self.blocks)[1::2]:
             nn.init.normal_(layer.weight, std=1e-3)
+        hit, log_hit = (_symmetric(torch.tensor(one).view(side, side, depth)) for one in (profile.hit, profile.log_hit))
+        hit = hit.clamp(1e-5, 1 - 1e-3)
+        self.logit = nn.Parameter(
+            torch.stack([hit.logit(), torch.ones_like(hit)])
+        )  # at the mean layer, and by how much it grows with it
+        self.mean = nn.Parameter(torch.stack([0.25 + log_hit / SCALE, hit]))
+        self.log_spread = nn.Parameter(torch.full((depth, 1, 1), math.log(0.3)))  # of a cell that is hit
+        self.register_buffer("typical", torch.tensor(profile.typical) + math.log(FLOOR_MEV))
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        about = self.embed(torch.cat([waves(t), seen], 1))
-        h = self.first(torch.cat([x, self.maps.expand(len(x), -1, -1, -1)], 1))
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, seen: torch.Tensor, layers: torch.Tensor, standard: torch.Tensor
+    ) -> torch.Tensor:
+        """Of x at times t (n, 1), energies as `seen` (n, 3), and those of layers (n, Z) in MeV, and standardised."""
+        about = self.embed(torch.cat([waves(t), seen, standard.clamp(-6, 6)], 1))
+        h = self.first(x) + self.place.permute(2, 0, 1)
         for number, modulate in enumerate(self.modulate):
             scale, shift = modulate(about)[:, :, None, None].chunk(2, 1)
             inner = self.blocks[2 * number](F.silu(h))
             h = h + self.blocks[2 * number + 1](F.silu(inner * (1 + scale) + shift))
-        scale, shift = self.direct(about)[:, :, None, None].chunk(2, 1)
-        return self.last(F.silu(h)) + scale * x + shift
+        logit, mean, rest = self.last(F.silu(h)).float().chunk(3, 1)
+        of_layer = self.direct(about).float()[:, :, None, None].chunk(2, 1)
+        more = ((layers + FLOOR_MEV).log() - self.typical)[:, :, None, None]
+        of_logit, of_mean = self.logit.permute(0, 3, 1, 2), self.mean.permute(0, 3, 1, 2)
+        logit = logit + of_layer[0] + torch.addcmul(of_logit[0], of_logit[1], more)
+        mean = mean + of_layer[1] + torch.addcmul(of_mean[0], of_mean[1], more / SCALE)
+        t = t[:, :, None, None]
+        (none, log_none), (hit, log_hit) = velocity(x, t, *NOT_HIT), velocity(x, t, mean, self.log_spread.exp())
+        return torch.lerp(none, hit, (logit + log_hit - log_none).sigmoid()) + rest
+
+
+def velocity(x: torch.Tensor, t: torch.Tensor, mean: Any, spread: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """E[x_1 - x_0 | x_t] where x_1 is normal with `mean` and `spread`, and the logarithm of x_t's density there, but for a constant."""
+    variance = (t * spread) ** 2 + (1 - t) ** 2
+    apart = x - t * mean
+    return mean + (t * spread**2 - (1 - t)) / variance * apart, -(apart**2 / variance + torch.log(variance)) / 2
+
+
+def _symmetric(planes: torch.Tensor) -> torch.Tensor:
+    """The mean of planes (X, X, Z) in the eight positions of a square."""
+    planes = (planes + planes.transpose(0, 1)) / 2
+    return (planes + planes.flip(0) + planes.flip(1) + planes.flip((0, 1))) / 4
+
+
+def _zero(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 def waves(t: torch.Tensor) -> torch.Tensor:
@@ -249,7 +304,7 @@ def midpoint(speed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: tor
 def encoded(cells: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Energies of cells in MeV as numbers of about 1, those of cells that are not hit below 0."""
     hit = cells >= LEAST_MEV
-    return torch.where(hit, 0.25 + (cells.clamp_min(LEAST_MEV) / LEAST_MEV).log() / SCALE, -0.25 - noise.abs() / 4)
+    return torch.where(hit, 0.25 + (cells.clamp_min(LEAST_MEV) / LEAST_MEV).log() / SCALE, NOT_HIT[0] + NOT_HIT[1] * noise)
 
 
 def decoded(x: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,10 @@
     generator  so many steps on fresh noise, against the critic as it is now
 
 Each loss is weight_0 * (real or fake) + weight_1 * (energy) + weight_2 * (total) [+ weight_3 * (angle)], with Keras's percentage error
-100 mean(|true - said| / max(|true|, 1e-7)) for energy and total, and the presets of `LOSSES`. Both networks are in one module, so one
-flat vector is exchanged; all-reduce averages the gradients of each (`networks`).
+100 mean(|true - said| / max(|true|, 1e-7)) for energy and total, and the presets of `LOSSES`; "hinge-sums" adds the sliced Wasserstein
+distance of the sums that the reduced critic sees of a batch (energies of the layers, cores, centres, widths, total, at its energies). Both
+networks are in one module, so one flat vector is exchanged, both at the same period (`local_steps`); all-reduce averages the gradients of each
+(`networks`).
 
 The score of a problem that makes showers (`Showers`) is Q = exp(-W), where W, the "loss" of curves, is the distance of `features.compared`
 between the real showers of a set and as many that are made for the same energies with the same noise each time: the mean Wasserstein
@@ -39,7 +41,7 @@ from labkit.showers.features import compared, distance
 from labkit.showers.networks import LEAST_MEV, Profile, Verdict
 
 GEV = 100.0  # the unit of energies in the networks
-PROFILED = 1000  # showers of the training split that a reduced network begins from
+PROFILED = 4000  # showers of the training split that a reduced network begins from
 NOISE_SEED = 1  # of what is made to be measured
 MEASURED = 128  # showers that are made at once there
 LOOK_EVERY = 16  # steps of a worker; to look at each waits for a GPU
@@ -62,6 +64,7 @@ class Objective(NamedTuple):
     energy: float = 0.0
     total: float = 0.0
     angle: float = 0.0
+    sums: float = 0.0  # of the sliced Wasserstein distance of the sums that a reduced critic sees
     flips: float = 0.0  # share of labels that the critic is told wrongly
     critic_steps: int = 1
     generator_steps: int = 1
@@ -78,6 +81,7 @@ LOSSES = {
     "3dgan-horovod": Objective("bce", 8, 0.2, 0.1, flips=0.05, generator_steps=2, optimiser=_RMSPROP, lr=1e-3),
     "3dgan-angle": Objective("bce", 3, 0.1, 0.1, 25, flips=0.05, generator_steps=2, optimiser=_RMSPROP, lr=1e-3),
     "hinge": Objective("hinge", optimiser=_ADAM, lr=5e-4),
+    "hinge-sums": Objective("hinge", sums=2.0, optimiser=_ADAM, lr=5e-4),
     "wgan-gp": Objective("wgan-gp", critic_steps=3, optimiser=_ADAM, lr=5e-4),
 }
 
@@ -171,7 +175,7 @@ class Showers(Problem):
         """Of the first showers of the training split."""
         indices = np.sort(self.train_indices()[:PROFILED])
         cells, energies = self.dataset.batch(indices, fields=[self.dataset.inputs[0], "energy"]).values()
-        return Profile.of(cells[:, 0].astype(np.float32), energies / GEV)
+        return Profile.of(cells[:, 0], energies / GEV)
 
     def check_cells(self, name: str, shape: tuple[int, int, int] | None) -> None:
         """ProblemError where the data are no showers, or not of the cells that the network `name` is for."""
@@ -196,16 +200,18 @@ class ShowerGAN(Showers):
     Parameters beside those of `Problem`
     ------------------------------------
     data : showers: "showers-wsi" (Geant4's, in the package), "parametrised-showers", or what `labkit.showers.open_showers` returns.
-    network : "reduced", "full" or "angle" (`labkit.showers.networks`).
+    network : "reduced", "full" or "angle" (`labkit.showers.networks`). The defaults below, called "as published" of the other two, are recipes
+        that were trained.
+    batch_size : by default 128 as published, or 64.
     loss : a preset of `labkit.showers.gan.LOSSES`: "3dgan" (2 / 0.1 / 0.1), "3dgan-master" (6 / 0.2 / 0.1), "3dgan-horovod"
-        (8 / 0.2 / 0.1), "3dgan-angle" (3 / 0.1 / 0.1 / 25), whose three departures from 3DGAN's script are in `gan.Objective`; "hinge" or
-        "wgan-gp". By default that of the network.
+        (8 / 0.2 / 0.1), "3dgan-angle" (3 / 0.1 / 0.1 / 25), whose three departures from 3DGAN's script are in `gan.Objective`; "hinge",
+        "wgan-gp", or, of the reduced network alone, "hinge-sums". By default that of the network.
     validity, energy, total : weights of real or fake, of the energy and of the total, instead of those of the preset.
     latent : numbers of noise that the shape of a shower is made of; by default as published, or 32.
     dropout : of the critic; by default 0.2 as published, or 0.
     lr, critic_lr : learning rates; by default that of the preset, and lr.
     optimiser : of both networks, instead of that of the preset: as of `Classifier`.
-    decay : the learning rates end, by a half cosine over the run, at this share of what they began with.
+    decay : the learning rates end, by a half cosine over the run, at this share of what they began with; by default 1 as published, or 0.1.
     mirror : real showers are mirrored and transposed at random, batch by batch: eight times as many for the critic to know, where electrons come
         head on. By default so of the reduced network.
 
@@ -220,7 +226,7 @@ class ShowerGAN(Showers):
         network: str = "reduced",
         loss: str | None = None,
         *,
-        batch_size: int = 128,
+        batch_size: int | None = None,
         latent: int | None = None,
         dropout: float | None = None,
         validity: float | None = None,
@@ -229,13 +235,15 @@ class ShowerGAN(Showers):
         lr: float | None = None,
         critic_lr: float | None = None,
         optimiser: Any = None,
-        decay: float = 1.0,
+        decay: float | None = None,
         mirror: bool | None = None,
         **common: Any,
     ) -> None:
         self.network = known("network", network, NETWORKS)
-        default = {"reduced": "hinge", "full": "3dgan", "angle": "3dgan-angle"}[self.network]
+        default = {"reduced": "hinge-sums", "full": "3dgan", "angle": "3dgan-angle"}[self.network]
         self.loss = default if loss is None else known("loss", loss, LOSSES)
+        if LOSSES[self.loss].sums and self.network != "reduced":
+            raise ValueError(f"loss={self.loss!r} is of network='reduced', whose critic sums layers. Take {default!r}.")
         self.latent = None if latent is None else whole("latent", latent, 3)
         self.dropout = None if dropout is None else real("dropout", dropout, least=0, below=1)
         self.validity, self.energy, self.total = (
@@ -245,12 +253,13 @@ class ShowerGAN(Showers):
         self.lr, self.critic_lr = (
             None if value is None else real(name, value, above=0) for name, value in (("lr", lr), ("critic_lr", critic_lr))
         )
-        self.decay = real("decay", decay, least=0, most=1)
+        small = self.network == "reduced"
+        self.decay = (0.1 if small else 1.0) if decay is None else real("decay", decay, least=0, most=1)
         self.mirror = None if mirror is None else flag("mirror", mirror)
         self.optimiser = optimiser
         if optimiser is not None:
             check_optimiser(optimiser, lr=1e-3, momentum=0.9, weight_decay=0.0)
-        super().__init__(data, batch_size=batch_size, **common)
+        super().__init__(data, batch_size=(64 if small else 128) if batch_size is None else batch_size, **common)
 
     @property
     def _mirrors(self) -> bool:
@@ -305,7 +314,7 @@ class ShowerGAN(Showers):
             for _ in range(how.critic_steps):
                 with torch.no_grad():
                     fake = other = _plain(generator)(noise(), condition)
-                of_critic = self._critic_step(critic, optimisers[1], cells, fake, condition, truth, clock)
+                of_critic, sums = self._critic_step(critic, optimisers[1], cells, fake, condition, truth, clock)
             for number in range(how.generator_steps):
                 with _frozen(_plain(critic)) as judge:
                     fake = generator(noise(), condition)
@@ -313,6 +322,9 @@ class ShowerGAN(Showers):
                         pair = other, fake.detach()  # of one generator
                     said = judge(fake, condition)
                     losses = self._losses(said, truth, 1.0)
+                    if how.sums:
+                        losses["sums"] = sliced(sums, said.sums, clock.generator)
+                        losses["loss"] = losses["loss"] + how.sums * losses["sums"]
                     _descend(optimisers[0], losses["loss"])
         if self._is_due(module) or x.device.type == "cpu":
             self._check_collapse(fake.detach(), pair, cells, clock)
@@ -328,7 +340,8 @@ class ShowerGAN(Showers):
         condition: Any,
         truth: Verdict,
         clock: Clock,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss, and what it judges the sums of the real ones by."""
         how, n = self.objective, len(cells)
         if how.kind == "bce":  # as 3DGAN: a step on the real batch, a step on the other
             of = []
@@ -339,7 +352,7 @@ class ShowerGAN(Showers):
                 losses = self._losses(said, truth, labels)
                 _descend(optimiser, losses["loss"])
                 of.append(losses["loss"].detach())
-            return (of[0] + of[1]) / 2
+            return (of[0] + of[1]) / 2, None
         said = critic(torch.cat([cells, fake]), torch.cat([condition, condition]))
         real_ones, fakes = said.logits.split(n)
         if how.kind == "hinge":
@@ -351,7 +364,7 @@ class ShowerGAN(Showers):
             )
         loss = how.validity * loss + how.energy * percentage(condition[:, 0], said.energy[:n]) + 0 * said.energy.sum()
         _descend(optimiser, loss)
-        return loss
+        return loss, None if said.sums is None else said.sums[:n]
 
     def _losses(self, said: Verdict, truth: Verdict, labels: torch.Tensor | float) -> dict[str, torch.Tensor]:
         """The loss and, by name, its terms before they are weighted."""
@@ -374,7 +387,7 @@ class ShowerGAN(Showers):
         self, module: nn.Module, energies: torch.Tensor, noise: torch.Tensor, theta: torch.Tensor | None = None
     ) -> torch.Tensor:
         made = self._linear(_plain(module["generator"])(noise, self._condition(energies, theta)))[:, 0]
-        return F.threshold(made / NETWORKS[self.network].unit, LEAST_MEV, 0.0)
+        return made if self.network == "reduced" else F.threshold(made / NETWORKS[self.network].unit, LEAST_MEV, 0.0)
 
     # -- units, and what can go wrong ----------------------------------------------------------------------------
 
@@ -432,6 +445,16 @@ def mirrored(cells: torch.Tensor, generator: torch.Generator | None) -> torch.Te
 def percentage(true: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
     """Keras's mean absolute percentage error: relative to the true value, in per cent."""
     return 100 * ((true - said).abs() / true.abs().clamp_min(1e-7)).mean()
+
+
+def sliced(real: torch.Tensor, made: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The sliced Wasserstein distance of two samples (n, d): the mean of |sorted - sorted| along the axes and d directions drawn at random
+    (Deshpande et al., arXiv:1803.11188)."""
+    d = real.shape[1]
+    drawn = F.normalize(torch.randn(d, d, generator=generator, device=real.device), dim=0)
+    along = torch.cat([torch.eye(d, device=real.device), drawn], 1)
+    one, other = ((sample.float() @ along).T.sort(dim=1).values for sample in (real, made))
+    return (one - other).abs().mean()
 
 
 class _Noise:

@@ -29,7 +29,8 @@ from labkit.training.run import Run, load_run
 from labkit.training.worker.process import prepare
 
 BLOCK = 256  # showers whose noise comes from one generator
-BATCH = 256
+FIRST = 64  # numbers of the noise of a shower that numpy draws
+BATCH = 32  # of which the tensors of the reduced network fit into a cache
 WRITABLE = ("lcd", "lcd-angle", "calochallenge", "showerdata")
 
 
@@ -164,8 +165,13 @@ def _stream(
 
 
 def _noise(seed: int, block: int, n_noise: int) -> torch.Tensor:
-    """By numpy's generator, which makes use of all of the seed; torch's on the CPU has 32 bits, in which blocks would soon meet again."""
-    return torch.from_numpy(np.random.default_rng([seed, block]).standard_normal((BLOCK, n_noise), np.float32))
+    """By torch's generator on the CPU, the quicker one, whose state comes of 32 bits; so the first numbers of a shower, which say most of it, by
+    numpy's, which makes use of all of the seed: blocks whose 32 bits meet are not alike."""
+    source = np.random.SeedSequence([seed, block])
+    noise = torch.randn(BLOCK, n_noise, generator=torch.Generator().manual_seed(int(source.generate_state(1)[0])))
+    first = np.random.default_rng(source).standard_normal((BLOCK, min(FIRST, n_noise)), np.float32)
+    noise[:, : first.shape[1]] = torch.from_numpy(first)
+    return noise
 
 
 def _write(

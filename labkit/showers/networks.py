@@ -29,15 +29,19 @@ GRAIN = 8  # numbers of noise for each (x, y) of the reduced generator
 FLOOR_MEV = 0.1  # below it the energy of a layer is counted linearly, above it by its logarithm
 CELL_MEV = 0.05  # the same of a cell, for the critic
 LEAST_MEV = 1e-3  # of a cell that is hit
+HALF_NORMAL = 0.635  # -mean of ln|z|, z normal
+BLOCK = 256  # showers that are looked at together
 
 
 class Verdict(NamedTuple):
-    """What a critic says of n showers: how real (n, heads) as logits, and which energy / 100 GeV, angle and total they have, (n,) each."""
+    """What a critic says of n showers: how real (n, heads) as logits, and which energy / 100 GeV, angle and total they have, (n,) each; and what
+    the `ReducedCritic` judges sums by, (n, 8 Z + 4)."""
 
     logits: torch.Tensor
     energy: torch.Tensor
     total: torch.Tensor
     angle: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
 
 
 class SameConv3d(nn.Conv3d):
@@ -197,41 +201,68 @@ def measured_angle(cells: torch.Tensor) -> torch.Tensor:
 class Profile(NamedTuple):
     """What showers (of the training split) are like on average: where a reduced network begins.
 
-    `by_energy` (3, Z): mean of s = ln(1 + layer / 0.1 MeV) as a polynomial in ln(energy / 100 GeV), from the constant on; `spread` (Z,): its
-    standard deviation about that; `image` (X * Y, Z): the mean share of each cell in its layer; `visible`: mean of total / (energy / 100 GeV), MeV.
+    Of s = ln(1 + layer / 0.1 MeV): `typical` (Z,) its mean; and with polynomials in ln(energy / 100 GeV), from the constant on: `by_energy` (3, Z) its mean, `spread` (3, Z) the
+    logarithm of its standard deviation about that, and `root` (Z, Z) with root @ root.T the correlation of the layers about it, most of it in
+    the first columns. Of each cell (X * Y, Z): `image` its mean share in its layer, `hit` how often it is hit, `log_hit` the mean of
+    ln(cell / keV) where it is. `visible`: mean of total / (energy / 100 GeV), MeV.
     """
 
+    typical: np.ndarray
     by_energy: np.ndarray
     spread: np.ndarray
+    root: np.ndarray
     image: np.ndarray
+    hit: np.ndarray
+    log_hit: np.ndarray
     visible: float
 
     @classmethod
     def of(cls, cells: np.ndarray, energy: np.ndarray) -> Profile:
         """Of showers (n, X, Y, Z) in MeV and their energies (n,) / 100 GeV."""
         n, depth = len(cells), cells.shape[3]
-        layers = cells.sum((1, 2), dtype=np.float64)
+        sums, layers = np.zeros((3, *cells.shape[1:])), []
+        for at in range(0, n, BLOCK):
+            some = cells[at : at + BLOCK].astype(np.float32)
+            hit = some >= LEAST_MEV
+            layers.append(some.sum((1, 2), dtype=np.float64))
+            sums += [some.sum(0), hit.sum(0), np.log(some / LEAST_MEV, out=np.zeros_like(some), where=hit).sum(0)]
+        image, hits, logs = sums.reshape(3, -1, depth)
+        layers = np.concatenate(layers)
         s, powers = np.log1p(layers / FLOOR_MEV), np.vander(np.log(energy), 3, increasing=True)
-        by_energy = np.linalg.lstsq(powers, s, rcond=None)[0] if n > 3 else np.stack([s.mean(0), 0 * s[0], 0 * s[0]])
-        spread = np.maximum((s - powers @ by_energy).std(0), 0.05)
-        image = (cells.sum(0, dtype=np.float64) + 1e-9).reshape(-1, depth)
-        image, visible = (image / image.sum(0)).astype(np.float32), float((layers.sum(1) / energy).mean())
-        return cls(by_energy.astype(np.float32), spread.astype(np.float32), image, visible)
+
+        def fitted(values: np.ndarray) -> np.ndarray:
+            return np.linalg.lstsq(powers, values, rcond=None)[0] if n > 8 else np.stack([values.mean(0), *2 * [0 * values[0]]])
+
+        by_energy = fitted(s)
+        apart = s - powers @ by_energy
+        spread = fitted(np.log(np.abs(apart) + 0.01) + HALF_NORMAL)
+        apart = apart / np.exp(powers @ spread)
+        size = np.maximum(apart.std(0), 0.1)
+        spread[0] += np.log(size)
+        correlation = (apart / size).T @ (apart / size) / n if n > depth else np.eye(depth)
+        np.fill_diagonal(correlation, 1.0)
+        values, vectors = np.linalg.eigh(correlation)
+        root = (vectors * np.sqrt(np.maximum(values, 1e-3)))[:, ::-1]
+        image = image + 1e-9
+        seen = (logs.sum(0) + 1e-9) / (hits.sum(0) + 1e-9)  # of a layer, for the cells that are hardly ever hit
+        log_hit = (logs + 3 * seen) / (hits + 3)
+        made = s.mean(0), by_energy, spread, root, image / image.sum(0), hits / n, log_hit
+        return cls(*(one.astype(np.float32) for one in made), float((layers.sum(1) / energy).mean()))
 
 
 class Condition(nn.Module):
-    """The energy as a network sees it, (n, 3), and the mean of the layers' s at it, (n, Z)."""
+    """The energy as a network sees it, (n, 3), and mean and spread of the layers' s at it, (n, Z) each."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
-        self.register_buffer("by_energy", torch.tensor(profile.by_energy))
-        self.register_buffer("spread", torch.tensor(profile.spread))
+        self.register_buffer("by_energy", torch.tensor(np.stack([profile.by_energy, profile.spread])))
 
-    def forward(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         energy = condition[:, :1]
         log = energy.log()
         seen = torch.cat([log + 1.6, 4 * energy - 1, 0.3 / energy.sqrt() - 0.6], 1)  # about 0 +- 1 for 2 to 50 GeV
-        return seen, torch.cat([torch.ones_like(log), log, log**2], 1) @ self.by_energy
+        mean, spread = torch.cat([torch.ones_like(log), log, log**2], 1) @ self.by_energy
+        return seen, mean, spread.clamp(-4, 2).exp()
 
 
 def standardised(layers: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
@@ -247,11 +278,11 @@ def in_mev(standard: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> 
 class Reduced(nn.Module):
     """A generator that costs about a million multiplications a shower: the energy of each layer, and its share in each cell.
 
-        u, c = MLP(latent, energy)      layer z: in_mev(u_z)      share of a cell: softmax over its layer of
+        u, c = MLP(latent, energy)      layer z: in_mev(root @ latent + u)_z      share of a cell: softmax over its layer of
         basis_0 + sum_k c_k basis_k + amplitude * (mix @ grain)
 
-    with learned `basis` (rank + 1, X * Y, Z) and `amplitude` (X * Y, Z), and GRAIN normal numbers for each (x, y). It begins at the mean shower of
-    `profile`. Cells below 1 keV are 0, as in the data, and count for no gradient.
+    with learned `root`, `basis` (rank + 1, X * Y, Z) and `amplitude` (X * Y, Z), and GRAIN normal numbers for each (x, y). It begins at the mean
+    shower of `profile` at the energy, with layers that vary, and together, as there. Cells below 1 keV are 0, as in the data, and count for no gradient.
     """
 
     def __init__(self, profile: Profile, latent: int = 32, width: int = 128, rank: int = 24, unit: float = 1.0) -> None:
@@ -268,28 +299,34 @@ class Reduced(nn.Module):
             nn.LeakyReLU(0.2),
         )
         self.layers, self.coefficients = nn.Linear(width, depth), nn.Linear(width, rank)
-        self.mean = nn.Parameter(torch.tensor(profile.image).clamp_min(1e-7).log())
-        self.basis = nn.Parameter(0.02 * torch.randn(rank, pixels, depth))
+        with torch.no_grad():
+            self.layers.weight.mul_(0.1), self.layers.bias.zero_()
+        self.root = nn.Parameter(torch.tensor(profile.root[:, :latent].T.copy()))
+        mean = torch.tensor(profile.image).clamp_min(1e-7).log()
+        self.basis = nn.Parameter(torch.cat([mean[None], 0.02 * torch.randn(rank, pixels, depth)]))
         self.amplitude = nn.Parameter(torch.full((pixels, depth), 1.0))
         self.mix = nn.Parameter(torch.randn(GRAIN, depth) / math.sqrt(GRAIN))
 
     def forward(self, noise: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        n, (pixels, depth) = len(noise), self.mean.shape
-        seen, mean = self.condition(condition)
+        n, (pixels, depth) = len(noise), self.amplitude.shape
+        seen, mean, spread = self.condition(condition)
         h = self.body(torch.cat([noise[:, : self.latent], seen], 1))
-        layers = in_mev(self.layers(h), mean, self.condition.spread)
+        layers = in_mev(torch.addmm(self.layers(h), noise[:, : len(self.root)], self.root), mean, spread)
         grain = (noise[:, self.latent :].reshape(n * pixels, GRAIN) @ self.mix).view(n, pixels, depth)
-        logits = torch.addmm(self.mean.view(-1), self.coefficients(h), self.basis.view(len(self.basis), -1)).view(n, pixels, depth)
-        cells = torch.softmax(torch.addcmul(logits, grain, self.amplitude), 1) * layers[:, None]
-        cells = F.threshold(cells, LEAST_MEV, 0.0)
+        coefficients = torch.cat([torch.ones_like(h[:, :1]), self.coefficients(h)], 1)
+        logits = (coefficients @ self.basis.view(len(self.basis), -1)).view(n, pixels, depth)
+        weights = logits.addcmul_(grain, self.amplitude).exp_()  # a softmax, in few passes over memory
+        sums = torch.matmul(weights.new_ones(1, pixels), weights).clamp_min(1e-30)
+        cells = F.threshold(weights * (layers[:, None] / sums), LEAST_MEV, 0.0, inplace=True)
         return (cells if self.unit == 1 else cells * self.unit).view(n, 1, self.side, self.side, depth)
 
 
 class ReducedCritic(nn.Module):
-    """Two heads: convolutions over each layer's image (depth as channels), and a perceptron on energies and centres of the layers.
+    """Two heads: convolutions over each layer's image (depth as channels), and a perceptron on sums over each layer.
 
-    Both see the energy. The second head sees of each layer s, standardised, and its shares in the central cell and in the 3 x 3 and 7 x 7
-    around it: so the sums that physics is judged by are judged on their own, whatever single cells look like.
+    Both see the energy. The second head sees of each layer s, standardised, its shares in the central cell and in the 3 x 3 and 7 x 7 around it, the
+    means of x, y and of the distance from the middle, and the sum of ln(1 + cell / 0.05 MeV), which goes with the cells that are hit: so the
+    sums that physics is judged by are judged on their own, whatever single cells look like.
     """
 
     def __init__(self, profile: Profile, width: int = 128, channels: int = 48, dropout: float = 0.0, unit: float = 1.0) -> None:
@@ -297,9 +334,11 @@ class ReducedCritic(nn.Module):
         pixels, depth = profile.image.shape
         self.side, self.unit = math.isqrt(pixels), unit
         self.condition = Condition(profile)
-        half = (torch.arange(self.side) - self.side // 2).abs()
-        far = torch.maximum(half[:, None], half[None]).flatten()
-        self.register_buffer("windows", torch.stack([(far <= reach).float() for reach in (0, 1, 3)]))
+        x = (torch.arange(self.side) - self.side // 2).float()
+        x, y = (one.flatten() for one in torch.meshgrid(x, x, indexing="ij"))
+        far = torch.maximum(x.abs(), y.abs())
+        windows = [4 * (far <= reach).float() - 2 for reach in (0, 1, 3)]  # of about 0 +- 1
+        self.register_buffer("windows", torch.stack([*windows, x, y, torch.hypot(x, y) - 1]))
         self.register_buffer("visible", torch.tensor(profile.visible))
         act, drop = nn.LeakyReLU(0.2), nn.Dropout(dropout)
         left = math.ceil(self.side / 8)
@@ -307,20 +346,22 @@ class ReducedCritic(nn.Module):
             nn.Conv2d(depth, channels, 3, 2, 1), act, drop, nn.Conv2d(channels, channels, 3, 2, 1), act, drop,
             nn.Conv2d(channels, channels, 3, 2, 1), act, nn.Flatten(), nn.Linear(channels * left**2, width), act,
         )  # fmt: skip
-        self.sums = nn.Sequential(nn.Linear(4 * depth + 4, width), act, drop, nn.Linear(width, width), act)
+        self.sums = nn.Sequential(nn.Linear((len(self.windows) + 2) * depth + 4, width), act, drop, nn.Linear(width, width), act)
         self.of_image, self.of_sums = nn.Linear(width + 3, 1), nn.Linear(width, 1)
         self.energy = nn.Linear(width, 1)
 
     def forward(self, cells: torch.Tensor, condition: torch.Tensor) -> Verdict:
         n = len(cells)
         mev = (cells if self.unit == 1 else cells / self.unit).view(n, self.side**2, -1)
-        seen, mean = self.condition(condition)
+        seen, mean, spread = self.condition(condition)
         layers = mev.sum(1)
         total = layers.sum(1)
         shares = (self.windows @ mev) / (layers[:, None] + FLOOR_MEV)  # (n, windows, Z)
         relative = 10 * (total / (self.visible * condition[:, 0]) - 1)
-        of_sums = [standardised(layers, mean, self.condition.spread), (4 * shares - 2).flatten(1), relative[:, None], seen]
-        h = self.sums(torch.cat(of_sums, 1))
-        image = (mev / CELL_MEV).log1p().view(n, self.side, self.side, -1).permute(0, 3, 1, 2)  # channels last in memory
+        image = (mev / CELL_MEV).log1p()
+        hits = 2 * image.sum(1).log1p() - 4
+        sums = torch.cat([standardised(layers, mean, spread).clamp(-6, 6), shares.flatten(1), hits, relative[:, None], seen], 1)
+        h = self.sums(sums)
+        image = image.view(n, self.side, self.side, -1).permute(0, 3, 1, 2)  # channels last in memory
         logits = torch.cat([self.of_image(torch.cat([self.image(image), seen], 1)), self.of_sums(h)], 1)
-        return Verdict(logits, self.energy(h)[:, 0], total if self.unit == 1 else total * self.unit)
+        return Verdict(logits, self.energy(h)[:, 0], total if self.unit == 1 else total * self.unit, sums=sums)

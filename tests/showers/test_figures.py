@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from labkit import plots
 from labkit.showers import figures
 from labkit.showers.gan import ShowerGAN
 from labkit.showers.validation import validate
 from tests.showers.helpers import data
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
-def test_it_can_be_kept_as_a_page_with_the_result_as_its_title(tmp_path):
-    problem = ShowerGAN(data(300), batch_size=16)
-    found = validate((problem, problem.new_module(0)), n=30, classifiers=[], bootstrap=2)
-    page = plots.save(figures.page(found), tmp_path / "page.html").read_text()
-    assert "Bokeh" in page and f"30 showers each; data: {found.data}" in page
+def test_the_title_is_the_result():
+    problem = ShowerGAN(data(300))
+    found = validate((problem, problem.new_module(0)), n=20, classifiers=[], bootstrap=2)
     assert figures.headline(found).startswith("ShowerGAN: sampling fraction within ")
     assert f"separation of the total {found['separation total']:.3f}" in figures.headline(found)
-    assert "within" in plots.save(figures.fractions({"a": found, "b": found}), tmp_path / "fractions.html").read_text()
+    assert len(figures.page(found)) == 5 and figures.fractions({"a": found, "b": found})
 
 
 def test_what_is_no_validation_is_refused():

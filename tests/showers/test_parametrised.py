@@ -40,10 +40,10 @@ def test_they_are_like_those_of_geant4():
 @pytest.mark.slow
 def test_the_constants_are_those_that_are_fitted_and_a_fit_finds_what_was_drawn():
     packed = geant4._packed()
-    again = parametrised.fit(packed.energy[:1500], packed.showers(0, 1500))
+    again = parametrised.fit(packed.energy[:400], packed.showers(0, 400))
     assert again.visible[0] == pytest.approx(parametrised.FITTED.visible[0], rel=0.03)
-    assert again.ln_t == pytest.approx(parametrised.FITTED.ln_t, abs=0.05)
-    energies = np.random.default_rng(1).uniform(2, 50, 600)
+    assert again.ln_t == pytest.approx(parametrised.FITTED.ln_t, abs=0.1)
+    energies = np.random.default_rng(1).uniform(2, 50, 250)
     found = parametrised.fit(energies, parametrised.draw(energies, np.random.default_rng(2)))
     assert found.visible[0] == pytest.approx(parametrised.FITTED.visible[0], rel=0.03)
     assert found.core[0] == pytest.approx(parametrised.FITTED.core[0], abs=0.1)

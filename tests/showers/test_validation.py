@@ -116,10 +116,24 @@ def test_the_objective_of_3dgan_counts_moments_and_profiles_once():
     at = np.arange(6)
     moved = np.roll(cells, 1, axis=3)
     moved[..., 0] = 0
-    one = validation._moments(cells)[2][0][0]
+    one = validation._moments(validation._along_axes(cells)[2])[0][0]
     along = cells.sum((1, 2))
     assert one == pytest.approx((along @ at / along.sum(1)).mean(), rel=1e-5)
-    assert validation.objective(cells, moved, energies, energies) > 0.3
+    assert validation.objective(cells, moved, energies, energies) > 0.15
+
+
+def test_slices_that_are_empty_leave_the_objective_near_its_floor():
+    (cells, energies), (others, of_others) = showers(300), showers(300, seed=1)
+    cells[:, 0] = 0
+    others[1:, 0] = 0
+    assert validation.objective(cells, others, energies, of_others) < 0.3
+
+
+def test_correlations_are_told_apart(rng):
+    one, other = rng.normal(size=(2, 4000, 5))
+    assert validation._correlations_apart(one, other) < 0.04
+    other[:, 1] = other[:, 0]
+    assert validation._correlations_apart(one, other) == pytest.approx(0.1, abs=0.03)  # of one pair in ten
 
 
 @pytest.mark.usefixtures("cache")
@@ -137,9 +151,13 @@ def test_the_table_has_every_measure_beside_its_floor():
         "AUC high",
         "JSD high",
         "3DGAN objective",
+        "correlation of layers",
     } <= set(names)
     assert found.data == problem.dataset.name and 0 <= found["JSD high"] <= 1
-    assert (found.table["n"] == 60).all() and found.table[["value", "floor"]].notna().all(axis=None)
+    assert (found.table["n"] == 60).all() and found.table[["value", "spread", "floor"]].notna().all(axis=None)
+    beside = validation.official({"GAN": found}).set_index("model")
+    assert beside.loc["GAN", "separation_total"] == found["separation total"] and beside.loc["MDMA", "auc_low"] == 0.942
+    assert list(beside.index[:2]) == ["GAN", "simulated against others"] and "60 showers" in beside.loc["GAN", "dataset"]
     assert found["separation hits"] > found.floor("separation hits") and found["FPD x 1000"] > found.floor("FPD x 1000")
     assert {"ratio", "maximum_real", "maximum_made"} <= set(found.bins.columns) and len(found.bins) == 4
     again = validation.validate((problem, module), n=60, classifiers=[], bootstrap=3)
