@@ -24,6 +24,10 @@ from labkit.models.cnn import lenet, resnet20, vgg3, vgg9
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"lenet": lenet, "vgg3": vgg3, "vgg9": vgg9, "resnet20": resnet20}
 _seeding = threading.RLock()  # workers in threads share the generators
+_turns = threading.Condition()
+_drawing: set[int] = set()  # threads in a step that may draw from torch's generator
+_building: set[int] = set()  # threads that build a module from a seed
+WAIT_S = 1.0  # so long the two wait for each other at most: a step may wait for that of another worker
 
 
 def check_model(model: str | Callable[..., nn.Module]) -> None:
@@ -75,9 +79,45 @@ def make_model(
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from torch's CPU generator, numpy's global one and `random` as if just seeded, and leave them as they were."""
-    with _seeding, torch.random.fork_rng(devices=[]):
+def drawing() -> Iterator[None]:
+    """A step whose modules may draw from torch's generator (dropout), where other threads of the process build modules from seeds: one
+    after the other."""
+    with _listed(_drawing, lambda: _turns.wait_for(lambda: not _building, WAIT_S), lambda: None):
+        yield
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No step begins, and those of others have ended."""
+    with _listed(_building, lambda: None, lambda: _turns.wait_for(lambda: not _drawing, WAIT_S)):
+        yield
+
+
+@contextlib.contextmanager
+def _listed(where: set[int], before: Callable[[], Any], after: Callable[[], Any]) -> Iterator[None]:
+    """This thread is in `where`; what is to be waited for `before` and `after` that is so, unless it is in one of the two already."""
+    me = threading.get_ident()
+    with _turns:
+        if is_first := me not in _drawing | _building:
+            before()
+            where.add(me)
+            after()
+    try:
+        yield
+    finally:
+        if is_first:
+            with _turns:
+                where.discard(me)
+                _turns.notify_all()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, alone: bool = False) -> Iterator[None]:
+    """Draw from torch's CPU generator, numpy's global one and `random` as if just seeded, and leave them as they were.
+
+    `alone`: no other thread is in a step meanwhile that might draw from them (`drawing`).
+    """
+    with _alone() if alone else contextlib.nullcontext(), _seeding, torch.random.fork_rng(devices=[]):
         before = random.getstate(), np.random.get_state()
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
         random.seed(seed)

@@ -349,7 +349,7 @@ class Problem:
         Where `build` returns a module that exists (or one with tensors of such), it is a copy. Lazy layers have their sizes, by an
         evaluation of two samples.
         """
-        with seeded(seed):
+        with seeded(seed, alone=True):
             module = self.build(seed)
             if self._existing is None:
                 self._existing = shared(module, self.build(seed))
@@ -370,7 +370,7 @@ class Problem:
         train, test, title = self.train_indices(), self.test_indices(), self._title()
         failed = "cannot be built for"
         try:
-            with seeded(seed):
+            with seeded(seed, alone=True):
                 module, other = self.new_module(seed), self.new_module(seed)
                 failed = "does not fit"
                 batch = self.load(train[: min(2, self.batch_size)])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
 from torch import nn
 
+from labkit import models
 from labkit.errors import ProblemError
-from labkit.models import check_model, evaluating, make_model, seeded
+from labkit.models import check_model, drawing, evaluating, make_model, seeded
 
 
 def test_seeded_is_deterministic_and_leaves_the_generator_alone():
@@ -20,6 +22,52 @@ def test_seeded_is_deterministic_and_leaves_the_generator_alone():
             draws.append(torch.rand(5))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_is_built_from_a_seed_is_the_same_while_other_threads_train_with_dropout():
+    begun, over, dropout = threading.Event(), threading.Event(), nn.Dropout()
+
+    def train():
+        while not over.is_set():
+            with drawing(), seeded(1):  # within a step nothing is waited for
+                pass
+            with drawing():
+                dropout(torch.ones(2000))
+            begun.set()
+
+    def build():
+        with seeded(0, alone=True), seeded(0, alone=True):
+            return torch.stack([nn.Linear(300, 300).weight.detach() for _ in range(20)])
+
+    expected, threads = build(), [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert begun.wait(20)
+        assert all(torch.equal(build(), expected) for _ in range(10))
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not models._drawing and not models._building
+
+
+def test_a_step_that_waits_for_that_of_another_worker_holds_a_build_up_for_a_while_only(monkeypatch):
+    monkeypatch.setattr(models, "WAIT_S", 0.05)
+    begun, built, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def step():
+        with drawing():
+            begun.set()
+            ended.set() if built.wait(20) else None
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    assert begun.wait(20)
+    with seeded(0, alone=True):
+        built.set()
+    thread.join()
+    assert ended.is_set()
 
 
 def test_evaluating_restores_after_an_error():

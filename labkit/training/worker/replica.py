@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from labkit.inner.precision import Precision, keep
+from labkit.models import drawing
 from labkit.models.flat import Flat
 from labkit.problems.problem import Clock, Metrics, Problem, draws, noise
 from labkit.problems.splits import batches
@@ -113,7 +114,8 @@ class Replica:
         started = time.perf_counter()
         batch = self.problem.draw(self.train_indices[indices], self.device, self.draws)
         loaded = time.perf_counter()
-        with group.exchanging() if group else contextlib.nullcontext():
+        turn = contextlib.nullcontext() if self.own_generator else drawing()
+        with turn, group.exchanging() if group else contextlib.nullcontext():
             metrics = self.problem.step(group.module if group else self.module, batch, self.optimisers, clock)
         waited, ended = group.waited if group else 0.0, time.perf_counter()
         self.after(started, waited)
