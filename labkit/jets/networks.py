@@ -16,8 +16,9 @@ are among the parameters, and are not trained. With `attention="paper"` both are
 but divides the sum over the constituents by the number of slots. The mass is such a sum, m^2 = pT sum_i pT_i r_i^2 to first order, which a
 mean over n constituents knows only up to n.
 
-As published the embedding is itself the mean, additive in the constituents: it can grow as the squared mass does, but not bend. With `pooled`
-numbers instead, a layer for each jet goes on to the embedding, which can then lay apart what is near in mass and draw together tops.
+As published that mean is what is clustered. It is additive in the constituents and grows as the squared mass does, so that k-means has more use
+for a boundary among tops than for one between W and Z. With `cluster_by="bins"` a jet lies where the network says its bins are: the mean of the
+softmax over bins numbered from 0 to 1, of each number of the pretext. Of bins with equal numbers of jets that is a rank.
 
 Mikuni, Canelli: ABCNet (arXiv:2001.05311), UCluster (arXiv:2010.07106). 186,057 parameters without the centres.
 
@@ -35,10 +36,9 @@ from torch import nn
 from labkit.jets.edges import Edges
 
 FEATURES = ("eta_rel", "phi_rel", "log_pt_rel", "delta_r", "log_e", "log_e_rel", "log_pt", "cos_theta_rel")
-ATTENTIONS, PADDINGS = ("faithful", "paper"), ("faithful", "masked", "summed")
+ATTENTIONS, PADDINGS, CLUSTER_BY = ("faithful", "paper"), ("faithful", "masked", "summed"), ("embedding", "bins")
 EPS = 1e-3  # of all normalisations
 FAR = 1000.0  # is added to the squared distance for each end that is an empty slot
-JET = 64  # numbers between what is pooled and the embedding
 
 
 def features(constituents: torch.Tensor, jet: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -186,7 +186,7 @@ class Trunk(nn.Module):
         self.gap_0, self.gap_1 = GAP(n, 16, attention), GAP(128, 128, attention)
         self.a, self.b = Layer(n + 16, 64), Layer(64, 128)
         self.c, self.d = Layer(n + 128, 256), Layer(256, 256)
-        self.together = Layer(64 + 128 + 256 + 256 + 16 + 128 + more, pooled or embedding)
+        self.together = Layer(64 + 128 + 256 + 256 + 16 + 128 + more, embedding)
         self.centres = nn.Parameter(torch.zeros(clusters, embedding))
         self.register_buffer("settled", torch.zeros((), dtype=torch.int64))
 
@@ -256,28 +256,32 @@ class ABCNet(Trunk):
         neighbours: int = 10,
         attention: str = "faithful",
         padding: str = "faithful",
-        pooled: int | None = None,
+        cluster_by: str = "embedding",
     ) -> None:
-        super().__init__(len(FEATURES), embedding, clusters, neighbours, attention, padding, pooled=pooled)
-        self.jet = nn.Sequential(Layer(pooled, JET), linear(JET, embedding)) if pooled else None
+        super().__init__(len(FEATURES), embedding, clusters, neighbours, attention, padding)
+        self.cluster_by = cluster_by
+        if cluster_by == "bins":
+            self.centres = nn.Parameter(torch.zeros(clusters, pretexts))
         self.bins = bins
         self.head_0, self.head_1, self.logits = Layer(embedding, 256), Layer(256, 128), linear(128, pretexts * bins)
 
     def forward(self, x: torch.Tensor, momentum: float = 0.1, noise: torch.Generator | None = None) -> Jet:
         """`noise` is for networks that draw from it."""
-        z = self.embed(x, momentum)
-        head = self.logits(self.head_1(self.head_0(z, momentum), momentum))
-        return Jet(z, head.reshape(len(z), -1, self.bins), self.distances(z))
+        z = self.pooled(x, momentum)
+        logits = self.logits(self.head_1(self.head_0(z, momentum), momentum)).reshape(len(z), -1, self.bins)
+        if self.cluster_by == "bins":
+            z = logits.float().softmax(-1) @ torch.linspace(0, 1, self.bins, device=z.device)
+        return Jet(z, logits, self.distances(z))
 
     def embed(self, x: torch.Tensor, momentum: float = 0.1) -> torch.Tensor:
         """(B, N, 8) -> (B, d)."""
+        return self.pooled(x, momentum) if self.cluster_by == "embedding" else self(x, momentum).embedding
+
+    def pooled(self, x: torch.Tensor, momentum: float) -> torch.Tensor:
+        """(B, N, 8) -> (B, embedding)."""
         known = self.known(x, momentum)
         rows = known.slots(self.join(known.parts, momentum))
-        z = rows.mean(1) if self.padding != "masked" else rows.sum(1) / known.real.sum(1, keepdim=True).clamp_min(1)
-        if self.jet is None:
-            return z
-        layer, last = self.jet
-        return last(layer(z, momentum))
+        return rows.mean(1) if self.padding != "masked" else rows.sum(1) / known.real.sum(1, keepdim=True).clamp_min(1)
 
 
 def _rows(nearest: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:

@@ -28,7 +28,7 @@ from labkit.jets.clustering import accuracy, k_means, nearest
 from labkit.jets.defects import DEFECTS, Replicas
 from labkit.jets.distillation import Distilled
 from labkit.jets.files import OF_JET, SUBSTRUCTURE, dataset
-from labkit.jets.networks import ATTENTIONS, PADDINGS, ABCNet, Jet, features
+from labkit.jets.networks import ATTENTIONS, CLUSTER_BY, PADDINGS, ABCNet, Jet, features
 from labkit.problems import Clock, Problem, evaluating
 from labkit.problems.problem import MEASURED, Metrics, Optimisers
 from labkit.problems.splits import batches
@@ -79,7 +79,9 @@ class UCluster(Problem):
     alpha_units : "absolute", or "relative": alpha in units of 1 / mean d, for any scale of the embedding.
     lr, halve_every : the learning rate, halved after each so many jets, down to 1e-5; so is the momentum of the normalisations, from
         0.5 down to 0.01.
-    neighbours, attention, padding, pooled : of the network (`labkit.jets.networks`), by default as published.
+    neighbours, attention, padding : of the network (`labkit.jets.networks`).
+    cluster_by : "embedding", as published, or "bins": by what the network says of a jet, the mean of its bins between 0 and 1 (of each
+        number of the pretext). With mass_bins="share" that is the rank of its mass, in which the jets lie evenly.
     defects : what the published distributed notebooks do, by name (`labkit.jets.defects`): for ablations.
     """
 
@@ -103,7 +105,7 @@ class UCluster(Problem):
         neighbours: int = 10,
         attention: str = "faithful",
         padding: str = "faithful",
-        pooled: int | None = None,
+        cluster_by: str = "embedding",
         defects: Sequence[str] = (),
         batch_size: int = 512,
         train_samples: int | None = None,
@@ -131,7 +133,9 @@ class UCluster(Problem):
         self.lr, self.halve_every = real("lr", lr, above=0), whole("halve_every", halve_every)
         self.neighbours = whole("neighbours", neighbours)
         self.attention, self.padding = known("attention", attention, ATTENTIONS), known("padding", padding, PADDINGS)
-        self.pooled = None if pooled is None else whole("pooled", pooled)
+        self.cluster_by = known("cluster_by", cluster_by, CLUSTER_BY)
+        if self.cluster_by == "bins" and self.pretext == [DISTILL]:
+            raise ValueError(f'cluster_by="bins": pretext={DISTILL!r} has none. Leave it at "embedding".')
         self.defects = [known("defects", name, DEFECTS) for name in several("defects", list(defects), text)]
         super().__init__(
             data if isinstance(data, str) and data == "jets" else dataset(data),  # the sample goes by its name
@@ -151,9 +155,8 @@ class UCluster(Problem):
                 return Distilled(self.embedding, self.clusters)
             by_width = self.mass_bins == "width"
             n_bins = max(len(MASS_BINS) + 1 if name == "mass" and by_width else self.bins for name in self.pretext)
-            return ABCNet(
-                self.embedding, self.clusters, n_bins, len(self.pretext), self.neighbours, self.attention, self.padding, self.pooled
-            )
+            how = (self.neighbours, self.attention, self.padding, self.cluster_by)
+            return ABCNet(self.embedding, self.clusters, n_bins, len(self.pretext), *how)
 
         return Replicas.of(network, self.defects, seed)
 

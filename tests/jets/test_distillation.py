@@ -33,6 +33,8 @@ def test_a_step_moves_the_student_and_the_teacher_follows(few):
     assert of.load(np.arange(3)).bins.tolist() == [[0]] * 3
     with pytest.raises(ValueError, match="'distill' has no bins, and goes alone"):
         problem(few, pretext=["mass", "distill"])
+    with pytest.raises(ValueError, match="cluster_by=\"bins\": pretext='distill' has none"):
+        problem(few, pretext="distill", cluster_by="bins")
 
 
 def test_the_loss_is_the_cross_entropy_of_the_other_view():

@@ -18,26 +18,23 @@ from tests.plots.helpers import title
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]  # HoloViews is slow to load
 
 
-@pytest.mark.parametrize("of", ["mass", "trimmed", "tau21"])
-def test_masses_by_class(of, tmp_path):
+@pytest.mark.parametrize("of", ["mass", "tau21"])
+def test_masses_by_class(of):
     figure = masses(sample(), of)
     assert all(name in title(figure) for name in ("q", "g", "W", "Z", "t"))
-    if of == "mass":
-        assert plots.save(figure, tmp_path / "masses.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match="of='tau12'"):
         masses(sample(), "tau12")
 
 
-def test_embeddings_by_class(tmp_path):
+def test_embeddings_by_class():
     label = np.repeat([0, 1, 2], 20)
     z = np.random.default_rng(0).normal(size=(60, 3)) + 9 * np.eye(3)[label]
     figure = embedding(z, label, ("W", "Z", "t"), label[::-1], title="After clustering")
     assert title(figure) == "After clustering: 100 % of the jets are in the cluster of their class"
-    assert plots.save(figure, tmp_path / "embedding.png").stat().st_size > 5_000
 
 
-def test_without_jets_a_figure_is_a_message(tmp_path):
-    assert plots.save(masses(sample()[:0]), tmp_path / "a.png").stat().st_size > 2_000
+def test_without_jets_a_figure_is_a_message():
+    assert title(masses(sample()[:0])) == "The masses of the jets"
 
 
 def test_embeddings_before_and_after_clustering(run, tmp_path):
@@ -48,12 +45,11 @@ def test_embeddings_before_and_after_clustering(run, tmp_path):
     assert plots.save(figure, tmp_path / "both.png").stat().st_size > 10_000
 
 
-def test_speed_and_accuracy_by_workers(tmp_path):
+def test_speed_and_accuracy_by_workers():
     frame = pd.DataFrame({"n_workers": [1, 1, 2, 2], "samples_per_s": [100, 110, 180, 198], "accuracy": [0.7, 0.72, 0.71, 0.75]})
     figure = worlds(frame)
     assert [title(panel) for panel in figure] == [
         "2 workers train 1.80 times the jets per second of 1",
         "Accuracy of 1 to 2 workers: means 2.0 points apart, seeds up to 4.0",
     ]
-    assert plots.save(figure, tmp_path / "worlds.png").stat().st_size > 10_000
     assert title(worlds(frame[:0])) == "Speed and accuracy by workers"

@@ -176,8 +176,10 @@ def test_features_are_those_of_the_jet():
         assert np.abs(x.numpy()[..., at][real] - values).max() < 2e-4, FEATURES[at]
 
 
-def test_what_is_pooled_may_be_more_than_the_embedding():
-    made, x = network(pooled=6, padding="summed", neighbours=4).eval(), jets()
-    assert made.embed(x).shape == (4, 3) and made.together.linear.weight.shape[0] == 6 and (made.embed(x) < 0).any()
-    made.jet = None
-    assert made.embed(x).shape == (4, 6)
+def test_jets_may_be_clustered_by_the_bins_that_the_network_says():
+    made, x = network(cluster_by="bins", pretexts=2, bins=5, neighbours=4).eval(), jets()
+    got = made(x)
+    p = got.logits.softmax(-1)
+    torch.testing.assert_close(got.embedding, (p * torch.tensor([0, 0.25, 0.5, 0.75, 1])).sum(-1))
+    torch.testing.assert_close(made.embed(x), got.embedding)
+    assert made.centres.shape == (3, 2) and got.distances.shape == (4, 3) and count(made) == count(network(pretexts=2, bins=5))

@@ -151,11 +151,6 @@ def test_a_run_is_settled_once_and_its_curve_knows_clusters(run):
 
 
 @pytest.mark.slow
-def test_a_run_is_replayed_bit_for_bit(run):
-    np.testing.assert_array_equal(bits(run), bits(labkit.replay(run)))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("update", ["easgd", "allreduce"])
 def test_updates_of_all_kinds_train_it_and_its_replicas_are_one(update, few, lab, tmp_path):
     of = problem(few, **{"easgd": {"pretext": "distill"}, "allreduce": {}}[update])
@@ -169,7 +164,7 @@ def test_updates_of_all_kinds_train_it_and_its_replicas_are_one(update, few, lab
 @pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_from_its_centres_and_its_clock(few, lab, tmp_path):
     of = problem(few, padding="masked", attention="paper")
-    run = labkit.train(of, lab, update="sgwu", passes=4, runs=tmp_path, name="stopped", seed=3, checkpoints=400)
+    run = labkit.train(of, lab, update="sgwu", passes=3, runs=tmp_path, name="stopped", seed=3, checkpoints=400)
     until(lambda: "settle" in run.events.kind.tolist(), 60)
     run.stop()
     again = ended(labkit.resume(run.path, lab))
