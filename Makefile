@@ -14,7 +14,8 @@ EXTRAS ?= test
 # Tests that run side by side: one more than two cores, as many wait for processes to start; JOBS=0 for a debugger. Each job keeps
 # the order of the files, so that a lab which a file shares is opened once, and one that is done takes over from the others.
 JOBS ?= 3
-PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal
+# Some machines have Python keep no compiled code; several hundred processes of the tests would each compile labkit again.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 # An active environment is used as it is (conda's base is not); otherwise .venv is made here.
 ENV   := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),$(CURDIR)/.venv)

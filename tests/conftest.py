@@ -25,6 +25,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from labkit.experiments.notebook import import_nbformat
+
 GRACE = 10.0  # seconds that a process or thread has to end by itself after its test
 SCRATCH = Path(tempfile.mkdtemp(prefix="labkit-tests-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # first in, last out: after the libraries' own
@@ -40,6 +42,7 @@ os.environ.update(
     MATPLOTLIBRC=str(SCRATCH / "matplotlibrc"),  # no windows; MPLBACKEND would also reach the kernels of notebooks
 )
 (SCRATCH / "matplotlibrc").write_text("backend: agg\n")
+import_nbformat()  # before a test does
 
 # A runner in the background ignores interrupts, and every process that a test starts would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

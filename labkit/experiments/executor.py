@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.errors import SweepError
-from labkit.experiments.notebook import quiet
+from labkit.experiments.notebook import import_nbformat, quiet
 from labkit.locks import alone
 from labkit.runs.files import find_json, replacing, write_json
 
@@ -181,6 +181,7 @@ def _attempt(job: dict, folder: Path, flag: Path) -> tuple[bool, str, str]:
 
 def _papermill(job: dict, folder: Path, sockets: str, came_up: threading.Event, caught: list) -> None:
     """Have papermill execute the notebook in place; an exception goes into `caught`."""
+    import_nbformat()
     import papermill
     from jupyter_core.utils import ensure_event_loop
     from papermill.engines import papermill_engines

@@ -11,11 +11,13 @@ import ast
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from types import ModuleType
 from typing import Any
 
 from labkit.errors import SweepError, file_path
@@ -64,10 +66,22 @@ def plain(value: Any, name: str, strict: bool = True) -> Any:
     )
 
 
+def import_nbformat() -> ModuleType:
+    """nbformat, for what imports it or papermill the first time: without the package by which its jsonschema could check a format that no
+    notebook has, and whose grammars take 3 s of a core."""
+    optional = "rfc3987_syntax"
+    sys.modules.setdefault(optional, None)
+    try:
+        import nbformat
+    finally:
+        if sys.modules[optional] is None:
+            del sys.modules[optional]
+    return nbformat
+
+
 def load(notebook: str | os.PathLike[str]) -> dict:
     """The notebook as nbformat 4.5 without outputs: what is hashed, and what each run starts from."""
-    import nbformat
-
+    nbformat = import_nbformat()
     path = file_path("notebook", notebook)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -103,7 +117,7 @@ def parameters(notebook: str | os.PathLike[str]) -> list[Parameter]:
 
 def read_parameters(content: dict, name: str) -> list[Parameter]:
     """`parameters` of a notebook that is loaded already."""
-    import nbformat
+    nbformat = import_nbformat()
     import papermill
 
     tagged = [cell for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", [])]

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,3 +100,10 @@ def test_quiet_is_undone_by_the_last_of_several_threads():
     leave.set()
     thread.join()
     assert logging.getLogger("papermill").level == level
+
+
+def test_in_a_fresh_process_a_notebook_is_read_without_the_grammars_of_formats_that_it_has_not(tmp_path):
+    path = str(write(tmp_path / "n.ipynb"))
+    code = f"import sys, labkit; labkit.parameters({path!r}); print('rfc3987_syntax' in sys.modules, 'papermill' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2])
+    assert ran.stdout.split() == ["False", "True"], ran.stderr
