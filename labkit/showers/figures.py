@@ -110,7 +110,7 @@ def fractions(found: Mapping[str, Any]) -> hv.Overlay:
         )
         lines.append(style.line(middle, ratio, number, name, ("E", "ratio")))
         worst = max(worst, (name, float(np.abs(ratio - 1).max())), key=lambda pair: pair[1])
-    title = f"The sampling fraction is within {100 * worst[1]:.1f} % of the simulated one; least with {worst[0]}"
+    title = f"The sampling fraction is within {100 * worst[1]:.1f} % of the simulated one; furthest off: {worst[0]}"
     legend = [(name, number, "line") for number, name in enumerate(found)]
     labels = {"xlabel": "energy (GeV)", "ylabel": "sampling fraction / simulated"}
     return style.finish([style.level(1.0), *lines], title, f"{n} showers each, 1 seed", legend, **labels)

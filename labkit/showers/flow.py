@@ -3,7 +3,7 @@
     x_t = (1 - t) x_0 + t x_1,   loss = |v(x_t, t, condition) - (x_1 - x_0)|^2        x_0 noise, x_1 a shower, t uniform (arXiv:2210.02747)
     a shower: x_0 -> x_1 by midpoint steps, 8 at most                                  condition: the energy; of cells the layers too
 
-Two flows, trained in one step: of the energies of the layers (Z numbers, standardised at the energy and decorrelated), by a perceptron; and of the cells,
+Two flows, trained in one step: of the energies of the layers and their total (Z + 1 numbers, standardised at the energy and decorrelated), by a perceptron; and of the cells,
 given those, by convolutions over a layer's plane with the depth as channels. A cell that is hit is 1/4 + ln(c / keV) / 4, one that is not
 normal about -1/2; an empty layer likewise. In the end the cells of a layer are scaled to its energy.
 
@@ -37,7 +37,7 @@ from labkit.problems.optimisers import make_optimiser
 from labkit.problems.problem import Clock, Metrics, Optimisers
 from labkit.showers.features import distance
 from labkit.showers.gan import EMPTY, GEV, NOISE_SEED, Showers, mirrored
-from labkit.showers.networks import FLOOR_MEV, LEAST_MEV, Condition, Profile, in_mev, standardised
+from labkit.showers.networks import FLOOR_MEV, LEAST_MEV, Condition, Profile, in_mev, standardised, with_total
 
 TIMES = 8  # frequencies by which a network sees t
 AGAIN = 8  # times and noises for the layers of a shower in a step: their network costs little
@@ -126,7 +126,7 @@ class ShowerFlow(Showers):
         fine = {"its loss is no number": loss.isfinite()}
         if module is not None:
             condition = energies[:LOOKED_AT, None] / GEV
-            noise = torch.randn(len(condition), cells.shape[4], generator=torch.Generator().manual_seed(NOISE_SEED))
+            noise = torch.randn(len(condition), cells.shape[4] + 1, generator=torch.Generator().manual_seed(NOISE_SEED))
             with evaluating(module) as plain:
                 made = plain.layers_from(noise.to(cells.device), condition, self.steps)[0].sum(1)
             enough = made > EMPTY * cells.sum((1, 2, 3, 4)).mean()
@@ -137,7 +137,7 @@ class ShowerFlow(Showers):
         """Roots of the layers' energies, of real and of made showers, (n, Z) each, and the two losses (n, 2)."""
         cells, condition = batch[0][:, 0].float(), (batch[1] / GEV)
         with evaluating(module) as plain:
-            noise = torch.randn(len(cells), cells.shape[3], generator=generator).to(cells.device)
+            noise = torch.randn(len(cells), cells.shape[3] + 1, generator=generator).to(cells.device)
             layers = plain.layers_from(noise, condition[:, None], self.steps)[0]
             here = generator if cells.device.type == "cpu" else torch.Generator(cells.device).manual_seed(NOISE_SEED)
             with self.autocast(cells.device):
@@ -161,13 +161,14 @@ class Flows(nn.Module):
         super().__init__()
         pixels, self.depth = profile.image.shape
         self.side = math.isqrt(pixels)
-        self.n_noise = self.depth + pixels * self.depth
+        self.n_sums = self.depth + 1  # layers and total
+        self.n_noise = self.n_sums + pixels * self.depth
         self.condition = Condition(profile)
         self.register_buffer("root", torch.tensor(profile.root.T.copy()))
         self.register_buffer("inverse", torch.linalg.inv(self.root))
         self.of_layers = nn.Sequential(
-            nn.Linear(self.depth + 3 + 2 * TIMES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, self.depth),
+            nn.Linear(self.n_sums + 3 + 2 * TIMES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, self.n_sums),
         )  # fmt: skip
         _zero(self.of_layers[-1])
         self.of_cells = Planes(profile, channels, blocks)
@@ -180,12 +181,12 @@ class Flows(nn.Module):
 
         seen, mean, spread = self.condition(energy[:, None])
         layers = cells.sum((1, 2))
-        s = (layers / FLOOR_MEV).log1p()
-        s = torch.where(layers >= LEAST_MEV, s, NOT_HIT[0] + NOT_HIT[1] * normal(n, self.depth))
+        sums = with_total(layers)
+        s = torch.where(sums >= LEAST_MEV, (sums / FLOOR_MEV).log1p(), NOT_HIT[0] + NOT_HIT[1] * normal(n, self.n_sums))
         one = (((s - mean) / spread) @ self.inverse).repeat(AGAIN, 1)
-        zero, t = normal(AGAIN * n, self.depth), torch.rand(AGAIN * n, 1, generator=generator, device=cells.device)
+        zero, t = normal(AGAIN * n, self.n_sums), torch.rand(AGAIN * n, 1, generator=generator, device=cells.device)
         wrong = (self._speed(torch.lerp(zero, one, t), t, seen.repeat(AGAIN, 1)) - (one - zero)).square()
-        losses = [wrong.view(AGAIN, n, self.depth).mean((0, 2))]
+        losses = [wrong.view(AGAIN, n, self.n_sums).mean((0, 2))]
         one = encoded(cells, normal(n, self.side, self.side, self.depth)).permute(0, 3, 1, 2)
         zero = normal(n, self.side, self.side, self.depth).permute(0, 3, 1, 2)
         t = torch.rand(n, 1, generator=generator, device=cells.device)
@@ -194,7 +195,7 @@ class Flows(nn.Module):
         return torch.stack([losses[0], (speed - way).square().mean((1, 2, 3))], 1)
 
     def layers_from(self, noise: torch.Tensor, condition: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energies of layers (n, Z) in MeV of noise (n, Z), and the same standardised."""
+        """Energies of layers (n, Z) in MeV of noise (n, Z + 1), and the same and their total standardised."""
         seen, mean, spread = self.condition(condition)
         made = midpoint(lambda x, t: self._speed(x, t, seen), noise, steps) @ self.root
         layers = in_mev(made, mean, spread)
@@ -203,9 +204,9 @@ class Flows(nn.Module):
     def showers(self, noise: torch.Tensor, condition: torch.Tensor, steps: int) -> torch.Tensor:
         """(n, X, Y, Z) in MeV."""
         n = len(noise)
-        layers, standard = self.layers_from(noise[:, : self.depth], condition, steps)
+        layers, standard = self.layers_from(noise[:, : self.n_sums], condition, steps)
         seen = self.condition(condition)[0]
-        start = noise[:, self.depth :].reshape(n, self.side, self.side, self.depth).permute(0, 3, 1, 2)
+        start = noise[:, self.n_sums :].reshape(n, self.side, self.side, self.depth).permute(0, 3, 1, 2)
         x = midpoint(lambda x, t: self.of_cells(x, t, seen, layers, standard), start, steps)
         x = torch.where(x == x.amax((2, 3), keepdim=True), x.clamp_min(0.25), x)  # a layer with energy has a cell that is hit
         cells = decoded(x.permute(0, 2, 3, 1))
@@ -227,7 +228,7 @@ class Planes(nn.Module):
         pixels, depth = profile.image.shape
         side = math.isqrt(pixels)
         self.place = nn.Parameter(torch.zeros(side, side, channels))  # tells the convolutions where they are
-        self.embed = nn.Sequential(nn.Linear(2 * TIMES + 3 + depth, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU())
+        self.embed = nn.Sequential(nn.Linear(2 * TIMES + 4 + depth, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU())
         self.first = nn.Conv2d(depth, channels, 3, padding=1)
         self.blocks = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2 * blocks))
         self.modulate = nn.ModuleList(nn.Linear(96, 2 * channels) for _ in range(blocks))
@@ -244,12 +245,12 @@ class Planes(nn.Module):
         )  # at the mean layer, and by how much it grows with it
         self.mean = nn.Parameter(torch.stack([0.25 + log_hit / SCALE, hit]))
         self.log_spread = nn.Parameter(torch.full((depth, 1, 1), math.log(0.3)))  # of a cell that is hit
-        self.register_buffer("typical", torch.tensor(profile.typical) + math.log(FLOOR_MEV))
+        self.register_buffer("typical", torch.tensor(profile.typical[:-1]) + math.log(FLOOR_MEV))
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, seen: torch.Tensor, layers: torch.Tensor, standard: torch.Tensor
     ) -> torch.Tensor:
-        """Of x at times t (n, 1), energies as `seen` (n, 3), and those of layers (n, Z) in MeV, and standardised."""
+        """Of x at times t (n, 1), energies as `seen` (n, 3), and those of layers (n, Z) in MeV, and standardised with their total."""
         about = self.embed(torch.cat([waves(t), seen, standard.clamp(-6, 6)], 1))
         h = self.first(x) + self.place.permute(2, 0, 1)
         for number, modulate in enumerate(self.modulate):

@@ -201,10 +201,10 @@ def measured_angle(cells: torch.Tensor) -> torch.Tensor:
 class Profile(NamedTuple):
     """What showers (of the training split) are like on average: where a reduced network begins.
 
-    Of s = ln(1 + layer / 0.1 MeV): `typical` (Z,) its mean; and with polynomials in ln(energy / 100 GeV), from the constant on: `by_energy` (3, Z) its mean, `spread` (3, Z) the
-    logarithm of its standard deviation about that, and `root` (Z, Z) with root @ root.T the correlation of the layers about it, most of it in
-    the first columns. Of each cell (X * Y, Z): `image` its mean share in its layer, `hit` how often it is hit, `log_hit` the mean of
-    ln(cell / keV) where it is. `visible`: mean of total / (energy / 100 GeV), MeV.
+    Of s = ln(1 + e / 0.1 MeV), with e the energies of the layers and behind them their total, Z + 1 numbers: `typical` (Z + 1,) its mean; and with
+    polynomials in ln(energy / 100 GeV), from the constant on: `by_energy` (3, Z + 1) its mean, `spread` (3, Z + 1) the logarithm of its standard
+    deviation about that, `root` (Z + 1, Z + 1) with root @ root.T its correlations about it, most of them in the first columns. Of each cell
+    (X * Y, Z): `image` its mean share in its layer, `hit` how often it is hit, `log_hit` the mean of ln(cell / keV) where it is.
     """
 
     typical: np.ndarray
@@ -214,7 +214,6 @@ class Profile(NamedTuple):
     image: np.ndarray
     hit: np.ndarray
     log_hit: np.ndarray
-    visible: float
 
     @classmethod
     def of(cls, cells: np.ndarray, energy: np.ndarray) -> Profile:
@@ -228,6 +227,7 @@ class Profile(NamedTuple):
             sums += [some.sum(0), hit.sum(0), np.log(some / LEAST_MEV, out=np.zeros_like(some), where=hit).sum(0)]
         image, hits, logs = sums.reshape(3, -1, depth)
         layers = np.concatenate(layers)
+        layers = np.column_stack([layers, layers.sum(1)])
         s, powers = np.log1p(layers / FLOOR_MEV), np.vander(np.log(energy), 3, increasing=True)
 
         def fitted(values: np.ndarray) -> np.ndarray:
@@ -239,7 +239,7 @@ class Profile(NamedTuple):
         apart = apart / np.exp(powers @ spread)
         size = np.maximum(apart.std(0), 0.1)
         spread[0] += np.log(size)
-        correlation = (apart / size).T @ (apart / size) / n if n > depth else np.eye(depth)
+        correlation = (apart / size).T @ (apart / size) / n if n > depth else np.eye(depth + 1)
         np.fill_diagonal(correlation, 1.0)
         values, vectors = np.linalg.eigh(correlation)
         root = (vectors * np.sqrt(np.maximum(values, 1e-3)))[:, ::-1]
@@ -247,11 +247,11 @@ class Profile(NamedTuple):
         seen = (logs.sum(0) + 1e-9) / (hits.sum(0) + 1e-9)  # of a layer, for the cells that are hardly ever hit
         log_hit = (logs + 3 * seen) / (hits + 3)
         made = s.mean(0), by_energy, spread, root, image / image.sum(0), hits / n, log_hit
-        return cls(*(one.astype(np.float32) for one in made), float((layers.sum(1) / energy).mean()))
+        return cls(*(one.astype(np.float32) for one in made))
 
 
 class Condition(nn.Module):
-    """The energy as a network sees it, (n, 3), and mean and spread of the layers' s at it, (n, Z) each."""
+    """The energy as a network sees it, (n, 3), and mean and spread of s at it, (n, Z + 1) each (`Profile`)."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
@@ -262,17 +262,23 @@ class Condition(nn.Module):
         log = energy.log()
         seen = torch.cat([log + 1.6, 4 * energy - 1, 0.3 / energy.sqrt() - 0.6], 1)  # about 0 +- 1 for 2 to 50 GeV
         mean, spread = torch.cat([torch.ones_like(log), log, log**2], 1) @ self.by_energy
-        return seen, mean, spread.clamp(-4, 2).exp()
+        return seen, mean, spread.clamp(-6, 2).exp()
 
 
 def standardised(layers: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Energies of layers (n, Z) in MeV as (s - mean) / spread."""
-    return ((layers / FLOOR_MEV).log1p() - mean) / spread
+    """Energies of layers (n, Z) in MeV, and behind them their total, as (s - mean) / spread, (n, Z + 1)."""
+    return ((with_total(layers) / FLOOR_MEV).log1p() - mean) / spread
+
+
+def with_total(layers: torch.Tensor) -> torch.Tensor:
+    return torch.cat([layers, layers.sum(1, keepdim=True)], 1)
 
 
 def in_mev(standard: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """The inverse: what is below 0 is 0."""
-    return FLOOR_MEV * torch.expm1((mean + spread * standard).clamp(0, 12))
+    """The inverse: what is below 0 is 0, and the layers are scaled to the total, which fluctuates much less than they do."""
+    made = FLOOR_MEV * torch.expm1((mean + spread * standard).clamp(0, 12))
+    layers, total = made[:, :-1], made[:, -1:]
+    return layers * (total / layers.sum(1, keepdim=True).clamp_min(LEAST_MEV))
 
 
 class Reduced(nn.Module):
@@ -298,7 +304,7 @@ class Reduced(nn.Module):
             nn.Linear(width, width),
             nn.LeakyReLU(0.2),
         )
-        self.layers, self.coefficients = nn.Linear(width, depth), nn.Linear(width, rank)
+        self.layers, self.coefficients = nn.Linear(width, depth + 1), nn.Linear(width, rank)
         with torch.no_grad():
             self.layers.weight.mul_(0.1), self.layers.bias.zero_()
         self.root = nn.Parameter(torch.tensor(profile.root[:, :latent].T.copy()))
@@ -324,7 +330,7 @@ class Reduced(nn.Module):
 class ReducedCritic(nn.Module):
     """Two heads: convolutions over each layer's image (depth as channels), and a perceptron on sums over each layer.
 
-    Both see the energy. The second head sees of each layer s, standardised, its shares in the central cell and in the 3 x 3 and 7 x 7 around it, the
+    Both see the energy. The second head sees the total and of each layer s, standardised, its shares in the central cell and in the 3 x 3 and 7 x 7 around it, the
     means of x, y and of the distance from the middle, and the sum of ln(1 + cell / 0.05 MeV), which goes with the cells that are hit: so the
     sums that physics is judged by are judged on their own, whatever single cells look like.
     """
@@ -339,7 +345,6 @@ class ReducedCritic(nn.Module):
         far = torch.maximum(x.abs(), y.abs())
         windows = [4 * (far <= reach).float() - 2 for reach in (0, 1, 3)]  # of about 0 +- 1
         self.register_buffer("windows", torch.stack([*windows, x, y, torch.hypot(x, y) - 1]))
-        self.register_buffer("visible", torch.tensor(profile.visible))
         act, drop = nn.LeakyReLU(0.2), nn.Dropout(dropout)
         left = math.ceil(self.side / 8)
         self.image = nn.Sequential(
@@ -357,10 +362,9 @@ class ReducedCritic(nn.Module):
         layers = mev.sum(1)
         total = layers.sum(1)
         shares = (self.windows @ mev) / (layers[:, None] + FLOOR_MEV)  # (n, windows, Z)
-        relative = 10 * (total / (self.visible * condition[:, 0]) - 1)
         image = (mev / CELL_MEV).log1p()
         hits = 2 * image.sum(1).log1p() - 4
-        sums = torch.cat([standardised(layers, mean, spread).clamp(-6, 6), shares.flatten(1), hits, relative[:, None], seen], 1)
+        sums = torch.cat([standardised(layers, mean, spread).clamp(-6, 6), shares.flatten(1), hits, seen], 1)
         h = self.sums(sums)
         image = image.view(n, self.side, self.side, -1).permute(0, 3, 1, 2)  # channels last in memory
         logits = torch.cat([self.of_image(torch.cat([self.image(image), seen], 1)), self.of_sums(h)], 1)

@@ -177,7 +177,7 @@ def test_the_reduced_generator_begins_at_the_mean_shower_and_a_gradient_reaches_
 
 
 def test_layers_come_back_from_their_standardised_form():
-    layers, mean, spread = torch.tensor([[0.0, 0.05, 3, 900]]), torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([0.5, 1, 2, 1])
+    layers, mean, spread = torch.tensor([[0.0, 0.05, 3, 900]]), torch.tensor([[1.0, 2, 3, 4, 5]]), torch.tensor([0.5, 1, 2, 1, 0.1])
     torch.testing.assert_close(
         networks.in_mev(networks.standardised(layers, mean, spread), mean, spread), layers, rtol=1e-4, atol=1e-5
     )
