@@ -3,8 +3,8 @@
     x_t = (1 - t) x_0 + t x_1,   loss = |v(x_t, t, condition) - (x_1 - x_0)|^2        x_0 noise, x_1 a shower, t uniform (arXiv:2210.02747)
     a shower: x_0 -> x_1 by midpoint steps, 8 at most                                  condition: the energy; of cells the layers too
 
-Two flows, trained in one step: of the energies of the layers and their total (Z + 1 numbers, standardised at the energy and decorrelated), by a perceptron; and of the cells,
-given those, by convolutions over a layer's plane with the depth as channels. A cell that is hit is 1/4 + ln(c / keV) / 4, one that is not
+Two flows, trained in one step: of the energies of the layers, their total and the centre in x and y (Z + 3 numbers, standardised at the energy and decorrelated), by a perceptron; and
+of the cells, given those, by convolutions over a layer's plane with the depth as channels. A cell that is hit is 1/4 + ln(c / keV) / 4, one that is not
 normal about -1/2; an empty layer likewise. In the end the cells of a layer are scaled to its energy.
 
 Neither network says the velocity itself. That of a normal x_1 of mean m and deviation s is known,
@@ -37,7 +37,7 @@ from labkit.problems.optimisers import make_optimiser
 from labkit.problems.problem import Clock, Metrics, Optimisers
 from labkit.showers.features import distance
 from labkit.showers.gan import EMPTY, GEV, NOISE_SEED, Showers, mirrored
-from labkit.showers.networks import FLOOR_MEV, LEAST_MEV, Condition, Profile, in_mev, standardised, with_total
+from labkit.showers.networks import FLOOR_MEV, LEAST_MEV, Condition, Profile, centre, in_mev, standardised, with_total
 
 TIMES = 8  # frequencies by which a network sees t
 AGAIN = 8  # times and noises for the layers of a shower in a step: their network costs little
@@ -126,7 +126,7 @@ class ShowerFlow(Showers):
         fine = {"its loss is no number": loss.isfinite()}
         if module is not None:
             condition = energies[:LOOKED_AT, None] / GEV
-            noise = torch.randn(len(condition), cells.shape[4] + 1, generator=torch.Generator().manual_seed(NOISE_SEED))
+            noise = torch.randn(len(condition), cells.shape[4] + 3, generator=torch.Generator().manual_seed(NOISE_SEED))
             with evaluating(module) as plain:
                 made = plain.layers_from(noise.to(cells.device), condition, self.steps)[0].sum(1)
             enough = made > EMPTY * cells.sum((1, 2, 3, 4)).mean()
@@ -137,7 +137,7 @@ class ShowerFlow(Showers):
         """Roots of the layers' energies, of real and of made showers, (n, Z) each, and the two losses (n, 2)."""
         cells, condition = batch[0][:, 0].float(), (batch[1] / GEV)
         with evaluating(module) as plain:
-            noise = torch.randn(len(cells), cells.shape[3] + 1, generator=generator).to(cells.device)
+            noise = torch.randn(len(cells), cells.shape[3] + 3, generator=generator).to(cells.device)
             layers = plain.layers_from(noise, condition[:, None], self.steps)[0]
             here = generator if cells.device.type == "cpu" else torch.Generator(cells.device).manual_seed(NOISE_SEED)
             with self.autocast(cells.device):
@@ -161,11 +161,12 @@ class Flows(nn.Module):
         super().__init__()
         pixels, self.depth = profile.image.shape
         self.side = math.isqrt(pixels)
-        self.n_sums = self.depth + 1  # layers and total
+        self.n_sums = self.depth + 3  # layers, total, centre
         self.n_noise = self.n_sums + pixels * self.depth
         self.condition = Condition(profile)
         self.register_buffer("root", torch.tensor(profile.root.T.copy()))
         self.register_buffer("inverse", torch.linalg.inv(self.root))
+        self.register_buffer("sway", torch.tensor(profile.sway))
         self.of_layers = nn.Sequential(
             nn.Linear(self.n_sums + 3 + 2 * TIMES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, self.n_sums),
@@ -182,8 +183,9 @@ class Flows(nn.Module):
         seen, mean, spread = self.condition(energy[:, None])
         layers = cells.sum((1, 2))
         sums = with_total(layers)
-        s = torch.where(sums >= LEAST_MEV, (sums / FLOOR_MEV).log1p(), NOT_HIT[0] + NOT_HIT[1] * normal(n, self.n_sums))
-        one = (((s - mean) / spread) @ self.inverse).repeat(AGAIN, 1)
+        s = torch.where(sums >= LEAST_MEV, (sums / FLOOR_MEV).log1p(), NOT_HIT[0] + NOT_HIT[1] * normal(n, self.depth + 1))
+        centres = centre(cells) / self.sway
+        one = torch.cat([((s - mean) / spread) @ self.inverse, centres], 1).repeat(AGAIN, 1)
         zero, t = normal(AGAIN * n, self.n_sums), torch.rand(AGAIN * n, 1, generator=generator, device=cells.device)
         wrong = (self._speed(torch.lerp(zero, one, t), t, seen.repeat(AGAIN, 1)) - (one - zero)).square()
         losses = [wrong.view(AGAIN, n, self.n_sums).mean((0, 2))]
@@ -191,15 +193,16 @@ class Flows(nn.Module):
         zero = normal(n, self.side, self.side, self.depth).permute(0, 3, 1, 2)
         t = torch.rand(n, 1, generator=generator, device=cells.device)
         way = one - zero
-        speed = self.of_cells(zero + t[:, :, None, None] * way, t, seen, layers, standardised(layers, mean, spread))
+        about = layers, torch.cat([standardised(layers, mean, spread), centres], 1)
+        speed = self.of_cells(zero + t[:, :, None, None] * way, t, seen, *about)
         return torch.stack([losses[0], (speed - way).square().mean((1, 2, 3))], 1)
 
     def layers_from(self, noise: torch.Tensor, condition: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energies of layers (n, Z) in MeV of noise (n, Z + 1), and the same and their total standardised."""
+        """Energies of layers (n, Z) in MeV of noise (n, Z + 3), and the same, their total and the centre standardised."""
         seen, mean, spread = self.condition(condition)
-        made = midpoint(lambda x, t: self._speed(x, t, seen), noise, steps) @ self.root
-        layers = in_mev(made, mean, spread)
-        return layers, standardised(layers, mean, spread)
+        made = midpoint(lambda x, t: self._speed(x, t, seen), noise, steps)
+        layers = in_mev(made[:, :-2] @ self.root, mean, spread)
+        return layers, torch.cat([standardised(layers, mean, spread), made[:, -2:]], 1)
 
     def showers(self, noise: torch.Tensor, condition: torch.Tensor, steps: int) -> torch.Tensor:
         """(n, X, Y, Z) in MeV."""
@@ -228,7 +231,7 @@ class Planes(nn.Module):
         pixels, depth = profile.image.shape
         side = math.isqrt(pixels)
         self.place = nn.Parameter(torch.zeros(side, side, channels))  # tells the convolutions where they are
-        self.embed = nn.Sequential(nn.Linear(2 * TIMES + 4 + depth, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU())
+        self.embed = nn.Sequential(nn.Linear(2 * TIMES + 6 + depth, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU())
         self.first = nn.Conv2d(depth, channels, 3, padding=1)
         self.blocks = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2 * blocks))
         self.modulate = nn.ModuleList(nn.Linear(96, 2 * channels) for _ in range(blocks))
@@ -244,13 +247,19 @@ class Planes(nn.Module):
             torch.stack([hit.logit(), torch.ones_like(hit)])
         )  # at the mean layer, and by how much it grows with it
         self.mean = nn.Parameter(torch.stack([0.25 + log_hit / SCALE, hit]))
+        moved = [
+            -slope * float(profile.sway)
+            for of in (self.logit[0], self.mean[0])
+            for slope in torch.gradient(of.detach(), dim=(0, 1))
+        ]
+        self.moved = nn.Parameter(torch.stack(moved))  # by how much logit and mean grow with the centre in x and in y
         self.log_spread = nn.Parameter(torch.full((depth, 1, 1), math.log(0.3)))  # of a cell that is hit
         self.register_buffer("typical", torch.tensor(profile.typical[:-1]) + math.log(FLOOR_MEV))
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, seen: torch.Tensor, layers: torch.Tensor, standard: torch.Tensor
     ) -> torch.Tensor:
-        """Of x at times t (n, 1), energies as `seen` (n, 3), and those of layers (n, Z) in MeV, and standardised with their total."""
+        """Of x at times t (n, 1), energies as `seen` (n, 3), and those of layers (n, Z) in MeV, and standardised with total and centre."""
         about = self.embed(torch.cat([waves(t), seen, standard.clamp(-6, 6)], 1))
         h = self.first(x) + self.place.permute(2, 0, 1)
         for number, modulate in enumerate(self.modulate):
@@ -260,9 +269,11 @@ class Planes(nn.Module):
         logit, mean, rest = self.last(F.silu(h)).float().chunk(3, 1)
         of_layer = self.direct(about).float()[:, :, None, None].chunk(2, 1)
         more = ((layers + FLOOR_MEV).log() - self.typical)[:, :, None, None]
-        of_logit, of_mean = self.logit.permute(0, 3, 1, 2), self.mean.permute(0, 3, 1, 2)
+        of_logit, of_mean, moved = (one.permute(0, 3, 1, 2) for one in (self.logit, self.mean, self.moved))
+        x_y = standard[:, -2:, None, None, None].unbind(1)
         logit = logit + of_layer[0] + torch.addcmul(of_logit[0], of_logit[1], more)
         mean = mean + of_layer[1] + torch.addcmul(of_mean[0], of_mean[1], more / SCALE)
+        logit, mean = logit + x_y[0] * moved[0] + x_y[1] * moved[1], mean + x_y[0] * moved[2] + x_y[1] * moved[3]
         t = t[:, :, None, None]
         (none, log_none), (hit, log_hit) = velocity(x, t, *NOT_HIT), velocity(x, t, mean, self.log_spread.exp())
         return torch.lerp(none, hit, (logit + log_hit - log_none).sigmoid()) + rest

@@ -204,7 +204,8 @@ class Profile(NamedTuple):
     Of s = ln(1 + e / 0.1 MeV), with e the energies of the layers and behind them their total, Z + 1 numbers: `typical` (Z + 1,) its mean; and with
     polynomials in ln(energy / 100 GeV), from the constant on: `by_energy` (3, Z + 1) its mean, `spread` (3, Z + 1) the logarithm of its standard
     deviation about that, `root` (Z + 1, Z + 1) with root @ root.T its correlations about it, most of them in the first columns. Of each cell
-    (X * Y, Z): `image` its mean share in its layer, `hit` how often it is hit, `log_hit` the mean of ln(cell / keV) where it is.
+    (X * Y, Z): `image` its mean share in its layer, `hit` how often it is hit, `log_hit` the mean of ln(cell / keV) where it is. `sway`:
+    the standard deviation of a shower's centre in x and y, cells.
     """
 
     typical: np.ndarray
@@ -214,16 +215,18 @@ class Profile(NamedTuple):
     image: np.ndarray
     hit: np.ndarray
     log_hit: np.ndarray
+    sway: np.ndarray
 
     @classmethod
     def of(cls, cells: np.ndarray, energy: np.ndarray) -> Profile:
         """Of showers (n, X, Y, Z) in MeV and their energies (n,) / 100 GeV."""
         n, depth = len(cells), cells.shape[3]
-        sums, layers = np.zeros((3, *cells.shape[1:])), []
+        sums, layers, centres = np.zeros((3, *cells.shape[1:])), [], []
         for at in range(0, n, BLOCK):
             some = cells[at : at + BLOCK].astype(np.float32)
             hit = some >= LEAST_MEV
             layers.append(some.sum((1, 2), dtype=np.float64))
+            centres.append(centre(torch.from_numpy(some)).numpy())
             sums += [some.sum(0), hit.sum(0), np.log(some / LEAST_MEV, out=np.zeros_like(some), where=hit).sum(0)]
         image, hits, logs = sums.reshape(3, -1, depth)
         layers = np.concatenate(layers)
@@ -246,8 +249,16 @@ class Profile(NamedTuple):
         image = image + 1e-9
         seen = (logs.sum(0) + 1e-9) / (hits.sum(0) + 1e-9)  # of a layer, for the cells that are hardly ever hit
         log_hit = (logs + 3 * seen) / (hits + 3)
-        made = s.mean(0), by_energy, spread, root, image / image.sum(0), hits / n, log_hit
+        sway = np.maximum(np.concatenate(centres).std(), 0.01)
+        made = s.mean(0), by_energy, spread, root, image / image.sum(0), hits / n, log_hit, sway
         return cls(*(one.astype(np.float32) for one in made))
+
+
+def centre(cells: torch.Tensor) -> torch.Tensor:
+    """Where showers (n, X, Y, Z) are, in x and y, in cells from the middle: (n, 2)."""
+    planes = cells.sum(3)
+    at = torch.arange(cells.shape[1], device=cells.device, dtype=cells.dtype) - (cells.shape[1] - 1) / 2
+    return torch.stack([planes.sum(2) @ at, planes.sum(1) @ at], 1) / planes.sum((1, 2))[:, None].clamp_min(LEAST_MEV)
 
 
 class Condition(nn.Module):

@@ -76,7 +76,10 @@ def test_the_loss_is_that_of_velocities(small, monkeypatch):
     layers = cells.sum((1, 2))
     layers, empty = torch.column_stack([layers, layers.sum(1)]), -0.5 + 0.1 * torch.randn(6, 7, generator=draw)
     standard = (torch.where(layers > 1e-3, (layers / 0.1).log1p(), empty) - mean) / spread
-    apart = (torch.linalg.solve(module.root.T, standard.T).T.repeat(8, 1) - torch.randn(48, 7, generator=draw)).square().mean(1)
+    at = torch.arange(9) - 4.0
+    centres = torch.stack([cells.sum((2, 3)) @ at, cells.sum((1, 3)) @ at], 1) / cells.sum((1, 2, 3))[:, None] / module.sway
+    sums = torch.cat([torch.linalg.solve(module.root.T, standard.T).T, centres], 1)
+    apart = (sums.repeat(8, 1) - torch.randn(48, 9, generator=draw)).square().mean(1)
     torch.rand(48, 1, generator=draw)
     one = flow.encoded(cells, torch.randn(cells.shape, generator=draw))
     expected = [apart.view(8, 6).mean(0), (one - torch.randn(cells.shape, generator=draw)).square().mean((1, 2, 3))]
@@ -99,7 +102,7 @@ def test_a_shower_has_the_energies_of_its_layers_and_nothing_below_a_kev(small):
     made_noise, energies = torch.randn(7, problem.n_noise(module)), torch.linspace(5, 40, 7)
     with torch.no_grad():
         made = problem.make(module, energies, made_noise)
-        layers, _ = module.layers_from(made_noise[:, :7], energies[:, None] / 100, 2)
+        layers, _ = module.layers_from(made_noise[:, :9], energies[:, None] / 100, 2)
     assert made.shape == (7, 9, 9, 6) and ((made == 0) | (made > 1e-3)).all()
     torch.testing.assert_close(made.sum((1, 2)), layers, rtol=1e-2, atol=0.1)
 
