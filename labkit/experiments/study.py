@@ -32,6 +32,8 @@ from labkit.runs.files import read_lines_since
 
 FILE = "log.jsonl"
 STORAGE = "optuna.log"  # a copy that optuna-dashboard opens
+# Of a sampler: the parameters that all trials have, found so far. Each new one would go through all trials for them.
+CARRIED = ("_search_space", "_intersection_search_space")
 METHODS = ("gp", "evolution", "tpe", "random", "grid")
 STATES = {"running": TrialState.RUNNING, "done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
@@ -99,6 +101,12 @@ class Study:
 
     # -- the sampler ---------------------------------------------------------------------------------------------
 
+    def _next_sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        sampler, before = self._sampler(number), self._study.sampler
+        if type(sampler) is type(before):
+            vars(sampler).update({name: value for name, value in vars(before).items() if name in CARRIED})
+        return sampler
+
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed, samplers = _seed(self.seed, number, 1), optuna.samplers
         if self.method == "gp":
@@ -113,7 +121,7 @@ class Study:
 
     def _sample(self) -> dict[str, Any]:
         number = len(self.trials)
-        self._study.sampler = self._sampler(number)
+        self._study.sampler = self._next_sampler(number)
         if self.method == "grid":
             self._study.enqueue_trial(self._params(self._grid[number])[0])
         with quiet():
