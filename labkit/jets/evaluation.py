@@ -9,7 +9,7 @@ Of baselines the mass alone comes first: UCluster learns little else. K-means on
 Z; by its rank, in which jets lie evenly, k-means comes close to the best cuts on the mass. No such rows were found published, nor an accuracy of W, Z and
 t without labels later than UCluster's 0.81, which is of other jets.
 
-Used by users, as `labkit.jets.table`, `labkit.jets.confusion` and `labkit.jets.baselines`, and by notebooks 12 and 13.
+Used by users, as `labkit.jets.table`, `confusion`, `baselines`, `embedded` and `silhouette`, by `labkit.jets.figures` and by notebooks 12 and 13.
 """
 
 from collections.abc import Sequence

@@ -65,7 +65,7 @@ class UCluster(Problem):
     data : "jets" (the sample that labkit has), or files that `labkit.jets.generate` or `labkit.jets.convert` wrote.
     preset : "release" or "logged": `pretrain`, `slope` and `cluster_weight` where these are not given.
     clusters : K.
-    embedding : numbers by which a jet is clustered.
+    embedding : numbers that are pooled from the constituents of a jet, by which it is clustered.
     pretext : which number of a jet is to be said, as its bin: "mass", or one of `labkit.jets.files.SUBSTRUCTURE`, or several. The mass
         has 19 equal bins up to 200 GeV and one above, other numbers `bins` with equal numbers of training jets. Or "distill", a small
         transformer that learns from itself (`labkit.jets.distillation`); then `score` is how often its two halves agree.
@@ -80,8 +80,8 @@ class UCluster(Problem):
     lr, halve_every : the learning rate, halved after each so many jets, down to 1e-5; so is the momentum of the normalisations, from
         0.5 down to 0.01.
     neighbours, attention, padding : of the network (`labkit.jets.networks`).
-    cluster_by : "embedding", as published, or "bins": by what the network says of a jet, the mean of its bins between 0 and 1 (of each
-        number of the pretext). With mass_bins="share" that is the rank of its mass, in which the jets lie evenly.
+    cluster_by : "embedding", as published, or "bins": not by these, but by what the network says of a jet, the mean of its bins between 0
+        and 1 (of each number of the pretext). With mass_bins="share" that is the rank of its mass, in which the jets lie evenly.
     defects : what the published distributed notebooks do, by name (`labkit.jets.defects`): for ablations.
     """
 
