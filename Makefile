@@ -1,5 +1,5 @@
 # make run        sets up, then runs the demo: a small sweep, its table and its figure
-# make test       sets up, then runs the tests, JOBS=3 at a time; make test ARGS="-k updates" runs some of them
+# make test       sets up, then runs the tests, JOBS=4 at a time; make test ARGS="-k updates" runs some of them
 # make test-all   the same with the slow ones
 # make lab        sets up, then opens JupyterLab on the notebooks
 
@@ -11,9 +11,9 @@ TORCH  ?= torch==2.13.0
 # Which extras of pyproject.toml are installed; EXTRAS=test,slurm,mpi for a lab on SLURM, and engines under MPI.
 EXTRAS ?= test
 
-# Tests that run side by side: one more than two cores, as many wait for processes to start; JOBS=0 for a debugger. Each job keeps
+# Tests that run side by side: two more than two cores, as many wait for processes or for time; JOBS=0 for a debugger. Each job keeps
 # the order of the files, so that a lab which a file shares is opened once, and one that is done takes over from the others.
-JOBS ?= 3
+JOBS ?= 4
 # Some machines have Python keep no compiled code; several hundred processes of the tests would each compile labkit again.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --dist worksteal
 

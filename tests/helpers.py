@@ -114,7 +114,7 @@ def until(condition, limit=20.0):
         time.sleep(0.01)
 
 
-def ended(run, state="done", timeout=40):
+def ended(run, state="done", timeout=100):
     run.wait(timeout)
     assert run.state == state
     return run
