@@ -111,5 +111,5 @@ def test_make_uses_the_active_environment_or_its_own(active, chosen):
     printed = subprocess.run(
         ["make", "-n", "test", "test-all"], cwd=ROOT, env=env, check=True, capture_output=True, text=True, timeout=10
     ).stdout
-    assert f'"{chosen}/bin/python" -m pytest -n 3 --dist worksteal \n' in printed
-    assert f'"{chosen}/bin/python" -m pytest -n 3 --dist worksteal -m "" \n' in printed
+    assert f'"{chosen}/bin/python" -m pytest -n 4 --dist worksteal \n' in printed
+    assert f'"{chosen}/bin/python" -m pytest -n 4 --dist worksteal -m "" \n' in printed
