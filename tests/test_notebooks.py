@@ -199,8 +199,9 @@ GROUPS = {"first": FIRST, **{f"later-{i + 1}": LATER[i::2] for i in range(2)}}
 GROUPS |= {f"benchmarks-{i + 1}": BENCHMARKS[i::3] for i in range(3)}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(620)
-@pytest.mark.parametrize("group", [name if name == "first" else pytest.param(name, marks=pytest.mark.slow) for name in GROUPS])
+@pytest.mark.parametrize("group", GROUPS)
 def test_several_run_in_one_kernel_and_leave_results_and_figures(group, tmp_path, cache):
     names = GROUPS[group]
     book, cells = json.loads(path_of(names[0]).read_text()), []

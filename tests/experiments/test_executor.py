@@ -62,6 +62,7 @@ FAILURES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_a_row_with_its_error_and_the_others_go_on(tmp_path):
     cell = f"FAILURES = {FAILURES!r}\nget_ipython().run_cell(FAILURES[strategy]).raise_error()"
     notebook = write(tmp_path / "n.ipynb", cell, REPORT + "report(run_dir, {'score': 1})")

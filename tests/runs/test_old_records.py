@@ -198,6 +198,7 @@ def test_the_same_arrivals_meet_another_rule(stored, alike):
     assert not alike or sha(other.flat()) == EXPECTED["counterfactual"]
 
 
+@pytest.mark.slow
 def test_a_stopped_one_is_resumed_to_the_weights_that_it_had_then(stored, alike):
     path = stored("format-2-stopped")
     with labkit.connect("threads", 2) as lab:

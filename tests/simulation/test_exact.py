@@ -119,8 +119,14 @@ def rewrite(run, change):
 # -- the same again ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("update", ["sgwu", "agwu"])
-@pytest.mark.parametrize("partition", ["udpa", "idpa"])
+@pytest.mark.parametrize(
+    ("update", "partition"),
+    [
+        ("sgwu", "udpa"),
+        ("agwu", "idpa"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("sgwu", "idpa"), ("agwu", "udpa")]),
+    ],
+)
 def test_a_replay_has_the_same_bits(update, partition, train):
     local_steps = 3 if partition == "udpa" else None
     run = train(update=update, partition=partition, local_steps=local_steps)

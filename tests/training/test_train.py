@@ -129,7 +129,7 @@ def test_noise_is_the_same_on_threads_and_processes_and_goes_on_when_a_run_is_re
         assert_gan(run)
 
 
-@pytest.mark.parametrize("update", ["sgwu", "agwu", "allreduce"])
+@pytest.mark.parametrize("update", ["agwu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgwu", "allreduce"))])
 def test_running_statistics_travel(update, train):
     a_problem = problem(net_with_statistics)
     run = ended(train(a_problem, update=update, passes=2))

@@ -16,7 +16,7 @@ from labkit.updates import names
 from tests.helpers import Slow, cut_off, ended, net_with_statistics, problem, stopped_at_last, until
 
 pytestmark = pytest.mark.usefixtures("cache")
-QUICK = ["easgd", "fedbuff", "ssp", "delayed-nesterov", {"name": "sgwu", "quorum": 0.5, "grace": 0.05}]
+QUICK = ["easgd", "fedbuff", {"name": "sgwu", "quorum": 0.5, "grace": 0.05}]
 REST = [name for name in names() if name not in (*QUICK, "sgwu", "agwu", "allreduce")]  # those are in training/test_train.py
 REST += [{"name": "sgwu", "quorum": 0.5}, {"name": "ringmaster", "limit": 1}, {"name": "downpour", "optimiser": "adam"}]
 REST += [{"name": "downpour", "optimiser": "momentum"}, {"name": "fedbuff", "size": 5}]
