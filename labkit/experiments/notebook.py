@@ -22,6 +22,7 @@ from typing import Any
 
 from labkit.errors import SweepError, file_path
 
+_importing = threading.Lock()
 TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list, "tuple": list, "dict": dict}
 
 
@@ -70,12 +71,15 @@ def import_nbformat() -> ModuleType:
     """nbformat, for what imports it or papermill the first time: without the package by which its jsonschema could check a format that no
     notebook has, and whose grammars take 3 s of a core."""
     optional = "rfc3987_syntax"
-    sys.modules.setdefault(optional, None)
-    try:
-        import nbformat
-    finally:
-        if sys.modules[optional] is None:
-            del sys.modules[optional]
+    with _importing:  # notebooks are executed in threads
+        is_hidden = "jsonschema" not in sys.modules and optional not in sys.modules
+        if is_hidden:
+            sys.modules[optional] = None
+        try:
+            import nbformat
+        finally:
+            if is_hidden:
+                del sys.modules[optional]
     return nbformat
 
 

@@ -196,8 +196,8 @@ def _by_mass(train: Jets, test: Jets, classes: int, seed: int) -> np.ndarray:
 
 def _by_rank(train: Jets, test: Jets, classes: int, seed: int) -> np.ndarray:
     """Of the share of training jets that are lighter: clusters of about equal size."""
-    known_ = np.sort(_mass(train)[:, 0])
-    ranks = [np.searchsorted(known_, _mass(jets)[:, 0])[:, None] / len(known_) for jets in (train, test)]
+    masses = np.sort(_mass(train)[:, 0])
+    ranks = [np.searchsorted(masses, _mass(jets)[:, 0])[:, None] / len(masses) for jets in (train, test)]
     return np.abs(ranks[1] - k_means(ranks[0], classes, seed).T).argmin(1)
 
 

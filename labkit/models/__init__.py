@@ -82,32 +82,28 @@ def make_model(
 def drawing() -> Iterator[None]:
     """A step whose modules may draw from torch's generator (dropout), where other threads of the process build modules from seeds: one
     after the other."""
-    with _listed(_drawing, lambda: _turns.wait_for(lambda: not _building, WAIT_S), lambda: None):
+    with _turn(_drawing, _building, goes_first=False):
         yield
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """No step begins, and those of others have ended."""
-    with _listed(_building, lambda: None, lambda: _turns.wait_for(lambda: not _drawing, WAIT_S)):
-        yield
-
-
-@contextlib.contextmanager
-def _listed(where: set[int], before: Callable[[], Any], after: Callable[[], Any]) -> Iterator[None]:
-    """This thread is in `where`; what is to be waited for `before` and `after` that is so, unless it is in one of the two already."""
+def _turn(mine: set[int], others: set[int], goes_first: bool) -> Iterator[None]:
+    """This thread is in `mine` while nobody is in `others`; who `goes_first` keeps new ones out while it waits. Within either, nothing is
+    waited for."""
     me = threading.get_ident()
     with _turns:
-        if is_first := me not in _drawing | _building:
-            before()
-            where.add(me)
-            after()
+        is_outermost = me not in mine | others
+        if is_outermost and goes_first:
+            mine.add(me)
+        if is_outermost:
+            _turns.wait_for(lambda: not others, WAIT_S)
+            mine.add(me)
     try:
         yield
     finally:
-        if is_first:
+        if is_outermost:
             with _turns:
-                where.discard(me)
+                mine.discard(me)
                 _turns.notify_all()
 
 
@@ -117,7 +113,8 @@ def seeded(seed: int, alone: bool = False) -> Iterator[None]:
 
     `alone`: no other thread is in a step meanwhile that might draw from them (`drawing`).
     """
-    with _alone() if alone else contextlib.nullcontext(), _seeding, torch.random.fork_rng(devices=[]):
+    turn = _turn(_building, _drawing, goes_first=True) if alone else contextlib.nullcontext()
+    with turn, _seeding, torch.random.fork_rng(devices=[]):
         before = random.getstate(), np.random.get_state()
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
         random.seed(seed)
