@@ -102,7 +102,7 @@ def poisoned(worker):
     partition = UDPA()
     partition.start(len(indices), [0, 1], seed=SEED)
     shard = pass_order(partition.allocate([0, 1])[worker], SEED, worker, 0)
-    x[indices[shard[40]]] = 50
+    x[indices[next(i for i in shard[40:] if i >= 16)]] = 50  # the first batch is the one that every worker probes its speed with
     return problem(xy=(x, y), kind=Poisoned)
 
 
