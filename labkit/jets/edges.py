@@ -8,7 +8,8 @@ wherever it is needed, in blocks that fit into the cache:
     forward     mean and variance of u_i - u_j, from sums over neighbours alone;  n_ij = w . e_ij and l_i = max_j e_ij;  v_i = sum_j a_ij e_ij
     backward    dL/da_ij = g_i . e_ij;  then all that e_ij is used for at once, summed to its two nodes
 
-The sums through the mean and the variance need no edges: sum_j (u_i - u_j) of each node is all of it.
+The sums through the mean and the variance need no edges: sum_j (u_i - u_j) of each node is all of it. Of a batch that several workers
+share (`labkit.models.batch_norm`) both are those of all its edges.
 
 Used by `labkit.jets.networks`.
 """
@@ -19,18 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from labkit.models.batch_norm import ranks
+
 ROWS = 2048  # nodes at once on a processor: a block of (2048, 128) is 1 MB
 
 
 class Edges:
     """The edges of one batch, from every one of M nodes to its K neighbours; `neighbours` is (K, M), int64.
 
-    `scores` comes before `weighted`, and both are differentiable once.
+    `scores` comes before `weighted`, and both are differentiable once. `n` is the number of edges that `scores` has normalised by.
     """
 
     def __init__(self, neighbours: torch.Tensor) -> None:
         self.neighbours = neighbours
         self.k, self.m = neighbours.shape
+        self.n = neighbours.numel()
         self.begins = self.ends = None  # s u + t and s u of the nodes, (M, F)
         self.attention = self.gradient = None
 
@@ -90,17 +94,20 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, bias, gamma, beta, w, edges, running, eps, trained):
         u = u.contiguous()
-        n, sums = edges.k * edges.m, None
+        others, sums = ranks(), None
         if running is None:
             # sum (u_i - u_j)^2 without an edge: u less its mean, so that what cancels is no larger than what stays
             centred = u - u.mean(0)
             around = edges.sums(centred)
             sums = edges.k * centred - around
+            n = max(1, edges.n)
             mean = sums.sum(0, dtype=torch.float64) / n
             square = (centred.square() * (edges.k + edges.counts()[:, None])).sum(0, dtype=torch.float64)
             square -= 2 * (centred * around).sum(0, dtype=torch.float64)
-            variance = (square / n - mean**2).clamp_min(0).to(u.dtype)
-            mean = mean.to(u.dtype)
+            variance = (square / n - mean**2).clamp_min(0)
+            if others:
+                edges.n, mean, variance = others.statistics(edges.n, mean, variance)
+            mean, variance = mean.to(u.dtype), variance.to(u.dtype)
         else:
             mean, variance = running[0] - bias, running[1]
         inverse = torch.rsqrt(variance + eps)
@@ -120,7 +127,7 @@ class _Scores(torch.autograd.Function):
                     torch.maximum(most, edge, out=most)
                 else:
                     most.copy_(edge)
-        ctx.edges, ctx.by_batch = edges, running is None
+        ctx.edges, ctx.by_batch, ctx.others = edges, running is None, others
         ctx.save_for_backward(u, gamma, w, mean, inverse, sums, which)
         mean = mean + bias
         ctx.mark_non_differentiable(mean, variance)
@@ -152,14 +159,15 @@ class _Scores(torch.autograd.Function):
         of_gamma = inverse * ((u * of_rows).sum(0) - (u * of_columns).sum(0) - mean * of_beta)
         of_u, of_bias = of_rows - of_columns, scale * of_beta
         if ctx.by_batch:
-            n, ends = edges.k * edges.m, edges.neighbours.flatten()
+            all_gamma, all_beta = ctx.others.sums(of_gamma, of_beta) if ctx.others else (of_gamma, of_beta)
+            n, ends = edges.n, edges.neighbours.flatten()
             count = edges.counts()
             begins = torch.argsort(ends, stable=True) % edges.m  # of the edges that end in node 0, in node 1, ...
             onto = F.embedding_bag(begins, u, count.cumsum(0) - count, mode="sum")  # sum of u_i over the edges that end in a node
             count = count[:, None]
             # of an edge: g - mean(g) - z mean(g z), with z = (u_i - u_j - mean) / deviation
             z = inverse * ((sums - edges.k * mean) - (onto - count * u - count * mean))
-            of_u = of_u - (edges.k - count) * (of_beta / n) - z * (of_gamma / n)
+            of_u = of_u - (edges.k - count) * (all_beta / n) - z * (all_gamma / n)
             of_bias = torch.zeros_like(of_bias)
         edges.attention = edges.gradient = None
         return scale * of_u, of_bias, of_gamma, of_beta, of_w, None, None, None, None

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from labkit.jets.edges import Edges
+from labkit.models.batch_norm import ranks
 
 FEATURES = ("eta_rel", "phi_rel", "log_pt_rel", "delta_r", "log_e", "log_e_rel", "log_pt", "cos_theta_rel")
 ATTENTIONS, PADDINGS, CLUSTER_BY = ("faithful", "paper"), ("faithful", "masked", "summed"), ("embedding", "bins")
@@ -65,7 +66,7 @@ def features(constituents: torch.Tensor, jet: Mapping[str, torch.Tensor]) -> tor
 class Norm(nn.Module):
     """Batch normalisation of rows (M, F); the share of a batch in the running statistics is an argument of each call.
 
-    A single row leaves them, and is normalised by them.
+    A single row leaves them, and is normalised by them, unless other workers have more of the batch.
     """
 
     def __init__(self, width: int) -> None:
@@ -75,7 +76,7 @@ class Norm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: torch.Tensor, momentum: float) -> torch.Tensor:
-        by_batch = self.training and len(x) > 1
+        by_batch = self.training and (len(x) > 1 or ranks() is not None)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, by_batch, momentum, EPS)
 
     @torch.no_grad()
@@ -128,7 +129,7 @@ class GAP(nn.Module):
             F.linear(x, layer.weight), layer.bias, norm.weight, norm.bias, head.weight[0], running, EPS
         )
         if self.training:
-            norm.record(mean, variance, neighbours.numel(), momentum)
+            norm.record(mean, variance, edges.n, momentum)
         scores = scores + head.bias
         if self.attention == "faithful":
             scores = F.relu(self.of_edge.norm(scores.reshape(-1, 1), momentum).reshape(scores.shape))

@@ -195,7 +195,7 @@ def _present(stored: dict[str, Any]) -> dict[str, Any]:
     if config["format"] < 5:
         config.setdefault("still", False)
     if config.get("update", {}).get("name") == "allreduce":  # of before it had a choice
-        config["update"] = {"buffers": "first", **config["update"]}
+        config["update"] = {"buffers": "first", "sync_batchnorm": False, **config["update"]}
     return config
 
 

@@ -126,8 +126,9 @@ class Ranks(Replicas):
         try:
             torch.set_num_threads(own.threads)
             if own.group is None:
-                where = {"meeting": f"{self.folder.name}/group", "one_process": True, "unused": self.unused[rank]}
-                own.group = ProcessGroup(rank, own.grant.ranks, own.grant.group, Heartbeat(), **where)
+                where = {"meeting": f"{self.folder.name}/group", "one_process": True}
+                how = {"unused": self.unused[rank], "sync_batchnorm": self.config.update.get("sync_batchnorm", False)}
+                own.group = ProcessGroup(rank, own.grant.ranks, own.grant.group, Heartbeat(), **where, **how)
                 own.group.wrap(own.replica.module, networks_of(own.replica.problem, own.replica.module))
             return own.replica.local_pass(own.grant, group=own.group)
         except BaseException as error:

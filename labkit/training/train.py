@@ -305,6 +305,11 @@ def check_under(problem: Problem, update: Update, seed: int, scored: bool) -> No
     problem.check(seed, scored=update.scored or scored)
     check_weighed(problem, update)
     if update.collective:
+        if update.sync_batchnorm and getattr(problem, "inner", None) is not None:
+            raise ProblemError(
+                f"{problem._title()} has an inner layer, whose threads normalise by the batch of their own worker, and update="
+                "AllReduce(sync_batchnorm=True) normalises by those of all. Leave out inner=... or sync_batchnorm."
+            )
         check_problem(problem, seed)
 
 

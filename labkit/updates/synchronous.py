@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from labkit.errors import UpdateError
+from labkit.errors import UpdateError, flag
 from labkit.updates.base import Merge, Push, Reply, Update, magnitude, number, one_of, weighted_sum
 
 
@@ -194,13 +194,18 @@ class AllReduce(Barrier):
     tolerance
         By how much replicas may differ, of their largest weight if that is above 1: processors of several kinds round otherwise. With 0
         they must be equal to the last bit.
+    sync_batchnorm
+        True: in a step batch normalisations are by mean and variance of the batches of all workers, forward and backward, as one worker
+        with the joint batch has them (`labkit.models.batch_norm`); two small exchanges for each normalisation and step. It matters where a
+        worker's batch is small. False (default): by each worker's own batch, as DDP has them. Not with an inner layer that splits.
     """
 
     name = "allreduce"
     collective = True
 
-    def __init__(self, buffers: str = "mean", tolerance: float = 1e-4) -> None:
+    def __init__(self, buffers: str = "mean", tolerance: float = 1e-4, sync_batchnorm: bool = False) -> None:
         self.buffers = one_of(self, "buffers", buffers, ("mean", "first"))
+        self.sync_batchnorm = flag("AllReduce: sync_batchnorm", sync_batchnorm)
         self.tolerance = float(number(self, "tolerance", tolerance, least=0))
 
     def _leading(self, merges: list[Merge]) -> int | None:

@@ -5,13 +5,18 @@ Used by pytest.
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from labkit.jets.networks import FEATURES, ABCNet, count, features
+from labkit.models.batch_norm import Ranks, together
 from tests.jets.helpers import plain, sample
 
 
@@ -183,3 +188,39 @@ def test_jets_may_be_clustered_by_the_bins_that_the_network_says():
     torch.testing.assert_close(got.embedding, (p * torch.tensor([0, 0.25, 0.5, 0.75, 1])).sum(-1))
     torch.testing.assert_close(made.embed(x), got.embedding)
     assert made.centres.shape == (3, 2) and got.distances.shape == (4, 3) and count(made) == count(network(pretexts=2, bins=5))
+
+
+@pytest.mark.parametrize("settings", [{}, {"padding": "summed", "attention": "paper", "cluster_by": "bins"}])
+def test_jets_on_several_workers_are_normalised_as_one_batch(settings):
+    """Statistics, gradients and embeddings in float64, of three jets here and one there."""
+    x, weights = jets().double(), (0.75, 0.25)
+    joint = network(**settings).double()
+    copies = [copy.deepcopy(joint) for _ in weights]
+    meet, given = threading.Barrier(2, timeout=20), {}
+
+    def add_up(rank, values):
+        given[rank] = values
+        meet.wait()
+        total = given[0] + given[1]
+        meet.wait()
+        return total
+
+    def step(rank, part):
+        with together(Ranks(partial(add_up, rank), weights[rank])):
+            found = copies[rank](part, 0.3)
+            (found.logits.square().mean((1, 2)) + found.embedding.sum(1)).mean().backward()
+            return found.embedding
+
+    with ThreadPoolExecutor(2) as pool:
+        apart = torch.cat(list(pool.map(step, range(2), (x[:3], x[3:]))))
+    found = joint(x, 0.3)
+    (found.logits.square().mean((1, 2)) + found.embedding.sum(1)).mean().backward()
+    torch.testing.assert_close(apart, found.embedding, rtol=1e-8, atol=1e-10)
+    for other in copies:
+        torch.testing.assert_close(dict(other.named_buffers()), dict(joint.named_buffers()), rtol=1e-8, atol=1e-10)
+    trained = [p.grad is not None for p in joint.parameters()]
+    assert sum(trained) > 20 and trained == [p.grad is not None for p in copies[0].parameters()]
+    for whole, *parts in zip(*(one.parameters() for one in (joint, *copies)), strict=True):
+        if whole.grad is not None:
+            mean = sum(weight * part.grad for weight, part in zip(weights, parts, strict=True))
+            torch.testing.assert_close(mean, whole.grad, rtol=1e-5, atol=1e-7)  # "bins" are in float32

@@ -52,7 +52,9 @@ def test_format_2_is_read_by_the_names_of_now(tmp_path):
     assert (config.heartbeat_timeout, config.join_timeout, config.exchange, config.overlap) == (7.5, 11.0, "float32", 0)
     assert not RunConfig.load(stored(tmp_path, format=4, still=None)).still and RunConfig.load(stored(tmp_path)).still
     of_before = RunConfig.load(stored(tmp_path, update={"name": "allreduce"})).update
-    assert of_before == {"name": "allreduce", "buffers": "first"}, "as it was done before there was a choice"
+    assert of_before == {"name": "allreduce", "buffers": "first", "sync_batchnorm": False}, (
+        "as it was done before there was a choice"
+    )
     assert RunConfig.load(stored(tmp_path, update={"name": "allreduce", "buffers": "mean"})).update["buffers"] == "mean"
     config.save(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["format"] == FORMAT and RunConfig.load(tmp_path).batch_size == 24

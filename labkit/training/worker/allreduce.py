@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from labkit.errors import ClusterError, ProblemError
 from labkit.models import seeded
+from labkit.models.batch_norm import Ranks, together
 from labkit.problems.problem import Clock, Problem, noise
 from labkit.problems.trial import SHOWN
 from labkit.training.worker.heartbeat import Heartbeat
@@ -66,7 +67,9 @@ class ProcessGroup:
 
     `index` is this worker, `ranks` are the workers that make the group, `number` says how often one was formed in this run;
     `one_process`: the ranks are threads of one process. `meeting` begins the names of the files through which they find each
-    other. `unused`: on this rank, or another, a step may leave parameters without a gradient. The `heartbeat` is notified by the server when a rank is gone, and then breaks off an exchange that waits for it.
+    other. `unused`: on this rank, or another, a step may leave parameters without a gradient. `sync_batchnorm`: batch normalisations are
+    by the joint batch of a step. The `heartbeat` is notified by the server when a rank is gone, and then breaks off an exchange that waits
+    for it.
     """
 
     def __init__(
@@ -80,11 +83,12 @@ class ProcessGroup:
         device: str = "cpu",
         one_process: bool = False,
         unused: bool = False,
+        sync_batchnorm: bool = False,
     ) -> None:
         if not dist.is_available():
             raise ClusterError("this torch was built without torch.distributed, which update='allreduce' needs. Use 'sgwu'.")
         self.one_process, self.number, self.rank, self.heartbeat = one_process, number, ranks.index(index), heartbeat
-        self.exchange, self.parts = _Exchange(None, 1 / len(ranks), _Waiting()), []
+        self.exchange, self.parts, self.sync_batchnorm = _Exchange(None, 1 / len(ranks), _Waiting()), [], sync_batchnorm
         self.module: torch.nn.Module | None = None  # what `wrap` has made
         file = f"{meeting}-{number}"
         found = self._meet(file, len(ranks), (socket.gethostname(), device, str(unused)))
@@ -152,14 +156,33 @@ class ProcessGroup:
                 raise Broken(self.exchange.waiting.broken or _short(error)) from error
             raise
 
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """A step of the wrapped module, whose errors are those of `exchanging`."""
+        normalised = together(Ranks(self._add_up, self.exchange.weight)) if self.sync_batchnorm else contextlib.nullcontext()
+        with self.exchanging(), normalised:
+            yield
+
     def begin(self, weight: float) -> None:
         """A step comes, of whose samples this rank has the share `weight`."""
         self.exchange.weight = weight
         self.exchange.waiting.seconds.clear()
 
+    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of these over the ranks, each of which has as many; in the middle of a step."""
+        begun, waiting = time.perf_counter(), self.exchange.waiting
+        total = waiting.new()
+        if not total.done():
+            work = self.exchange.group.allreduce([values])
+            work.get_future().add_done_callback(lambda future: waiting.done(total, future))
+        total.wait()  # which `fail` can end
+        work.wait()  # on a card the sum may only be queued
+        waiting.seconds.append(time.perf_counter() - begun)
+        return values
+
     @property
     def waited(self) -> float:
-        """Seconds that the latest step spent in the exchange, which is mostly waiting for the slowest rank."""
+        """Seconds that the latest step spent in exchanges, which is mostly waiting for the slowest rank."""
         return sum(self.exchange.waiting.seconds)
 
     def close(self) -> None:

@@ -115,7 +115,7 @@ class Replica:
         batch = self.problem.draw(self.train_indices[indices], self.device, self.draws)
         loaded = time.perf_counter()
         turn = contextlib.nullcontext() if self.own_generator else drawing()
-        with turn, group.exchanging() if group else contextlib.nullcontext():
+        with turn, group.stepping() if group else contextlib.nullcontext():
             metrics = self.problem.step(group.module if group else self.module, batch, self.optimisers, clock)
         waited, ended = group.waited if group else 0.0, time.perf_counter()
         self.after(started, waited)

@@ -212,7 +212,8 @@ class _Worker:
             self._build()
             self.replica.go_on(before)
         where = {"meeting": spec.meeting, "device": spec.device, "one_process": spec.config.one_process}
-        self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where, unused=self.unused)
+        how = {"unused": self.unused, "sync_batchnorm": spec.config.update.get("sync_batchnorm", False)}
+        self.group = ProcessGroup(spec.index, grant.ranks, grant.group, self.heartbeat, **where, **how)
         self.group.wrap(self.replica.module, networks_of(self.problem, self.replica.module))
 
     def notify_failure(self, message: str) -> None:

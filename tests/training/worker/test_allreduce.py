@@ -33,12 +33,12 @@ from tests.problems.test_problem import Gan, TinyGan
 # -- groups between threads --------------------------------------------------------------------------------------------
 
 
-def ranks(n, work, folder, limit=30):
+def ranks(n, work, folder, limit=30, **how):
     """Run `work(group, rank)` in n threads, each with its own membership; returns results and errors by rank."""
     results, errors = [None] * n, [None] * n
 
     def run(rank):
-        group = ProcessGroup(rank, range(n), 1, Heartbeat(), meeting=str(folder), one_process=True)
+        group = ProcessGroup(rank, range(n), 1, Heartbeat(), meeting=str(folder), one_process=True, **how)
         try:
             results[rank] = work(group, rank)
         except Exception as error:
@@ -94,6 +94,82 @@ def test_unequal_batches_give_the_gradient_of_the_joint_batch(grants, tmp_path):
     for result in results:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+class Normalised(nn.Module):
+    """Normalisations of all kinds that torch has for batches, one of them a function, on (n, 5)."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.image = nn.BatchNorm1d(5, affine=False, momentum=None), nn.BatchNorm2d(4, eps=1e-2)
+        self.before, self.after, self.unrecorded = nn.Linear(5, 24), nn.Linear(24, 3), nn.BatchNorm1d(4, track_running_stats=False)
+        self.register_buffer("mean", torch.zeros(24))
+        self.register_buffer("variance", torch.ones(24))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.linspace(-1, 2, parameter.numel()).sin().view(parameter.shape))
+
+    def forward(self, x):
+        h = torch.tanh(self.before(self.flat(x)))
+        h = self.unrecorded(self.image(h.view(-1, 4, 3, 2)).flatten(2)).flatten(1)
+        return self.after(F.batch_norm(h, self.mean, self.variance, training=self.training, momentum=0.3))
+
+
+@pytest.mark.parametrize("grants", [[20, 20], [40, 2, 11]])
+def test_synchronised_batch_normalisation_is_that_of_the_joint_batch(grants, tmp_path):
+    """With it the ranks are one worker: the same weights, and in evaluation mode the same network."""
+    generator = np.random.default_rng(0)
+    x = torch.from_numpy(generator.normal(size=(sum(grants), 5)).astype(np.float32) + 3)
+    y = torch.from_numpy(generator.integers(0, 3, sum(grants)))
+    shards = np.split(generator.permutation(sum(grants)), np.cumsum(grants)[:-1])
+    plans = [steps(grants, rank, 4) for rank in range(len(grants))]
+    parts = [np.split(shard, np.cumsum(plan[0])[:-1]) for shard, plan in zip(shards, plans, strict=True)]
+
+    def work(group, rank):
+        module, optimiser = Normalised(), None
+        wrapped = group.wrap(module)
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
+        for step, part in enumerate(parts[rank]):
+            group.begin(plans[rank][1][step])
+            with group.stepping():
+                optimiser.zero_grad()
+                F.cross_entropy(wrapped(x[part]), y[part]).backward()
+                optimiser.step()
+            assert group.waited > 0
+        return module.state_dict()
+
+    results, errors = ranks(len(grants), work, tmp_path, sync_batchnorm=True)
+    assert not any(errors), errors
+    joint = Normalised()
+    optimiser = torch.optim.SGD(joint.parameters(), lr=0.05)
+    for step in zip(*parts, strict=True):
+        part = np.concatenate(step)
+        optimiser.zero_grad()
+        F.cross_entropy(joint(x[part]), y[part]).backward()
+        optimiser.step()
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+        torch.testing.assert_close(result, dict(joint.state_dict()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_synchronised_normalisation_notices_a_rank_that_is_gone(tmp_path):
+    def work(group, rank):
+        module = group.wrap(Normalised())
+        group.begin(0.5)
+        if rank:
+            return None
+        with group.stepping():
+            module(torch.randn(4, 5))
+
+    _, (error, other) = ranks(2, work, tmp_path, sync_batchnorm=True)
+    assert error and other is None
+
+
+@pytest.mark.usefixtures("cache")
+def test_an_inner_layer_has_no_synchronised_normalisation(tmp_path):
+    split = problem(model="resnet20", inner=labkit.Inner(threads=2, split="samples"))
+    with labkit.connect("threads", 2) as lab, pytest.raises(ProblemError, match=r"has an inner layer, .*sync_batchnorm"):
+        labkit.train(split, lab, update=labkit.AllReduce(sync_batchnorm=True), passes=1, runs=tmp_path)
 
 
 def pair():
