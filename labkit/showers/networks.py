@@ -296,7 +296,7 @@ class Reduced(nn.Module):
     """A generator that costs about a million multiplications a shower: the energy of each layer, and its share in each cell.
 
         u, c = MLP(latent, energy)      layer z: in_mev(root @ latent + u)_z      share of a cell: softmax over its layer of
-        basis_0 + sum_k c_k basis_k + amplitude * (mix @ grain)
+        basis_0 + sum_k c_k basis_k + amplitude * (mix @ grain), within +-30
 
     with learned `root`, `basis` (rank + 1, X * Y, Z) and `amplitude` (X * Y, Z), and GRAIN normal numbers for each (x, y). It begins at the mean
     shower of `profile` at the energy, with layers that vary, and together, as there. Cells below 1 keV are 0, as in the data, and count for no gradient.
@@ -332,8 +332,9 @@ class Reduced(nn.Module):
         grain = (noise[:, self.latent :].reshape(n * pixels, GRAIN) @ self.mix).view(n, pixels, depth)
         coefficients = torch.cat([torch.ones_like(h[:, :1]), self.coefficients(h)], 1)
         logits = (coefficients @ self.basis.view(len(self.basis), -1)).view(n, pixels, depth)
-        weights = logits.addcmul_(grain, self.amplitude).exp_()  # a softmax, in few passes over memory
-        sums = torch.matmul(weights.new_ones(1, pixels), weights).clamp_min(1e-30)
+        # A softmax, in few passes over memory; of a rare shower the logits grew to 90, beyond float32, and ended the training.
+        weights = logits.addcmul_(grain, self.amplitude).clamp_(-30, 30).exp_()
+        sums = torch.matmul(weights.new_ones(1, pixels), weights)
         cells = F.threshold(weights * (layers[:, None] / sums), LEAST_MEV, 0.0, inplace=True)
         return (cells if self.unit == 1 else cells * self.unit).view(n, 1, self.side, self.side, depth)
 

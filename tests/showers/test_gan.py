@@ -208,6 +208,7 @@ def test_what_does_not_fit_is_refused_by_what_it_is(small):
         (lambda x: (0 * x, (x.flip(0), x)), "the showers of a batch are empty"),
         (lambda x: (x, (x, x)), "the showers of an energy are all alike, whatever the noise"),  # of many energies
         (lambda x: (x * math.nan, (x.flip(0), x)), "the showers of a batch hold cells that are no numbers"),
+        (lambda x: (x.flip(0), (x * math.nan, x)), "the showers of a batch hold cells that are no numbers"),
     ],
 )
 def test_a_collapse_is_seen_in_its_batch(spoiled, words, small):

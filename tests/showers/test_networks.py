@@ -176,6 +176,25 @@ def test_the_reduced_generator_begins_at_the_mean_shower_and_a_gradient_reaches_
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for m in (generator, critic) for p in m.parameters())
 
 
+@pytest.mark.parametrize("far", [-1000.0, 100.0, 1000.0])
+def test_a_shower_of_any_logits_has_its_energy_and_a_gradient(far):
+    """Of all cells, and of one of each layer."""
+    torch.manual_seed(0)
+    profile = Profile.of(torch.rand(50, 9, 9, 4).numpy() * 100, np.linspace(0.02, 0.5, 50))
+    whole, peaked = (networks.Reduced(profile, 8) for _ in range(2))
+    peaked.load_state_dict(whole.state_dict())
+    noise, energies = torch.randn(20, whole.n_noise), torch.full((20, 1), 0.3)
+    layers = whole(noise, energies).sum((1, 2, 3)).detach()
+    with torch.no_grad():
+        whole.basis[0] += far
+        peaked.basis[0, 40] += far
+    for one in (whole, peaked):
+        cells = one(noise, energies)
+        torch.testing.assert_close(cells.sum((1, 2, 3)).detach(), layers, rtol=0.01, atol=0.1)
+        (cells.square().mean()).backward()
+        assert all(p.grad.isfinite().all() for p in one.parameters() if p.grad is not None)
+
+
 def test_layers_come_back_from_their_standardised_form():
     layers, mean, spread = torch.tensor([[0.0, 0.05, 3, 900]]), torch.tensor([[1.0, 2, 3, 4, 5]]), torch.tensor([0.5, 1, 2, 1, 0.1])
     torch.testing.assert_close(
