@@ -149,7 +149,8 @@ class Study:
             frozen.datetime_start = began + timedelta(seconds=trial["asked"])
             if trial["told"] is not None:
                 frozen.datetime_complete = began + timedelta(seconds=trial["told"])
-            frozen.set_user_attr("runs", {f"{fold}": unit["workers"] for fold, unit in trial["units"].items()})
+            for fold, unit in trial["units"].items():
+                frozen.set_user_attr("workers" if fold is None else f"workers of fold {fold}", unit["workers"])
             if trial["error"]:
                 frozen.set_user_attr("error", trial["error"])
             found.append(frozen)

@@ -41,7 +41,7 @@ def test_optuna_reads_both_copies_alike(tmp_path, n_objectives):
             assert a.values == b.values == trial["values"]
         assert abs(b.datetime_start - began - timedelta(seconds=trial["asked"])) < timedelta(seconds=0.01)
         assert {name.partition(" ")[0]: value for name, value in b.params.items()} == trial["point"]
-    assert tables.trials[1].user_attrs == {"runs": {"None": [0, 1]}, "error": "no"}
+    assert tables.trials[1].user_attrs == {"workers": [0, 1], "error": "no"}
     assert [trial.number for trial in tables.best_trials] == [0]  # the other one breaks its constraint
     sqlite.remove_session()
     sqlite.engine.dispose()
