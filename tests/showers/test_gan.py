@@ -97,13 +97,18 @@ def test_the_steps_of_a_network_leave_the_other_one_alone(loss, small):
     module, made = stepped(problem, 2)
     assert {"loss", "critic", "validity"} <= made.keys() and all(math.isfinite(value) for value in made.values())
     assert all(p.requires_grad for p in module.parameters())
-    before = {name: value.clone() for name, value in module["critic"].state_dict().items()}
+
+    def state():
+        """Without the estimates of singular vectors, which each forward pass improves."""
+        return {name: value.clone() for name, value in module["critic"].state_dict().items() if name[-3:] not in ("._u", "._v")}
+
+    before = state()
     with gan._frozen(module["critic"]) as judge:
         judge(
             module["generator"](torch.randn(4, problem.n_noise(module)), torch.full((4, 1), 0.2)), torch.full((4, 1), 0.2)
         ).logits.sum().backward()
     assert all(p.grad is not None for p in module["generator"].parameters())
-    torch.testing.assert_close(before, dict(module["critic"].state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(before, state(), rtol=0, atol=0)
 
 
 def test_the_gradient_penalty_is_that_of_a_linear_critic(small):
