@@ -205,7 +205,21 @@ def _search(options: argparse.Namespace) -> int:
     table = found.table()
     print(table.sort_values("score", ascending=found.lower_is_better).to_string(index=False, float_format="{:.4g}".format))
     print(found)
+    if (table.state == "done").any():
+        _save_figures(found)
     return int(not (table.state == "done").any())
+
+
+def _save_figures(found: Any) -> None:
+    """What a notebook draws of a search, as PNG files beside its log."""
+    from labkit import plots
+
+    for name in ("history", "points", "importance", "timeline", *(["front"] if len(found.objectives) > 1 else [])):
+        draw = getattr(plots, f"search_{name}")
+        try:
+            print(os.path.relpath(plots.save(draw(found), found.path / f"{name}.png")))
+        except LabError as error:  # importance of too few trials
+            print(f"no {name}.png: {error}")
 
 
 def parse_space(texts: Sequence[str]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def test_a_search_from_the_shell(tmp_path, capsys, cache):
     assert main([*command, "--set", "lrr=0.1:0.2"]) == 2 and "Did you mean 'lr'" in capsys.readouterr().err
     assert main([*command, "--set", "width=0.1,-1"]) == 0
     assert "2 of 2 trials, best score" in capsys.readouterr().out and (tmp_path / "search" / "log.jsonl").exists()
+    assert {"history.png", "points.png", "timeline.png"} <= {path.name for path in (tmp_path / "search").iterdir()}
 
 
 # -- grids -------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any
 
 from labkit.cluster.lab import Lab
 from labkit.errors import ClusterError, LabError, RunError
-from labkit.experiments.objectives import Goals, merit, sign_of
+from labkit.experiments.objectives import Goals, merit
 from labkit.experiments.pruning import PRUNERS
 from labkit.experiments.trials import Notebook, NotebookRun
 from labkit.partition import make_partition
@@ -257,7 +257,7 @@ class Coordinator:
         trial = self.study.trials[number]
         if self.study.prune in ("asha", "extrapolate"):
             for step, values in [self.measured[job][version] for version in sorted(self.measured[job].copy())]:
-                value = merit(values, sign_of(run))
+                value = merit(values, self.goals.signs(run)[0])
                 if step > max(trial["reports"], default=0) and math.isfinite(value) and not trial["worse"]:
                     self.study.report(number, step, value)
 

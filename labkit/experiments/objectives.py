@@ -106,8 +106,8 @@ class Goals:
 
 
 def merit(values: Mapping[str, float], sign: int) -> float:
-    """What trials under way are compared by, the more the better: the score, or where there is none less the loss."""
-    return values["score"] * sign if "score" in values else -values["loss"]
+    """What trials under way are compared by, the more the better: the score, or where there is none less the loss; NaN without either."""
+    return values["score"] * sign if "score" in values else -values.get("loss", math.nan)
 
 
 def sign_of(run: Any) -> int:

@@ -124,7 +124,8 @@ def search(
     prune
         Trials that do badly end early (`labkit.experiments.pruning`): "asha", by successive halving after 1/9 and 1/3 of their passes,
         "extrapolate", where a power law through their scores ends below the best one; or with `folds`, "wilcoxon", where they are
-        worse than the best trial on those that they have had. For the sampler they have the score that they had reached. A run is
+        worse than the best trial on those that they have had (by a test with p below 0.1, which four folds reach at the earliest: give five or
+        more). For the sampler they have the score that they had reached. A run is
         looked at where it has a new version of the weights: of short ones that is often enough with `local_steps`.
     objective
         What is searched: by default the "score" on the score set (or the loss where it has none). Or another name: "loss", "time"
@@ -160,6 +161,11 @@ def search(
     space, method, goals = Space(space), known("method", method, METHODS), Goals(objective, constraints)
     if taken := [one for one in space.names if one in ("trial", *COLUMNS, "feasible", *goals.names[1:])]:
         raise ValueError(f"space {taken[0]!r}: the table of a search has a column of this name. Give the parameter another one.")
+    if taken := [one for one in goals.names[1:] if one in ("trial", *COLUMNS, "feasible")]:
+        raise ValueError(
+            f'objective or constraint {taken[0]!r}: the table of a search has a column of this name, in which "score" is the first objective. '
+            "Name it first, or give a function of a run that has another name."
+        )
     update, partition = make_update(update), make_partition(partition)
     passes, local_steps, _ = check_lengths(passes, local_steps, 1).values()
     exchange, overlap = check_traffic(update, exchange, overlap).values()

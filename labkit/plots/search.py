@@ -259,7 +259,7 @@ def _timeline(found: Any, moves: bool = False) -> hv.Overlay:
     names = [(row, f"worker {worker}") for worker, row in rows.items()] or [(0, "")]
     shape = {"height": 2.8, "shape": {"aspect": 2.8}} if moves else {"height": float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8))}
     return style.finish(
-        elements, f"Workers train {100 * busy:.0f} % of the time", f"{found.name}: a tick begins each run", legend, xlabel=AXES["seconds"],
+        elements, f"Blocks have a run {100 * busy:.0f} % of the time", f"{found.name}: a tick begins each run", legend, xlabel=AXES["seconds"],
         ylabel="", yticks=names if len(names) <= 24 else names[::8], ylim=(-max(1, len(rows)) + 0.5, 0.5),
         xlim=(0, None if moves else end), grid="x", **shape,
     )  # fmt: skip

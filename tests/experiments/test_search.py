@@ -287,6 +287,9 @@ def test_trials_that_do_badly_end_early_and_the_best_is_found(search, problem, m
     assert (table.score <= 0.96 * table.lr).all() and table.score[table.state == "done"].equals(
         (table.lr * (1 - 0.5 / steps))[table.state == "done"]
     )
+    if prune == "asha":
+        least = search(problem, {"lr": lr}, method="grid", prune=prune, objective={"score": "min"}, name="least")
+        assert least.best.lr == 0.1 and set(least.table().state) == {"done", "pruned"}, "less is better, also of trials under way"
     spent = found.timeline().groupby("trial").passes.first()
     assert spent[table.state == "done"].eq(1).all() and spent.sum() < (0.6 if prune == "asha" else 0.8) * 17
     read = labkit.load_search(found.path)
@@ -551,6 +554,9 @@ def test_several_objectives_have_a_front_and_constraints_are_kept(search, proble
         search(problem, space, **about | more | {"constraints": {"costs": (-9, None)}})
     with pytest.raises(ValueError, match="goes by one score"):
         search(problem, {"lr": [0.1]}, method="grid", folds=2, prune="wilcoxon", objective=["score", "time"])
+    for taken in ({"objective": ["loss", "score"]}, {"objective": "loss", "constraints": {"score": (0.2, None)}}):
+        with pytest.raises(ValueError, match=r"'score': the table of a search has a column of this name.*Name it first"):
+            search(problem, {"lr": [0.1]}, method="grid", **taken)
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def test_titles_are_the_answers():
     assert title(plots.search_points(found)).startswith(f"Best: lr {row.lr:.3g}, width {row.width}, optimiser {row.optimiser}")
     assert title(plots.search_importance(found)) == "lr matters most: 75 %"
     assert title(plots.search_front(found)).startswith(f"{len(found.front())} of 10 trials are worth a choice: score from ")
-    assert title(plots.search_timeline(found)) == "Workers train 92 % of the time"  # 0.9 of each second, but for the last gap
+    assert title(plots.search_timeline(found)) == "Blocks have a run 92 % of the time"  # 0.9 of each second, but for the last gap
 
 
 @pytest.mark.parametrize("figure", [one for name, one in FIGURES.items() if name != "history-of-several"])
