@@ -206,7 +206,8 @@ def test_a_stopped_one_is_resumed_to_the_weights_that_it_had_then(stored, alike)
     assert (run.state, run.summary()["samples"], run.summary()["versions"]) == ("done", 8000, 40)
     assert run.summary()["score"] == pytest.approx(EXPECTED["resumed"]["score"], abs=1e-6 if alike else 0.1)
     assert not alike or sha(run.flat()) == EXPECTED["resumed"]["weights"]
-    assert sha(labkit.replay(run).flat()) == sha(run.flat())  # a record of two formats, of two commits
+    if alike:  # a record of two formats, of two commits; elsewhere its first half cannot be made again to the bit
+        assert sha(labkit.replay(run).flat()) == sha(run.flat())
 
 
 @pytest.mark.parametrize("name", ["format-2-agwu", "format-3-resumed"])

@@ -356,7 +356,7 @@ def test_names():
         make_update("sgwo")
     with pytest.raises(ValueError, match=r"fedbuff has no setting 'sise'\. It has: size, lr, power\. Did you mean 'size'"):
         make_update({"name": "fedbuff", "sise": 4})
-    with pytest.raises(ValueError, match=r"allreduce has no setting 'lr'\. It has: buffers, tolerance\."):
+    with pytest.raises(ValueError, match=r"allreduce has no setting 'lr'\. It has: buffers, tolerance, sync_batchnorm\."):
         make_update({"name": "allreduce", "lr": 4})
 
 
