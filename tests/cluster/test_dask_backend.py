@@ -90,7 +90,13 @@ def test_a_dask_cluster_elsewhere(tmp_path):
     with (
         quiet(),
         LocalCluster(
-            n_workers=1, threads_per_worker=1, security=security, dashboard_address=None, resources={"GPU": 1}, protocol="tls://"
+            n_workers=1,
+            threads_per_worker=1,
+            security=security,
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+            resources={"GPU": 1},
+            protocol="tls://",
         ) as cluster,
     ):
         address = cluster.scheduler_address
@@ -135,7 +141,13 @@ def test_a_worker_that_comes_back_at_its_old_address_is_another_one(tmp_path):
         port = free.getsockname()[1]
     with (
         quiet(),
-        LocalCluster(n_workers=1, threads_per_worker=1, worker_port=port, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            worker_port=port,
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+        ) as cluster,
         labkit.connect(address=cluster.scheduler_address) as lab,
     ):
         task, pid = lab.start(0, work, tmp_path / "begun", 60), lab.workers[0].pid
@@ -202,7 +214,12 @@ def test_the_leases_of_a_notebook_that_died_end_by_themselves(tmp_path):
     from distributed import LocalCluster
 
     (tmp_path / "script.py").write_text(HOLDER)
-    with quiet(), LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with (
+        quiet(),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}
+        ) as cluster,
+    ):
         command = [sys.executable, str(tmp_path / "script.py"), cluster.scheduler_address]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "leased\n"

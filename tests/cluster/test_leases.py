@@ -110,7 +110,9 @@ def test_the_next_kernel_hears_which_run_holds_the_workers_and_follows_stops_and
     (tmp_path / "kernel.py").write_text(KERNEL)
     with quiet():
         if kind == "dask":
-            cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+            cluster = LocalCluster(
+                n_workers=2, threads_per_worker=1, dashboard_address=None, scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}
+            )
             where = cluster.scheduler_address
         else:
             cluster = ipyparallel_backend.open(Request("ipyparallel", 2))

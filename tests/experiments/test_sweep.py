@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from labkit.errors import SweepError
@@ -25,6 +26,7 @@ from labkit.experiments import executor as kernels
 from labkit.experiments import sweep as sweeps
 from labkit.experiments.sweep import report, summary, sweep
 from tests.experiments.helpers import write
+from tests.helpers import until
 
 
 @pytest.fixture
@@ -215,6 +217,7 @@ def test_what_another_sweep_is_at_or_has_done_is_left_to_it(tmp_path, instant):
     assert instant == [1]
     status.write_text(json.dumps(running | {"born": 1.0}))  # its process is gone, its kernel is not
     kernel = subprocess.Popen(["sleep", "60"], env=os.environ | {kernels.RUN: job["folder"]})
+    until(lambda: kernels.RUN in psutil.Process(kernel.pid).environ())  # it has none for a moment, between two programs
     assert kernels.execute(job | {"flag": str(flag)}) == "done"
     assert instant == [1, 1] and kernel.wait(timeout=10) == -signal.SIGKILL
 
