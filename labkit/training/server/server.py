@@ -387,7 +387,8 @@ class WorkerConnection:
         except BadPush as error:
             why, dropped, diverged = str(error), True, isinstance(error, Diverged)
         except WireError as error:
-            why = str(error)
+            silent = isinstance(error.__cause__, TimeoutError)  # in the middle of a message, one way or the other
+            why = str(self._expired() if silent else error)
             raise
         except Exception as error:
             server.fail(error)

@@ -542,6 +542,30 @@ def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
     assert refused.message == "a late push of 3 samples, from a worker that was taken to be gone"
 
 
+@pytest.mark.parametrize("part", ["half of the length", "the header", "half of the weights"])
+def test_who_falls_silent_in_the_middle_of_a_message_is_taken_to_be_gone(tmp_path, part):
+    """As one that is silent between two messages; it may connect and join anew."""
+    with serving(spec(tmp_path, SGWU(), heartbeat_timeout=1.0)) as (server, result, thread):
+        frozen, there = join(server, 0, 1)
+        text, body = b'{"op": "heartbeat"}', b"" if part == "half of the length" else bytes(frozen.weights.nbytes)
+        message = transport.PREFIX.pack(len(text), len(body)) + text + body
+        end = {"half of the length": 3, "the header": -len(body), "half of the weights": -len(body) // 2}[part]
+        frozen.connection.sock.sendall(message[:end])
+        there.push()
+        assert there.pull()["op"] == "grant" and there.message["wait_s"] > 0.3
+        assert events(server, "leave").message.iloc[0] == "no sign of life for 1 s"
+        again = Client(server.address, 0)
+        server.clients.append(again)
+        until(lambda: len(events(server, "join")) == 3)
+        there.push()
+        assert again.pull()["op"] == "grant" and again.message["incarnation"] == 1 and there.pull()["op"] == "grant"
+        threads = [threading.Thread(target=c.train) for c in (again, there)]
+        [t.start() for t in threads]
+        [t.join(10) for t in threads]
+        thread.join(10)
+    assert (result["state"], result["samples"]) == ("done", 34)
+
+
 def test_who_is_silent_while_it_is_held_is_not_waited_for(tmp_path):
     with serving(spec(tmp_path, SGWU(), heartbeat_timeout=1.0)) as (server, result, thread):
         frozen, there = join(server, 0, 1)
