@@ -158,6 +158,7 @@ class Course:
         overlap=0,
         milestones=(),
         ema=None,
+        balanced_end=True,
     ):
         self.now, self.answers, self.rows, self.saved = 0.0, {w: [] for w in workers}, [], []
         partition = partition or UDPA()
@@ -168,6 +169,7 @@ class Course:
             update.start(np.zeros(SIZE, np.float32), workers, 1)
             partition.start(SAMPLES, workers, seed=3)
         lengths = {"budget": budget, "checkpoints": checkpoints, "n_train": SAMPLES, "milestones": milestones, "ema": ema}
+        lengths["balanced_end"] = balanced_end
         self.it = Coordinator(
             settings(workers, **lengths, batch_size=batch_size, local_steps=local_steps, overlap=overlap),
             update,

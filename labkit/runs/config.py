@@ -12,6 +12,7 @@ What earlier formats did not have is filled in by `RunConfig.load`; nobody else 
          digests: of JSON files, of each event, of the curve; what holds none is of an earlier format, or was damaged
     5    still: tensors that no push has changed keep their bits
          a local pass of an all-reduce that was broken off is made again with the same samples
+    6    balanced_end: the last local passes of workers that train independently end together
 
 Used wherever a run is started, driven or read. Imports numpy alone, so that the server stays small.
 """
@@ -33,7 +34,7 @@ from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError
 from labkit.runs.files import find_json, read_json, write_json
 
-FORMAT = 5  # of the run directory; what is newer is refused
+FORMAT = 6  # of the run directory; what is newer is refused
 JOINT = 5  # the first in which an all-reduce can be replayed
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
@@ -69,6 +70,7 @@ class RunConfig(Mapping[str, Any]):
     units: Sequence[int] = ()  # offsets in these of what the data set reads together, such as row groups; none: each by itself
     exact_buffers: bool = True  # are buffers that are not float32 in the weight vector (`labkit.models.flat`)?
     still: bool = True  # do tensors that no push has changed keep their bits (`labkit.updates.base`)?
+    balanced_end: bool = True  # do the last local passes end together (`labkit.training.server.grants`)?
     batch_size: int | None  # None: an earlier format, and a problem that sets its own
     exchange: str = "float32"  # how weights travel: `labkit.training.wire.compression`
     overlap: int = 0  # batches that a worker computes while its push is under way
@@ -194,6 +196,8 @@ def _present(stored: dict[str, Any]) -> dict[str, Any]:
         config.setdefault("exact_buffers", False)
     if config["format"] < 5:
         config.setdefault("still", False)
+    if config["format"] < 6:
+        config.setdefault("balanced_end", False)
     if config.get("update", {}).get("name") == "allreduce":  # of before it had a choice
         config["update"] = {"buffers": "first", "sync_batchnorm": False, **config["update"]}
     return config

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MOST = 4  # settings in a label, unless more are needed to tell two runs apart
 OF_STRATEGY = ("update.", "partition.", "origin.")  # compared among runs of one strategy
 ASIDE = ("checkpoints", "heartbeat_timeout", "join_timeout", "one_process", "budget", "batch_size", "labkit", "hosts", "source")
-ASIDE += ("exact_buffers", "still")
+ASIDE += ("exact_buffers", "still", "balanced_end")
 LAST = ("code", *ASIDE)  # said only where nothing else tells two runs apart; other code is another line
 # What is derived from the rest, or told in a way of its own.
 UNSAID = ("format", "id", "name", "created", "data_note", "synthetic", "emulated", "problem", "update", "partition", "workers")

@@ -51,6 +51,10 @@ def test_format_2_is_read_by_the_names_of_now(tmp_path):
     assert (config.problem["kind"], config.batch_size, config.one_process) == ("labkit:Classifier", 24, True)
     assert (config.heartbeat_timeout, config.join_timeout, config.exchange, config.overlap) == (7.5, 11.0, "float32", 0)
     assert not RunConfig.load(stored(tmp_path, format=4, still=None)).still and RunConfig.load(stored(tmp_path)).still
+    assert (
+        not RunConfig.load(stored(tmp_path, format=5, balanced_end=None)).balanced_end
+        and RunConfig.load(stored(tmp_path)).balanced_end
+    )
     of_before = RunConfig.load(stored(tmp_path, update={"name": "allreduce"})).update
     assert of_before == {"name": "allreduce", "buffers": "first", "sync_batchnorm": False}, (
         "as it was done before there was a choice"

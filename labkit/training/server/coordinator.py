@@ -80,7 +80,8 @@ class Coordinator:
         self.members: dict[int, Member] = {}
         joint = config.local_steps and config.local_steps * config.batch_size
         ahead = config.overlap * config.batch_size if update.ahead else 0
-        self.grants = Grants(partition, config.budget, joint, update, self.members, record, ahead, config.milestones)
+        end = {"milestones": config.milestones, "balanced": config.balanced_end, "batch_size": config.batch_size or 1}
+        self.grants = Grants(partition, config.budget, joint, update, self.members, record, ahead, **end)
         self.policy, self.save = Policy(config.budget, config.checkpoints, clock, age), save
         self.incarnations: dict[int, int] = {}
         self.round = 0  # local passes of the quickest worker; one that joins counts on from there, so that no number comes twice
@@ -219,7 +220,7 @@ class Coordinator:
             raise type(error)(f"worker {index} at version {version}: {error}") from error
         except Exception as error:  # the rule may be a user's own
             return self._fail(error, f"worker {index} at version {version}: ")
-        self.grants.pushed(member, samples, header["compute_s"] + header["score_s"])
+        self.grants.pushed(member, samples, header["compute_s"] + header["score_s"], header.get("send_s") or 0.0)
         if all(reply.worker != index for reply in replies):
             member.unmerged = samples
             self._hold(member)

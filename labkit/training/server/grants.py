@@ -5,6 +5,9 @@
 A *grant* is the number of samples of a worker's next local pass: one pass over its shard, or so many that the mean of all is what
 was asked for. Shards, given back and newly allocated, are up to the partition.
 
+Workers that train independently are not through at the same time. The last grants, of the budget or up to a milestone, are
+therefore shorter: as long as it takes each to the moment at which all end, by their measured speeds (`balanced`).
+
 A worker may have to train on some samples *ahead*, while its push is under way. Its first grant is longer by so many; from
 then on it carries as many into each local pass as it leaves for the next.
 
@@ -12,7 +15,7 @@ Used by `labkit.training.server.coordinator`.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,8 @@ from labkit.partition import Partition, largest_remainder
 from labkit.training.server.membership import FRUITLESS, Member, Ranks
 from labkit.training.wire.protocol import Answer, Grant
 from labkit.updates import Reply, Update
+
+FAR = 10  # local passes of every worker: with more left than that nobody thinks of the end yet
 
 
 class Share(NamedTuple):
@@ -38,7 +43,8 @@ class Grants:
     """The counts, and the shards as the members hold them. `joint`: samples of a local pass, on average; None: the whole shard.
 
     `members` are those of the coordinator, `record` writes a row; `ahead` is how many samples a worker trains on while its push
-    is under way; `milestones` are numbers of samples at which everybody waits.
+    is under way; `milestones` are numbers of samples at which everybody waits; `balanced`: the last grants end together, and are
+    then whole batches of `batch_size`.
     """
 
     def __init__(
@@ -51,11 +57,14 @@ class Grants:
         record: Callable[..., None],
         ahead: int = 0,
         milestones: Sequence[int] = (),
+        balanced: bool = True,
+        batch_size: int = 1,
     ) -> None:
         self.limits = [*milestones, budget]  # up to which samples are granted, one after the other
         self.partition, self.budget, self.joint, self.update = partition, budget, joint, update
         self.members, self.record, self.ahead = members, record, ahead
-        self._n_limits = len(self.limits)
+        self._n_limits, self.balanced, self.batch_size = len(self.limits), balanced, max(2, batch_size)
+        self.now = 0.0  # `Member.elapsed` of the worker that has pushed last; no clock is read, so that a replay finds the same
         self.granted = self.done = self.merged = 0
         self.seconds: dict[int, float] = {}  # per sample, measured (probed at first) and not yet known to the partition
         self.ranks = Ranks()  # of an all-reduce
@@ -93,8 +102,11 @@ class Grants:
         self.granted -= member.granted
         member.granted = 0
 
-    def pushed(self, member: Member, samples: int, seconds: float) -> None:
-        """A push counts, though it may yet be dropped or lost; `seconds` is what the local pass took."""
+    def pushed(self, member: Member, samples: int, seconds: float, sent: float = 0.0) -> None:
+        """A push counts, though it may yet be dropped or lost; `seconds` is what the local pass took, `sent` the exchange before it."""
+        member.sent = sent
+        member.elapsed += seconds + sent
+        self.now = member.elapsed
         self.granted += samples
         self.done += samples
         each = self.seconds[member.index] = max(1e-9, seconds) / max(1, samples)
@@ -144,7 +156,8 @@ class Grants:
         if self.update.collective and not self.ranks.form(members):
             raise ClusterError(f"the group of the all-reduce broke {FRUITLESS} times in a row at version {self.update.version}.")
         proportions = self._proportions()
-        samples = pass_samples([member.index for member in members], self.remaining, proportions, self.joint)
+        wanted = local_pass([member.index for member in members], proportions, self.joint)
+        samples = self._end_together(members, wanted) or up_to(self.remaining, wanted)
         total, shares, left = sum(proportions.values()), {}, self.remaining - sum(samples)
         for member, own in zip(members, samples, strict=True):
             more, index = min(max(0, self.ahead - member.granted), left), member.index
@@ -166,6 +179,7 @@ class Grants:
         new = self.partition.shard(index)[retain:] if held > retain else []  # the first time, the whole shard
         indices = np.ascontiguousarray(new, np.int64)
         carry, samples = member.granted, share.samples + share.more
+        member.elapsed = max(member.elapsed, self.now)  # it may have been held, or is new
         self.granted += samples
         ahead = ahead_of(samples, carry + share.more) if self.remaining else 0
         member.granted, member.ahead = carry + samples, ahead
@@ -193,6 +207,26 @@ class Grants:
         who = {"incarnation": member.incarnation, "version": reply.version, "retain": member.held, "done": self.done}
         return Answer(Grant(**who, wait_s=wait_s, settle=1), reply.weights, np.empty(0, np.int64))
 
+    def _end_together(self, members: list[Member], wanted: list[int]) -> list[int]:
+        """The samples of these when the end is near and others are at work: so many that all are through at the same time, by their
+        measured speeds. Empty where nobody's local pass gets shorter by an eighth of it and by what an exchange takes."""
+        if not self.balanced or self.update.collective or self.remaining > FAR * max(wanted) * len(self.members):
+            return []
+        others = [one for one in self.members.values() if one.busy and one not in members]
+        speeds = speeds_of([*members, *others])
+        if not others or not any(speeds):
+            return []
+        under_way = zip(others, speeds[len(members) :], strict=True)
+        begun = [one.sent for one in members]
+        free = begun + [one.sent + max(0.0, one.elapsed + one.granted / speed - self.now) for one, speed in under_way]
+        end = end_of(self.remaining, free, speeds)
+        samples, shorter = [], False
+        for n, exchange, speed in zip(wanted, begun, speeds, strict=False):
+            batches = max(1, round((end - exchange) * speed / self.batch_size))
+            samples.append(min(n, batches * self.batch_size))
+            shorter |= n - samples[-1] > max(n / 8, exchange * speed)
+        return samples if shorter and self.remaining - sum(samples) >= max(2, max(wanted) / 8) else []
+
     def _proportions(self) -> Mapping[int, int]:
         """In what proportion the workers train: as their shards, or for a paced rule as their speeds."""
         return by_speed(self.partition.held, self.members) if self.update.paced else self.partition.held
@@ -206,19 +240,33 @@ def ahead_of(samples: int, most: int) -> int:
     return 0 if ahead == 1 < most else ahead
 
 
-def pass_samples(workers: list[int], remaining: int, held: Mapping[int, int], joint: int | None) -> list[int]:
-    """Samples of the next local pass of each of `workers`; together at most what `remaining` is left of the budget.
+def local_pass(workers: list[int], held: Mapping[int, int], joint: int | None) -> list[int]:
+    """Samples of a local pass of each of `workers`; `held` is the size of every worker's shard.
 
-    `held` is the size of every worker's shard. A local pass is one pass over the shard; or, with `joint` samples for a worker on
-    average, in proportion to the shards, so that a balanced partition stays balanced.
+    A local pass is one pass over the shard; or, with `joint` samples for a worker on average, in proportion to the shards, so that a
+    balanced partition stays balanced.
     """
     if joint is None:
-        wanted = [int(held[worker]) for worker in workers]
-    else:
-        lengths = _in_proportion(joint, tuple(held), tuple(held.values()))
-        wanted = [lengths[worker] for worker in workers]
-    last = remaining - sum(wanted) < 2 * len(workers)  # then also the few that would be left over
+        return [int(held[worker]) for worker in workers]
+    lengths = _in_proportion(joint, tuple(held), tuple(held.values()))
+    return [lengths[worker] for worker in workers]
+
+
+def up_to(remaining: int, wanted: list[int]) -> list[int]:
+    """So many samples, or what `remaining` is left; also the few that would be left over."""
+    last = remaining - sum(wanted) < 2 * len(wanted)
     return divide(remaining, wanted) if last else wanted
+
+
+def end_of(samples: int, free: list[float], speeds: list[float]) -> float:
+    """When workers that are free at these times are through with so many samples, in seconds, if all end at the same time.
+
+    Who is not free by then takes none of them.
+    """
+    at, speed = np.array(free, float), np.array(speeds, float)
+    order = np.argsort(at, kind="stable")
+    ends = (samples + np.cumsum((at * speed)[order])) / np.cumsum(speed[order])  # of the first one alone, of the first two, ...
+    return float(ends.min())
 
 
 @functools.lru_cache(maxsize=1)  # shards grow at first and then they stay; of a thousand workers it takes longer than a merge
@@ -232,11 +280,17 @@ def _in_proportion(joint: int, workers: tuple[int, ...], held: tuple[int, ...]) 
 def by_speed(held: Mapping[int, int], members: Mapping[int, Member]) -> dict[int, int]:
     """The sizes of the shards if they were proportional to measured speed; where it is not known yet, to the mean of the others."""
     workers = [worker for worker, n in held.items() if n and worker in members]
-    times = [members[worker].seconds for worker in workers]
-    known = [1 / seconds for seconds in times if seconds]
-    middle = sum(known) / len(known) if known else 1.0
-    shares = np.maximum(1, largest_remainder(sum(held.values()), [1 / seconds if seconds else middle for seconds in times]))
+    speeds = speeds_of([members[worker] for worker in workers])
+    shares = np.maximum(1, largest_remainder(sum(held.values()), speeds if any(speeds) else [1.0] * len(speeds)))
     return dict(zip(workers, shares.tolist(), strict=True))
+
+
+def speeds_of(members: Iterable[Member]) -> list[float]:
+    """Samples per second; where it is not known yet, the mean of the others. All 0 where nobody's is known."""
+    known = [1 / max(1e-12, member.seconds) if member.seconds else None for member in members]
+    speeds = [speed for speed in known if speed]
+    middle = sum(speeds) / len(speeds) if speeds else 0.0
+    return [speed or middle for speed in known]
 
 
 def divide(total: int, shares: list[int]) -> list[int]:

@@ -26,6 +26,8 @@ class Member:
     seen: int = 0  # of these, trained on so far
     unmerged: int = 0  # samples of a push that waits for the others
     seconds: float | None = None  # per sample: probed at first, then half of it is the latest pass
+    elapsed: float = 0.0  # seconds of the run, as its own reports add up
+    sent: float = 0.0  # seconds of them that the latest exchange has taken
     held_since: float | None = None
     waited: float = 0.0  # seconds, before it was sent "stop"
     held: int = 0  # samples of its shard, as the worker holds them

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from labkit.partition import IDPA, UDPA
-from labkit.training.server.grants import ahead_of, by_speed, divide
+from labkit.training.server.grants import ahead_of, by_speed, divide, end_of
 from labkit.training.server.membership import Member
 from labkit.updates import AGWU, SGWU, UPDATES, DelayedNesterov, make_update
 from tests.helpers import SAMPLES, WORKERS, Course, begun
@@ -43,6 +43,36 @@ def test_a_time_is_measured_once_and_declared_speeds_stand_until_the_first_pass(
         course.push(0, work[0], seconds=2.0 * work[0].grant.samples)
         work[0] = course.answer(0)
         assert course.it.partition.seconds == {0: 2.0, 1: pytest.approx(estimate)}
+
+
+@pytest.mark.parametrize("overlap", [0, 2])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_last_local_passes_of_independent_workers_end_together(seed, overlap):
+    """Within a quarter of a local pass; otherwise one stands idle for as long as another's whole one."""
+    random.seed(seed)
+    speeds, apart = {worker: random.uniform(0.5, 4.0) for worker in WORKERS}, {}
+    for balanced in (True, False):
+        course = Course(AGWU(), budget=1000, local_steps=20, overlap=overlap, balanced_end=balanced).join(*WORKERS, seconds=2.0)
+        grants = course.finish(speeds=speeds)
+        assert sum(row["samples"] for row in course.of("push")) == course.it.grants.merged == 1000
+        ends = {row["worker"]: sum(grants[row["worker"]]) * speeds[row["worker"]] for row in course.of("push")}
+        apart[balanced] = max(ends.values()) - min(ends.values())
+    assert apart[True] <= 40 / 4 * max(speeds.values()) and apart[True] <= apart[False] + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("samples", "free", "speeds", "end"),
+    [
+        (10, [0], [2], 5),
+        (10, [0, 0], [2, 3], 2),
+        (10, [0, 4], [2, 3], 4.4),
+        (8, [0, 4], [2, 3], 4),
+        (10, [7, 0, 1], [1, 1, 1], 5.5),
+    ],
+)
+def test_when_all_are_through_if_they_end_together(samples, free, speeds, end):
+    assert end_of(samples, free, speeds) == pytest.approx(end)
+    assert sum(max(0, end - at) * speed for at, speed in zip(free, speeds, strict=True)) == pytest.approx(samples)
 
 
 def member(index, seconds):
