@@ -2,6 +2,7 @@
 # make test       sets up, then runs the tests, JOBS=4 at a time; make test ARGS="-k updates" runs some of them
 # make test-all   the same with the slow ones
 # make lab        sets up, then opens JupyterLab on the notebooks
+# make docs       sets up, then makes the site of the documentation, build/docs; make docs EXECUTE="00 01" or EXECUTE=all runs notebooks first
 
 # The Python that makes .venv, and the torch to install where there is none yet. An index of your choice (a CPU build, say)
 # goes into PIP_EXTRA_INDEX_URL.
@@ -23,7 +24,7 @@ PY    := "$(ENV)/bin/python"
 READY := "$(ENV)/.labkit-ready"
 export PATH := $(ENV)/bin:$(PATH)
 
-.PHONY: run test test-all lab setup install
+.PHONY: run test test-all lab docs setup install
 
 run: setup
 	$(PY) -m labkit demo
@@ -36,6 +37,10 @@ test-all: setup
 
 lab: setup
 	$(PY) -m jupyter lab notebooks
+
+docs: setup
+	$(PY) -m pip install -q -e ".[docs]"
+	$(PY) docs/build.py --execute $(EXECUTE)
 
 # Nothing to do while the environment is younger than pyproject.toml.
 setup:

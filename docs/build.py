@@ -1,0 +1,150 @@
+"""The documentation as a site: README, notebooks with their outputs, public names, glossary, architecture.
+
+    python docs/build.py [--execute all|NUMBER ...] [--out build/docs]
+
+Pages are what the repository has, copied to a folder in which links between them hold; only the pages of public names are made here, from
+`labkit/__init__.pyi`. Notebooks are executed with the defaults of their parameters where that is asked for, each in the same folder, so
+that one that is there already need not be executed again. Needs the extra `docs`; no network.
+
+Used by `make docs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import labkit
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md", "docs/glossary.md")
+LINKED = ("LICENSE", "CITATION.cff", "notebooks/demo.png", "tests/test_tasks.py", "pyproject.toml")  # that pages link to
+PARTS = (  # of the reference: title, and the public names in it; a package stands for all of its own
+    ("The lab", ("connect", "Lab")),
+    ("Problems", ("Classifier", "Regressor", "Problem", "problems", "step_times")),
+    ("Data and models", ("open_dataset", "data", "models")),
+    ("Training", ("train", "resume", "Run", "load_run", "compare")),
+    ("Partitions and updates", ("UDPA", "IDPA", "SGWU", "AGWU", "AllReduce", "updates")),
+    ("Replay and simulation", ("replay", "simulate")),
+    ("The inner layer", ("Inner", "inner")),
+    ("Sweeps and searches", ("parameters", "sweep", "summary", "report", "search", "Search", "load_search")),
+    ("Subnets", ("Decomposition", "Subnet", "train_subnets", "load_subnets")),
+    ("Showers", ("showers",)),
+    ("Jets", ("jets",)),
+    ("Figures", ("plots",)),
+    ("Faults on purpose", ("chaos",)),
+    (
+        "Errors",
+        (
+            "LabError",
+            "ClusterError",
+            "DataError",
+            "PartitionError",
+            "ProblemError",
+            "RunError",
+            "SweepError",
+            "UpdateError",
+            "WireError",
+            "WorkerError",
+        ),
+    ),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--execute", nargs="*", default=[], metavar="NUMBER", help='notebooks to execute first, such as 00 01, or "all"'
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "docs", help="the site; default: build/docs")
+    options = parser.parse_args(arguments)
+    pages = options.out.with_name(options.out.name + "-pages")
+    collect(pages)
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        number = notebook.name[:2]
+        execute(notebook, pages / "notebooks" / notebook.name, anew="all" in options.execute or number in options.execute)
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "docs", pages, options.out]
+    code = subprocess.run(command, check=False).returncode
+    (options.out / "index.html").write_text('<meta http-equiv="refresh" content="0; url=README.html">')
+    return code
+
+
+def collect(pages: Path) -> None:
+    """Copies of the pages, and those that are made here."""
+    for name in (*PAGES, *LINKED):
+        target = pages / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target)
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb")), sorted((ROOT / "notebooks" / "benchmarks").glob("*.ipynb"))
+    (pages / "notebooks" / "benchmarks").mkdir(parents=True, exist_ok=True)
+    for notebook in notebooks[1]:  # hours of measurements: their text and code
+        shutil.copy2(notebook, pages / "notebooks" / "benchmarks" / notebook.name)
+    (pages / "reference").mkdir(exist_ok=True)
+    for title, names in PARTS:
+        (pages / "reference" / f"{slug(title)}.md").write_text(reference(title, names))
+    trees = {
+        "Notebooks": [f"notebooks/{path.stem}" for path in notebooks[0]],
+        "Public names": [f"reference/{slug(title)}" for title, _ in PARTS],
+        "The project": ["docs/glossary", "docs/architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"],
+        "Benchmarks": [f"notebooks/benchmarks/{path.stem}" for path in notebooks[1]],
+    }
+    with (pages / "README.md").open("a") as readme:
+        for caption, entries in trees.items():
+            readme.write(
+                "\n".join(["", "```{toctree}", ":hidden:", ":maxdepth: 1", f":caption: {caption}", "", *entries, "```", ""])
+            )
+
+
+def execute(notebook: Path, target: Path, anew: bool) -> None:
+    """The notebook with its outputs; as it is in the repository where it was never executed and need not be."""
+    if anew:
+        papermill = [sys.executable, "-m", "papermill", "--cwd", str(target.parent), str(notebook), str(target)]
+        subprocess.run(papermill, check=True)
+    elif not target.exists():
+        shutil.copy2(notebook, target)
+
+
+def slug(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def public(module: str) -> list[str]:
+    """The public names of `labkit`, or of a package of it."""
+    if module == "labkit":
+        stub = ast.parse((ROOT / "labkit" / "__init__.pyi").read_text())
+        return [alias.asname or alias.name for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return list(getattr(importlib.import_module(f"labkit.{module}"), "__all__", ()))
+
+
+def reference(title: str, names: tuple[str, ...]) -> str:
+    """A page of public names with their docstrings."""
+    lines = [f"# {title}", ""]
+    for name in names:
+        thing = getattr(labkit, name)
+        if isinstance(thing, type(labkit)):
+            lines += [f"## `labkit.{name}`", "", *directive("module", f"labkit.{name}", [":no-members:"])]
+            for own in (one for one in public(name) if one not in public("labkit")):
+                lines += directive(kind(getattr(thing, own)), f"labkit.{name}.{own}", [])
+        else:
+            lines += directive(kind(thing), f"labkit.{name}", [])
+    return "\n".join(lines)
+
+
+def kind(thing: object) -> str:
+    """As Sphinx calls it."""
+    if isinstance(thing, type):
+        return "exception" if issubclass(thing, Exception) else "class"
+    return "function" if callable(thing) else "data"
+
+
+def directive(what: str, name: str, options: list[str]) -> list[str]:
+    return ["```{eval-rst}", f".. auto{what}:: {name}", *(f"   {option}" for option in options), "```", ""]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

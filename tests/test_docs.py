@@ -1,0 +1,61 @@
+"""The site of the documentation: every public name is in it, its links hold, and it loads nothing from a network.
+
+Tests `docs/build.py`, `docs/conf.py`, `docs/glossary.md` and `CITATION.cff`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import labkit
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_public_name_has_its_place_in_the_reference(build):
+    names = [name for _, part in build.PARTS for name in part]
+    assert len(names) == len(set(names)) and {*names} == {*labkit.__all__} - {"__version__"}
+
+
+def test_terms_are_in_order_and_said_once():
+    terms = re.findall(r"^([A-Za-z][\w -]*)$", (ROOT / "docs" / "glossary.md").read_text().split("```{glossary}")[1], re.MULTILINE)
+    assert len(terms) > 30 and terms == sorted({*terms}, key=str.lower)
+
+
+def test_what_to_cite_is_this_version():
+    said = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (said["version"], said["license"]) == (project["version"], project["license"])
+
+
+@pytest.mark.slow
+def test_the_site(tmp_path):
+    """Sphinx says no warning: each link between pages and each term is there."""
+    for needed in ("sphinx", "myst_nb", "furo"):
+        pytest.importorskip(needed, reason="needs labkit[docs]")
+    site = tmp_path / "site"
+    done = subprocess.run([sys.executable, ROOT / "docs" / "build.py", "--out", site], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    pages = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
+    assert {"index.html", "README.html", "docs/glossary.html", "notebooks/09-search-the-settings.html"} <= {*pages}
+    text = "".join(pages.values())
+    for name in labkit.__all__:
+        assert name in {"__version__"} or f'id="labkit.{name}"' in text or f'id="module-labkit.{name}"' in text, name
+    loaded = re.findall(r'<(?:script|img)[^>]*src="(https?:[^"]*)"|<link[^>]*rel="stylesheet"[^>]*href="(https?:[^"]*)"', text)
+    assert not loaded
