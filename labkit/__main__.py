@@ -1,4 +1,4 @@
-"""The command line: `python -m labkit demo | sweep | summary | search | doctor`.
+"""The command line: `python -m labkit demo | notebooks | sweep | summary | search | doctor`.
 
 Everything here can be done from a notebook too; the commands are for batch systems, for `make run`, and for finding out
 what a machine has. Exit code: 0 when all went well, 1 when a run or a probe failed, 2 for a wrong request.
@@ -24,7 +24,7 @@ import pandas as pd
 from labkit.cluster.connect import connect
 from labkit.data import open_dataset
 from labkit.errors import LabError, SweepError
-from labkit.experiments.demo import demo
+from labkit.experiments.demo import copy_notebooks, demo
 from labkit.experiments.notebook import parameters
 from labkit.experiments.sweep import summary, sweep
 from labkit.imports import imported
@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     demo_ = commands.add_parser("demo", help="compare five ways of training: a table and a figure")
     demo_.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the runs (default: %(default)s)")
     demo_.set_defaults(run=lambda options: demo(options.out))
+
+    copies = commands.add_parser("notebooks", help="write labkit's notebooks to a folder, to open and change")
+    copies.add_argument("out", nargs="?", default="notebooks", metavar="DIR", help="the folder (default: %(default)s)")
+    copies.set_defaults(run=lambda options: copy_notebooks(options.out))
 
     sweep = commands.add_parser("sweep", help="execute a notebook over a grid of parameters")
     sweep.add_argument("notebook", metavar="NOTEBOOK")

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -113,3 +114,43 @@ def test_make_uses_the_active_environment_or_its_own(active, chosen):
     ).stdout
     assert f'"{chosen}/bin/python" -m pytest -n 4 --dist worksteal \n' in printed
     assert f'"{chosen}/bin/python" -m pytest -n 4 --dist worksteal -m "" \n' in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_is_installed_from_the_wheel_of_the_sdist_runs_the_demo_without_a_clone(tmp_path):
+    """With fewer samples and strategies; and it writes its notebooks to a folder."""
+    packaged = "import hatchling.build as build, sys; build.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", packaged, tmp_path], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (sdist,) = tmp_path.glob("labkit-*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path)
+    unpacked = sdist.with_name(sdist.name.removesuffix(".tar.gz"))
+    subprocess.run(
+        [sys.executable, "-c", packaged.replace("sdist", "wheel"), tmp_path],
+        cwd=unpacked,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    (wheel,) = tmp_path.glob("labkit-*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", format="zip")
+    names = {path.name for path in (tmp_path / "installed" / "labkit").iterdir()}
+    assert {"__init__.pyi", "py.typed", "notebooks"} <= names
+    (tmp_path / "empty").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "MPLBACKEND": "agg"}
+    quick = (
+        "import sys, labkit, labkit.experiments.demo as demo, labkit.__main__ as command\n"
+        "assert 'installed' in labkit.__file__\n"
+        "demo.SETTINGS.update(train_samples=300, test_samples=60, passes=1.0, local_steps=4, target=0.1, kind='threads', data='digits')\n"
+        "demo.STRATEGIES[:] = demo.STRATEGIES[-2:]\n"
+        "sys.exit(command.main(sys.argv[1:]))\n"
+    )
+    for arguments in (["demo"], ["notebooks", "mine"], ["notebooks", "mine"]):
+        done = subprocess.run(
+            [sys.executable, "-c", quick, *arguments], cwd=tmp_path / "empty", env=env, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "empty" / "runs" / "demo" / "curves.png").is_file()
+    assert "0 files were written to mine" in done.stdout and "stay as they are" in done.stdout
+    copied = {path.relative_to(tmp_path / "empty" / "mine") for path in (tmp_path / "empty" / "mine").rglob("*.*")}
+    assert {Path("03-update-the-weights.ipynb"), Path("benchmarks/15-search.ipynb"), Path("benchmarks/tables.py")} <= copied

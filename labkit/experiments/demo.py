@@ -1,13 +1,14 @@
-"""The demo behind `make run`: five ways to train on two uneven workers, compared.
+"""The demo behind `make run`: five ways to train on two uneven workers, compared; and where the notebooks are that come with labkit.
 
 It sweeps notebook 03 over the strategies, prints the table, draws the curves and names the winner in one line. The runs come one
 after the other, since they are timed.
 
-Used by `python -m labkit demo`; the benchmark notebook repeats it with several seeds.
+Used by `python -m labkit demo` and `notebooks`; the benchmark notebook repeats it with several seeds.
 """
 
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,9 +38,7 @@ def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
     Writes `table.csv` and `curves.png` to `out`. Returns 0, or 1 when a run failed.
     """
     out = file_path("out", out)
-    notebook = Path(__file__).resolve().parents[2] / "notebooks" / "03-update-the-weights.ipynb"
-    if not notebook.is_file():
-        raise SweepError(f"the demo needs {notebook}, which comes with the repository: clone it, and `pip install -e .`")
+    notebook = notebooks() / "03-update-the-weights.ipynb"
     print("Five ways to train on two uneven workers, one after another, because they are timed.", flush=True)
     table = sweep(notebook, {**SETTINGS, "strategy": STRATEGIES}, out=out, retry_failed=True)
     # The folder may hold runs of earlier settings, too; those of this call come first.
@@ -52,6 +51,32 @@ def demo(out: str | os.PathLike[str] = "runs/demo") -> int:
     print(shown.to_string(index=False, na_rep="-", float_format="{:.3g}".format))
     print(verdict(table) + _open(_draw(table, out), table))
     return int("failed" in set(table["status"]))
+
+
+def notebooks() -> Path:
+    """The folder of labkit's notebooks: of the clone that is imported, else the copies in the package. SweepError where neither is."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "notebooks", package / "notebooks"):
+        if (folder / "03-update-the-weights.ipynb").is_file():
+            return folder
+    raise SweepError(f"{package} is without its notebooks. Install labkit again: pip install --force-reinstall --no-deps labkit.")
+
+
+def copy_notebooks(out: str | os.PathLike[str] = "notebooks") -> int:
+    """Write labkit's notebooks to a folder, with what they import beside them; those that are there already stay as they are.
+
+    Prints what was written. Returns 0.
+    """
+    source, out = notebooks(), file_path("out", out)
+    files = [path for pattern in ("*.ipynb", "benchmarks/*.ipynb", "benchmarks/*.py") for path in sorted(source.glob(pattern))]
+    new = [path for path in files if not (out / path.relative_to(source)).exists()]
+    for path in new:
+        target = out / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    kept = f"; {len(files) - len(new)} were there and stay as they are" if len(new) < len(files) else ""
+    print(f"{len(new)} files were written to {out}{kept}. python -m jupyter lab {out} opens them.")
+    return 0
 
 
 def label(strategy: str) -> str:
