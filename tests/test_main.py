@@ -130,10 +130,11 @@ def test_a_grid_that_cannot_be_read():
             parse_grid(texts, {})
 
 
-def test_the_demo_says_where_its_notebook_should_be(monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["demo", "notebooks"])
+def test_labkit_without_its_notebooks_says_what_to_do(command, monkeypatch, capsys):
     monkeypatch.setattr(Path, "is_file", lambda _: False)
-    assert main(["demo"]) == 2
-    assert "03-update-the-weights.ipynb" in capsys.readouterr().err
+    assert main([command]) == 2
+    assert "is without its notebooks. Install labkit again" in capsys.readouterr().err
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------
