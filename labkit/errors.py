@@ -51,6 +51,16 @@ class UpdateError(LabError):
     """An update rule was given weights that it cannot merge."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Waiting was interrupted (Ctrl-C, or the square in the notebook), and nothing else; the message states what goes on.
+
+    In a notebook it is that one line, without a traceback.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Interrupted: {self}"]
+
+
 class WireError(LabError):
     """Two processes of a run could not communicate: refused, silent, or of another protocol."""
 

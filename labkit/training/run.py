@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from labkit.errors import ProblemError, RunError, file_path, instance, real
+from labkit.errors import Interrupted, ProblemError, RunError, file_path, instance, real
 from labkit.runs import checkpoints
 from labkit.runs.checkpoints import Layout
 from labkit.runs.files import is_folder
@@ -93,7 +93,7 @@ class Run(RunRecord):
     def wait(self, timeout: float = 3600.0) -> Run:
         """Block until the run has ended and its curve is measured; returns the run.
 
-        An interrupt (Ctrl-C, or the square in the notebook) stops the run; what there is can be read.
+        An interrupt (Ctrl-C, or the square in the notebook) ends the waiting alone, and the run goes on; `stop` ends it.
 
         Raises
         ------
@@ -109,8 +109,7 @@ class Run(RunRecord):
                 if not self._follower.wait(timeout):
                     raise RunError(f"run {self.name} is still running after {timeout:g} s. Wait again, or run.stop().")
             except KeyboardInterrupt:
-                self.stop()
-                raise
+                raise self._interrupted() from None
             self._follower.raise_error()
         return self
 
@@ -123,15 +122,24 @@ class Run(RunRecord):
         return self
 
     def progress(self) -> None:
-        """Show progress: a bar that moves by itself in a notebook; elsewhere a line every few seconds until the end."""
+        """Show progress: a bar that moves by itself in a notebook; elsewhere a line every few seconds until the end.
+
+        An interrupt ends the lines alone, as in `wait`.
+        """
         from labkit.plots.progress import show
 
         self._check_attached()
         try:
             show(self.label, lambda: {"budget": self.config.budget, **self.status(), "test_score": self.test_score})
-        except KeyboardInterrupt:  # as in `wait`
-            self.stop()
-            raise
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+
+    def _interrupted(self) -> Interrupted:
+        where = repr(str(self.path))
+        return Interrupted(
+            f"run {self.name} goes on. run.progress() follows it, run.stop() ends it; another kernel follows it by "
+            f"labkit.load_run({where}).attach(), and once its workers are gone labkit.resume({where}) goes on from its last checkpoint."
+        )
 
     def live(self) -> Any:
         """A figure that grows with the run (see `labkit.plots.live`)."""

@@ -13,6 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from torch import nn
 
 import labkit
@@ -68,15 +70,24 @@ def test_waiting_too_short_says_so(train):
         run.curve()
 
 
-def test_an_interrupt_while_waiting_stops_the_run(train):
+@pytest.mark.parametrize("call", ["wait", "progress"])
+def test_an_interrupt_ends_the_waiting_alone(train, call):
+    """In a notebook it is one line, which says how to follow the run, end it and go on with it."""
     run = train(problem(kind=Slow), passes=1000)
     until(lambda: run.status()["version"] >= 1)
+    shell = InteractiveShell(user_ns={"run": run})
     timer = threading.Timer(0.3, _thread.interrupt_main)
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run.wait(30)
+    with capture_output() as captured:
+        result = shell.run_cell(f"run.{call}()")
     timer.join()
-    assert run.state == "stopped" and len(run.curve())
+    assert isinstance(result.error_in_exec, KeyboardInterrupt) and run.state == "running"
+    said = captured.stdout.splitlines()[-1]
+    assert "goes on" in said and all(name in said for name in ("run.stop()", "attach()", f"labkit.resume('{run.path}')"))
+    assert "Traceback" not in captured.stdout + captured.stderr
+    version = run.status()["version"]
+    until(lambda: run.status()["version"] > version)
+    assert run.stop().state == "stopped" and len(run.curve())
 
 
 def cell(width):
