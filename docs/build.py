@@ -28,7 +28,7 @@ PARTS = (  # of the reference: title, and the public names in it; a package stan
     ("The lab", ("connect", "Lab")),
     ("Problems", ("Classifier", "Regressor", "Problem", "problems", "step_times")),
     ("Data and models", ("open_dataset", "data", "models")),
-    ("Training", ("train", "resume", "Run", "load_run", "compare")),
+    ("Training", ("train", "resume", "Run", "load_run", "watch", "compare")),
     ("Partitions and updates", ("UDPA", "IDPA", "SGWU", "AGWU", "AllReduce", "updates")),
     ("Replay and simulation", ("replay", "simulate")),
     ("The inner layer", ("Inner", "inner")),

@@ -42,6 +42,7 @@ from .subnets.decomposition import Decomposition as Decomposition
 from .subnets.problem import Subnet as Subnet
 from .subnets.result import load_subnets as load_subnets
 from .subnets.train import train_subnets as train_subnets
+from .training.page import watch as watch
 from .training.resume import resume as resume
 from .training.run import Run as Run
 from .training.run import load_run as load_run

@@ -1,4 +1,4 @@
-"""The command line: `python -m labkit demo | notebooks | sweep | summary | search | doctor`.
+"""The command line: `python -m labkit demo | notebooks | sweep | summary | search | watch | doctor`.
 
 Everything here can be done from a notebook too; the commands are for batch systems, for `make run`, and for finding out
 what a machine has. Exit code: 0 when all went well, 1 when a run or a probe failed, 2 for a wrong request.
@@ -28,6 +28,7 @@ from labkit.experiments.demo import copy_notebooks, demo
 from labkit.experiments.notebook import parameters
 from labkit.experiments.sweep import summary, sweep
 from labkit.imports import imported
+from labkit.training.page import serve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--kind", choices=["threads", "dask", "ipyparallel"], help="where the workers are")
     search.add_argument("--n-workers", type=int, metavar="N", help="workers of the lab")
     search.set_defaults(run=_search)
+
+    page = commands.add_parser("watch", help="follow a run on a page of its own, on this machine")
+    page.add_argument("path", metavar="RUN", help="its directory")
+    page.add_argument("--port", type=int, default=0, metavar="N", help="of the page (default: a free one)")
+    page.add_argument("--with-parent", action="store_true", help="end when standard input does")
+    page.set_defaults(run=lambda options: serve(options.path, options.port, options.with_parent))
 
     commands.add_parser("doctor", help="show what this machine has").set_defaults(run=lambda options: doctor())
     return parser

@@ -17,7 +17,7 @@ from labkit.errors import RunError, known, real, text
 from labkit.plots import style
 from labkit.runs import analysis
 from labkit.runs.analysis import crossing
-from labkit.runs.events import effective
+from labkit.runs.events import as_table, effective
 from labkit.runs.labels import lines as by_line
 
 if TYPE_CHECKING:
@@ -157,25 +157,50 @@ def timeline(run: RunRecord) -> hv.Overlay:
     title = f"{run.label}: worker {waits.idxmax()} waits {_percent(waits.max())} of the time"
     if waits.max() < 0.005:
         title = f"{run.label}: no worker waits more than 0.5 % of the time"
-    rows = {worker: -i for i, worker in enumerate(shares.index)}  # worker 0 on top
-    elements, legend = [], []
-    for activity, number in BUSY.items():
-        part = spans[spans["activity"] == activity]
-        y = part["worker"].map(rows).to_numpy(float)
-        text = f"{activity} ({_percent(_share(spans, activity))})"
-        table = (part["start"].to_numpy(), y - 0.3, part["end"].to_numpy(), y + 0.3)
-        elements.append(style.boxes(table, number, text, ("start (s)", "bottom", "end (s)", "top")))
-        legend.append((text, number, "box"))
+    texts = {activity: f"{activity} ({_percent(_share(spans, activity))})" for activity in BUSY}
+    rows, elements, legend = _in_rows(spans, shares.index, texts)
     merges = run.events.query("kind == 'merge'").dropna(subset=["worker", "seconds"])
     merges = merges[merges["worker"].isin(shares.index)]
     y = merges["worker"].map(rows).to_numpy(float)
     ticks = style.ticks(merges["seconds"].to_numpy(), y + 0.34, y + 0.44)
+    note, end = style.caption([run], "ticks: merges"), float(spans["end"].max())
+    return _rows_of_workers(run, rows, [*elements, ticks], title, note, legend, (0, end))
+
+
+def latest(run: RunRecord, rows: list[dict], window: float) -> hv.Overlay:
+    """What the workers did in the last `window` seconds, from the latest events alone (`labkit.runs.events.Tail`): it can be live."""
+    spans = analysis.spans(as_table(rows))
+    end = float(spans["end"].max()) if len(spans) else 0.0
+    since = max(0.0, end - window)
+    title = f"The last {end - since:.0f} s" if len(spans) else "No worker has pushed yet"
+    workers = sorted(style.slowdowns(run)) or sorted(set(spans["worker"])) or [0]
+    spans = spans[spans["end"].gt(since) & spans["worker"].isin(workers)]
+    spans = spans.assign(start=spans["start"].clip(lower=since))
+    rows_of, elements, legend = _in_rows(spans, workers, {activity: activity for activity in BUSY})
+    return _rows_of_workers(run, rows_of, elements, title, "", legend, (since, max(end, since + 1.0)))
+
+
+def _in_rows(spans: pd.DataFrame, workers: Sequence[int], texts: dict[str, str]) -> tuple[dict[int, int], list, list]:
+    """Where the row of each worker is, worker 0 on top; the bars in them, of each activity; and the legend."""
+    rows = {worker: -i for i, worker in enumerate(workers)}
+    elements, legend = [], []
+    for activity, number in BUSY.items():
+        part = spans[spans["activity"] == activity]
+        y = part["worker"].map(rows).to_numpy(float)
+        table = (part["start"].to_numpy(float), y - 0.3, part["end"].to_numpy(float), y + 0.3)
+        elements.append(style.boxes(table, number, texts[activity], ("start (s)", "bottom", "end (s)", "top")))
+        legend.append((texts[activity], number, "box"))
+    return rows, elements, legend
+
+
+def _rows_of_workers(
+    run: RunRecord, rows: dict[int, int], elements: list, title: str, note: str, legend: list, xlim: tuple[float, float]
+) -> hv.Overlay:
     slow = style.slowdowns(run)
     names = [(y, f"worker {worker}" + (f" ({slow[worker]:g}x)" if slow.get(worker, 1) != 1 else "")) for worker, y in rows.items()]
-    note, end = style.caption([run], "ticks: merges"), float(spans["end"].max())
     return style.finish(
-        [*elements, ticks], title, note, legend, xlabel="time (s)", ylabel="",
-        yticks=names if len(names) <= 24 else names[::8], ylim=(-len(rows) + 0.5, 0.5), xlim=(0, end),
+        elements, title, note, legend, xlabel="time (s)", ylabel="",
+        yticks=names if len(names) <= 24 else names[::8], ylim=(-len(rows) + 0.5, 0.5), xlim=xlim,
         grid="x", height=float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8)),
     )  # fmt: skip
 

@@ -311,6 +311,11 @@ def read_events(path: Path) -> pd.DataFrame:
     return Table(path).read()
 
 
+def as_table(rows: list[dict]) -> pd.DataFrame:
+    """Rows as `Tail` reads them, as a table like that of `read_events`."""
+    return _frame(_columns(rows))
+
+
 def _columns(rows: list[dict]) -> dict[str, np.ndarray]:
     """Numbers as float64, or int64 where all are whole and there; the rest as objects."""
     columns = {}

@@ -1,0 +1,268 @@
+"""A page that follows a run of any kernel, from the same machine: `labkit.watch(run)`, `python -m labkit watch runs/x`.
+
+    kernel  --starts-->  python -m labkit watch PATH  <--the record, its server's status--  the run
+                                  |
+                         a page on loopback, for whoever has its address
+
+The page is served by a process of its own, so that a kernel which computes does not keep it waiting, and the kernel does nothing for it. It
+listens on loopback, and its address holds a session that is signed with a secret of this page: without it, nothing is answered. It
+reads the record, as `run.live()` does, and asks the run's server only for its state and for what a button says.
+
+Used through `labkit` and the command line.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from labkit.errors import LabError, RunError, WireError, file_path, real, whole
+from labkit.plots import style
+from labkit.plots.live import VIEWS
+from labkit.plots.live import Seen as LiveSeen
+from labkit.plots.live import Watch as LiveWatch
+from labkit.plots.runs import latest
+from labkit.runs import server_file
+from labkit.training.attach import watch as connected
+from labkit.training.run import Run, load_run
+
+if TYPE_CHECKING:
+    import holoviews as hv
+
+WINDOW_S = 60.0  # that the timeline shows
+ROWS = 4000  # latest events that are kept for it
+START_S = 120.0  # the process of a page has so long to begin
+PERIOD_MS = 500  # between two looks at the record
+
+
+def watch(run: Run | str | Path, timeout: float = START_S) -> Page:
+    """Follow a run on a page of its own, whichever kernel it belongs to; returns the page, whose `url` opens in a browser here.
+
+    The page shows how far the run is, the scores and speeds of the workers, what each did in the last minute, how stale the merges were and
+    who is here; buttons stop the run, or cut the connection of a worker, which then joins anew. It ends with `close`, or with this
+    process.
+
+    Parameters
+    ----------
+    run : a run, or its directory; one that has ended shows how it was at the end.
+    timeout : seconds in which the page must be there.
+
+    Raises
+    ------
+    RunError
+        There is no run, or the page does not start.
+    """
+    timeout = real("timeout", timeout, above=0, finite=False)
+    return Page(run.path if isinstance(run, Run) else load_run(file_path("run", run)).path, timeout)
+
+
+class Page:
+    """The process of a page: `url`, which is for your eyes alone, and `close`."""
+
+    def __init__(self, path: Path, timeout: float = START_S) -> None:
+        self.path = path
+        command = [sys.executable, "-m", "labkit", "watch", str(path), "--with-parent"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # ends when stdin does
+        atexit.register(self.close)
+        timer = threading.Timer(timeout, self._process.kill)
+        timer.start()
+        line = self._process.stdout.readline().strip()
+        timer.cancel()
+        if not line.startswith("http"):
+            self.close()
+            raise RunError(f"the page of {path} did not start within {timeout:g} s: {line or 'see what it printed'}.")
+        self.url = line
+
+    def close(self) -> None:
+        """End the page. Twice is fine."""
+        atexit.unregister(self.close)
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(5)
+        self._process.stdout.close()
+
+    def __enter__(self) -> Page:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<page of {self.path.name}: {self.url}>"
+
+    def _repr_html_(self) -> str:
+        return f'<a href="{self.url}" target="_blank">The page of {self.path.name}</a>'
+
+
+def serve(path: str | Path, port: int = 0, with_parent: bool = False) -> int:
+    """Serve the page of a run until the process is interrupted, or, `with_parent`, until nobody holds its standard input any more.
+
+    Prints the address. Returns 0.
+    """
+    import panel
+    from bokeh.util.token import generate_session_id
+
+    run, port = load_run(file_path("path", path)), whole("port", port, 0, 65535)
+    style.extension("interactive")
+    secret = secrets.token_urlsafe(32)
+    settings = {"generate_session_ids": False, "sign_sessions": True, "secret_key": secret, "check_unused_sessions": 10_000}
+    settings |= {"unused_session_lifetime": 60_000, "address": "127.0.0.1", "show": False, "start": False, "verbose": False}
+    server = panel.serve({"/": lambda: _moving(run)}, port=port, title=f"labkit: {run.name}", **settings)
+    if with_parent:
+        threading.Thread(target=_end_with_parent, args=(server,), name="parent", daemon=True).start()
+    session = generate_session_id(secret, signed=True)
+    print(f"http://localhost:{server.port}/?bokeh-session-id={session}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.io_loop.start()
+    server.stop()
+    return 0
+
+
+def _end_with_parent(server: Any) -> None:
+    sys.stdin.read()
+    server.io_loop.add_callback(server.io_loop.stop)
+
+
+# -- what is on it -----------------------------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What is known now: `live` as `run.live()` draws it, and the latest events."""
+
+    live: LiveSeen
+    latest: list[dict[str, Any]]
+    staleness: dict[int, int]  # versions: merges
+
+
+class Watch(LiveWatch):
+    """Also keeps the latest events, and counts how stale merges were."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__(run)
+        self.latest: deque[dict[str, Any]] = deque(maxlen=ROWS)
+        self.staleness: dict[int, int] = {}
+
+    def all(self) -> Seen:
+        return Seen(self.look(), list(self.latest), dict(self.staleness))
+
+    def _count(self, event: dict[str, Any]) -> None:
+        super()._count(event)
+        self.latest.append(event)
+        if event["kind"] == "merge" and event.get("staleness") is not None:
+            stale = int(event["staleness"])
+            self.staleness[stale] = self.staleness.get(stale, 0) + 1
+
+
+def _moving(run: Run) -> Any:
+    import panel
+
+    page, look = layout(run)
+    panel.state.add_periodic_callback(look, PERIOD_MS)
+    return page
+
+
+def layout(run: Run) -> tuple[Any, Callable[[], None]]:
+    """The page, of one browser, and what has it show what is known now."""
+    import holoviews as hv
+    import panel
+
+    read, pipe = Watch(run), hv.streams.Pipe(data=None)
+    seen = read.all()
+    pipe.event(data=seen)
+    views = [lambda data, draw=draw: draw(run, data.live) for draw in VIEWS]
+    views += [lambda data: latest(run, data.latest, WINDOW_S), lambda data: _staleness(data)]
+    figures = [panel.pane.HoloViews(hv.DynamicMap(view, streams=[pipe]), sizing_mode="stretch_width") for view in views]
+    head, done = panel.pane.Markdown(), panel.indicators.Progress(max=1000, sizing_mode="stretch_width")
+    said = panel.pane.Str("")
+    stop = panel.widgets.Button(name="Stop the run")
+    who = panel.widgets.Select(name="Worker", options=[worker["index"] for worker in run.config.workers], width=100)
+    cut = panel.widgets.Button(name="Cut its connection", align="end")
+    table = panel.pane.DataFrame(index=False)
+    stop.on_click(lambda _: said.param.update(object=order(run, "stop")))
+    cut.on_click(lambda _: said.param.update(object=order(run, "drop", workers=[who.value])))
+    shown = {"at": None, "ended": False}
+
+    def look() -> None:
+        status = state_of(run)
+        seen = read.all()
+        head.object, table.object = heading(run, status), members(status)
+        done.value = min(1000, round(1000 * status.get("samples", 0) / max(1, status.get("budget") or 1)))
+        stop.disabled = cut.disabled = status["state"] != "running"
+        if read.at != shown["at"] or (status["state"] != "running") != shown["ended"]:
+            shown.update(at=read.at, ended=status["state"] != "running")
+            pipe.send(seen)
+
+    look()
+    controls = panel.Row(stop, who, cut, said)
+    wide = {"sizing_mode": "stretch_width", "max_width": 1100, "margin": (10, 30)}
+    return panel.Column(head, done, controls, *figures, table, **wide), look
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """What the server of the run says; where there is none, what its record does."""
+    recorded = run.recorded()
+    with contextlib.suppress(LabError):
+        server = server_file.find(run.path)
+        if server and recorded["state"] == "running":
+            with connected((server["host"], server["port"]), server["secret"], timeout=2.0) as ask:
+                return {**ask(), "state": "running"}
+    return {"samples": recorded.get("samples") or 0, "budget": run.config.budget, **recorded}
+
+
+def order(run: Run, op: str, **fields: Any) -> str:
+    """Ask the server of the run for something; returns what is to be said about it."""
+    server = server_file.find(run.path)
+    if server is None:
+        return "The run has ended."
+    try:
+        with connected((server["host"], server["port"]), server["secret"], timeout=5.0) as ask:
+            ask(op, **fields)
+    except WireError as error:
+        return str(error)
+    return f"Asked for at {time.strftime('%H:%M:%S')}."
+
+
+def heading(run: Run, status: dict[str, Any]) -> str:
+    """Name, state and settings, in Markdown."""
+    why = f": {status['reason']}" if status.get("reason") else ""
+    note = style.caption([run])
+    samples = f"{status.get('samples', 0):,} of {run.config.budget:,} samples, version {status.get('version', 0)}"
+    return f"## {run.label}\n\n**{status['state']}**{why} · {samples}{' · ' + note if note else ''} · `{run.path}`"
+
+
+def members(status: dict[str, Any]) -> Any:
+    """A row for each worker that is here."""
+    import pandas as pd
+
+    rows = sorted((status.get("workers") or {}).items(), key=lambda item: int(item[0]))
+    names = {"loss": "training loss", "score": "held-out score", "passes": "local passes"}
+    return pd.DataFrame([{"worker": int(index), **{names[key]: own.get(key) for key in names}} for index, own in rows])
+
+
+def _staleness(seen: Seen) -> hv.Overlay:
+    """How stale the merges were, of the whole run."""
+    import numpy as np
+
+    counts = seen.staleness or {0: 0}
+    values, n = np.array(sorted(counts)), sum(counts.values())
+    at = np.repeat(values, [counts[value] for value in values])
+    title = f"Median staleness of {n:,} merges, in versions: {np.median(at):.0f}" if n else "Staleness: nothing merged yet"
+    boxes = (values - 0.4, np.zeros(len(values)), values + 0.4, np.array([counts[value] / max(1, n) for value in values]))
+    element = style.boxes(boxes, 0, "share of the merges", ("from", "zero", "to", "share"))
+    return style.finish(
+        [element], title, xlabel="staleness (versions)", ylabel="share of the merges", ylim=(0, 1.05),
+        xlim=(-0.6, float(values.max()) + 0.6), height=1.8, shape={"aspect": 5},
+    )  # fmt: skip

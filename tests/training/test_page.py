@@ -1,0 +1,95 @@
+"""The page of a run: nobody without its address gets an answer, it shows what goes on, its buttons work, and it ends with its kernel."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+
+import labkit
+from labkit.errors import RunError
+from labkit.plots import style
+from labkit.training.page import WINDOW_S, Watch, layout, state_of
+from tests.helpers import Slow, ended, problem, until
+from tests.plots.helpers import title
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def fetched(url):
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, ""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_page_is_for_those_who_have_its_address_and_ends_with_its_kernel(train):
+    run = ended(train(problem(), passes=1))
+    with labkit.watch(run) as page:
+        status, text = fetched(page.url)
+        assert status == 200 and f"labkit: {run.name}" in text and "http://" not in text and "https://" not in text
+        bare = page.url.partition("?")[0]
+        assert {fetched(bare)[0], fetched(bare + "?bokeh-session-id=guessed")[0], fetched(page.url[:-4] + "AAAA")[0]} == {403}
+        (listening,) = {c.laddr.ip for c in psutil.Process(page._process.pid).net_connections() if c.status == "LISTEN"}
+        assert listening == "127.0.0.1"
+    assert page._process.poll() == 0
+    script = f"import labkit, time\npage = labkit.watch({str(run.path)!r})\nprint(page._process.pid, flush=True)\ntime.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as kernel:
+        child = psutil.Process(int(kernel.stdout.readline()))
+        os.kill(kernel.pid, signal.SIGKILL)
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 30)
+
+
+def test_what_is_no_run_has_no_page(tmp_path):
+    with pytest.raises(RunError, match="nowhere"):
+        labkit.watch(tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="timeout"):
+        labkit.watch(tmp_path, timeout="soon")
+
+
+@pytest.fixture
+def interactive(monkeypatch):
+    """Figures by bokeh, and afterwards by matplotlib again."""
+    style.extension("interactive")
+    yield
+    style.extension("static")
+
+
+def test_a_page_shows_a_run_and_its_buttons_cut_a_connection_and_stop_it(train, interactive):
+    run = train(problem(kind=Slow), update="agwu", passes=1000)
+    until(lambda: run.status()["version"] >= 3)
+    page, look = layout(run)
+    head, _, controls, *figures, table = page
+    stop, who, cut, said = controls
+    assert "**running**" in head.object and str(run.path) in head.object and [*table.object.worker] == [0, 1] == who.options
+    titles = [title(figure.object[()]) for figure in figures]
+    assert "held-out score" in titles[0] and "2 workers here" in titles[2] and "last" in titles[3] and "staleness" in titles[4]
+    who.value, cut.clicks = 1, 1
+    until(lambda: len(run.events.query("kind == 'join' and worker == 1")) == 2)
+    assert "Asked for" in said.object
+    stop.clicks = 1
+    until(lambda: run.state == "stopped")
+    look()
+    assert "**stopped**" in head.object and stop.disabled and cut.disabled
+    stop.clicks = 2
+    assert said.object == "The run has ended."
+    assert state_of(run)["state"] == "stopped"
+
+
+def test_the_events_that_a_page_keeps_are_bounded(train, monkeypatch):
+    monkeypatch.setattr("labkit.training.page.ROWS", 10)
+    run = ended(train(problem(), update="agwu", passes=4))
+    seen = Watch(run).all()
+    assert len(seen.latest) == 10 < len(run.events)
+    assert sum(seen.staleness.values()) == len(run.events.query("kind == 'merge'"))
+    assert labkit.plots.runs.latest(run, seen.latest, WINDOW_S) is not None
