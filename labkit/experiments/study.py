@@ -12,6 +12,7 @@ Used by `labkit.experiments.search`.
 """
 
 import json
+import math
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from labkit.errors import RunError
@@ -34,6 +36,7 @@ FILE = "log.jsonl"
 STORAGE = "optuna.log"  # a copy that optuna-dashboard opens
 # Of a sampler: the parameters that all trials have, found so far. Each new one would go through all trials for them.
 CARRIED = ("_search_space", "_intersection_search_space")
+ROUNDING = 1e-6  # of a range (of its logarithm): what other CPUs may make of a point. Two points that were drawn are further apart.
 METHODS = ("gp", "evolution", "tpe", "random", "grid")
 STATES = {"running": TrialState.RUNNING, "done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
@@ -127,6 +130,26 @@ class Study:
         with quiet():
             trial = self._study.ask()
             return self.space.walk(lambda _, parameter: suggest(trial, parameter))
+
+    def _sample_as(self, logged: dict[str, Any]) -> dict[str, Any]:
+        """What the sampler makes, or the logged point where that is the same but for rounding: another kind of CPU computes other last
+        digits, and what comes after is made of what is in the log."""
+        point = self._sample()
+        if not self._is_same(point, logged):
+            return point
+        params, distributions = self._params(logged)
+        id = self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, len(self.trials))
+        for key, value in params.items():
+            self._storage.set_trial_param(id, key, distributions[key].to_internal_repr(value), distributions[key])
+        return dict(logged)
+
+    def _is_same(self, point: Mapping[str, Any], logged: Mapping[str, Any]) -> bool:
+        """Are two points equal, real numbers to `ROUNDING` of their range, whole numbers and choices exactly?"""
+        if list(point) != list(logged):
+            return False
+        distributions = self._params(point)[1]
+        about = dict(zip(point, distributions.values(), strict=True))
+        return all(value == logged[name] or _is_near(value, logged[name], about[name]) for name, value in point.items())
 
     def _params(self, point: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The values and the distributions of a point, by Optuna's names."""
@@ -297,8 +320,11 @@ class Study:
             self._before = line["seconds"]
 
     def _again(self, line: dict[str, Any]) -> None:
-        if (point := self._sample()) != line["point"]:
-            raise RunError(f"trial {line['ask']} of {self._file} is {line['point']}, and the sampler makes {point} now.")
+        if (point := self._sample_as(line["point"])) != line["point"]:
+            raise RunError(
+                f"trial {line['ask']} of {self._file} is {line['point']}, and the sampler makes {point} now: its generations are not those "
+                "of before, by which it would go on. Is Optuna another version? Else give fresh=True to begin anew."
+            )
 
     def importance(self) -> dict[str, float]:
         """By parameter, the largest first: how much it decides whether a trial is among the best tenth; they sum to 1."""
@@ -310,12 +336,20 @@ class Study:
         return dict(sorted(names.items(), key=lambda pair: -pair[1]))
 
     def replay(self) -> "Study":
-        """A new study that is asked and told the same in the same order; its points are those that its sampler makes."""
+        """A new study that is asked and told the same in the same order; its points are those that its sampler makes, of which those that
+        differ from the log by rounding alone are as logged."""
         about = {"prune": self.prune, "n_objectives": self.n_objectives, "constrained": self.constrained}
         other = Study(self.space, self.method, self.seed, self.n_random, **about)
         for line in self.lines:
-            other._apply(line | ({"point": other._sample()} if "ask" in line else {}), sampled=True)
+            other._apply(line | ({"point": other._sample_as(line["point"])} if "ask" in line else {}), sampled=True)
         return other
+
+
+def _is_near(value: Any, logged: Any, about: BaseDistribution) -> bool:
+    if not isinstance(about, FloatDistribution) or not isinstance(logged, int | float):
+        return False
+    low, high, value, logged = ((math.log(one) if about.log else one) for one in (about.low, about.high, value, logged))
+    return abs(value - logged) <= ROUNDING * (high - low)
 
 
 def _seed(*numbers: int) -> int:

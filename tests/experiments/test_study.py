@@ -61,6 +61,54 @@ def test_a_search_that_is_cut_off_goes_on_as_if_it_had_not_been_and_is_replayed(
     assert Study(space, method, 3, n_random, tmp_path, readonly=True).trials == resumed.trials
 
 
+@pytest.mark.parametrize(
+    ("method", "space"), [("gp", NUMBERS), ("tpe", SPACE), ("evolution", SPACE), ("evolution", NUMBERS), ("evolution", CONDITIONAL)]
+)
+def test_on_another_kind_of_cpu_whose_last_digits_differ_a_search_goes_on_and_is_replayed(method, space, tmp_path, monkeypatch):
+    n, n_random = (6, 2) if method == "gp" else (24, 4)
+    sample = Study._sample
+
+    def rounded(study):  # what another one makes, where each real number is another in its last digits, for whoever comes after too
+        point = sample(study)
+        params, about = study._params(point)
+        id = study._study.trials[-1]._trial_id
+        for name, key in zip(point, params, strict=True):
+            if isinstance(point[name], float):
+                point[name] = min(max(point[name] * (1 + 1e-14), about[key].low), about[key].high)
+                study._storage.set_trial_param(id, key, point[name], about[key])
+        return point
+
+    whole = drive(Study(space, method, 3, n_random), n, ahead=3)
+    half = whole.lines[: 2 * n]
+    (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in half))
+    monkeypatch.setattr(Study, "_sample", rounded)
+    assert Study(space, method, 3, n_random).ask() == 0 and rounded is Study._sample
+    resumed = Study(space, method, 3, n_random, tmp_path)
+    assert resumed.points == whole.points[: len(resumed.points)] and resumed.lines == half
+    known = [{trial.number: trial.params for trial in study._study.trials} for study in (resumed, whole)]
+    assert all(known[1][number] == params for number, params in known[0].items()), "of what the sampler makes its next points"
+    assert whole.replay().points == whole.points
+    drive(resumed, n, ahead=3)
+    assert Study(space, method, 3, n_random, tmp_path).points == resumed.points
+
+
+@pytest.mark.parametrize(("space", "name"), [(SPACE, "x"), (NUMBERS, "n"), (CONDITIONAL, "kind")])
+def test_a_point_that_the_sampler_does_not_make_is_no_rounding(space, name, tmp_path):
+    whole = drive(Study(space, "evolution", 3, 4), 6)
+    lines = [json.loads(json.dumps(line)) for line in whole.lines]
+    point = next(line for line in lines if line.get("ask") == 3)["point"]
+    other = {"x": point["x"] + 1e-4, "n": point.get("n", 1) % 9 + 1, "kind": "b" if point.get("kind") == "a" else "a"}
+    if name == "kind":
+        point.pop("y", None)
+        other |= {"y": 0.5} if other["kind"] == "b" else {}
+        point |= {key: other[key] for key in ("kind", "y") if key in other}
+    else:
+        point[name] = other[name]
+    (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=r"trial 3 of .* and the sampler makes .*fresh=True"):
+        Study(space, "evolution", 3, 4, tmp_path)
+
+
 def test_the_seed_makes_other_points_and_a_grid_has_its_own():
     assert Study(SPACE, "random", 1, 3).points == []
     one, other = (drive(Study(SPACE, "random", seed, 3), 3).points for seed in (1, 2))
