@@ -76,7 +76,7 @@ _seen: dict[str, tuple[importlib.machinery.ModuleSpec, Source, bool]] = {}
 def find_source(name: str) -> Source | None:
     """What a module of the user's own was loaded from; None where it is not loaded, or is none."""
     module, spec = sys.modules.get(name), getattr(sys.modules.get(name), "__spec__", None)
-    if not _is_own(name, module) or spec is None:
+    if not is_own(name, module) or spec is None:
         return None
     if name not in _seen or _seen[name][0] is not spec:
         try:
@@ -108,7 +108,7 @@ def _has_other_bytecode(spec: importlib.machinery.ModuleSpec, source: Source) ->
         return False
 
 
-def _is_own(name: str, module: ModuleType | None) -> bool:
+def is_own(name: str, module: ModuleType | None) -> bool:
     file = getattr(module, "__file__", None)
     if not isinstance(file, str) or not file.endswith(".py") or name in ("__main__", "__mp_main__"):
         return False
@@ -167,7 +167,7 @@ class _Pickler(cloudpickle.Pickler):
         if isinstance(obj, ModuleType):
             self.names.add(obj.__name__)
         elif isinstance(obj, CodeType):
-            self.names |= set(_imported_in(obj))
+            self.names |= set(imported_in(obj))
         else:
             self.names.add(str(getattr(obj, "__module__", "")))
         reduced = super().reducer_override(obj)
@@ -192,15 +192,15 @@ def _settings(obj: Any) -> dict[str, Any]:
 def _content(function: FunctionType) -> str:
     """The code of a function, and the plain values that it holds or reads: defaults, those of the functions around it, globals."""
     code, names = function.__code__, function.__code__.co_freevars
-    held = dict(zip(names, (_held(cell) for cell in function.__closure__ or ()), strict=True))
-    held |= {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
-    values = {name: value for name, value in held.items() if isinstance(value, PLAIN)}
-    return repr((_code(code), function.__defaults__ and list(map(_plain, function.__defaults__)), sorted(values.items())))
+    inside = dict(zip(names, map(held, function.__closure__ or ()), strict=True))
+    inside |= {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
+    values = {name: value for name, value in inside.items() if isinstance(value, PLAIN)}
+    return repr((code_of(code), function.__defaults__ and list(map(_plain, function.__defaults__)), sorted(values.items())))
 
 
-def _code(code: CodeType) -> tuple:
+def code_of(code: CodeType) -> tuple:
     """A code without where it stands, the same in each process."""
-    constants = [_code(each) if isinstance(each, CodeType) else _plain(each) for each in code.co_consts]
+    constants = [code_of(each) if isinstance(each, CodeType) else _plain(each) for each in code.co_consts]
     return code.co_code.hex(), code.co_names, code.co_varnames, constants
 
 
@@ -208,14 +208,14 @@ def _plain(value: Any) -> str:
     return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value if isinstance(value, PLAIN) else type(value))
 
 
-def _held(cell: Any) -> Any:
+def held(cell: Any) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
 
 
-def _imported_in(code: CodeType) -> Iterator[str]:
+def imported_in(code: CodeType) -> Iterator[str]:
     module = ""
     for step in dis.get_instructions(code):
         if step.opname == "IMPORT_NAME":
@@ -568,7 +568,7 @@ def changed(recorded: Mapping[str, str], **values: Any) -> list[str]:
             if now and now != digest and now.partition(":")[0] == digest.partition(":")[0]:
                 found.append(f"what was written in a notebook for its {name[1:-1]}")
             continue
-        source = find_source(name) if name in sys.modules else _on_disk(name)
+        source = find_source(name) if name in sys.modules else on_disk(name)
         if source is None or source.digest != digest or (name in sys.modules and edited({name: source})):
             found.append(source.file if source else name)
     return found
@@ -583,7 +583,7 @@ def _digest_of_values(thing: Any) -> str:
     return f"{version}:{hashlib.sha256(chr(10).join(pickled.values).encode()).hexdigest()}"
 
 
-def _on_disk(name: str) -> Source | None:
+def on_disk(name: str) -> Source | None:
     """What a module would be loaded from; nothing is loaded but the packages that it is in."""
     try:
         file = importlib.util.find_spec(name).origin

@@ -61,10 +61,13 @@ class Goals:
         return list(self.senses) == ["score"] and not self.functions and not self.bounds
 
     def config(self) -> dict[str, Any]:
-        """For the record; None where there is the score, or one function, alone."""
+        """For the record: objectives (None where there is the score, or one function, alone), constraints, and the sense of each objective,
+        "as of the score" where the problem says it."""
         objectives = [[name, sense] for name, sense in self.senses.items()]
         single = self.n == 1 and (self.names[0] == "score" or self.functions)
-        return {"objectives": None if single else objectives, "constraints": {n: list(b) for n, b in self.bounds.items()} or None}
+        found = {"objectives": None if single else objectives, "constraints": {n: list(b) for n, b in self.bounds.items()} or None}
+        words = {sense: word for word, sense in SENSES.items()}
+        return found | {"sense": ", ".join(words.get(sense, "as of the score") for sense in self.senses.values())}
 
     def measure(self, run: Any, values: Mapping[str, float]) -> dict[str, float]:
         """By name what a run that is done is worth, `values` being what was measured on the score set, or reported; RunError where

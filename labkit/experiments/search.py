@@ -28,6 +28,7 @@ import numpy as np
 from labkit import locks
 from labkit.cluster.lab import Lab
 from labkit.errors import SEEDS, ClusterError, RunError, file_path, flag, instance, known, real, whole
+from labkit.experiments import code
 from labkit.experiments.coordinator import Coordinator, called
 from labkit.experiments.copies import write_sqlite
 from labkit.experiments.objectives import Goals
@@ -60,7 +61,9 @@ SAME = (
     "training",
     "objectives",
     "constraints",
+    "sense",
 )  # by which a search is found again
+SINCE = ("sense", "code")  # what earlier records do not hold: whoever goes on with one is believed
 COLUMNS = ("score", "state", "error", "seconds", "workers")  # of the table, behind the parameters
 TRIALS = 40
 ENDING_S = 10.0  # so long a server that was stopped may take to let go of its directory
@@ -205,6 +208,8 @@ def search(
     n_random = max(4, min(50, trials // 5)) if method == "evolution" else max(3, min(10, trials // 5))
     config = {"problem": make.reference(), "space": space.config(), "method": method, "seed": seed, "folds": folds, "prune": prune}
     config |= {"training": None if is_notebook else make.training_config(), **goals.config()}
+    objects = {"problem": None if is_notebook else problem, "choice": space.objects(), "objective": goals.functions}
+    config |= {"code": code.digests(**objects, training=None if is_notebook else {"update": update, "partition": partition})}
     config = plain(config | {"trials": trials, "target": target, "n_random": n_random})
     path, config, lock = _claimed(runs, name, config, fresh)
     try:
@@ -489,17 +494,24 @@ def _claimed(runs: Path, name: str, config: dict[str, Any], fresh: bool) -> tupl
         _end_trials(path)
         lock = server_file.hold(path)
         try:
-            earlier = read_json(path / FILE)
+            recorded = read_json(path / FILE)
+            earlier = {name: config[name] for name in SINCE} | recorded
             if other := [key for key in SAME if earlier.get(key) != config[key]]:
                 was = f"its {other[0]} is {short(earlier.get(other[0]))}, not {short(config[other[0]])}"
                 raise RunError(f"{path} is another search: {was}. Give another name=..., or fresh=True to begin anew.")
-            length = {name: config[name] for name in ("trials", "target")}
-            if any(earlier[name] != value for name, value in length.items()):
-                write_json(path / FILE, earlier | length, run=earlier["id"])
+            if other := code.differing(earlier["code"], config["code"]):
+                of, part = other
+                raise RunError(
+                    f"{path} is another search: the code of its {of} is another one, in {part!r}. Give what it was before, or another "
+                    "name=..., or fresh=True to begin anew."
+                )
+            earlier |= {name: config[name] for name in ("trials", "target")}
+            if earlier != recorded:
+                write_json(path / FILE, earlier, run=earlier["id"])
         except BaseException:
             lock.release()
             raise
-        return path, earlier | length, lock
+        return path, earlier, lock
     id = secrets.token_hex(8)
     _end_trials(path)
     path, lock = claim(runs, name, id)

@@ -124,6 +124,15 @@ class Space:
         self.walk(choose)
         return values
 
+    def objects(self) -> dict[str, Any]:
+        """The choices that JSON cannot hold, by "parameter=name"."""
+        found: dict[str, Any] = {}
+        for parameter in self.parameters.values():
+            found |= {f"{parameter.key}={label}": value for label, value in parameter.values.items()}
+            for space in parameter.spaces.values():
+                found |= space.objects()
+        return found
+
     def grid(self) -> list[dict[str, Any]]:
         """All points, the last parameter varying fastest; ValueError where a parameter has no end of values."""
         points: list[dict[str, Any]] = [{}]

@@ -37,8 +37,10 @@ def test_a_constraint_is_broken_by_what_is_missing():
     assert goals.names == ["score", "size", "time", "auc"] and goals.n == 1
     violations = goals.violations({"size": 50.0, "time": 2.5, "auc": 0.75})
     assert violations == {"size <= 40": 10.0, "size >= 10": -40.0, "time <= 3": -0.5, "auc >= 0.5": -0.25}
-    assert goals.config() == {"objectives": None, "constraints": {"size": [10, 40], "time": [None, 3], "auc": [0.5, None]}}
-    assert Goals(["loss", "score"]).config() == {"objectives": [["loss", -1], ["score", None]], "constraints": None}
+    constraints = {"size": [10, 40], "time": [None, 3], "auc": [0.5, None]}
+    assert goals.config() == {"objectives": None, "constraints": constraints, "sense": "as of the score"}
+    two = {"objectives": [["loss", -1], ["score", None]], "constraints": None, "sense": "min, as of the score"}
+    assert Goals(["loss", "score"]).config() == two and Goals({"score": "max"}).config()["sense"] == "max"
     assert Goals(depth).config()["objectives"] is None  # as in records that knew no others
 
 

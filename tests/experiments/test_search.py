@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -260,6 +261,69 @@ def test_a_search_that_was_stopped_goes_on_and_nothing_is_lost_or_doubled(search
         search(problem, space | {"lr": (0.1, 0.8)}, method=method, trials=14, name="cut")
     assert len(search(problem, space, method=method, trials=2, name="cut", seed=1, fresh=True).points) == 2
     assert (tmp_path / "cut.1" / search_module.FILE).exists()
+
+
+CELL = """
+import labkit
+from tests.helpers import data, net
+
+WIDTHS = [2, 3]
+
+def make(lr):
+    return labkit.Classifier(net, data(), lr=lr, model_args={"width": WIDTHS[0]})
+
+def depth(run):
+    return 3.0 * run.config.n_train
+
+objective = lambda run: run.config.n_train + 1
+about = {"objective": ["score", depth], "constraints": {"depth": (1, None)}}
+space = {"lr": [0.1, 0.2], "update": [labkit.AGWU()]}
+"""
+
+
+def test_another_objective_model_or_sense_is_another_search_and_the_same_code_in_a_new_kernel_is_the_same(search, stand_ins):
+    def cell(old="", new="", before=""):
+        found = {"__name__": "__main__"}
+        exec(compile(before + CELL.replace(old, new), "cell", "exec"), found)
+        return found
+
+    launched = stand_ins()
+    first, again = cell(), cell(before="\n# further down\n")
+    search(first["make"], first["space"], method="grid", **first["about"])
+    assert (
+        launched and search(again["make"], again["space"], method="grid", **again["about"]).state == "done" and len(launched) == 2
+    )
+    for old, new, said in (
+        ("3.0 *", "3.5 *", "the code of its objective is another one, in 'depth'"),
+        ("[2, 3]", "[4, 3]", "the code of its problem is another one, in 'make: WIDTHS'"),
+        ('"depth": (1, None)', '"depth": (2, None)', "its constraints is"),
+    ):
+        assert CELL.count(old) == 1
+        other = cell(old, new)
+        with pytest.raises(RunError, match=f"is another search: {said}.*fresh=True to begin anew"):
+            search(other["make"], other["space"], method="grid", **other["about"])
+    about = {"method": "grid", "name": "single"}
+    search(first["make"], first["space"], objective=first["objective"], **about)
+    search(again["make"], again["space"], objective=again["objective"], **about)
+    edited = cell("n_train + 1", "n_train + 2")["objective"]
+    for objective, said in (
+        (edited, "the code of its objective is another one, in '<lambda>'"),
+        (None, "the code of its objective is another one, in '<lambda>'"),
+        ({"score": "min"}, "its sense is as of the score, not min"),
+    ):
+        with pytest.raises(RunError, match=re.escape(f"is another search: {said}")):
+            search(first["make"], first["space"], objective=objective, **about)
+
+
+def test_a_record_that_knows_no_code_goes_on_and_has_it_from_then_on(search, problem, stand_ins):
+    launched = stand_ins()
+    found = search(problem, {"lr": [0.1, 0.2]}, method="grid", trials=1, objective=lambda run: 1.0)
+    config = {name: value for name, value in found.config.items() if name not in ("code", "sense")}
+    write_json(found.path / search_module.FILE, config, run=found.config["id"])
+    assert search(problem, {"lr": [0.1, 0.2]}, method="grid", objective=lambda run: 2.0).table().score.tolist() == [1.0, 2.0]
+    assert len(launched) == 2
+    with pytest.raises(RunError, match="the code of its objective is another one"):
+        search(problem, {"lr": [0.1, 0.2]}, method="grid", objective=lambda run: 3.0)
 
 
 def test_a_trial_that_ended_the_kernel_twice_has_failed(search, problem, stand_ins, monkeypatch):
