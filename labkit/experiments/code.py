@@ -30,7 +30,21 @@ from labkit.updates import Update
 
 SCALARS = bool | int | float | complex | str | bytes | None
 CONTAINERS = list | tuple | dict | set | frozenset
-CHANGING = frozenset("add append clear discard extend insert pop popitem remove setdefault sort reverse update".split())
+CHANGING = (
+    "add",
+    "append",
+    "clear",
+    "discard",
+    "extend",
+    "insert",
+    "pop",
+    "popitem",
+    "remove",
+    "reverse",
+    "setdefault",
+    "sort",
+    "update",
+)
 PATH = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_][\w.]*")
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"  # of the bytecode
 

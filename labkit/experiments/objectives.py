@@ -69,6 +69,14 @@ class Goals:
         words = {sense: word for word, sense in SENSES.items()}
         return found | {"sense": ", ".join(words.get(sense, "as of the score") for sense in self.senses.values())}
 
+    def missing(self, there: Iterable[str]) -> list[str]:
+        """The names of which nothing is known where these are measured; of a score a loss will do."""
+        return [
+            name
+            for name in self.names
+            if name not in self.functions and name not in there and not (name == "score" and "loss" in there)
+        ]
+
     def measure(self, run: Any, values: Mapping[str, float]) -> dict[str, float]:
         """By name what a run that is done is worth, `values` being what was measured on the score set, or reported; RunError where
         something is missing or no number."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from labkit import locks
 from labkit.cluster.lab import Lab
-from labkit.errors import SEEDS, ClusterError, RunError, file_path, flag, instance, known, real, whole
+from labkit.errors import SEEDS, ClusterError, RunError, did_you_mean, file_path, flag, instance, known, real, whole
 from labkit.experiments import code
 from labkit.experiments.coordinator import Coordinator, called
 from labkit.experiments.copies import write_sqlite
@@ -35,7 +35,7 @@ from labkit.experiments.objectives import Goals
 from labkit.experiments.pruning import PRUNERS
 from labkit.experiments.space import Space
 from labkit.experiments.study import METHODS, Study
-from labkit.experiments.trials import TRAINING, Maker, Notebook
+from labkit.experiments.trials import OF_A_RUN, TRAINING, Maker, Notebook
 from labkit.imports import plain, short
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
@@ -200,6 +200,13 @@ def search(
         print("method='tpe' is taken for 'gp', which draws parameters that only some points have at random.")
         method = "tpe"
     workers = choose(lab, workers, runs / name)
+    if is_notebook or goals.missing(("score", "loss", *OF_A_RUN)):
+        there = make.measured(goals)
+        if there is not None and (missing := goals.missing(there)):
+            raise ValueError(
+                f"objective or constraint {missing[0]!r} is nothing that a trial is measured by.{did_you_mean(missing[0], there)} "
+                f"There are {', '.join(there)}; or give a function of a run."
+            )
     size = (
         min(1 if is_notebook else 2, len(workers)) if workers_per_trial is None else whole("workers_per_trial", workers_per_trial)
     )

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from optuna.distributions import (
@@ -113,6 +114,19 @@ class Space:
                 point |= parameter.spaces[point[name]].walk(choose)
         return point
 
+    def corners(self, most: int) -> list[dict[str, Any]]:
+        """So many points at most: that of the low ends and first choices, and those that differ from it in one choice."""
+        first = self.walk(lambda _, parameter: _first(parameter))
+        found = [first]
+
+        def choose(name: str, other: Any, at: str, parameter: Parameter) -> Any:
+            return other if at == name else _first(parameter)
+
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter.distribution, CategoricalDistribution):
+                found += [self.walk(partial(choose, name, other)) for other in parameter.distribution.choices[1:]]
+        return found[:most]
+
     def values(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a point as they were given: objects for their names."""
         values: dict[str, Any] = {}
@@ -163,6 +177,11 @@ class Space:
             distribution = json_to_distribution(json.dumps({key: about[key] for key in ("name", "attributes")}))
             space.parameters[name] = Parameter(name + f" [{within}]" * bool(within), distribution, {}, spaces)
         return space
+
+
+def _first(parameter: Parameter) -> Any:
+    about = parameter.distribution
+    return about.choices[0] if isinstance(about, CategoricalDistribution) else about.low
 
 
 def suggest(trial: Any, parameter: Parameter) -> Any:

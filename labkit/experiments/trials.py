@@ -7,6 +7,7 @@ Used by `labkit.experiments.search` and `labkit.experiments.coordinator`.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import inspect
@@ -23,6 +24,7 @@ from labkit.cluster.lab import Lab
 from labkit.errors import RunError, calling, file_path
 from labkit.experiments.executor import GRACE, check_kernel, execute, state
 from labkit.experiments.notebook import conform, load, plain, read_parameters
+from labkit.experiments.objectives import Goals
 from labkit.experiments.space import Space, arguments, check_names
 from labkit.imports import argument_names, constructor_arguments, imported, reference, short
 from labkit.models import MODELS
@@ -30,6 +32,8 @@ from labkit.problems.problem import Problem
 from labkit.runs.files import find_json
 
 TRAINING = ("partition", "update", "passes", "local_steps", "exchange", "overlap")  # what a space may set beside the problem
+OF_A_RUN = ("time", "size")  # what is measured of any run
+PROBED, FEW = 16, 64  # points, and samples of each, that tell what else is
 TIMEOUT_S = 3600.0  # of a notebook
 
 
@@ -72,6 +76,23 @@ class Maker:
         problem = self.cls(**made)
         return problem.fold(*self.given._fold) if self.defaults and self.given._fold else problem, training
 
+    def measured(self, wanted: Goals) -> list[str] | None:
+        """What a run of a trial is measured by, as far as an untrained network of some points tells on a few samples, looked for until
+        nothing is missing of what is `wanted`; None where that does not tell."""
+        found: list[str] | None = None
+        for point in self.space.corners(PROBED):
+            try:
+                problem = self(point)[0]
+                if list(problem.milestones()):  # behind one there may be more
+                    return None
+                module = problem.new_module(0)
+                found = list(dict.fromkeys([*(found or OF_A_RUN), *problem.measure(module, problem.score_indices()[:FEW])]))
+            except Exception:  # that of a trial is a row of the table
+                continue
+            if not wanted.missing(found):
+                break
+        return found
+
     def reference(self) -> Any:
         """Of the problem, for the record."""
         return self.given.config() if isinstance(self.given, Problem) else reference(self.given)
@@ -113,6 +134,23 @@ class Notebook:
         for name, value in _ends(space):
             conform(plain(value, name), self.known[name], self.path.name)
         check_kernel("python3")
+
+    def measured(self, wanted: Goals) -> list[str] | None:
+        """What it reports, by what stands in its cells; None where that does not tell."""
+        found, cells = ["time"], [cell["source"] for cell in self.content["cells"] if cell["cell_type"] == "code"]
+        try:
+            nodes = [node for cell in cells for node in ast.walk(ast.parse(cell))]
+        except SyntaxError:  # commands of IPython
+            return None
+        for call in [node for node in nodes if isinstance(node, ast.Call) and _name_of(node.func) == "report"]:
+            rows = call.args[1:2] or [keyword.value for keyword in call.keywords if keyword.arg == "results"]
+            rows = rows[0].elts if rows and isinstance(rows[0], ast.List) else rows
+            if not rows or not all(
+                isinstance(row, ast.Dict) and all(isinstance(key, ast.Constant) for key in row.keys) for row in rows
+            ):
+                return None
+            found += [key.value for row in rows for key in row.keys]
+        return list(dict.fromkeys(found)) if len(found) > 1 else None
 
     def reference(self) -> dict[str, str]:
         """Of the notebook, for the record: what it computes, by a digest of its cells."""
@@ -185,6 +223,11 @@ class NotebookRun:
             with contextlib.suppress(KeyError, TypeError, ValueError):
                 found[name] = sum(float(row[name]) for row in rows) / len(rows)
         return found
+
+
+def _name_of(function: ast.expr) -> str:
+    """The last name of what is called."""
+    return getattr(function, "attr", getattr(function, "id", ""))
 
 
 def _ends(space: Space) -> list[tuple[str, Any]]:

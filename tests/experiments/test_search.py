@@ -22,9 +22,10 @@ from labkit.experiments import coordinator, trials
 from labkit.experiments import search as search_module
 from labkit.experiments.coordinator import Coordinator
 from labkit.experiments.executor import state
+from labkit.experiments.objectives import Goals
 from labkit.experiments.space import Space
 from labkit.experiments.study import Study
-from labkit.experiments.trials import Maker
+from labkit.experiments.trials import Maker, Notebook
 from labkit.runs.files import write_json
 from labkit.training import blocks, supervisor
 from tests.experiments.helpers import write
@@ -309,7 +310,7 @@ def test_another_objective_model_or_sense_is_another_search_and_the_same_code_in
     for objective, said in (
         (edited, "the code of its objective is another one, in '<lambda>'"),
         (None, "the code of its objective is another one, in '<lambda>'"),
-        ({"score": "min"}, "its sense is as of the score, not min"),
+        ({"score": "min"}, "its sense is 'as of the score', not 'min'"),
     ):
         with pytest.raises(RunError, match=re.escape(f"is another search: {said}")):
             search(first["make"], first["space"], objective=objective, **about)
@@ -628,8 +629,55 @@ def test_time_and_size_are_those_of_the_runs(search, problem):
     about = {"method": "grid", "passes": 1, "objective": {"score": "max", "size": "min"}, "constraints": {"time": 100}}
     table = search(problem, {"width": [3, 5]}, **about).table()
     assert table["size"].tolist() == [36 * w + w + 3 * w + 3 for w in (3, 5)] and ((table.time > 0) & (table.time < 100)).all()
-    table = search(problem, {"width": [3]}, method="grid", passes=1, objective="nothing", name="other").table()
-    assert "'nothing' is nothing that was measured" in table.error[0]
+
+
+def test_a_name_that_nothing_is_measured_by_is_found_before_anything_begins(search, problem, tmp_path):
+    class Own(labkit.Classifier):
+        def evaluate(self, module, batch):
+            return {**super().evaluate(module, batch), "depth": 1.0}
+
+    class Later(Own):
+        def milestones(self):
+            return (0.5,)
+
+        def settle(self, module, clock):
+            pass
+
+    given = labkit.Classifier(net, data(), score_samples=40, metrics=["accuracy"])
+    of_two = {"lr": [0.1], "metrics": [["mae"], ["accuracy"]]}
+    for of, space, about, said in (
+        (
+            given,
+            {"lr": [0.1]},
+            {"objective": "acuracy"},
+            r"'acuracy' is .*Did you mean 'accuracy'\?.*time, size, loss, score, accuracy",
+        ),
+        (given, {"lr": [0.1]}, {"objective": ["score", "los"]}, "'los' is .*Did you mean 'loss'"),
+        (given, {"lr": [0.1]}, {"constraints": {"siez": 3}}, "'siez' is .*Did you mean 'size'"),
+        (given, of_two, {"objective": {"rmse": "min"}}, "'rmse' is nothing that a trial is measured by"),
+        (Own(net, data(), score_samples=40), {"lr": [0.1]}, {"objective": "dept"}, "Did you mean 'depth'"),
+        (lambda lr: given, {"lr": [0.1]}, {"objective": "acuracy"}, "Did you mean 'accuracy'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            search(of, space, method="grid", **about)
+    for cells, said in (
+        (("labkit.report(run_dir, {'scores': lr})",), "'score' is .*Did you mean 'scores'.*There are time, scores"),
+        (("report(run_dir, results=[{'loss': 1}, {'auc': 2}])",), "'auk' is .*Did you mean 'auc'"),
+    ):
+        objective = "auk" if "auk" in said else None
+        with pytest.raises(ValueError, match=said):
+            search(write(tmp_path / "of.ipynb", *cells), {"lr": [0.1]}, method="grid", objective=objective)
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+    goals = Goals("depth")
+    for of, there in (
+        (Own(net, data(), score_samples=40), True),
+        (Later(net, data(), score_samples=40), None),
+        (lambda lr: 1 / 0, None),
+    ):
+        found = Maker(of, Space({"lr": [0.1]}), TRAINING).measured(goals)
+        assert found is None if there is None else not goals.missing(found)
+    for cell in ("labkit.report(run_dir, found)", "%timeit 1", "mine(run_dir)", "labkit.report(run_dir, {**found, 'a': 1})"):
+        assert Notebook(write(tmp_path / "of.ipynb", cell), Space({"lr": [0.1]})).measured(goals) is None
 
 
 def test_a_notebook_is_a_trial_and_its_results_are_the_scores(search, lab, tmp_path, monkeypatch):
