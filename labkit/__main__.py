@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument(
         "--set", action="append", default=[], metavar="NAME=LOW:HIGH[:log][:int] or NAME=A,B,...", dest="space",
-        help="a range of a parameter, or its choices; once for each parameter. One value is a constant: data=digits",
+        help="a range of a parameter, or its choices; once for each parameter. One value is a constant: data=digits. Choices with parameters of "
+        """their own are JSON: 'optimiser={"sgd": {"momentum": "0:0.9"}, "adam": {}}'""",
     )  # fmt: skip
     search.add_argument("--method", default="gp", help="gp, evolution, tpe, random or grid (default: %(default)s)")
     for name, of, metavar, text in (
@@ -97,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         ("workers-per-trial", int, "N", "workers of a block (default: 2)"),
         ("folds", int, "N", "train each trial on so many folds"),
         ("prune", str, "RULE", "end trials that do badly early: asha, extrapolate, or with folds wilcoxon"),
+        ("target", float, "X", "begin no trial any more when one has reached this score"),
         ("passes", float, "X", "length of a trial, in passes over the samples (default: 5)"),
+        ("local-steps", int, "N", "steps between two exchanges of weights (default: a pass over the worker's share)"),
         ("update", str, "RULE", "how weights are merged (default: agwu)"),
         ("partition", str, "RULE", "how samples are shared out (default: idpa)"),
         ("seed", int, "N", "of the points (default: 0)"),
@@ -108,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--objective", action="append", metavar="NAME", default=argparse.SUPPRESS,
         help="what is searched, once for each: score (the default), loss, time, size, or what a notebook reports",
+    )  # fmt: skip
+    search.add_argument(
+        "--constraint", action="append", metavar="NAME=HIGH or NAME=LOW:HIGH", default=[],
+        help="bounds of what is measured, once for each: size=50000, accuracy=0.9: (no highest)",
     )  # fmt: skip
     search.add_argument("--fresh", action="store_true", help="begin anew instead of going on with a search of this name")
     search.add_argument("--kind", choices=["threads", "dask", "ipyparallel"], help="where the workers are")
@@ -165,19 +172,19 @@ def _named(option: str, texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _split(text: str) -> list[str]:
-    """Split at the commas that are not inside brackets or braces."""
+def _split(text: str, at: str = ",") -> list[str]:
+    """Split at the commas, or another character, that are not inside brackets or braces."""
     texts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
-        if character == "," and depth == 0:
+        if character == at and depth == 0:
             texts.append("")
         else:
             texts[-1] += character
     return texts
 
 
-def _value(text: str, type_: str, name: str) -> Any:
+def _value(text: str, type_: str, name: str, option: str = "--grid") -> Any:
     if type_ == "str":
         return text
     if text.lower() in ("true", "false", "none", "null"):
@@ -190,7 +197,7 @@ def _value(text: str, type_: str, name: str) -> Any:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise SweepError(f"--grid {name}: {text} is not JSON ({error}); text in it is double-quoted.") from None
+            raise SweepError(f"{option} {name}: {text} is not JSON ({error}); text in it is double-quoted.") from None
     return text
 
 
@@ -204,13 +211,13 @@ def _search(options: argparse.Namespace) -> int:
     given = {
         name: value
         for name, value in vars(options).items()
-        if name not in ("command", "run", "problem", "space", "kind", "n_workers")
+        if name not in ("command", "run", "problem", "space", "constraint", "kind", "n_workers")
     }
     problem = options.problem if options.problem.endswith(".ipynb") else imported(options.problem)
-    space = parse_space(options.space)
+    space, constraints = parse_space(options.space), parse_constraints(options.constraint)
     with connect(options.kind, options.n_workers) as lab:
         try:
-            found = search(problem, space, lab, **given)
+            found = search(problem, space, lab, constraints=constraints, **given)
         except (ValueError, TypeError) as error:
             raise LabError(str(error)) from error
     table = found.table()
@@ -235,12 +242,42 @@ def _save_figures(found: Any) -> None:
 
 def parse_space(texts: Sequence[str]) -> dict[str, Any]:
     """`["lr=1e-4:0.5:log", "width=4:32:int", "batch_size=32,64"]` as the space of a search."""
-    space: dict[str, Any] = {}
-    for name, values in _named("--set", texts).items():
-        ends = [_value(text.strip(), "", name) for text in values.split(":")]
-        is_range = len(ends) > 1 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends[:2])
-        space[name] = tuple(ends) if is_range else [_value(text.strip(), "", name) for text in _split(values)]
-    return space
+    return {name: _form(values, name) for name, values in _named("--set", texts).items()}
+
+
+def _form(text: str, name: str) -> Any:
+    """A range, a list of choices, or a dict of them, of one parameter of a space."""
+    if text.strip().startswith("{"):
+        return _choices(_value(text.strip(), "", name, "--set"), name)
+    if len(parts := _split(text, ":")) > 1:
+        ends = [_value(part.strip(), "", name, "--set") for part in parts]
+        if all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends[:2]):
+            return tuple(ends)
+    return [_value(choice.strip(), "", name, "--set") for choice in _split(text)]
+
+
+def _choices(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """Choices with parameters of their own, which are written as those of the space: {"sgd": {"momentum": "0:0.9"}, "adam": {}}."""
+    for choice, below in given.items():
+        if not isinstance(below, dict):
+            raise SweepError(f"--set {name}: what comes with {choice!r} is {below!r}; give a dict of parameters, or {{}}.")
+    return {
+        choice: {own: _choices(form, own) if isinstance(form, dict) else _form_of(form, own) for own, form in below.items()}
+        for choice, below in given.items()
+    }
+
+
+def _form_of(given: Any, name: str) -> Any:
+    return _form(given, name) if isinstance(given, str) else given if isinstance(given, list) else [given]
+
+
+def parse_constraints(texts: Sequence[str]) -> dict[str, Any]:
+    """`["size=50000", "accuracy=0.9:"]` as the constraints of a search."""
+    found = {}
+    for name, values in _named("--constraint", texts).items():
+        ends = [_value(end.strip(), "", name) if end.strip() else None for end in values.split(":")]
+        found[name] = ends[0] if len(ends) == 1 else tuple(ends)
+    return found
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,21 @@ def test_a_space_is_read():
         "lr": (1e-4, 0.5, "log"), "width": (4, 32, "int"), "batch_size": [32, 64], "model": ["lenet", "my_module:net"],
         "data": ["digits"], "m": (0, 0.9),
     }  # fmt: skip
+    nested = 'optimiser={"sgd": {"momentum": "0:0.9", "nesterov": [true, false], "steps": "1:9:int"}, "adam": {"beta": 0.9, "of": {"a": {}}}}'
+    assert cli.parse_space([nested, 'hidden=[64, {"a": 1}],[8]', 'kind={"a": {"b": "x,y"}}']) == {
+        "optimiser": {
+            "sgd": {"momentum": (0, 0.9), "nesterov": [True, False], "steps": (1, 9, "int")},
+            "adam": {"beta": [0.9], "of": {"a": {}}},
+        },
+        "hidden": [[64, {"a": 1}], [8]], "kind": {"a": {"b": ["x", "y"]}},
+    }  # fmt: skip
+    for text, said in (('a={"b": 1}', "what comes with 'b' is 1; give a dict"), ("a={b", "--set a: {b is not JSON")):
+        with pytest.raises(SweepError, match=said):
+            cli.parse_space([text])
+    constraints = cli.parse_constraints(["size=50000", "accuracy=0.9:", "time=1.5:20"])
+    assert constraints == {"size": 50000, "accuracy": (0.9, None), "time": (1.5, 20)}
+    with pytest.raises(SweepError, match="--constraint gives 'size' twice"):
+        cli.parse_constraints(["size=1", "size=2"])
     with pytest.raises(SweepError, match="--set gives 'lr' twice"):
         cli.parse_space(["lr=1", "lr=2"])
 
@@ -94,7 +109,9 @@ def test_a_search_from_the_shell(tmp_path, capsys, cache):
         "sgwu",
     ]
     assert main([*command, "--set", "lrr=0.1:0.2"]) == 2 and "Did you mean 'lr'" in capsys.readouterr().err
-    assert main([*command, "--set", "width=0.1,-1"]) == 0
+    assert main([*command, "--set", "width=3", "--constraint", "siez=3"]) == 2 and "mean 'size'" in capsys.readouterr().err
+    about = ["--target", "-1", "--local-steps", "2", "--constraint", "size=1:"]
+    assert main([*command, "--set", "width=0.1,-1", *about]) == 0
     assert "2 of 2 trials, best score" in capsys.readouterr().out and (tmp_path / "search" / "log.jsonl").exists()
     assert {"history.png", "points.png", "timeline.png"} <= {path.name for path in (tmp_path / "search").iterdir()}
 

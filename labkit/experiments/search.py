@@ -116,7 +116,7 @@ def search(
         training: partition, update, passes, local_steps, exchange, overlap.
     method
         "gp": a Gaussian process (where some points only have a parameter, "tpe" is taken, which is printed); "evolution": in
-        generations of a fifth of the trials, CMA-ES where all parameters are ranges and there is one objective without constraints,
+        generations of a fifth of the trials, CMA-ES where all parameters but for constants are ranges and there is one objective without constraints,
         else NSGA-II; "tpe": a tree of Parzen estimators; "random"; "grid": all points in turn.
     trials
         How many, 40 by default, or the whole grid. Of "gp" and "tpe" a fifth, 3 to 10, is drawn at random first.
@@ -217,7 +217,7 @@ def search(
     config |= {"training": None if is_notebook else make.training_config(), **goals.config()}
     objects = {"problem": None if is_notebook else problem, "choice": space.objects(), "objective": goals.functions}
     config |= {"code": code.digests(**objects, training=None if is_notebook else {"update": update, "partition": partition})}
-    config = plain(config | {"trials": trials, "target": target, "n_random": n_random})
+    config = plain(config | {"trials": trials, "target": target, "n_random": n_random, "counts_constants": False})
     path, config, lock = _claimed(runs, name, config, fresh)
     try:
         study = Study(space, method, seed, config["n_random"], path, **_about(config))
@@ -241,7 +241,8 @@ def load_search(path: str | Path) -> Search:
 def _about(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of the settings of a search those that its study needs, by name."""
     n = len(config.get("objectives") or [None])
-    return {"prune": config["prune"], "n_objectives": n, "constrained": bool(config.get("constraints"))}
+    about = {"prune": config["prune"], "n_objectives": n, "constrained": bool(config.get("constraints"))}
+    return about | {"counts_constants": config.get("counts_constants", True)}
 
 
 class Search:

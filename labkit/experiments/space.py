@@ -53,6 +53,11 @@ class Parameter:
             return range(self.distribution.low, self.distribution.high + 1, self.distribution.step)
         raise ValueError(f"space {name!r} is {self.described()}, and a grid needs single values: give a list or a range.")
 
+    @property
+    def is_constant(self) -> bool:
+        """Has it but one value, with no parameters of its own?"""
+        return self.distribution.single() and not any(space.parameters for space in self.spaces.values())
+
     def described(self) -> str:
         about = self.distribution
         if isinstance(about, CategoricalDistribution):
@@ -99,11 +104,10 @@ class Space:
         """Are there parameters that only some points have?"""
         return any(space.parameters for parameter in self.parameters.values() for space in parameter.spaces.values())
 
-    @property
-    def numeric(self) -> bool:
-        """Are all parameters numbers, several of them, and in every point?"""
-        ranges = [not isinstance(parameter.distribution, CategoricalDistribution) for parameter in self.parameters.values()]
-        return len(ranges) > 1 and all(ranges)
+    def is_numeric(self, constants: bool = False) -> bool:
+        """Are all parameters numbers, several of them, and in every point? `constants` count as parameters only where that is said."""
+        of = [parameter for parameter in self.parameters.values() if constants or not parameter.is_constant]
+        return len(of) > 1 and not any(isinstance(parameter.distribution, CategoricalDistribution) for parameter in of)
 
     def walk(self, choose: Callable[[str, Parameter], Any]) -> dict[str, Any]:
         """The point whose values are `choose(name, parameter)`, in the order of the space."""

@@ -54,6 +54,8 @@ class Study:
         A name of `labkit.experiments.pruning`.
     n_objectives, constrained
         How many values a trial is told, and whether it may break a constraint.
+    counts_constants
+        Whether a parameter of one value keeps "evolution" from CMA-ES, as it did in earlier records.
     path, readonly
         The folder of the search; without one nothing is written. Another process may be at work in one that is only read: `refresh`.
     clock
@@ -79,11 +81,13 @@ class Study:
         prune: str | None = None,
         n_objectives: int = 1,
         constrained: bool = False,
+        counts_constants: bool = False,
         readonly: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.space, self.method, self.seed, self.n_random, self.prune = space, method, seed, n_random, prune
-        self.n_objectives, self.constrained, self.readonly, self.clock = n_objectives, constrained, readonly, clock
+        self.n_objectives, self.constrained, self.counts_constants = n_objectives, constrained, counts_constants
+        self.readonly, self.clock = readonly, clock
         self.trials: list[dict[str, Any]] = []
         self.lines: list[dict[str, Any]] = []
         self._file, self._offset, self._journal = None if path is None else path / FILE, 0, None
@@ -116,7 +120,7 @@ class Study:
             return samplers.GPSampler(seed=seed, n_startup_trials=self.n_random, warn_independent_sampling=False)
         if self.method == "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=self.n_random)
-        if self.method == "evolution" and self.space.numeric and self.n_objectives == 1 and not self.constrained:
+        if self.method == "evolution" and self.space.is_numeric(self.counts_constants) and self.n_objectives == 1 and not self.constrained:
             return samplers.CmaEsSampler(seed=seed, popsize=self.n_random, warn_independent_sampling=False)
         if self.method == "evolution":
             return samplers.NSGAIISampler(seed=seed, population_size=self.n_random)
@@ -339,6 +343,7 @@ class Study:
         """A new study that is asked and told the same in the same order; its points are those that its sampler makes, of which those that
         differ from the log by rounding alone are as logged."""
         about = {"prune": self.prune, "n_objectives": self.n_objectives, "constrained": self.constrained}
+        about |= {"counts_constants": self.counts_constants}
         other = Study(self.space, self.method, self.seed, self.n_random, **about)
         for line in self.lines:
             other._apply(line | ({"point": other._sample_as(line["point"])} if "ask" in line else {}), sampled=True)

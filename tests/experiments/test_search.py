@@ -33,6 +33,7 @@ from tests.helpers import Slow, data, net, until
 
 ROOT = Path(__file__).parents[2]
 
+about_before = search_module._about
 TRAINING = {
     "partition": labkit.IDPA(),
     "update": labkit.AGWU(),
@@ -314,6 +315,20 @@ def test_another_objective_model_or_sense_is_another_search_and_the_same_code_in
     ):
         with pytest.raises(RunError, match=re.escape(f"is another search: {said}")):
             search(first["make"], first["space"], objective=objective, **about)
+
+
+def test_a_record_that_counts_constants_goes_on_so(search, problem, stand_ins, monkeypatch):
+    stand_ins()
+    space, about = {"lr": (0.1, 0.9), "momentum": (0.0, 0.9), "width": [3]}, {"method": "evolution", "trials": 12}
+    now = search(problem, space, **about, name="now")
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module, "_about", lambda config: about_before(config) | {"counts_constants": True})
+        before = search(problem, space, **about | {"trials": 10})
+    config = {name: value for name, value in before.config.items() if name != "counts_constants"}
+    write_json(before.path / search_module.FILE, config, run=before.config["id"])
+    again = search(problem, space, **about)
+    assert again.points[:10] == before.points and again.points[:10] != now.points[:10] and len(again.points) == 12
+    assert labkit.load_search(again.path).replay().points == again.points
 
 
 def test_a_record_that_knows_no_code_goes_on_and_has_it_from_then_on(search, problem, stand_ins):

@@ -50,6 +50,16 @@ def test_each_form_is_what_it_says():
     assert "nesterov" not in drawn(space, last=True)
 
 
+def test_constants_do_not_count_where_all_others_are_numbers():
+    numbers = {"lr": (0.1, 0.2), "width": (1, 9, "int")}
+    for constants in ({}, {"data": ["digits"]}, {"data": ["digits"], "steps": range(3, 4), "kind": {"a": {}}}):
+        space = Space(constants | numbers)
+        assert space.is_numeric() and space.is_numeric(constants=True) == (not constants)
+    for more in ({"a": [1, 2]}, {"kind": {"a": {"x": (0.0, 1.0)}}}):
+        assert not Space(numbers | more).is_numeric()
+    assert not Space({"lr": (0.1, 0.2), "steps": range(3, 4)}).is_numeric(), "of one number there is no covariance"
+
+
 def test_a_grid_has_each_point_once_and_parameters_only_where_they_belong():
     space = Space({"a": [1, 2], "kind": {"x": {}, "y": {"depth": (1, 2, "int")}}})
     points = space.grid()

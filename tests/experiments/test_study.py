@@ -123,6 +123,16 @@ def test_later_points_are_better_than_the_first(method, space):
     assert sum(values[-16:]) / 16 > sum(values[:8]) / 8 + 0.5
 
 
+def test_a_constant_makes_no_other_method_and_earlier_records_go_on_as_they_began():
+    constant = Space({"x": (-2.0, 2.0), "n": (1, 9, "int"), "kind": ["a"]})
+    points = [
+        [{**point, "kind": "a"} for point in drive(Study(space, "evolution", 3, 4, **about), 16).points]
+        for space, about in ((NUMBERS, {}), (constant, {}), (constant, {"counts_constants": True}))
+    ]
+    assert points[0] == points[1] != points[2]
+    assert drive(Study(constant, "evolution", 3, 4, counts_constants=True), 16).replay().points == points[2]
+
+
 def test_optuna_opens_the_copy(tmp_path):
     study = drive(Study(SPACE, "random", 0, 3, tmp_path), 4, ahead=2)
     study.ask()
