@@ -41,6 +41,7 @@ from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import server_file
 from labkit.runs.config import environment
+from labkit.runs.events import read_rows
 from labkit.runs.files import read_json, write_json
 from labkit.training.run import Run
 from labkit.training.train import check_lengths, check_traffic, choose, claim, run_name
@@ -221,6 +222,7 @@ def search(
     path, config, lock = _claimed(runs, name, config, fresh)
     try:
         study = Study(space, method, seed, config["n_random"], path, **_about(config))
+        study.continue_from(_trained(path, study))
         found = Search(path, config, study, make)
         Coordinator(found, goals, lab, workers, size, lock, progress).start()
     except BaseException:
@@ -292,7 +294,7 @@ class Search:
     def table(self) -> pd.DataFrame:
         """One row a trial.
 
-        Columns: `trial` (its number), the parameters (None where a point has none), `score` (the first objective, the mean over the
+        Columns: `trial` (its number), the parameters (NaN where a point has none; a choice None is None), `score` (the first objective, the mean over the
         folds), further objectives and what is constrained by their names, `feasible` where there are constraints, `state` (running,
         done, pruned, failed), `error`, `seconds` (from its first run's begin to its last one's end), and `workers` of its latest run.
         """
@@ -301,7 +303,12 @@ class Search:
         feasible = ["feasible"] if self.config.get("constraints") else []
         rows = [self._row(number, trial) for number, trial in enumerate(self._trials())]
         score, *last = COLUMNS
-        return pd.DataFrame(rows, columns=["trial", *self._study.space.names, score, *self._others(), *feasible, *last])
+        names = self._study.space.names
+        table = pd.DataFrame(rows, columns=["trial", *names, score, *self._others(), *feasible, *last])
+        for name in names:
+            if any(row.get(name, ...) is None for row in rows):  # a choice, of which pandas makes NaN beside numbers
+                table[name] = pd.Series([row.get(name, math.nan) for row in rows], dtype=object)
+        return table
 
     def timeline(self) -> pd.DataFrame:
         """One row a run and worker: trial, fold, worker, start and end (seconds of the search), passes (of the run), score, error."""
@@ -527,6 +534,18 @@ def _claimed(runs: Path, name: str, config: dict[str, Any], fresh: bool) -> tupl
     write_json(path / "environment.json", environment(), run=id)
     write_json(path / FILE, config, run=id)
     return path, config, lock
+
+
+def _trained(path: Path, study: Study) -> float:
+    """Seconds of the search until which the runs that were cut off with the kernel had been trained, by their own records."""
+    found = [0.0]
+    for number, trial in enumerate(study.trials):
+        for fold, unit in trial["units"].items():
+            if unit["ended"] is None:
+                with contextlib.suppress(RunError):  # it had no record yet, or a damaged one
+                    rows = read_rows(path / "trials" / called(number, fold))
+                    found.append(unit["begun"] + max((row.get("seconds") or 0.0 for row in rows), default=0.0))
+    return max(found)
 
 
 def _end_trials(path: Path) -> None:

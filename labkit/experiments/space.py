@@ -14,9 +14,11 @@ Used by `labkit.experiments.search`, `labkit.experiments.study` and the figures 
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 from optuna.distributions import (
@@ -28,10 +30,12 @@ from optuna.distributions import (
     json_to_distribution,
 )
 
-from labkit.errors import LabError, did_you_mean, known, plain_scalar
+from labkit.errors import MOST, LabError, did_you_mean, known, plain_scalar
 from labkit.imports import rule_title, short
+from labkit.sources import held
 
 WORDS = ("log", "int")
+PLAIN = bool | int | float | str | None  # what JSON holds
 FORMS = '(low, high), (low, high, "log"), (low, high, "int"), a range, a list of choices or a dict of them'
 
 
@@ -219,14 +223,8 @@ def _is_choice(form: Any) -> bool:
 def _chosen(name: str, key: str, form: Any, within: str, taken: list[str]) -> Parameter:
     if not form:
         raise ValueError(f"space {name!r} has no choice. Give one at least.")
-    labels, values, spaces = [], {}, {}
-    for value in form:
-        label = _label(value)
-        if any(label == other and isinstance(label, bool) == isinstance(other, bool) for other in labels):
-            raise ValueError(f"space {name!r} has the choice {label!r} twice.")
-        if label in labels:
-            raise ValueError(f"space {name!r} has the choices {label!r} and {labels[labels.index(label)]!r}, which are equal.")
-        labels.append(label)
+    labels, values, spaces = _labels(name, list(form)), {}, {}
+    for value, label in zip(form, labels, strict=True):
         if label is not value:
             values[label] = value
         if isinstance(form, Mapping):
@@ -238,12 +236,47 @@ def _chosen(name: str, key: str, form: Any, within: str, taken: list[str]) -> Pa
     return Parameter(key, CategoricalDistribution(labels), values, spaces)
 
 
+def _labels(name: str, values: list[Any]) -> list[Any]:
+    """What stands for each choice in a point. Objects of one name are told apart by what they hold, else by numbers."""
+    labels = [_label(value) for value in values]
+    for at, (label, value) in enumerate(zip(labels, values, strict=True)):
+        for earlier, other in zip(labels[:at], values, strict=False):
+            if label == earlier and isinstance(label, bool) != isinstance(earlier, bool):
+                raise ValueError(f"space {name!r} has the choices {label!r} and {earlier!r}, which are equal.")
+            if label == earlier and (isinstance(plain_scalar(value), PLAIN) or isinstance(other, PLAIN) or _is_same(value, other)):
+                raise ValueError(f"space {name!r} has the choice {label!r} twice.")
+    if len(set(labels)) < len(labels):
+        labels = [label + _held_by(value) * (labels.count(label) > 1) for label, value in zip(labels, values, strict=True)]
+    found: list[Any] = []
+    for label in labels:
+        found.append(
+            label if label not in found else next(f"{label} {n}" for n in count(2) if f"{label} {n}" not in [*labels, *found])
+        )
+    return found
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    try:
+        return value is other or (type(value) is type(other) and bool(value == other))
+    except Exception:  # arrays, say
+        return False
+
+
+def _held_by(value: Any) -> str:
+    """What a function closes over and its defaults: "(depth=2)"."""
+    code, cells = getattr(value, "__code__", None), getattr(value, "__closure__", None) or ()
+    found = {} if code is None else dict(zip(code.co_freevars, map(held, cells), strict=True))
+    if code is not None:
+        found |= {one.name: one.default for one in inspect.signature(value).parameters.values() if one.default is not one.empty}
+    return f"({', '.join(f'{name}={short(one)}' for name, one in found.items())})" if found else ""
+
+
 def _label(value: Any) -> Any:
     """What stands for a choice in a point: itself where JSON holds it, else a name."""
     value = plain_scalar(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"space: {value} cannot be a choice.")
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, PLAIN):
         return value
     if hasattr(value, "config") and isinstance(about := value.config(), Mapping) and "name" in about:
         settings = ", ".join(f"{key}={short(setting)}" for key, setting in about.items() if key != "name")
@@ -255,15 +288,20 @@ def _ranged(name: str, form: Any) -> BaseDistribution:
     if isinstance(form, range):
         if not form:
             raise ValueError(f"space {name!r} is {form}, which is empty.")
+        _check_size(name, form, form[0], form[-1])
         return IntDistribution(min(form), max(form), step=abs(form.step))
     if not isinstance(form, tuple) or len(form) < 2:
         raise TypeError(f"space {name!r} is {short(form)}; give {FORMS}. What does not vary is set outside of the space.")
     (low, high), words = (plain_scalar(end) for end in form[:2]), [known(f"space {name!r}", word, WORDS) for word in form[2:]]
     for end in (low, high):
-        if isinstance(end, bool) or not isinstance(end, int | float) or not math.isfinite(end):
+        if isinstance(end, bool) or not isinstance(end, int | float) or (isinstance(end, float) and not math.isfinite(end)):
             raise TypeError(f"space {name!r} = {short(form)}: {end!r} is no end of a range. Give numbers, or a list of choices.")
     if low >= high:
         raise ValueError(f"space {name!r} = {short(form)}: the range is empty. Give low < high.")
+    if "int" in words:
+        _check_size(name, form, low, high)
+    elif max(abs(low), abs(high)) > sys.float_info.max or not math.isfinite(high - low):
+        raise ValueError(f"space {name!r} = {short(form)}: the range is too wide for a float.")
     if "log" in words and low <= 0:
         raise ValueError(f'space {name!r} = {short(form)}: {low} has no logarithm. Give low above 0, or leave out "log".')
     if "int" not in words:
@@ -274,6 +312,12 @@ def _ranged(name: str, form: Any) -> BaseDistribution:
     if low != int(low) or high != int(high):
         raise ValueError(f'space {name!r} = {short(form)}: with "int" both ends are whole numbers.')
     return IntDistribution(int(low), int(high), log="log" in words)
+
+
+def _check_size(name: str, form: Any, *ends: float) -> None:
+    """ValueError for whole numbers that a float, and so a sampler, does not tell apart."""
+    if any(abs(end) > MOST for end in ends):
+        raise ValueError(f"space {name!r} = {short(form)}: whole numbers beyond 2**53 cannot be told apart. Give smaller ones.")
 
 
 def arguments(make: Callable, beside: Iterable[str] = ()) -> tuple[list[str], list[str], bool]:

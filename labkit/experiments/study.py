@@ -120,7 +120,12 @@ class Study:
             return samplers.GPSampler(seed=seed, n_startup_trials=self.n_random, warn_independent_sampling=False)
         if self.method == "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=self.n_random)
-        if self.method == "evolution" and self.space.is_numeric(self.counts_constants) and self.n_objectives == 1 and not self.constrained:
+        if (
+            self.method == "evolution"
+            and self.space.is_numeric(self.counts_constants)
+            and self.n_objectives == 1
+            and not self.constrained
+        ):
             return samplers.CmaEsSampler(seed=seed, popsize=self.n_random, warn_independent_sampling=False)
         if self.method == "evolution":
             return samplers.NSGAIISampler(seed=seed, population_size=self.n_random)
@@ -182,6 +187,10 @@ class Study:
                 frozen.set_user_attr("error", trial["error"])
             found.append(frozen)
         return found
+
+    def continue_from(self, seconds: float) -> None:
+        """The clock goes on from there, unless the log is further."""
+        self._before, self._started = max(self._before, seconds), self.clock()
 
     # -- asking and telling --------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from labkit.experiments.objectives import Goals
 from labkit.experiments.space import Space
 from labkit.experiments.study import Study
 from labkit.experiments.trials import Maker, Notebook
+from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
 from labkit.training import blocks, supervisor
 from tests.experiments.helpers import write
@@ -490,6 +491,14 @@ def test_a_gaussian_process_leaves_conditional_spaces_to_tpe(search, problem, st
     assert table.momentum.isna().tolist() == (table.optimiser == "adam").tolist() and table.momentum.notna().any()
 
 
+def test_a_choice_of_none_is_none_in_the_table(search, problem, stand_ins):
+    stand_ins()
+    space = {"clip_norm": [None, 1.0], "optimiser": {"sgd": {"momentum": [None, 0.5]}, "adam": {}}, "lr": [0.1]}
+    table = search(lambda lr, **more: problem, space, method="grid").table()
+    assert table.clip_norm.tolist() == [None] * 3 + [1.0] * 3 and table.lr.dtype == float
+    assert [value is None for value in table.momentum] == [True, False, False] * 2 and table.momentum.isna().tolist()[2]
+
+
 # -- what may end a search, and where --------------------------------------------------------------------------------------
 
 
@@ -546,6 +555,24 @@ def test_wherever_the_kernel_ends_no_trial_is_lost_or_doubled(search, problem, s
         assert again.points == whole.points == again.replay().points and again.state == "done"
         assert again.table()[["score", "state", "error"]].equals(whole.table()[["score", "state", "error"]])
         assert not {(line["end"], line["fold"]) for line in after[:n] if "end" in line} & {job[:2] for job in launched}
+
+
+def test_the_clock_goes_on_from_what_was_trained_when_the_kernel_ended(search, problem, stand_ins, tmp_path):
+    stand_ins()
+    about = {"method": "grid", "workers_per_trial": 1, "workers": [0]}
+    whole = search(problem, {"lr": [0.1, 0.2]}, **about)
+    log, of = whole.path / "log.jsonl", whole.path / "trials" / "1"
+    lines = log.read_text().splitlines(keepends=True)
+    begun = next(at for at, line in enumerate(lines) if json.loads(line).get("begin") == 1)
+    log.write_text("".join(lines[: begun + 1]))
+    of.mkdir(parents=True)
+    recorder = Recorder(of, clock=lambda: (0.0, 3600.0))
+    recorder.event("start")
+    recorder.close()
+    again = search(problem, {"lr": [0.1, 0.2]}, **about)
+    timeline, began = again.timeline(), json.loads(lines[begun])["seconds"]
+    assert timeline.start[1] >= began + 3600 and timeline.end[0] < 3600 and timeline.end[1] < began + 3700
+    assert again.table().score.tolist() == whole.table().score.tolist()
 
 
 def test_a_search_that_is_running_elsewhere_is_neither_begun_twice_nor_taken_for_an_old_one(search, problem, stand_ins, tmp_path):

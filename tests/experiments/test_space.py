@@ -22,6 +22,16 @@ FULL = {
 }
 
 
+def factory(depth):
+    def made(shape, n_classes):
+        return depth
+
+    return made
+
+
+FACTORY = factory(3)
+
+
 def drawn(space, last=False):
     """The point of low ends and first choices, or of the others."""
 
@@ -82,6 +92,25 @@ def test_what_no_json_holds_goes_by_a_name_and_comes_back_as_it_was():
     assert space.values(point) == {"update": rule, "hidden": (64, 32), "model": net, "n": 3, "none": None} and other is None
 
 
+def test_objects_of_one_name_are_told_apart():
+    def other(n):
+        return [(lambda x, n=n: n), (lambda x: n)][n % 2]
+
+    long = [list(range(40)), [*range(39), 41]]
+    space = Space(
+        {"model": [FACTORY, factory(4), factory(4)], "of": [other(2), other(4)], "f": {(lambda: 1): {}, (lambda: 2): {}}, "l": long}
+    )
+    labels = [list(parameter.distribution.choices) for parameter in space.parameters.values()]
+    made, of = "factory.<locals>.made", [name for name in labels[1]]
+    assert labels[0] == [f"{made}(depth=3)", f"{made}(depth=4)", f"{made}(depth=4) 2"] and of[0].endswith("(n=2)") != of[
+        1
+    ].endswith("(n=2)")
+    assert labels[2][1] == labels[2][0] + " 2" and labels[3][1] == labels[3][0] + " 2"
+    assert [value(0, 0) for value in space.parameters["model"].values.values()] == [3, 4, 4]
+    assert list(space.parameters["l"].values.values()) == long and len(space.objects()) == 9
+    assert list(Space({"model": [FACTORY, net]}).parameters["model"].values) == [made, "net"], "names of before stay"
+
+
 def test_a_space_is_recorded_and_read():
     space = Space(FULL)
     config = json.loads(json.dumps(space.config()))
@@ -112,6 +141,14 @@ def test_a_parameter_of_one_name_is_another_wherever_it_stands():
         ((0.1, "0.2"), "no end of a range"),
         ((0.1, float("nan")), "no end of a range"),
         ((True, 2), "no end of a range"),
+        ((1, 10**30, "int"), r"beyond 2\*\*53"),
+        ((-(10**400), 1, "int"), r"beyond 2\*\*53"),
+        (range(0, 10**30, 10**29), r"beyond 2\*\*53"),
+        ((1, 10**400, "log"), "too wide for a float"),
+        ((-1e308, 1e308), "too wide for a float"),
+        ([FACTORY, FACTORY], "choice 'factory.<locals>.made' twice"),
+        ([(64, 32), (64, 32)], r"choice '\(64, 32\)' twice"),
+        ([net, "net"], "choice 'net' twice"),
         ((0.1,), "What does not vary is set outside"),
         (0.1, "What does not vary is set outside"),
         ("sgd", "What does not vary is set outside"),
