@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+from labkit.data import Dataset
 from labkit.errors import LabError
 from labkit.imports import by_value, constructor_arguments, plain, short
 from labkit.partition import Partition
@@ -125,6 +126,8 @@ class _Reader:
             return read(value) if _is_own(value) else short(value)
         if isinstance(value, Problem | Update | Partition):
             return self._labelled(type(value), self._arguments(value))
+        if isinstance(value, Dataset):  # its samples are in the record of the problem; items of the user's own are code
+            return self.read(getattr(value, "_own", None))
         if hasattr(value, "named_modules"):  # of torch: what it is made of, without weights
             modules = [f"{name} {self.read(type(one))} {one.extra_repr()}" for name, one in value.named_modules()]
             return f"module({', '.join(modules)})"
@@ -144,7 +147,7 @@ class _Reader:
         except LabError:
             return {}
         for name, one in arguments.items():
-            if by_value(plain(one)) is not None and (text := self.read(one)) not in self.found:
+            if by_value(plain(one)) is not None and not isinstance(one, Dataset) and (text := self.read(one)) not in self.found:
                 self.found[name] = text
         return arguments
 
@@ -162,6 +165,10 @@ class _Reader:
         texts = [repr(_without_docstring(function)), self.read(function.__defaults__), self.read(function.__kwdefaults__)]
         for variable, value in self._named(function, codes):
             text = self.read(value)
+            if (
+                variable not in function.__code__.co_freevars and text == type(value).__qualname__
+            ):  # a lab, a run: maybe not there yet
+                continue
             if isinstance(value, SCALARS | CONTAINERS):
                 self.found[f"{name}: {variable}"] = text
             else:
@@ -181,9 +188,7 @@ class _Reader:
                 own = names if is_own(value.__name__, value) else ()
                 yield from ((f"{name}.{one}", vars(value)[one]) for one in own if one in vars(value))
             elif not (name in changed or name.startswith("__") or (stores and isinstance(value, list | dict | set))):
-                is_foreign = not isinstance(value, SCALARS | CONTAINERS) and not callable(value) and not _is_own(type(value))
-                if name in function.__code__.co_freevars or not is_foreign or isinstance(value, Problem | Update | Partition):
-                    yield name, value
+                yield name, value
 
     def _class(self, cls: type) -> str:
         name = self._name(cls)

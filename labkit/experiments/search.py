@@ -148,7 +148,9 @@ def search(
         Of the points; weights and orders of a trial derive from it and the number of the trial.
     name, runs
         All is recorded in `runs/name`. The same call goes on where an earlier one was cut off, also with more `trials`: trials that were
-        under way are trained again, none is lost or made twice. `fresh=True` begins anew; what was there is kept under `name.1`.
+        under way are trained again, none is lost or made twice. Another problem, space, objective or constraint, also where only the code of
+        a function or class of one's own is another one, is another search and refused; where it stands and its comments do not matter.
+        `fresh=True` begins anew; what was there is kept under `name.1`.
     workers
         Indices of the workers to use, by default all that are free.
     wait
@@ -386,7 +388,8 @@ class Search:
 
     def replay(self) -> Search:
         """The same search, asked and told in the order of its log, with points that the sampler makes anew: the same ones, however
-        many blocks there were. Nothing is trained."""
+        many blocks there were. Nothing is trained. On another kind of CPU the last digits of a point may be others; up to a millionth of
+        a range counts as the same, and is given as logged."""
         self._trials()
         return Search(self.path, self.config, self._study.replay(), self._make)
 

@@ -141,12 +141,16 @@ def test_a_trial_is_a_run_of_its_point_and_the_search_is_read_back(search, probl
 @pytest.mark.slow
 def test_folds_are_trained_as_train_does_and_their_scores_are_averaged(search, problem, lab, tmp_path):
     found = search(problem, {"lr": [0.1]}, method="grid", folds=2, passes=1, workers_per_trial=1)
-    made, seed = found.run(0, 1), found.run(0, 1).config["seed"]
-    settings = found.training() | {"seed": seed, "workers": made.config.indices, "runs": tmp_path / "again"}
-    again = labkit.train(found.problem().fold(1, 2), lab, **settings).wait()
-    np.testing.assert_array_equal(again.flat(), made.flat())
-    measured = again.problem().measure(again.model().network, again.problem().score_indices())["score"]
-    assert found.timeline().score[found.timeline().fold == 1].item() == pytest.approx(measured, abs=1e-6)
+    for fold in range(2):
+        made = found.run(0, fold)
+        settings = found.training() | {"seed": made.config["seed"], "workers": made.config.indices, "runs": tmp_path / "again"}
+        its = found.problem().fold(fold, 2)
+        again = labkit.train(its, lab, **settings).wait()
+        np.testing.assert_array_equal(again.flat(), made.flat())
+        measured = its.measure(again.model().network, its.score_indices())["score"]
+        assert found.timeline().score[found.timeline().fold == fold].item() == measured
+        indices = [set(of.train_indices()) for of in (its, made.problem())]
+        assert indices[0] == indices[1] and indices[0] == set(range(problem.dataset.n_train)) - set(its.score_indices())
     held = [set(found.run(0, fold).problem().score_indices()) for fold in range(2)]
     assert not held[0] & held[1] and len(held[0] | held[1]) == problem.dataset.n_train
     assert all(set(problem.labels(np.array(sorted(fold))).tolist()) == {0, 1, 2} for fold in held)
@@ -555,6 +559,38 @@ def test_wherever_the_kernel_ends_no_trial_is_lost_or_doubled(search, problem, s
         assert again.points == whole.points == again.replay().points and again.state == "done"
         assert again.table()[["score", "state", "error"]].equals(whole.table()[["score", "state", "error"]])
         assert not {(line["end"], line["fold"]) for line in after[:n] if "end" in line} & {job[:2] for job in launched}
+
+
+@pytest.mark.parametrize("method", ["tpe", "evolution"])
+def test_wherever_the_kernel_of_several_blocks_ends_the_log_goes_on_and_is_replayed(search, problem, stand_ins, tmp_path, method):
+    """Trials are under way on two blocks when the log is cut; which of them ends first is not the same again."""
+    launched, space = stand_ins(), {"lr": (0.1, 0.9), "momentum": (0.0, 0.9)}
+    about = {"method": method, "trials": 9, "workers_per_trial": 1}
+    whole = search(problem, space, name="whole", **about)
+    lines = (whole.path / "log.jsonl").read_text().splitlines(keepends=True)
+    n_under_way = []
+    for n in range(0, len(lines), 5):
+        cut = tmp_path / f"cut-{n}"
+        cut.mkdir()
+        for file in ("search.json", "environment.json"):
+            (cut / file).write_bytes((whole.path / file).read_bytes())
+        (cut / "log.jsonl").write_text("".join(lines[:n]))
+        before = [json.loads(line) for line in lines[:n]]
+        begun, told = ([line[kind] for line in before if kind in line] for kind in ("begin", "tell"))
+        n_under_way.append(len(begun) - len(told))
+        launched.clear()
+        again = search(problem, space, name=cut.name, **about)
+        after = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
+        assert after[:n] == before and again.state == "done"
+        assert (
+            [line["ask"] for line in after if "ask" in line]
+            == sorted(line["tell"] for line in after if "tell" in line)
+            == list(range(9))
+        )
+        ended = [line["end"] for line in before if "end" in line]
+        assert sorted(number for number, *_ in launched) == [number for number in range(9) if number not in ended]
+        assert again.replay().points == again.points == labkit.load_search(cut).points
+    assert max(n_under_way) == 2
 
 
 def test_the_clock_goes_on_from_what_was_trained_when_the_kernel_ended(search, problem, stand_ins, tmp_path):
