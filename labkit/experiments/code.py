@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+from torch import nn
+
 from labkit.data import Dataset
 from labkit.errors import LabError
 from labkit.imports import by_value, constructor_arguments, plain, short
@@ -108,7 +111,7 @@ class _Reader:
         return repr(value)
 
     def _read(self, value: Any) -> str:
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             return f"{{{', '.join(f'{self.read(key)}: {self.read(one)}' for key, one in value.items())}}}"
         if isinstance(value, CONTAINERS):
             texts = [self.read(one) for one in value]
@@ -128,14 +131,20 @@ class _Reader:
             return self._labelled(type(value), self._arguments(value))
         if isinstance(value, Dataset):  # its samples are in the record of the problem; items of the user's own are code
             return self.read(getattr(value, "_own", None))
-        if hasattr(value, "named_modules"):  # of torch: what it is made of, without weights
-            modules = [f"{name} {self.read(type(one))} {one.extra_repr()}" for name, one in value.named_modules()]
-            return f"module({', '.join(modules)})"
-        if all(hasattr(value, name) for name in ("shape", "dtype", "tobytes")):  # of numpy
-            return f"array{value.shape}, {value.dtype}, {hashlib.sha256(value.tobytes()).hexdigest()}"
+        if isinstance(value, nn.Module):  # what it is made of, without weights
+            parts = [
+                (name, type(one), one.extra_repr(), _settings(one) if _is_own(type(one)) else {})
+                for name, one in value.named_modules()
+            ]
+            return f"module{self.read(parts)}"
+        if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+            content = np.ascontiguousarray(value).view(np.uint8)
+            return f"array{value.shape}, {value.dtype}, {hashlib.sha256(content).hexdigest()}"
         if isinstance(value, os.PathLike):
-            return os.fspath(value).__repr__()
-        return self._labelled(type(value), _settings(value)) if _is_own(type(value)) else type(value).__qualname__
+            return repr(os.fspath(value))
+        if _is_own(type(value)):
+            return self._labelled(type(value), _settings(value))
+        return _title(value)
 
     def _labelled(self, cls: type, settings: Mapping[str, Any]) -> str:
         return f"{self.read(cls)}({self.read(settings)})"
@@ -148,7 +157,7 @@ class _Reader:
             return {}
         for name, one in arguments.items():
             if by_value(plain(one)) is not None and not isinstance(one, Dataset) and (text := self.read(one)) not in self.found:
-                self.found[name] = text
+                self.found[name] = self.found.get(name, "") + text
         return arguments
 
     def _name(self, value: Any) -> str:
@@ -165,10 +174,8 @@ class _Reader:
         texts = [repr(_without_docstring(function)), self.read(function.__defaults__), self.read(function.__kwdefaults__)]
         for variable, value in self._named(function, codes):
             text = self.read(value)
-            if (
-                variable not in function.__code__.co_freevars and text == type(value).__qualname__
-            ):  # a lab, a run: maybe not there yet
-                continue
+            if variable in function.__globals__ and text == type(value).__qualname__:
+                continue  # a lab or a run, say: another time it may not be there yet
             if isinstance(value, SCALARS | CONTAINERS):
                 self.found[f"{name}: {variable}"] = text
             else:
@@ -202,6 +209,12 @@ def _is_own(value: Any) -> bool:
     """Is a function or a class the user's own: of a cell, of a module of theirs, or made by a script that is no module?"""
     name = value.__module__ or ""
     return name in ("__main__", "__mp_main__") or name not in sys.modules or is_own(name, sys.modules[name])
+
+
+def _title(value: Any) -> str:
+    """What goes by its name: a function in C, or an object of a library by its class."""
+    name = getattr(value, "__name__", None)
+    return type(value).__qualname__ + f" {name}" * isinstance(name, str)
 
 
 def _unwrapped(value: Any) -> Any:

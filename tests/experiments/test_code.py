@@ -12,6 +12,7 @@ from labkit.experiments.code import VERSION, differing, digests, parts
 
 CELL = '''
 import functools
+import os
 import torch
 import numpy as np
 import labkit
@@ -50,7 +51,7 @@ class Mine(Base):
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = torch.nn.Linear(3, 4)
+        self.layer, self.rate = torch.nn.Linear(3, 4), 0.25
 
     def forward(self, x):
         return self.layer(x)
@@ -84,7 +85,8 @@ def stores(run):
 
 thing = {"make": make, "mine": Mine(3), "made": factory(2), "stores": stores, "part": functools.partial(helper, 3), "net": Net(),
          "stack": torch.nn.Sequential(torch.nn.Linear(2, 3)), "array": np.arange(4), "rule": labkit.AGWU(), "mean": np.mean,
-         "method": Mine(4).times, "problem": labkit.Classifier(torch.nn.Linear, Items(), augment=flip, metrics={"one": lambda x, y: 1.0})}
+         "method": Mine(4).times, "builtin": len, "environ": os.environ,
+         "objects": np.array([None, "a"]), "empty": np.zeros((0, 3)), "problem": labkit.Classifier(torch.nn.Linear, Items(), augment=flip, metrics={"one": lambda x, y: 1.0})}
 '''
 
 
@@ -94,7 +96,7 @@ def read(text, before=""):
     return cell["thing"], cell
 
 
-def test_the_same_cell_is_the_same_further_down_with_other_comments_and_after_it_was_used():
+def test_the_same_cell_is_the_same_further_down_with_other_comments_and_after_it_was_used(monkeypatch):
     thing, cell = read(CELL)
     first = parts(thing)
     assert {"make", "helper", "Mine", "Base", "Net", "<lambda>", "make: SIZES", "<lambda>: depth"} <= set(first)
@@ -103,6 +105,7 @@ def test_the_same_cell_is_the_same_further_down_with_other_comments_and_after_it
     )
     assert parts(again) == first
     cell["make"](1.0), thing["mine"](5), thing["net"].eval()
+    monkeypatch.setenv("LABKIT_OF_A_TEST", "1")
     cell["missing_yet"] = SimpleNamespace(a=1)  # what is of a library and comes later
     assert parts(thing) == first and cell["n"] == 1 and cell["seen"] == [1.0], "what the functions change themselves"
     code = f"import tests.experiments.test_code as it; print(it.parts(it.read(it.CELL)[0]) == {first})"
@@ -121,11 +124,14 @@ def test_the_same_cell_is_the_same_further_down_with_other_comments_and_after_it
         ("weight / 2", "weight / 3", "Mine.half"),
         ("helper(3)\n", "helper(4)\n", "Mine.slow"),
         ("Mine(3)", "Mine(4)", "mine"),
+        ("0.25", "0.5", "net"),
         ("torch.nn.Linear(3, 4)", "torch.nn.Linear(3, 5)", "net"),
         ("Linear(2, 3)", "Linear(2, 4)", "stack"),
         ("factory(2)", "factory(3)", "<lambda>: depth"),
         ("partial(helper, 3)", "partial(helper, 4)", "part"),
         ("np.arange(4)", "np.arange(5)", "array"),
+        ('"builtin": len', '"builtin": max', "builtin"),
+        ("np.zeros((0, 3))", "np.zeros((0, 4))", "empty"),
         ("np.arange(8)", "np.arange(9)", "stores"),
         ("at / 10", "at / 20", "Items.__getitem__"),
         ("x.flip(-1)", "x.flip(-2)", "flip"),
