@@ -4,10 +4,13 @@
 
 A Gaussian process needs up to seconds for a point. So with several blocks it is asked ahead, in a thread of its own, while all blocks
 train: a free block begins at once with the point that is there. What ends meanwhile is logged when the point is there, so that a point
-depends on the lines before it and on nothing else.
+depends on the lines before it and on nothing else. Each run is started in a thread of its own: its server takes a part of a second to
+come, for which no other block waits.
 
 What has happened is in the log before anything follows from it, so that whatever ends the kernel, and wherever, the next
-coordinator goes on from there (`_left`): runs that had begun are made again, runs that had ended are not.
+coordinator goes on from there (`_left`): runs that had begun are made again, runs that had ended are not. A kernel may be killed as often as
+anybody likes; but a run that ends it itself (a crash in a lab of threads) would do so for ever. So a run that was cut off twice is
+made again with no other one beside it, and one that was cut off like this SAME_END times in a row after about the same time has failed.
 
 Used by `labkit.experiments.search`.
 """
@@ -32,6 +35,7 @@ from labkit.experiments.trials import Notebook, NotebookRun
 from labkit.partition import make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints
+from labkit.runs.files import find_json, write_json
 from labkit.training.blocks import run_on_blocks
 from labkit.training.run import Run
 from labkit.training.train import (
@@ -46,7 +50,11 @@ from labkit.training.train import (
 )
 from labkit.updates import make_update
 
-ATTEMPTS = 2  # of a run that the end of the kernel has cut off, or whose block was lost
+ATTEMPTS = 2  # of a run whose block was lost
+SAME_END = 3  # so often the kernel ends after about the same time of a run that is alone, before that run is taken to have ended it
+MOST_ENDS = 10  # or so often after any time
+ALIVE = "alive.json"  # how long each run has been under way: what a kernel that was killed leaves of it
+ALIVE_S = 1.0  # between two of these
 LOST_S = 5.0  # so long the workers of a block that are all lost may take to come back, before its run goes to another one
 
 Job = tuple[int, int | None]  # trial and fold, None without folds
@@ -60,8 +68,9 @@ class Coordinator:
         self.lock, self.progress = lock, progress
         self.study, self.config, self.make = found._study, found.config, found._make
         self.state, self.error = "running", None
+        self.alone: set[Job] = set()  # jobs whose runs may have ended a kernel: no other one is under way beside them
         self.pending = deque(self._left())
-        self.current: dict[Job, Run | NotebookRun] = {}  # the run of a job that is under way
+        self.current: dict[Job, _Launch] = {}  # the run of a job that is under way
         self.measured: dict[Job, dict[int, tuple[int, dict]]] = {}  # by version: the step, what it gave on the score set
         self.attempts: Counter[Job] = Counter()  # of runs whose block was lost
         self.lost_at: dict[Job, float] = {}  # since when all workers of a job are lost
@@ -69,8 +78,11 @@ class Coordinator:
         # A target ends the search with the first trial that reaches it: then none may be asked for before it can begin.
         self.asks_ahead = self.study.method == "gp" and len(workers) >= 2 * size and self.config["target"] is None
         self.asked: Future[int] | None = None  # the next trial, which is being asked for
-        self.late: deque[tuple[Job, Run | NotebookRun]] = deque()  # runs that have ended meanwhile
+        self.late: deque[tuple[Job, _Launch]] = deque()  # runs that have ended meanwhile
         self._asker = ThreadPoolExecutor(1, f"labkit-ask-{found.name}")
+        self._launcher = ThreadPoolExecutor(len(workers) // size, f"labkit-launch-{found.name}")
+        self._making = threading.Lock()  # a function of the point is called by one thread at a time
+        self._said_at = 0.0  # when it was last written what is under way
         self._stop, self._over = threading.Event(), threading.Event()
         found._coordinator = self
 
@@ -101,16 +113,21 @@ class Coordinator:
         return self
 
     def __next__(self) -> Job:
-        """The next run: of a trial that was cut off, of a fold that is left, or of a new trial; StopIteration while there is none."""
+        """The next run: of a trial that was cut off, of a fold that is left, or of a new trial; StopIteration while none may begin."""
         if self._stop.is_set():
             raise _Stopped
         if not self.pending and self._asks_more() and self.asked is None:
             self._ask()
         if not self.pending:
             self._collect(wait=len(self.current) == len(self.late))
-        if not self.pending:
+        together = (job for job in self.pending if job not in self.alone)
+        job = None if self.alone.intersection(self.current) else next(together, None)
+        if job is None and self.pending and not self.current:
+            job = self.pending[0]
+        if job is None:
             raise StopIteration
-        return self.pending.popleft()
+        self.pending.remove(job)
+        return job
 
     def _asks_more(self) -> bool:
         return len(self.study.trials) < self.config["trials"] and not self.found._has_reached()
@@ -133,42 +150,51 @@ class Coordinator:
 
     def _left(self) -> list[Job]:
         """The runs that are left of trials that were under way when the search was cut off. Of one that needs none more it is told; so
-        it is of one that was cut off too often, which has failed."""
+        it is of one that ends the kernel itself, which has failed."""
         left: list[Job] = []
+        self._log_cuts()
         for number, trial in enumerate(self.study.trials):
             if trial["told"] is not None:
                 continue
-            units = trial["units"]
-            runs = [(number, fold) for fold in self._folds() if fold not in units or units[fold]["ended"] is None]
+            units, cuts = trial["units"], trial["cuts"]
+            runs = [(number, fold) for fold in self._folds() if fold not in units]
             if not runs or trial["worse"] or any(unit["error"] for unit in units.values()):
                 self._tell(number)
-            elif any(unit["ended"] is None and unit["times"] >= ATTEMPTS for unit in units.values()):
-                self.study.tell(number, "failed", error=f"it was cut off {ATTEMPTS} times, with the kernel")
+            elif reason := next(filter(None, (_crashes(cuts.get(fold, ())) for _, fold in runs)), ""):
+                self.study.tell(number, "failed", error=reason)
             else:
                 left += runs
+                self.alone.update((number, fold) for _, fold in runs if len(cuts.get(fold, ())) > 1)
         return left
 
-    def _begin(self, job: Job, workers: list[int]) -> Run | NotebookRun | None:
-        number, fold = job
-        is_notebook = isinstance(self.make, Notebook)
-        workers = workers[:1] if is_notebook else workers
-        self.study.begin(number, fold, workers)
+    def _log_cuts(self) -> None:
+        """Log of the runs that were under way when the kernel ended how long they were, and how many there were beside them."""
+        file = self.found.path / ALIVE
+        seconds = find_json(file) or {}
+        cut = [(n, fold) for n, it in enumerate(self.study.trials) for fold, unit in it["units"].items() if unit["ended"] is None]
+        for job in cut:
+            self.study.leave(*job, cut=(seconds.get(called(*job), 0.0), len(cut) - 1))
+        file.unlink(missing_ok=True)
+
+    def _say_alive(self) -> None:
+        if (now := time.monotonic()) - self._said_at >= ALIVE_S:
+            self._said_at = now
+            write_json(self.found.path / ALIVE, {called(*job): round(now - it.begun, 1) for job, it in self.current.items()})
+
+    def _begin(self, job: Job, workers: list[int]) -> _Launch:
+        workers = workers[:1] if isinstance(self.make, Notebook) else workers
+        self.study.begin(*job, workers)
+        launch = self.current[job] = _Launch(self._launcher.submit(self._start, *job, workers))
+        return launch
+
+    def _start(self, number: int, fold: int | None, workers: list[int]) -> Run | NotebookRun:
         point = self.study.trials[number]["point"]
-        try:
-            if is_notebook:
-                run = self.make.start(self.lab, point, self.found.path / "trials" / called(number, fold), workers)
-            else:
-                problem, settings = self.make(point)
-                problem = problem if fold is None else problem.fold(fold, self.config["folds"], self.config["seed"])
-                run = self._launch(problem, settings, number, fold, workers)
-        except ClusterError as error:
-            if self.lab.closed:
-                raise
-            return self._again(job, error)
-        except Exception as error:
-            return self._end(job, None, None, error)
-        self.current[job] = run
-        return run
+        if isinstance(self.make, Notebook):
+            return self.make.start(self.lab, point, self.found.path / "trials" / called(number, fold), workers)
+        with self._making:
+            problem, settings = self.make(point)
+            problem = problem if fold is None else problem.fold(fold, self.config["folds"], self.config["seed"])
+        return self._launch(problem, settings, number, fold, workers)
 
     def _launch(self, problem: Problem, settings: dict[str, Any], number: int, fold: int | None, workers: list[int]) -> Run:
         seed, update, partition = self.study.seed_of(number), make_update(settings["update"]), make_partition(settings["partition"])
@@ -192,40 +218,47 @@ class Coordinator:
             problem, self.lab, config, update, partition, folder, on_version=note, curve=False
         )  # no trial sees the test set
 
-    def _each(self, job: Job, run: Run | NotebookRun) -> None:
+    def _each(self, job: Job, launch: _Launch) -> None:
         if self._stop.is_set():
             raise _Stopped
         if self.lab.closed:
             raise ClusterError("the lab was closed. The same call on another lab goes on from here.")
+        self._say_alive()
         self._collect()
-        if self.current.get(job) is not run:  # seen at the last look, when it had ended just then
+        if self.current.get(job) is not launch:  # seen at the last look, when it had ended just then
             return
-        trial = self.study.trials[job[0]]
-        if run.state == "running":
+        if launch.state == "running":
             if self.asks_ahead and self.asked is None and not self.pending and self._asks_more():
                 self._ask()
-            elif self.asked is None:
-                self._report(job, run)
-            if trial["worse"] or self._is_lost(job):
-                self._end_early(job, run)
+            elif self.asked is None and launch.run:
+                self._report(job, launch.run)
+            if self.study.trials[job[0]]["worse"] or self._is_lost(job):
+                self._end_early(job, launch)
         elif self.asked is not None:
-            if (job, run) not in self.late:
-                self.late.append((job, run))
+            if (job, launch) not in self.late:
+                self.late.append((job, launch))
         else:
-            self._ended(job, run)
+            self._ended(job, launch)
 
-    def _ended(self, job: Job, run: Run | NotebookRun) -> None:
-        trial, state = self.study.trials[job[0]], run.state
+    def _ended(self, job: Job, launch: _Launch) -> None:
+        trial, state, run = self.study.trials[job[0]], launch.state, launch.run
         try:
-            if state != "done" and not trial["worse"] and job in self.lost_at:
-                return self._again(job, ClusterError("the workers of its block were lost"))
+            if run is None:
+                raise launch.error
             if state != "done" and trial["worse"]:
                 return self._end(job, run, None, None)
+            if state != "done" and (job in self.lost_at or job in self.ending or run.status().get("lost")):
+                raise ClusterError("the workers of its block were lost")
             if (state := run.wait(10).state) != "done":
-                raise RunError(f"run {run.name} was {state}: {run.status().get('reason', '')}")
+                reason = run.status().get("reason")
+                raise RunError(f"run {run.name} was {state}" + (f": {reason}" if reason else ", and not by this search"))
             self._report(job, run)
             self._end(job, run, self.goals.measure(run, self._results(job, run)), None)
-        except Exception as error:
+        except ClusterError as error:
+            if self.lab.closed:
+                raise
+            self._again(job, error)
+        except (Exception, SystemExit) as error:  # also a user's exit() is the end of the trial alone
             self._end(job, run, None, error)
 
     def _is_lost(self, job: Job) -> bool:
@@ -240,7 +273,7 @@ class Coordinator:
         """A run whose block was lost is made again on another one, once."""
         self.attempts[job] += 1
         if self.attempts[job] >= ATTEMPTS:
-            self._end(job, None, None, error)
+            self._end(job, None, None, ClusterError(f"{_line(error)}, {ATTEMPTS} times"))
         else:
             self.study.leave(*job)
             self._forget(job)
@@ -261,11 +294,11 @@ class Coordinator:
                 if step > max(trial["reports"], default=0) and math.isfinite(value) and not trial["worse"]:
                     self.study.report(number, step, value)
 
-    def _end_early(self, job: Job, run: Run | NotebookRun) -> None:
+    def _end_early(self, job: Job, launch: _Launch) -> None:
         """Stop a run, without waiting for it here."""
         if job not in self.ending:
             self.ending.add(job)
-            threading.Thread(target=run.stop, name=f"labkit-stop-{run.name}", daemon=True).start()
+            threading.Thread(target=launch.stop, name=f"labkit-stop-{called(*job)}", daemon=True).start()
 
     def _results(self, job: Job, run: Run | NotebookRun) -> Mapping[str, float]:
         """What the end of a run gave on the score set, or what a notebook has reported."""
@@ -344,13 +377,54 @@ class Coordinator:
                 last.callback(self.lock.release)
                 last.callback(self.found._copy)
                 self._asker.shutdown()  # a point that is being made is logged before what is left
+                self._launcher.shutdown()
                 for number, trial in enumerate(self.study.trials):
                     for fold in [fold for fold, unit in trial["units"].items() if unit["ended"] is None]:
                         self.study.leave(number, fold)
+                (self.found.path / ALIVE).unlink(missing_ok=True)
+
+
+class _Launch:
+    """A run that is being started in another thread, and from then on that run, with what blocks ask of one."""
+
+    def __init__(self, made: Future[Run | NotebookRun]) -> None:
+        self._made, self.begun = made, time.monotonic()
+
+    @property
+    def state(self) -> str:
+        if not self._made.done():
+            return "running"
+        return self.run.state if self.run else "failed"
+
+    @property
+    def run(self) -> Run | NotebookRun | None:
+        """None while it is being started, or where that failed."""
+        return self._made.result() if self._made.done() and self.error is None else None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it could not be started; waits until that is known."""
+        return self._made.exception()
+
+    def stop(self) -> None:
+        if self.error is None:
+            self._made.result().stop()
 
 
 class _Stopped(Exception):
     """The search was stopped."""
+
+
+def _crashes(cuts: Sequence[tuple[float, int]]) -> str:
+    """Does a run end the kernel itself, which was cut off so many times, each after some seconds and with so many others beside it? Then
+    why that is thought. Whoever kills a kernel does so at another time each time."""
+    alone = [seconds for seconds, others in cuts if not others]
+    last = alone[-SAME_END:]
+    if len(last) == SAME_END and max(last) <= 1.1 * min(last) + 2 * ALIVE_S:
+        return f"it was cut off with the kernel {SAME_END} times in a row, each time after {min(last):.0f} to {max(last):.0f} s and alone"
+    if len(alone) >= MOST_ENDS:
+        return f"it was cut off with the kernel {len(alone)} times, while nothing else was trained"
+    return ""
 
 
 def called(number: int, fold: int | None) -> str:

@@ -67,7 +67,7 @@ class Study:
         A dict a trial, in the order of their numbers: point, state, value (of the first objective, the more the better) and values (of
         all), violations (by constraint, at most 0 where it holds), error, asked and told (seconds), reports (value by step),
         `worse` (it is to end early), and its `units`: a dict by fold (None without folds) with workers, begun, ended, score, measured
-        (by name), whole (it was not stopped on its way) and error.
+        (by name), whole (it was not stopped on its way) and error. `cuts` are by fold the ends of the kernel that cut it off, as of `leave`.
     """
 
     def __init__(
@@ -226,9 +226,10 @@ class Study:
         more |= {"signs": signs} if len(signs) > 1 else {}
         self._write(end=number, fold=fold, score=score, sign=signs[0], error=error, passes=passes, **more)
 
-    def leave(self, number: int, fold: int | None) -> None:
-        """A run was stopped with the search, or its block was lost: it is to be made again."""
-        self._write(leave=number, fold=fold)
+    def leave(self, number: int, fold: int | None, cut: tuple[float, int] | None = None) -> None:
+        """A run was stopped with the search, or its block was lost, or the kernel's end has `cut` it off, after so many seconds and with so
+        many others beside it: it is to be made again."""
+        self._write(leave=number, fold=fold, **({} if cut is None else {"cut": list(cut)}))
 
     def tell(
         self,
@@ -281,13 +282,12 @@ class Study:
         self.lines.append(line)
         if "ask" in line:
             trial = {"point": line["point"], "state": "running", "value": None, "values": None, "violations": {}, "error": ""}
-            trial |= {"asked": line["seconds"], "told": None, "reports": {}, "worse": False, "units": {}}
+            trial |= {"asked": line["seconds"], "told": None, "reports": {}, "worse": False, "units": {}, "cuts": {}}
             self.trials.append(trial)
             if not sampled:
                 self._study.add_trial(self._frozen(self.trials[-1]))
         elif "begin" in line:
-            begun = self.trials[line["begin"]]["units"].get(line["fold"], {"times": 0})["times"] + 1
-            unit = {"workers": line["workers"], "begun": line["seconds"], "times": begun}
+            unit = {"workers": line["workers"], "begun": line["seconds"]}
             unit |= {"ended": None, "score": None, "sign": 1, "error": "", "passes": None}
             unit |= {"measured": {}, "whole": True, "signs": [1]}
             self.trials[line["begin"]]["units"][line["fold"]] = unit
@@ -301,7 +301,10 @@ class Study:
             more = {"measured": {}, "whole": True, "signs": [line["sign"]]}
             unit |= {name: line.get(name, default) for name, default in more.items()}
         elif "leave" in line:
-            del self.trials[line["leave"]]["units"][line["fold"]]
+            trial = self.trials[line["leave"]]
+            del trial["units"][line["fold"]]
+            if "cut" in line:
+                trial["cuts"].setdefault(line["fold"], []).append(line["cut"])
         elif "tell" in line:
             number, has_failed = line["tell"], line["state"] == "failed"
             values, violations = None if has_failed else line.get("values", [line["value"]]), line.get("violations", {})

@@ -182,6 +182,7 @@ class NotebookRun:
         self.name = self.path.name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.flag.touch()
+        self._reason, self._lost = "", False
         self._task = lab.start(worker, execute, job)
 
     @property
@@ -193,6 +194,8 @@ class NotebookRun:
         found = state(self.path)
         if found["state"] == "running":  # another process is at it still
             return "running"
+        # One that was not stopped from here says by itself how it ended, unless its process was gone before.
+        self._lost = self._lost or (found["state"] == "interrupted" and self.flag.exists())
         ended = {"done": "done", "interrupted": "stopped"}.get(found["state"], "failed")
         return self._ended(ended, found.get("error", ""))
 
@@ -202,7 +205,8 @@ class NotebookRun:
         return state
 
     def status(self) -> dict[str, Any]:
-        return {"state": self.state, "reason": getattr(self, "_reason", "")}
+        """Its state, the reason of that, and whether the worker was `lost` that executed it."""
+        return {"state": self.state, "reason": self._reason, "lost": self._lost}
 
     def wait(self, timeout: float) -> NotebookRun:
         return self

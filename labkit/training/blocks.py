@@ -26,11 +26,11 @@ def run_on_blocks(
     workers: Sequence[int],
     size: int,
     jobs: Iterable[Any],
-    start: Callable[[Any, list[int]], Run | None],
+    start: Callable[[Any, list[int]], Run],
     each: Callable[[Any, Run], None],
     *,
     timeout: float,
-) -> list[Run | None]:
+) -> list[Run]:
     """A run for each job, in the order of the jobs; returns when all have ended.
 
     Parameters
@@ -40,8 +40,7 @@ def run_on_blocks(
     jobs
         Drawn one by one, each when a block is free for it; an iterator may make them of what has ended before.
     start
-        `start(job, workers)` begins the run of a job on the live workers of a block (`labkit.training.train.launch`); None where there
-        is none to be, and the block is free.
+        `start(job, workers)` begins the run of a job on the live workers of a block (`labkit.training.train.launch`); all others wait for it.
     each
         `each(job, run)` is called again and again while a run lasts, and at least once when it has ended, done or not. It decides
         whether a run that failed or was stopped matters: whatever it raises stops all others.
@@ -64,15 +63,11 @@ def run_on_blocks(
                 lab.refresh()
             lost = lab.lost()
             alive = {at: left for at, block in enumerate(blocks) if (left := [worker for worker in block if worker not in lost])}
-            n_drawn = len(ended)
             for at in [at for at in alive if at not in busy]:
                 job, drawn = (next(jobs, END), END) if drawn is END else (drawn, END)
                 if job is not END:
                     ended.append(None)
-                    if run := start(job, alive[at]):
-                        busy[at] = len(ended) - 1, job, run
-            if not busy and len(ended) > n_drawn:
-                continue
+                    busy[at] = len(ended) - 1, job, start(job, alive[at])
             if not busy and not alive and (drawn := next(jobs, END) if drawn is END else drawn) is not END:
                 all_lost_at = all_lost_at or time.monotonic()
                 if time.monotonic() - all_lost_at >= RETURN_S:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 import threading
@@ -109,7 +110,8 @@ def stand_ins(monkeypatch):
             before(number)
             launched.append((number, fold, tuple(workers), settings, self.study.seed_of(number)))
             self.measured[number, fold] = {0: (0, {"score": 9.0, "loss": 1}), 5: (1, {"score": of(problem), "loss": 1})}
-            run = SimpleNamespace(state=state, config=config_of(problem), name=str(number), status=dict, stop=lambda: None)
+            run = SimpleNamespace(config=config_of(problem), name=str(number), status=dict, stop=lambda: None)
+            run.state = state(number) if callable(state) else state
             run.wait = lambda timeout: run
             return run
 
@@ -242,15 +244,14 @@ def test_blocks_are_as_many_as_there_are_workers_for_and_seeds_come_from_the_num
 
 @pytest.mark.parametrize("method", ["tpe", pytest.param("evolution", marks=pytest.mark.slow)])
 def test_a_search_that_was_stopped_goes_on_and_nothing_is_lost_or_doubled(search, problem, stand_ins, tmp_path, method):
-    space, reached = {"lr": (0.1, 0.9), "momentum": (0.0, 0.9)}, threading.Event()
+    space = {"lr": (0.1, 0.9), "momentum": (0.0, 0.9)}
     stand_ins()
     whole = search(problem, space, method=method, trials=14, name="whole")
-    launched = stand_ins(before=lambda number: number == 8 and (reached.set(), stopped.wait(10)))
-    stopped = threading.Event()
+    launched = stand_ins(state=lambda number: "running" if number == 8 else "done")
+    launched.clear()
     found = search(problem, space, method=method, trials=14, name="cut", wait=False)
-    assert reached.wait(20) and found.state == "running" and len(found.table()) == 9
-    found._coordinator._stop.set()
-    stopped.set()
+    until(lambda: len(launched) == 9)
+    assert found.state == "running" and len(found.table()) == 9
     assert found.stop().state == "stopped" and found.wait() is found and found.points == whole.points[:9]
     launched.clear()
     cut = labkit.load_search(tmp_path / "cut")
@@ -347,15 +348,66 @@ def test_a_record_that_knows_no_code_goes_on_and_has_it_from_then_on(search, pro
         search(problem, {"lr": [0.1, 0.2]}, method="grid", objective=lambda run: 3.0)
 
 
-def test_a_trial_that_ended_the_kernel_twice_has_failed(search, problem, stand_ins, monkeypatch):
-    stand_ins(before=lambda number: exec("raise SystemExit"))
-    monkeypatch.setattr("labkit.experiments.study.Study.leave", lambda *which: None)  # as where the process is gone at once
-    for _ in range(2):
-        with pytest.raises(RunError, match="SystemExit"):
-            search(problem, {"lr": (0.1, 0.2)}, method="random", trials=2)
+@pytest.fixture
+def killed(search, problem, stand_ins, monkeypatch):
+    """A search whose kernel is killed when so many of its trials are under way, after some seconds of each."""
+    leave = Study.leave
+    monkeypatch.setattr(Study, "leave", lambda self, *run, cut=None: cut and leave(self, *run, cut=cut))  # nothing more is logged
+
+    def kill(space, seconds, n=1, **more):
+        launched = stand_ins(state="running")
+        launched.clear()
+        found = search(problem, space, **more, wait=False)
+        until(lambda: len(launched) == n)
+        found.stop()
+        write_json(found.path / coordinator.ALIVE, dict.fromkeys(map(str, range(n)), seconds))
+
+    return kill
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        ((5, 90, 30, 31, 300), ""),
+        ((400, 31, 30.5, 32), r"3 times in a row, each time after 30 to 32 s and alone"),
+        ((1, 10, 100) * 3 + (1,), "10 times, while nothing else was trained"),
+    ],
+)
+def test_kills_of_the_kernel_cost_no_trial_and_one_that_ends_it_each_time_has_failed(
+    search, problem, stand_ins, killed, seconds, said
+):
+    space, about = {"lr": (0.1, 0.2)}, {"method": "random", "trials": 2}
+    for after in seconds:
+        killed(space, after, **about)
     stand_ins()
-    table = search(problem, {"lr": (0.1, 0.2)}, method="random", trials=2).table()
-    assert list(table.state) == ["failed", "done"] and "cut off 2 times" in table.error[0]
+    found = search(problem, space, **about)
+    assert list(found.table().state) == ["failed" if said else "done", "done"] and found.table().error.str.contains(said)[0]
+    assert found.replay().points == found.points and labkit.load_search(found.path).table().equals(found.table())
+
+
+def test_runs_that_two_ends_of_the_kernel_have_met_are_made_again_one_at_a_time(search, problem, stand_ins, killed):
+    space, about = {"lr": (0.1, 0.2)}, {"method": "random", "trials": 6, "workers_per_trial": 1}
+    for _ in range(2):
+        killed(space, 7, n=2, **about)
+    beside, searches = {}, []
+
+    def look(number):
+        until(lambda: searches)
+        beside[number] = [job for job in searches[0].current if job[0] != number]
+
+    launched = stand_ins(before=look)
+    launched.clear()
+    begin = Coordinator.start
+
+    def start(self):
+        searches.append(self)
+        begin(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coordinator, "start", start)
+        found = search(problem, space, **about)
+    assert beside[0] == beside[1] == [] and sorted(number for number, *_ in launched) == list(range(6))
+    assert found._study.trials[0]["cuts"] == {None: [[7, 1], [7, 1]]} and set(found.table().state) == {"done"}
 
 
 @pytest.mark.parametrize(("prune", "steps"), [("asha", 9), pytest.param("extrapolate", 12, marks=pytest.mark.slow)])
@@ -415,11 +467,63 @@ def test_a_run_whose_block_is_lost_is_made_again_on_another_once(search, problem
     monkeypatch.setattr(Coordinator, "_launch", launch)
     monkeypatch.setattr(lab, "lost", lambda: lost)
     found = search(problem, {"lr": [0.1, 0.2, 0.3, 0.4]}, method="grid", workers_per_trial=1)
-    assert list(found.table().state) == ["done", "done", "failed", "done"] and found.table().error[2] == "a worker is gone"
+    assert list(found.table().state) == ["done", "done", "failed", "done"] and found.table().error[2] == "a worker is gone, 2 times"
     assert [workers for number, _, workers, *_ in launched if number == 0] == [(0,), (1,)] and found.replay().points == found.points
     lost.append(1)
     with pytest.raises(ClusterError, match="lost"):
         search(problem, {"lr": [0.1, 0.2, 0.3, 0.4, 0.5]}, method="grid", name="other", workers=[0, 1])
+
+
+def test_a_run_that_is_stopped_as_its_block_is_lost_is_made_again_also_where_that_is_back_by_then(
+    search, problem, lab, stand_ins, monkeypatch
+):
+    lost, launched = [], stand_ins()
+    plain = Coordinator._launch
+
+    def launch(self, *what):
+        run = plain(self, *what)
+        if len(launched) == 1:
+            lost.append(0)
+            run.state = "running"
+
+            def stop():
+                lost.clear()
+                run.state = "stopped"
+
+            run.stop = stop
+        elif what[2] == 1:
+            run.state = "stopped"  # by somebody else
+        return run
+
+    monkeypatch.setattr(Coordinator, "_launch", launch)
+    monkeypatch.setattr(lab, "lost", lambda: list(lost))
+    table = search(problem, {"lr": [0.1, 0.2]}, method="grid", workers_per_trial=1, workers=[0]).table()
+    assert [number for number, *_ in launched] == [0, 0, 1] and list(table.state) == ["done", "failed"]
+    assert table.error[1] == "run 1 was stopped, and not by this search"
+
+
+def test_runs_of_several_blocks_are_started_side_by_side_and_points_are_made_one_at_a_time(search, problem, stand_ins):
+    both, inside = threading.Barrier(2), []
+
+    def make(lr):
+        inside.append(lr)
+        assert inside == [lr]
+        inside.remove(lr)
+        return labkit.Classifier(net, problem.dataset, lr=lr)
+
+    stand_ins(before=lambda number: both.wait(20))
+    table = search(make, {"lr": (0.1, 0.2)}, method="random", trials=4, workers_per_trial=1).table()
+    assert list(table.state) == ["done"] * 4
+
+
+def test_an_exit_in_what_a_user_gave_is_the_end_of_that_trial_alone(search, problem, stand_ins):
+    def make(lr):
+        return labkit.Classifier(net, problem.dataset, lr=lr) if lr < 0.4 else sys.exit("no such lr")
+
+    stand_ins()
+    found = search(make, {"lr": [0.1, 0.2, 0.5]}, method="grid", objective=lambda run: sys.exit("oh") if run.name == "1" else 1.0)
+    assert list(found.table().state) == ["done", "failed", "failed"]
+    assert "oh" in found.table().error[1] and "no such lr" in found.table().error[2]
 
 
 KILLED = """
@@ -799,12 +903,38 @@ def test_a_notebook_is_a_trial_and_its_results_are_the_scores(search, lab, tmp_p
         search(tmp_path / "none.ipynb", {"lr": [0.1]}, name="never")
 
 
+def test_a_notebook_whose_worker_is_lost_is_executed_again_once(search, tmp_path, monkeypatch):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    gone = {"state": "running", "host": socket.gethostname(), "pid": process.pid, "born": 1.0}
+
+    def execute(job):  # the process of the worker has ended with it
+        lr, folder = job["parameters"]["lr"], Path(job["folder"])
+        is_first = not folder.exists()
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "results.json", [{"score": lr}])
+        write_json(folder / "status.json", gone if is_first or lr == 0.4 else {"state": "done", "seconds": 2.0})
+
+    monkeypatch.setattr(trials, "execute", execute)
+    found = search(write(tmp_path / "train.ipynb", "1"), {"lr": [0.1, 0.4]}, method="grid")
+    assert list(found.table().state) == ["done", "failed"]
+    assert found.table().error[1] == "the workers of its block were lost, 2 times"
+    assert sum("leave" in line for line in found._study.lines) == 2
+    assert not list((found.path / "trials").glob(".*")) and found.replay().points == found.points
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_notebook_is_executed(search, tmp_path):
     notebook = write(tmp_path / "train.ipynb", "import labkit\nlabkit.report(run_dir, {'score': lr})")
     found = search(notebook, {"lr": [0.1, 0.4]}, method="grid")
     assert found.table().score.tolist() == [0.1, 0.4] and (found.path / "trials" / "1" / "notebook.ipynb").exists()
+
+
+def kinds(found):
+    """What has happened in the first trial of a search."""
+    events = found.path / "trials" / "0" / "events.jsonl"
+    return [json.loads(line)["kind"] for line in events.read_text().splitlines()[:-1]] if events.exists() else []
 
 
 @pytest.mark.slow
@@ -821,6 +951,21 @@ def test_a_killed_worker_of_a_block_costs_no_trial(tmp_path, monkeypatch, cache)
         victim = lab.workers[int(found.timeline().worker[0])]
         os.kill(victim.pid, 9)
         table = found.wait(200).table()
-    assert table.state.tolist() == ["done"] * 3 and found.replay().points == found.points
-    told = [line["tell"] for line in found._study.lines if "tell" in line]
-    assert sorted(told) == [0, 1, 2]
+        assert table.state.tolist() == ["done"] * 3 and found.replay().points == found.points
+        told = [line["tell"] for line in found._study.lines if "tell" in line]
+        assert sorted(told) == [0, 1, 2]
+        # Of two workers of a block one is lost: its run goes on with the other one, or with that which comes back.
+        about |= {"trials": 2, "name": "pair"}
+        found = labkit.search(problem, {"lr": (0.01, 0.1)}, lab, **about, workers_per_trial=2, wait=False)
+        until(lambda: found.timeline().trial.tolist() == [0, 0] and "push" in kinds(found), 60)
+        os.kill(lab.workers[1].pid, 9)
+        assert found.wait(200).table().state.tolist() == ["done"] * 2 and "lost" in kinds(found)
+        assert [line["begin"] for line in found._study.lines if "begin" in line] == [0, 1]
+        # A notebook ends with its worker, and is executed again.
+        notebook = write(tmp_path / "train.ipynb", "import labkit, time\ntime.sleep(3)\nlabkit.report(run_dir, {'score': lr})")
+        about = {"method": "grid", "runs": tmp_path, "progress": False, "name": "notebook", "wait": False}
+        found = labkit.search(notebook, {"lr": [0.1, 0.4]}, lab, **about)
+        until(lambda: state(found.path / "trials" / "0")["state"] == "running", 60)
+        os.kill(lab.workers[int(found.timeline().worker[0])].pid, 9)
+        assert found.wait(200).table().score.tolist() == [0.1, 0.4]
+        assert [line["leave"] for line in found._study.lines if "leave" in line] == [0]
