@@ -224,11 +224,21 @@ def imported_in(code: CodeType) -> Iterator[str]:
             yield f"{module}.{step.argval}"
 
 
+_parsing = threading.RLock()
+
+
+def _parsed(source: Source) -> ast.Module:
+    """One thread at a time: CPython 3.11 counts the depth of all trees that are being made together, and raises a SystemError where that
+    is not the one before, as when another thread's turn comes in the middle."""
+    with _parsing:
+        return ast.parse(source.text)
+
+
 @functools.lru_cache(1024)
 def _imports(source: Source) -> tuple[str, ...]:
     """What may be modules among the names that its statements import, also inside functions, and among its strings."""
     package, found = source.name if source.is_package else source.name.rpartition(".")[0], set()
-    for node in ast.walk(ast.parse(source.text)):
+    for node in ast.walk(_parsed(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -346,7 +356,7 @@ def _compiled(source: Source) -> dict[str, list[CodeType]]:
 def _constants(source: Source) -> dict[str, Any]:
     """Numbers, strings and tuples of these that a module is given once, in its own lines: RATE = 0.1."""
     rebound, found = _rebound(source), {}
-    for node in ast.parse(source.text).body:
+    for node in _parsed(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         for name in [target.id for target in targets if isinstance(target, ast.Name)]:
             try:
@@ -362,7 +372,7 @@ def _constants(source: Source) -> dict[str, Any]:
 def _taken(source: Source) -> dict[str, tuple[str, str]]:
     """By name, what a module has taken from another one at its top: {"RATE": ("settings", "RATE")}."""
     rebound, found = _rebound(source), {}
-    for node in ast.parse(source.text).body:
+    for node in _parsed(source).body:
         if isinstance(node, ast.ImportFrom):
             module = _absolute(source, node)
             found |= {alias.asname or alias.name: (module, alias.name) for alias in node.names}
@@ -372,7 +382,7 @@ def _taken(source: Source) -> dict[str, tuple[str, str]]:
 @functools.lru_cache(1024)
 def _rebound(source: Source) -> frozenset[str]:
     """The names that a module may give several values: assigned or imported more than once, or global in a function."""
-    nodes = list(ast.walk(ast.parse(source.text)))
+    nodes = list(ast.walk(_parsed(source)))
     times = Counter(node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load))
     times.update(
         alias.asname or alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names

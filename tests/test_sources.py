@@ -7,6 +7,7 @@ Used by pytest.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -237,6 +238,27 @@ def test_whose_modules():
     assert not sources.needed(np.zeros(3), torch.nn.Linear(1, 1), problem, {"module": "json:loads"}, textwrap.dedent)
     assert sources.pack(len) is len and sources.pack_call(len, ([1],))().value() == sources.pack_call(len, ([1],), here=True)() == 1
     assert sources.needed(write, threading.Lock()) == {}  # it cannot be pickled: whoever sends it says so
+
+
+def test_modules_are_parsed_by_one_thread_at_a_time(write, monkeypatch):
+    """Two at once make a SystemError of CPython 3.11 now and then."""
+    parse, both, met = ast.parse, threading.Barrier(2), []
+
+    def meet(text):
+        try:
+            met.append(both.wait(0.3))
+        except threading.BrokenBarrierError:
+            both.reset()
+        return parse(text)
+
+    monkeypatch.setattr(sources.ast, "parse", meet)
+    modules = [write(f"parsed_{n}", f"import json\ndef answer(): return {n}") for n in range(2)]
+    threads = [threading.Thread(target=sources.pack, args=(module.answer,)) for module in modules]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not met
 
 
 def test_a_c_extension_is_not_loaded_twice(write, elsewhere, monkeypatch):

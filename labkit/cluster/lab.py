@@ -56,6 +56,7 @@ class Lab(AbstractContextManager):
 
     def __init__(self, request: Request, backend: Backend) -> None:
         self.kind, self.workers, self.closed = request.kind, [], False
+        self.closing = False  # from before the first run is stopped, so that whoever holds several knows why they end
         self.jitter, self.drift, self.stalls = request.jitter, request.drift, request.stalls
         self.runs: list[Any] = []  # the runs that train here now, set by labkit.training.train
         self._backend, self._threads = backend, request.threads
@@ -301,6 +302,7 @@ class Lab(AbstractContextManager):
         """End the workers that this lab started; a cluster that was handed in stays as it was."""
         if self.closed:
             return
+        self.closing = True
         for run in list(self.runs):
             run.stop()
         self.closed = True

@@ -55,6 +55,7 @@ SAME_END = 3  # so often the kernel ends after about the same time of a run that
 MOST_ENDS = 10  # or so often after any time
 ALIVE = "alive.json"  # how long each run has been under way: what a kernel that was killed leaves of it
 ALIVE_S = 1.0  # between two of these
+CLOSED = "the lab was closed. The same call on another lab goes on from here."
 LOST_S = 5.0  # so long the workers of a block that are all lost may take to come back, before its run goes to another one
 
 Job = tuple[int, int | None]  # trial and fold, None without folds
@@ -221,8 +222,8 @@ class Coordinator:
     def _each(self, job: Job, launch: _Launch) -> None:
         if self._stop.is_set():
             raise _Stopped
-        if self.lab.closed:
-            raise ClusterError("the lab was closed. The same call on another lab goes on from here.")
+        if self.lab.closing:
+            raise ClusterError(CLOSED)
         self._say_alive()
         self._collect()
         if self.current.get(job) is not launch:  # seen at the last look, when it had ended just then
@@ -242,6 +243,8 @@ class Coordinator:
 
     def _ended(self, job: Job, launch: _Launch) -> None:
         trial, state, run = self.study.trials[job[0]], launch.state, launch.run
+        if state != "done" and self.lab.closing:
+            raise ClusterError(CLOSED)
         try:
             if run is None:
                 raise launch.error
@@ -255,8 +258,6 @@ class Coordinator:
             self._report(job, run)
             self._end(job, run, self.goals.measure(run, self._results(job, run)), None)
         except ClusterError as error:
-            if self.lab.closed:
-                raise
             self._again(job, error)
         except (Exception, SystemExit) as error:  # also a user's exit() is the end of the trial alone
             self._end(job, run, None, error)

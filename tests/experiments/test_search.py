@@ -937,10 +937,33 @@ def kinds(found):
     return [json.loads(line)["kind"] for line in events.read_text().splitlines()[:-1]] if events.exists() else []
 
 
+def test_a_lab_that_is_closed_leaves_the_trials_under_way_to_the_next_call(problem, stand_ins, tmp_path):  # and the others no lab
+    launched = stand_ins(state="running")
+    about = {"method": "grid", "workers_per_trial": 1, "runs": tmp_path, "progress": False}
+    with labkit.connect("threads", 2) as lab:
+        found = labkit.search(problem, {"lr": [0.1, 0.2, 0.3]}, lab, **about, wait=False)
+        until(lambda: len(launched) == 2)
+
+        def stop():  # a run of it, while the lab is being closed
+            for launch in found._coordinator.current.values():
+                launch.run.state = "stopped"
+            until(lambda: found.state != "running")
+
+        lab.runs.append(SimpleNamespace(stop=stop))
+    with pytest.raises(ClusterError, match="the lab was closed"):
+        found.wait()
+    assert [line["leave"] for line in found._study.lines if "leave" in line] == [0, 1]
+    stand_ins()
+    with labkit.connect("threads", 2) as lab:
+        assert list(labkit.search(problem, {"lr": [0.1, 0.2, 0.3]}, lab, **about).table().state) == ["done"] * 3
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
-def test_a_killed_worker_of_a_block_costs_no_trial(tmp_path, monkeypatch, cache):  # the last one: it closes the lab of the others
+def test_a_killed_worker_of_a_block_costs_no_trial(
+    tmp_path, monkeypatch, cache
+):  # one of the last: it closes the lab of the others
     monkeypatch.setattr(coordinator, "LOST_S", 5.0)
     monkeypatch.setattr(blocks, "RETURN_S", 15.0)
     problem = Slow(net, data(), batch_size=16, score_samples=40)
