@@ -77,6 +77,7 @@ def run_on_blocks(
             all_lost_at = None
             if not busy:
                 return ended
+            n_busy = len(busy)
             for at, (number, job, run) in list(busy.items()):
                 over = run.state != "running"
                 each(job, run)
@@ -87,7 +88,8 @@ def run_on_blocks(
                 waiting = sum(1 for _ in jobs)
                 left, total = len(busy) + waiting, len(ended) + waiting
                 raise ClusterError(f"{left} of {total} runs were not done within {timeout:g} s; they were stopped.")
-            time.sleep(POLL_S)
+            if len(busy) == n_busy:  # else a block is free, and the next job begins at once
+                time.sleep(POLL_S)
     finally:
         for _, _, run in busy.values():
             run.stop()

@@ -55,6 +55,13 @@ def test_blocks_are_disjoint_work_at_the_same_time_and_draw_jobs_in_order():
     assert [run.state for run in runs] == ["done"] * 4 and not course.stopped
 
 
+def test_a_block_that_is_free_draws_the_next_job_at_once(monkeypatch):
+    course, slept = Course(), []
+    monkeypatch.setattr(blocks.time, "sleep", lambda seconds: slept.append(len(course.started)))
+    course([0], 1, [2, 1, 3])
+    assert slept == [1] * 3 + [2] * 2 + [3] * 4  # once for each look that found its run under way
+
+
 def test_lost_workers_are_in_no_block(monkeypatch):
     monkeypatch.setattr(blocks, "RETURN_S", 0.0)
     course = Course(lost=[1, 2])
