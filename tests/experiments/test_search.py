@@ -931,10 +931,11 @@ def test_a_notebook_is_executed(search, tmp_path):
     assert found.table().score.tolist() == [0.1, 0.4] and (found.path / "trials" / "1" / "notebook.ipynb").exists()
 
 
-def kinds(found):
-    """What has happened in the first trial of a search."""
-    events = found.path / "trials" / "0" / "events.jsonl"
-    return [json.loads(line)["kind"] for line in events.read_text().splitlines()[:-1]] if events.exists() else []
+def happened(found, kind):
+    """The events of this kind in the first trial of a search."""
+    path = found.path / "trials" / "0" / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()[:-1]] if path.exists() else []
+    return [event for event in events if event["kind"] == kind]
 
 
 def test_a_lab_that_is_closed_leaves_the_trials_under_way_to_the_next_call(problem, stand_ins, tmp_path):  # and the others no lab
@@ -980,9 +981,10 @@ def test_a_killed_worker_of_a_block_costs_no_trial(
         # Of two workers of a block one is lost: its run goes on with the other one, or with that which comes back.
         about |= {"trials": 2, "name": "pair"}
         found = labkit.search(problem, {"lr": (0.01, 0.1)}, lab, **about, workers_per_trial=2, wait=False)
-        until(lambda: found.timeline().trial.tolist() == [0, 0] and "push" in kinds(found), 60)
+        until(lambda: found.timeline().trial.tolist() == [0, 0] and happened(found, "push"), 60)
         os.kill(lab.workers[1].pid, 9)
-        assert found.wait(200).table().state.tolist() == ["done"] * 2 and "lost" in kinds(found)
+        assert found.wait(200).table().state.tolist() == ["done"] * 2
+        assert [event["worker"] for event in happened(found, "leave") if event.get("message")] == [1]
         assert [line["begin"] for line in found._study.lines if "begin" in line] == [0, 1]
         # A notebook ends with its worker, and is executed again.
         notebook = write(tmp_path / "train.ipynb", "import labkit, time\ntime.sleep(3)\nlabkit.report(run_dir, {'score': lr})")
