@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         ("trials", int, "N", "how many (default: 40, or the whole grid)"),
         ("workers-per-trial", int, "N", "workers of a block (default: 2)"),
         ("folds", int, "N", "train each trial on so many folds"),
-        ("prune", str, "RULE", "end trials that do badly early: asha, extrapolate, or with folds wilcoxon"),
+        ("prune", str, "RULE", "end trials that do badly early: asha, hyperband, extrapolate, or with folds wilcoxon"),
         ("target", float, "X", "begin no trial any more when one has reached this score"),
         ("passes", float, "X", "length of a trial, in passes over the samples (default: 5)"),
         ("local-steps", int, "N", "steps between two exchanges of weights (default: a pass over the worker's share)"),

@@ -289,7 +289,7 @@ class Coordinator:
         """Report what is new of a run, where trials are compared while they go."""
         number, _ = job
         trial = self.study.trials[number]
-        if self.study.prune in ("asha", "extrapolate"):
+        if self.study.prune and PRUNERS[self.study.prune].steps > 1:
             for step, values in [self.measured[job][version] for version in sorted(self.measured[job].copy())]:
                 value = merit(values, self.goals.signs(run)[0])
                 if step > max(trial["reports"], default=0) and math.isfinite(value) and not trial["worse"]:

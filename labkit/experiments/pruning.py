@@ -2,6 +2,8 @@
 
     "asha"         after 1/9 and 1/3 of its passes (the rungs) a trial goes on if it is among the best third of those that came as far
                    (asynchronous successive halving: Li et al., MLSys 2020, arXiv:1810.05934); the first to come need only be the best
+    "hyperband"    of 17 trials in turn 9 are halved as by "asha", 5 after 1/3 of their passes only, and 3 never, each among its own kind
+                   (Hyperband: Li et al., JMLR 18, 2018): some go on whose first scores say little
     "extrapolate"  a power law through its scores, a - b t^-c, ends below the best score (Domhan et al., IJCAI 2015, have many such laws)
     "wilcoxon"     of folds: a signed-rank test says that it is worse than the best trial on the same folds
 
@@ -12,6 +14,7 @@ the log.
 Used by `labkit.experiments.study` and `labkit.experiments.search`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +25,10 @@ LEAST = 5  # reports that a power law is drawn through
 EXPONENTS = np.geomspace(0.1, 2.0, 16)
 P_VALUE = 0.1
 RUNGS = (1, REDUCTION)  # steps, of REDUCTION**2
+SIZES = {s: math.ceil((len(RUNGS) + 1) * REDUCTION**s / (s + 1)) for s in range(len(RUNGS), -1, -1)}  # of the brackets of Hyperband
+BRACKETS = [
+    -s for _, s in sorted(((i + 0.5) / n, -s) for s, n in SIZES.items() for i in range(n))
+]  # of trials in turn, evenly mixed
 
 Trials = Sequence[Mapping[str, Any]]
 
@@ -35,9 +42,28 @@ class Pruner(NamedTuple):
 
 def asha(trials: Trials, number: int) -> bool:
     """Is the newest score of this trial, its first at a rung or beyond it, below the best third of those that came as far?"""
-    own = trials[number]["reports"]
+    return _halved(trials, trials[number]["reports"], RUNGS)
+
+
+def hyperband(trials: Trials, number: int) -> bool:
+    """The same among the trials of its bracket, at the rungs that its bracket has.
+
+    Of R = eta^2 steps, with eta = `REDUCTION`, bracket s (2, 1 and 0) begins at rung R / eta^s with n_s = ceil(3 eta^s / (s + 1)) trials
+    (Li et al. 2018, algorithm 1), here 9, 5 and 3. Trials are in a bracket by their numbers, so that each has its share at any time.
+    """
+    bracket = bracket_of(number)
+    among = [trial for other, trial in enumerate(trials) if bracket_of(other) == bracket]
+    return _halved(among, trials[number]["reports"], RUNGS[len(RUNGS) - bracket :])
+
+
+def bracket_of(number: int) -> int:
+    """At how many rungs a trial of this number is compared."""
+    return BRACKETS[number % len(BRACKETS)]
+
+
+def _halved(trials: Trials, own: Mapping[int, float], rungs: Sequence[int]) -> bool:
     step = max(own)
-    rung = max((rung for rung in RUNGS if rung <= step < REDUCTION * rung), default=None)
+    rung = max((rung for rung in rungs if rung <= step < REDUCTION * rung), default=None)
     if rung is None or step != _at(own, rung):
         return False
     there = sorted((trial["reports"][at] for trial in trials if (at := _at(trial["reports"], rung)) is not None), reverse=True)
@@ -87,6 +113,7 @@ def wilcoxon(trials: Trials, number: int) -> bool:
 STEPS = 12  # of a run that is extrapolated
 PRUNERS = {
     "asha": Pruner(asha, REDUCTION**2),
+    "hyperband": Pruner(hyperband, REDUCTION**2),
     "extrapolate": Pruner(extrapolate, STEPS),
     "wilcoxon": Pruner(wilcoxon, 1),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from labkit.experiments.pruning import PRUNERS, STEPS, asha, extrapolate, extrapolated, wilcoxon
+from labkit.experiments.pruning import PRUNERS, STEPS, asha, bracket_of, extrapolate, extrapolated, hyperband, wilcoxon
 
 
 def trial(reports, value=None):
@@ -29,6 +29,49 @@ def test_a_rung_that_a_run_has_jumped_over_is_where_it_came_down():
     trials = [trial({1: score}) for score in (0.5, 0.6, 0.7)] + [trial({2: 0.4}), trial({4: 0.4}), trial({2: 0.6, 3: 0.6})]
     assert asha(trials, 3) and not asha(trials[:5], 4)  # alone at its rung so far
     assert not asha(trials, 5)  # the better of two at the second rung
+
+
+def test_hyperband_has_a_share_of_the_trials_in_each_bracket_at_any_time():
+    brackets = [bracket_of(number) for number in range(170)]
+    assert [brackets.count(s) for s in (2, 1, 0)] == [90, 50, 30]  # n_s of Hyperband's table for R = 9, eta = 3
+    for n in range(1, 171):
+        assert all(abs(brackets[:n].count(s) - n * share / 17) < 1 for s, share in ((2, 9), (1, 5), (0, 3)))
+
+
+def test_hyperband_halves_each_bracket_by_itself_at_its_own_rungs():
+    random, n = np.random.default_rng(0), 68
+    order = random.permutation(n)
+    trials, ends = [trial({}) for _ in range(n)], {}
+    for step in range(1, 10):  # all side by side
+        for number in random.permutation(n):
+            if number not in ends:
+                trials[number]["reports"][step] = order[number] / n - 0.5 / step
+                if hyperband(trials, number):
+                    ends[number] = step
+    for s, rungs in ((2, {1, 3, 9}), (1, {3, 9}), (0, {9})):
+        own = [number for number in range(n) if bracket_of(number) == s]
+        assert {ends.get(number, 9) for number in own} == rungs and max(own, key=lambda number: order[number]) not in ends
+    own = [number for number in range(n) if bracket_of(number) == 2]  # where it is as if there were no others
+    alone = [trials[number] for number in own]
+    assert [hyperband(trials, number) for number in own] == [asha(alone, at) for at in range(len(own))]
+
+
+def test_hyperband_keeps_a_trial_that_begins_badly_and_spends_half_of_the_passes():
+    def spent_and_best(rule, seed):
+        random, trials, spent, kept = np.random.default_rng(seed), [], 0, []
+        for final in random.permutation(np.linspace(0, 1, 102)):
+            trials.append(trial({}))
+            for step in range(1, 10):
+                trials[-1]["reports"][step] = final * step / 9 + (1 - final) * (1 - step / 9)  # the best ones begin worst
+                spent += 1
+                if rule(trials, len(trials) - 1):
+                    break
+            else:
+                kept.append(final)
+        return spent / (9 * 102), max(kept)
+
+    found = np.array([[spent_and_best(rule, seed) for seed in range(20)] for rule in (asha, hyperband)])
+    assert found[0, :, 1].mean() < 0.7 and found[1, :, 1].mean() > 0.9 and found[1, :, 0].mean() < 0.55
 
 
 def test_extrapolation_spends_half_of_the_passes_and_keeps_the_best():
@@ -102,4 +145,9 @@ def test_folds_are_compared_with_those_of_the_best_trial():
 
 
 def test_each_has_a_name():
-    assert {name: pruner.steps for name, pruner in PRUNERS.items()} == {"asha": 9, "extrapolate": 12, "wilcoxon": 1}
+    assert {name: pruner.steps for name, pruner in PRUNERS.items()} == {
+        "asha": 9,
+        "hyperband": 9,
+        "extrapolate": 12,
+        "wilcoxon": 1,
+    }

@@ -410,7 +410,9 @@ def test_runs_that_two_ends_of_the_kernel_have_met_are_made_again_one_at_a_time(
     assert found._study.trials[0]["cuts"] == {None: [[7, 1], [7, 1]]} and set(found.table().state) == {"done"}
 
 
-@pytest.mark.parametrize(("prune", "steps"), [("asha", 9), pytest.param("extrapolate", 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("prune", "steps"), [("asha", 9), ("hyperband", 9), pytest.param("extrapolate", 12, marks=pytest.mark.slow)]
+)
 def test_trials_that_do_badly_end_early_and_the_best_is_found(search, problem, monkeypatch, tmp_path, prune, steps):
     def launch(self, problem, settings, number, fold, workers):
         self.measured[number, fold] = {}
@@ -424,7 +426,7 @@ def test_trials_that_do_badly_end_early_and_the_best_is_found(search, problem, m
     assert (table.score <= 0.96 * table.lr).all() and table.score[table.state == "done"].equals(
         (table.lr * (1 - 0.5 / steps))[table.state == "done"]
     )
-    if prune == "asha":
+    if prune != "extrapolate":
         least = search(problem, {"lr": lr}, method="grid", prune=prune, objective={"score": "min"}, name="least")
         assert least.best.lr == 0.1 and set(least.table().state) == {"done", "pruned"}, "less is better, also of trials under way"
     spent = found.timeline().groupby("trial").passes.first()
