@@ -232,7 +232,7 @@ def _save_figures(found: Any) -> None:
     """What a notebook draws of a search, as PNG files beside its log."""
     from labkit import plots
 
-    for name in ("history", "points", "importance", "timeline", *(["front"] if len(found.objectives) > 1 else [])):
+    for name in ("table", "history", "points", "importance", "timeline", *(["front"] if len(found.objectives) > 1 else [])):
         draw = getattr(plots, f"search_{name}")
         try:
             print(os.path.relpath(plots.save(draw(found), found.path / f"{name}.png")))

@@ -113,7 +113,7 @@ def test_a_search_from_the_shell(tmp_path, capsys, cache):
     about = ["--target", "2", "--local-steps", "2", "--constraint", "size=1:"]
     assert main([*command, "--set", "width=0.1,-1", *about]) == 0
     assert "2 of 2 trials, best score" in capsys.readouterr().out and (tmp_path / "search" / "log.jsonl").exists()
-    assert {"history.png", "points.png", "timeline.png"} <= {path.name for path in (tmp_path / "search").iterdir()}
+    assert {"table.png", "history.png", "points.png", "timeline.png"} <= {path.name for path in (tmp_path / "search").iterdir()}
 
 
 # -- grids -------------------------------------------------------------------------------------------------------------

@@ -304,7 +304,8 @@ class Search:
         import pandas as pd
 
         feasible = ["feasible"] if self.config.get("constraints") else []
-        rows = [self._row(number, trial) for number, trial in enumerate(self._trials())]
+        signs = self._signs()
+        rows = [self._row(number, trial, signs) for number, trial in enumerate(self._trials())]
         score, *last = COLUMNS
         names = self._study.space.names
         table = pd.DataFrame(rows, columns=["trial", *names, score, *self._others(), *feasible, *last])
@@ -440,14 +441,14 @@ class Search:
     def _is_notebook(self) -> bool:
         return isinstance(self.config["problem"], Mapping) and "notebook" in self.config["problem"]
 
-    def _row(self, number: int, trial: Mapping[str, Any]) -> dict[str, Any]:
+    def _row(self, number: int, trial: Mapping[str, Any], signs: Sequence[int] | None = None) -> dict[str, Any]:
         units = list(trial["units"].values())
         ends = [unit["ended"] for unit in units if unit["ended"] is not None]
         seconds = max(ends) - min(unit["begun"] for unit in units) if ends else math.nan
         row = {"trial": number, **trial["point"], "state": trial["state"], "error": trial["error"], "seconds": seconds}
         row |= {"score": math.nan, "workers": units[-1]["workers"] if units else []}
         if trial["value"] is not None:
-            row["score"] = trial["value"] * self._signs()[0]
+            row["score"] = trial["value"] * (signs or self._signs())[0]
             measured = [unit["measured"] for unit in units if unit["measured"]]
             row |= {name: sum(one[name] for one in measured) / len(measured) for name in self._others() if measured}
         if self.config.get("constraints"):

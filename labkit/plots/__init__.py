@@ -6,7 +6,15 @@ from labkit.plots.membership import membership, roster
 from labkit.plots.runs import balance, curves, segments, speed, staleness, timeline, weights
 from labkit.plots.samples import confusion, worst
 from labkit.plots.scaling import errors, saturation, scaling
-from labkit.plots.search import search_front, search_history, search_importance, search_live, search_points, search_timeline
+from labkit.plots.search import (
+    search_front,
+    search_history,
+    search_importance,
+    search_live,
+    search_points,
+    search_table,
+    search_timeline,
+)
 from labkit.plots.steps import step_times
 from labkit.plots.style import extension, interactive, save
 from labkit.plots.subnets import decomposition, part_accuracy, part_scores, part_times
@@ -27,6 +35,7 @@ __all__ += [
     "search_importance",
     "search_live",
     "search_points",
+    "search_table",
     "search_timeline",
     "segments",
     "speed",

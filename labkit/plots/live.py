@@ -1,6 +1,6 @@
 """The live view of a run: the held-out score that workers report, their samples/s, and how many are here, redrawn while it runs.
 
-A thread reads what was appended to the record, twice a second, and the kernel sends it to the figure between its cells. A browser
+A thread reads what was appended to the record, twice a second or, where reading and drawing take long, less often, and the kernel sends it to the figure between its cells. A browser
 gets its first picture only from a free kernel, so `await` the run in the next cell instead of blocking it; when it begins to listen, it
 gets all that is known then. At the end of the run the output of the cell is replaced by the last picture, which needs no kernel any
 more: it is there however late the browser was, and in the notebook that is saved.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 import uuid
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from labkit.runs.record import RunRecord
 
-PERIOD_S = 0.5  # between two redraws
+PERIOD_S = 0.5  # between two redraws, at least,
+SHARE = 0.1  # and so much of the time they take at most, with what is read for them: workers may share the cores of the kernel
 FAILURES = 20  # of reading the record in a row, before the view says so; it goes on looking, more rarely
 RARELY_S = 5.0  # between two looks then
 POINTS = 400  # of a worker's line, at most: a long run must not slow the browser down
@@ -73,14 +75,21 @@ class Watched(Protocol):
         """What is known now, a named tuple with `trouble`, a text."""
 
 
-def moving(grows: Any, watch: Watched, views: Sequence[Callable[[Any, Any], Any]], nothing: Any, timeout: float) -> hv.Layout:
+def moving(
+    grows: Any,
+    watch: Watched,
+    views: Sequence[Callable[[Any, Any], Any]],
+    nothing: Any,
+    timeout: float,
+    **stacked: float,
+) -> hv.Layout:
     """A figure of `view(grows, seen)` for each view, under each other, redrawn until `grows.state` is not "running" any more.
 
-    What a view draws consists of the same elements each time, also of `nothing`.
+    What a view draws consists of the same elements each time, also of `nothing`. `stacked` is what `style.stack` takes.
     """
 
     def picture(seen: Any) -> hv.Layout:
-        return style.stack([draw(grows, seen) for draw in views])
+        return style.stack([draw(grows, seen) for draw in views], **stacked)
 
     if style.extension() == "static":
         limit = time.monotonic() + timeout
@@ -161,6 +170,7 @@ class Screen:
     ) -> None:
         self.pipe, self.post, self.picture, self.nothing = pipe, post, picture, nothing
         self.latest, self.posted, self.ended = nothing, False, False
+        self.took = 0.0  # seconds of the latest drawing
         self.displayed: str | None = None  # the id
 
     def display(self, figure: Any) -> None:
@@ -190,7 +200,9 @@ class Screen:
         for comm in comms.values():
             comm._on_open = self._again
         if all(comm._comm for comm in comms.values()):  # sending would open it from this side, where nobody listens yet
+            began = time.monotonic()
             self.pipe.send(self.latest)
+            self.took = time.monotonic() - began
 
     def _again(self, _: Any) -> None:
         self.pipe.send(self.nothing)
@@ -208,7 +220,7 @@ def _now(call: Callable[[], None]) -> None:
 def _feed(run: Any, watch: Watched, screen: Screen, timeout: float) -> None:
     """Show what is new until the run ends; the state is read first, so that the last push is drawn too."""
     limit, shown, failures, seen = time.monotonic() + timeout, None, 0, screen.nothing
-    while time.monotonic() < limit:
+    while (began := time.monotonic()) < limit:
         try:
             ended = run.state != "running"
             seen = watch.look()
@@ -223,7 +235,18 @@ def _feed(run: Any, watch: Watched, screen: Screen, timeout: float) -> None:
             if ended:
                 return
             failures = 0
-        time.sleep(PERIOD_S if failures < FAILURES else RARELY_S)
+        pause = max(PERIOD_S if failures < FAILURES else RARELY_S, (time.monotonic() - began + screen.took) / SHARE)
+        for _ in range(max(1, math.ceil(min(pause, limit - time.monotonic()) / PERIOD_S))):
+            time.sleep(PERIOD_S)
+            if _has_ended(run):
+                break
+
+
+def _has_ended(run: Any) -> bool:
+    """As far as it can be read just now."""
+    with contextlib.suppress(Exception):
+        return run.state != "running"
+    return False
 
 
 def _show(screen: Screen, seen: Any, last: bool = False) -> None:

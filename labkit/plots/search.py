@@ -1,14 +1,14 @@
-"""Figures of a search: the best score over trials, all points as lines through their parameters, what matters, which trials are on
-the front of two objectives, who trained what when; and the first and the last of these while the search goes.
+"""Figures of a search: where its trials stand, the best score over them, all points as lines through their parameters, what matters, which
+trials are on the front of two objectives, who trained what when; and, while it goes, all but the front under each other.
 
-They read what a search says of itself: `table()`, `timeline()`, `importance()` and its settings.
+They read what a search says of itself: `table()`, `timeline()`, `importance()`, `front()`, `objectives` and its settings.
 
 Used through `labkit.plots`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,25 +23,49 @@ if TYPE_CHECKING:
 
 AXES = {"trials": "trials that have ended", "seconds": "time of the search (s)"}
 STATES = {"done": 0, "pruned": 4, "failed": 1, "running": 6}  # and the colour of each
-BEST = 0.2  # of the trials are drawn as the best ones
+BEST = 0.2  # of the trials are drawn as the best ones,
+MOST = 40  # at most
+POINTS, LINES = 400, 150  # marks or runs, and lines of other trials in a figure: more hide each other, and make a page slow
+MARKS = {"done": 3, "pruned": 4}  # the colours of trials that are marks
+LOW, HIGH, ABSENT = (
+    -0.09,
+    1.09,
+    -0.24,
+)  # below and above an axis of parallel coordinates, and where a trial without this parameter passes
+SHAPE = {"aspect": 2.8}  # of a figure that moves
+ROWS, LEADING = 12, 3  # of the table of a search, and the best ones of them
+WIDE = 100  # characters of a row
+BARS = 15  # of importance
+ROUGH = 30  # trials, of which a tenth is too few to tell from
+GROWTH = 1.1  # so many times the trials, and the importance is computed again while a search goes
+
+
+def search_table(found: Any) -> hv.Overlay:
+    """Where a search stands: its three best trials (of several objectives three on the front), those under way, and the latest of the others, a row each."""
+    found = _a_search("found", found)
+    style.extension()
+    if found.table().empty:
+        return style.message("Where the search stands", f"{found.name}: no trial has begun yet.")
+    return _table(found, _front(found))
 
 
 def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
     """The best score so far against `x`, "trials" or "seconds", one line a method, with the trials of a single search as marks.
 
-    Searches of one method and other seeds share a line: the median, with a band from the lowest to the highest.
+    Searches of one method and other seeds share a line: the median, with a band from the lowest to the highest. A trial that ended early
+    is a mark of its own at the score that it had reached, and never the best one. Of more than 400 trials some are drawn.
     """
     x = known("x", x, AXES)
     one = not isinstance(searches, Iterable)
     searches = [_a_search("searches", searches)] if one else several("searches", searches, _a_search)
     style.extension()
     lower = any(found.lower_is_better for found in searches)
+    what = " or ".join(dict.fromkeys(_score_name(found) for found in searches))
     groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for found in searches:
         ended = _ended(found)
-        if len(ended):
-            best = (np.minimum if lower else np.maximum).accumulate(ended.score.to_numpy(float))
-            groups.setdefault(found.config["method"], []).append((ended[x].to_numpy(float), best))
+        if (ended.state == "done").any():
+            groups.setdefault(found.config["method"], []).append(_best_so_far(ended[x].to_numpy(float), ended, lower))
     if not groups:
         return style.message("The best score so far", f"{_names(searches)}: no trial has a score yet.")
     elements, legend, last = [], [], {}
@@ -51,13 +75,25 @@ def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
         at = at[(at >= max(at[0] for at, _ in series)) & (at <= end)]
         steps = np.array([best[np.searchsorted(own, at, "right") - 1] for own, best in series])
         band = None if len(series) == 1 else (steps.min(0), steps.max(0))
-        elements.append(style.line(at, np.median(steps, 0), number, method, (x, "score"), band))
+        elements.append(style.line(at, np.median(steps, 0), number, method, (x, what), band, steps=True))
         last[method] = float(np.median(steps[:, -1]))
         legend.append((f"{method}: {last[method]:.4g} in the end", number, "line"))
+    n_ended = [len(_ended(found)) for found in searches]
     if len(searches) == 1:
-        ended = _ended(searches[0])
-        elements.append(style.marks(ended[x].to_numpy(float), ended.score.to_numpy(float), 3, "a trial", (x, "score")))
-        legend.append(("a trial", 3, "mark"))
+        for state, drawn, all_of in _trial_marks(_ended(searches[0])):
+            if len(all_of):
+                label = _drawn(f"a {'trial' if state == 'done' else 'pruned trial'}", drawn, all_of)
+                elements.append(
+                    style.marks(
+                        drawn[x].to_numpy(float),
+                        drawn.score.to_numpy(float),
+                        MARKS[state],
+                        label,
+                        (x, what),
+                        small=len(all_of) > 100,
+                    )
+                )
+                legend.append((label, MARKS[state], "mark"))
     winner = (min if lower else max)(last, key=last.__getitem__)
     equal = [method for method in last if last[method] == last[winner]]
     title = f"{' and '.join(equal)} find{'s' * (len(equal) == 1)} {last[winner]:.4g}"
@@ -66,60 +102,37 @@ def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
     note = f"{min(counts)} search{'es' * (min(counts) > 1)} a method" + (
         ", range of the seeds as a band" if max(counts) > 1 else ""
     )
-    return style.finish(elements, title, note if len(searches) > 1 else "", legend, xlabel=AXES[x], ylabel="best score so far")
+    ticks = {"xticks": _whole_ticks(max(n_ended)), "xlim": (0, 1.02 * max(n_ended))} if x == "trials" else {}
+    return style.finish(
+        elements, title, note if len(searches) > 1 else _better(lower, what), legend, xlabel=AXES[x],
+        ylabel=what if len(searches) == 1 else f"best {what} so far", **ticks,
+    )  # fmt: skip
 
 
 def search_points(found: Any) -> hv.Overlay:
-    """Parallel coordinates: each trial with a score a line through its parameters, the best fifth in colour, the best of all thick."""
-    import holoviews as hv
+    """Parallel coordinates: each trial with a score a line through its parameters, the best fifth (of several objectives the front) in
+    colour, the best of all thick.
 
+    At most the 40 best and 150 of the others are drawn. A trial without a parameter, which other choices bring, passes below its axis.
+    """
     found = _a_search("found", found)
     style.extension()
     table = _ended(found)
     if len(table) < 2:
         return style.message("Which points are good", f"{found.name}: it needs two trials with a score.")
-    space = _flat(found.config["space"])
-    names = [name for name in space if table[name].nunique(dropna=False) > 1] or list(space)
-    heights = np.column_stack([_height(table[name], space[name]) for name in names] + [_between(table.score.to_numpy(float))])
-    order = np.argsort(table.score.to_numpy(float) * (-1 if found.lower_is_better else 1), kind="stable")
-    n_best = max(1, round(BEST * len(order)))
-    x = np.arange(len(names) + 1)
-    rest, good = ([np.column_stack([x, heights[at]]) for at in part] for part in (order[:-n_best], order[-n_best:]))
-    thin = {"bokeh": {"line_width": 1}, "matplotlib": {"linewidth": 1}}
-    elements = [style.styled(hv.Path(rest), **thin, color=style.GREY, alpha=0.35)] if rest else []
-    elements.append(
-        style.styled(
-            hv.Path(good),
-            bokeh={"line_width": 2, "line_dash": "dashed"},
-            matplotlib={"linewidth": 2, "linestyle": "--"},
-            color=style.COLOURS[1],
-            alpha=0.8,
-        )
-    )
-    elements.append(style.line(x, heights[order[-1]], 0, "best", ("parameter", "value")))
-    ends = [_ends(space[name]) for name in names] + [tuple(f"{edge:.3g}" for edge in (table.score.min(), table.score.max()))]
-    texts = [(float(at), edge, text) for at, pair in enumerate(ends) for edge, text in zip((-0.09, 1.09), pair, strict=True)]
-    elements.append(style.labels(texts, size=9))
-    best = table.iloc[order[-1]]
-    title = "Best: " + ", ".join(f"{name} {_short(best[name])}" for name in names) + f", score {best.score:.4g}"
-    legend = [("the best", 0, "line"), (f"the best {n_best} of {len(order)}", 1, "line")]
-    return style.finish(
-        elements, title, "each line a trial; values from the lowest to the highest of the space", legend, xlabel="", ylabel="",
-        xticks=list(enumerate([*names, "score"])), yaxis=None, xlim=(-0.4, len(names) + 0.4), ylim=(-0.2, 1.2), grid="x",
-    )  # fmt: skip
+    return _points(found, table, _front(found))
 
 
 def search_importance(found: Any) -> hv.Overlay:
-    """How much each parameter decides whether a trial is among the best tenth (PED-ANOVA), as bars; they sum to 1."""
+    """How much each parameter decides whether a trial is among the best tenth (PED-ANOVA), as bars; they sum to 1. Of several objectives
+    those are the trials on and next to the front."""
     found = _a_search("found", found)
     style.extension()
     try:
         shares = found.importance()
     except RunError as error:
         return style.message("What matters", str(error))
-    title = f"{shares.index[0]} matters most: {100 * shares.iloc[0]:.0f} %"
-    note = f"of whether a trial is among the best tenth; {len(_ended(found))} trials"
-    return style.columns({"share": 100 * shares.to_numpy()}, list(shares.index), title, note, "{:.0f}", ylabel="importance (%)")
+    return _importance(found, shares, _n_scored(found.table()))
 
 
 def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.Overlay:
@@ -164,13 +177,15 @@ def search_timeline(found: Any) -> hv.Overlay:
 
 
 def search_live(found: Any, timeout: float = 86400) -> hv.Layout:
-    """The best score so far and the trials of each worker, redrawn until the search ends or `timeout` seconds have passed.
+    """The table, the best score so far, parallel coordinates, the importance and the trials of each worker, redrawn until the search ends or
+    `timeout` seconds have passed.
 
     As `labkit.plots.live` of a run: begin the search with `wait=False`, and leave the kernel free in the next cell,
-    `await asyncio.to_thread(found.wait)`. In static mode this waits for the end.
+    `await asyncio.to_thread(found.wait)`. In static mode this waits for the end. Of a long search the timeline shows the latest runs, and
+    the importance is computed when a tenth more trials have ended.
     """
     found = like("found", _a_search("found", found), ("state",), "a search, as labkit.search gives it")
-    return moving(found, _Watch(found), LIVE, NOTHING, real("timeout", timeout, least=0, finite=False))
+    return moving(found, _Watch(found), LIVE, NOTHING, real("timeout", timeout, least=0, finite=False), space=0.7, height=20)
 
 
 class _Seen(NamedTuple):
@@ -178,6 +193,10 @@ class _Seen(NamedTuple):
 
     table: Any = None
     timeline: Any = None
+    front: Any = None  # of several objectives the numbers of the trials on it
+    importance: Any = None  # a series,
+    counted: int = 0  # of so many trials with a score
+    reason: str = "no trial has a score yet"  # why there is none
     trouble: str = ""
 
 
@@ -189,11 +208,19 @@ class _Watch:
 
     def __init__(self, found: Any) -> None:
         self.found, self.at = found, None
+        self.known: tuple[Any, int, str] = NOTHING.importance, NOTHING.counted, NOTHING.reason
 
     def look(self) -> _Seen:
+        ended = self.found.state != "running"
         timeline, table = self.found.timeline(), self.found.table()
         self.at = len(timeline), timeline.end.notna().sum(), (table.state != "running").sum()
-        return _Seen(table, timeline)
+        n_scored = _n_scored(table)
+        if n_scored >= GROWTH * self.known[1] + 1 or (ended and n_scored > self.known[1]):
+            try:
+                self.known = self.found.importance(), n_scored, ""
+            except RunError as error:
+                self.known = None, n_scored, str(error)
+        return _Seen(table, timeline, _front(self.found), *self.known)
 
 
 class _Then:
@@ -201,67 +228,227 @@ class _Then:
 
     def __init__(self, found: Any, seen: _Seen) -> None:
         self.name, self.config, self.lower_is_better, self.seen = found.name, found.config, found.lower_is_better, seen
+        self.objectives = _objectives(found)
 
     def table(self) -> pd.DataFrame:
-        return self.seen.table
+        import pandas as pd
+
+        return pd.DataFrame(columns=["trial", "state", "score"]) if self.seen.table is None else self.seen.table
 
     def timeline(self) -> pd.DataFrame:
-        return self.seen.timeline
+        import pandas as pd
+
+        columns = ["trial", "worker", "start", "end"]
+        return pd.DataFrame(columns=columns, dtype=float) if self.seen.timeline is None else self.seen.timeline
+
+
+def _live_table(found: Any, seen: _Seen) -> hv.Overlay:
+    return _table(_Then(found, seen), seen.front, trouble=seen.trouble, moves=True)
 
 
 def _live_history(found: Any, seen: _Seen) -> hv.Overlay:
-    ended = _ended(_Then(found, seen)) if seen.table is not None else None
-    at, score = (np.array([]), np.array([])) if ended is None else (ended.seconds.to_numpy(float), ended.score.to_numpy(float))
-    best = (np.minimum if found.lower_is_better else np.maximum).accumulate(score)
-    title = (
-        f"{found.name}: best score {best[-1]:.4g} after {len(best)} trials" if len(best) else f"{found.name}: waiting for a score"
-    )
-    if seen.trouble:
-        title = f"{found.name}: the log cannot be read now: {seen.trouble}"
-    dims = ("time (s)", "score")
-    elements = [style.line(at, best, 0, "best so far", dims), style.marks(at, score, 3, "a trial", dims)]
-    legend = [("best so far", 0, "line"), ("a trial", 3, "mark")]
+    ended, lower = _ended(_Then(found, seen)), found.lower_is_better
+    what = _score_name(found)
+    at, best = _best_so_far(ended.seconds.to_numpy(float), ended, lower)
+    title = f"{found.name}: waiting for a {what}"
+    if len(best):
+        title = f"{found.name}: best {what} {best[-1]:.4g} after {len(ended)} trial{'s' * (len(ended) > 1)}"
+    dims = ("time (s)", what)
+    elements, legend = [style.line(at, best, 0, "best so far", dims, steps=True)], [("best so far", 0, "line")]
+    for state, drawn, _ in _trial_marks(ended):
+        label = "a trial" if state == "done" else "a pruned trial"
+        x, y = drawn.seconds.to_numpy(float), drawn.score.to_numpy(float)
+        elements.append(style.marks(x, y, MARKS[state], label, dims, small=True))
+        legend.append((label, MARKS[state], "mark"))
     return style.finish(
-        elements, title, "", legend, xlabel=AXES["seconds"], ylabel="score", xlim=(0, None), height=2.8, shape={"aspect": 2.8}
+        elements, title, _better(lower, what), legend, xlabel=AXES["seconds"], ylabel=what, xlim=(0, None), height=2.8, shape=SHAPE
     )
+
+
+def _live_points(found: Any, seen: _Seen) -> hv.Overlay:
+    then = _Then(found, seen)
+    return _points(then, _ended(then), seen.front, moves=True)
+
+
+def _live_importance(found: Any, seen: _Seen) -> hv.Overlay:
+    return _importance(_Then(found, seen), seen.importance, seen.counted, seen.reason, moves=True)
 
 
 def _live_timeline(found: Any, seen: _Seen) -> hv.Overlay:
     return _timeline(_Then(found, seen), moves=True)
 
 
-LIVE = (_live_history, _live_timeline)  # under each other
+LIVE = (_live_table, _live_history, _live_points, _live_importance, _live_timeline)  # under each other
+
+
+def _table(found: Any, front: set[int] | None, trouble: str = "", moves: bool = False) -> hv.Overlay:
+    """The rows that `_rows` picks, as text in columns."""
+    table = found.table()
+    counts = table.state.value_counts()
+    said = ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
+    title = f"{found.name}: {len(table)} of {found.config.get('trials', len(table))} trials" + f", {said}" * bool(said)
+    if trouble:
+        title = f"{found.name}: the log cannot be read now: {trouble}"
+    failed = table[table.state == "failed"]
+    note = ""
+    if len(failed) and "error" in failed:
+        note = _cut(f"trial {failed.trial.iloc[-1]} failed: {failed.error.iloc[-1]}", WIDE - 5)
+    shown = _rows(found, table, front)
+    lines = _columns([name for name in shown.columns if name != "error"], shown, found) if len(shown) else [""]
+    texts = [(0.0, float(-at), line.replace(" ", "\N{NO-BREAK SPACE}")) for at, line in enumerate(lines)]
+    dims = ("column", "row")
+    elements = [style.lines_of_text(texts[:1], bold=True, dims=dims), style.lines_of_text(texts[1:], dims=dims)]
+    n = ROWS if moves else len(shown)
+    shape = {"height": 2.8, "shape": SHAPE} if moves else {"height": max(1.2, 0.22 * (n + 2))}
+    return style.finish(elements, title, note, xlim=(0, 1), ylim=(-n - 0.6, 0.6), xaxis=None, yaxis=None, grid="", **shape)
+
+
+def _rows(found: Any, table: pd.DataFrame, front: set[int] | None) -> pd.DataFrame:
+    """The best trials (of several objectives some on the front), then those under way and the latest of the others, newest first; with `rank`, and only what tells trials apart."""
+    import pandas as pd
+
+    if table.empty:
+        return table
+    done = table[(table.state == "done") & (table.feasible.astype(bool) if "feasible" in table else True)]
+    done = done if front is None else done[done.trial.isin(front)]
+    best = done.sort_values("score", ascending=found.lower_is_better, kind="stable").head(LEADING)
+    rest = table[~table.trial.isin(best.trial)].iloc[::-1]
+    rest = rest.iloc[np.argsort(rest.state.to_numpy() != "running", kind="stable")].head(ROWS - len(best))
+    rows = pd.concat([best, rest])
+    parameters = [name for name in _axes_of(found) if name in rows]
+    measured = [name for name in _objectives(found)[1:] if name in rows]
+    columns = ["trial", "state", "score", *measured, *[name for name in ("seconds",) if name in rows], *parameters]
+    ranks = ["best", "2nd", "3rd"] if front is None else ["front"] * LEADING
+    return rows[columns].assign(rank=ranks[: len(best)] + [""] * len(rest))
+
+
+def _columns(names: Sequence[str], rows: pd.DataFrame, found: Any) -> list[str]:
+    """A table as lines of equal columns, the first the names; those that are too many are left out, which is said."""
+    names = ["rank", *[name for name in names if name != "rank"]]
+    heads = {"rank": "", "score": _score_name(found), "seconds": "s"}
+    cells = {
+        name: [_cut(heads.get(name, name), 14), *(_cell(value, 14, 4 if name == "score" else 3) for value in rows[name])]
+        for name in names
+    }
+    widths = {name: max(map(len, column)) + 2 for name, column in cells.items()}
+    fit = [name for name, end in zip(names, np.cumsum([widths[name] for name in names]), strict=True) if end <= WIDE]
+    lines = ["".join(cells[name][at].ljust(widths[name]) for name in fit).rstrip() for at in range(len(rows) + 1)]
+    if len(fit) < len(names):
+        lines[0] += f"  +{len(names) - len(fit)} more"
+    return lines
+
+
+def _points(found: Any, table: pd.DataFrame, front: set[int] | None, moves: bool = False) -> hv.Overlay:
+    """With `moves` all its elements are there from the beginning."""
+    objectives, space = _objectives(found), _flat(found.config["space"])
+    names, goals = _axes_of(found), ["score", *objectives[1:]]
+    x = np.arange(len(names) + len(goals))
+    columns = [_height(table.get(name, []), space[name], name not in found.config["space"]) for name in names]
+    heights = np.column_stack(
+        [*columns, *(_between(table[name].to_numpy(float) if name in table else np.array([])) for name in goals)]
+    )
+    done = (table.state == "done").to_numpy()
+    order = np.lexsort((table.score.to_numpy(float) * (-1 if found.lower_is_better else 1), done))  # the best one last
+    best, is_on = order[-1:] if done.any() else order[:0], table.trial.isin(front or ()).to_numpy()
+    n_good = min(MOST, max(1, round(BEST * len(order)))) if len(order) else 0
+    good = order[-n_good:-1] if front is None else order[is_on[order]][-MOST:]
+    rest = order[~np.isin(order, [*good, *best])]
+    drawn = _some(rest, LINES)
+    others = f"the best {n_good} of {len(order):,}" if front is None else f"on the front ({is_on.sum()})"
+    if moves:
+        others = "others of the best fifth" if front is None else "on the front"
+    dims, elements = ("parameter", "height"), []
+    for part, label, look in (
+        (drawn, "", {"dash": 0, "width": 1, "color": style.GREY, "alpha": 0.35}),
+        (good, others, {"dash": 1, "width": 2, "color": style.COLOURS[1], "alpha": 0.8}),
+    ):
+        if len(part) or moves:
+            elements.append(style.strokes([np.column_stack([x, heights[at]]) for at in part], label, dims, **look))
+    line = heights[best[0]] if len(best) else np.full(len(x), np.nan)
+    elements.append(style.line(x, line, 0, "the best", dims))
+    slot = max(6, WIDE // len(x) - 1)
+    conditional = [name for name in names if name not in found.config["space"]]
+    texts = [(float(at), height, _cut(text, slot)) for at, name in enumerate(names) for height, text in _written(space[name])]
+    texts += [(float(names.index(name)), ABSENT, "none") for name in conditional]
+    for at, name in enumerate(goals, len(names)):
+        texts += [(float(at), height, text) for height, text in _written_ends(table.get(name, table.score))]
+    elements.append(style.labels(texts, size=9, dims=dims))
+    title = f"{found.name}: waiting for two trials with a {objectives[0]}" if moves else "Which points are good"
+    if len(best):
+        row = table.iloc[best[0]]
+        own = [name for at, name in enumerate(names) if heights[best[0], at] != ABSENT]
+        title = f"Best {objectives[0]} {row.score:.4g}: " + ", ".join(f"{name} {_short(row[name])}" for name in own)
+    note = "each line a trial; values from the lowest to the highest of the space"
+    note += f"; {len(drawn)} of {len(rest):,} others drawn" if len(drawn) < len(rest) else ""
+    note += f"; {_better(found.lower_is_better, objectives[0])}" if found.lower_is_better else ""
+    legend = [(f"the best {objectives[0]}" if front is not None else "the best", 0, "line")]
+    if len(good) or moves:
+        legend.append((others, 1, "line"))
+    shape = {"height": 3.3, "shape": SHAPE} if moves else {}
+    return style.finish(
+        elements, title, note, legend, xlabel="", ylabel="", xticks=_staggered([*names, *objectives]), yaxis=None,
+        xlim=(-0.5, len(x) - 0.5), ylim=(ABSENT - 0.12 if conditional else -0.2, 1.2), grid="x", **shape,
+    )  # fmt: skip
+
+
+def _importance(found: Any, shares: pd.Series | None, n_trials: int, reason: str = "", moves: bool = False) -> hv.Overlay:
+    """With `moves` all its elements are there from the beginning."""
+    names, tall = ([], np.array([])) if shares is None else (list(shares.index), 100 * shares.to_numpy(float))
+    title = f"What matters: {reason}" if shares is None else f"{names[0]} matters most: {tall[0]:.0f} %"
+    which = "on or next to the front" if len(_objectives(found)) > 1 else "among the best tenth"
+    note = "" if shares is None else f"of whether a trial is {which}; {n_trials:,} trials"
+    note += ", too few for more than a rough guess" if n_trials < ROUGH and note else ""
+    note += f"; {BARS} of {len(names)} parameters" if len(names) > BARS else ""
+    names, tall = names[:BARS], tall[:BARS]
+    y = -np.arange(len(names), dtype=float)
+    bars = style.boxes(
+        (np.zeros(len(y)), y - 0.38, tall, y + 0.38), 0, "importance", ("importance (%)", "below", "end (%)", "above")
+    )
+    numbers = style.beside(
+        [(width + 0.8, at, f"{width:.0f}") for width, at in zip(tall, y, strict=True)], dims=("importance (%)", "below")
+    )
+    shape = {"height": 2.8, "shape": SHAPE} if moves else {"height": float(np.clip(1.4 + 0.35 * len(names), 2.4, 7))}
+    return style.finish(
+        [bars, numbers], title, note, xlabel="importance (%)", ylabel="", grid="x", xlim=(0, 107), ylim=(-max(1, len(names)) + 0.4, 0.6),
+        yticks=[(float(at), _cut(name, 24)) for at, name in zip(y, names, strict=True)] or [(0.0, "")], **shape,
+    )  # fmt: skip
 
 
 def _timeline(found: Any, moves: bool = False) -> hv.Overlay:
-    """With `moves` all its elements are there from the beginning."""
-    spans = found.timeline()
-    if spans is None or spans.empty:
-        import pandas as pd
-
-        spans, state, end = pd.DataFrame({name: np.array([]) for name in ("trial", "worker", "start", "end")}), {}, 0.0
-    else:
-        state, end = found.table().set_index("trial").state, float(np.nanmax([spans.end.max(), spans.start.max()]))
-    spans = spans.assign(end=spans.end.fillna(end), state=spans.trial.map(state))
+    """With `moves` all its elements are there from the beginning, and of many runs the latest."""
+    spans, table = found.timeline(), found.table()
+    end = float(np.nanmax([spans.end.max(), spans.start.max()])) if len(spans) else 0.0
+    spans = spans.assign(end=spans.end.fillna(end), state=spans.trial.map(table.set_index("trial").state))
     rows = {worker: -row for row, worker in enumerate(sorted(spans.worker.unique()))}  # worker 0 on top
     first = float(spans.start.min()) if len(spans) else 0.0
     busy = float((spans.end - spans.start).sum() / (len(rows) * (end - first))) if end > first else 1.0
+    n_runs = len(spans)
+    note = (
+        f"{found.name}: a tick begins each run"
+        if n_runs <= POINTS or moves
+        else f"{found.name}: {len(table):,} trials on {len(rows)} workers"
+    )
+    if moves and n_runs > POINTS:
+        spans = spans.iloc[-POINTS:]
+        first, note = float(spans.start.min()), f"{note}; the latest {POINTS} of {n_runs:,} runs"
     elements, legend = [], []
     for name, number in STATES.items():
         own = spans[spans.state == name]
         if len(own) or moves:
             y = own.worker.map(rows).to_numpy(float)
-            table = (own.start.to_numpy(float), y - 0.3, own.end.to_numpy(float), y + 0.3)
-            elements.append(style.boxes(table, number, name, ("start (s)", "bottom", "end (s)", "top")))
-            legend.append((name if moves else f"{name} ({own.trial.nunique()} trials)", number, "box"))
-    y = spans.worker.map(rows).to_numpy(float)
-    elements.append(style.ticks(spans.start.to_numpy(float), y - 0.3, y + 0.3))
+            boxes = (own.start.to_numpy(float), y - 0.3, own.end.to_numpy(float), y + 0.3)
+            elements.append(style.boxes(boxes, number, name, ("start (s)", "bottom", "end (s)", "top")))
+            n = own.trial.nunique()
+            legend.append((name if moves else f"{name} ({n:,} trial{'s' * (n > 1)})", number, "box"))
+    if len(spans) <= POINTS:  # of more they would hide all else
+        y = spans.worker.map(rows).to_numpy(float)
+        elements.append(style.ticks(spans.start.to_numpy(float), y - 0.3, y + 0.3))
     names = [(row, f"worker {worker}") for worker, row in rows.items()] or [(0, "")]
-    shape = {"height": 2.8, "shape": {"aspect": 2.8}} if moves else {"height": float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8))}
+    shape = {"height": 2.8, "shape": SHAPE} if moves else {"height": float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8))}
     return style.finish(
-        elements, f"Blocks have a run {100 * busy:.0f} % of the time", f"{found.name}: a tick begins each run", legend, xlabel=AXES["seconds"],
+        elements, f"Blocks have a run {100 * busy:.0f} % of the time" if len(rows) else "Who trained what when", note, legend, xlabel=AXES["seconds"],
         ylabel="", yticks=names if len(names) <= 24 else names[::8], ylim=(-max(1, len(rows)) + 0.5, 0.5),
-        xlim=(0, None if moves else end), grid="x", **shape,
+        xlim=(first if n_runs > POINTS else 0, None if moves else end), grid="x", **shape,
     )  # fmt: skip
 
 
@@ -284,6 +471,104 @@ def _ended(found: Any) -> pd.DataFrame:
     return table.assign(trials=np.arange(1, len(table) + 1))
 
 
+def _n_scored(table: pd.DataFrame) -> int:
+    return int((table.state.isin(["done", "pruned"]) & table.score.notna()).sum())
+
+
+def _objectives(found: Any) -> list[str]:
+    return list(getattr(found, "objectives", ["score"]))
+
+
+def _front(found: Any) -> set[int] | None:
+    """Of several objectives the numbers of the trials on the front."""
+    return set(found.front().trial) if len(_objectives(found)) > 1 else None
+
+
+def _score_name(found: Any) -> str:
+    """What the column `score` is."""
+    return _objectives(found)[0]
+
+
+def _better(lower: bool, what: str) -> str:
+    return f"the lower the {what}, the better" if lower else ""
+
+
+def _best_so_far(at: np.ndarray, ended: pd.DataFrame, lower: bool) -> tuple[np.ndarray, np.ndarray]:
+    """`at` and the best score of those that are done by then, from the first of them on."""
+    scores = np.where(ended.state == "done", ended.score.to_numpy(float), np.nan)
+    best = (np.fmin if lower else np.fmax).accumulate(scores) if len(scores) else scores
+    return at[~np.isnan(best)], best[~np.isnan(best)]
+
+
+def _trial_marks(ended: pd.DataFrame) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """By state: which trials are drawn, and all of them."""
+    found = []
+    for state in MARKS:
+        own = ended[ended.state == state]
+        found.append((state, own.iloc[_some(np.arange(len(own)), POINTS)], own))
+    return found
+
+
+def _some(rows: np.ndarray, most: int) -> np.ndarray:
+    """So many of them at most, evenly."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
+
+
+def _drawn(label: str, drawn: Any, of: Any) -> str:
+    return label if len(drawn) == len(of) else f"{label} ({len(drawn)} of {len(of):,} drawn)"
+
+
+def _whole_ticks(n: int) -> list[int]:
+    step = next(step for base in (1, 10, 100, 1000, 10**4, 10**5, 10**6) for step in (base, 2 * base, 5 * base) if n <= 8 * step)
+    return sorted({1, *range(step, n + 1, step)} - ({1} if step > 5 else set()))
+
+
+def _cut(text: str, n: int) -> str:
+    """A text of at most n characters: its beginning and its end."""
+    return text if len(text) <= n else f"{text[: n - n // 3 - 1]}…{text[len(text) - n // 3 :]}"
+
+
+def _cell(value: Any, n: int, digits: int) -> str:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return "-"
+    if isinstance(value, float | np.floating):
+        return _number(value, digits)
+    return _cut(str(value), n)
+
+
+def _axes_of(found: Any) -> list[str]:
+    """The parameters that may differ between trials."""
+    space = _flat(found.config["space"])
+    return [name for name, about in space.items() if len(about.get("choices", (0, 0))) > 1] or list(space)
+
+
+def _staggered(names: Sequence[str]) -> list[tuple[int, str]]:
+    """Names of axes side by side: where there are many, each second one a line lower, and long ones cut."""
+    per = WIDE // len(names)
+    if max(map(len, names)) < per:
+        return list(enumerate(names))
+    return [(at, "\n" * (at % 2) + _cut(name, 2 * per - 2)) for at, name in enumerate(names)]
+
+
+def _written(about: Mapping[str, Any]) -> list[tuple[float, str]]:
+    """What stands along the axis of a parameter: its ends, and the choices between where they are few."""
+    if "choices" not in about:
+        return [(LOW, _short(about["low"])), (HIGH, _short(about["high"]))]
+    choices = [_short(choice) for choice in about["choices"]]
+    last = len(choices) - 1
+    between = [(at / last, choices[at]) for at in range(1, last)] if last < 6 else []
+    return [(LOW, choices[0]), *between, *([(HIGH, choices[-1])] if last else [])]
+
+
+def _written_ends(values: pd.Series) -> list[tuple[float, str]]:
+    values = values.dropna().astype(float)
+    return [(LOW, _number(values.min())), (HIGH, _number(values.max()))] if len(values) else []
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
 def _flat(space: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The attributes of each parameter, those that come with a choice too; of one that several choices have the first."""
     found: dict[str, Mapping[str, Any]] = {}
@@ -295,31 +580,25 @@ def _flat(space: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _height(values: pd.Series, about: Mapping[str, Any]) -> np.ndarray:
-    """Where values lie between the ends of their parameter, 0 to 1; NaN where a trial has none."""
+def _height(values: Any, about: Mapping[str, Any], within: bool) -> np.ndarray:
+    """Where values lie between the ends of their parameter, 0 to 1; below them where a trial has none (`within` a choice it may)."""
     if "choices" in about:
         choices = list(about["choices"])
-        return np.array([choices.index(value) / max(1, len(choices) - 1) if value in choices else np.nan for value in values])
-    low, high, values = float(about["low"]), float(about["high"]), values.to_numpy(float)
+        values = [None if within is False and None in choices and value != value else value for value in values]
+        return np.array([choices.index(value) / max(1, len(choices) - 1) if value in choices else ABSENT for value in values])
+    low, high, values = float(about["low"]), float(about["high"]), np.asarray(values, float)
     if about.get("log"):
         low, high, values = np.log(low), np.log(high), np.log(values)
-    return (values - low) / (high - low or 1.0)
+    return np.nan_to_num((values - low) / (high - low or 1.0), nan=ABSENT)
 
 
 def _between(scores: np.ndarray) -> np.ndarray:
-    spread = scores.max() - scores.min()
-    return (scores - scores.min()) / spread if spread else np.full(len(scores), 0.5)
-
-
-def _ends(about: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands below and above the axis of a parameter."""
-    if "choices" in about:
-        return _short(about["choices"][0]), _short(about["choices"][-1])
-    return _short(about["low"]), _short(about["high"])
+    low, spread = (scores.min(), np.ptp(scores)) if len(scores) else (0.0, 0.0)
+    return (scores - low) / spread if spread else np.full(len(scores), 0.5)
 
 
 def _ends_of(values: pd.Series) -> str:
-    return " to ".join(f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for end in (values.min(), values.max()))
+    return " to ".join(_number(end) for end in (values.min(), values.max()))
 
 
 def _said(bounds: Any) -> str:
@@ -329,4 +608,6 @@ def _said(bounds: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "None" if np.isnan(value) else f"{value:.3g}"
+    return str(value)

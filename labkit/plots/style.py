@@ -32,7 +32,8 @@ GREY = "#555555"
 # In captions, of a run that no cluster has made.
 ORIGINS = {"counterfactual": "counterfactual: another update on recorded arrivals", "simulated": "simulated"}
 FONTS = {"title": 13, "labels": 12, "xticks": 11, "yticks": 11, "legend": 11}
-WIDE = 80  # characters of a title that fit; longer ones are smaller
+WIDE = 80  # characters of a title that fit; longer ones are smaller,
+LONGEST = 115  # and of more the rest is left out: a picture would become as wide as its title
 
 MODES = ("static", "interactive")
 
@@ -137,39 +138,58 @@ def styled(element: Any, bokeh: dict[str, Any], matplotlib: dict[str, Any], **bo
     return element.opts(**bokeh, **both, backend="bokeh").opts(**matplotlib, **both, backend="matplotlib")
 
 
-def line(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], band: tuple[Any, Any] | None = None) -> Any:
-    """A line with markers, its colour, marker and dash by `number`; `band` = (low, high) is shaded around it."""
+def line(
+    x: Any, y: Any, number: int, label: str, dims: tuple[str, str], band: tuple[Any, Any] | None = None, steps: bool = False
+) -> Any:
+    """A line with markers, its colour, marker and dash by `number`; `band` = (low, high) is shaded around it. With `steps` each value
+    holds until the next one."""
     import holoviews as hv
 
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     dash = DASHES[number % len(DASHES)]
     curve = hv.Curve((x, y), dims[0], dims[1], label=label)
     stroke = {"line_dash": dash[0], "line_width": 2, "framewise": True}
-    curve = styled(curve, bokeh=stroke, matplotlib={"linestyle": dash[1], "linewidth": 2}, color=colour)
+    course = {"interpolation": "steps-post" if steps else "linear"}
+    curve = styled(curve, bokeh=stroke, matplotlib={"linestyle": dash[1], "linewidth": 2}, color=colour, **course)
     every = slice(None, None, max(1, len(x) // 15))  # a marker on each of 500 points hides the line
     dots = hv.Scatter((x[every], y[every]), dims[0], dims[1], label=label)
     dots = styled(dots, bokeh={"size": 8, "framewise": True}, matplotlib={"s": 36}, color=colour, marker=marker)
     if band is None:
         return curve * dots
+    if steps:
+        x, *band = np.repeat(x, 2)[1:], *(np.repeat(edge, 2)[:-1] for edge in band)
     area = hv.Area((x, band[0], band[1]), dims[0], [dims[1], "high"])
     shade = {"color": colour, "line_alpha": 0}
     return styled(area, bokeh=shade, matplotlib={"facecolor": colour, "linewidth": 0}, alpha=0.2) * curve * dots
 
 
-def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str]) -> Any:
-    """Single marks without a line, their colour and marker by `number`."""
+def strokes(paths: Sequence[Any], label: str, dims: tuple[str, str], dash: int, width: float, **look: Any) -> Any:
+    """Paths of points (x, y) of one look, as one line with gaps."""
+    import holoviews as hv
+
+    points = np.concatenate([np.vstack([path, [np.nan, np.nan]]) for path in paths] or [np.empty((0, 2))])
+    curve = hv.Curve((points[:, 0], points[:, 1]), dims[0], dims[1], label=label)
+    bokeh = {"line_dash": DASHES[dash][0], "line_width": width, "framewise": True}
+    return styled(curve, bokeh=bokeh, matplotlib={"linestyle": DASHES[dash][1], "linewidth": width}, **look)
+
+
+def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], small: bool = False) -> Any:
+    """Single marks without a line, their colour and marker by `number`; `small` where there may be hundreds."""
     import holoviews as hv
 
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     dots = hv.Scatter((x, y), dims[0], dims[1], label=label)
-    return styled(dots, bokeh={"size": 9, "framewise": True}, matplotlib={"s": 46}, color=colour, marker=marker)
+    size, area = (6, 16) if small else (9, 46)
+    return styled(dots, bokeh={"size": size, "framewise": True}, matplotlib={"s": area}, color=colour, marker=marker)
 
 
-def ticks(x: Any, bottom: Any, top: Any) -> Any:
+def ticks(x: Any, bottom: Any, top: Any, names: Sequence[str] = ("x0", "y0", "x1", "y1")) -> Any:
     """Thin black strokes upwards."""
     import holoviews as hv
 
-    return styled(hv.Segments((x, bottom, x, top)), bokeh={"line_width": 1}, matplotlib={"linewidth": 1}, color="black")
+    return styled(
+        hv.Segments((x, bottom, x, top), kdims=list(names)), bokeh={"line_width": 1}, matplotlib={"linewidth": 1}, color="black"
+    )
 
 
 def level(y: float) -> Any:
@@ -202,7 +222,9 @@ def heat(cells: Sequence[tuple], what: str) -> Any:
     return styled(rows, bokeh={"line_color": "white", "tools": ["hover"]}, matplotlib={"edgecolor": "white"}, **both)
 
 
-def labels(texts: Sequence[tuple[float, float, str]], frame: str = "white", size: int = 11) -> Any:
+def labels(
+    texts: Sequence[tuple[float, float, str]], frame: str = "white", size: int = 11, dims: tuple[str, str] = ("x", "y")
+) -> Any:
     """Texts (x, y, text) on a white ground with a frame of that colour, so that they can be read on any image."""
     import holoviews as hv
 
@@ -212,9 +234,34 @@ def labels(texts: Sequence[tuple[float, float, str]], frame: str = "white", size
             if tuple(map(float, text.get_position())) in spots:
                 text.set_bbox({"facecolor": "white", "edgecolor": frame, "pad": 2})
 
-    written = hv.Labels(texts, ["x", "y"], "text")
+    written = hv.Labels(texts, list(dims), "text")
     ink = {"text_font_size": f"{size}pt", "text_color": "black", "background_fill_color": "white", "border_line_color": frame}
     return styled(written, bokeh=ink, matplotlib={"size": size, "color": "black", "hooks": [ground]})
+
+
+def lines_of_text(texts: Sequence[tuple[float, float, str]], bold: bool = False, dims: tuple[str, str] = ("x", "y")) -> Any:
+    """Texts (x, y, text) that begin there, in letters of equal width."""
+    import holoviews as hv
+    from bokeh.core.properties import value
+
+    written = hv.Labels(texts, list(dims), "text")
+    ink = {
+        "text_font": value("monospace"),
+        "text_font_size": "9pt",
+        "text_align": "left",
+        "text_font_style": "bold" if bold else "normal",
+    }
+    same = {"family": "monospace", "size": 9, "horizontalalignment": "left", "weight": "bold" if bold else "normal"}
+    return styled(written, bokeh=ink | {"text_color": "black"}, matplotlib=same | {"color": "black"})
+
+
+def beside(texts: Sequence[tuple[float, float, str]], dims: tuple[str, str] = ("x", "y")) -> Any:
+    """Texts (x, y, text) to the right of there, such as the number of a bar."""
+    import holoviews as hv
+
+    written = hv.Labels(texts, list(dims), "text")
+    ink = {"text_font_size": "10pt", "text_color": "black", "text_align": "left"}
+    return styled(written, bokeh=ink, matplotlib={"size": 10, "color": "black", "horizontalalignment": "left"})
 
 
 def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str, text: str = "", **options: Any) -> Any:
@@ -263,6 +310,7 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
     import holoviews as hv
 
     height, grid = options.pop("height", 4.5), options.pop("grid", "xy")
+    title = title if len(title) <= LONGEST else title[: LONGEST - 1] + "…"
     shape = options.pop("shape", {"aspect": "auto", "fig_inches": (8, height), "fig_bounds": (0, 0, 1, 1)})
     figure = hv.Overlay(list(elements))
     figure = figure.collate() if len(elements) > 1 else figure

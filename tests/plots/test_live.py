@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -175,7 +176,7 @@ def test_however_long_the_record_cannot_be_read_the_view_says_so_and_ends_with_t
         shown.append((seen, last))
         run.state = "done" if len(shown) == 4 else run.state
 
-    run.state, screen = "running", SimpleNamespace(show=show, nothing=NOTHING)
+    run.state, screen = "running", SimpleNamespace(show=show, nothing=NOTHING, took=0.0)
     _feed(run, SimpleNamespace(look=look, at=7), screen, timeout=60)
     assert [(seen.trouble, last) for seen, last in shown[:4]] == [("", False), ("disk", False)] * 2
     assert shown[4:] == [(whole, True)]
@@ -205,3 +206,26 @@ def test_live_follows_a_run_and_stops_with_it(run):
     assert title(panel[()]).startswith("AGWU + IDPA: mean held-out score")
     last = run.events.loc[run.events["kind"] == "push", "seconds"].max()
     assert [plot.x_range.end for plot in shown] == [last] * 3  # the axes follow
+
+
+def test_what_takes_long_to_read_and_draw_is_read_and_drawn_less_often(monkeypatch):
+    now, looks = [0.0], []
+    monkeypatch.setattr(
+        sys.modules["labkit.plots.live"],
+        "time",
+        SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s)),
+    )
+    run = SimpleNamespace(state="running")
+    screen = SimpleNamespace(nothing=NOTHING, took=0.0, show=lambda seen, last: None)
+
+    def look():
+        looks.append(now[0])
+        now[0] += 0.5
+        screen.took = 1.0
+        if len(looks) == 5:
+            run.state = "done"
+        return NOTHING
+
+    _feed(run, SimpleNamespace(look=look, at=7), screen, timeout=600)
+    assert (np.diff(looks)[:4] >= 15).all() and len(looks) == 6
+    assert looks[-1] - looks[-2] < 2, "and at the end of the run at once"

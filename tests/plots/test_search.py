@@ -10,7 +10,7 @@ import pytest
 
 from labkit import plots
 from labkit.errors import RunError
-from labkit.plots.search import _ended
+from labkit.plots.search import LINES, MOST, NOTHING, POINTS, _ended, _live_timeline, _Watch
 from tests.plots.helpers import elements, title
 
 FLOAT = {"name": "FloatDistribution", "attributes": {"low": 1e-3, "high": 1.0, "log": True}}
@@ -66,6 +66,7 @@ FIGURES = {
         [found, Found(method="random"), Found(method="random", seed=1)], x="seconds"
     ),
     "points": plots.search_points,
+    "table": plots.search_table,
     "importance": plots.search_importance,
     "timeline": plots.search_timeline,
     "front": plots.search_front,
@@ -97,7 +98,8 @@ def test_titles_are_the_answers():
     lowest = Found(lower=True).table().score.min()
     assert title(plots.search_history(Found(lower=True))) == f"gp finds {lowest:.4g}"
     row = found.table().loc[found.table().score.idxmax()]
-    assert title(plots.search_points(found)).startswith(f"Best: lr {row.lr:.3g}, width {row.width}, optimiser {row.optimiser}")
+    assert title(plots.search_points(found)).startswith(f"Best score {row.score:.4g}: lr {row.lr:.3g}, width {row.width}, optim")
+    assert title(plots.search_table(found)) == "found: 12 of 12 trials, 10 done, 1 pruned, 1 failed"
     assert title(plots.search_importance(found)) == "lr matters most: 75 %"
     assert title(plots.search_front(found)).startswith(f"{len(found.front())} of 10 trials are worth a choice: score from ")
     assert title(plots.search_timeline(found)) == "Blocks have a run 92 % of the time"  # 0.9 of each second, but for the last gap
@@ -136,12 +138,127 @@ def test_the_live_figure_has_the_same_elements_from_the_beginning(monkeypatch):
     panels = figure.traverse(lambda view: view, [hv.DynamicMap])
     hv.renderer("bokeh").get_plot(figure)
     kinds = [[type(element) for element in panel[()].traverse(lambda element: element, [hv.Element])] for panel in panels]
-    assert title(panels[0][()]) == "found: waiting for a score"
+    assert [title(panel[()]) for panel in panels] == [
+        "found: 0 of 0 trials",
+        "found: waiting for a score",
+        "found: waiting for two trials with a score",
+        "What matters: no trial has a score yet",
+        "Who trained what when",
+    ]
     found._table, found._timeline, found.state = whole._table, whole._timeline, "done"
     for thread in threading.enumerate():
         if thread.name == "live-found":
             thread.join(10)
             assert not thread.is_alive()
-    assert title(panels[0][()]) == f"found: best score {whole.table().score.max():.4g} after 11 trials"
-    assert title(panels[1][()]) == title(plots.search_timeline(whole))
+    assert title(panels[1][()]) == f"found: best score {whole.table().score.max():.4g} after 11 trials"
+    assert [title(panel[()]) for panel in panels[:1] + panels[2:]] == [
+        title(figure(whole)) for figure in (plots.search_table, plots.search_points, plots.search_importance, plots.search_timeline)
+    ]
     assert kinds == [[type(element) for element in panel[()].traverse(lambda element: element, [hv.Element])] for panel in panels]
+
+
+def texts(figure):
+    import holoviews as hv
+
+    return [
+        str(text).replace("\N{NO-BREAK SPACE}", " ")
+        for labels in figure.traverse(lambda element: element, [hv.Labels])
+        for text in labels.dimension_values("text")
+    ]
+
+
+def paths(element):
+    """The points of each path of a line with gaps."""
+    rows = element.array().astype(float)
+    return [part[~np.isnan(part[:, 0])] for part in np.split(rows, np.flatnonzero(np.isnan(rows[:, 0]))) if len(part) > 1]
+
+
+def test_the_table_has_the_best_trials_then_those_under_way_then_the_latest():
+    found = Found(40)
+    found.objectives = ["score"]
+    found._table["error"], found._table["seconds"] = "", 0.9
+    found._table.loc[38:, ["state", "score"]] = "running", np.nan
+    found._table.loc[2, "error"] = "RuntimeError: it broke"
+    head, *rows = texts(plots.search_table(found))
+    assert head.split() == ["trial", "state", "score", "s", "lr", "width", "optimiser", "momentum"]
+    best = found._table[found._table.state == "done"].sort_values("score", ascending=False).head(3)
+    assert [row.split()[:3] for row in rows[:3]] == [
+        [rank, str(trial), "done"] for rank, trial in zip(("best", "2nd", "3rd"), best.trial, strict=True)
+    ]
+    latest = [str(trial) for trial in range(37, 20, -1) if trial not in set(best.trial)][:7]
+    assert [row.split()[0] for row in rows[3:]] == ["39", "38", *latest] and rows[3].split()[1:3] == ["running", "-"]
+    found.objectives, found.config["constraints"] = ["score", "time"], {"time": [None, 4.0]}
+    found._table["feasible"] = found._table.time <= 4
+    fronts = [row.split()[1] for row in texts(plots.search_table(found)) if row.startswith("front")]
+    assert fronts and set(map(int, fronts)) <= set(found.front().trial)
+
+
+def test_a_table_of_many_parameters_says_how_many_it_leaves_out(tmp_path):
+    found = Found()
+    for i in range(12):
+        found.config["space"][f"parameter_{i}"] = WIDTH
+        found._table[f"parameter_{i}"] = np.arange(12) % 9 + 1
+    head, *rows = texts(plots.search_table(found))
+    assert (
+        head.endswith(f"+{12 + 4 - sum(word in found._table for word in head.split()) + 4} more")
+        and max(map(len, [head, *rows])) < 115
+    )
+    assert len(title(plots.search_points(found))) < 120
+
+
+def test_a_trial_that_ended_early_is_not_the_best():
+    found = Found()
+    best = found._table[found._table.state == "done"].score.max()
+    found._table.loc[3, "score"] = 7.0
+    assert title(plots.search_history(found)) == f"gp finds {best:.4g}"
+    assert title(plots.search_points(found)).startswith(f"Best score {best:.4g}")
+    assert elements(plots.search_history(found), "Scatter")["a pruned trial"].array()[:, 1] == [7.0]
+
+
+def test_a_trial_passes_below_the_axis_of_a_parameter_that_it_does_not_have_and_none_is_a_choice():
+    found = Found()
+    found.objectives = ["score"]
+    found.config["space"]["dropout"] = {"attributes": {"choices": [None, 0.5]}}
+    found._table["dropout"] = [np.nan, 0.5] * 6
+    figure = plots.search_points(found)
+    lines = [path for label, one in elements(figure, "Curve").items() for path in paths(one) if label != "the best"]
+    lines.append(elements(figure, "Curve")["the best"].array().astype(float))
+    assert len(lines) == 11 and not np.isnan(np.concatenate(lines)).any()
+    heights = np.array(lines)[:, :, 1]  # lr, width, optimiser, momentum, dropout, score
+    assert ((heights[:, 3] < 0) == (heights[:, 2] == 1)).all() and set(heights[:, 4]) == {0, 1}
+    assert {"none", "None", "sgd", "adam"} <= set(texts(figure))
+
+
+def test_of_thousands_of_trials_some_are_drawn():
+    found = Found(4000)
+    found.objectives, found.state = ["score"], "running"
+    lines = elements(plots.search_points(found), "Curve")
+    assert {label: len(paths(one)) for label, one in lines.items() if label != "the best"} == {
+        "": LINES,
+        f"the best {MOST} of 3,999": MOST - 1,
+    }
+    assert len(elements(plots.search_history(found), "Scatter")[f"a trial ({POINTS} of 3,998 drawn)"]) == POINTS
+    assert sum(map(len, elements(_live_timeline(found, _Watch(found).look()), "Rectangles").values())) == POINTS
+    assert sum(map(len, elements(plots.search_timeline(found), "Rectangles").values())) == 4000
+
+
+def test_while_a_search_goes_its_importance_is_computed_ever_more_rarely():
+    whole, found, counted = Found(400), Found(0), []
+    found.importance = lambda: counted.append(len(found._table)) or pd.Series({"lr": 1.0})
+    found.state, watch = "running", _Watch(found)
+    assert watch.look().importance is NOTHING.importance
+    for n in range(1, 401):
+        found._table, found._timeline = whole._table.iloc[:n], whole._timeline.iloc[:n]
+        seen = watch.look()
+        assert seen.counted <= (found._table.score.notna()).sum() <= 1.1 * seen.counted + 2
+    assert len(counted) < 60
+    found.state = "done"
+    assert watch.look().counted == 399 == watch.look().counted and counted.count(400) <= 1
+
+
+def test_importance_is_a_bar_a_parameter_of_the_largest_ones():
+    found = Found()
+    found.importance = lambda: pd.Series({f"a_long_name_of_a_parameter_{i}": 1 / 20 for i in range(20)})
+    figure = plots.search_importance(found)
+    assert len(elements(figure, "Rectangles")["importance"]) == 15 == len(texts(figure))
+    assert texts(plots.search_importance(Found(3))) == [] and title(plots.search_importance(Found(3))) == "What matters"

@@ -93,7 +93,7 @@ DOORS = {
     "confusion live membership roster segments timeline weights worst": r"run=.* must be a run, as labkit\.train and labkit\.load_run give it",
     "errors part_scores saturation scaling speed step_times": "give a pandas DataFrame",
     "search_history": r"searches=.* must be (a search|a list)",
-    "search_front search_importance search_live search_points search_timeline": r"found=.* must be a search, as labkit\.search gives it",
+    "search_front search_importance search_live search_points search_table search_timeline": r"found=.* must be a search, as labkit\.search gives it",
     "gantt roofline": r"profile=.* must be what labkit\.inner\.profile returns",
     "part_accuracy part_times": r"joined=.* must be what labkit\.train_subnets returns",
 }
