@@ -136,7 +136,8 @@ def search_importance(found: Any) -> hv.Overlay:
 
 
 def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.Overlay:
-    """Two objectives against each other, each trial a mark; those that no other one is better than in all of them are a line.
+    """Two objectives against each other, each trial a mark; those that no other one is better than in all of them are a line
+    (or marks, where there are more than two objectives).
 
     `x` and `y` are names of objectives, by default the second and the first. Trials that break a constraint are marked as such.
     """
@@ -155,16 +156,19 @@ def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.O
     front = front.sort_values(at)
     rest = table[(table.state == "done") & ~table.trial.isin(front.trial)]
     broken = ~rest.feasible.astype(bool) if "feasible" in rest else np.zeros(len(rest), bool)
-    elements = [style.line(front[at].to_numpy(float), front[height].to_numpy(float), 0, "front", (x, y))]
-    legend = [(f"front ({len(front)} trials)", 0, "line")]
+    is_curve = len(names) == 2  # of more objectives a trial may be on the front by one that is not drawn
+    draw = style.line if is_curve else style.marks
+    elements = [draw(front[at].to_numpy(float), front[height].to_numpy(float), 0, "front", (x, y))]
+    legend = [(f"front ({len(front)} trials)", 0, "line" if is_curve else "mark")]
     for label, number, own in (("another trial", 5, rest[~broken]), ("breaks a constraint", 1, rest[broken])):
         if len(own):
             elements.append(style.marks(own[at].to_numpy(float), own[height].to_numpy(float), number, label, (x, y)))
             legend.append((f"{label} ({len(own)})", number, "mark"))
     title = f"{len(front)} of {len(front) + len(rest)} trials are worth a choice: {y} from {_ends_of(front[height])}, {x} from {_ends_of(front[at])}"
+    others = [] if is_curve else [f"the front is also of {', '.join(name for name in names if name not in (x, y))}, not drawn"]
     limits = [f"{name} {_said(bounds)}" for name, bounds in (found.config.get("constraints") or {}).items()]
     units = {"time": "time of a run (s)", "size": "parameters of the network"}
-    return style.finish(elements, title, "; ".join(limits), legend, xlabel=units.get(x, x), ylabel=units.get(y, y))
+    return style.finish(elements, title, "; ".join(others + limits), legend, xlabel=units.get(x, x), ylabel=units.get(y, y))
 
 
 def search_timeline(found: Any) -> hv.Overlay:
@@ -285,8 +289,8 @@ def _table(found: Any, front: set[int] | None, trouble: str = "", moves: bool = 
     """The rows that `_rows` picks, as text in columns."""
     table = found.table()
     counts = table.state.value_counts()
-    said = ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
-    title = f"{found.name}: {len(table)} of {found.config.get('trials', len(table))} trials" + f", {said}" * bool(said)
+    said = ", ".join(f"{counts[state]:,} {state}" for state in STATES if state in counts)
+    title = f"{found.name}: {said or 'none begun'} of {found.config.get('trials', len(table)):,} trials"
     if trouble:
         title = f"{found.name}: the log cannot be read now: {trouble}"
     failed = table[table.state == "failed"]

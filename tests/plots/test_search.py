@@ -99,7 +99,7 @@ def test_titles_are_the_answers():
     assert title(plots.search_history(Found(lower=True))) == f"gp finds {lowest:.4g}"
     row = found.table().loc[found.table().score.idxmax()]
     assert title(plots.search_points(found)).startswith(f"Best score {row.score:.4g}: lr {row.lr:.3g}, width {row.width}, optim")
-    assert title(plots.search_table(found)) == "found: 12 of 12 trials, 10 done, 1 pruned, 1 failed"
+    assert title(plots.search_table(found)) == "found: 10 done, 1 pruned, 1 failed of 12 trials"
     assert title(plots.search_importance(found)) == "lr matters most: 75 %"
     assert title(plots.search_front(found)).startswith(f"{len(found.front())} of 10 trials are worth a choice: score from ")
     assert title(plots.search_timeline(found)) == "Blocks have a run 92 % of the time"  # 0.9 of each second, but for the last gap
@@ -123,6 +123,8 @@ def test_trials_that_break_a_constraint_are_marked_and_one_objective_has_no_fron
     assert len(_ended(found)) == (found._table.feasible & found._table.score.notna()).sum()
     with pytest.raises(ValueError, match="Did you mean 'score'"):
         plots.search_front(found, x="scor")
+    found.objectives = ["score", "time", "width"]
+    assert not elements(plots.search_front(found), "Curve"), "no line through trials that are on the front by what is not drawn"
     found.objectives = ["score"]
     with pytest.raises(ValueError, match="has one objective"):
         plots.search_front(found)
@@ -139,7 +141,7 @@ def test_the_live_figure_has_the_same_elements_from_the_beginning(monkeypatch):
     hv.renderer("bokeh").get_plot(figure)
     kinds = [[type(element) for element in panel[()].traverse(lambda element: element, [hv.Element])] for panel in panels]
     assert [title(panel[()]) for panel in panels] == [
-        "found: 0 of 0 trials",
+        "found: none begun of 0 trials",
         "found: waiting for a score",
         "found: waiting for two trials with a score",
         "What matters: no trial has a score yet",
