@@ -138,7 +138,12 @@ def test_the_live_figure_has_the_same_elements_from_the_beginning(monkeypatch):
     import holoviews as hv
 
     panels = figure.traverse(lambda view: view, [hv.DynamicMap])
-    hv.renderer("bokeh").get_plot(figure)
+    from bokeh.models import Plot
+
+    shown = list(hv.renderer("bokeh").get_plot(figure).state.select({"type": Plot}))
+    assert len(shown) == 5 == len({plot.y_range.id for plot in shown}) == len({plot.x_range.id for plot in shown}), (
+        "axes of their own"
+    )
     kinds = [[type(element) for element in panel[()].traverse(lambda element: element, [hv.Element])] for panel in panels]
     assert [title(panel[()]) for panel in panels] == [
         "found: none begun of 0 trials",
