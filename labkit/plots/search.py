@@ -398,7 +398,11 @@ def _points(found: Any, table: pd.DataFrame, front: set[int] | None, moves: bool
 def _importance(found: Any, shares: pd.Series | None, n_trials: int, reason: str = "", moves: bool = False) -> hv.Overlay:
     """With `moves` all its elements are there from the beginning."""
     names, tall = ([], np.array([])) if shares is None else (list(shares.index), 100 * shares.to_numpy(float))
-    title = f"What matters: {reason}" if shares is None else f"{names[0]} matters most: {tall[0]:.0f} %"
+    title = (
+        f"What matters: {reason}"
+        if shares is None
+        else f"{names[0]} {'seems to matter' if n_trials < ROUGH else 'matters'} most: {tall[0]:.0f} %"
+    )
     which = "on or next to the front" if len(_objectives(found)) > 1 else "among the best tenth"
     note = "" if shares is None else f"of whether a trial is {which}; {n_trials:,} trials"
     note += ", too few for more than a rough guess" if n_trials < ROUGH and note else ""

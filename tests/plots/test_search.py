@@ -100,7 +100,8 @@ def test_titles_are_the_answers():
     row = found.table().loc[found.table().score.idxmax()]
     assert title(plots.search_points(found)).startswith(f"Best score {row.score:.4g}: lr {row.lr:.3g}, width {row.width}, optim")
     assert title(plots.search_table(found)) == "found: 10 done, 1 pruned, 1 failed of 12 trials"
-    assert title(plots.search_importance(found)) == "lr matters most: 75 %"
+    assert title(plots.search_importance(found)) == "lr seems to matter most: 75 %"
+    assert title(plots.search_importance(Found(40))) == "lr matters most: 75 %"
     assert title(plots.search_front(found)).startswith(f"{len(found.front())} of 10 trials are worth a choice: score from ")
     assert title(plots.search_timeline(found)) == "Blocks have a run 92 % of the time"  # 0.9 of each second, but for the last gap
 
