@@ -71,12 +71,28 @@ def extension(mode: str | None = None) -> str:
         # Inline: the scripts travel in the notebook (6 MB), because the nodes of a cluster often cannot reach a CDN,
         # and then every figure stays blank without a message. Notebooks are committed without outputs; batches are static.
         hv.extension("bokeh", "matplotlib", inline=True, logo=False, display_formats=["html"])
+        _inline_styles()
         with _quiet():  # its own loader would ask the CDN again
             import hvplot.pandas  # noqa: F401
         hv.Store.set_current_backend("bokeh")
     hv.Store.renderers["matplotlib"].dpi = 120
     _loaded.update(mode=mode, cell=cell, execution=execution)
     return mode
+
+
+def _inline_styles() -> None:
+    """Figures carry the styles of Panel, which HoloViews would fetch from its CDN in a notebook."""
+    from bokeh.models import UIElement
+    from panel.io.notebook import patch_inline_stylesheets
+    from panel.viewable import Viewable
+
+    def inline(_: Any, root: Any) -> None:
+        for model in root.select({"type": UIElement}):
+            patch_inline_stylesheets(model)
+
+    if not _loaded.get("styles"):
+        _loaded["styles"] = "inline"
+        Viewable._preprocessing_hooks.append(inline)
 
 
 def interactive() -> bool:

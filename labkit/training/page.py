@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     import holoviews as hv
 
 WINDOW_S = 60.0  # that the timeline shows
-ROWS = 4000  # latest events that are kept for it
+ROWS = 2000  # latest events that are kept for it
 START_S = 120.0  # the process of a page has so long to begin
 PERIOD_MS = 500  # between two looks at the record
+SLOW_S = 10.0  # a browser that has not drawn the picture before gets the next one after so long nevertheless
 
 
 def watch(run: Run | str | Path, timeout: float = START_S) -> Page:
@@ -193,22 +194,28 @@ def layout(run: Run) -> tuple[Any, Callable[[], None]]:
     table = panel.pane.DataFrame(index=False)
     stop.on_click(lambda _: said.param.update(object=order(run, "stop")))
     cut.on_click(lambda _: said.param.update(object=order(run, "drop", workers=[who.value])))
-    shown = {"at": None, "ended": False}
+    # A browser that is slower than the run would fall behind ever further: it says when it has drawn, and then gets the next picture.
+    sent, drawn = panel.widgets.IntInput(visible=False), panel.widgets.IntInput(visible=False)
+    sent.jslink(drawn, value="value")
+    shown = {"at": None, "ended": False, "since": 0.0}
 
     def look() -> None:
+        if drawn.value != sent.value and time.monotonic() - shown["since"] < SLOW_S:
+            return
         status = state_of(run)
         seen = read.all()
         head.object, table.object = heading(run, status), members(status)
         done.value = min(1000, round(1000 * status.get("samples", 0) / max(1, status.get("budget") or 1)))
         stop.disabled = cut.disabled = status["state"] != "running"
         if read.at != shown["at"] or (status["state"] != "running") != shown["ended"]:
-            shown.update(at=read.at, ended=status["state"] != "running")
+            shown.update(at=read.at, ended=status["state"] != "running", since=time.monotonic())
             pipe.send(seen)
+            sent.value = (sent.value or 0) + 1
 
     look()
     controls = panel.Row(stop, who, cut, said)
     wide = {"sizing_mode": "stretch_width", "max_width": 1100, "margin": (10, 30)}
-    return panel.Column(head, done, controls, *figures, table, **wide), look
+    return panel.Column(head, done, controls, *figures, table, sent, drawn, **wide), look
 
 
 def state_of(run: Run) -> dict[str, Any]:

@@ -110,3 +110,20 @@ def test_what_is_no_run_is_refused_by_its_name(bad, run, tmp_path):
             call()
             pytest.fail(name)
     assert elements(plots.curves(one for one in [run]), "Curve")
+
+
+@pytest.mark.slow
+def test_an_interactive_figure_loads_nothing_from_a_network():
+    """What HoloViews sends to a notebook, in a process of its own, as the mode is one of a process."""
+    script = (
+        "import holoviews as hv, numpy as np, re\n"
+        "from labkit.plots import style\n"
+        "assert style.extension('interactive') == 'interactive'\n"
+        "figure = style.finish([style.line(np.arange(3.0), np.arange(3.0), 0, 'a', ('x', 'y'))], 'title')\n"
+        "maps = hv.DynamicMap(lambda data: figure, streams=[hv.streams.Pipe(data=1)])\n"
+        "for shown in (figure, maps):\n"
+        "    data, _ = hv.renderer('bokeh').components(shown)\n"
+        "    print(*re.findall(r'https?://[^\"\\\\]*[.](?:css|js|woff2?)', ''.join(map(str, data.values()))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.split() == []

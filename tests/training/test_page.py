@@ -69,7 +69,7 @@ def test_a_page_shows_a_run_and_its_buttons_cut_a_connection_and_stop_it(train, 
     run = train(problem(kind=Slow), update="agwu", passes=1000)
     until(lambda: run.status()["version"] >= 3)
     page, look = layout(run)
-    head, _, controls, *figures, table = page
+    head, _, controls, *figures, table, sent, drawn = page
     stop, who, cut, said = controls
     assert "**running**" in head.object and str(run.path) in head.object and [*table.object.worker] == [0, 1] == who.options
     titles = [title(figure.object[()]) for figure in figures]
@@ -79,6 +79,9 @@ def test_a_page_shows_a_run_and_its_buttons_cut_a_connection_and_stop_it(train, 
     assert "Asked for" in said.object
     stop.clicks = 1
     until(lambda: run.state == "stopped")
+    look()
+    assert "**running**" in head.object, "the browser has not drawn yet"
+    drawn.value = sent.value
     look()
     assert "**stopped**" in head.object and stop.disabled and cut.disabled
     stop.clicks = 2
