@@ -28,6 +28,7 @@ OF_PATHS = {
     "ground": "pictures by class",
     "units": "volumes by class",
     "channels": "arrays",
+    "external": "HDF5 files",
 }
 OF_COLUMNS = ("label", "target", "inputs", "tokens", "as_given", "pad")
 OF_ITEMS = ("label", "target", "inputs", "pad")
@@ -40,6 +41,7 @@ _ADVICE = {
 }
 CHANNELS = ("first", "last", "none")
 FILES = {".parquet": parquet.from_file, ".h5": arrays.from_hdf5, ".hdf5": arrays.from_hdf5}
+HDF5 = (".h5", ".hdf5")
 BY_CLASS = {pictures.from_folder: (pictures.SUFFIXES, ("size", "ground")), nifti.from_folder: (nifti.SUFFIXES, ("size", "units"))}
 
 
@@ -69,7 +71,9 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         - `pad=0`: what stands behind the end of samples that are shorter than the longest (behind labels: -100, which losses ignore);
         - `stream=True`: a `.parquet` file is not converted into the cache, but read row group by row group while it is trained on, so
           that it may be larger than memory and disk. It is read once when it is opened. Partitions deal out whole row groups, of which
-          a worker holds three in memory at a time: some 4 to 64 MB each are best, of rows in random order.
+          a worker holds three in memory at a time: some 4 to 64 MB each are best, of rows in random order;
+        - `external=True`: of an HDF5 file that names other files (external links, external storage, virtual data sets) these are read
+          too. Without it such a file is refused.
     data
         One of
 
@@ -216,8 +220,9 @@ def _from_path(path: Path, **options: Any) -> Dataset:
             _check_fitting(path, options, fitting)
             return reader(path, **options)
     by_column = path.suffix.lower() in FILES and path.is_file()
-    _check_fitting(path, options, () if is_cifar else ("channels", *OF_COLUMNS) if by_column else ("channels",))
-    channels = _channels(options)
+    external = ("external",) if path.suffix.lower() in HDF5 else ()
+    _check_fitting(path, options, () if is_cifar else ("channels", *OF_COLUMNS, *external) if by_column else ("channels",))
+    channels, outside = _channels(options), {name: flag(name, options.pop(name)) for name in external if name in options}
     if path.is_dir():
         if is_cifar:
             return cifar.from_folder(path)
@@ -232,7 +237,7 @@ def _from_path(path: Path, **options: Any) -> Dataset:
             f"{path} ends in {path.suffix or 'nothing'!r}. {_ADVICE.get(path.suffix.lower(), '')}Known are {', '.join(FILES)}, folders of .npy files, CIFAR-10's "
             "unpacked folder, and folders of pictures or .nii.gz volumes, one for each class."
         )
-    return FILES[path.suffix.lower()](path, _asked(options))
+    return FILES[path.suffix.lower()](path, _asked(options), **outside)
 
 
 def _check_fitting(path: Path, options: dict[str, Any], fitting: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data import columns
+from labkit.data import columns, hdf5
 from labkit.data.cache import Source, blocks, cached, converted_key, file_key, in_blocks, reading
 from labkit.data.columns import Asked
 from labkit.data.dataset import Dataset
@@ -163,45 +163,46 @@ def _npy(path: Path) -> np.ndarray:
     return array
 
 
-def from_hdf5(path: Path, asked: Asked) -> Dataset:
+def from_hdf5(path: Path, asked: Asked, *, external: bool = False) -> Dataset:
     """The data set in an HDF5 file: of `x` and `y`, or of the columns that are asked for by name."""
+    files = file_key([path, *(hdf5.named_files(path) if external else ())])
     if asked.says_roles:
-        return columns.stored(path.stem, file_key([path]), lambda: _hdf5_columns(path, asked), asked)
+        return columns.stored(path.stem, files, lambda: _hdf5_columns(path, asked, external), asked)
     channels = asked.channels
-    return cached(path.stem, converted_key(file_key([path]), channels), lambda: _hdf5(path, channels))
+    return cached(path.stem, converted_key(files, channels), lambda: _hdf5(path, channels, external))
 
 
-def _hdf5(path: Path, channels: str | None) -> tuple[Source, Source | None]:
-    import h5py
-
+def _hdf5(path: Path, channels: str | None, external: bool) -> tuple[Source, Source | None]:
     def source(x_name: str, y_name: str) -> Source:
-        return replace(_hdf5_column(path, file, x_name), y=_hdf5_held(path, file, y_name)[()], about=about, channels=channels)
+        return replace(
+            _hdf5_column(path, file, x_name, external), y=_hdf5_held(path, file, y_name)[()], about=about, channels=channels
+        )
 
-    with reading(path, advice="Is it a whole HDF5 file?"), h5py.File(path, "r") as file:
-        x, y, *test = taken = _which(path, file.keys(), ("x", "y"))
-        about = _left_out(path, file.keys(), taken)
+    with hdf5.opened(path, external) as file:
+        x, y, *test = taken = _which(path, file, ("x", "y"))
+        about = _left_out(path, file, taken)
         return source(x, y), source(*test) if test else None
 
 
-def _hdf5_columns(path: Path, asked: Asked) -> dict[str, columns.Columns]:
+def _hdf5_columns(path: Path, asked: Asked, external: bool) -> dict[str, columns.Columns]:
     """All arrays of an HDF5 file as columns, by split where all names end in _train or _test."""
-    import h5py
-
-    with reading(path, advice="Is it a whole HDF5 file?"), h5py.File(path, "r") as file:
-        held = list(file.keys())
+    with hdf5.opened(path, external) as file:
+        held = list(file)
         splits = {"train": dict(zip(held, held, strict=True))}
         if all(name.endswith(("_train", "_test")) for name in held):
             splits = {s: {name.removesuffix(f"_{s}"): name for name in held if name.endswith(f"_{s}")} for s in ("train", "test")}
         read = columns.read(splits["train"], asked)
         about = columns.unread(path.stem, splits["train"], read)
         return {
-            split: columns.noting({c: _hdf5_column(path, file, name, asked, c) for c, name in found.items() if c in read}, about)
+            split: columns.noting(
+                {c: _hdf5_column(path, file, name, external, asked, c) for c, name in found.items() if c in read}, about
+            )
             for split, found in splits.items()
             if found
         }
 
 
-def _hdf5_held(path: Path, file: Any, name: str) -> Any:
+def _hdf5_held(path: Path, file: hdf5.Members, name: str) -> Any:
     import h5py
 
     held = file[name]
@@ -212,19 +213,20 @@ def _hdf5_held(path: Path, file: Any, name: str) -> Any:
     return held
 
 
-def _hdf5_column(path: Path, file: Any, name: str, asked: Asked | None = None, column: str = "") -> Source:
+def _hdf5_column(path: Path, file: hdf5.Members, name: str, external: bool, asked: Asked | None = None, column: str = "") -> Source:
     import h5py
 
-    if asked is not None and isinstance(file[name], h5py.Dataset) and file[name].shape and file[name].dtype.hasobject:
-        texts = h5py.check_string_dtype(file[name].dtype) is not None
-        value = list(file[name].asstr()[()] if texts else file[name][()])
+    held = file[name]
+    if asked is not None and isinstance(held, h5py.Dataset) and held.shape and held.dtype.hasobject:
+        texts = h5py.check_string_dtype(held.dtype) is not None
+        value = list(held.asstr()[()] if texts else held[()])
         return columns.of_arrays(path.stem, {"train": {column: columns.in_memory(path.stem, column, value)}}, asked)["train"][
             column
         ]
     held = _hdf5_held(path, file, name)
 
     def chunks() -> Iterator[np.ndarray]:
-        with reading(path), h5py.File(path, "r") as again:
-            yield from blocks(again[name])
+        with hdf5.opened(path, external) as again:
+            yield from (np.char.decode(block, "utf-8") if block.dtype.kind == "S" else block for block in blocks(again[name]))
 
-    return Source(held.shape, held.dtype, chunks)
+    return Source(held.shape, np.dtype(f"U{held.dtype.itemsize}") if held.dtype.kind == "S" else held.dtype, chunks)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from labkit.data.cache import reading
+from labkit.data import hdf5
 from labkit.errors import DataError, file_path
 from labkit.jets.clustering import contingency, nearest
 from labkit.jets.files import PARTICLES, SUBSTRUCTURE, Jets, padded
@@ -194,18 +194,17 @@ def pairs(one: Jets, other: Jets, label: np.ndarray | Sequence[int], particles: 
     constituents, member = both.reshape(n, 2 * slots, 4), np.tile(np.repeat([0, 1], slots), (n, 1))
     order = np.argsort(-np.hypot(constituents[..., 0], constituents[..., 1]), axis=1, kind="stable")[:, :particles]
     constituents, member = np.take_along_axis(constituents, order[..., None], 1), np.take_along_axis(member, order, 1)
-    return Jets.of(constituents, np.asarray(label), CLASSES, member=member, pair=pair.reshape(n, -1))
+    return Jets.of(constituents, np.asarray(label), CLASSES, member=member, pair=pair.reshape(n, 2 * pair.shape[2]))
 
 
-def events(path: Any, particles: int = PARTICLES, most: int | None = None) -> Iterator[Jets]:
+def events(path: Any, particles: int = PARTICLES, most: int | None = None, *, external: bool = False) -> Iterator[Jets]:
     """The events of the LHC Olympics' R&D set (Zenodo 2629073, HDF5: 700 hadrons of pT, eta, phi, and a label), in blocks: the two
-    heaviest of their anti-kT jets with R = 1. Events with fewer are left out. Needs the extra [jets]."""
-    import h5py
-
+    heaviest of their anti-kT jets with R = 1. Events with fewer are left out. `external` as in `labkit.jets.read`. Needs the extra [jets]."""
     _, fastjet, ak = libraries()
     path, n = file_path("path", path), 0
-    with reading(path, advice="Is it a whole HDF5 file?"), h5py.File(path, "r") as file:
-        tables = [group["block0_values"] for group in file.values() if hasattr(group, "keys") and "block0_values" in group]
+    with hdf5.opened(path, external) as file:
+        groups = [group for group in (file[name] for name in file) if isinstance(group, hdf5.Members)]
+        tables = [group["block0_values"] for group in groups if "block0_values" in group]
         if not tables or tables[0].shape[1] != 3 * HADRONS + 1:
             raise DataError(f"{path} holds no table of {HADRONS} hadrons an event and a label, as pandas writes it.")
         for start in range(0, len(tables[0]), BLOCK):

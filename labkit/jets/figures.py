@@ -90,7 +90,7 @@ def embedding(
 def before_and_after(run: Any, classes: Sequence[str], note: str = "") -> hv.Layout:
     """The test jets of a run of UCluster in its embedding: above after pretraining, with the clusters of k-means, below at the version that
     `labkit.jets.chosen` takes. Numbers are the centres of the clusters; `classes` are the names of the labels."""
-    problem, curve, last = run.problem(), run.curve(), chosen(run)
+    problem, curve, last = run.opened_problem("its jets are drawn"), run.curve(), chosen(run)
     before = curve.loc[curve["spread"] == 1.0, "version"]  # those without clusters
     views = []
     for title, version in (("Before clustering", int(before.max()) if len(before) else 0), ("After clustering", last)):

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from labkit.data import Dataset, open_dataset
+from labkit.data import Dataset, hdf5, open_dataset
 from labkit.data.cache import is_of_cache, print_once, reading
-from labkit.errors import DataError, LabError, file_path, known, real, several, text, whole
+from labkit.errors import DataError, LabError, file_path, flag, known, real, several, text, whole
 from labkit.runs.files import replacing
 
 CLASSES = ("q", "g", "W", "Z", "t")
@@ -184,6 +184,7 @@ def convert(
     seed: int = 0,
     jets_per_file: int = BLOCK,
     most: int | None = None,
+    external: bool = False,
 ) -> list[Path]:
     """Read jets of any of the formats, select some, and write them in labkit's layout, file by file, in random order.
 
@@ -199,6 +200,7 @@ def convert(
     seed : of the order. Jets are mixed within `jets_per_file`; where a source has one class behind the other, mix several sources,
         or give a `jets_per_file` that holds all.
     most : end after so many jets.
+    external : read also what an HDF5 file shows of others (external links, external storage, virtual data sets); it is refused otherwise.
 
     Raises
     ------
@@ -208,7 +210,7 @@ def convert(
     """
     out, generator = file_path("out", out), np.random.default_rng(seed)
     size, most = whole("jets_per_file", jets_per_file, 2), None if most is None else whole("most", most)
-    particles, mass = whole("particles", particles), mass_window(mass)
+    particles, mass, external = whole("particles", particles), mass_window(mass), flag("external", external)
     wanted = None if classes is None else tuple(several("classes", list(classes), text))
     waiting, written, n, cut = [], [], 0, 0
 
@@ -221,9 +223,8 @@ def convert(
     paths = [SAMPLE if isinstance(one, str) and one == "jets" else file_path("data", one) for one in _each(data)]
     sources = [list(_sources(path)) for path in paths]
     _replaceable(out, [path for own in sources for path in own])
-    blocks = _by_turns(
-        [read(path, particles=particles, block=max(2, size // sum(map(len, sources)))) for own in sources for path in own]
-    )
+    how = {"particles": particles, "block": max(2, size // sum(map(len, sources))), "external": external}
+    blocks = _by_turns([read(path, **how) for own in sources for path in own])
     for jets in blocks:
         jets = _selected(jets, wanted, mass)
         jets = jets[: None if most is None else max(0, most - n)]
@@ -301,26 +302,29 @@ def _selected(jets: Jets, classes: Sequence[str] | None, mass: tuple[float, floa
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read(path: Any, *, particles: int = PARTICLES, block: int = BLOCK) -> Iterator[Jets]:
-    """The jets of a file of any of the formats, in blocks of at most so many; DataError for another file, and for jets that are none."""
+def read(path: Any, *, particles: int = PARTICLES, block: int = BLOCK, external: bool = False) -> Iterator[Jets]:
+    """The jets of a file of any of the formats, in blocks of at most so many; DataError for another file, and for jets that are none.
+
+    Of an HDF5 file that names other files (external links, external storage, virtual data sets) these are read too if `external`."""
     path = SAMPLE if isinstance(path, str) and path == "jets" else file_path("path", path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}. Jets are read from {', '.join(READERS)}.")
     if not path.exists():
         raise DataError(f"there is no file {path}.")
-    for at, jets in enumerate(reader(path, particles, block)):
+    is_hdf5 = reader is _from_hdf5
+    for at, jets in enumerate(reader(path, particles, block, external) if is_hdf5 else reader(path, particles, block)):
         check(jets, f"{path.name}, from jet {at * block} on")
         yield jets
 
 
-def load(path: Any = "jets", *, particles: int = PARTICLES, most: int | None = None) -> Jets:
-    """All jets of a file or a folder, or the first so many, in memory; "jets" is the sample that labkit has."""
+def load(path: Any = "jets", *, particles: int = PARTICLES, most: int | None = None, external: bool = False) -> Jets:
+    """All jets of a file or a folder, or the first so many, in memory; "jets" is the sample that labkit has. `external` as in `read`."""
     path = SAMPLE if isinstance(path, str) and path == "jets" else file_path("path", path)
     particles, most = whole("particles", particles), None if most is None else whole("most", most)
     parts, n = [], 0
     for file in _sources(path):
-        for jets in read(file, particles=particles):
+        for jets in read(file, particles=particles, external=external):
             parts.append(jets)
             n += len(jets)
             if most is not None and n >= most:
@@ -330,10 +334,8 @@ def load(path: Any = "jets", *, particles: int = PARTICLES, most: int | None = N
     return together(parts)
 
 
-def _from_hdf5(path: Path, particles: int, block: int) -> Iterator[Jets]:
-    import h5py
-
-    with reading(path, advice="Is it a whole HDF5 file?"), h5py.File(path, "r") as file:
+def _from_hdf5(path: Path, particles: int, block: int, external: bool = False) -> Iterator[Jets]:
+    with hdf5.opened(path, external) as file:
         if "jetConstituentList" in file:
             yield from _hls4ml(path, file, particles, block)
         elif "particle_features" in file:

@@ -29,6 +29,7 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
     `data` and `version` as of `run.evaluate`. Of a class for each pixel all pixels count. ProblemError where there are no classes.
     """
     style.a_run("run", run)
+    run.opened_problem("samples are drawn")
     style.extension()
     data_set, table = run.tested(data)[0].dataset, run.predictions(data, version)
     if data_set.n_classes is None or "label" not in table:
@@ -66,6 +67,7 @@ def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = N
     """
     n = whole("n", n)
     style.a_run("run", run)
+    run.opened_problem("samples are drawn")
     style.extension()
     problem = run.tested(data)[0]
     shape, table = problem.dataset.shape, run.predictions(data, version)

@@ -263,7 +263,7 @@ def read_state(path: Path, version: int) -> tuple[np.ndarray, dict]:
             raise ValueError("its contents do not fit its checksum")
         weights = _array(members["weights"][0])
         arrays = {name: _array(data) for name, (data, _) in members.items() if name not in ("state", "digest")}
-        state = _resolved(head["state"], arrays)
+        state = _resolved(head["state"], arrays, {})
     except FileNotFoundError as error:
         raise RunError(f"{file} is missing. Versions there: {versions(path)}.") from error
     except RunError:
@@ -362,16 +362,24 @@ def _array(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
 
 
-def _resolved(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+def _resolved(value: Any, arrays: Mapping[str, np.ndarray], made: dict[tuple[str, str], np.ndarray]) -> Any:
+    """The state, of which each array is `made` once, however often it is referred to."""
     if isinstance(value, list):
-        return [_resolved(item, arrays) for item in value]
+        return [_resolved(item, arrays, made) for item in value]
     if not isinstance(value, dict):
         return value
     if ARRAY in value:
-        return arrays[value[ARRAY]].astype(value["dtype"], copy=False)
+        name, kind = value[ARRAY], np.dtype(value["dtype"])
+        array = arrays[name]
+        if kind != array.dtype and not (array.dtype.kind == "u" and kind.kind in "iu"):  # as `_packed` makes them
+            raise ValueError(f"it holds {name} as {array.dtype}, and calls it {kind}")
+        if (name, kind.str) not in made:
+            made[name, kind.str] = array.astype(kind, copy=False)
+            made[name, kind.str].flags.writeable = False
+        return made[name, kind.str]
     if ITEMS in value:
-        return {key: _resolved(item, arrays) for key, item in value[ITEMS]}
-    return {key: _resolved(item, arrays) for key, item in value.items()}
+        return {key: _resolved(item, arrays, made) for key, item in value[ITEMS]}
+    return {key: _resolved(item, arrays, made) for key, item in value.items()}
 
 
 # -- which ones are due, and which ones stay ---------------------------------------------------------------------------

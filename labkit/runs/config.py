@@ -120,6 +120,8 @@ class RunConfig(Mapping[str, Any]):
         for name, kind in get_type_hints(RunConfig).items():
             if not _is_a(value := getattr(self, name), kind):
                 raise TypeError(f"{name} is {value!r}")
+        if not self.name.isprintable():  # names are printed, and a terminal obeys control characters
+            raise ValueError(f"the name of the run is {self.name!r}")
 
     def save(self, run: Path) -> None:
         """Write `config.json`, in the present format. What a run does not have is left out."""

@@ -193,7 +193,9 @@ class RunRecord:
         return analysis.trained(self.events, curve)
 
     def _measured(self) -> pd.DataFrame:
-        raise RunError(f"the curve of run {self.name} is not measured yet: labkit.load_run({str(self.path)!r}).curve() does it.")
+        raise RunError(
+            f"the curve of run {self.name} is not measured yet. run = labkit.load_run({str(self.path)!r}), run.problem() and run.curve() do it."
+        )
 
     @property
     def test_score(self) -> float | None:

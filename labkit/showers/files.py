@@ -17,6 +17,7 @@ Used by users through `labkit.showers.open_showers` and by `labkit.showers.gener
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,9 +26,10 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from labkit.data.cache import Source, cached, converted_key, file_key, reading, rows_per_chunk
+from labkit.data import hdf5
+from labkit.data.cache import Source, cached, converted_key, file_key, rows_per_chunk
 from labkit.data.dataset import Dataset
-from labkit.errors import DataError, file_path, known, real, several, whole
+from labkit.errors import DataError, file_path, flag, known, real, several, whole
 
 KEYS = {  # of each layout, and the first that is there is the layout of a file
     "showerdata": ("showers", "energies", "num_points", "shape"),
@@ -44,6 +46,7 @@ GEV = {"nnlo": 100.0, "calochallenge": 1e-3}  # what one unit of energy is in Ge
 CYLINDERS = {6480: (45, 16, 9), 40500: (45, 50, 18)}  # voxels of CaloChallenge: layers, angles, radii
 EMPTY = ("refuse", "drop")
 BLOCK = 256  # showers of a chunk in the files that are written: one is read as a whole
+MOST_CELLS = 1 << 24  # of a shower that is stored as points: the file says how many cells there are, and holds none of them
 ELECTRON = 11  # by the numbering of the Particle Data Group
 
 Grid = tuple[tuple[float, float, int], ...]
@@ -57,6 +60,7 @@ class Part(NamedTuple):
     n: int
     shape: tuple[int, int, int]
     angle: str | None
+    external: bool
 
 
 def open_showers(
@@ -66,6 +70,7 @@ def open_showers(
     grid: Sequence[Sequence[float]] | None = None,
     empty: str = "refuse",
     scale: float | None = None,
+    external: bool = False,
 ) -> Dataset:
     """The showers of one HDF5 file, of several, or of all in a folder, as one data set of which a tenth is held out.
 
@@ -83,6 +88,8 @@ def open_showers(
     scale
         What each cell is multiplied by, so that it is in MeV, as the networks of this package and its figures take it: 1000 for files in GeV,
         as those of LCD and NNLO are. By default 1; such files are then refused where showers have less than 0.5 MeV per GeV.
+    external
+        Read also what a file shows of others (external links, external storage, virtual data sets). Without it such files are refused.
 
     Raises
     ------
@@ -95,14 +102,16 @@ def open_showers(
     empty, scale = known("empty", empty, EMPTY), None if scale is None else real("scale", scale, above=0)
     layout = None if layout is None else known("layout", layout, LAYOUTS)
     grid = None if grid is None else _grid(grid)
-    parts = [_part(path, layout, grid) for path in _paths(files)]
+    external = flag("external", external)
+    parts = [_part(path, layout, grid, external) for path in _paths(files)]
     for part in parts[1:]:
-        if (part.layout, part.shape, part.angle) != (parts[0].layout, *parts[0][3:]):
+        if (part.layout, *part[3:]) != (parts[0].layout, *parts[0][3:]):
             raise DataError(
                 f"{part.path} has showers of shape {part.shape} ({part.layout}), and {parts[0].path} of {parts[0].shape} "
                 f"({parts[0].layout}). Open them as two data sets."
             )
-    key = converted_key(file_key([part.path for part in parts]), layout, grid, empty, scale)
+    others = [other for part in parts for other in hdf5.named_files(part.path)] if external else []
+    key = converted_key(file_key([*(part.path for part in parts), *others]), layout, grid, empty, scale)
     name = parts[0].path.stem if len(parts) == 1 else f"{parts[0].path.parent.name}-{len(parts)}-files"
     return cached(name, key, lambda: (_fields(parts, grid, empty, scale), None))
 
@@ -224,8 +233,8 @@ def _grid(grid: Any) -> Grid:
     return tuple((float(low), float(high), whole("grid", cells)) for low, high, cells in axes)
 
 
-def _part(path: Path, layout: str | None, grid: Grid | None) -> Part:
-    with reading(path, advice="Is it a whole HDF5 file?"), h5py.File(path) as file:
+def _part(path: Path, layout: str | None, grid: Grid | None, external: bool) -> Part:
+    with hdf5.opened(path, external) as file:
         there = list(file)
         if layout is None:
             layout = next((name for name, keys in KEYS.items() if all(key in file for key in keys)), None)
@@ -245,8 +254,12 @@ def _part(path: Path, layout: str | None, grid: Grid | None) -> Part:
                 raise DataError(
                     f"{path} holds points. Say in which cells they are counted: grid=[(low, high, cells), ...] of x, y, depth."
                 )
-            shape = tuple(axis[2] for axis in grid) if grid else tuple(int(side) for side in cells)
-            return Part(path, layout, len(file["showers"]), shape, None)
+            shape = tuple(axis[2] for axis in grid) if grid else tuple(map(int, np.ravel(cells)))
+            if len(shape) != 3 or min(shape) < 1 or math.prod(shape) > MOST_CELLS:
+                raise DataError(
+                    f"{path}: points in cells {shape} are no shower of three sides and at most {MOST_CELLS:,} cells. Give a coarser grid."
+                )
+            return Part(path, layout, len(file["showers"]), shape, None, external)
         stored = file[KEYS[layout][1 if layout == "calochallenge" else 0]].shape
         shape = stored[1:-1] if len(stored) == 5 and stored[4] == 1 else stored[1:]
         if layout == "calochallenge":
@@ -261,13 +274,13 @@ def _part(path: Path, layout: str | None, grid: Grid | None) -> Part:
             raise DataError(
                 f"{path}: showers have shape {stored}; layout {layout!r} needs {KEYS[layout]} of (N, X, Y, Z) cells, N > 0."
             )
-        return Part(path, layout, stored[0], tuple(map(int, shape)), angle)
+        return Part(path, layout, stored[0], tuple(map(int, shape)), angle, external)
 
 
-def _check_rows(path: Path, file: h5py.File, layout: str, angle: str | None) -> None:
+def _check_rows(path: Path, file: hdf5.Members, layout: str, angle: str | None) -> None:
     """DataError unless every array has a row for each shower."""
     names = [*KEYS[layout], *([angle] if angle else [])]
-    if layout == "nnlo" and isinstance(file["y"], h5py.Group) and "b" in file["y"]:
+    if layout == "nnlo" and isinstance(file["y"], hdf5.Members) and "b" in file["y"]:
         names.append("y/b")
     arrays = {name: file[name] for name in names if name != "shape" and isinstance(file[name], h5py.Dataset)}
     rows = {name: array.shape[0] if array.shape else 1 for name, array in arrays.items()}
@@ -280,7 +293,7 @@ def _check_rows(path: Path, file: h5py.File, layout: str, angle: str | None) -> 
 def _blocks(part: Part, grid: Grid | None) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Blocks of showers (n, X, Y, Z), depth last, with "energy" in GeV and perhaps "theta"; checked."""
     rows = rows_per_chunk((part.n, *part.shape), np.dtype(np.float32))
-    with reading(part.path), h5py.File(part.path) as file:
+    with hdf5.opened(part.path, part.external) as file:
         for at in range(0, part.n, rows):
             some = slice(at, min(part.n, at + rows))
             x, energy = _block(file, part, some, grid)
@@ -300,7 +313,7 @@ def _blocks(part: Part, grid: Grid | None) -> Iterator[tuple[np.ndarray, dict[st
             yield x, {name: values.astype(np.float32) for name, values in answers.items()}
 
 
-def _block(file: h5py.File, part: Part, some: slice, grid: Grid | None) -> tuple[np.ndarray, np.ndarray]:
+def _block(file: hdf5.Members, part: Part, some: slice, grid: Grid | None) -> tuple[np.ndarray, np.ndarray]:
     n = some.stop - some.start
     if part.layout == "showerdata":
         points, counts = int(file["shape"][2]), file["num_points"][some]
@@ -319,7 +332,7 @@ def _block(file: h5py.File, part: Part, some: slice, grid: Grid | None) -> tuple
     x = np.asarray(file[KEYS[part.layout][0]][some], np.float32).reshape(n, *part.shape)
     if part.layout == "nnlo":
         group = file["y"]
-        if not isinstance(group, h5py.Group) or "b" not in group:
+        if not isinstance(group, hdf5.Members) or "b" not in group:
             raise DataError(f"{part.path}: y is no group with a member b, the energies / 100 GeV.")
         return x, group["b"][some]
     if part.layout == "lcd-angle":

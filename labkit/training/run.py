@@ -157,14 +157,16 @@ class Run(RunRecord):
         from labkit.training.evaluation import as_recorded, measure
 
         lab = self._follower.lab if self._follower else None
-        return measure(self, as_recorded(self.problem(), self), lab if lab and not lab.closed and lab.free() else None)
+        problem = as_recorded(self.opened_problem("its curve is measured"), self)
+        return measure(self, problem, lab if lab and not lab.closed and lab.free() else None)
 
     def _layout_anew(self, why: RunError) -> Layout:
         """From the model, where its size is that of the newest version."""
         from labkit.models.flat import Flat
 
+        problem = self.opened_problem("layout.json is made anew", f"{why} ")
         try:
-            layout = Layout.of(*Flat(self.problem().new_module(self.config.seed), exact=self.config.exact_buffers).shapes)
+            layout = Layout.of(*Flat(problem.new_module(self.config.seed), exact=self.config.exact_buffers).shapes)
             checkpoints.read_weights(self.path, checkpoints.newest(self.path)[0], layout.size)
         except Exception as error:  # whatever becomes of a model of the user's own
             raise RunError(f"{why} It cannot be made anew from the model: {error}") from error
@@ -174,13 +176,26 @@ class Run(RunRecord):
         return layout
 
     def problem(self) -> Problem:
-        """What was trained. A model that was written in a notebook cell is known only to the kernel that trained it."""
+        """What was trained; made again, where this kernel has not trained it, by importing what config.json names.
+
+        A model that was written in a notebook cell is known only to the kernel that trained it.
+        """
         if self._problem is None:
             from labkit.problems.problem import problem_from_config
 
             self._problem = problem_from_config(self.config.problem)
         self.warn_of_edits()
         return self._problem
+
+    def opened_problem(self, what: str, before: str = "") -> Problem:
+        """The problem, if this kernel has trained it or has opened it; RunError where `what` would have to import it for the first time."""
+        if self._problem is None:
+            names = ", ".join(str(self.config.problem[name]) for name in ("kind", "model") if name in self.config.problem)
+            raise RunError(
+                f"{before}Before {what}, the problem of run {self.name} has to be imported as config.json names it ({names}). Call "
+                "run.problem() first, if you trust who made this run."
+            )
+        return self.problem()
 
     def warn_of_edits(self, **values: Any) -> None:
         """Warn, once, of files of the user's own, and of what of a notebook is in `values` (problem=, update=, partition=), that are not

@@ -408,10 +408,15 @@ def _earlier(lab: Lab, path: Path) -> Run | None:
 
 
 def run_name(name: str) -> str:
-    """A name that a run can have: RunError where it cannot become a folder of its own."""
+    """A name that a run can have: RunError where it cannot become a folder of its own, or would not be printed as it is."""
     name = text("name", name)
-    if not name or name != Path(name).name or name.startswith(".") or "\0" in name:
-        raise RunError(f"name={name!r} cannot be the name of a run: it becomes a folder.")
+    if not name or name != Path(name).name or name.startswith(".") or not name.isprintable():
+        why = (
+            "it becomes a folder"
+            if name.isprintable()
+            else "it holds characters that cannot be printed, such as control characters"
+        )
+        raise RunError(f"name={name!r} cannot be the name of a run: {why}.")
     return name
 
 

@@ -104,6 +104,29 @@ def test_masked_values_and_unaligned_rows_are_refused():
     refused((frame.assign(name="a"), labels), "x is of type object", "to_numpy(float)")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "descr"),
+    [
+        ("x", (10**12, 3), "<f4"),
+        ("x", (17, 10**12), "|u1"),
+        ("x", (10**12, 0), "<f4"),
+        ("x", (10**12, 3), "<U0"),
+        ("x", (17,), "<U20000"),
+        ("x", (17,), [("a", "<U20000")]),
+        ("y", (17,), "<U20000"),
+        ("y", (10**12,), "|S0"),
+        ("y", (10**12, 0), "<i8"),
+    ],
+)
+def test_a_header_that_claims_more_than_its_file_holds_takes_no_memory(name, shape, descr, tmp_path):
+    x, y = some()
+    folder = write_folder(tmp_path / "set", x_train=x, y_train=y)
+    with open(folder / f"{name}_train.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+        file.write(bytes(1000))
+    refused(folder)
+
+
 class Trap:
     """Unpickling this writes a file."""
 

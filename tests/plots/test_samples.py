@@ -50,6 +50,9 @@ class Trained(Recorded):
         super().__init__(path)
         self.problem, self._network = lambda: problem, lambda version: problem.build(0)
 
+    def opened_problem(self, what):
+        return self.problem()
+
     tested, predictions, _on = Run.tested, Run.predictions, Run._on
 
 

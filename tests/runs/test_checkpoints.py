@@ -298,6 +298,27 @@ def test_a_damaged_or_foreign_file_is_refused_by_name_with_what_to_do(path, what
         checkpoints.read_weights(path, 3, 17)
 
 
+@pytest.mark.parametrize("kind", ["<U20000", "|S20000", "|V20000", "<f8", "<c16", "|O"])
+def test_a_type_that_makes_more_of_an_array_than_the_file_holds_is_refused(path, kind, monkeypatch):
+    referring = checkpoints._referring
+
+    def claiming(value, members, where):
+        made = referring(value, members, where)
+        return {**made, "dtype": kind} if where.endswith("['pool']") else made
+
+    monkeypatch.setattr(checkpoints, "_referring", claiming)
+    checkpoints.write(path, 3, WEIGHTS, STATE)
+    with pytest.raises(RunError, match=r"00000003.npz is damaged: it holds a\d+ as uint8, and calls it"):
+        checkpoints.read_state(path, 3)
+
+
+def test_an_array_is_made_once_however_often_it_is_referred_to(path):
+    shard = np.arange(100)
+    checkpoints.write(path, 3, WEIGHTS, {"shards": [shard] * 1000})
+    shards = checkpoints.read_state(path, 3)[1]["shards"]
+    assert len({id(shard) for shard in shards}) == 1 and same(shards[0], shard) and not shards[0].flags.writeable
+
+
 def test_a_later_format_asks_for_a_later_labkit(path, monkeypatch):
     monkeypatch.setattr(checkpoints, "FORMAT", 2)
     checkpoints.write(path, 3, WEIGHTS, STATE)

@@ -70,6 +70,8 @@ def test_what_is_not_the_settings_of_a_run_is_refused(tmp_path):
     for changes in ({"budget": None}, {"update": None}):
         with pytest.raises(RunError, match=r"config.json is not whole: .*Is it the file of a run\?"):
             RunConfig.load(stored(tmp_path, **changes))
+    with pytest.raises(RunError, match=r"config.json is not whole: the name of the run is 'a\\x1b\[2J'"):
+        RunConfig.load(stored(tmp_path, name="a\x1b[2J"))
     with pytest.raises(RunError):
         RunConfig.load(tmp_path / "nowhere")
 

@@ -171,7 +171,11 @@ def test_they_are_plotted(name, stored):
 def test_its_curve_can_be_measured_again(name, stored, alike):
     path = stored(name)
     (path / "metrics.parquet").unlink()
-    measured = rows(labkit.load_run(path).curve())
+    run = labkit.load_run(path)
+    with pytest.raises(labkit.RunError, match=r"run\.problem\(\) first"):
+        run.curve()
+    run.problem()
+    measured = rows(run.curve())
     if alike:
         assert measured == EXPECTED["runs"][name]["curve"]
     for now, then in zip(measured, EXPECTED["runs"][name]["curve"], strict=True):

@@ -7,6 +7,8 @@ import importlib
 import sys
 import threading
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import nn
 import labkit
 from labkit import sources
 from labkit.errors import RunError
+from labkit.runs.files import read_json, write_json
 from labkit.training.resume import problem_of
 from tests.helpers import Slow, ended, problem, settings, until
 
@@ -130,6 +133,34 @@ def test_a_model_of_a_notebook_needs_its_problem_to_be_read_back(train):
         again.model()
     module = labkit.load_run(run.path, problem=a_problem).model()
     np.testing.assert_array_equal(module.network[1].weight.detach().numpy(), run.weights()["1.weight"])
+
+
+def test_what_a_record_names_is_imported_by_nothing_that_only_reads(train, tmp_path, monkeypatch):
+    """A run of somebody else, whose settings name a module that says when it is imported, and whose curve and layout are missing."""
+    (tmp_path / "of_others.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'imported')!r}).touch()\nMine = None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = train(problem(), passes=2, name="theirs").wait(60).path
+    stored = read_json(path / "config.json")
+    theirs = dict.fromkeys(("kind", "model", "loss", "optimiser", "augment", "data"), "of_others:Mine")
+    stored |= {what: {"name": "of_others:Mine"} for what in ("update", "partition")} | {"problem": theirs}
+    write_json(path / "config.json", stored, run=stored["id"])
+    figures = [getattr(labkit.plots, name) for name in ("curves", "membership", "live")]
+    run = labkit.load_run(path)
+    whole = labkit.compare([run, path])
+    assert list(whole.state) == ["done", "done"] and run.weights()
+    for name in ("metrics.parquet", "layout.json"):
+        (path / name).unlink()
+    readers = [run.summary, run.curve, run.weights, run.flat, run.status, run.balance, run.allocations, lambda: run.test_score]
+    readers += [lambda: run.time_to(0.1), lambda: labkit.compare([run, path]), lambda: labkit.plots.confusion(run)]
+    for read in (*readers, lambda: labkit.plots.worst(run), *(partial(figure, run) for figure in figures)):
+        with suppress(RunError):
+            read()
+        assert not (tmp_path / "imported").exists()
+    with pytest.raises(RunError, match=r"\(of_others:Mine, of_others:Mine\). Call run.problem\(\) first, if you trust"):
+        run.curve()
+    with pytest.raises(RunError, match="is not a Problem"):
+        run.problem()
+    assert (tmp_path / "imported").exists()
 
 
 def test_reading_what_is_no_run(tmp_path, train):

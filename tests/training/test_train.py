@@ -390,6 +390,10 @@ def test_bad_requests_start_nothing(train, tmp_path, lab):
         (RunError, "cannot be recorded in .*file.* Give another folder", problem(), {"runs": file}),
         (RunError, "'a/b' cannot be the name of a run", problem(), {"name": "a/b"}),
         (RunError, "'..' cannot be the name of a run", problem(), {"name": ".."}),
+        *(
+            (RunError, "cannot be the name of a run: it holds characters", problem(), {"name": f"a{c}b"})
+            for c in "\0\n\x1b\x7f\u202e"
+        ),
         (TypeError, "problem is a str; give a labkit.Problem", "lenet", {}),
         (ProblemError, "TinyGan cannot be trained with update='allreduce'.*: 'sgwu'", TinyGan("digits"), {"update": "allreduce"}),
     ]:
