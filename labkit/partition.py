@@ -27,9 +27,26 @@ from labkit.errors import PartitionError, flag, real, several, whole
 from labkit.imports import make_rule, rule_config
 
 
+QUICKEST, SLOWEST = 1e-18, 1e18  # seconds per sample: what is beyond counts as this, so that shares and their sums are finite
+
+
+def usable(seconds: float) -> float | None:
+    """Measured seconds per sample as a partition can compute with them: None for what is no number, no time is 0 or infinite."""
+    seconds = float(seconds)
+    return None if math.isnan(seconds) else min(max(seconds, QUICKEST), SLOWEST)
+
+
 def largest_remainder(total: int, shares: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Split `total` into whole numbers in proportion to `shares` (int64, sums to `total` exactly)."""
+    """Split `total` into whole numbers in proportion to `shares` (int64, sums to `total` exactly).
+
+    Infinite shares get all, NaN is no share.
+    """
     shares = np.asarray(shares, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        fits = math.isfinite(max(1, total) * shares.sum())
+    if not fits:
+        endless, shares = np.isposinf(shares), np.where(np.isfinite(shares), shares, 0.0)
+        shares = endless.astype(float) if endless.any() else shares / max(1.0, shares.max())
     if shares.sum() <= 0:
         shares = np.ones_like(shares)
     exact = total * shares / shares.sum()
@@ -48,10 +65,12 @@ def shuffled(n: int, seed: int, labels: np.ndarray | None = None, units: np.ndar
     order = generator.permutation(n)
     if labels is None:
         return order
+    classes, label, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    by_class = order[np.argsort(label.astype(np.min_scalar_type(len(classes)))[order], kind="stable")]  # one class behind the other
+    offsets, sizes = np.repeat(generator.random(len(classes)), counts), np.repeat(counts, counts)
+    within = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
     rank = np.empty(n)  # of a sample within its own class, in [0, 1)
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        rank[members] = (np.arange(len(members)) + generator.random()) / len(members)
+    rank[by_class] = (within + offsets) / sizes
     return np.argsort(rank, kind="stable")
 
 
@@ -117,7 +136,8 @@ class Partition:
         """The indices to add to the shards of `workers`, which are about to begin their next local pass.
 
         `seconds` maps a worker to the seconds per sample of its latest local pass (of a probe, before the first); workers
-        without an entry retain their earlier value. Returns int64 arrays, empty where a worker gets nothing. Under a barrier
+        without an entry, or with one that is no number, retain their earlier value, and times of 0 or without end are taken to be very
+        short or long. Returns int64 arrays, empty where a worker gets nothing. Under a barrier
         all workers are named in one call and share the batch exactly; otherwise each worker's own count of allocations
         says which batch it is at.
         """
@@ -148,6 +168,8 @@ class Partition:
         if worker in self.late or missing <= 0:
             return 0
         n = min(self.held[worker] - max(1, self._target(worker)), missing)
+        if not n and self.held[worker] > 1 and any(map(self._slowest, self.late)) and not len(self.pool):
+            n = 1
         if n <= 0:
             return 0
         shard = self.shard(worker)
@@ -163,8 +185,8 @@ class Partition:
             self.workers = sorted([*self.workers, worker])
             self.held[worker], self.count[worker], self.shards[worker] = 0, self.reached, []
             self.late.add(worker)
-            if seconds:
-                self.seconds[worker] = float(seconds)
+            if seconds and (each := usable(seconds)):
+                self.seconds[worker] = each
             self._members_changed()
 
     def leave(self, worker: int) -> None:
@@ -232,8 +254,12 @@ class Partition:
 
     def _missing(self, worker: int) -> int:
         """Samples that a worker misses of its target; less than half a unit is nothing."""
-        n = max(0, self._target(worker) - self.held[worker])
+        n = max(int(self._slowest(worker)), self._target(worker) - self.held[worker])
         return n if 2 * n > self._grain or not self.held[worker] else 0
+
+    def _slowest(self, worker: int) -> bool:
+        """Does it hold nothing, and is so slow that nothing is its share? It begins with one sample."""
+        return not self.held[worker] and not self._target(worker)
 
     def _batch(self, workers: list[int]) -> np.ndarray:
         """How many samples of the pool each of `workers` is to get."""
@@ -253,7 +279,8 @@ class Partition:
             shares = self._speeds()
             left = max(0, len(self.pool) - self._owed(but=worker))
             add = max(add, int(np.ceil(left * shares[self.workers.index(worker)] / sum(shares.tolist()))))
-        return min(add, len(self.pool))
+        for_others = sum(self._slowest(late) for late in self.late if late != worker)
+        return min(add, max(0, len(self.pool) - for_others))
 
     def _hand_out(self, worker: int, n: int) -> np.ndarray:
         n = n if self.units is None else self._front(worker, n)
@@ -356,7 +383,7 @@ class IDPA(Partition):
                 raise PartitionError(
                     f"speeds has {len(self.speeds)} entries for {len(self.workers)} workers. Give one for each worker."
                 )
-            self.seconds = {worker: 1 / speed for worker, speed in zip(self.workers, self.speeds, strict=True)}
+            self.seconds = {worker: self._declared(at) for at, worker in enumerate(self.workers)}
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "measured": {worker: list(times) for worker, times in self._measured.items()}}
@@ -367,21 +394,25 @@ class IDPA(Partition):
 
     def join(self, worker: int, seconds: float | None = None) -> None:
         if self.speeds is not None and worker < len(self.speeds):  # it comes back
-            seconds = 1 / self.speeds[worker]
+            seconds = self._declared(worker)
         super().join(worker, seconds)
+
+    def _declared(self, at: int) -> float:
+        """Seconds per sample of the worker with this place in `speeds`."""
+        return usable(1 / max(self.speeds[at], 1 / SLOWEST))
 
     def leave(self, worker: int) -> None:
         super().leave(worker)
         self._measured.pop(worker, None)
 
     def _learn(self, seconds: Mapping[int, float]) -> None:
-        for worker, value in seconds.items():
-            if not (math.isfinite(value) and value > 0):
-                raise PartitionError(f"worker {worker} reports {value} seconds per sample; a positive time is needed.")
+        for worker, measured in seconds.items():
+            if (value := usable(measured)) is None:  # what was known of it stands
+                continue
             if self.count.get(worker, 0) == 0:  # a probe: declared speeds stand, and the first true pass replaces it
-                self.seconds.setdefault(worker, float(value))
+                self.seconds.setdefault(worker, value)
             else:
-                latest = [*self._measured.get(worker, []), float(value)][-self.smoothing :]
+                latest = [*self._measured.get(worker, []), value][-self.smoothing :]
                 self._measured[worker], self.seconds[worker] = latest, statistics.median(latest)
             if self._known is not None and worker in self.count:
                 self._known[self.workers.index(worker)] = 1 / self.seconds[worker]

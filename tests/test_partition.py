@@ -177,6 +177,25 @@ def test_stratified_batches_hold_the_classes_in_their_shares():
     assert all(labels[order[i : i + 10]].sum() == 2 for i in range(0, 100, 10))
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["int64", "uint8", "float32", "<U3"])
+def test_many_classes_are_spread_as_one_after_the_other_was(kind, seed):
+    labels = np.random.default_rng(seed).integers(0, 100, 999).astype(kind)
+    generator = np.random.default_rng(np.random.SeedSequence([seed, 999]))
+    order, rank = generator.permutation(999), np.empty(999)
+    for label in np.unique(labels):  # records of earlier versions are replayed by this order
+        members = order[labels[order] == label]
+        rank[members] = (np.arange(len(members)) + generator.random()) / len(members)
+    assert np.array_equal(shuffled(999, seed, labels), np.argsort(rank, kind="stable"))
+
+
+def test_as_many_classes_as_samples_are_no_more_work():
+    rule = UDPA(stratified=True)  # it took a pass over all samples for each class
+    rule.start(300_000, range(3), labels=np.arange(300_000))
+    rule.allocate(range(3))
+    assert_exact_cover(rule, 300_000)
+
+
 @pytest.mark.parametrize("make", [UDPA, lambda: IDPA(3), lambda: IDPA(5, speeds=[1, 2, 9]), lambda: IDPA(4, stratified=True)])
 @pytest.mark.parametrize("seed", range(6))
 def test_saved_half_way_and_loaded_it_has_the_same_future(make, seed):
@@ -242,11 +261,60 @@ def test_bad_requests(make, error, message):
         make()
 
 
-def test_a_senseless_time_is_refused():
-    rule = IDPA(2)
-    rule.start(20, [0, 1])
-    with pytest.raises(PartitionError, match="worker 1 reports nan"):
-        rule.allocate([0, 1], {0: 1.0, 1: float("nan")})
+ABSURD = (5e-324, 0.0, -1.0, float("inf"), float("nan"), 1e308, 1e-300)
+
+
+@pytest.mark.parametrize("first", ABSURD)
+@pytest.mark.parametrize("then", ABSURD)
+def test_no_time_is_too_absurd_for_a_partition(first, then):
+    """Each worker measures another one, then the next; somebody leaves, another comes, and all samples stay dealt out."""
+    for rule in (IDPA(3), IDPA(3, stratified=True), IDPA(2, speeds=[5e-324, 1e308, 1.0, 1e-9]), IDPA(1), UDPA()):
+        rule.start(1000, range(4), labels=np.arange(1000) % 7)
+        for seconds in ({0: first}, {0: then, 1: first}, {2: 1e-3, 3: then}, {1: 1e-3, 3: 1e-3}):
+            rule.allocate(range(4), seconds)
+            assert_exact_cover_with_pool(rule, 1000)
+        assert min(rule.held.values()) > 0 and not len(rule.pool)
+        again = copy.deepcopy(rule)
+        again.load_state_dict(rule.state_dict())
+        again.leave(2)
+        again.join(5, first)
+        for worker in 6 * (0, 1, 3, 5):
+            again.reclaim(worker)
+            again.allocate([worker], {worker: then})
+            assert_exact_cover_with_pool(again, 1000)
+        assert not len(again.pool) and min(again.held.values()) > 0
+
+
+def assert_exact_cover_with_pool(partition, n):
+    held = np.concatenate([partition.pool, *(partition.shard(worker) for worker in partition.workers)])
+    assert np.array_equal(np.sort(held), np.arange(n))
+
+
+def test_a_time_that_is_no_number_leaves_what_was_known():
+    rule = IDPA(1)
+    rule.start(100, [0, 1])
+    shards = rule.allocate([0, 1], {0: 1.0, 1: 4.0})
+    rule.allocate([0, 1], {0: float("nan"), 1: float("nan")})
+    assert (len(shards[0]), len(shards[1])) == (80, 20) and rule.seconds == {0: 1.0, 1: 4.0}
+    rule.start(100, [0, 1])
+    assert {worker: len(shard) for worker, shard in rule.allocate([0, 1], {0: 0.0, 1: 1.0}).items()} == {0: 99, 1: 1}
+
+
+@pytest.mark.parametrize("total", [0, 7, 10**12])
+def test_shares_of_any_size_are_dealt_out_whole(total):
+    nan, inf = float("nan"), float("inf")
+    for shares in (
+        [1e308, 1e308, 1],
+        [5e-324, 0, 5e-324],
+        [inf, 1, inf],
+        [nan, 1, 3],
+        [nan, nan, nan],
+        [nan, inf, 1e308],
+        [0, 0, 1e-300],
+    ):
+        counts = largest_remainder(total, shares)
+        assert counts.sum() == total and counts.min() >= 0
+    assert largest_remainder(6, [nan, 1, 2]).tolist() == [0, 2, 4] and largest_remainder(6, [inf, 1, inf]).tolist() == [3, 0, 3]
 
 
 # -- units: runs of samples that are read together ---------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from labkit.partition import IDPA, UDPA
-from labkit.training.server.grants import ahead_of, by_speed, divide, end_of
+from labkit.training.server.grants import ahead_of, by_speed, divide, end_of, speeds_of
 from labkit.training.server.membership import Member
 from labkit.updates import AGWU, SGWU, UPDATES, DelayedNesterov, make_update
 from tests.helpers import SAMPLES, WORKERS, Course, begun
@@ -110,6 +110,16 @@ def test_speeds_are_those_of_the_latest_passes():
     assert course.members[0].seconds == 2.0
     answer = course.answer(0)
     assert answer.grant.pace == pytest.approx(SAMPLES / by_speed(course.it.partition.held, course.it.members)[0])
+
+
+@pytest.mark.parametrize("seconds", [5e-324, 0.0, float("inf"), float("nan"), 1e10])
+def test_absurd_speeds_give_finite_ends_and_whole_shares(seconds):
+    members = {worker: Member(worker, 0, seconds=each) for worker, each in enumerate((seconds, 1e-3, None))}
+    speeds = speeds_of(members.values())
+    assert np.isfinite(speeds).all() and min(speeds) > 0
+    shares = by_speed({0: 10, 1: 10, 2: 10}, members)
+    assert min(shares.values()) > 0 and 30 <= sum(shares.values()) <= 32
+    assert np.isfinite(end_of(30, [0.0, 1.0, 2.0], speeds))
 
 
 class Ahead(Course):
