@@ -26,7 +26,6 @@ import numpy as np
 from labkit.errors import PartitionError, flag, real, several, whole
 from labkit.imports import make_rule, rule_config
 
-
 QUICKEST, SLOWEST = 1e-18, 1e18  # seconds per sample: what is beyond counts as this, so that shares and their sums are finite
 
 

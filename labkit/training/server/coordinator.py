@@ -74,6 +74,7 @@ class Coordinator:
         alarm: Callable[[float], None] = lambda at: None,
         state: dict | None = None,
         age: float = AGE_S,
+        room: Callable[[], bool] = lambda: True,
     ) -> None:
         self.update, self.partition, self.workers = update, partition, config.indices
         self.deliver, self.record, self.clock, self.alarm = deliver, record, clock, alarm
@@ -82,7 +83,7 @@ class Coordinator:
         ahead = config.overlap * config.batch_size if update.ahead else 0
         end = {"milestones": config.milestones, "balanced": config.balanced_end, "batch_size": config.batch_size or 1}
         self.grants = Grants(partition, config.budget, joint, update, self.members, record, ahead, **end)
-        self.policy, self.save = Policy(config.budget, config.checkpoints, clock, age), save
+        self.policy, self.save, self.room = Policy(config.budget, config.checkpoints, clock, age), save, room
         self.incarnations: dict[int, int] = {}
         self.round = 0  # local passes of the quickest worker; one that joins counts on from there, so that no number comes twice
         self.idle: set[int] = set()  # workers for which nothing is left of the budget, unless another one is lost
@@ -361,7 +362,7 @@ class Coordinator:
         dropped = self.grants.count()
         if self.update.merges and self.average:
             self.average.follow(self.update.weights, self.grants.merged, self.update.still)
-        if self.update.merges and self.policy.is_due(self.grants.merged):
+        if self.update.merges and self.policy.is_due(self.grants.merged) and self.room():  # else it is due at the next merge too
             self.checkpoint()
         return dropped
 

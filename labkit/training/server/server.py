@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,6 +48,7 @@ from labkit.updates import BadPush, Diverged, Update
 
 ENDING_S = 5.0  # how long workers may take to leave when the run has been stopped or has failed
 LATE_PUSHES = 3  # of a worker that was taken to be gone: what was on its way when it was asked to join anew
+WAITING = 1  # versions that wait for the disk while one is written; when there are so many, the next one is saved later
 LOG_BYTES = 500_000  # of server.log that one server writes at most
 
 
@@ -72,7 +73,8 @@ class Server:
     """Serves one run: `serve()` returns when it has ended, and the run directory then says how."""
 
     def __init__(self, spec: ServerSpec) -> None:
-        self.spec, self.config = spec, spec.config
+        self.spec, self.config = replace(spec, weights=np.empty(0, np.float32), state=None), spec.config  # the course has them
+        self.size = len(spec.weights)
         self.lock = threading.RLock()
         self.recorder = Recorder(Path(spec.path))
         checkpoints.prepare(self.recorder.path)
@@ -97,6 +99,7 @@ class Server:
             deliver=lambda worker, answer: self.outboxes[worker].put(answer),
             record=self._record,
             save=lambda *version: self.versions.put(version),
+            room=lambda: self.versions.qsize() < WAITING,
             clock=time.monotonic,
             alarm=lambda _: self.wake_up.set(),
             age=spec.age,
@@ -261,7 +264,7 @@ class Server:
     def _serve_peer(self, sock: socket.socket) -> None:
         """A thread of its own for each peer: a worker, or a kernel that watches."""
         try:
-            limits = {"timeout": SERVER_TIMEOUT_S, "max_body": self.spec.weights.nbytes, "handshakes": self.handshakes}
+            limits = {"timeout": SERVER_TIMEOUT_S, "max_body": 4 * self.size, "handshakes": self.handshakes}
             with transport.accept(sock, self.spec.secret, check=check_request, **limits) as connection:
                 request, _ = connection.receive()
                 if request["op"] == "watch":
@@ -361,10 +364,10 @@ class WorkerConnection:
         self.server, self.connection, self.join = server, connection, join
         self.course, self.heartbeat_timeout = server.course, server.config.heartbeat_timeout
         self.outbox: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self.dtype, n = server.config.exchange, len(server.spec.weights)
+        self.dtype, n = server.config.exchange, server.size
         self.buffer = compression.buffer(self.dtype, n)  # of its pushes, as they come
         self.weights = self.buffer if self.dtype == "float32" else np.empty(n, np.float32)
-        self.pulled = server.spec.weights  # with which it was released last
+        self.pulled: np.ndarray | None = None  # with which it was released last, where it pushes changes
         self.unscored = False  # has it pushed without a score, which may come later?
 
     def serve(self) -> dict | None:
@@ -517,7 +520,8 @@ class WorkerConnection:
             return None
         if self.dtype != "float32":
             sizes = self.course.update.n_params, self.server.config.still
-            compression.add_change(self.pulled, self.buffer, self.dtype, shift, self.weights, *sizes)
+            pulled = self.course.update.weights if self.pulled is None else self.pulled
+            compression.add_change(pulled, self.buffer, self.dtype, shift, self.weights, *sizes)
         return self.weights
 
     def _score(self, member: Member, header: dict) -> None:

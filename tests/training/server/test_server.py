@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -718,6 +719,39 @@ def test_a_version_that_cannot_be_saved_fails_the_run_even_if_it_is_the_last(tmp
         worker.train()
         thread.join(10)
     assert result["version"] == 2 and result["state"] == "failed" and "No space left" in result["reason"]
+
+
+def test_versions_that_wait_for_a_slow_disk_are_few(tmp_path, monkeypatch):
+    write, go_on, waiting = checkpoints.write, threading.Event(), []
+
+    def slow(path, version, weights, state, **run):
+        assert go_on.wait(30)
+        return write(path, version, weights, state, **run)
+
+    monkeypatch.setattr(checkpoints, "write", slow)
+    with serving(spec(tmp_path, workers=(0,), budget=17 * 60, checkpoints=100)) as (server, result, thread):
+        (worker,) = join(server, 0)
+        while worker.message["op"] == "grant":
+            worker.push()
+            worker.pull()
+            waiting.append(server.versions.qsize())
+            if server.course.update.version == 40:
+                go_on.set()
+        worker.leave()
+        thread.join(10)
+    assert max(waiting[:40]) <= 2 and len(waiting) == result["version"] == 60  # nobody has waited for the disk
+    saved = checkpoints.versions(tmp_path)
+    assert saved[0] == 0 and saved[-1] == 60 and len(saved) < 45 and result["state"] == "done"
+
+
+def test_the_server_holds_no_copy_of_the_weights_that_it_began_with(tmp_path):
+    given = spec(tmp_path, workers=(0,), weights=np.ones(SIZE, np.float32))
+    first = weakref.ref(given.weights)
+    server = Server(given)
+    del given
+    assert first() is None and server.size == SIZE and server.course.update.weights.tolist() == [1] * SIZE
+    server.stop("stopped", "the test is over")
+    assert server.serve()["state"] == "stopped"
 
 
 def test_importing_the_server_stays_light():
