@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.data import arrays, cifar, columns, folders, named, nifti, parquet, pictures, streamed
-from labkit.data.cache import opened
+from labkit.data.cache import is_of_cache, opened
 from labkit.data.columns import Asked
 from labkit.data.dataset import Dataset, Field
 from labkit.data.items import from_items, is_items, is_items_path
@@ -227,6 +227,10 @@ def _from_path(path: Path, **options: Any) -> Dataset:
         if is_cifar:
             return cifar.from_folder(path)
         if (made := opened(path) or streamed.opened(path)) is None:
+            if is_of_cache(path):
+                raise DataError(
+                    f"{path} is damaged: it is no longer what labkit has converted. Open the data set again from what it was made of."
+                )
             return arrays.from_npy(path, channels)
         _check_fitting(path, options, ())
         return made

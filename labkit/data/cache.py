@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import platformdirs
 
-from labkit.data.dataset import SPLITS, Dataset, is_whole
+from labkit.data.dataset import SPLITS, Dataset, digest_of, forget, is_whole
 from labkit.errors import DataError
 
 FORMAT = 1  # x and y
@@ -168,9 +168,23 @@ def ready(path: Path, formats: Sequence[int] = (FORMAT, FORMAT_FIELDS)) -> dict[
     """The `meta.json` of a data set that is whole, and of one of these formats; else None."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        return meta if meta["format"] in formats and is_whole(path, meta["files"]) else None
+        digest = meta.pop("digest", None)
+        if meta["format"] not in formats or (digest is None and "digests" in meta) or (digest and digest != _digest(meta)):
+            return None
+        return meta if is_whole(path, meta["files"], meta.get("digests", {})) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not made yet, or damaged: it is only a copy, and is made again
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """Write `meta.json` of a data set whose files are in the folder, with their digests and its own; returns what `ready` will."""
+    meta = json.loads(json.dumps({**meta, "digests": {name: digest_of(folder / name) for name in meta["files"]}}))
+    (folder / "meta.json").write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=1))
+    return meta
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -191,6 +205,7 @@ def replacing_folder(path: Path, good: Callable[[], bool]) -> Iterator[Path]:
                 if good():
                     break
                 if path.exists():
+                    forget(path)
                     os.rename(path, Path(tempfile.mkdtemp(dir=folder)) / "damaged")
         if not good():
             raise DataError(f"{path} could not be replaced. Delete it and try again.")
@@ -235,9 +250,7 @@ def _write(
     """Check the splits, write them into `folder`, and return the `meta.json` that was written beside them."""
     train, test = load()
     if isinstance(train, dict):
-        meta = write_fields(folder, name, train, test, synthetic)
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-        return meta
+        return write_meta(folder, write_fields(folder, name, train, test, synthetic))
     given = {"train": train} if test is None else {"train": train, "test": test}
     _check_shapes(name, given)
     labels, n_classes, note = check_labels(name, given)
@@ -285,8 +298,7 @@ def _write(
         "note": " ".join(part for part in notes if part),
         "files": {f.name: f.stat().st_size for f in sorted(folder.glob("*.npy"))},
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    return meta
+    return write_meta(folder, meta)
 
 
 def _write_samples(

@@ -10,6 +10,7 @@ A sample has named fields, each with a role:
 Made by `labkit.data.cache`; used by everyone.
 """
 
+import hashlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,10 @@ from labkit.errors import DataError, known
 SPLITS = ("train", "test")
 OF_INPUT = ("shape", "mean", "std", "scale", "channels_last")  # what `meta.json` has of an input
 
+WHOLE = 1 << 28  # bytes: what is larger is not read as a whole to be checked, but these blocks of it
+BLOCK = 1 << 20
+
+_DIGESTS: dict[tuple[int, ...], str] = {}  # of the files that this process has read, by what tells a file from a changed one
 _MAPS: dict[str, dict[str, np.ndarray]] = {}  # the open memory maps of this process, by path
 
 
@@ -85,6 +90,7 @@ class Dataset:
         self.synthetic: bool = meta["synthetic"]
         self.note: str = " ".join(part for part in (note, meta["note"]) if part)
         self._files: dict[str, int] = meta["files"]
+        self._digests: dict[str, str] = meta.get("digests", {})  # of what labkit has written since it does that
         stored = meta.get("fields") or {
             "x": {**{key: meta.get(key) for key in OF_INPUT}, "dtype": "float32", "role": "input"},
             "y": {"shape": [], "dtype": "int64", "role": "label", "n_values": meta["n_classes"]},
@@ -212,7 +218,7 @@ class Dataset:
         known("split", split, SPLITS)
         if self.path not in _MAPS:
             path = Path(self.path)
-            if not is_whole(path, self._files):
+            if not is_whole(path, self._files, self._digests):
                 raise DataError(
                     f"{socket.gethostname()} finds no whole data set at {path}. Set LABKIT_CACHE to a folder that all "
                     "workers share, or, where it was deleted or damaged, open the data set again."
@@ -245,9 +251,34 @@ def _affine(stored: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return (mean * stored["scale"]).astype(np.float32), (1.0 / (std * stored["scale"])).astype(np.float32)
 
 
-def is_whole(path: Path, files: dict[str, int]) -> bool:
-    """Are the files there, each with its size in bytes?"""
+def is_whole(path: Path, files: Mapping[str, int], digests: Mapping[str, str]) -> bool:
+    """Are the files there, each with its size in bytes and, where it is known, its digest?"""
     try:
-        return all((path / name).stat().st_size == size for name, size in files.items())
+        sizes = all((path / name).stat().st_size == size for name, size in files.items())
+        return sizes and all(digest_of(path / name) == digest for name, digest in digests.items())
     except OSError:
         return False
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file; of one of more than `WHOLE` bytes that of its size and as many bytes in blocks spread evenly over it.
+
+    It is read once by a process, and again when its time of change, its size or its place on the disk is another.
+    """
+    about = file.stat()
+    key = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+    if key not in _DIGESTS:
+        n, n_blocks = about.st_size, -(-about.st_size // BLOCK)
+        read = n_blocks if n <= WHOLE else WHOLE // BLOCK
+        digest = hashlib.sha256(str(n).encode())
+        with open(file, "rb") as stream:
+            for number in range(read):
+                stream.seek(BLOCK * (number * (n_blocks - 1) // max(1, read - 1)))
+                digest.update(stream.read(BLOCK))
+        _DIGESTS[key] = digest.hexdigest()
+    return _DIGESTS[key]
+
+
+def forget(path: Path) -> None:
+    """What is at this path is another data set from now on."""
+    _MAPS.pop(str(path), None)

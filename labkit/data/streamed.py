@@ -13,7 +13,6 @@ Used by `labkit.data.open_dataset`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -41,6 +40,7 @@ from labkit.data.cache import (
     ready,
     replacing_folder,
     write_fields,
+    write_meta,
 )
 from labkit.data.columns import Asked, Columns, fields, noting, read, unread
 from labkit.data.dataset import SPLITS, Column, Dataset
@@ -322,8 +322,7 @@ def _noted(folder: Path, name: str, splits: Splits, asked: Asked) -> dict[str, A
         words.append(f"{name}: a row group has {largest / 1e6:.0f} MB, and each worker holds three. Smaller ones need less memory.")
     meta |= {"format": FORMAT_STREAMED, "held_out": held_out, "parts": parts, "groups": groups, "asked": asdict(given)}
     meta["note"] = " ".join(filter(None, [*words, meta["note"], _sorted(name, folder, meta)]))
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return meta
+    return write_meta(folder, meta)
 
 
 def _row_groups(splits: Splits) -> tuple[Any, list[tuple[str, int]], dict[str, list[tuple[int, int, int]]], int]:

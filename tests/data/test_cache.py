@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,73 @@ def test_a_damaged_meta_file_is_made_anew(damage):
     with open(os.path.join(data.path, "meta.json"), "w") as file:
         file.write(damage)
     assert open_dataset("digits").n_train == 1617
+
+
+def flipped(path, at=-1, by=64):
+    """One bit of a file is another, its size and its time are not; no process has read it before."""
+    content, times = bytearray(path.read_bytes()), path.stat()
+    content[at] ^= by
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    dataset._DIGESTS.clear()
+    dataset._MAPS.clear()
+
+
+@pytest.mark.parametrize("name", ["x_train.npy", "y_train.npy", "x_test.npy", "meta.json"])
+@pytest.mark.parametrize("kind", ["arrays", "columns"])
+def test_a_flipped_bit_in_the_cache_is_noticed_and_mended(kind, name):
+    x, y = some(dtype=np.uint8)
+    given = {"data": (x, y)} if kind == "arrays" else {"data": {"x": x, "y": y}, "label": "y"}
+    data = open_dataset(**given)
+    expected = data.batch([0, 5]), data.labels()
+    flipped(Path(data.path) / name, at=-9 if name != "meta.json" else (Path(data.path) / name).read_text().index('"mean"') + 14)
+    other = pickle.loads(pickle.dumps(data))
+    if name != "meta.json":  # a worker has what its meta says, and maps the files
+        with pytest.raises(DataError, match="finds no whole data set"):
+            other.batch([0])
+    with pytest.raises(DataError, match="is damaged: it is no longer what"):
+        open_dataset(data.path)
+    again = open_dataset(**given)
+    assert again.path == data.path
+    for part, before in zip((again.batch([0, 5]), {"y": again.labels()}), (expected[0], {"y": expected[1]}), strict=True):
+        for field in part:
+            np.testing.assert_array_equal(part[field], before[field])
+    assert open_dataset(data.path).n_train == data.n_train
+
+
+def test_a_file_is_read_once_to_be_checked(tmp_path, monkeypatch):
+    file = tmp_path / "a.npy"
+    file.write_bytes(bytes(1000))
+    first = dataset.digest_of(file)
+    monkeypatch.setattr("builtins.open", None)
+    assert dataset.digest_of(file) == first
+    monkeypatch.undo()
+    file.write_bytes(bytes(999) + b"1")
+    os.utime(file, ns=(1, 1))
+    assert dataset.digest_of(file) != first
+
+
+def test_of_a_large_file_its_ends_and_blocks_between_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "BLOCK", 10)
+    monkeypatch.setattr(dataset, "WHOLE", 40)
+    file, found = tmp_path / "a.npy", {}
+    for at in (None, 0, 335, 666, 999):
+        file.write_bytes(b"".join(b"1" if number == at else b"0" for number in range(1000)))
+        os.utime(file, ns=(1, 1 + (at or 0) + 10 * (at is not None)))
+        found[at] = dataset.digest_of(file)
+    assert len(set(found.values())) == 5
+    file.write_bytes(bytes(999))
+    assert dataset.digest_of(file) not in found.values()
+
+
+def test_what_was_converted_before_there_were_digests_is_opened():
+    data = open_dataset(some())
+    file = Path(data.path) / "meta.json"
+    meta = json.loads(file.read_text())
+    del meta["digests"], meta["digest"]
+    file.write_text(json.dumps(meta))
+    dataset._MAPS.clear()
+    assert len(open_dataset(data.path).batch([0])["x"]) == 1
 
 
 def test_two_processes_may_make_the_same_shards_at_once(own_cache):
