@@ -17,6 +17,7 @@ Started by `labkit.training.supervisor` in a process of its own; asked by it and
 """
 
 import contextlib
+import errno
 import json
 import pickle
 import queue
@@ -49,6 +50,8 @@ from labkit.updates import BadPush, Diverged, Update
 ENDING_S = 5.0  # how long workers may take to leave when the run has been stopped or has failed
 LATE_PUSHES = 3  # of a worker that was taken to be gone: what was on its way when it was asked to join anew
 WAITING = 1  # versions that wait for the disk while one is written; when there are so many, the next one is saved later
+PASSING = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors of a moment: others may give files and memory back
+PASSING_S = 10.0  # so long a version is tried again
 LOG_BYTES = 500_000  # of server.log that one server writes at most
 
 
@@ -258,21 +261,25 @@ class Server:
     # -- connections ---------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        for sock in transport.incoming(self.listener):
-            self._thread(self._serve_peer, sock)
+        for sock in self.handshakes.admitted(self.listener, self.spec.secret):
+            while not self.over.is_set():
+                try:
+                    self._thread(self._serve_peer, sock)
+                    break
+                except RuntimeError:  # no thread can be started: somebody else's may end
+                    self.over.wait(0.05)
 
     def _serve_peer(self, sock: socket.socket) -> None:
-        """A thread of its own for each peer: a worker, or a kernel that watches."""
+        """A thread of its own for each member: a worker, or a kernel that watches."""
         try:
-            limits = {"timeout": SERVER_TIMEOUT_S, "max_body": 4 * self.size, "handshakes": self.handshakes}
-            with transport.accept(sock, self.spec.secret, check=check_request, **limits) as connection:
+            with transport.Connection(sock, SERVER_TIMEOUT_S, 4 * self.size, check_request) as connection:
                 request, _ = connection.receive()
                 if request["op"] == "watch":
                     self._serve_watcher(connection)
                 while request and request["op"] == "join":
                     request = WorkerConnection(self, connection, request).serve()
-        except WireError:
-            pass  # the peer is gone; a worker has been taken out where it was served
+        except (WireError, OSError, MemoryError):
+            pass  # the peer is gone, or there is no room for it; a worker has been taken out where it was served
 
     def _serve_watcher(self, connection: transport.Connection) -> None:
         """The side channel of the kernel: status and stop, and which workers are here."""
@@ -337,20 +344,33 @@ class Server:
     def _interrupt(self, message: dict, group: int | None = None) -> None:
         for member in list(self.course.members.values()):
             if member.busy and group in (None, member.group):
-                self._thread(_notify, self.connections[member.index], message)
+                try:
+                    self._thread(_notify, self.connections[member.index], message)
+                except RuntimeError:  # no thread can be started
+                    _notify(self.connections[member.index], message)
 
     def _save_versions(self) -> None:
         """Writes versions to the disk away from the lock, so that a slow disk delays no worker."""
         path = Path(self.spec.path)
         while (item := self.versions.get()) is not None:
             try:
-                checkpoints.save(self.recorder, *item, run=self.config.id)
+                self._save(*item)
                 retained = checkpoints.retained(self.recorder.saved, self.config.budget, self.config.checkpoints)
                 checkpoints.prune(path, retained | self.recorder.resumed, run=self.config.id)
             except OSError as error:  # without its versions a run is not whole
                 self.fail(RunError(self._unwritable(error)))
             except Exception as error:
                 self.fail(error)
+
+    def _save(self, version: int, weights: np.ndarray, state: dict) -> None:
+        limit = time.monotonic() + PASSING_S
+        while True:
+            try:
+                return checkpoints.save(self.recorder, version, weights, state, run=self.config.id)
+            except OSError as error:
+                if error.errno not in PASSING or time.monotonic() > limit:
+                    raise
+            time.sleep(0.1)
 
 
 class _Unwritable(RunError):

@@ -4,8 +4,8 @@
 
 Nothing here can run code that a stranger sends: no pickle, sizes are checked before memory is taken, and before the first
 message both sides prove that they know the secret of the run (HMAC-SHA256 over a fresh nonce, in both directions), which never
-crosses the wire. A peer that has not proved that yet gets 5 s and one of 256 slots: strangers can neither fill memory nor keep
-members out. Arrays are received straight into the buffer that they end in. Every call has a time limit: a peer that is
+crosses the wire. A peer that has not proved that yet gets 5 s and one of 256 slots, or of fewer where this process may open few files,
+in a loop that one thread serves: strangers can neither fill memory, files and threads nor keep members out. Arrays are received straight into the buffer that they end in. Every call has a time limit: a peer that is
 silent for longer is a `WireError`.
 
 Why not `distributed.comm`: its deserialisers (pickle among them) run before a handler can check who sends, it takes
@@ -18,6 +18,7 @@ import contextlib
 import hmac
 import json
 import os
+import resource
 import select
 import socket
 import struct
@@ -31,7 +32,9 @@ MAGIC = b"labkit2\n"  # with the version of the protocol
 PREFIX = struct.Struct("!IQ")
 MAX_HEADER = 1 << 20
 HANDSHAKE_S = 5.0  # a peer gets this long to prove that it belongs here
-HANDSHAKES = 256  # how many may be under way at the same time
+HANDSHAKES = 256  # how many may be under way at the same time, at most
+MEMBER_S = 0.5  # a member that takes longer has a slow link: it comes again
+LOOK_S = 0.5  # so often the loop of those who wait at the door looks whether it has been shut
 NONCE = 32
 AT_LEAST = 1 << 20  # bytes of a large body, or all of a smaller one, that have to be there before its receiver wakes up
 SMALL = 1 << 14  # bytes of one that does not count
@@ -45,7 +48,6 @@ class Connection(contextlib.AbstractContextManager):
         sock.settimeout(timeout)
         self.sock, self.max_body, self.check = sock, max_body, check
         self.received = 0  # bytes
-        self.deadline: float | None = None  # monotonic; until then everything must have come, at whatever speed
         self._sending, self._wakes_at = threading.Lock(), 1
 
     def send(self, header: dict, *buffers: memoryview | bytes) -> int:
@@ -125,8 +127,6 @@ class Connection(contextlib.AbstractContextManager):
         done, least = 0, AT_LEAST
         try:
             while done < len(view):
-                if self.deadline is not None:
-                    self.sock.settimeout(max(1e-3, self.deadline - time.monotonic()))
                 left = len(view) - done
                 self._wake_at(least if left >= least else left if SMALL <= len(view) < least else 1)
                 try:
@@ -160,7 +160,7 @@ def listen(host: str = "127.0.0.1") -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.bind((host, 0))
-    sock.listen(128)
+    sock.listen(1024)
     return sock
 
 
@@ -171,40 +171,114 @@ def shut(listener: socket.socket) -> None:
     listener.close()
 
 
-def incoming(listener: socket.socket) -> Iterator[socket.socket]:
-    """Peers as they come, until the listener is shut. That no file is left to open is no end: others will close theirs."""
-    while True:
-        try:
-            sock, _ = listener.accept()
-        except OSError:
-            if listener.fileno() < 0:
-                return
-            time.sleep(0.02)
-            continue
-        yield sock
-
-
 class Handshakes:
-    """Those under way, of peers that have not proved yet that they belong here. When all slots are taken the oldest is broken off:
-    it takes a member milliseconds."""
+    """Peers that have not proved yet that they belong here. They all stand in one loop and take no thread.
 
-    def __init__(self, slots: int = HANDSHAKES) -> None:
+    `slots` is how many may at the same time, by default 256 or a quarter of the files that this process may open, if that is less. When all
+    are taken, or no more files can be opened, the oldest is broken off: it takes a member milliseconds.
+    """
+
+    def __init__(self, slots: int | None = None) -> None:
         self.slots = slots
-        self._waiting: dict[socket.socket, None] = {}  # in the order in which they came
-        self._lock = threading.Lock()
+        self._waiting: dict[int, _Peer] = {}  # by file descriptor, in the order in which they came
 
-    def add(self, sock: socket.socket) -> None:
-        with self._lock:
-            while len(self._waiting) >= self.slots:
-                oldest = next(iter(self._waiting))
-                del self._waiting[oldest]
-                with contextlib.suppress(OSError):  # it may be gone already
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
-            self._waiting[sock] = None
+    def admitted(self, listener: socket.socket, secret: bytes) -> Iterator[socket.socket]:
+        """Those who know the secret, as they prove it, until the listener is shut. Nothing that strangers or the system do ends it."""
+        try:
+            listener.setblocking(False)
+            while listener.fileno() >= 0:
+                poll = select.poll()
+                poll.register(listener, select.POLLIN)
+                for peer in self._waiting.values():
+                    poll.register(peer.sock, select.POLLIN)
+                first = next(iter(self._waiting.values()), None)
+                wait = LOOK_S if first is None else min(LOOK_S, first.until - time.monotonic())
+                for number, event in poll.poll(1000 * max(0.0, wait)):
+                    if number in self._waiting:
+                        if self._proceeds(number):
+                            yield self._waiting.pop(number).sock
+                    elif event & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+                        return
+                    else:
+                        self._accept(listener, secret)
+                for number in [number for number, peer in self._waiting.items() if peer.until <= time.monotonic()]:
+                    self._break_off(number)
+        except (OSError, ValueError):  # it was shut between two of these lines
+            if listener.fileno() >= 0:
+                raise
+        finally:
+            for number in list(self._waiting):
+                self._break_off(number)
 
-    def remove(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._waiting.pop(sock, None)
+    def _accept(self, listener: socket.socket, secret: bytes) -> None:
+        """As many of those who wait at the door as there are slots."""
+        slots = self.slots or _slots()
+        for _ in range(slots):
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except (OSError, MemoryError):  # no file or no memory is left for another one
+                oldest = next(iter(self._waiting.items()), None)
+                if oldest and oldest[1].until - time.monotonic() < HANDSHAKE_S - MEMBER_S:
+                    self._break_off(oldest[0])
+                else:
+                    time.sleep(0.02)  # others will close theirs
+                return
+            while len(self._waiting) >= slots:
+                self._break_off(next(iter(self._waiting)))
+            try:
+                self._waiting[sock.fileno()] = _Peer(sock, secret)
+            except (OSError, WireError, MemoryError):
+                sock.close()
+
+    def _proceeds(self, number: int) -> bool:
+        """Whether this peer has proved that it knows the secret; who never will is gone."""
+        try:
+            return self._waiting[number].proceed()
+        except (OSError, WireError, MemoryError):
+            self._break_off(number)
+            return False
+
+    def _break_off(self, number: int) -> None:
+        self._waiting.pop(number).sock.close()
+
+
+def _slots() -> int:
+    """How many strangers this process can afford: for members, checkpoints and the record there must be files left."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return HANDSHAKES if most == resource.RLIM_INFINITY else max(4, min(HANDSHAKES, most // 4))
+
+
+class _Peer:
+    """The handshake with one peer, seen from the server; it never blocks."""
+
+    def __init__(self, sock: socket.socket, secret: bytes) -> None:
+        self.sock, self.secret, self.nonce = sock, secret, os.urandom(NONCE)
+        self.came, self.until = bytearray(), time.monotonic() + HANDSHAKE_S
+        sock.setblocking(False)
+        self._send(MAGIC + self.nonce)
+
+    def proceed(self) -> bool:
+        """Read what has come; whether the peer has proved that it knows the secret, and knows now that we do."""
+        try:
+            part = self.sock.recv(NONCE + 32 - len(self.came))
+        except BlockingIOError:
+            return False
+        if not part:
+            raise WireError("the other side closed the connection.")
+        self.came += part
+        if len(self.came) < NONCE + 32:
+            return False
+        theirs, proof = bytes(self.came[:NONCE]), bytes(self.came[NONCE:])
+        if not hmac.compare_digest(proof, _proof(self.secret, b"client", self.nonce + theirs)):
+            raise WireError("a peer without the secret of this run was refused.")
+        self._send(_proof(self.secret, b"server", theirs + self.nonce))
+        return True
+
+    def _send(self, some: bytes) -> None:
+        if self.sock.send(some) < len(some):  # the first bytes of a connection fit into its buffer
+            raise WireError("a peer that takes nothing was refused.")
 
 
 def accept(
@@ -214,32 +288,18 @@ def accept(
     timeout: float,
     max_body: int,
     check: Callable[[dict], None] | None = None,
-    handshakes: Handshakes | None = None,
 ) -> Connection:
-    """Make an accepted socket a connection, if the peer knows the secret; otherwise `WireError` and it is closed.
-
-    Runs in a thread of its own for each peer: a silent stranger delays no other and is dropped after 5 s.
-    """
-    handshakes = handshakes or Handshakes()
-    handshakes.add(sock)
+    """Make one accepted socket a connection, if the peer knows the secret; otherwise `WireError` and it is closed."""
     try:
-        connection = Connection(sock, HANDSHAKE_S, max_body, check)
-        connection.deadline = time.monotonic() + HANDSHAKE_S
-        nonce = os.urandom(NONCE)
-        sock.sendall(MAGIC + nonce)
-        answer = connection._read(NONCE + 32)
-        theirs, proof = answer[:NONCE], answer[NONCE:]
-        if not hmac.compare_digest(proof, _proof(secret, b"client", nonce + theirs)):
-            raise WireError("a peer without the secret of this run was refused.")
-        sock.sendall(_proof(secret, b"server", theirs + nonce))
-        connection.deadline = None
-        sock.settimeout(timeout)
-        return connection
+        peer, poll = _Peer(sock, secret), select.poll()
+        poll.register(sock, select.POLLIN)
+        while not peer.proceed():
+            if not poll.poll(1000 * max(0.0, peer.until - time.monotonic())):
+                raise WireError(f"nothing came from the other side for {HANDSHAKE_S:g} s.")
+        return Connection(sock, timeout, max_body, check)
     except (OSError, WireError) as error:
         sock.close()
         raise error if isinstance(error, WireError) else WireError(f"a peer broke off: {error}.") from error
-    finally:
-        handshakes.remove(sock)
 
 
 def connect(

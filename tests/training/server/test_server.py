@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -719,6 +720,26 @@ def test_a_version_that_cannot_be_saved_fails_the_run_even_if_it_is_the_last(tmp
         worker.train()
         thread.join(10)
     assert result["version"] == 2 and result["state"] == "failed" and "No space left" in result["reason"]
+
+
+def test_a_version_is_saved_when_files_can_be_opened_again(tmp_path, monkeypatch):
+    write, failed = checkpoints.write, []
+
+    def without_files(path, version, weights, state, **run):
+        if version and len(failed) < 2:
+            failed.append(version)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return write(path, version, weights, state, **run)
+
+    monkeypatch.setattr(checkpoints, "write", without_files)
+    with serving(spec(tmp_path, workers=(0,), budget=17 * 4, checkpoints=10)) as (server, result, thread):
+        (worker,) = join(server, 0)
+        worker.push()
+        worker.pull()
+        until(lambda: len(failed) == 2 and 1 in checkpoints.versions(tmp_path))
+        worker.train()
+        thread.join(10)
+    assert result["state"] == "done" and failed == [1, 1] and checkpoints.versions(tmp_path)[-1] == 4
 
 
 def test_versions_that_wait_for_a_slow_disk_are_few(tmp_path, monkeypatch):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import struct
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from labkit.errors import WireError
 from labkit.training.wire import transport
+from tests.helpers import until
 
 SECRET = b"s" * 32
 
@@ -210,49 +213,89 @@ def test_a_stranger_that_hangs_up(listener):
         result()
 
 
+@contextmanager
+def door(listener, slots=None):
+    """Those who are admitted at this listener, in a list, and the handshakes."""
+    handshakes, members = transport.Handshakes(slots), []
+
+    def run():
+        for sock in handshakes.admitted(listener, SECRET):
+            members.append(transport.Connection(sock, 5, 100))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield members, handshakes
+    finally:
+        transport.shut(listener)
+        thread.join(5)
+        for member in members:
+            member.close()
+        assert not thread.is_alive() and not handshakes._waiting
+
+
+def stranger(listener):
+    """Somebody who has been greeted and says nothing."""
+    sock = socket.create_connection(listener.getsockname()[:2], timeout=5)
+    assert len(sock.recv(1000)) == len(transport.MAGIC) + transport.NONCE
+    return sock
+
+
 def test_when_all_slots_are_taken_the_oldest_stranger_makes_room(listener):
-    strangers, gone = transport.Handshakes(slots=3), []
-
-    def run(sock, number):
-        try:
-            transport.accept(sock, SECRET, timeout=5, max_body=100, handshakes=strangers).close()
-        except WireError:
-            gone.append(number)
-
-    socks, threads = [], []
-    for number in range(5):
-        socks.append(socket.create_connection(listener.getsockname()[:2], timeout=5))
-        threads.append(threading.Thread(target=run, args=(listener.accept()[0], number)))
-        threads[-1].start()
-        assert len(socks[-1].recv(1000)) == len(transport.MAGIC) + transport.NONCE  # it stands there now
-    for thread in threads[:2]:
-        thread.join(5)
-    assert sorted(gone) == [0, 1]
-    threads.append(threading.Thread(target=lambda: run(listener.accept()[0], 5)))
-    threads[-1].start()
-    transport.connect(listener.getsockname()[:2], SECRET, timeout=5).close()  # a member comes in all the same
-    for sock in socks:
-        sock.close()
-    for thread in threads:
-        thread.join(5)
-    assert sorted(gone) == [0, 1, 2, 3, 4]
+    with door(listener, slots=3) as (members, handshakes):
+        strangers = [stranger(listener) for _ in range(5)]
+        for gone in strangers[:2]:
+            assert gone.recv(1) == b""
+        until(lambda: len(handshakes._waiting) == 3)
+        with transport.connect(listener.getsockname()[:2], SECRET, timeout=5) as member:  # comes in all the same
+            member.send({"op": "hello"})
+            until(lambda: members)
+            assert members[0].receive()[0] == {"op": "hello"}
+        for sock in strangers:
+            sock.close()
+        until(lambda: not handshakes._waiting)
 
 
-def test_a_listener_goes_on_when_no_more_files_can_be_opened():
-    full = OSError(24, "Too many open files")
-    answers = [full, ("first", None), full, ("second", None), OSError(9, "Bad file descriptor")]
+def test_strangers_take_no_threads_and_as_many_files_as_a_process_can_spare(listener, monkeypatch):
+    for limit, slots in ((256, 64), (8, 4), (100_000, 256), (resource.RLIM_INFINITY, 256)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert transport._slots() == slots
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
+    with door(listener) as (_, handshakes):
+        before = threading.active_count()
+        strangers = [stranger(listener) for _ in range(30)]
+        until(lambda: len(handshakes._waiting) == 10)
+        assert threading.active_count() == before
+        for sock in strangers:
+            sock.close()
 
-    class Listener:
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), OSError(12, "Cannot allocate memory"), MemoryError()])
+def test_a_door_stays_open_when_the_system_has_nothing_left(listener, error, monkeypatch):
+    monkeypatch.setattr(transport, "MEMBER_S", 5.0)
+
+    class Full:
+        """A listener of a process that can open another file now and then."""
+
+        failed = 0
+
         def accept(self):
-            answer = answers.pop(0)
-            if isinstance(answer, tuple):
-                return answer
-            raise answer
+            if self.failed % 7 < 6:
+                self.failed += 1
+                raise error
+            self.failed += 1
+            return listener.accept()
 
-        def fileno(self):
-            return 3 if answers else -1
+        setblocking, fileno, shutdown, close = listener.setblocking, listener.fileno, listener.shutdown, listener.close
 
-    assert list(transport.incoming(Listener())) == ["first", "second"]
+    full = Full()
+    with door(full) as (members, _):
+        strangers = [socket.create_connection(listener.getsockname()[:2], timeout=5) for _ in range(3)]
+        made = [transport.connect(listener.getsockname()[:2], SECRET, timeout=5) for _ in range(3)]
+        until(lambda: len(members) == 3)
+        assert full.failed > 6
+        for sock in (*strangers, *made):
+            sock.close()
 
 
 # -- members who send nonsense -----------------------------------------------------------------------------------------
