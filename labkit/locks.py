@@ -3,16 +3,20 @@
     alone(folder)         a block in which one thread or process at a time works on a folder
     DirectoryLock(path)   a run directory is in use: nobody else writes, renames, prunes or resumes it
     held(path)            does anybody hold that?
+    Scratch(prefix)       a temporary folder that goes with its process: what a killed one has left is deleted by the next
 
 The lock of a run directory is one on the file `.run-lock` in it. It belongs to the open file, not to a process: the server of a run
 inherits it from its kernel, so that the directory is held without a gap for as long as one of the two lives.
 
-Used by `labkit.runs.server_file`, which says whether a run lives, also where a file system has no locks; and by `labkit.cluster.leases`
-and `labkit.experiments`.
+Used by `labkit.runs.server_file`, which says whether a run lives, also where a file system has no locks; and by `labkit.cluster`,
+`labkit.simulation` and `labkit.experiments`.
 """
 
 import contextlib
 import os
+import shutil
+import stat
+import tempfile
 import time
 import weakref
 from collections.abc import Iterator
@@ -68,6 +72,33 @@ def held(path: Path, id: str | None = None) -> bool | None:
         return None if free is None else not free
     finally:
         os.close(fd)
+
+
+class Scratch:
+    """A new temporary folder at `path`, until `close`. First those of this `prefix` are deleted that killed processes of this user have left.
+
+    `parent` is the folder of the system for such files by default. Where the file system has no locks, nothing is deleted.
+    """
+
+    def __init__(self, prefix: str, parent: str | None = None) -> None:
+        parent = parent or tempfile.gettempdir()
+        for left in Path(parent).glob(f"{prefix}*"):
+            with contextlib.suppress(OSError):
+                about = left.lstat()
+                if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and held(left) is False:
+                    shutil.rmtree(left, ignore_errors=True)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            try:
+                self._lock = DirectoryLock(self.path)
+                break
+            except (BlockingIOError, FileNotFoundError):  # deleted by another one before it was held
+                continue
+
+    def close(self) -> None:
+        """Delete the folder. Twice is fine."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.release()
 
 
 @contextlib.contextmanager

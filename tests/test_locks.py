@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from labkit import locks
-from labkit.locks import DirectoryLock, alone, held
+from labkit.locks import DirectoryLock, Scratch, alone, held
 
 
 def test_a_directory_is_held_until_it_is_released(tmp_path):
@@ -119,3 +119,44 @@ def test_one_at_a_time_is_alone(tmp_path):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert max(most) == 1 and len(most) == 60
+
+
+def test_what_a_killed_process_has_left_is_deleted_by_the_next(tmp_path):
+    code = f"from labkit.locks import Scratch; made = Scratch('labkit-', {str(tmp_path)!r}); print(made.path, flush=True); input()"
+    left, living = (
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    )
+    folders = [process.stdout.readline().strip() for process in (left, living)]
+    (tmp_path / "labkit-of-others").mkdir()  # without a lock: nobody knows whose it is
+    (tmp_path / "labkit-link").symlink_to(folders[0])
+    with left, living:
+        left.kill()
+        left.wait()
+        mine = Scratch("labkit-", str(tmp_path))
+        assert not os.path.exists(folders[0]) and os.path.isdir(folders[1])
+        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+            os.path.basename(folders[1]),
+            mine.path.name,
+            "labkit-of-others",
+        }
+        living.communicate("end")
+    assert mine.path.is_dir()
+    mine.close()
+    mine.close()
+    assert not mine.path.exists()
+
+
+def test_a_folder_that_is_deleted_before_it_is_held_is_made_again(tmp_path, monkeypatch):
+    made = []
+
+    class Late(DirectoryLock):
+        def __init__(self, path):
+            made.append(path)
+            if len(made) == 1:
+                path.rmdir()
+            super().__init__(path)
+
+    monkeypatch.setattr(locks, "DirectoryLock", Late)
+    scratch = Scratch("labkit-", str(tmp_path))
+    assert len(made) == 2 and scratch.path == made[1] and held(scratch.path)
+    scratch.close()

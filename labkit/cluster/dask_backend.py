@@ -14,10 +14,8 @@ import json
 import logging
 import multiprocessing.spawn
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -28,6 +26,7 @@ from typing import Any
 from labkit.cluster.backend import THREAD_VARIABLES, About, Again, Request, describe, made_by, quiet
 from labkit.cluster.leases import Lease, at_work, give_back, lease_all
 from labkit.errors import ClusterError
+from labkit.locks import Scratch
 
 ASK_S = 0.5  # how old the list of workers may be before the scheduler is asked again
 SILENT_S = 15.0  # a scheduler that has not answered for so long is gone
@@ -51,7 +50,12 @@ class DaskWorkers:
     """
 
     def __init__(
-        self, client: Any, cluster: Any = None, owned: Iterable[Any] = (), resources: Mapping | None = None, scratch: str = ""
+        self,
+        client: Any,
+        cluster: Any = None,
+        owned: Iterable[Any] = (),
+        resources: Mapping | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.client, self.cluster, self.owned, self.resources, self.scratch = client, cluster, list(owned), resources, scratch
         self.closed = False
@@ -200,7 +204,8 @@ class DaskWorkers:
             for thing in self.owned:
                 thing.close(timeout=10)
         self._settings.close()
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        if self.scratch:
+            self.scratch.close()
 
     def _has_resources(self, has: dict) -> bool:
         return all(has.get(name, 0) >= amount for name, amount in (self.resources or {}).items())
@@ -277,10 +282,10 @@ def open(request: Request) -> DaskWorkers:
     import dask
     from distributed import LocalCluster
 
-    scratch = tempfile.mkdtemp(prefix="labkit-")
+    scratch = Scratch("labkit-")
     changes = {
         "distributed.comm.timeouts.connect": f"{request.timeout:g}s",
-        "temporary-directory": scratch,  # the scheduler's; the workers' is local_directory
+        "temporary-directory": str(scratch.path),  # the scheduler's; the workers' is local_directory
     }
     processes = request.kind != "threads"
     apart = {
@@ -296,21 +301,21 @@ def open(request: Request) -> DaskWorkers:
                 processes=processes,
                 dashboard_address="127.0.0.1:0",
                 memory_limit=None,
-                local_directory=scratch,
+                local_directory=str(scratch.path),
                 silence_logs=logging.CRITICAL,
                 resources=request.resources,
                 **(apart if processes else {}),
             )
             return own_cluster(cluster, request, scratch)
     except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.close()
         if processes and type(error) is RuntimeError:  # "Nanny failed to start."
             guard = 'A script has to do its work under `if __name__ == "__main__":`, as each worker process imports it.'
             raise ClusterError(f"Dask could not start the worker processes: {error} {guard}") from error
         raise
 
 
-def own_cluster(cluster: Any, request: Request, scratch: str = "") -> DaskWorkers:
+def own_cluster(cluster: Any, request: Request, scratch: Scratch | None = None) -> DaskWorkers:
     """A cluster object that was made for this lab and ends with it."""
     from distributed import Client
 

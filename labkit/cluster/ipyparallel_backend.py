@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import tempfile
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from labkit.cluster.backend import Request, describe, made_by
 from labkit.cluster.ipyparallel_local import LocalEngines, mpiexec
 from labkit.cluster.leases import Lease, at_work, give_back, lease_all
 from labkit.errors import ClusterError, WorkerError, known
+from labkit.locks import Scratch
 
 ENGINES = ("local", "mpi")
 LEASE_S = 5.0  # the longest wait for the engines' answers about a lease
@@ -245,7 +244,7 @@ def open(request: Request) -> Engines:
     mpi = request.engines == "mpi"
     if mpi:
         mpiexec(request.n_workers)  # is there one?
-    local = LocalEngines(Path(tempfile.mkdtemp(prefix="labkit-")), request.threads, mpi)
+    local = LocalEngines(Scratch("labkit-"), request.threads, mpi)
     try:
         local.start_controller(request.timeout)
         local.start(request.n_workers)

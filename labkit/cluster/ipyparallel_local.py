@@ -17,6 +17,7 @@ from pathlib import Path
 
 from labkit.cluster.backend import THREAD_VARIABLES
 from labkit.errors import ClusterError
+from labkit.locks import Scratch
 
 CONTROLLER = (
     "--nodb",  # the controller keeps no results
@@ -49,11 +50,10 @@ for group in groups:
 
 
 class LocalEngines:
-    """A controller and sets of engines on this machine, their files in `folder`."""
+    """A controller and sets of engines on this machine, their files in a `scratch` folder."""
 
-    def __init__(self, folder: Path, threads: int, mpi: bool) -> None:
-        self.folder, self.threads, self.mpi = folder, threads, mpi
-        folder.mkdir(exist_ok=True)
+    def __init__(self, scratch: Scratch, threads: int, mpi: bool) -> None:
+        self.scratch, self.folder, self.threads, self.mpi = scratch, scratch.path, threads, mpi
         self.processes: list[subprocess.Popen] = []
         self.keeper = subprocess.Popen(
             [sys.executable, "-S", "-E", "-c", _KEEPER],
@@ -111,7 +111,7 @@ class LocalEngines:
         self.keeper.kill()
         self.keeper.wait()
         self.keeper.stdin.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.scratch.close()
 
     def _popen(self, command: list[str], name: str) -> subprocess.Popen:
         environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self.threads)) | {"IPP_NONINTERACTIVE": "1"}

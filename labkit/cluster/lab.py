@@ -29,6 +29,7 @@ from labkit.cluster.tasks import Task, spread
 from labkit.errors import ClusterError, instance, like, real, several, whole
 from labkit.sources import pack_call
 
+LOCAL = ("threads", "dask", "ipyparallel")  # kinds of labs whose workers are on this machine, unless others have started them
 DESCRIBE_S = 1.0  # how long `refresh` waits for a newcomer's description; the next time it looks again
 
 
@@ -57,6 +58,7 @@ class Lab(AbstractContextManager):
     def __init__(self, request: Request, backend: Backend) -> None:
         self.kind, self.workers, self.closed = request.kind, [], False
         self.closing = False  # from before the first run is stopped, so that whoever holds several knows why they end
+        self.local = request.kind in LOCAL and not request.joins  # do its workers end with this process, however it ends?
         self.jitter, self.drift, self.stalls = request.jitter, request.drift, request.stalls
         self.runs: list[Any] = []  # the runs that train here now, set by labkit.training.train
         self._backend, self._threads = backend, request.threads

@@ -14,11 +14,9 @@ import contextvars
 import functools
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -27,7 +25,7 @@ from typing import Any
 
 from labkit.errors import SweepError
 from labkit.experiments.notebook import import_nbformat, quiet
-from labkit.locks import alone
+from labkit.locks import Scratch, alone
 from labkit.runs.files import find_json, replacing, write_json
 
 ENGINE = "labkit"  # papermill's name for the engine of `labkit.experiments.outputs`
@@ -134,7 +132,8 @@ def _claim(folder: Path, record: dict, status: dict) -> str:
 def _attempt(job: dict, folder: Path, flag: Path) -> tuple[bool, str, str]:
     """One kernel, from its start to its end: did it come up, the error in a line, the error in full ("" for none)."""
     # macOS allows a socket's path about 100 characters, and its own temporary folder uses half of them.
-    sockets = tempfile.mkdtemp(prefix="lk", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    scratch = Scratch("lk", "/tmp" if os.access("/tmp", os.W_OK) else None)
+    sockets = str(scratch.path)
     came_up, caught = threading.Event(), []
     arguments = (job, folder, sockets, came_up, caught)
     # A thread of its own, and an empty context: nbclient then finds no event loop of the caller's to run in.
@@ -165,7 +164,7 @@ def _attempt(job: dict, folder: Path, flag: Path) -> tuple[bool, str, str]:
     finally:
         _end(sockets)
         kernel = _kernels.pop(sockets, None)
-        shutil.rmtree(sockets, ignore_errors=True)
+        scratch.close()
     if not caught and not thread.is_alive():
         return True, "", ""
     error, details = _explain(caught[0] if caught else RuntimeError("the kernel could not be stopped"), folder)

@@ -11,7 +11,6 @@ Used by `labkit.simulation.exact`.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from labkit.errors import RunError
+from labkit.locks import Scratch
 from labkit.problems.problem import Problem
 from labkit.runs.config import RunConfig
 from labkit.simulation.offline import Incarnation, Replicas
@@ -41,7 +41,7 @@ class Ranks(Replicas):
         self.done: dict[int, dict] = {}  # what a local pass returned, of ranks that have not pushed yet
         self.lost: dict[int, tuple[Answer | None, Incarnation]] = {}  # incarnations that have gone, and what they were at
         self.unused: dict[int, bool] = {}  # do its steps leave parameters without a gradient?
-        self.folder = tempfile.TemporaryDirectory(prefix="labkit-ranks-")
+        self.folder = Scratch("labkit-ranks-")
         self.pool = ThreadPoolExecutor(MAX_WORKERS, "labkit-rank")  # as many as ranks, which wait for each other
 
     def join(self, worker: int, *how: Any, **others: Any) -> None:
@@ -78,7 +78,7 @@ class Ranks(Replicas):
         for own in (*self.workers.values(), *(own for _, own in self.lost.values())):
             _close(own)
         self.pool.shutdown()
-        self.folder.cleanup()
+        self.folder.close()
         super().close()
 
     def _receive(self, worker: int, own: Incarnation, answer: Answer) -> None:
@@ -126,7 +126,7 @@ class Ranks(Replicas):
         try:
             torch.set_num_threads(own.threads)
             if own.group is None:
-                where = {"meeting": f"{self.folder.name}/group", "one_process": True}
+                where = {"meeting": f"{self.folder.path}/group", "one_process": True}
                 how = {"unused": self.unused[rank], "sync_batchnorm": self.config.update.get("sync_batchnorm", False)}
                 own.group = ProcessGroup(rank, own.grant.ranks, own.grant.group, Heartbeat(), **where, **how)
                 own.group.wrap(own.replica.module, networks_of(own.replica.problem, own.replica.module))

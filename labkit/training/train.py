@@ -13,9 +13,11 @@ Used from notebooks, by `labkit.training.resume`, which does the second half for
 import contextlib
 import copy
 import itertools
+import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -271,6 +273,7 @@ def begin(
     curve: bool = True,
 ) -> Run:
     """Start the server and the workers of a run whose directory is ready, and held by `lock`."""
+    spec = replace(spec, kernel=os.getpid() if lab.local else None)
     monitor = Monitor.of(problem, spec.config, on_version)
     supervisor = Supervisor(path, lab, problem, spec, lock, monitor, takes_newcomers=takes_newcomers, curve=curve)
     run = Run(path, problem=problem, follower=supervisor)

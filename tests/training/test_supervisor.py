@@ -17,6 +17,7 @@ import pytest
 from torch import nn
 
 import labkit
+from labkit import locks
 from labkit.errors import LabError, RunError, WireError, WorkerError
 from labkit.training import supervisor
 from labkit.training import train as training
@@ -257,3 +258,67 @@ def test_a_step_that_ends_its_process_every_time_ends_the_run_with_that_reason(t
         with pytest.raises(LabError, match=r"its process \d+ is gone: killed, out of memory, or ended by what it ran \(\d+ times"):
             run.wait(100)
     assert run.state == "failed" and sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file()) < 1e6
+
+
+KERNEL = """
+import sys, time
+import labkit, tests.helpers as t
+if __name__ == "__main__":
+    where, runs = sys.argv[1:]
+    lab = labkit.connect(address=where) if where.startswith("tcp") else labkit.connect(where, 2)
+    run = labkit.train(t.problem(kind=t.Slow), lab, passes=(8 if where.startswith("tcp") else 1000), runs=runs, name="r", update="agwu")
+    t.until(lambda: run.status().get("version", 0) >= 2, 60)
+    print(run._follower.server.pid, flush=True)
+    time.sleep(1000)
+"""
+
+
+def killed(where, tmp_path):
+    """A kernel that is killed while it trains on this lab: its server, and all of its processes."""
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "kernel.py"), where, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
+    ) as kernel:
+        server = psutil.Process(int(kernel.stdout.readline()))
+        processes = psutil.Process(kernel.pid).children(recursive=True)
+        kernel.kill()
+    return server, processes
+
+
+def going(process):
+    """Whoever has adopted an orphan may not have looked after it yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(
+    "kind", ["threads", *(pytest.param(kind, marks=[pytest.mark.cluster, pytest.mark.slow]) for kind in ("dask", "ipyparallel"))]
+)
+def test_a_local_lab_does_not_outlive_a_killed_kernel(kind, tmp_path):
+    server, processes = killed(kind, tmp_path)
+    assert server in processes
+    until(lambda: not any(map(going, processes)), 5)
+    run = labkit.load_run(tmp_path / "r")
+    assert run.state == "failed" and "its kernel is gone, and the workers of its local lab with it" in run.status()["reason"]
+    (left,) = tmp_path.glob("labkit-*")
+    assert locks.held(left) is False  # the next start deletes it: tests/test_locks.py
+    with labkit.connect("threads", 2) as lab:
+        again = labkit.resume(run.path, lab, problem=problem(kind=Slow))
+        until(lambda: again.status()["version"] > 2)
+        assert again.stop().state == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_an_external_cluster_keeps_its_run_when_the_kernel_is_killed(tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}
+    ) as cluster:
+        server, _ = killed(cluster.scheduler_address, tmp_path)
+        until(lambda: not going(server), 60)
+    assert labkit.load_run(tmp_path / "r").state == "done"

@@ -11,7 +11,8 @@ nobody is left. Any other exception, in whatever thread, is a fault of the serve
 traceback (`Server.fail`).
 
 A server ends by itself: `ENDING_S` after the run has ended at the latest, and that it has, `join_timeout` after its last worker is
-gone; who vanishes without closing its connection is gone after `heartbeat_timeout`. Whether its kernel is there is all one to it.
+gone; who vanishes without closing its connection is gone after `heartbeat_timeout`. Whether its kernel is there is all one to it, unless
+the workers are those of a local lab, which end with their kernel: then the run ends, too.
 
 Started by `labkit.training.supervisor` in a process of its own; asked by it and by others through `labkit.training.attach`.
 """
@@ -19,6 +20,7 @@ Started by `labkit.training.supervisor` in a process of its own; asked by it and
 import contextlib
 import errno
 import json
+import os
 import pickle
 import queue
 import secrets
@@ -70,6 +72,7 @@ class ServerSpec:
     host: str = "127.0.0.1"
     age: float = checkpoints.AGE_S  # seconds after which the newest version is saved, also between the checkpoints
     state: dict | None = None  # of the checkpoint that a run is resumed from (`labkit.runs.checkpoints.read_state`)
+    kernel: int | None = None  # the process that has started this one, if the workers end with it: those of a local lab
 
 
 class Server:
@@ -166,6 +169,7 @@ class Server:
             self.wake_up.wait(0.5 if expires is None else min(0.5, max(0.001, expires - time.monotonic())))
             self.wake_up.clear()
             with self.lock:
+                self._fail_without_kernel()
                 self._fail_without_workers()
                 self.course.tick()
                 if self.course.state != "running":
@@ -221,12 +225,19 @@ class Server:
         """Until everybody has joined; after `join_timeout` it begins with those who have, and the others may come later."""
         limit = time.monotonic() + self.config.join_timeout
         while not self.course.started and self.course.state == "running" and not self.over.wait(0.02):
+            with self.lock:
+                self._fail_without_kernel()
             if time.monotonic() > limit:
                 with self.lock:
                     if self.course.members:
                         self.course.expect(self.course.members)
                     else:
                         self.stop("failed", f"no worker joined within {self.config.join_timeout:g} s.{self.losses.said()}")
+
+    def _fail_without_kernel(self) -> None:
+        if self.spec.kernel and os.getppid() != self.spec.kernel and self.course.state == "running":
+            again = f"labkit.resume({self.spec.path!r}) continues it"
+            self.stop("failed", f"its kernel is gone, and the workers of its local lab with it; {again}.")
 
     def _fail_without_workers(self) -> None:
         since, timeout = self.course.last_lost_at, self.config.join_timeout
