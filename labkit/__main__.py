@@ -3,10 +3,14 @@
 Everything here can be done from a notebook too; the commands are for batch systems, for `make run`, and for finding out
 what a machine has. Exit code: 0 when all went well, 1 when a run or a probe failed, 2 for a wrong request.
 
+With `--json` a command writes one JSON value to standard output, and all that it prints else to standard error; what it refuses is
+{"error": ..., "message": ...}.
+
 Used from the shell and by the Makefile.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -16,6 +20,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ from labkit.experiments.demo import copy_notebooks, demo
 from labkit.experiments.notebook import parameters
 from labkit.experiments.sweep import summary, sweep
 from labkit.imports import imported
+from labkit.runs.summary import plain
 from labkit.training.page import serve
 
 
@@ -38,33 +44,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    options.tell = partial(print, file=sys.stdout, flush=True)
     # Batch systems end a job by SIGTERM: as after Ctrl-C, running kernels are to end too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return options.run(options)
+        # Workers' threads and kernels print as well.
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            code, answer = options.run(options)
     except LabError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        code, answer = 2, {"error": type(error).__name__, "message": str(error)}
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here: finished runs are reused.", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+    if options.json and answer is not None:
+        options.tell(json.dumps(answer, indent=2))
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m labkit", description="Train networks on uneven clusters.")
+    parser.add_argument("--version", action="version", version=f"labkit {importlib.metadata.version('labkit')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="write the answer as JSON, all else to standard error")
+    add = partial(commands.add_parser, parents=[common])
 
-    demo_ = commands.add_parser("demo", help="compare five ways of training: a table and a figure")
+    demo_ = add("demo", help="compare five ways of training: a table and a figure")
     demo_.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the runs (default: %(default)s)")
-    demo_.set_defaults(run=lambda options: demo(options.out))
+    demo_.set_defaults(run=_demo)
 
-    copies = commands.add_parser("notebooks", help="write labkit's notebooks to a folder, to open and change")
+    copies = add("notebooks", help="write labkit's notebooks to a folder, to open and change")
     copies.add_argument("out", nargs="?", default="notebooks", metavar="DIR", help="the folder (default: %(default)s)")
-    copies.set_defaults(run=lambda options: copy_notebooks(options.out))
+    copies.set_defaults(run=_notebooks)
 
-    sweep = commands.add_parser("sweep", help="execute a notebook over a grid of parameters")
+    sweep = add("sweep", help="execute a notebook over a grid of parameters")
     sweep.add_argument("notebook", metavar="NOTEBOOK")
     sweep.add_argument(
         "--grid", action="append", default=[], metavar="NAME=A,B,...",
@@ -79,11 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--n-workers", type=int, metavar="N", help="workers of that lab")
     sweep.set_defaults(run=_sweep)
 
-    table = commands.add_parser("summary", help="print the table of a sweep")
+    table = add("summary", help="print the table of a sweep")
     table.add_argument("out", metavar="DIR", help="folder of the runs")
-    table.set_defaults(run=lambda options: _print(summary(options.out)))
+    table.set_defaults(run=lambda options: _shown(summary(options.out)))
 
-    search = commands.add_parser("search", help="search the settings of a problem that win")
+    search = add("search", help="search the settings of a problem that win")
     search.add_argument(
         "problem", metavar="MODULE:NAME", help="a problem, a class of problems, a function of a point that makes one, or a notebook"
     )
@@ -121,20 +137,29 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--n-workers", type=int, metavar="N", help="workers of the lab")
     search.set_defaults(run=_search)
 
-    page = commands.add_parser("watch", help="follow a run on a page of its own, on this machine")
+    page = add("watch", help="follow a run on a page of its own, on this machine")
     page.add_argument("path", metavar="RUN", help="its directory")
     page.add_argument("--port", type=int, default=0, metavar="N", help="of the page (default: a free one)")
     page.add_argument("--with-parent", action="store_true", help="end when standard input does")
-    page.set_defaults(run=lambda options: serve(options.path, options.port, options.with_parent))
+    page.set_defaults(run=_watch)
 
-    commands.add_parser("doctor", help="show what this machine has").set_defaults(run=lambda options: doctor())
+    add("doctor", help="show what this machine has").set_defaults(run=lambda options: doctor())
     return parser
 
 
 # -- sweep, summary ----------------------------------------------------------------------------------------------------
 
 
-def _sweep(options: argparse.Namespace) -> int:
+def _demo(options: argparse.Namespace) -> tuple[int, Any]:
+    code = demo(options.out)
+    return code, records(summary(options.out))
+
+
+def _notebooks(options: argparse.Namespace) -> tuple[int, Any]:
+    return copy_notebooks(options.out), {"path": os.path.abspath(options.out)}
+
+
+def _sweep(options: argparse.Namespace) -> tuple[int, Any]:
     grid = parse_grid(options.grid, {p.name: p.type for p in parameters(options.notebook)})
     settings = {name: getattr(options, name) for name in ("out", "parallel", "timeout", "retry_failed", "fresh")}
     if options.kind is None and options.n_workers is None:
@@ -142,14 +167,20 @@ def _sweep(options: argparse.Namespace) -> int:
     else:
         with connect(options.kind, options.n_workers) as lab:
             table = sweep(options.notebook, grid, lab=lab, **settings)
-    return _print(table)
+    return _shown(table)
 
 
-def _print(table: pd.DataFrame) -> int:
+def _shown(table: pd.DataFrame) -> tuple[int, Any]:
+    """The table of a sweep, printed and as records; 1 where a run failed."""
     shown = table.assign(notebook=[os.path.relpath(path) for path in table["notebook"]])
     text = shown.to_string(index=False, max_colwidth=100, float_format="{:.4g}".format)
     print(text if len(shown) else "No runs here.")
-    return int("failed" in set(table["status"]))
+    return int("failed" in set(table["status"])), records(table)
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as JSON has them: null for what is missing or no number."""
+    return json.loads(json.dumps(plain(table.to_dict("records")), default=str))
 
 
 def parse_grid(texts: Sequence[str], types: dict[str, str]) -> dict[str, list]:
@@ -204,14 +235,14 @@ def _value(text: str, type_: str, name: str, option: str = "--grid") -> Any:
 # -- search ------------------------------------------------------------------------------------------------------------
 
 
-def _search(options: argparse.Namespace) -> int:
+def _search(options: argparse.Namespace) -> tuple[int, Any]:
     from labkit.experiments.search import search
 
     sys.path.insert(0, os.getcwd())  # as `python -m` has it, also where this is a console script
     given = {
         name: value
         for name, value in vars(options).items()
-        if name not in ("command", "run", "problem", "space", "constraint", "kind", "n_workers")
+        if name not in ("command", "run", "json", "tell", "problem", "space", "constraint", "kind", "n_workers")
     }
     problem = options.problem if options.problem.endswith(".ipynb") else imported(options.problem)
     space, constraints = parse_space(options.space), parse_constraints(options.constraint)
@@ -225,7 +256,7 @@ def _search(options: argparse.Namespace) -> int:
     print(found)
     if (table.state == "done").any():
         _save_figures(found)
-    return int(not (table.state == "done").any())
+    return int(not (table.state == "done").any()), {"path": str(found.path), "trials": records(table)}
 
 
 def _save_figures(found: Any) -> None:
@@ -280,12 +311,24 @@ def parse_constraints(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+# -- watch -------------------------------------------------------------------------------------------------------------
+
+
+def _watch(options: argparse.Namespace) -> tuple[int, Any]:
+    """Serve until it is ended; the address is said at once."""
+
+    def said(url: str) -> None:
+        options.tell(json.dumps({"url": url, "path": os.path.abspath(options.path)}) if options.json else url)
+
+    return serve(options.path, options.port, options.with_parent, said), None
+
+
 # -- doctor ------------------------------------------------------------------------------------------------------------
 
 
-def doctor() -> int:
-    """Print what this machine has; 1 when something needed is missing or a lab does not start."""
-    missing = []
+def doctor() -> tuple[int, Any]:
+    """Print what this machine has, and return it by name; 1 when something needed is missing or a lab does not start."""
+    missing, found = [], {}
 
     def probe(name: str, ask: Callable[[], str], needed: bool = True) -> None:
         try:
@@ -293,6 +336,7 @@ def doctor() -> int:
         except Exception as error:  # a probe must not end the others
             answer = "missing" if isinstance(error, ImportError) else f"FAILED: {type(error).__name__}: {error}"
             missing.extend([name] * needed)
+        found[name] = answer
         print(f"{name:22} {answer}", flush=True)
 
     probe("Python", lambda: f"{platform.python_version()} ({sys.executable})")
@@ -308,7 +352,7 @@ def doctor() -> int:
     probe("fashion-mnist", _fashion)
     probe("lab of 1 thread", _lab)
     print(f"Not in order: {', '.join(missing)}." if missing else "All in order.")
-    return int(bool(missing))
+    return int(bool(missing)), {"found": found, "not_in_order": missing}
 
 
 def packages() -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import subprocess
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+import labkit
 from labkit import __main__ as cli
 from labkit.__main__ import main, parse_grid
 from labkit.errors import SweepError
@@ -41,6 +44,37 @@ def test_a_wrong_request_is_a_line_and_exit_code_2(notebook, capsys):
     assert main(["summary", str(notebook.parent / "nowhere")]) == 2
     with pytest.raises(SystemExit, match="2"):
         main(["sweep", str(notebook), "--parallel", "many"])
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"labkit {labkit.__version__}\n"
+
+
+def test_each_command_answers_in_json(capsys):
+    (commands,) = (action.choices for action in cli._parser()._actions if action.dest == "command")
+    assert {"demo", "doctor", "search", "summary", "sweep"} <= set(commands)
+    for name, command in commands.items():
+        assert "--json" in command.format_help(), name
+
+
+def test_an_answer_in_json_is_all_that_standard_output_holds(monkeypatch, capsys, tmp_path):
+    table = pd.DataFrame(
+        {"seed": [0, 1], "score": [0.1 + 0.2, math.nan], "status": ["done", "failed"], "notebook": [Path("a"), "b"]}
+    )
+    monkeypatch.setattr(cli, "sweep", lambda *_, **__: print("[1/2] seed=0  started") or table)
+    monkeypatch.setattr(cli, "parameters", lambda _: [])
+    assert main(["sweep", "n.ipynb", "--json"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out) == [
+        {"seed": 0, "score": 0.1 + 0.2, "status": "done", "notebook": "a"},
+        {"seed": 1, "score": None, "status": "failed", "notebook": "b"},
+    ]
+    assert said.err.startswith("[1/2] seed=0  started\n")
+    assert main(["summary", str(tmp_path / "nowhere"), "--json"]) == 2
+    refused = json.loads(capsys.readouterr().out)
+    assert refused["error"] == "SweepError" and "there is no folder" in refused["message"]
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch, capsys, notebook):
@@ -114,6 +148,9 @@ def test_a_search_from_the_shell(tmp_path, capsys, cache):
     assert main([*command, "--set", "width=0.1,-1", *about]) == 0
     assert "2 of 2 trials, best score" in capsys.readouterr().out and (tmp_path / "search" / "log.jsonl").exists()
     assert {"table.png", "history.png", "points.png", "timeline.png"} <= {path.name for path in (tmp_path / "search").iterdir()}
+    assert main([*command, "--set", "width=0.1,-1", *about, "--json"]) == 0  # all of it is there already
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["path"] == str(tmp_path / "search") and [trial["state"] for trial in answer["trials"]] == ["done", "failed"]
 
 
 # -- grids -------------------------------------------------------------------------------------------------------------
@@ -167,6 +204,10 @@ def test_the_doctor_goes_on_after_a_failed_probe(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "FAILED: OSError: no such thing" in said and "lab of 1 thread        starts" in said
     assert said.endswith("Not in order: fashion-mnist.\n")
+    assert main(["doctor", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["not_in_order"] == ["fashion-mnist"] and answer["found"]["lab of 1 thread"] == "starts"
+    assert answer["found"]["fashion-mnist"] == "FAILED: OSError: no such thing"
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """A run, read from its directory: settings, events, curve, weights, and its state or end.
 
     config.json  environment.json  layout.json  events.jsonl  status.json  checkpoints/<version>.npz  metrics.parquet
-    server.json  while the run is running (`labkit.runs.server_file`)
+    summary.json for other programs (`labkit.runs.summary`); server.json while the run is running (`labkit.runs.server_file`)
 
 It can be read during the run, after it, and from another kernel. Tables and numbers are made of the events
 (`labkit.runs.analysis`). Each file is checked when it is read, for itself and against the others: what is wrong is refused by name
@@ -157,7 +157,7 @@ class RunRecord:
         why = None
         if (self.path / metrics.FILE).exists():
             try:
-                return self._with_training(self._kept_curve())
+                return self._with_training(self.kept_curve())
             except RunError as error:
                 why = error
         elif self.state == "running":
@@ -172,7 +172,8 @@ class RunRecord:
             self._say(f"{why} It was measured anew.")
         return self._with_training(curve)
 
-    def _kept_curve(self) -> pd.DataFrame:
+    def kept_curve(self) -> pd.DataFrame:
+        """The curve as it was measured and kept, without what steps of training returned; RunError where it is damaged or an older one."""
         file, (*_, newest) = self.path / metrics.FILE, (-1, *checkpoints.versions(self.path))
         curve = metrics.read(self.path, self.config.id, self.config.format > 3)
         if newest > (curve.version.max() if len(curve) else -1) and self.state == "done":
@@ -227,12 +228,16 @@ class RunRecord:
         workers' time `wait_share` went into waiting for each other, `send_share` into exchanges and `load_share` into reading batches
         (None where that was not recorded).
         """
-        curve = self.curve() if self.state != "running" else None
+        state = self.state
+        return self.card(state, self.curve() if state != "running" else None)
+
+    def card(self, state: str, curve: pd.DataFrame | None) -> dict:
+        """`summary()` of a run in this state with this curve; without a curve no score and no loss."""
         return {
             "name": self.name,
             "update": rule_title(self.config.update),
             "partition": rule_title(self.config.partition),
-            "state": self.state,
+            "state": state,
             "origin": self.origin,
             **analysis.summary(self.events, self.config, curve),
         }

@@ -26,9 +26,10 @@ from labkit.locks import DirectoryLock
 from labkit.models.flat import Flat
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
-from labkit.runs import checkpoints, metrics, status
+from labkit.runs import checkpoints, metrics, status, summary
 from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
+from labkit.runs.record import RunRecord
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.train import labels_for, new_run, under_name
 from labkit.training.wire import compression
@@ -170,6 +171,7 @@ class Ledger(contextlib.AbstractContextManager):
             self.status["reason"] = str(error)
         self.recorder.close()
         status.write(self.path, self.config.id, self.status, self.recorder.events)
+        summary.write(RunRecord(self.path))
         self._lock.release()
 
 

@@ -108,10 +108,10 @@ class Page:
         return f'<a href="{self.url}" target="_blank">The page of {self.path.name}</a>'
 
 
-def serve(path: str | Path, port: int = 0, with_parent: bool = False) -> int:
+def serve(path: str | Path, port: int = 0, with_parent: bool = False, tell: Callable[[str], None] = print) -> int:
     """Serve the page of a run until the process is interrupted, or, `with_parent`, until nobody holds its standard input any more.
 
-    Prints the address. Returns 0.
+    Tells the address, by default as a printed line. Returns 0.
     """
     import panel
     from bokeh.util.token import generate_session_id
@@ -125,7 +125,7 @@ def serve(path: str | Path, port: int = 0, with_parent: bool = False) -> int:
     if with_parent:
         threading.Thread(target=_end_with_parent, args=(server,), name="parent", daemon=True).start()
     session = generate_session_id(secret, signed=True)
-    print(f"http://localhost:{server.port}/?bokeh-session-id={session}", flush=True)
+    tell(f"http://localhost:{server.port}/?bokeh-session-id={session}")
     with contextlib.suppress(KeyboardInterrupt):
         server.io_loop.start()
     server.stop()

@@ -228,7 +228,7 @@ def _clear(run: Run, where: dict, version: int, done: int) -> RunConfig:
         checkpoints.rewind(run.path, version)
         server_file.withdraw(run.path)  # of the server that was killed
         config.save(run.path)
-        for name in ("metrics.parquet", "status.json"):
+        for name in ("metrics.parquet", "status.json", "summary.json"):
             (run.path / name).unlink(missing_ok=True)
         for file in run.path.glob(f"{MEETING}*"):
             file.unlink(missing_ok=True)  # of a kernel that was killed

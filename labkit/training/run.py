@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from labkit.errors import Interrupted, ProblemError, RunError, file_path, instance, real
-from labkit.runs import checkpoints
+from labkit.runs import checkpoints, summary
 from labkit.runs.checkpoints import Layout
 from labkit.runs.files import is_folder
 from labkit.runs.record import RunRecord
@@ -147,6 +147,37 @@ class Run(RunRecord):
 
         return live(self)
 
+    # -- for other programs --------------------------------------------------------------------------------------
+
+    def export(self, tracker: str, where: str | Path | None = None, *, project: str = "labkit") -> str:
+        """Copy the record into a tracker: curve, losses and staleness by worker, cost card and settings (`labkit.runs.export`).
+
+        The step of each point is the number of samples that all workers had trained on. An export that is made again takes the place
+        of the one before.
+
+        Parameters
+        ----------
+        tracker : "mlflow", "tensorboard", "wandb" or "trackio"; each needs its library: `pip install 'labkit[mlflow]'`, say.
+        where : of MLflow a tracking URI, by default its own setting; of TensorBoard the folder above that of this run, by default its
+            run directory, so that `tensorboard --logdir runs` shows all; of Weights & Biases the folder for its files.
+        project : the project, which MLflow calls experiment. TensorBoard has none.
+
+        Returns
+        -------
+        str
+            What the tracker knows it by: the id of the run, its name in Trackio, or TensorBoard's folder.
+
+        Raises
+        ------
+        ValueError
+            There is no such tracker.
+        RunError
+            The run is still running, its curve cannot be measured, or the library is missing.
+        """
+        from labkit.runs.export import export
+
+        return export(self, tracker, where, project)
+
     def _check_attached(self) -> None:
         if self._follower is None and self.state == "running":
             raise RunError(f"run {self.name} is running in another kernel. Call run.attach() first.")
@@ -158,7 +189,9 @@ class Run(RunRecord):
 
         lab = self._follower.lab if self._follower else None
         problem = as_recorded(self.opened_problem("its curve is measured"), self)
-        return measure(self, problem, lab if lab and not lab.closed and lab.free() else None)
+        curve = measure(self, problem, lab if lab and not lab.closed and lab.free() else None)
+        summary.write(self)
+        return curve
 
     def _layout_anew(self, why: RunError) -> Layout:
         """From the model, where its size is that of the newest version."""

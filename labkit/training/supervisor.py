@@ -27,6 +27,7 @@ from labkit.locks import DirectoryLock
 from labkit.problems.problem import Problem
 from labkit.problems.trial import Fingerprint
 from labkit.runs import status as how_it_ended
+from labkit.runs import summary
 from labkit.runs.events import Tail
 from labkit.sources import pack
 from labkit.training.attach import watch
@@ -356,6 +357,7 @@ class Supervisor:
                     id = self.run.config.id
                     n = (how_it_ended.read(self.path, id) or {}).get("events")  # by the server, if it has come so far
                     how_it_ended.write(self.path, id, {**self._status, "state": "failed"}, n)
+            summary.write(self.run)
 
 
 def _lost_server(error: BaseException | None) -> bool:

@@ -131,11 +131,12 @@ def test_a_run_of_format_2_with_a_rule_and_a_model_by_the_names_of_then_is_resum
 def test_what_said_that_the_run_had_ended_is_gone_and_the_settings_say_where_it_goes_on(cut, begun):
     run = cut()
     write_json(run.path / "status.json", {"state": "stopped", "reason": ""})
-    (run.path / "metrics.parquet").write_bytes(b"of then")
+    for name in ("metrics.parquet", "summary.json"):
+        (run.path / name).write_bytes(b"of then")
     (run.path / ".ranks-12ab-1").write_bytes(b"of a kernel that was killed")
     with labkit.connect("threads", 3) as other:
         again = labkit.resume(run.path, other)
-    gone = ("status.json", "metrics.parquet", ".ranks-12ab-1", server_file.FILE)
+    gone = ("status.json", "metrics.parquet", "summary.json", ".ranks-12ab-1", server_file.FILE)
     assert not any((run.path / name).exists() for name in gone)
     assert (again.config["n_workers"], len(again.config["workers"]), begun[0][0].config.indices) == (3, 3, [0, 1, 2])
     [note] = again.config["resumed"]
