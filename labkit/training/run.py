@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from labkit.errors import Interrupted, ProblemError, RunError, file_path, instance, real
+from labkit.errors import Interrupted, ProblemError, RunError, file_path, flag, instance, real
 from labkit.runs import checkpoints, summary
 from labkit.runs.checkpoints import Layout
-from labkit.runs.files import is_folder
+from labkit.runs.files import is_folder, replacing
 from labkit.runs.record import RunRecord
 from labkit.sources import changed
 
@@ -251,11 +251,12 @@ class Run(RunRecord):
             version = best(self, self.problem())
         return super().flat(version)
 
-    def model(self, version: int | str | None = None) -> torch.nn.Module:
+    def model(self, version: int | str | None = None, *, normalised: bool = True) -> torch.nn.Module:
         """The trained network as a torch module that takes raw samples, on the CPU, in evaluation mode; `version` as in `flat`.
 
         Its first layer normalises: it takes what was given as data, in its units, channels first, as a tensor (n, *shape) of any
-        type. `run.model().network` is the network alone, which takes normalised samples; the names in its `state_dict()` are those
+        type. With `normalised=False`, or as `run.model().network`, it is the network alone, which takes normalised samples, as
+        `run.problem().load(indices)` gives them; the names in its `state_dict()` are those
         of `run.weights()`, those of the whole have "network." in front. A problem with a `load` of its own is the only one to know
         what it makes of raw samples: there the first layer does nothing, and a warning says so.
         """
@@ -263,6 +264,8 @@ class Run(RunRecord):
 
         from labkit.models.normalised import Normalise, Normalised
 
+        if not flag("normalised", normalised):
+            return self._network(version)
         problem, layers = self.problem(), [torch.nn.Identity()]
         if problem.is_own_load:
             warnings.warn(
@@ -277,6 +280,45 @@ class Run(RunRecord):
                 affine, n_axes = data.affine_of(name), len(data.fields[name].shape)
                 layers.append(Normalise(*affine, n_axes, window) if affine else torch.nn.Identity())
         return Normalised(self._network(version), layers).eval()
+
+    def save(self, path: str | Path, version: int | str | None = None, *, normalised: bool = True) -> Path:
+        """Write the trained network to a file that is opened without labkit; returns its path. Its ending says what it is:
+
+            .pt2     a program:       torch.export.load(path).module()(x)
+            .onnx    the same:        onnxruntime.InferenceSession(path).run(None, {"x": x})[0]      pip install 'labkit[onnx]'
+            .pt      the weights:     network.load_state_dict(torch.load(path)), with normalised=False for the network that was trained
+
+        Programs take raw samples of any number as `run.model()` does, as float32 where they are normalised, and give what it gives; with
+        `normalised=False` normalised ones, as `run.model(normalised=False)` does. So does each of a problem with a `load` of its own.
+
+        Raises
+        ------
+        ValueError
+            The path has another ending.
+        ProblemError
+            The network cannot be made a program, or a package for that is missing; what torch said is in the message.
+        """
+        from labkit.models.saved import contents, ending
+
+        path, problem = file_path("path", path), self.problem()
+        kind, normalised = ending(path), flag("normalised", normalised) and not problem.is_own_load
+        inputs, names = self._example(normalised)
+        with replacing(path) as file:
+            file.write(contents(self.model(version, normalised=normalised), inputs, names, kind))
+        return path
+
+    def _example(self, normalised: bool) -> tuple[Any, list[str]]:
+        """Two samples as `run.model()` is called with them, and the names of their tensors."""
+        import torch
+
+        problem, two = self.problem(), np.arange(2)
+        data = problem.dataset
+        if not normalised:
+            x = problem.load(problem.train_indices()[:2])[0]
+            return x if isinstance(x, tuple) else (x,), [*data.inputs]
+        x = [torch.from_numpy(data.raw(two, field=name)) for name in data.inputs]
+        x = [part.float() if data.affine_of(name) else part for name, part in zip(data.inputs, x, strict=True)]
+        return (tuple(x) if len(x) > 1 else x[0],), [*data.inputs]
 
     def _network(self, version: int | str | None = None) -> torch.nn.Module:
         import torch
