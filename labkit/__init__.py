@@ -16,9 +16,9 @@ def __getattr__(name: str) -> object:
 
         return metadata.version("labkit")
     if name not in _names:
-        from labkit.errors import did_you_mean
+        from labkit.names import unknown_attribute
 
-        raise AttributeError(f"module 'labkit' has no attribute {name!r}. It has: {', '.join(_names)}.{did_you_mean(name, _names)}")
+        raise AttributeError(unknown_attribute("module 'labkit'", name, _names), name=name)
     return _public(name)
 
 

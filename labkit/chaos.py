@@ -31,6 +31,7 @@ import pandas as pd
 import psutil
 
 from labkit.errors import SEEDS, ClusterError, LabError, PartitionError, RunError, known, real, several, whole
+from labkit.names import face
 from labkit.partition import UDPA
 from labkit.runs import checkpoints, metrics, server_file, status
 from labkit.runs.analysis import intervals
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAULTS", "Storm", "audit", "corrupt_checkpoint", "draw", "drop_link", "fill_disk", "free_disk", "freeze", "kill"]
 __all__ += ["kill_server", "losses", "thaw"]
+__getattr__, __dir__ = face(__name__)
 
 FAULTS = ("kill", "freeze", "drop", "join")
 FROZEN_S = (0.5, 8.0)  # how long a storm freezes a worker: shorter and longer than heartbeat_timeout

@@ -50,11 +50,6 @@ def test_the_version_is_that_of_the_project():
     assert labkit.__version__ == tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["version"]
 
 
-def test_a_name_that_is_not_there_is_answered_with_all_that_are():
-    with pytest.raises(AttributeError, match=r"no attribute 'trian'. It has: AGWU, .*, updates\. Did you mean 'train'\?"):
-        labkit.trian  # noqa: B018
-
-
 def test_editors_complete_the_names(tmp_path, monkeypatch):
     monkeypatch.setattr(jedi.settings, "cache_directory", str(tmp_path))
     project = jedi.Project(PACKAGE.parent, load_unsafe_extensions=False)

@@ -227,9 +227,11 @@ def check(request: Request) -> None:
     if request.profile is not None or made_by(request.client, "ipyparallel") or request.engines != "local":
         raise ClusterError(f"profile, engines and an ipyparallel Client go with kind='ipyparallel', not with {request.kind!r}.")
     if request.client is not None and not any(hasattr(request.client, has) for has in ("scheduler_address", "scheduler_info")):
+        given = request.client
+        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
         raise ClusterError(
-            f"client={request.client!r:.80} must be a Dask Client or cluster object, not {type(request.client).__name__}. The address of a "
-            "scheduler is given as address=..."
+            f"client={given!r:.80} must be a Dask Client or cluster object, not {what}. The address of a scheduler is given as address=..., "
+            "engines as client=ipyparallel.Client(...) or profile=..., and labkit.connect(n_workers=2) starts workers here."
         )
     if request.security is not None and request.address is None:
         raise ClusterError("security goes with address='tls://...'; a Client or cluster object has its own.")

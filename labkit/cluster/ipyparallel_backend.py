@@ -215,6 +215,8 @@ def check(request: Request) -> None:
     known("engines", request.engines, ENGINES, error=ClusterError)
     if request.address is not None or not (request.client is None or _is_client(request.client)):
         got = "" if request.client is None else f" (not a {type(request.client).__name__})"
+        if hasattr(request.client, "connect_client_sync"):
+            got = "; of this Cluster: client=cluster.connect_client_sync(), or, before it is started, cluster.start_and_connect_sync()"
         raise ClusterError(
             f"kind='ipyparallel' finds a running cluster by profile='...', or by an ipyparallel Client: client=...{got}"
         )

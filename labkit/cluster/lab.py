@@ -21,12 +21,13 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from labkit.cluster.backend import About, Answer, Backend, Request, quiet
 from labkit.cluster.emulation import Unevenness, opposite, unsteadiness
 from labkit.cluster.tasks import Task, spread
 from labkit.errors import ClusterError, instance, like, real, several, whole
+from labkit.names import Public
 from labkit.sources import pack_call
 
 LOCAL = ("threads", "dask", "ipyparallel")  # kinds of labs whose workers are on this machine, unless others have started them
@@ -52,8 +53,10 @@ class Worker:
         return self.pid == os.getpid() and self.host == socket.gethostname()
 
 
-class Lab(AbstractContextManager):
+class Lab(Public, AbstractContextManager):
     """The connected cluster; made by `connect`, closed by `close` or at the end of a `with` block. Closing twice is fine."""
+
+    internal: ClassVar = frozenset(("admit", "checked", "lease", "one_process", "refresh", "release", "settings", "unevenness"))
 
     def __init__(self, request: Request, backend: Backend) -> None:
         self.kind, self.workers, self.closed = request.kind, [], False

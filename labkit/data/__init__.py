@@ -19,8 +19,10 @@ from labkit.data.dataset import Dataset, Field
 from labkit.data.items import from_items, is_items, is_items_path
 from labkit.errors import DataError, did_you_mean, file_path, flag, known
 from labkit.imports import imported
+from labkit.names import face
 
 __all__ = ["Dataset", "Field", "names", "open_dataset"]
+__getattr__, __dir__ = face(__name__)
 
 OPTIONS = ("n", "size", "seed")  # those of the generated sets
 OF_PATHS = {

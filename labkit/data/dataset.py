@@ -15,11 +15,12 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from labkit.errors import DataError, known
+from labkit.names import Public
 
 SPLITS = ("train", "test")
 OF_INPUT = ("shape", "mean", "std", "scale", "channels_last")  # what `meta.json` has of an input
@@ -46,7 +47,7 @@ class Field(NamedTuple):
     no_class: tuple[int, ...] = ()
 
 
-class Dataset:
+class Dataset(Public):
     """A reference to a data set: small, picklable, opened on first use in whichever process it has come to.
 
     Attributes
@@ -79,6 +80,10 @@ class Dataset:
         What was read of files, left out, converted or decided on the user's behalf, such as another set used instead; `""`
         where everything is as it was given.
     """
+
+    internal: ClassVar = frozenset(
+        ("described", "expect", "hold", "is_channels_last", "pad_of", "reference", "stored_type", "units_of")
+    )
 
     def __init__(self, path: str | os.PathLike[str], meta: dict[str, Any], note: str = "") -> None:
         self.path = str(path)

@@ -37,6 +37,7 @@ from labkit.experiments.space import Space
 from labkit.experiments.study import METHODS, Study
 from labkit.experiments.trials import OF_A_RUN, TRAINING, Maker, Notebook
 from labkit.imports import plain, short
+from labkit.names import named
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import server_file
@@ -70,6 +71,7 @@ TRIALS = 40
 ENDING_S = 10.0  # so long a server that was stopped may take to let go of its directory
 
 
+@named
 def search(
     problem: Problem | type[Problem] | Callable[..., Problem] | str | Path,
     space: Mapping[str, Any],

@@ -30,11 +30,13 @@ from labkit.errors import SweepError, did_you_mean, file_path, flag, real, text,
 from labkit.experiments.executor import GRACE, check_kernel, execute, state
 from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.locks import alone
+from labkit.names import named
 from labkit.runs.files import find_json, is_folder, write_json
 
 ROOM = 50e6  # bytes that must be free where the runs go
 
 
+@named
 def sweep(
     notebook: str | os.PathLike[str],
     grid: Mapping[str, Any] | Sequence[Mapping[str, Any]],

@@ -11,6 +11,7 @@ from labkit.jets.figures import before_and_after, embedding, masses, worlds
 from labkit.jets.files import CLASSES, SUBSTRUCTURE, Jets, convert, dataset, load, provenance, read, to_awkward, write
 from labkit.jets.problem import UCluster
 from labkit.jets.pythia import generate
+from labkit.names import face
 
 __all__ = [
     "CLASSES",
@@ -42,3 +43,4 @@ __all__ += [
     "worlds",
     "write",
 ]
+__getattr__, __dir__ = face(__name__)

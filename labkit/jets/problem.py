@@ -29,6 +29,7 @@ from labkit.jets.defects import DEFECTS, Replicas
 from labkit.jets.distillation import Distilled
 from labkit.jets.files import OF_JET, SUBSTRUCTURE, dataset
 from labkit.jets.networks import ATTENTIONS, CLUSTER_BY, PADDINGS, ABCNet, Jet, features
+from labkit.names import named
 from labkit.problems import Clock, Problem, evaluating
 from labkit.problems.problem import MEASURED, Metrics, Optimisers
 from labkit.problems.splits import batches
@@ -85,6 +86,7 @@ class UCluster(Problem):
     defects : what the published distributed notebooks do, by name (`labkit.jets.defects`): for ablations.
     """
 
+    @named
     def __init__(
         self,
         data: Any = "jets",

@@ -21,6 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from labkit.errors import ProblemError, known
 from labkit.imports import imported, short
 from labkit.models.cnn import lenet, resnet20, vgg3, vgg9
+from labkit.names import face
+
+__all__ = ["MODELS", "evaluating", "lenet", "make_model", "resnet20", "seeded", "vgg3", "vgg9"]
+__getattr__, __dir__ = face(__name__)
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"lenet": lenet, "vgg3": vgg3, "vgg9": vgg9, "resnet20": resnet20}
 _seeding = threading.RLock()  # workers in threads share the generators

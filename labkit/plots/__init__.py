@@ -1,5 +1,6 @@
 """Figures, from the record of runs: `labkit.plots.curves(run)` and the like, and what shows or saves them."""
 
+from labkit.names import face
 from labkit.plots.inner import gantt, roofline
 from labkit.plots.live import live
 from labkit.plots.membership import membership, roster
@@ -43,3 +44,4 @@ __all__ += [
     "staleness",
 ]
 __all__ += ["timeline", "weights", "worst"]
+__getattr__, __dir__ = face(__name__)

@@ -350,6 +350,9 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
 
 def a_run(name: str, run: Any) -> Any:
     """`run`, if it is one; TypeError otherwise."""
+    if isinstance(run, str | os.PathLike):
+        path = os.fspath(run)
+        raise TypeError(f"{name}={path!r} must be a run, not a path. Give that of its directory: labkit.load_run({path!r}).")
     return like(name, run, ("config", "curve"), "a run, as labkit.train and labkit.load_run give it")
 
 
@@ -361,7 +364,12 @@ def some_runs(runs: Any) -> list[Any]:
 def check_columns(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     """A table that a user hands in has what a figure reads; ValueError otherwise, TypeError where it is no table."""
     if not hasattr(frame, "iloc") or not hasattr(frame, "columns"):
-        raise TypeError(f"a {type(frame).__name__} was given; give a pandas DataFrame with the columns {', '.join(columns)}.")
+        ours = (
+            " Of a run there are plots.timeline(run), plots.balance(run) and plots.weights(run)."
+            if hasattr(frame, "events")
+            else ""
+        )
+        raise TypeError(f"a {type(frame).__name__} was given; give a pandas DataFrame with the columns {', '.join(columns)}.{ours}")
     if missing := [column for column in columns if column not in frame.columns]:
         has = ", ".join(map(str, frame.columns))
         raise ValueError(f"the frame has no column {', '.join(missing)}. It has: {has}.")

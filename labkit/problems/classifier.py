@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from labkit.errors import ProblemError
+from labkit.names import named
 from labkit.problems.losses import Loss
 from labkit.problems.metrics import Meter, Right
 from labkit.problems.supervised import Supervised
@@ -53,6 +54,7 @@ class Classifier(Supervised):
 
     unwritten: ClassVar = {**Supervised.unwritten, "loss": "cross-entropy"}
 
+    @named
     def __init__(
         self,
         model: str | Callable[..., nn.Module] = "lenet",

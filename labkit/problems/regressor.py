@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from labkit.errors import ProblemError
+from labkit.names import named
 from labkit.problems.metrics import Meter
 from labkit.problems.supervised import Supervised
 
@@ -44,6 +45,7 @@ class Regressor(Supervised):
 
     answers: ClassVar = "target"
 
+    @named
     def __init__(
         self,
         model: str | Callable[..., nn.Module],

@@ -9,9 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labkit.errors import RunError, instance, plain_scalar, several
+from labkit.errors import RunError, file_path, instance, plain_scalar, several
 from labkit.imports import rule_title
 from labkit.runs import labels
+from labkit.runs.config import FILE as CONFIG
+from labkit.runs.files import is_folder
 from labkit.runs.record import RunRecord
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
     """
     import pandas as pd
 
-    runs = [runs] if isinstance(runs, (RunRecord, str, Path)) else several("runs", runs, _run)
+    runs = [_run("runs", runs)] if isinstance(runs, (RunRecord, str, Path)) else several("runs", runs, _run)
     cards, unread = [], []  # in the order given; those of which not even the settings can be read come last
     for run in runs:
         try:
@@ -57,7 +59,21 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
 
 def _run(name: str, run: Any) -> RunRecord | str | Path:
     run = plain_scalar(run)
-    return run if isinstance(run, (str, Path)) else instance(name, run, RunRecord, " or its directory")
+    return _directory(run) if isinstance(run, (str, Path)) else instance(name, run, RunRecord, " or its directory")
+
+
+def _directory(path: str | Path) -> Path:
+    """The directory of a run; RunError for a folder that holds several."""
+    path = file_path("runs", path)
+    inside = (
+        [] if (path / CONFIG).exists() or not is_folder(path) else sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
+    )
+    if inside:
+        raise RunError(
+            f"{path} is no run but a folder of {len(inside)}: {', '.join(inside[:8])}{', ...' * (len(inside) > 8)}. Give those that you mean, or "
+            f"all: labkit.compare(sorted(pathlib.Path({str(path)!r}).glob('*/')))."
+        )
+    return path
 
 
 def _type(values: list) -> type | None:

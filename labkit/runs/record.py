@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from labkit.errors import RunError, file_path, plain_scalar, real, whole
 from labkit.imports import rule_title
+from labkit.names import Public
 from labkit.partition import PARTITIONS
 from labkit.runs import analysis, checkpoints, metrics, server_file
 from labkit.runs import status as how_it_ended
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class RunRecord:
+class RunRecord(Public):
     """One training, read from its directory.
 
     Attributes
@@ -42,6 +43,8 @@ class RunRecord:
     name, path, config
         The name, the directory and the settings of the run.
     """
+
+    internal: ClassVar = frozenset(("card", "kept_curve", "layout", "recorded", "tested", "trained", "warn_of_edits"))
 
     def __init__(self, path: str | Path) -> None:
         self._path, self._seen = file_path("path", path), None

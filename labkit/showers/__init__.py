@@ -1,5 +1,6 @@
 """Showers in a calorimeter: their data, networks that make them (a GAN, a flow), and whether these measure like the simulated ones."""
 
+from labkit.names import face
 from labkit.showers import geant4, parametrised
 from labkit.showers.features import observables
 from labkit.showers.figures import fractions, page
@@ -21,3 +22,4 @@ __all__ = [
     "official",
 ]
 __all__ += ["open_showers", "page", "parametrised", "validate"]
+__getattr__, __dir__ = face(__name__)

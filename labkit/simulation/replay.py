@@ -11,6 +11,7 @@ from pathlib import Path
 
 from labkit.errors import RunError, file_path, instance
 from labkit.imports import rule_title
+from labkit.names import named
 from labkit.partition import Partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
@@ -24,6 +25,7 @@ from labkit.training.train import check_weighed, run_name
 from labkit.updates import Update, make_update
 
 
+@named
 def replay(
     run: Run,
     *,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labkit.errors import file_path, flag, real, several, whole
+from labkit.names import named
 from labkit.partition import Partition, make_partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
@@ -23,6 +24,7 @@ from labkit.training.train import check_weighed, run_name
 from labkit.updates import Update, make_update
 
 
+@named
 def simulate(
     source: Run | Sequence[Run] | Sequence[float],
     *,

@@ -33,6 +33,7 @@ from labkit.errors import SEEDS, ClusterError, ProblemError, RunError, file_path
 from labkit.models import evaluating, seeded
 from labkit.models.costs import multiply_adds, n_parameters
 from labkit.models.flat import Flat
+from labkit.names import named
 from labkit.partition import make_partition
 from labkit.plots.progress import following
 from labkit.problems import Classifier
@@ -62,6 +63,7 @@ OUTPUTS = ("stack", "score", "test")  # the samples for which each subnet leaves
 TEAM = {"n_workers": None, "partition": "idpa", "update": "agwu", "local_steps": None}  # the last three as in `train`
 
 
+@named
 def train_subnets(
     problem: Classifier,
     lab: Lab,

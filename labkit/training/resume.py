@@ -25,6 +25,7 @@ from labkit.cluster.lab import Lab
 from labkit.errors import LabError, PartitionError, RunError, file_path, instance
 from labkit.imports import by_value, imported
 from labkit.locks import DirectoryLock
+from labkit.names import named
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints, server_file, status
@@ -39,6 +40,7 @@ from labkit.updates import Update, make_update
 ENDING_S = 5.0  # a server that has ended the run has so long to go
 
 
+@named
 def resume(
     path: str | Path,
     lab: Lab | None = None,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from labkit.cluster.lab import Lab
+    from labkit.models.flat import Flat
     from labkit.problems.problem import Problem
 
 
@@ -189,6 +190,7 @@ class Run(RunRecord):
 
         lab = self._follower.lab if self._follower else None
         problem = as_recorded(self.opened_problem("its curve is measured"), self)
+        self._untrained()
         curve = measure(self, problem, lab if lab and not lab.closed and lab.free() else None)
         summary.write(self)
         return curve
@@ -323,11 +325,34 @@ class Run(RunRecord):
     def _network(self, version: int | str | None = None) -> torch.nn.Module:
         import torch
 
+        weights = torch.from_numpy(np.array(self.flat(version)))
+        module, flat = self._untrained()
+        flat.load(weights)
+        return module.eval()
+
+    def _untrained(self) -> tuple[torch.nn.Module, Flat]:
+        """The network before the training; RunError where the problem that was given is not that of the run."""
         from labkit.models.flat import Flat
 
-        module = self.problem().new_module(self.config.seed)
-        Flat(module, exact=self.config.exact_buffers).load(torch.from_numpy(np.array(self.flat(version))))
-        return module.eval()
+        problem = self.problem()
+        module = problem.new_module(self.config.seed)
+        flat = Flat(module, exact=self.config.exact_buffers)
+        try:
+            recorded = Layout.load(self.path, self.config.id)
+        except RunError:  # it is made anew from this model, or refused, by `layout`
+            return module, flat
+        settings = self.config.problem
+        trained = ", ".join(f"{name}={settings[name]!r}" for name in ("model", "model_args", "data") if settings.get(name))
+        advice = f"It was trained with {trained}; without problem= it is made from the record, where that holds more than a name."
+        if Layout.of(*flat.shapes).shapes != recorded.shapes:
+            raise RunError(f"the network of this problem has other tensors than that of run {self.name}. {advice}")
+        others = problem.config().get("data") != settings.get("data")  # what holds an array knows its name alone
+        if others and (n := len(problem.train_indices())) != self.config.n_train:
+            raise RunError(
+                f"the data of this problem have {n} training samples, and run {self.name} had {self.config.n_train}: samples would be "
+                f"normalised by others. {advice} Other data are for run.evaluate(data) and run.predict(x)."
+            )
+        return module, flat
 
     def predict(self, x: Any, version: int | str | None = None) -> np.ndarray:
         """What the trained network says of raw samples: of a `Classifier` their classes, int64 (n,); else its outputs, float32.

@@ -45,6 +45,7 @@ from labkit.errors import (
 from labkit.imports import rule_title
 from labkit.locks import DirectoryLock
 from labkit.models.flat import Flat
+from labkit.names import named
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import server_file
@@ -63,6 +64,7 @@ from labkit.updates import Update, make_update
 T = TypeVar("T")
 
 
+@named
 def train(
     problem: Problem,
     lab: Lab,

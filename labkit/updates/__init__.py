@@ -20,6 +20,7 @@ Used by `labkit.training.server.coordinator` (live) and by anybody who tests or 
 """
 
 from labkit.imports import make_rule
+from labkit.names import face
 from labkit.updates.asynchronous import AGWU, Downpour, FedAsync, FedBuff
 from labkit.updates.base import BadPush, Changes, Diverged, Merge, Push, Reply, Update
 from labkit.updates.bounded import SSP, Rescaled, Ringmaster
@@ -33,6 +34,7 @@ UPDATES = {rule.name: rule for rule in RULES}
 
 __all__ = ["UPDATES", "BadPush", "Barrier", "Changes", "Diverged", "Merge", "Push", "Reply", "Update", "make_update", "names"]
 __all__ += [rule.__name__ for rule in RULES]
+__getattr__, __dir__ = face(__name__)
 
 
 def names() -> list[str]:

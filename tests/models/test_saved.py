@@ -40,6 +40,12 @@ np.save(sys.argv[3], out)
 """
 
 
+@pytest.fixture
+def train(tmp_path_factory):
+    with labkit.connect("threads", 1) as lab:
+        yield lambda a_problem, **options: labkit.train(a_problem, lab, runs=tmp_path_factory.mktemp("runs"), **options)
+
+
 def opened(path, x, tmp_path):
     """Its outputs, of one sample and of the others, in a process that knows nothing of labkit."""
     given, made = tmp_path / "x.npy", tmp_path / "outputs.npy"

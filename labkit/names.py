@@ -1,0 +1,110 @@
+"""Names that labkit does not have: each is answered with the one that was meant, and completion offers what is public.
+
+    an argument      `named` functions: "In labkit it is passes=.", also for what other libraries call it
+    an attribute     `face` of a package, `Public` objects: "Did you mean 'curves'?", and `dir` without what is labkit's own
+
+Used by the packages and classes that users type.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
+
+from labkit.errors import did_you_mean
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Where an argument is given, by the name of the function or class; of a problem, that of the classes that most people use.
+ARGUMENTS = {
+    "a problem, as labkit.Classifier": (
+        "model", "data", "batch_size", "lr", "momentum", "weight_decay", "optimiser", "schedule", "loss", "metrics", "augment", "precision",
+    ),
+    "labkit.train": ("partition", "update", "passes", "local_steps", "seed", "checkpoints", "target", "patience", "on_version"),
+    "labkit.connect": ("n_workers", "threads_per_worker", "slowdown", "address", "client"),
+    "labkit.search": ("trials", "folds", "prune"),
+}  # fmt: skip
+# What other libraries call an argument, and what labkit does.
+NEIGHBOURS = {
+    "optimizer": "optimiser", "criterion": "loss", "loss_fn": "loss", "loss_function": "loss", "learning_rate": "lr", "batch": "batch_size",
+    "bs": "batch_size", "scheduler": "schedule", "lr_scheduler": "schedule", "metric": "metrics", "dataset": "data", "net": "model",
+    "network": "model", "epochs": "passes", "n_epochs": "passes", "num_epochs": "passes", "max_epochs": "passes", "callback": "on_version",
+    "callbacks": "on_version", "early_stopping": "patience", "random_state": "seed", "num_workers": "n_workers", "n_jobs": "n_workers",
+    "world_size": "n_workers", "workers": "n_workers", "n_trials": "trials", "num_trials": "trials", "cv": "folds", "pruner": "prune",
+}  # fmt: skip
+_TEST_SPLIT = (
+    'The test split is part of the data of the problem: data=(x_train, y_train, x_test, y_test), or a dict with "train" and "test"; what a worker '
+    "holds out of the training samples is score_samples=."
+)
+_DEVICE = "Each worker has its device: where there are GPUs, labkit.connect(n_workers=...) gives worker i one of them."
+ELSEWHERE = {
+    **dict.fromkeys(("val_data", "validation_data", "valid_data", "val_loader", "eval_data", "test_data"), _TEST_SPLIT),
+    **dict.fromkeys(("device", "devices", "accelerator", "gpus"), _DEVICE),
+}
+
+
+def unknown_argument(call: str, name: str, names: Iterable[str]) -> str:
+    """What to say of an argument that `call` does not have; `names` are those that it has."""
+    names, said = list(names), f"{call}() has no argument {name!r}."
+    ours = NEIGHBOURS.get(name, name)
+    where = next((owner for owner, own in ARGUMENTS.items() if ours in own), None)
+    if ours in names:
+        return f"{said} In labkit it is {ours}=."
+    if name in ELSEWHERE:
+        return f"{said} {ELSEWHERE[name]}"
+    if where is not None:
+        return f"{said} {ours}= is an argument of {where}."
+    return f"{said} It has: {', '.join(names)}.{did_you_mean(name, names)}"
+
+
+def named(function: F) -> F:
+    """Of a public function or `__init__`: an argument that it does not have is a TypeError that says where in labkit that is given."""
+    code = function.__code__
+    names = code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in names:
+                title = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
+                raise TypeError(unknown_argument(title, name, (name for name in names if name != "self")))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def unknown_attribute(owner: str, name: str, names: Iterable[str]) -> str:
+    """What to say of an attribute that `owner` does not have: the one that was meant, or all that it has."""
+    names = list(names)
+    near = did_you_mean(name, names)
+    return f"{owner} has no attribute {name!r}.{near}" + ("" if near else f" It has: {', '.join(names)}.")
+
+
+def face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a module that users type: `dir` has its `__all__` alone, an unknown name is answered by it."""
+
+    def get(name: str) -> Any:
+        raise AttributeError(unknown_attribute(f"module {package!r}", name, names()), name=name)
+
+    def names() -> list[str]:
+        return sorted(sys.modules[package].__all__)
+
+    return get, names
+
+
+class Public:
+    """Base of what users hold: `dir` leaves out what is for labkit (`internal`), an unknown name is answered with the one that was meant."""
+
+    internal: ClassVar[frozenset[str]] = frozenset()
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in self.internal and name != "internal"]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # such as what pickle asks for
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        if inspect.getattr_static(type(self), name, None) is not None:  # a property that has raised an AttributeError: that one
+            return object.__getattribute__(self, name)
+        public = [name for name in dir(self) if not name.startswith("_")]
+        raise AttributeError(unknown_attribute(f"{type(self).__name__!r} object", name, public), name=name)
