@@ -79,10 +79,10 @@ def test_what_is_no_run_is_led_to_one(tmp_path):
     run = labkit.load_run(RUN)
     for given in (str(RUN), RUN):
         with pytest.raises(
-            TypeError, match=rf"runs='{RUN}' must be a run, not a path. Give that of its directory: labkit.load_run\('{RUN}'\)"
+            TypeError, match=rf"runs='{RUN}' must be a run, as labkit.train and labkit.load_run give it: labkit.load_run\('{RUN}'\)"
         ):
             plots.curves(given)
-        with pytest.raises(TypeError, match="Give that of its directory: labkit.load_run"):
+        with pytest.raises(TypeError, match=r"give it: labkit\.load_run"):
             plots.timeline(given)
     with pytest.raises(TypeError, match="runs=5 must be a run, as labkit.train and labkit.load_run give it, not int"):
         plots.curves(5)

@@ -350,10 +350,10 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
 
 def a_run(name: str, run: Any) -> Any:
     """`run`, if it is one; TypeError otherwise."""
+    such = "a run, as labkit.train and labkit.load_run give it"
     if isinstance(run, str | os.PathLike):
-        path = os.fspath(run)
-        raise TypeError(f"{name}={path!r} must be a run, not a path. Give that of its directory: labkit.load_run({path!r}).")
-    return like(name, run, ("config", "curve"), "a run, as labkit.train and labkit.load_run give it")
+        raise TypeError(f"{name}={os.fspath(run)!r} must be {such}: labkit.load_run({os.fspath(run)!r}).")
+    return like(name, run, ("config", "curve"), such)
 
 
 def some_runs(runs: Any) -> list[Any]:
