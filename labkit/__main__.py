@@ -1,4 +1,4 @@
-"""The command line: `python -m labkit demo | notebooks | sweep | summary | search | watch | doctor`.
+"""The command line: `python -m labkit demo | notebooks | sweep | summary | search | watch | report | doctor`.
 
 Everything here can be done from a notebook too; the commands are for batch systems, for `make run`, and for finding out
 what a machine has. Exit code: 0 when all went well, 1 when a run or a probe failed, 2 for a wrong request.
@@ -142,6 +142,13 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--port", type=int, default=0, metavar="N", help="of the page (default: a free one)")
     page.add_argument("--with-parent", action="store_true", help="end when standard input does")
     page.set_defaults(run=_watch)
+
+    report = add("report", help="write a page with tables and figures of runs")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="directory of a run, such as runs/first-run; several are put side by side"
+    )
+    report.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
+    report.set_defaults(run=_report)
 
     add("doctor", help="show what this machine has").set_defaults(run=lambda options: doctor())
     return parser
@@ -321,6 +328,23 @@ def _watch(options: argparse.Namespace) -> tuple[int, Any]:
         options.tell(json.dumps({"url": url, "path": os.path.abspath(options.path)}) if options.json else url)
 
     return serve(options.path, options.port, options.with_parent, said), None
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def _report(options: argparse.Namespace) -> tuple[int, Any]:
+    from labkit import plots
+    from labkit.training.run import load_run
+
+    runs = [load_run(path) for path in options.runs]
+    plots.extension("static")
+    try:
+        page = plots.report(runs, options.out)
+    except ValueError as error:
+        raise LabError(str(error)) from error
+    print(os.path.relpath(page))
+    return 0, {"path": str(page), "runs": {str(run.path): plain(run.summary()) for run in runs}}
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------

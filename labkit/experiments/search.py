@@ -37,7 +37,7 @@ from labkit.experiments.space import Space
 from labkit.experiments.study import METHODS, Study
 from labkit.experiments.trials import OF_A_RUN, TRAINING, Maker, Notebook
 from labkit.imports import plain, short
-from labkit.names import named
+from labkit.names import Public, named
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
 from labkit.runs import server_file
@@ -252,7 +252,7 @@ def _about(config: Mapping[str, Any]) -> dict[str, Any]:
     return about | {"counts_constants": config.get("counts_constants", True)}
 
 
-class Search:
+class Search(Public):
     """A search: what was tried, and what came out. `path`, `name` and `config` are its directory, name and settings."""
 
     def __init__(self, path: Path, config: Mapping[str, Any], study: Study, make: Maker | Notebook | None = None) -> None:

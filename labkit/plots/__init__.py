@@ -4,6 +4,7 @@ from labkit.names import face
 from labkit.plots.inner import gantt, roofline
 from labkit.plots.live import live
 from labkit.plots.membership import membership, roster
+from labkit.plots.report import report
 from labkit.plots.runs import balance, curves, segments, speed, staleness, timeline, weights
 from labkit.plots.samples import confusion, worst
 from labkit.plots.scaling import errors, saturation, scaling
@@ -26,6 +27,7 @@ __all__ += [
     "part_accuracy",
     "part_scores",
     "part_times",
+    "report",
     "roofline",
     "roster",
     "saturation",

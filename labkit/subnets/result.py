@@ -32,6 +32,7 @@ from labkit.imports import by_value
 from labkit.models import describe, make_model
 from labkit.models.flat import Flat
 from labkit.models.normalised import Normalise, Normalised
+from labkit.names import Public
 from labkit.problems import Classifier, evaluating
 from labkit.problems.trial import separate
 from labkit.runs import checkpoints
@@ -57,7 +58,7 @@ BASELINES = {
 }
 
 
-class Subnets:
+class Subnets(Public):
     """Trained subnets and their coarse network.
 
     Attributes

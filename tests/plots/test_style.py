@@ -89,7 +89,7 @@ def test_the_caption_states_what_a_reader_must_know(tmp_path):
 
 
 DOORS = {
-    "balance curves staleness": r"runs=.* must be (a run|a list)",
+    "balance curves report staleness": r"runs=.* must be (a run|a list)",
     "confusion live membership roster segments timeline weights worst": r"run=.* must be a run, as labkit\.train and labkit\.load_run give it",
     "errors part_scores saturation scaling speed step_times": "give a pandas DataFrame",
     "search_history": r"searches=.* must be (a search|a list)",

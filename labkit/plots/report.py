@@ -1,0 +1,141 @@
+"""A report of runs as one page: what came out, the figures, the settings, where it was made, and how it is made again.
+
+The page is a file of its own: pictures and style are in it, it has no script, and it opens without a network. What cannot be drawn
+is a sentence with the reason, so that a damaged run does not keep the others from being read.
+
+    cost cards           a column a run, `Run.summary`
+    figures of all       curves, staleness, balance
+    figures of each      timeline, weights, membership
+    settings, machine    config.json without what is of any length, environment.json
+    again                the calls that replay the run, and go on from it
+
+Used through `labkit.plots`, and by `python -m labkit report`.
+"""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labkit.errors import LabError, file_path
+from labkit.plots import style
+from labkit.plots.membership import membership
+from labkit.plots.runs import balance, curves, staleness, timeline, weights
+from labkit.runs.export import settings
+from labkit.runs.files import find_json, replacing
+from labkit.runs.labels import labels
+
+if TYPE_CHECKING:
+    from labkit.runs.record import RunRecord
+
+OF_ALL = {
+    curves: "Test score of the global weights against time.",
+    staleness: "How many versions were made while a push was computed.",
+    balance: "Mean over longest time of the workers' local passes; 1 is even.",
+}
+OF_EACH = {
+    timeline: "When each worker computed, waited and exchanged weights; a tick above: its push was merged.",
+    weights: "Each worker's share of the weights with which pushes were merged, beside its share of the samples.",
+    membership: "Test score over time, and who was here when.",
+}
+STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #8884; vertical-align: top; overflow-wrap: anywhere }
+.wide { overflow-x: auto }
+figure { margin: 1.5rem 0 }
+img { max-width: 100%; background: white; border-radius: 4px }
+pre { overflow-x: auto; padding: .5rem; background: #8882 }
+"""
+
+
+def report(runs: RunRecord | Sequence[RunRecord], path: str | Path = "report.html") -> Path:
+    """Write a report of a run, or of several side by side, as one HTML file that needs no network; returns its path.
+
+    Raises `RunError` where nothing of a run can be read, or none was given; what of it cannot be drawn is said in the page.
+    """
+    runs, path = style.some_runs(runs), file_path("path", path)
+    if path.suffix != ".html":
+        raise ValueError(f"path={str(path)!r} must end in .html.")
+    if not runs:
+        raise LabError("a report needs a run at least. Give those of labkit.load_run.")
+    style.extension()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write("\n".join(_page(runs)).encode())
+    return path
+
+
+def _page(runs: list[RunRecord]) -> Iterator[str]:
+    names = labels(runs)
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>labkit: {escape(title)}</title>'
+    yield f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>"
+    yield "<h2>What came out</h2>"
+    yield _table(dict(zip(names, (_card(run) for run in runs), strict=True)))
+    yield "<h2>Figures</h2>"
+    for draw, about in OF_ALL.items():
+        yield _figure(draw, runs, about)
+    for run, name in zip(runs, names, strict=True):
+        yield f"<h2>{escape(name)}</h2>"
+        for draw, about in OF_EACH.items():
+            yield _figure(draw, run, about)
+        yield f"<details><summary>Settings</summary>{_table({'': settings(run)})}</details>"
+        machine = _flat(find_json(run.path / "environment.json") or {})
+        own = {name: value for name, value in machine.items() if name not in ("digest", "run")}
+        yield f"<details><summary>Machine and versions</summary>{_table({'': own})}</details>"
+        where = str(run.path)
+        again = [f"run = labkit.load_run({where!r})", "labkit.replay(run)  # the same weights again, from the record"]
+        if run.state in ("failed", "stopped"):
+            again.append(f"labkit.resume({where!r}, lab)  # goes on from the last checkpoint")
+        yield f"<h3>Again</h3><pre>{escape(chr(10).join(again))}</pre>"
+    yield "</body></html>"
+
+
+def _card(run: RunRecord) -> dict[str, Any]:
+    try:
+        return _flat(run.summary())
+    except LabError as error:
+        return {"state": "damaged", "reason": str(error)}
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{before}{name} ") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return found
+
+
+def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """A column a mapping, a row a key."""
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *columns)) if any(columns) else ""
+    rows = (
+        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(_shown(column.get(key)))}</td>' for column in columns.values())}</tr>"
+        for key in keys
+    )
+    return f'<div class="wide"><table>{f"<tr>{head}</tr>" if head else ""}{"".join(rows)}</table></div>'
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _figure(draw: Callable[..., Any], of: Any, about: str) -> str:
+    """The picture with its title as alternative text, or why there is none."""
+    import holoviews as hv
+
+    try:
+        figure = draw(of)
+        with tempfile.TemporaryDirectory() as folder:
+            picture = base64.b64encode(style.save(figure, Path(folder) / "figure.png").read_bytes()).decode()
+    except LabError as error:
+        return f"<p>No {escape(draw.__name__)}: {escape(str(error))}</p>"
+    title = hv.Store.lookup_options("bokeh", figure, "plot").kwargs.get("title") or about
+    caption = f"<figcaption>{escape(about)}</figcaption>"
+    return f'<figure><img src="data:image/png;base64,{picture}" alt="{escape(title)}">{caption}</figure>'

@@ -1,0 +1,89 @@
+"""The report: one file that holds it all, also of runs of which something cannot be drawn."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+import labkit
+from labkit import plots
+from labkit.__main__ import main
+from labkit.errors import LabError
+from tests.runs.test_old_records import FOLDER
+
+reports = sys.modules["labkit.plots.report"]  # the name in `plots` is the function
+RUNS = FOLDER / "format-2-agwu", FOLDER / "format-3-resumed"
+
+
+@pytest.fixture(autouse=True)
+def _static(monkeypatch):
+    monkeypatch.setenv("LABKIT_PLOTS", "static")
+
+
+class Page(HTMLParser):
+    """What a browser would load, show and say."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.images, self.words, self.tags = [], [], [], []
+        self.feed(path.read_text())
+        assert not self.open, self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "img":
+            self.images.append(dict(attributes))
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_a_report_is_one_page_that_loads_nothing(tmp_path):
+    runs = [labkit.load_run(path) for path in RUNS]
+    page = Page(plots.report(runs, tmp_path / "new" / "report.html"))
+    assert len(page.images) == 3 + 2 * 3 and all(image["alt"] for image in page.images)
+    for image in page.images:
+        kind, _, content = image["src"].partition(",")
+        assert kind == "data:image/png;base64" and base64.b64decode(content).startswith(b"\x89PNG")
+    assert not any(tag in ("script", "link", "iframe") or "href" in about for tag, about in page.tags)
+    assert not re.search(r"https?://|url\(", (tmp_path / "new" / "report.html").read_text())
+    for run in runs:
+        assert f"labkit.load_run({str(run.path)!r})" in page.text and f"{run.summary()['samples_per_s']:.4g}" in page.text
+        assert f"problem.lr {run.config.problem['lr']}" in page.text
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"]
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
+    path = shutil.copytree(RUNS[0], tmp_path / "run")
+    lines = (path / "events.jsonl").read_text().splitlines(True)
+    (path / "events.jsonl").write_text("".join([*lines[:5], "{<b>\n", *lines[6:]]))
+    for figures in ("OF_ALL", "OF_EACH"):  # one of each
+        monkeypatch.setattr(reports, figures, dict(list(getattr(reports, figures).items())[:1]))
+    page = Page(plots.report(labkit.load_run(path), tmp_path / "report.html"))
+    assert "state damaged" in page.text and "line 6 is damaged" in page.text
+    assert not page.images and "No timeline:" in page.text
+    with pytest.raises(LabError, match="needs a run at least"):
+        plots.report([])
+    with pytest.raises(ValueError, match=r"must end in .html"):
+        plots.report(labkit.load_run(RUNS[0]), tmp_path / "report.pdf")
+
+
+def test_a_report_from_the_shell(tmp_path, monkeypatch, capsys):
+    for figures in ("OF_ALL", "OF_EACH"):
+        monkeypatch.setattr(reports, figures, {})
+    page = tmp_path / "page.html"
+    assert main(["report", *map(str, RUNS), "--out", str(page)]) == 0
+    assert page.name in capsys.readouterr().out and "2 runs" in Page(page).text
+    assert main(["report", str(RUNS[0]), "--out", str(tmp_path / "page.pdf")]) == 2
+    assert main(["report", str(tmp_path / "nowhere")]) == 2 and "there is no run at" in capsys.readouterr().err
