@@ -44,34 +44,55 @@ ELSEWHERE = {
 }
 
 
-def unknown_argument(call: str, name: str, names: Iterable[str]) -> str:
-    """What to say of an argument that `call` does not have; `names` are those that it has."""
-    names, said = list(names), f"{call}() has no argument {name!r}."
-    ours = NEIGHBOURS.get(name, name)
-    where = next((owner for owner, own in ARGUMENTS.items() if ours in own), None)
+def where_given(name: str, names: Iterable[str]) -> str:
+    """What to say of an argument that a call does not have: where labkit has it, by which name; `names` are those that the call has."""
+    names, ours = list(names), NEIGHBOURS.get(name, name)
+    owner = next((owner for owner, own in ARGUMENTS.items() if ours in own), None)
     if ours in names:
-        return f"{said} In labkit it is {ours}=."
+        return f" In labkit it is {ours}=."
     if name in ELSEWHERE:
-        return f"{said} {ELSEWHERE[name]}"
-    if where is not None:
-        return f"{said} {ours}= is an argument of {where}."
-    return f"{said} It has: {', '.join(names)}.{did_you_mean(name, names)}"
+        return f" {ELSEWHERE[name]}"
+    if owner is not None:
+        return f" {ours}= is an argument of {owner}."
+    return did_you_mean(name, names) or f" It has: {', '.join(names)}."
 
 
 def named(function: F) -> F:
-    """Of a public function or `__init__`: an argument that it does not have is a TypeError that says where in labkit that is given."""
+    """Of a public function or `__init__`: an argument that it does not have is a TypeError that says where in labkit that is given.
+
+    Where a class hands `**options` on to the `__init__` of its base, decorate that one.
+    """
     code = function.__code__
-    names = code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
+    known = frozenset(code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount])
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
-            if name not in names:
-                title = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
-                raise TypeError(unknown_argument(title, name, (name for name in names if name != "self")))
+            if name not in known:
+                of_class = function.__name__ == "__init__"
+                title, names = (
+                    (type(args[0]).__name__, _of_class(type(args[0]))) if of_class else (function.__name__, _of(function))
+                )
+                raise TypeError(f"{title}() got an unexpected keyword argument {name!r}.{where_given(name, names)}")
         return function(*args, **kwargs)
 
     return call
+
+
+def _of(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [it.name for it in parameters if it.kind in (it.POSITIONAL_OR_KEYWORD, it.KEYWORD_ONLY) and it.name != "self"]
+
+
+def _of_class(cls: type) -> list[str]:
+    """The arguments of a class and, where it hands others on, of its bases."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base) and base is not object:
+            names |= dict.fromkeys(_of(base.__init__))
+            if not any(it.kind is it.VAR_KEYWORD for it in inspect.signature(base.__init__).parameters.values()):
+                break
+    return list(names)
 
 
 def unknown_attribute(owner: str, name: str, names: Iterable[str]) -> str:

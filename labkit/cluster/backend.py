@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol
 
 from labkit.errors import ClusterError
-from labkit.names import unknown_argument
+from labkit.names import where_given
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
@@ -60,8 +60,8 @@ class Request:
         """For `check` of a back end that has no settings of its own."""
         for name in self.job:
             names = [about.name for about in fields(self) if about.name not in ("threads", "job")]
-            said = unknown_argument("connect", name, [*names[:2], "threads_per_worker", *names[2:]])
-            raise TypeError(f"{said} What a job asks for goes with kind='slurm'.")
+            advice = where_given(name, [*names[:2], "threads_per_worker", *names[2:]])
+            raise TypeError(f"connect() has no argument {name!r}; what a job asks for goes with kind='slurm'.{advice}")
 
 
 class About(NamedTuple):

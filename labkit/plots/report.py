@@ -47,6 +47,7 @@ STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #8884; vertical-align: top; overflow-wrap: anywhere }
+th:first-child { white-space: nowrap }
 .wide { overflow-x: auto }
 figure { margin: 1.5rem 0 }
 img { max-width: 100%; background: white; border-radius: 4px }

@@ -41,6 +41,7 @@ from labkit.imports import by_value, constructor_arguments, import_path, importe
 from labkit.inner.precision import SAMPLES, Precision, choose, host, laid_out, layers_of
 from labkit.models import seeded
 from labkit.models.flat import Flat
+from labkit.names import named
 from labkit.problems import splits
 from labkit.problems.metrics import OF_A_CURVE, check_names, one_number
 from labkit.problems.splits import batches, first, hold_out, shuffled
@@ -124,6 +125,7 @@ class Problem:
     lower_is_better: bool = False  # is the score an error or a distance? See `evaluate`
     window: tuple[slice, ...] = ()  # what `load` reads of each sample: slices of the axes behind the channels
 
+    @named
     def __init__(
         self,
         data: Any,

@@ -33,7 +33,6 @@ from torch.nn import functional as F
 
 from labkit.errors import ProblemError, flag, real, whole
 from labkit.models import evaluating, seeded
-from labkit.names import named
 from labkit.problems.optimisers import make_optimiser
 from labkit.problems.problem import Clock, Metrics, Optimisers
 from labkit.showers.features import distance
@@ -63,7 +62,6 @@ class ShowerFlow(Showers):
     A loss that is no number, or layers that are empty (looked at in every 16th step of a worker), end the run: `step` raises a ProblemError.
     """
 
-    @named
     def __init__(
         self,
         data: Any = "showers-wsi",

@@ -33,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from labkit.errors import ProblemError, flag, known, real, whole
 from labkit.models import evaluating, seeded
-from labkit.names import named
 from labkit.problems.optimisers import check_optimiser, make_optimiser
 from labkit.problems.problem import Clock, Metrics, Optimisers, Problem
 from labkit.problems.splits import batches
@@ -221,7 +220,6 @@ class ShowerGAN(Showers):
     to then remain. On a GPU each worker looks at every 16th of its steps. Cells below 1 keV of the showers that are made are 0.
     """
 
-    @named
     def __init__(
         self,
         data: Any = "showers-wsi",
