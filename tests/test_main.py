@@ -54,7 +54,7 @@ def test_the_version_is_printed(capsys):
 
 def test_each_command_answers_in_json(capsys):
     (commands,) = (action.choices for action in cli._parser()._actions if action.dest == "command")
-    assert {"demo", "doctor", "search", "summary", "sweep"} <= set(commands)
+    assert {"demo", "doctor", "report", "search", "summary", "sweep", "watch"} <= set(commands)
     for name, command in commands.items():
         assert "--json" in command.format_help(), name
 
@@ -75,6 +75,16 @@ def test_an_answer_in_json_is_all_that_standard_output_holds(monkeypatch, capsys
     assert main(["summary", str(tmp_path / "nowhere"), "--json"]) == 2
     refused = json.loads(capsys.readouterr().out)
     assert refused["error"] == "SweepError" and "there is no folder" in refused["message"]
+
+
+def test_the_address_of_a_page_is_said_before_it_is_served(monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(
+        cli, "serve", lambda path, port, with_parent, tell: tell("http://x") or said.append(capsys.readouterr().out) or 0
+    )
+    assert main(["watch", "run"]) == main(["watch", "run", "--json"]) == 0
+    assert said[0] == "http://x\n" and json.loads(said[1]) == {"url": "http://x", "path": str(Path("run").absolute())}
+    assert not capsys.readouterr().out
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch, capsys, notebook):

@@ -88,7 +88,7 @@ def test_what_is_no_run_is_led_to_one(tmp_path):
             plots.curves(given)
         with pytest.raises(TypeError, match=r"give it: labkit\.load_run"):
             plots.timeline(given)
-    with pytest.raises(TypeError, match="runs=5 must be a run, as labkit.train and labkit.load_run give it, not int"):
+    with pytest.raises(TypeError, match=r"runs=5 must be a run, as labkit.train and labkit.load_run give it, not int"):
         plots.curves(5)
     with pytest.raises(
         TypeError, match=r"a Run was given; give a pandas DataFrame .*samples_per_s.* Of a run there are plots.timeline"
@@ -166,7 +166,7 @@ def test_completion_of_a_module_offers_what_is_public(name):
     ("ask", "says"),
     [
         (lambda: labkit.trian, r"^module 'labkit' has no attribute 'trian'\. Did you mean 'train'\?$"),
-        (lambda: labkit.zzz, r"^module 'labkit' has no attribute 'zzz'\. It has: AGWU, .*, updates\.$"),
+        (lambda: labkit.zzz, r"^module 'labkit' has no attribute 'zzz'\. It has: AGWU, .*, updates, watch\.$"),
         (lambda: plots.curve, r"^module 'labkit.plots' has no attribute 'curve'\. Did you mean 'curves'\?$"),
         (lambda: labkit.updates.AGUW, r"^module 'labkit.updates' has no attribute 'AGUW'\. Did you mean 'AGWU'\?$"),
         (lambda: labkit.data.open_datset, r"Did you mean 'open_dataset'\?$"),

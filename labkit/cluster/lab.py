@@ -56,7 +56,9 @@ class Worker:
 class Lab(Public, AbstractContextManager):
     """The connected cluster; made by `connect`, closed by `close` or at the end of a `with` block. Closing twice is fine."""
 
-    internal: ClassVar = frozenset(("admit", "checked", "lease", "one_process", "refresh", "release", "settings", "unevenness"))
+    internal: ClassVar = frozenset(
+        ("admit", "checked", "closing", "lease", "one_process", "refresh", "release", "settings", "unevenness")
+    )
 
     def __init__(self, request: Request, backend: Backend) -> None:
         self.kind, self.workers, self.closed = request.kind, [], False
