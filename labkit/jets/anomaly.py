@@ -24,7 +24,7 @@ from torch import nn
 from labkit.data import hdf5
 from labkit.errors import DataError, file_path
 from labkit.jets.clustering import contingency, nearest
-from labkit.jets.files import PARTICLES, SUBSTRUCTURE, Jets, padded
+from labkit.jets.files import PARTICLES, SUBSTRUCTURE, Jets, momenta, padded
 from labkit.jets.networks import FEATURES, Jet, Layer, Trunk, features, linear
 from labkit.jets.problem import UCluster
 from labkit.jets.pythia import clustered, libraries, substructure_of
@@ -133,7 +133,7 @@ class Anomalies(UCluster):
 
     def load(self, indices: np.ndarray, split: str = "train", device: str | torch.device = "cpu") -> Events:
         read = self.dataset.batch(indices, split)
-        constituents = torch.from_numpy(read["constituents"]).reshape(len(indices), -1, 4)
+        constituents = torch.from_numpy(momenta(read, indices, split))
         pair = torch.from_numpy(read["pair"]).reshape(len(indices), 2, len(PAIR))
         own = pair.gather(1, torch.from_numpy(read["member"]).long()[..., None].expand(-1, -1, len(PAIR)))
         x = features(constituents, dict(zip(PAIR, own.unbind(-1), strict=True)))[..., :N_FEATURES]

@@ -122,6 +122,8 @@ def mass_window(mass: Any) -> tuple[float, float] | None:
 
 def check(jets: Jets, where: str) -> None:
     """DataError for jets that are none: numbers that are not finite, negative energies, no constituents or transverse momentum."""
+    if not len(jets):
+        return
     for name, values in {"constituents": jets.constituents, **jets.of_jet}.items():
         if len(bad := np.flatnonzero(~np.isfinite(values).reshape(len(jets), -1).all(1))):
             raise DataError(f"{where}: {name} of {len(bad)} jets, the first of them jet {bad[0]}, are not finite. Drop these jets.")
@@ -131,7 +133,7 @@ def check(jets: Jets, where: str) -> None:
         raise DataError(f"{where}: {len(bad)} jets, the first of them jet {bad[0]}, have no constituents. Drop these jets.")
     if len(bad := np.flatnonzero(jets.of_jet.get("pt", np.ones(len(jets))) <= 0)):
         raise DataError(f"{where}: {len(bad)} jets, the first of them jet {bad[0]}, have no transverse momentum. Drop these jets.")
-    if len(jets) and not (jets.label.min() >= 0 and jets.label.max() < len(jets.classes)):
+    if not (jets.label.min() >= 0 and jets.label.max() < len(jets.classes)):
         raise DataError(f"{where}: labels are {jets.label.min()} to {jets.label.max()}, of the classes {', '.join(jets.classes)}.")
 
 
@@ -145,13 +147,15 @@ def write(path: Any, jets: Jets, about: Mapping[str, Any] | None = None, rows: i
     import pyarrow.parquet as pq
 
     path = file_path("path", path)
+    if not len(jets):
+        raise DataError(f"{path.name}: there are no jets to write.")
     check(jets, path.name)
     columns, fields = {"constituents": jets.constituents, "label": jets.label, **jets.of_jet}, []
     arrays = []
     for name, values in columns.items():
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
         many = values.ndim > 1
-        arrays.append(pa.FixedSizeListArray.from_arrays(flat, values[0].size if len(values) else 1) if many else flat)
+        arrays.append(pa.FixedSizeListArray.from_arrays(flat, values[0].size) if many else flat)
         shape = {"shape": json.dumps(list(values.shape[1:]))} if many else None
         fields.append(pa.field(name, arrays[-1].type, nullable=False, metadata=shape))
     said = {"format": FORMAT, "classes": list(jets.classes), **(about or {})}
@@ -165,13 +169,19 @@ def write(path: Any, jets: Jets, about: Mapping[str, Any] | None = None, rows: i
 
 
 def provenance(path: Any) -> dict[str, Any] | None:
-    """What a file of labkit says of itself: classes, and where its jets are from; None of another file."""
+    """What a file of labkit says of itself: classes, and where its jets are from; None of another file. DataError where that is damaged."""
     import pyarrow.parquet as pq
 
     path = Path(path)
     with reading(path, advice="Is it a whole Parquet file?"):
         said = (pq.read_schema(path).metadata or {}).get(KEY)
-    return None if said is None else json.loads(said)
+    if said is None:
+        return None
+    try:
+        about = json.loads(said)
+        return {**about, "classes": [str(name) for name in about["classes"]]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: what labkit.jets wrote of its classes is damaged. Make or convert these jets again.") from error
 
 
 def convert(
@@ -399,6 +409,7 @@ def _from_parquet(path: Path, particles: int, block: int) -> Iterator[Jets]:
     with reading(path, advice="Is it a whole Parquet file?"), pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if said := provenance(path):
+            _check_layout(path, file, said, ("constituents", "label"))  # what else is missing follows from the constituents
             of_jet = [name for name in names if name not in ("constituents", "label")]
             for batch in file.iter_batches(block):
                 held = batch.column("constituents").flatten().to_numpy().reshape(batch.num_rows, -1, 4)
@@ -412,6 +423,22 @@ def _from_parquet(path: Path, particles: int, block: int) -> Iterator[Jets]:
             flat = {name: table[name].flatten().to_numpy(zero_copy_only=False) for name in wanted if name.startswith("part_")}
             others = {name: table[name].to_numpy(zero_copy_only=False) for name in wanted if not name.startswith("part_")}
             yield _jetclass(path, flat, lengths, others, particles)
+
+
+def _check_layout(path: Path, file: Any, said: Mapping[str, Any], needed: Sequence[str]) -> None:
+    """DataError for a Parquet file of a later labkit, or without the columns of this one, as others may write it anew."""
+    import pyarrow as pa
+
+    names = file.schema_arrow.names
+    if (written := said.get("format", FORMAT)) != FORMAT:
+        raise DataError(
+            f"{path} was written by a later labkit (format {written}; this one reads {FORMAT}). Update labkit to read it."
+        )
+    for name in needed:
+        if name not in names:
+            raise DataError(f"{path} has no column {name!r}, as files of labkit.jets have. It has: {', '.join(names)}.")
+    if not pa.types.is_integer(kind := file.schema_arrow.field("label").type):
+        raise DataError(f"{path}: labels are {kind}, not whole numbers of classes. Write it again.")
 
 
 def _column(values: Any) -> np.ndarray:
@@ -518,7 +545,8 @@ def dataset(data: Any = "jets", *, stream: bool | None = None) -> Dataset:
     ------
     DataError
         A file is not of labkit's layout: `labkit.jets.convert` writes it. Values are not finite, labels are none of the file's
-        classes, jets have no constituents or no transverse momentum. Files have other classes than the first one.
+        classes, jets have no constituents (n) or no transverse momentum. Files have other classes than the first one. Slots that are all
+        empty, whatever n says, are refused where they are read: by `momenta`.
     """
     if isinstance(data, Dataset):
         _check_fields(data)
@@ -553,6 +581,14 @@ def dataset(data: Any = "jets", *, stream: bool | None = None) -> Dataset:
     return open_dataset(data, inputs=["constituents"], target=targets, as_given="constituents", **options)
 
 
+def momenta(read: Mapping[str, np.ndarray], indices: np.ndarray, split: str) -> np.ndarray:
+    """The constituents of what a data set's `batch` gave, (n, N, 4); DataError where all slots of a jet are empty."""
+    constituents = read["constituents"].reshape(len(indices), -1, 4)
+    if len(bad := np.flatnonzero(~(constituents[..., 3] > 0).any(1))):
+        raise DataError(f"jet {int(indices[bad[0]])} of the {split} split has no constituents. Drop such jets.")
+    return constituents
+
+
 def _names(file: Path) -> tuple[list[str], dict[str, Any] | None]:
     import pyarrow.parquet as pq
 
@@ -563,7 +599,8 @@ def _names(file: Path) -> tuple[list[str], dict[str, Any] | None]:
         names = opened.schema_arrow.names
         if said is None:
             return names, None
-        for name in [name for name in ("label", "n", "pt") if name in names]:
+        _check_layout(file, opened, said, ("constituents", "label", *OF_JET))
+        for name in ("label", "n", "pt"):
             low, high = _range(opened, name)
             if name == "label" and (low < 0 or high >= len(said["classes"])):
                 raise DataError(f"{file}: labels are {low} to {high}, of the classes {', '.join(said['classes'])}. Write it again.")

@@ -27,7 +27,7 @@ from labkit.errors import ProblemError, known, real, several, text, whole
 from labkit.jets.clustering import accuracy, k_means, nearest
 from labkit.jets.defects import DEFECTS, Replicas
 from labkit.jets.distillation import Distilled
-from labkit.jets.files import OF_JET, SUBSTRUCTURE, dataset
+from labkit.jets.files import OF_JET, SUBSTRUCTURE, dataset, momenta
 from labkit.jets.networks import ATTENTIONS, CLUSTER_BY, PADDINGS, ABCNet, Jet, features
 from labkit.names import named
 from labkit.problems import Clock, Problem, evaluating
@@ -288,7 +288,7 @@ class UCluster(Problem):
     def load(self, indices: np.ndarray, split: str = "train", device: str | torch.device = "cpu") -> Batch:
         read = self.dataset.batch(indices, split)
         jet = {name: torch.from_numpy(read[name]) for name in OF_JET}
-        constituents = torch.from_numpy(read["constituents"]).reshape(len(indices), -1, 4)
+        constituents = torch.from_numpy(momenta(read, indices, split))
         bins = [np.searchsorted(edges, _number(read, name), "right") for name, edges in self.edges.items()]
         bins = bins or [np.zeros(len(indices), np.int64)]  # a pretext without any
         label = torch.from_numpy(read["label"].astype(np.int64))

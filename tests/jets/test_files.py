@@ -6,6 +6,7 @@ Used by pytest.
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import h5py
 import numpy as np
@@ -312,6 +313,67 @@ def test_files_of_a_data_set_that_do_not_fit_are_refused_by_name(tmp_path, monke
 
 
 # -- as data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda table: table.drop_columns(["mass"]),
+            r"a\.parquet has no column 'mass', as files of labkit\.jets have\. It has: const",
+        ),
+        (lambda table: table.drop_columns(["label"]), r"a\.parquet has no column 'label'"),
+        (lambda table: labelled(table, 0.5), r"a\.parquet: labels are double, not whole numbers of classes"),
+        (
+            lambda table: about(table, {"format": 99, "classes": ["q"]}),
+            r"a\.parquet was written by a later labkit \(format 99; this one",
+        ),
+        (lambda table: about(table, {"format": 1}), r"a\.parquet: what labkit\.jets wrote of its classes is damaged"),
+        (lambda table: about(table, [1]), r"a\.parquet: what labkit\.jets wrote of its classes is damaged"),
+    ],
+)
+def test_files_that_others_have_written_anew_are_refused_by_name(change, message, tmp_path, cache):
+    path = write(tmp_path / "a.parquet", some())
+    pq.write_table(change(pq.read_table(path)), path)
+    with pytest.raises(DataError, match=message):
+        dataset(path)
+    if "mass" not in message:  # which follows from the constituents
+        with pytest.raises(DataError, match=message):
+            load(path)
+
+
+def labelled(table, more):
+    return table.set_column(table.schema.get_field_index("label"), "label", pa.array(table["label"].to_numpy() + more))
+
+
+def about(table, said):
+    return table.replace_schema_metadata({files.KEY: json.dumps(said)})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["constituents", "mass"])
+def test_numbers_that_are_not_finite_are_refused_in_files_of_others_too(name, stream, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(files, "check", lambda *_: None)
+    path = write(tmp_path / "a.parquet", not_finite(name), rows=20)
+    with pytest.raises(DataError, match=rf"a: {name}.*\[7\] holds nan"):
+        dataset(path, stream=stream)
+
+
+def test_empty_slots_are_no_jet_whatever_its_number_of_constituents_says(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(files, "check", lambda *_: None)
+    problem = labkit.jets.UCluster(write(tmp_path / "a.parquet", without_constituents(), rows=20), train_samples=30)
+    assert len(problem.load(np.arange(5)).label) == 5
+    with pytest.raises(DataError, match="jet 5 of the train split has no constituents"):
+        problem.load(np.arange(3, 9))
+
+
+def test_no_jets_are_no_file_and_files_of_one_set_have_the_same_slots(tmp_path, cache):
+    with pytest.raises(DataError, match=r"a\.parquet: there are no jets to write"):
+        write(tmp_path / "a.parquet", some()[:0])
+    for at, particles in enumerate((10, 20)):
+        convert("jets", tmp_path / "set" / str(at), particles=particles, most=20)
+    with pytest.raises(DataError, match=r"column constituents is .*\[80\], and .*\[40\] in"):
+        dataset(tmp_path / "set")
 
 
 def test_the_sample_has_a_name(cache):

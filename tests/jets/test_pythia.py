@@ -109,5 +109,6 @@ def test_the_same_seed_makes_the_same_jets_here_and_by_a_lab_and_what_is_there_s
     here[1].write_bytes(here[1].read_bytes()[:1000])  # as one that was broken off on a bad disk
     assert generate(tmp_path / "here", **how) == here
     assert here[0].stat().st_mtime_ns == before[0] and here[1].read_bytes() == there[1].read_bytes()
+    assert len(load(generate(tmp_path / "two", jets=2, classes="gWt")[0])) == 2  # and one class has none
     with pytest.raises(ProblemError, match="jets of seed=3, and seed=4 is asked for"):
         generate(tmp_path / "here", **how | {"seed": 4})
