@@ -103,7 +103,8 @@ def before_and_after(run: Any, classes: Sequence[str], note: str = "") -> hv.Lay
 
 
 def worlds(frame: pd.DataFrame, note: str = "") -> hv.Layout:
-    """What more workers do at one global batch: above jets per second, below accuracy, a mark a run and a line through their means.
+    """What more workers do at one global batch: above jets per second, below accuracy, a mark a run and a line through their means. The line
+    under the title says `note`, and how many runs there are of each number of workers.
 
     `frame`: n_workers, samples_per_s, accuracy; a row a run.
     """
@@ -115,24 +116,32 @@ def worlds(frame: pd.DataFrame, note: str = "") -> hv.Layout:
     means = frame.groupby("n_workers")[["samples_per_s", "accuracy"]].mean()
     at, least, most = means.index.to_numpy(float), means.index[0], means.index[-1]
     speed, found = (means[name].to_numpy(float) for name in ("samples_per_s", "accuracy"))
-    per_run = frame["n_workers"].to_numpy(float)
+    per_run, n_runs = frame["n_workers"].to_numpy(float), frame["n_workers"].value_counts()
+    counted = f"{n_runs.min()} to {n_runs.max()} runs" if n_runs.min() < n_runs.max() else f"{n_runs.max()} runs"
+    counted = "one run" if n_runs.max() == 1 else counted
+    note = ", ".join(filter(None, [note, f"{counted} of each number of workers"]))
+    several_runs = bool(n_runs.max() > 1)  # otherwise the line has a mark on each run
     axes = {"xlabel": "workers", "xticks": [(x, f"{x:g}") for x in at], "xlim": (0.8 * at[0], at[-1] + 0.2 * at[0])}
     dims = ("workers", "jets/s")
     rate = [
-        style.line(at, speed, 0, "measured", dims),
-        style.marks(per_run, frame["samples_per_s"].to_numpy(float), 0, "a run", dims),
         style.line(at, speed[0] * at / at[0], 1, "in proportion", dims),
+        *([style.marks(per_run, frame["samples_per_s"].to_numpy(float), 3, "a run", dims)] if several_runs else []),
+        style.line(at, speed, 0, "measured", dims),
     ]
     title = f"{most:g} workers train {speed[-1] / speed[0]:.2f} times the jets per second of {least:g}"
-    legend = [("measured", 0, "line"), ("in proportion", 1, "line")]
+    of_run = [("a run", 3, "mark")] if several_runs else []
+    legend = [("mean of the runs" if several_runs else "measured", 0, "line"), *of_run, ("in proportion", 1, "line")]
     upper = style.finish(rate, title, note, legend, ylabel="jets per second", ylim=(0, None), **axes)
     dims = ("workers", "accuracy (%)")
     values = 100 * frame["accuracy"].to_numpy(float)
-    accuracy_ = [style.line(at, 100 * found, 2, "mean", dims), style.marks(per_run, values, 2, "a run", dims)]
+    accuracy_ = [
+        *([style.marks(per_run, values, 3, "a run", dims)] if several_runs else []),
+        style.line(at, 100 * found, 2, "mean", dims),
+    ]
     within = frame.groupby("n_workers")["accuracy"].agg(np.ptp).max()
-    title = f"Accuracy of {least:g} to {most:g} workers: means {100 * np.ptp(found):.1f} points apart"
-    title += f", seeds up to {100 * within:.1f}" if len(frame) > len(means) else ""
+    title = f"Accuracy of {least:g} to {most:g} workers: {'means ' * several_runs}{100 * np.ptp(found):.1f} points apart"
+    title += f", seeds up to {100 * within:.1f}" if several_runs else ""
     low, high = max(0.0, values.min() - 10), min(100.0, values.max() + 10)
-    legend = [("mean of the runs", 2, "line")]
+    legend = [("mean of the runs" if several_runs else "measured", 2, "line"), *of_run]
     lower = style.finish(accuracy_, title, "", legend, ylabel="accuracy (%)", ylim=(low, high), **axes)
     return style.stack([upper, lower], height=9)

@@ -52,4 +52,13 @@ def test_speed_and_accuracy_by_workers():
         "2 workers train 1.80 times the jets per second of 1",
         "Accuracy of 1 to 2 workers: means 2.0 points apart, seeds up to 4.0",
     ]
+    assert runs_drawn(figure) == [4, 4]
+    alone = worlds(frame.drop_duplicates("n_workers"))
+    assert title(alone[1]) == "Accuracy of 1 to 2 workers: 1.0 points apart"
+    assert runs_drawn(alone) == [0, 0]  # the line has a mark on each
     assert title(worlds(frame[:0])) == "Speed and accuracy by workers"
+
+
+def runs_drawn(figure):
+    """How many marks there are of single runs on each panel."""
+    return [sum(len(part) for part in panel if part.label == "a run") for panel in figure]
