@@ -18,7 +18,9 @@ mean over n constituents knows only up to n.
 
 As published that mean is what is clustered. It is additive in the constituents and grows as the squared mass does, so that k-means has more use
 for a boundary among tops than for one between W and Z. With `cluster_by="bins"` a jet lies where the network says its bins are: the mean of the
-softmax over bins numbered from 0 to 1, of each number of the pretext. Of bins with equal numbers of jets that is a rank.
+softmax over bins numbered from 0 to 1, of each number of the pretext. Of bins with equal numbers of jets that is a rank. With "distribution" it lies at the
+whole of that softmax, by its cumulative sums: their squared distance is Cramer's, which of two certain jets is the difference of their ranks, and
+knows where the network is uncertain.
 
 Mikuni, Canelli: ABCNet (arXiv:2001.05311), UCluster (arXiv:2010.07106). 186,057 parameters without the centres.
 
@@ -37,7 +39,7 @@ from labkit.jets.edges import Edges
 from labkit.models.batch_norm import ranks
 
 FEATURES = ("eta_rel", "phi_rel", "log_pt_rel", "delta_r", "log_e", "log_e_rel", "log_pt", "cos_theta_rel")
-ATTENTIONS, PADDINGS, CLUSTER_BY = ("faithful", "paper"), ("faithful", "masked", "summed"), ("embedding", "bins")
+ATTENTIONS, PADDINGS, CLUSTER_BY = ("faithful", "paper"), ("faithful", "masked", "summed"), ("embedding", "bins", "distribution")
 EPS = 1e-3  # of all normalisations
 FAR = 1000.0  # is added to the squared distance for each end that is an empty slot
 
@@ -261,8 +263,8 @@ class ABCNet(Trunk):
     ) -> None:
         super().__init__(len(FEATURES), embedding, clusters, neighbours, attention, padding)
         self.cluster_by = cluster_by
-        if cluster_by == "bins":
-            self.centres = nn.Parameter(torch.zeros(clusters, pretexts))
+        if cluster_by != "embedding":
+            self.centres = nn.Parameter(torch.zeros(clusters, pretexts * (1 if cluster_by == "bins" else bins - 1)))
         self.bins = bins
         self.head_0, self.head_1, self.logits = Layer(embedding, 256), Layer(256, 128), linear(128, pretexts * bins)
 
@@ -270,9 +272,15 @@ class ABCNet(Trunk):
         """`noise` is for networks that draw from it."""
         z = self.pooled(x, momentum)
         logits = self.logits(self.head_1(self.head_0(z, momentum), momentum)).reshape(len(z), -1, self.bins)
-        if self.cluster_by == "bins":
-            z = logits.float().softmax(-1) @ torch.linspace(0, 1, self.bins, device=z.device)
+        if self.cluster_by != "embedding":
+            z = self.place(logits.float().softmax(-1))
         return Jet(z, logits, self.distances(z))
+
+    def place(self, p: torch.Tensor) -> torch.Tensor:
+        """Where jets lie by their bins' probabilities (B, P, bins): (B, P), or (B, P (bins - 1)) by the whole distributions."""
+        if self.cluster_by == "bins":
+            return p @ torch.linspace(0, 1, self.bins, device=p.device)
+        return p.cumsum(-1)[..., :-1].flatten(1) / math.sqrt(self.bins - 1)
 
     def embed(self, x: torch.Tensor, momentum: float = 0.1) -> torch.Tensor:
         """(B, N, 8) -> (B, d)."""

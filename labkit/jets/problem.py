@@ -82,7 +82,8 @@ class UCluster(Problem):
         0.5 down to 0.01.
     neighbours, attention, padding : of the network (`labkit.jets.networks`).
     cluster_by : "embedding", as published, or "bins": not by these, but by what the network says of a jet, the mean of its bins between 0
-        and 1 (of each number of the pretext). With mass_bins="share" that is the rank of its mass, in which the jets lie evenly.
+        and 1 (of each number of the pretext). With mass_bins="share" that is the rank of its mass, in which the jets lie evenly. Or
+        "distribution": by the whole of what it says, the cumulative sums of the bins' probabilities, which holds how sure it is, too.
     defects : what the published distributed notebooks do, by name (`labkit.jets.defects`): for ablations.
     """
 
@@ -136,8 +137,8 @@ class UCluster(Problem):
         self.neighbours = whole("neighbours", neighbours)
         self.attention, self.padding = known("attention", attention, ATTENTIONS), known("padding", padding, PADDINGS)
         self.cluster_by = known("cluster_by", cluster_by, CLUSTER_BY)
-        if self.cluster_by == "bins" and self.pretext == [DISTILL]:
-            raise ValueError(f'cluster_by="bins": pretext={DISTILL!r} has none. Leave it at "embedding".')
+        if self.cluster_by != "embedding" and self.pretext == [DISTILL]:
+            raise ValueError(f'cluster_by={self.cluster_by!r}: pretext={DISTILL!r} has no bins. Leave it at "embedding".')
         self.defects = [known("defects", name, DEFECTS) for name in several("defects", list(defects), text)]
         super().__init__(
             data if isinstance(data, str) and data == "jets" else dataset(data),  # the sample goes by its name

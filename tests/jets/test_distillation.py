@@ -33,7 +33,7 @@ def test_a_step_moves_the_student_and_the_teacher_follows(few):
     assert of.load(np.arange(3)).bins.tolist() == [[0]] * 3
     with pytest.raises(ValueError, match="'distill' has no bins, and goes alone"):
         problem(few, pretext=["mass", "distill"])
-    with pytest.raises(ValueError, match="cluster_by=\"bins\": pretext='distill' has none"):
+    with pytest.raises(ValueError, match="cluster_by='bins': pretext='distill' has no bins"):
         problem(few, pretext="distill", cluster_by="bins")
 
 

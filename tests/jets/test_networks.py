@@ -190,7 +190,20 @@ def test_jets_may_be_clustered_by_the_bins_that_the_network_says():
     assert made.centres.shape == (3, 2) and got.distances.shape == (4, 3) and count(made) == count(network(pretexts=2, bins=5))
 
 
-@pytest.mark.parametrize("settings", [{}, {"padding": "summed", "attention": "paper", "cluster_by": "bins"}])
+def test_jets_may_be_clustered_by_the_whole_distribution_over_bins():
+    made, x = network(cluster_by="distribution", pretexts=2, bins=5, neighbours=4).eval(), jets()
+    got = made(x)
+    p = got.logits.softmax(-1)
+    torch.testing.assert_close(got.embedding, (p.cumsum(-1)[..., :4] / 2).reshape(4, 8))
+    torch.testing.assert_close(made.embed(x), got.embedding)
+    assert made.centres.shape == (3, 8) and got.distances.shape == (4, 3) and count(made) == count(network(pretexts=2, bins=5))
+    one, other = made.place(torch.eye(5)[torch.tensor([[0, 3], [2, 2]])])  # certain of bins 0 and 3, and of 2 and 2
+    torch.testing.assert_close((one - other).square().sum(), torch.tensor(0.5 + 0.25))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"padding": "summed", "attention": "paper", "cluster_by": "bins"}, {"cluster_by": "distribution"}]
+)
 def test_jets_on_several_workers_are_normalised_as_one_batch(settings):
     """Statistics, gradients and embeddings in float64, of three jets here and one there."""
     x, weights = jets().double(), (0.75, 0.25)
