@@ -70,7 +70,7 @@ TINY = {
         },
     },
     "12-cluster-the-jets": {"kind": "threads", "particles": 12, "most": 100, "passes": 3.0, "pretrain": 1.0, "batch_size": 16}
-    | {"defects": ["kmeans-per-rank"], "trials": 1, "forms": ["by its bins", "distill"]},
+    | {"defects": ["kmeans-per-rank"], "trials": 1, "forms": ["several numbers", "distill"]},
     "13-scale-the-jets": {
         "kind": "threads",
         "particles": 12,
