@@ -60,6 +60,8 @@ def unsupported(module: nn.Module, whole: Sequence[str] | bool = ()) -> dict[str
             return
         known = isinstance(part, (*CONTAINERS, *BY_SAMPLE, _BatchNorm)) or type(part) in DROPOUTS
         known = known and not is_parametrized(part)  # what makes its weights may have state, such as that of a spectral norm
+        # So may a layer of one's own that is made of one of torch's: those on the list have no buffers.
+        known = known and not (isinstance(part, BY_SAMPLE) and any(True for _ in part.buffers(recurse=False)))
         # Shortens its weights while it is called, or counts samples over the batch.
         known = known and not (isinstance(part, nn.Embedding) and (part.max_norm is not None or part.scale_grad_by_freq))
         parts = dict(part.named_children())

@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from labkit.errors import ProblemError, flag, known, real, whole
+from labkit.errors import DataError, ProblemError, flag, known, real, whole
 from labkit.models import evaluating, seeded
 from labkit.problems.optimisers import check_optimiser, make_optimiser
 from labkit.problems.problem import Clock, Metrics, Optimisers, Problem
@@ -172,10 +172,31 @@ class Showers(Problem):
 
     @cached_property
     def profile(self) -> Profile:
-        """Of the first showers of the training split."""
-        indices = np.sort(self.train_indices()[:PROFILED])
-        cells, energies = self.dataset.batch(indices, fields=[self.dataset.inputs[0], "energy"]).values()
-        return Profile.of(cells[:, 0], energies / GEV)
+        """Of the first showers of the training split; DataError where these cannot be showers."""
+        cells, energies = self._first(PROFILED)
+        return Profile.of(cells, energies / GEV)
+
+    def _first(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cells (n, X, Y, Z) and energies of the first showers of the training split, looked at."""
+        indices, name = np.sort(self.train_indices()[:n]), self.dataset.inputs[0]
+        cells, energies = self.dataset.batch(indices, fields=[name, "energy"]).values()
+        cells = cells[:, 0]
+        if (wrong := np.flatnonzero(~(energies > 0))).size:
+            raise DataError(
+                f"data {self.dataset.name!r}: energy {indices[wrong[0]]} of the training split is {energies[wrong[0]]:g} GeV. Each is above 0: leave "
+                "out what is not."
+            )
+        least = np.array([one.min() for one in cells])
+        if (wrong := np.flatnonzero(~(least >= 0))).size:
+            raise DataError(
+                f"data {self.dataset.name!r}: {name} {indices[wrong[0]]} of the training split has cells of {least[wrong[0]]:g} MeV. None is "
+                "below 0: set those that are, such as noise, to 0."
+            )
+        if not cells.any():
+            raise DataError(
+                f"data {self.dataset.name!r}: all showers are empty ({len(cells)} of the training split were looked at)."
+            )
+        return cells, energies
 
     def check_cells(self, name: str, shape: tuple[int, int, int] | None) -> None:
         """ProblemError where the data are no showers, or not of the cells that the network `name` is for."""
@@ -192,6 +213,8 @@ class Showers(Problem):
                 f"network={name!r} is for {'x'.join(map(str, shape or ('n', 'n', 'layers')))} cells, and data {data.name!r} have "
                 f"{'x'.join(map(str, cells))}. {'Take ' + ' or '.join(map(repr, fits)) + '.' if fits else 'No network here fits them.'}"
             )
+        if shape is not None:  # else `profile` looks at them
+            self._first(MEASURED)
 
 
 class ShowerGAN(Showers):

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
 
 SLOPE = 0.3
 GRAIN = 8  # numbers of noise for each (x, y) of the reduced generator
@@ -340,6 +339,45 @@ class Reduced(nn.Module):
         return (cells if self.unit == 1 else cells * self.unit).view(n, 1, self.side, self.side, depth)
 
 
+class Spectral(nn.Module):
+    """A layer whose weights are divided by their largest singular value (Miyato et al., arXiv:1802.05957): a mixin before the class of the layer.
+
+    `left` and `right`, its singular vectors, follow the weights by a step of power iteration for each forward pass in training. It is a class, and
+    not torch's parametrisation of an ordinary layer, as modules with such can be neither pickled nor saved whole.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        rows, columns = self.weight.flatten(1).shape
+        self.register_buffer("left", F.normalize(torch.randn(rows), dim=0))
+        self.register_buffer("right", F.normalize(torch.randn(columns), dim=0))
+        for _ in range(15):
+            self._iterate()
+
+    @torch.no_grad()
+    def _iterate(self) -> None:
+        matrix = self.weight.flatten(1)
+        self.left.copy_(F.normalize(torch.mv(matrix, self.right), dim=0, eps=1e-12))
+        self.right.copy_(F.normalize(torch.mv(matrix.T, self.left), dim=0, eps=1e-12))
+
+    def divided(self) -> torch.Tensor:
+        if self.training:
+            self._iterate()
+        # Copies, as the next step changes them and a backward pass may come after it.
+        left, right = self.left.clone(), self.right.clone()
+        return self.weight / torch.vdot(left, torch.mv(self.weight.flatten(1), right))
+
+
+class SpectralLinear(Spectral, nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.divided(), self.bias)
+
+
+class SpectralConv2d(Spectral, nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.divided(), self.bias)
+
+
 class ReducedCritic(nn.Module):
     """Two heads: convolutions over each layer's image (depth as channels), and a perceptron on sums over each layer.
 
@@ -347,8 +385,8 @@ class ReducedCritic(nn.Module):
     means of x, y and of the distance from the middle, and the sum of ln(1 + cell / 0.05 MeV), which goes with the cells that are hit: so the
     sums that physics is judged by are judged on their own, whatever single cells look like.
 
-    Weights are divided by their largest singular value (Miyato et al., arXiv:1802.05957). Without it the critic wins after some ten passes, and the
-    showers become worse than those that the generator begins with.
+    Weights are divided by their largest singular value (`Spectral`). Without it the critic wins after some ten passes, and the showers become worse
+    than those that the generator begins with.
     """
 
     def __init__(self, profile: Profile, width: int = 128, channels: int = 48, dropout: float = 0.0, unit: float = 1.0) -> None:
@@ -364,15 +402,13 @@ class ReducedCritic(nn.Module):
         act, drop = nn.LeakyReLU(0.2), nn.Dropout(dropout)
         left = math.ceil(self.side / 8)
         self.image = nn.Sequential(
-            nn.Conv2d(depth, channels, 3, 2, 1), act, drop, nn.Conv2d(channels, channels, 3, 2, 1), act, drop,
-            nn.Conv2d(channels, channels, 3, 2, 1), act, nn.Flatten(), nn.Linear(channels * left**2, width), act,
+            SpectralConv2d(depth, channels, 3, 2, 1), act, drop, SpectralConv2d(channels, channels, 3, 2, 1), act, drop,
+            SpectralConv2d(channels, channels, 3, 2, 1), act, nn.Flatten(), SpectralLinear(channels * left**2, width), act,
         )  # fmt: skip
-        self.sums = nn.Sequential(nn.Linear((len(self.windows) + 2) * depth + 4, width), act, drop, nn.Linear(width, width), act)
-        self.of_image, self.of_sums = nn.Linear(width + 3, 1), nn.Linear(width, 1)
+        n_sums = (len(self.windows) + 2) * depth + 4
+        self.sums = nn.Sequential(SpectralLinear(n_sums, width), act, drop, SpectralLinear(width, width), act)
+        self.of_image, self.of_sums = SpectralLinear(width + 3, 1), SpectralLinear(width, 1)
         self.energy = nn.Linear(width, 1)
-        for layer in (*self.image, *self.sums, self.of_image, self.of_sums):
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                spectral_norm(layer)
 
     def forward(self, cells: torch.Tensor, condition: torch.Tensor) -> Verdict:
         n = len(cells)

@@ -231,6 +231,10 @@ def test_stand_ins_have_what_their_layers_have():
         samples.refuse(module)
     with pytest.raises(ProblemError, match=r"0 \(ParametrizedLinear\).*whole=\['0'\]"):
         samples.refuse(nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))))
+    counted = nn.Linear(4, 4)
+    counted.register_buffer("steps", torch.zeros(1))
+    with pytest.raises(ProblemError, match=r"0 \(Linear\).*whole=\['0'\]"):
+        samples.refuse(nn.Sequential(counted))
     pool.close()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -12,13 +15,13 @@ from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 
 import labkit
-from labkit.errors import ProblemError, WorkerError
+from labkit.errors import DataError, ProblemError, WorkerError
 from labkit.problems.problem import Clock, noise, problem_from_config
-from labkit.showers import gan, negative_objective
+from labkit.showers import ShowerFlow, gan, generate, negative_objective
 from labkit.showers.gan import LOSSES, ShowerGAN
 from labkit.showers.networks import Verdict
 from tests.helpers import ended
-from tests.showers.helpers import data
+from tests.showers.helpers import data, showers
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -100,7 +103,9 @@ def test_the_steps_of_a_network_leave_the_other_one_alone(loss, small):
 
     def state():
         """Without the estimates of singular vectors, which each forward pass improves."""
-        return {name: value.clone() for name, value in module["critic"].state_dict().items() if name[-3:] not in ("._u", "._v")}
+        return {
+            name: value.clone() for name, value in module["critic"].state_dict().items() if not name.endswith((".left", ".right"))
+        }
 
     before = state()
     with gan._frozen(module["critic"]) as judge:
@@ -207,6 +212,21 @@ def test_what_does_not_fit_is_refused_by_what_it_is(small):
             ShowerGAN(small, **options)
 
 
+@pytest.mark.parametrize("kind", [ShowerGAN, ShowerFlow])
+def test_arrays_that_are_no_showers_are_refused_by_what_is_wrong(kind):
+    cells, energies = showers(60)
+    last = np.arange(60) % 7 == 3
+    for x, energy, words in (
+        (cells, np.where(last, -3, energies), r"energy \d+ of the training split is -3 GeV"),
+        (cells, np.where(last, 0, energies), r"energy \d+ of the training split is 0 GeV"),
+        (np.where(last[:, None, None, None], cells - 0.5, cells), energies, r"x \d+ of the training split has cells of -0.5 MeV"),
+        (0 * cells, energies, "all showers are empty"),
+    ):
+        given = labkit.open_dataset({"x": x[:, None], "energy": energy}, target="energy", inputs="x", as_given="x")
+        with pytest.raises(DataError, match=words):
+            kind(given, batch_size=12, score_samples=10).check()
+
+
 @pytest.mark.parametrize(
     ("spoiled", "words"),
     [
@@ -286,6 +306,23 @@ def test_two_threads_train_it_and_a_replay_has_the_same_bits(small, train):
     assert {"critic", "validity"} <= {name for row in run.events.metrics.dropna() for name in row} and run.curve().score.between(
         0, 1
     ).all()
+
+
+def _saved(module):
+    torch.save(module, file := io.BytesIO())
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def test_the_trained_networks_are_copied_pickled_and_saved_whole(small, train):
+    problem = tiny(small)
+    module = ended(train(problem, update="sgwu", passes=0.5)).model().network
+    cells = torch.from_numpy(generate((problem, module), [5.0, 20.0]))[:, None]
+    condition = torch.tensor([[0.05], [0.2]])
+    expected = module["critic"](cells, condition).logits
+    for again in (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), _saved):
+        other = again(module)
+        np.testing.assert_array_equal(generate((problem, other), [5.0, 20.0])[:, None], cells)
+        torch.testing.assert_close(other["critic"](cells, condition).logits, expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.parametrizations import spectral_norm
 
 from labkit.showers import networks
 from labkit.showers.networks import Profile
@@ -200,3 +201,31 @@ def test_layers_come_back_from_their_standardised_form():
     torch.testing.assert_close(
         networks.in_mev(networks.standardised(layers, mean, spread), mean, spread), layers, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("made", "layer", "shape"),
+    [
+        (networks.SpectralLinear, torch.nn.Linear, (5, 7)),
+        (lambda *args: networks.SpectralConv2d(*args, 3, 2, 1), lambda *args: torch.nn.Conv2d(*args, 3, 2, 1), (5, 7, 9, 9)),
+    ],
+    ids=["linear", "convolution"],
+)
+def test_weights_are_divided_by_their_largest_singular_value_as_by_torch(made, layer, shape):
+    own, published = made(7, 4), spectral_norm(layer(7, 4))
+    with torch.no_grad():
+        published.parametrizations.weight.original.copy_(own.weight), published.bias.copy_(own.bias)
+    published.parametrizations.weight[0]._u.copy_(own.left), published.parametrizations.weight[0]._v.copy_(own.right)
+    for step in range(20):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        for one in (own, published):
+            one.zero_grad()
+            one(x).square().sum().backward()
+            with torch.no_grad():
+                for parameter in one.parameters():
+                    parameter -= 0.01 * parameter.grad
+        torch.testing.assert_close(own(x), published(x))
+    own.eval()
+    left = own.left.clone()
+    assert torch.equal(own(x), own(x)) and torch.equal(own.left, left)
+    assert torch.linalg.matrix_norm(own.divided().detach().flatten(1), 2) == pytest.approx(1, abs=0.05)
