@@ -344,7 +344,8 @@ class Run(RunRecord):
         settings = self.config.problem
         trained = ", ".join(f"{name}={settings[name]!r}" for name in ("model", "model_args", "data") if settings.get(name))
         advice = f"It was trained with {trained}; without problem= it is made from the record, where that holds more than a name."
-        if Layout.of(*flat.shapes).shapes != recorded.shapes:
+        made = Layout.of(*flat.shapes)
+        if made.shapes != recorded.shapes or (recorded.names and made.names != recorded.names):
             raise RunError(f"the network of this problem has other tensors than that of run {self.name}. {advice}")
         others = problem.config().get("data") != settings.get("data")  # what holds an array knows its name alone
         if others and (n := len(problem.train_indices())) != self.config.n_train:

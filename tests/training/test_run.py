@@ -163,6 +163,19 @@ def test_what_a_record_names_is_imported_by_nothing_that_only_reads(train, tmp_p
     assert (tmp_path / "imported").exists()
 
 
+@pytest.mark.filterwarnings("ignore:what was written in a notebook")
+def test_weights_are_not_read_into_another_model(train):
+    """Neither of another size nor of the same one."""
+    run = ended(train(problem(cell(3)), passes=1))
+    namespace = {"__name__": "__main__", "nn": nn}
+    layers = "nn.Flatten(), nn.Linear(36, 3, bias=False), nn.PReLU(3), nn.Linear(3, 3)"
+    exec(f"def my_net(shape, n_classes):\n    return nn.Sequential({layers})", namespace)
+    for model in (cell(5), namespace["my_net"]):
+        again = labkit.load_run(run.path, problem=problem(model))
+        with pytest.raises(RunError, match=f"has other tensors than that of run {run.name}"):
+            again.model()
+
+
 def test_reading_what_is_no_run(tmp_path, train):
     run = ended(train(problem(), passes=1, name="mine"))
     with pytest.raises(RunError, match=r"there is no run at .*Runs beside it: mine"):
