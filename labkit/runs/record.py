@@ -44,7 +44,9 @@ class RunRecord(Public):
         The name, the directory and the settings of the run.
     """
 
-    internal: ClassVar = frozenset(("card", "kept_curve", "layout", "recorded", "tested", "trained", "warn_of_edits"))
+    internal: ClassVar = frozenset(
+        ("card", "kept_curve", "layout", "opened_problem", "recorded", "tested", "trained", "warn_of_edits")
+    )
 
     def __init__(self, path: str | Path) -> None:
         self._path, self._seen = file_path("path", path), None
