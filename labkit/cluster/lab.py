@@ -57,7 +57,7 @@ class Lab(Public, AbstractContextManager):
     """The connected cluster; made by `connect`, closed by `close` or at the end of a `with` block. Closing twice is fine."""
 
     internal: ClassVar = frozenset(
-        ("admit", "checked", "closing", "lease", "one_process", "refresh", "release", "settings", "unevenness")
+        ("admit", "checked", "closing", "lease", "local", "one_process", "refresh", "release", "settings", "unevenness")
     )
 
     def __init__(self, request: Request, backend: Backend) -> None:
