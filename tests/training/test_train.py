@@ -135,7 +135,7 @@ def test_running_statistics_travel(update, train):
     run = ended(train(a_problem, update=update, passes=2))
     weights = run.weights()
     assert (run.layout.n_buffers, run.layout.n_exact) == (2 * (2 + 9) + 2 * 8, 2 * 8)
-    assert weights["1.num_batches_tracked"] == weights["4.num_batches_tracked"] > 10
+    assert weights["1.num_batches_tracked"] == weights["4.num_batches_tracked"] >= 2  # of the last push, whoever made it
     for name in ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var"):
         assert not np.allclose(weights[name], run.weights(0)[name]), name
         assert np.isfinite(weights[name]).all()
