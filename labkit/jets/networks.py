@@ -19,8 +19,7 @@ mean over n constituents knows only up to n.
 As published that mean is what is clustered. It is additive in the constituents and grows as the squared mass does, so that k-means has more use
 for a boundary among tops than for one between W and Z. With `cluster_by="bins"` a jet lies where the network says its bins are: the mean of the
 softmax over bins numbered from 0 to 1, of each number of the pretext. Of bins with equal numbers of jets that is a rank. With "distribution" it lies at the
-whole of that softmax, by its cumulative sums: their squared distance is Cramer's, which of two certain jets is the difference of their ranks, and
-knows where the network is uncertain.
+whole of that softmax, by the square roots of its probabilities: half a squared distance is the squared one of Hellinger, which knows where the network is uncertain.
 
 Mikuni, Canelli: ABCNet (arXiv:2001.05311), UCluster (arXiv:2010.07106). 186,057 parameters without the centres.
 
@@ -264,7 +263,7 @@ class ABCNet(Trunk):
         super().__init__(len(FEATURES), embedding, clusters, neighbours, attention, padding)
         self.cluster_by = cluster_by
         if cluster_by != "embedding":
-            self.centres = nn.Parameter(torch.zeros(clusters, pretexts * (1 if cluster_by == "bins" else bins - 1)))
+            self.centres = nn.Parameter(torch.zeros(clusters, pretexts * (1 if cluster_by == "bins" else bins)))
         self.bins = bins
         self.head_0, self.head_1, self.logits = Layer(embedding, 256), Layer(256, 128), linear(128, pretexts * bins)
 
@@ -273,14 +272,14 @@ class ABCNet(Trunk):
         z = self.pooled(x, momentum)
         logits = self.logits(self.head_1(self.head_0(z, momentum), momentum)).reshape(len(z), -1, self.bins)
         if self.cluster_by != "embedding":
-            z = self.place(logits.float().softmax(-1))
+            z = self.place(logits.float())
         return Jet(z, logits, self.distances(z))
 
-    def place(self, p: torch.Tensor) -> torch.Tensor:
-        """Where jets lie by their bins' probabilities (B, P, bins): (B, P), or (B, P (bins - 1)) by the whole distributions."""
+    def place(self, logits: torch.Tensor) -> torch.Tensor:
+        """Where jets lie by what is said of their bins (B, P, bins): (B, P), or (B, P bins) by the whole distributions."""
         if self.cluster_by == "bins":
-            return p @ torch.linspace(0, 1, self.bins, device=p.device)
-        return p.cumsum(-1)[..., :-1].flatten(1) / math.sqrt(self.bins - 1)
+            return logits.softmax(-1) @ torch.linspace(0, 1, self.bins, device=logits.device)
+        return (logits.log_softmax(-1) / 2).exp().flatten(1)  # the root of a probability of 0 would have no gradient
 
     def embed(self, x: torch.Tensor, momentum: float = 0.1) -> torch.Tensor:
         """(B, N, 8) -> (B, d)."""

@@ -83,7 +83,7 @@ class UCluster(Problem):
     neighbours, attention, padding : of the network (`labkit.jets.networks`).
     cluster_by : "embedding", as published, or "bins": not by these, but by what the network says of a jet, the mean of its bins between 0
         and 1 (of each number of the pretext). With mass_bins="share" that is the rank of its mass, in which the jets lie evenly. Or
-        "distribution": by the whole of what it says, the cumulative sums of the bins' probabilities, which holds how sure it is, too.
+        "distribution": by the whole of what it says, the square roots of the bins' probabilities, which hold how sure it is, too.
     defects : what the published distributed notebooks do, by name (`labkit.jets.defects`): for ablations.
     """
 
