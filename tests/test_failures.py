@@ -7,6 +7,7 @@ All three work in this process, in threads: the server as its process would run 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import gc
 import inspect
@@ -126,7 +127,7 @@ def servers(monkeypatch):
     started = []
 
     def start(spec, path, *_):
-        started.append(InThread(spec, path))
+        started.append(InThread(dataclasses.replace(spec, kernel=None), path))  # its parent is not that of a process
         return started[-1], started[-1].address
 
     monkeypatch.setattr(supervisor, "_start_server", start)

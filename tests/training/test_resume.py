@@ -386,6 +386,7 @@ def test_a_run_whose_notebook_was_killed_is_stopped_from_here_and_goes_on_here(l
         finally:
             notebook.kill()
     assert run.stop(20).state == "stopped"
+    run.problem()  # before its curve is measured here
     done = run.summary()["samples"]
     write_json(path / "config.json", {**run.config, "budget": done + 1000})  # not all of it here
     again = labkit.resume(path, lab).wait(60)
@@ -436,6 +437,7 @@ def test_a_kernel_that_is_killed_and_the_same_cells_run_again_leave_each_run_its
         if run.state == "running":  # on threads it soon ends by itself
             run.attach().stop()
         until(lambda run=run: not server_file.alive(run.path), 100)
+        run.problem()  # before its curve is measured here
         if run.state != "done":
             write_json(run.path / "config.json", {**run.config, "budget": run.summary()["samples"] + 500})  # not all of it here
             run = labkit.resume(run.path, lab).wait(60)
