@@ -113,6 +113,7 @@ def test_what_is_no_run_is_refused_by_its_name(bad, run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(320)
 def test_an_interactive_figure_loads_nothing_from_a_network():
     """What HoloViews sends to a notebook, in a process of its own, as the mode is one of a process."""
     script = (
@@ -125,5 +126,5 @@ def test_an_interactive_figure_loads_nothing_from_a_network():
         "    data, _ = hv.renderer('bokeh').components(shown)\n"
         "    print(*re.findall(r'https?://[^\"\\\\]*[.](?:css|js|woff2?)', ''.join(map(str, data.values()))))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.split() == []
