@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,15 @@ def test_make_uses_the_active_environment_or_its_own(active, chosen):
     ).stdout
     assert f'"{chosen}/bin/python" -m pytest -n 4 --dist worksteal \n' in printed
     assert f'"{chosen}/bin/python" -m pytest -n 4 --dist worksteal -m "" \n' in printed
+
+
+def test_an_editable_install_is_the_folder_as_it_is(tmp_path):
+    build = "import hatchling.build as build, sys; build.build_editable(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (wheel,) = tmp_path.glob("labkit-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        (path,) = (file.read(name).decode() for name in file.namelist() if name.endswith(".pth"))
+    assert Path(path.strip()) == ROOT
 
 
 @pytest.mark.slow
