@@ -72,7 +72,9 @@ class Page:
     def __init__(self, path: Path, timeout: float = START_S) -> None:
         self.path = path
         command = [sys.executable, "-m", "labkit", "watch", str(path), "--with-parent"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # ends when stdin does
+        # It ends when its stdin does; in a session of its own, as the stop button of a notebook interrupts the whole group of the kernel.
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, **pipes, start_new_session=True)
         atexit.register(self.close)
         timer = threading.Timer(timeout, self._process.kill)
         timer.start()

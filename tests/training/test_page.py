@@ -40,6 +40,7 @@ def test_a_page_is_for_those_who_have_its_address_and_ends_with_its_kernel(train
         assert status == 200 and f"labkit: {run.name}" in text and "http://" not in text and "https://" not in text
         bare = page.url.partition("?")[0]
         assert {fetched(bare)[0], fetched(bare + "?bokeh-session-id=guessed")[0], fetched(page.url[:-4] + "AAAA")[0]} == {403}
+        assert os.getpgid(page._process.pid) != os.getpgrp(), "an interrupt of the kernel is not for the page"
         (listening,) = {c.laddr.ip for c in psutil.Process(page._process.pid).net_connections() if c.status == "LISTEN"}
         assert listening == "127.0.0.1"
     assert page._process.poll() == 0
