@@ -156,15 +156,12 @@ def _stream(
             noise = many[0] if len(many) == 1 else torch.cat(many)
             end = min(n, at + blocks * BLOCK)
             for begin in range(at, end, batch_size):
-                last, made = min(end, begin + batch_size), []
-                step = min(batch_size, BATCH) if torch.device(device).type == "cpu" else batch_size
-                for start in range(begin, last, step):
-                    some = slice(start, min(last, start + step))
-                    given = [None if one is None else torch.from_numpy(one[some]).to(device) for one in (energies, theta)]
-                    of = noise[some.start - at : some.stop - at].to(device)
-                    with problem.autocast(torch.device(device)):
-                        made.append(problem.make(plain, given[0], of, given[1]).float().cpu().numpy())
-                yield begin, made[0] if len(made) == 1 else np.concatenate(made)
+                some = slice(begin, min(end, begin + batch_size))
+                given = [None if one is None else torch.from_numpy(one[some]).to(device) for one in (energies, theta)]
+                of = noise[some.start - at : some.stop - at].to(device)
+                with problem.autocast(torch.device(device)):
+                    made = problem.make(plain, given[0], of, given[1])
+                yield begin, made.float().cpu().numpy()
 
 
 def _noise(seed: int, block: int, n_noise: int) -> torch.Tensor:
