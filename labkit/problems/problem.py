@@ -75,6 +75,11 @@ class Clock(NamedTuple):
         step draws from it, such as the noise of a GAN, is repeated by a run of the same seed where that is repeatable, and by
         every replay, also where workers are threads.
     threads : the threads that torch computes with in this worker.
+
+    Examples
+    --------
+    >>> labkit.problems.Clock(samples=600, total=1_000, passes=2.0).passes  # of the whole run at this step
+    2.0
     """
 
     samples: int
@@ -379,14 +384,12 @@ class Problem:
                 state, rebuilt = self._flat(module), self._flat(other)
                 check_equal(state, rebuilt, title)
                 optimisers = self.optimisers(module)
-                measured = self.evaluate(module, batch)
-
+                measured = _numbers_by_name(title, "evaluate()", self.evaluate(module, batch))
                 evaluate = self._measured_on(batch, seed)
                 before = check_outputs(module, other, evaluate, title)
                 self.evaluate(module, self.load(test[:2], "test"))
-                stepped = self.step(
-                    module, self.draw(train[: min(2, self.batch_size)]), optimisers, Clock(0, 1, 0.0, noise(seed, 0))
-                )
+                drawn = self.draw(train[: min(2, self.batch_size)])
+                stepped = _numbers_by_name(title, "step()", self.step(module, drawn, optimisers, Clock(0, 1, 0.0, noise(seed, 0))))
                 check_rebuilt(state, rebuilt, evaluate, before, title)
         except LabError:
             raise
@@ -681,3 +684,14 @@ def _reference(data: Any, answers: str | None = None) -> str | Dataset:
 
 def _identity(dataset: Dataset) -> tuple[Any, ...]:
     return dataset.name, tuple(dataset.shape), dataset.n_classes, dataset.n_train, dataset.n_test
+
+
+def _numbers_by_name(title: str, of: str, got: Any) -> Mapping[str, Any]:
+    """What a method of a problem returned; ProblemError where it is not numbers by name."""
+    if isinstance(got, Mapping):
+        return got
+    what = "nothing (is its return missing?)" if got is None else f"a {type(got).__name__}"
+    raise ProblemError(
+        f'{title}: {of} returned {what}. It must return numbers by name: {{"loss": loss.detach()}} from step(), '
+        '{"loss": float, "score": float} from evaluate().'
+    )

@@ -488,6 +488,16 @@ def test_a_subclass_that_forgets_a_method_or_a_value():
         NoScore("digits").check()
 
 
+@pytest.mark.parametrize(("method", "got"), [("step", "a Tensor"), ("evaluate", "nothing")])
+def test_what_returns_no_numbers_by_name_is_named(method, got):
+    class Returns(TinyGan):
+        pass
+
+    setattr(Returns, method, lambda self, *args: torch.tensor(1.0) if method == "step" else None)
+    with pytest.raises(ProblemError, match=rf"Returns: {method}\(\) returned {got}.* numbers by name"):
+        Returns("digits").check()
+
+
 @pytest.mark.parametrize(
     ("stepped", "measured", "message"),
     [
