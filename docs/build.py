@@ -55,6 +55,24 @@ PARTS = (  # of the reference: title, and the public names in it; a package stan
     ),
 )
 
+# What each example of a public docstring finds; the reference shows it.
+BEFORE = """\
+import numpy as np
+import torch
+
+import labkit
+
+lab = labkit.connect("threads", 2)
+problem = labkit.Classifier("lenet", "digits", train_samples=400)
+run = labkit.train(problem, lab, passes=2).wait()
+found = labkit.search(problem, {"lr": (0.01, 0.5, "log"), "momentum": (0.0, 0.95)}, lab, trials=4, passes=1)
+joined = labkit.train_subnets(problem, lab, (2, 2), epochs=1)
+jets = labkit.jets.load("jets")
+small = {"train_samples": 96, "test_samples": 64, "batch_size": 32}
+clustered = labkit.train(labkit.jets.UCluster("jets", pretrain=1, neighbours=4, **small), lab, passes=2).wait()
+gan = labkit.train(labkit.showers.ShowerGAN("showers-wsi", score_samples=32, **small), lab, passes=1).wait()
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -123,7 +141,7 @@ def public(module: str) -> list[str]:
 
 def reference(title: str, names: tuple[str, ...]) -> str:
     """A page of public names with their docstrings."""
-    lines = [f"# {title}", ""]
+    lines = [f"# {title}", "", "Before each example this has run:", "", "```python", BEFORE.rstrip(), "```", ""]
     for name in names:
         thing = getattr(labkit, name)
         if isinstance(thing, type(labkit)):

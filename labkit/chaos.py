@@ -54,22 +54,61 @@ JOIN_S = 30.0  # how long a storm waits for a worker that it has added
 
 
 def kill(lab: Lab, worker: int) -> None:
-    """End a worker process at once (SIGKILL). Dask's nanny starts it again; it then comes back under its index."""
+    """End a worker process at once (SIGKILL). Dask's nanny starts it again; it then comes back under its index.
+
+    Examples
+    --------
+    >>> with labkit.connect("dask", 2) as processes:
+    ...     run = labkit.train(problem, processes, passes=4, name="killed")
+    ...     labkit.chaos.kill(processes, 1)
+    ...     run.wait().state
+    'done'
+    """
     _send(_process(lab, worker), signal.SIGKILL)
 
 
 def freeze(lab: Lab, worker: int) -> None:
-    """Stop a worker process (SIGSTOP) until `thaw`: it is there and does nothing, as when its machine swaps or sleeps."""
+    """Stop a worker process (SIGSTOP) until `thaw`: it is there and does nothing, as when its machine swaps or sleeps.
+
+    Examples
+    --------
+    >>> with labkit.connect("dask", 2) as processes:
+    ...     run = labkit.train(problem, processes, passes=4, name="frozen")
+    ...     labkit.chaos.freeze(processes, 1)
+    ...     labkit.chaos.thaw(processes, 1)
+    ...     run.wait().state
+    'done'
+    """
     _send(_process(lab, worker), signal.SIGSTOP)
 
 
 def thaw(lab: Lab, worker: int) -> None:
-    """Let a frozen worker continue (SIGCONT)."""
+    """Let a frozen worker continue (SIGCONT).
+
+    Examples
+    --------
+    >>> with labkit.connect("dask", 2) as processes:
+    ...     run = labkit.train(problem, processes, passes=4, name="frozen")
+    ...     labkit.chaos.freeze(processes, 1)
+    ...     labkit.chaos.thaw(processes, 1)
+    ...     run.wait().state
+    'done'
+    """
     _send(_process(lab, worker), signal.SIGCONT)
 
 
 def drop_link(run: Run, worker: int) -> None:
-    """Cut the connection between a worker and the server of a run; both stay alive, and the worker connects again."""
+    """Cut the connection between a worker and the server of a run; both stay alive, and the worker connects again.
+
+    Examples
+    --------
+    >>> run = labkit.train(problem, lab, passes=10, name="dropped")
+    >>> while not run.events["kind"].eq("push").any():  # until all are there
+    ...     pass
+    >>> labkit.chaos.drop_link(run, 1)
+    >>> run.wait().state
+    'done'
+    """
     worker = whole("worker", worker, 0)
     server = _server(run)
     with watch((server["host"], server["port"]), server["secret"]) as ask:
@@ -79,12 +118,36 @@ def drop_link(run: Run, worker: int) -> None:
 
 
 def kill_server(run: Run) -> None:
-    """End the server process of a run at once (SIGKILL); `labkit.resume` continues from the newest checkpoint."""
+    """End the server process of a run at once (SIGKILL); `labkit.resume` continues from the newest checkpoint.
+
+    Examples
+    --------
+    >>> run = labkit.train(problem, lab, passes=10, name="no-server")
+    >>> while not run.events["kind"].eq("push").any():
+    ...     pass
+    >>> labkit.chaos.kill_server(run)
+    >>> try:
+    ...     run.wait()
+    ... except labkit.LabError as error:
+    ...     run.state
+    'failed'
+    >>> labkit.resume(run.path, lab).wait().state
+    'done'
+    """
     os.kill(_server(run)["pid"], signal.SIGKILL)
 
 
 def corrupt_checkpoint(run: Run, version: int | None = None, seed: int = 0) -> Path:
-    """Flip one bit of a checkpoint, the newest by default; returns the file."""
+    """Flip one bit of a checkpoint, the newest by default; returns the file.
+
+    Examples
+    --------
+    >>> run = labkit.train(problem, lab, passes=1, name="damaged").wait()
+    >>> labkit.chaos.corrupt_checkpoint(run).suffix
+    '.npz'
+    >>> len(labkit.chaos.audit(run)) > 0
+    True
+    """
     version, seed = None if version is None else whole("version", version, 0), whole("seed", seed, 0, SEEDS)
     versions = checkpoints.versions(run.path)
     if not versions or version not in (None, *versions):
@@ -98,12 +161,30 @@ def corrupt_checkpoint(run: Run, version: int | None = None, seed: int = 0) -> P
 
 
 def fill_disk(run: Run) -> None:
-    """From now on the server of a run can write no more: its files may not grow (RLIMIT_FSIZE; Linux)."""
+    """From now on the server of a run can write no more: its files may not grow (RLIMIT_FSIZE; Linux).
+
+    Examples
+    --------
+    >>> run = labkit.train(problem, lab, passes=4, name="full")
+    >>> labkit.chaos.fill_disk(run)
+    >>> labkit.chaos.free_disk(run)
+    >>> run.wait().state
+    'done'
+    """
     _limit_files(run, (run.path / "events.jsonl").stat().st_size)
 
 
 def free_disk(run: Run) -> None:
-    """Undo `fill_disk`."""
+    """Undo `fill_disk`.
+
+    Examples
+    --------
+    >>> run = labkit.train(problem, lab, passes=4, name="full")
+    >>> labkit.chaos.fill_disk(run)
+    >>> labkit.chaos.free_disk(run)
+    >>> run.wait().state
+    'done'
+    """
     _limit_files(run, -1)
 
 
@@ -126,6 +207,15 @@ class Storm:
     ----------
     plan
         What was drawn: a list of (seconds since the fault before, fault, which of those there in [0, 1), seconds frozen).
+
+    Examples
+    --------
+    >>> run = labkit.train(problem, lab, passes=10, name="stormy")
+    >>> with labkit.chaos.Storm(run, lab, faults=["drop"], every=0.2, most=3) as storm:
+    ...     run.wait().state
+    'done'
+    >>> storm.table.columns.tolist()
+    ['seconds', 'fault', 'worker']
     """
 
     def __init__(
@@ -228,7 +318,14 @@ class Storm:
 
 
 def draw(faults: Sequence[str], every: float, most: int, seed: int) -> list[tuple[float, str, float, float]]:
-    """The plan of a storm."""
+    """The plan of a storm.
+
+    Examples
+    --------
+    >>> plan = labkit.chaos.draw(["kill", "drop"], every=2.0, most=3, seed=0)
+    >>> [fault for _, fault, _, _ in plan]
+    ['kill', 'kill', 'kill']
+    """
     chance = np.random.default_rng(seed)
     waits, kinds = chance.exponential(every, most), chance.integers(len(faults), size=most)
     which, frozen = chance.random(most), chance.uniform(*FROZEN_S, most)
@@ -291,6 +388,11 @@ def audit(run: Run) -> list[str]:
 
     All samples of the budget were merged, each merge has its push, versions and events are numbered without holes, the newest
     checkpoint holds the last version and every sample exactly once, and no file is damaged or of another run.
+
+    Examples
+    --------
+    >>> labkit.chaos.audit(run)
+    []
     """
     wrong, budget, id = [], run.config.budget, run.config.id
     curve = [lambda: metrics.read(run.path, id, run.config.format > 3)] if (run.path / metrics.FILE).exists() else []
@@ -347,6 +449,11 @@ def losses(run: Run, faults: pd.DataFrame | None = None) -> pd.DataFrame:
     the loss has broken off (all-reduce), to its next release. With the `faults` of a storm none begins before the fault itself.
     Waiting at the barrier that was due without the loss is included. left is how many samples of the budget were not merged yet:
     when all of them are granted, the others wait for those of the lost worker under any update.
+
+    Examples
+    --------
+    >>> len(labkit.chaos.losses(run))  # nobody was lost
+    0
     """
     events, rows = run.events, []
     counted, table = effective(events), intervals(events)

@@ -28,27 +28,76 @@ _formatting = threading.Lock()
 
 
 class LabError(Exception):
-    """Something in the lab went wrong; the message states what, and what to do."""
+    """Something in the lab went wrong; the message states what, and what to do.
+
+    Examples
+    --------
+    >>> try:
+    ...     labkit.connect("threads", 0)
+    ... except labkit.LabError as error:
+    ...     type(error).__name__
+    'ClusterError'
+    """
 
 
 class DataError(LabError):
-    """A data set is missing, damaged, or of the wrong shape, type or range."""
+    """A data set is missing, damaged, or of the wrong shape, type or range.
+
+    Examples
+    --------
+    >>> labkit.open_dataset("my-images")
+    Traceback (most recent call last):
+        ...
+    labkit.errors.DataError: ...
+    """
 
 
 class ProblemError(LabError):
-    """The model, the data and the settings of a problem do not fit each other."""
+    """The model, the data and the settings of a problem do not fit each other.
+
+    Examples
+    --------
+    >>> labkit.train(labkit.Classifier("vgg9", "digits", model_args={"depth": 3}), lab)
+    Traceback (most recent call last):
+        ...
+    labkit.errors.ProblemError: ...
+    """
 
 
 class ClusterError(LabError):
-    """Workers did not arrive, were lost, or cannot do what was asked."""
+    """Workers did not arrive, were lost, or cannot do what was asked.
+
+    Examples
+    --------
+    >>> labkit.connect("threads", 0)
+    Traceback (most recent call last):
+        ...
+    labkit.errors.ClusterError: ...
+    """
 
 
 class PartitionError(LabError):
-    """Samples cannot be shared out among the workers as asked."""
+    """Samples cannot be shared out among the workers as asked.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, partition=labkit.IDPA(speeds=[1, 2, 3])).wait()
+    Traceback (most recent call last):
+        ...
+    labkit.errors.PartitionError: ...
+    """
 
 
 class UpdateError(LabError):
-    """An update rule was given weights that it cannot merge."""
+    """An update rule was given weights that it cannot merge.
+
+    Examples
+    --------
+    >>> labkit.SGWU().start(np.zeros((2, 2)), workers=[0])
+    Traceback (most recent call last):
+        ...
+    labkit.errors.UpdateError: weights have shape (2, 2); one flat vector is needed.
+    """
 
 
 class Interrupted(KeyboardInterrupt):
@@ -62,11 +111,25 @@ class Interrupted(KeyboardInterrupt):
 
 
 class WireError(LabError):
-    """Two processes of a run could not communicate: refused, silent, or of another protocol."""
+    """Two processes of a run could not communicate: refused, silent, or of another protocol.
+
+    Examples
+    --------
+    >>> issubclass(labkit.WireError, labkit.LabError)  # what `load_run(path).attach()` raises where a server does not answer
+    True
+    """
 
 
 class RunError(LabError):
-    """A run directory cannot be written, read or understood."""
+    """A run directory cannot be written, read or understood.
+
+    Examples
+    --------
+    >>> labkit.load_run("runs/no-such-run")
+    Traceback (most recent call last):
+        ...
+    labkit.errors.RunError: ...
+    """
 
 
 class RunningError(RunError):
@@ -74,11 +137,26 @@ class RunningError(RunError):
 
 
 class SweepError(LabError):
-    """A sweep was asked for something that its notebook does not have."""
+    """A sweep was asked for something that its notebook does not have.
+
+    Examples
+    --------
+    >>> labkit.sweep("no-such.ipynb", {"seed": [0, 1]})
+    Traceback (most recent call last):
+        ...
+    labkit.errors.SweepError: ...
+    """
 
 
 class WorkerError(LabError):
-    """A worker failed; `worker` is its index and `remote_traceback` the traceback from there."""
+    """A worker failed; `worker` is its index and `remote_traceback` the traceback from there.
+
+    Examples
+    --------
+    >>> error = labkit.WorkerError("worker 1 failed at version 17: OSError: no such file", worker=1, remote_traceback="Traceback ...")
+    >>> error.worker
+    1
+    """
 
     def __init__(self, message: str, worker: int | None = None, remote_traceback: str = "") -> None:
         super().__init__(message, worker, remote_traceback)

@@ -332,6 +332,11 @@ class UDPA(Partition):
     """Uniform partition: n/m samples for each of m workers, all at once, whatever their speed.
 
     `stratified=True` gives each shard the classes in their true shares.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, partition=labkit.UDPA(stratified=True), passes=1).wait().config.partition["stratified"]
+    True
     """
 
     name = "udpa"
@@ -355,6 +360,11 @@ class IDPA(Partition):
         shape the shards; 1 trusts the latest pass alone.
     stratified
         Each batch holds the classes in their true shares.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, partition=labkit.IDPA(batches=2, speeds=[1, 4]), passes=2).wait().state
+    'done'
     """
 
     name = "idpa"

@@ -96,6 +96,12 @@ def connect(
     ------
     ClusterError
         The workers did not arrive, or the request makes no sense.
+
+    Examples
+    --------
+    >>> with labkit.connect("threads", 2, slowdown=[1, 4]) as uneven:
+    ...     uneven.table()["slowdown"].tolist()
+    [1.0, 4.0]
     """
     global _current
     kind = known("kind", _kind(address, client, profile) if kind is None else kind, BACKENDS, error=ClusterError)

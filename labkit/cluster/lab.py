@@ -54,7 +54,17 @@ class Worker:
 
 
 class Lab(Public, AbstractContextManager):
-    """The connected cluster; made by `connect`, closed by `close` or at the end of a `with` block. Closing twice is fine."""
+    """The connected cluster; made by `connect`, closed by `close` or at the end of a `with` block. Closing twice is fine.
+
+    Examples
+    --------
+    >>> [worker.device for worker in lab.workers]
+    ['cpu', 'cpu']
+    >>> lab.free()
+    [0, 1]
+    >>> lab.map(lambda item: item**2, [1, 2, 3])
+    [1, 4, 9]
+    """
 
     internal: ClassVar = frozenset(
         ("admit", "checked", "closing", "lease", "local", "one_process", "refresh", "release", "settings", "unevenness")

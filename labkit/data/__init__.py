@@ -48,7 +48,13 @@ BY_CLASS = {pictures.from_folder: (pictures.SUFFIXES, ("size", "ground")), nifti
 
 
 def names() -> list[str]:
-    """The registered data sets, by the names that `open_dataset` accepts."""
+    """The registered data sets, by the names that `open_dataset` accepts.
+
+    Examples
+    --------
+    >>> "digits" in labkit.data.names()
+    True
+    """
     return list(named.NAMED)
 
 
@@ -125,6 +131,12 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
     DataError
         Files are missing or damaged, shapes or types do not fit or do not tell where the channels are, values are not
         finite, labels are out of range, or nothing is left of what differed before the conversion.
+
+    Examples
+    --------
+    >>> digits = labkit.open_dataset("digits")
+    >>> digits.shape, digits.n_classes
+    ((1, 8, 8), 10)
     """
     if isinstance(data, str) and data in named.NAMED:
         open_it = named.NAMED[data]

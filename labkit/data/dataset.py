@@ -38,6 +38,12 @@ class Field(NamedTuple):
     `shape` is that of one sample, with None for a first axis of varying length; `role` is "input", "label" or "target"; `n_values` is K
     where the values are known to be 0..K-1 (labels, token ids), else None; `no_class` are those of an array of labels that are none of
     them, such as 255 for what nobody has labelled.
+
+    Examples
+    --------
+    >>> field = labkit.data.Field((1, 8, 8), np.dtype("uint8"), "input")
+    >>> field.role
+    'input'
     """
 
     shape: tuple[int | None, ...]
@@ -79,6 +85,12 @@ class Dataset(Public):
     note : str
         What was read of files, left out, converted or decided on the user's behalf, such as another set used instead; `""`
         where everything is as it was given.
+
+    Examples
+    --------
+    >>> digits = labkit.open_dataset("digits")
+    >>> digits.batch([0, 1, 2], "test")["x"].shape
+    (3, 1, 8, 8)
     """
 
     internal: ClassVar = frozenset(

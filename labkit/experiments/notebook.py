@@ -115,6 +115,14 @@ def parameters(notebook: str | os.PathLike[str]) -> list[Parameter]:
     SweepError
         There is no such cell, or a line in it is not `name = literal` or `name: type = literal`, or papermill, which
         does the setting, cannot read it (it skips a line with a second "=", silently).
+
+    Examples
+    --------
+    >>> import nbformat
+    >>> cell = nbformat.v4.new_code_cell("seed = 0\\nlr = 0.1", metadata={"tags": ["parameters"]})
+    >>> nbformat.write(nbformat.v4.new_notebook(cells=[cell]), "train.ipynb")
+    >>> [parameter.name for parameter in labkit.parameters("train.ipynb")]
+    ['seed', 'lr']
     """
     return read_parameters(load(notebook), Path(notebook).name)
 

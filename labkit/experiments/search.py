@@ -166,6 +166,13 @@ def search(
     ValueError, TypeError, ClusterError, RunError
         The request makes no sense, or `runs/name` is another search; nothing has been started. ClusterError also when all
         workers are lost: the same call on a fresh lab goes on from there.
+
+    Examples
+    --------
+    >>> space = {"lr": (0.001, 0.5, "log"), "optimiser": {"sgd": {"momentum": (0.0, 0.95)}, "adam": {}}}
+    >>> some = labkit.search(problem, space, lab, method="random", trials=2, passes=1, name="some")
+    >>> some.state
+    'done'
     """
     space, method, goals = Space(space), known("method", method, METHODS), Goals(objective, constraints)
     if taken := [one for one in space.names if one in ("trial", *COLUMNS, "feasible", *goals.names[1:])]:
@@ -237,7 +244,13 @@ def search(
 
 
 def load_search(path: str | Path) -> Search:
-    """Read a search back from its directory: its table, its points, its best run, its replay. One that is running elsewhere grows."""
+    """Read a search back from its directory: its table, its points, its best run, its replay. One that is running elsewhere grows.
+
+    Examples
+    --------
+    >>> len(labkit.load_search(found.path).table())
+    4
+    """
     path = file_path("path", path)
     config = read_json(path / FILE)
     space = Space.from_config(config["space"])
@@ -253,7 +266,15 @@ def _about(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Search(Public):
-    """A search: what was tried, and what came out. `path`, `name` and `config` are its directory, name and settings."""
+    """A search: what was tried, and what came out. `path`, `name` and `config` are its directory, name and settings.
+
+    Examples
+    --------
+    >>> len(found.table()), sorted(found.best.index.intersection(["lr", "momentum"]))
+    (4, ['lr', 'momentum'])
+    >>> found.replay().points == found.points
+    True
+    """
 
     def __init__(self, path: Path, config: Mapping[str, Any], study: Study, make: Maker | Notebook | None = None) -> None:
         self.path, self.name, self.config = path, path.name, dict(config)

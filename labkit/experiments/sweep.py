@@ -90,6 +90,19 @@ def sweep(
     SweepError
         Before a kernel starts: unknown parameter, value of a wrong type, unreadable notebook, unwritable folder.
         Later: the lab broke down. A run that fails is a row of the table and not an exception.
+
+    Examples
+    --------
+    >>> import nbformat
+    >>> cells = [
+    ...     nbformat.v4.new_code_cell('lr = 0.1\\nrun_dir = ""', metadata={"tags": ["parameters"]}),
+    ...     nbformat.v4.new_code_cell('import labkit\\nlabkit.report(run_dir, {"score": 1 - lr})'),
+    ... ]
+    >>> kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    >>> nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), "train.ipynb")
+    >>> table = labkit.sweep("train.ipynb", {"lr": [0.1, 0.2]}, out="tonight")
+    >>> table.score.tolist()
+    [0.9, 0.8]
     """
     try:
         path = file_path("notebook", notebook).absolute()
@@ -129,6 +142,19 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
 
     Columns: the parameters that were set, and those that differ between the runs, the results (a name that is taken gets the ending `_result`), `status` (done,
     failed, interrupted, running, or damaged: a file of it cannot be read), `error` (cell and error in a line), `seconds`, `notebook` (the executed one), `id`.
+
+    Examples
+    --------
+    >>> import nbformat
+    >>> cells = [
+    ...     nbformat.v4.new_code_cell('lr = 0.1\\nrun_dir = ""', metadata={"tags": ["parameters"]}),
+    ...     nbformat.v4.new_code_cell('import labkit\\nlabkit.report(run_dir, {"score": 1 - lr})'),
+    ... ]
+    >>> kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    >>> nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), "train.ipynb")
+    >>> _ = labkit.sweep("train.ipynb", {"lr": [0.1]}, out="tonight")
+    >>> labkit.summary("tonight").score.tolist()  # of a sweep that is running, too
+    [0.9]
     """
     out = file_path("out", out).absolute()
     if not is_folder(out):
@@ -188,6 +214,10 @@ def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping]
 
     A dict is one row of the sweep's table, a list of dicts or a DataFrame several. A second call replaces the first. Where another
     notebook of this Jupyter server has reported into the same folder, its results stay: these go to `results-<notebook>.json`.
+
+    Examples
+    --------
+    >>> labkit.report("", {"score": 0.9})  # in a notebook that is run by hand, where run_dir is empty: the table alone
     """
     if hasattr(results, "columns"):
         results = results.to_dict("records")

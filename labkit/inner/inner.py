@@ -51,6 +51,12 @@ class Inner:
     Weights are pushed when a local pass is done and scored, and not layer by layer while the last of its steps computes: that could hide no
     more than the `send_share` of `Run.summary()`, and `labkit.train(..., overlap=1)` hides nearly all of it behind the next steps: on two busy
     cores with 10 local steps 1.6 % for LeNet (0.5 MB), 1.2 % for VGG9 (6 MB); with overlap=1 0.3 % and 0.0 %.
+
+    Examples
+    --------
+    >>> inner = labkit.Inner(threads=1, split="samples", block=16)
+    >>> labkit.train(labkit.Classifier("lenet", "digits", train_samples=200, inner=inner), lab, passes=1).wait().state
+    'done'
     """
 
     threads: int | None = None

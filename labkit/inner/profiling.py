@@ -116,6 +116,12 @@ def profile(
 
     TypeError or ValueError for a bad argument; ProblemError, by name, for what cannot be split, or is on a GPU, whose times are not
     those of the threads.
+
+    Examples
+    --------
+    >>> profile = labkit.inner.profile(problem, batch=16, inner=1, steps=2)
+    >>> len(profile.table()) > 0  # a row a layer
+    True
     """
     inner = Inner.of(inner) or getattr(problem, "inner", None) or Inner()
     steps, seed = whole("steps", steps), whole("seed", seed, 0)

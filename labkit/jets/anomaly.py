@@ -82,6 +82,14 @@ class Anomalies(UCluster):
     -------------------------------------
     data : files of events, that `labkit.jets.write` wrote of what `events` or `pairs` give.
     clusters : many, so that a rare signal can have one.
+
+    Examples
+    --------
+    >>> events = labkit.jets.pairs(jets[:300], jets[300:600], np.arange(300) % 10 == 0, particles=20)
+    >>> file = labkit.jets.write("events.parquet", events)
+    >>> problem = labkit.jets.Anomalies(file, clusters=4, pretrain=1, batch_size=32, neighbours=4, train_samples=96, test_samples=30)
+    >>> labkit.train(problem, lab, passes=2).wait().state
+    'done'
     """
 
     def __init__(
@@ -172,7 +180,14 @@ def signal_shares(clusters: np.ndarray, label: np.ndarray, least: int = 1) -> np
 
 def pairs(one: Jets, other: Jets, label: np.ndarray | Sequence[int], particles: int = PARTICLES) -> Jets:
     """Events of two jets each, the n-th of `one` and of `other`, with label 0 for background and 1 for signal. Jets need substructure,
-    and at least as many slots as `particles`, if they have more constituents: these are the hardest of both jets."""
+    and at least as many slots as `particles`, if they have more constituents: these are the hardest of both jets.
+
+    Examples
+    --------
+    >>> events = labkit.jets.pairs(jets[:300], jets[300:600], np.arange(300) % 10 == 0, particles=20)
+    >>> int(events.label.sum()), events.constituents.shape
+    (30, (300, 20, 4))
+    """
     for jets in (one, other):
         if "substructure" not in jets.of_jet:
             raise DataError("jets of an event need their substructure (tau21): labkit.jets.generate(..., substructure=True).")
@@ -199,7 +214,18 @@ def pairs(one: Jets, other: Jets, label: np.ndarray | Sequence[int], particles: 
 
 def events(path: Any, particles: int = PARTICLES, most: int | None = None, *, external: bool = False) -> Iterator[Jets]:
     """The events of the LHC Olympics' R&D set (Zenodo 2629073, HDF5: 700 hadrons of pT, eta, phi, and a label), in blocks: the two
-    heaviest of their anti-kT jets with R = 1. Events with fewer are left out. `external` as in `labkit.jets.read`. Needs the extra [jets]."""
+    heaviest of their anti-kT jets with R = 1. Events with fewer are left out. `external` as in `labkit.jets.read`. Needs the extra [jets].
+
+    Examples
+    --------
+    >>> import h5py
+    >>> row = np.zeros(2101)
+    >>> row[:6] = 600, 0.1, 0.2, 500, -0.1, 3.3  # pT, eta and phi of two hadrons; the label is the last number
+    >>> with h5py.File("events.h5", "w") as file:
+    ...     _ = file.create_dataset("df/block0_values", data=row[None])
+    >>> [len(block) for block in labkit.jets.events("events.h5")]
+    [1]
+    """
     _, fastjet, ak = libraries()
     path, n = file_path("path", path), 0
     with hdf5.opened(path, external) as file:

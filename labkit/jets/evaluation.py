@@ -50,7 +50,14 @@ def agreement(clusters: np.ndarray, label: np.ndarray) -> dict[str, float]:
 
 
 def confusion(clusters: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Shares (C, K) of the jets of each class in each cluster, clusters in the order of the classes that they are assigned to."""
+    """Shares (C, K) of the jets of each class in each cluster, clusters in the order of the classes that they are assigned to.
+
+    Examples
+    --------
+    >>> labkit.jets.confusion(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 1]))
+    array([[1.        , 0.        ],
+           [0.33333333, 0.66666667]])
+    """
     table = contingency(clusters, label)
     classes = assignment(table)
     order = np.argsort(np.where(classes < 0, table.shape[1], classes), kind="stable")
@@ -59,7 +66,13 @@ def confusion(clusters: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 def chosen(run: Any) -> int:
     """The version of a run of UCluster that is chosen without labels: after k-means, the one with the smallest "spread", the mean squared
-    distance to the nearest centre over that to the mean of all."""
+    distance to the nearest centre over that to the mean of all.
+
+    Examples
+    --------
+    >>> labkit.jets.chosen(clustered) > 0
+    True
+    """
     curve = like("run", run, ("curve", "config"), "a run of labkit.jets.UCluster").curve()
     if "spread" not in curve:
         raise ProblemError(f"run {run.config['name']!r} is none of labkit.jets.UCluster: its curve has no column 'spread'.")
@@ -74,7 +87,13 @@ def chosen(run: Any) -> int:
 
 def table(runs: Any, *, probes: Sequence[str] = PROBES) -> pd.DataFrame:
     """A row for each run of UCluster, on its test split: accuracy, ari, nmi, and the `probes`, at the version `chosen` without labels, and
-    "oracle", the best accuracy of any version. Mean and spread over seeds: `table(runs).accuracy.agg(["mean", "std"])`."""
+    "oracle", the best accuracy of any version. Mean and spread over seeds: `table(runs).accuracy.agg(["mean", "std"])`.
+
+    Examples
+    --------
+    >>> labkit.jets.table(clustered, probes=[]).columns.tolist()
+    ['run', 'seed', 'version', 'accuracy', 'ari', 'nmi', 'oracle']
+    """
     probes = [known("probes", probe, PROBES) for probe in probes]
     rows = []
     for run in some_runs(runs):
@@ -88,7 +107,13 @@ def table(runs: Any, *, probes: Sequence[str] = PROBES) -> pd.DataFrame:
 
 
 def network(run: Any, version: int | None = None) -> nn.Module:
-    """The network of a version, by default of the last one, as the problem builds it."""
+    """The network of a version, by default of the last one, as the problem builds it.
+
+    Examples
+    --------
+    >>> isinstance(labkit.jets.network(clustered), torch.nn.Module)
+    True
+    """
     module = run.problem().new_module(run.config["seed"])
     module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in run.weights(version).items()})
     return module
@@ -108,7 +133,14 @@ def evaluate(problem: UCluster, module: Any, probes: Sequence[str] = PROBES) -> 
 def embedded(
     problem: UCluster, module: Any, split: str = "test", most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of the jets of a split, or the first `most`: embeddings (n, d), labels (n,), and the clusters: centres (K, d), and of each jet (n,)."""
+    """Of the jets of a split, or the first `most`: embeddings (n, d), labels (n,), and the clusters: centres (K, d), and of each jet (n,).
+
+    Examples
+    --------
+    >>> z, label, centres, of = labkit.jets.embedded(clustered.problem(), labkit.jets.network(clustered))
+    >>> z.shape, centres.shape
+    ((64, 3), (3, 3))
+    """
     indices = (problem.test_indices() if split == "test" else problem.train_indices())[:most]
     z, label = problem.embeddings(module, indices, split), _labels(problem, indices, split)
     centres = first(module).centres.detach().cpu().double().numpy()
@@ -117,7 +149,13 @@ def embedded(
 
 def silhouette(run: Any) -> float:
     """How far apart the clusters of the last version of a run are, in [-1, 1], without labels and of any number of them: the silhouette
-    (Rousseeuw 1987) of training jets; -1 where they are all in one. For a search: `labkit.search(..., objective=labkit.jets.silhouette)`."""
+    (Rousseeuw 1987) of training jets; -1 where they are all in one. For a search: `labkit.search(..., objective=labkit.jets.silhouette)`.
+
+    Examples
+    --------
+    >>> -1 <= labkit.jets.silhouette(clustered) <= 1
+    True
+    """
     from sklearn.metrics import silhouette_score
 
     z, _, _, clusters = embedded(run.problem(), network(run), "train", SILHOUETTE)
@@ -153,6 +191,11 @@ def baselines(
 
     Columns: method, labels (does it see them?), accuracy, ari, nmi. The mixture of Poisson distributions of the multiplicity (Alvarez et
     al., arXiv:2112.11352) is for two classes, q and g; the ten numbers are those that `labkit.jets.generate` stores.
+
+    Examples
+    --------
+    >>> labkit.jets.baselines(jets[::2], jets[1::2], names=["mass: k-means"])["method"].tolist()
+    ['mass: k-means']
     """
     if isinstance(train, UCluster) and test is None:
         train, test = _of(train, "train"), _of(train, "test")

@@ -28,7 +28,12 @@ SHOWN = 600  # jets in a scatter
 
 
 def masses(jets: Jets, of: str = "mass", note: str = "") -> hv.Overlay:
-    """The distribution of the mass in GeV, or of another of `SUBSTRUCTURE`, a line for each class; each has the area 1."""
+    """The distribution of the mass in GeV, or of another of `SUBSTRUCTURE`, a line for each class; each has the area 1.
+
+    Examples
+    --------
+    >>> figure = labkit.jets.masses(jets, "trimmed")
+    """
     known("of", of, ("mass", *(SUBSTRUCTURE if "substructure" in jets.of_jet else ())))
     style.extension()
     values = jets.of_jet["mass"] if of == "mass" else jets.of_jet["substructure"][:, SUBSTRUCTURE.index(of)]
@@ -55,7 +60,13 @@ def embedding(
     z: Any, label: Any, classes: Any, clusters: Any = None, note: str = "", title: str = "", centres: Any = None
 ) -> hv.Overlay:
     """Embeddings z (n, d) along their two widest directions, coloured by class, with the `centres` (K, d) of clusters; the title says how
-    well `clusters` (n,) agree with the classes."""
+    well `clusters` (n,) agree with the classes.
+
+    Examples
+    --------
+    >>> z, label, centres, of = labkit.jets.embedded(clustered.problem(), labkit.jets.network(clustered))
+    >>> figure = labkit.jets.embedding(z, label, jets.classes, of, centres=centres)
+    """
     style.extension()
     z, label = np.asarray(z, np.float64), np.asarray(label)
     centred = z - z.mean(0)
@@ -89,7 +100,12 @@ def embedding(
 
 def before_and_after(run: Any, classes: Sequence[str], note: str = "") -> hv.Layout:
     """The test jets of a run of UCluster in its embedding: above after pretraining, with the clusters of k-means, below at the version that
-    `labkit.jets.chosen` takes. Numbers are the centres of the clusters; `classes` are the names of the labels."""
+    `labkit.jets.chosen` takes. Numbers are the centres of the clusters; `classes` are the names of the labels.
+
+    Examples
+    --------
+    >>> figure = labkit.jets.before_and_after(clustered, jets.classes)
+    """
     problem, curve, last = run.opened_problem("its jets are drawn"), run.curve(), chosen(run)
     before = curve.loc[curve["spread"] == 1.0, "version"]  # those without clusters
     views = []
@@ -107,6 +123,12 @@ def worlds(frame: pd.DataFrame, note: str = "") -> hv.Layout:
     under the title says `note`, and how many runs there are of each number of workers.
 
     `frame`: n_workers, samples_per_s, accuracy; a row a run.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"n_workers": [1, 2, 4], "samples_per_s": [450, 880, 1700], "accuracy": [0.79, 0.78, 0.78]})
+    >>> figure = labkit.jets.worlds(frame)
     """
     style.extension()
     style.check_columns(frame, ["n_workers", "samples_per_s", "accuracy"])

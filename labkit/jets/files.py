@@ -51,7 +51,14 @@ EXTRA = 'pip install "labkit[jets]"'
 
 @dataclasses.dataclass(frozen=True)
 class Jets:
-    """Some jets in memory: `constituents` (n, N, 4), `label` (n,) into `classes`, and `of_jet` by name, (n,) each or (n, 10)."""
+    """Some jets in memory: `constituents` (n, N, 4), `label` (n,) into `classes`, and `of_jet` by name, (n,) each or (n, 10).
+
+    Examples
+    --------
+    >>> w = jets[jets.label == jets.classes.index("W")]
+    >>> len(w), w.constituents.shape[1:]
+    (200, (100, 4))
+    """
 
     constituents: np.ndarray
     label: np.ndarray
@@ -142,7 +149,14 @@ def check(jets: Jets, where: str) -> None:
 
 def write(path: Any, jets: Jets, about: Mapping[str, Any] | None = None, rows: int = ROWS) -> Path:
     """Write jets to a Parquet file, whole or not at all; `about` goes into its metadata. Values are split into their bytes and packed by
-    zstd: some 1 kB a jet."""
+    zstd: some 1 kB a jet.
+
+    Examples
+    --------
+    >>> file = labkit.jets.write("some.parquet", jets[:10])
+    >>> len(labkit.jets.load(file))
+    10
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -169,7 +183,13 @@ def write(path: Any, jets: Jets, about: Mapping[str, Any] | None = None, rows: i
 
 
 def provenance(path: Any) -> dict[str, Any] | None:
-    """What a file of labkit says of itself: classes, and where its jets are from; None of another file. DataError where that is damaged."""
+    """What a file of labkit says of itself: classes, and where its jets are from; None of another file. DataError where that is damaged.
+
+    Examples
+    --------
+    >>> labkit.jets.provenance(labkit.jets.write("some.parquet", jets[:10]))["classes"]
+    ['q', 'g', 'W', 'Z', 't']
+    """
     import pyarrow.parquet as pq
 
     path = Path(path)
@@ -217,6 +237,11 @@ def convert(
     DataError
         A file is of no known format, or holds jets that are none; nothing is left of them. `out` has files of these names that no
         conversion has written, or that are to be read.
+
+    Examples
+    --------
+    >>> [file.name for file in labkit.jets.convert("jets", "wzt", classes="WZt", mass=(10, 200))]
+    ['jets-00000.parquet']
     """
     out, generator = file_path("out", out), np.random.default_rng(seed)
     size, most = whole("jets_per_file", jets_per_file, 2), None if most is None else whole("most", most)
@@ -315,7 +340,13 @@ def _selected(jets: Jets, classes: Sequence[str] | None, mass: tuple[float, floa
 def read(path: Any, *, particles: int = PARTICLES, block: int = BLOCK, external: bool = False) -> Iterator[Jets]:
     """The jets of a file of any of the formats, in blocks of at most so many; DataError for another file, and for jets that are none.
 
-    Of an HDF5 file that names other files (external links, external storage, virtual data sets) these are read too if `external`."""
+    Of an HDF5 file that names other files (external links, external storage, virtual data sets) these are read too if `external`.
+
+    Examples
+    --------
+    >>> [len(block) for block in labkit.jets.read("jets", block=600)]
+    [600, 400]
+    """
     path = SAMPLE if isinstance(path, str) and path == "jets" else file_path("path", path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -329,7 +360,14 @@ def read(path: Any, *, particles: int = PARTICLES, block: int = BLOCK, external:
 
 
 def load(path: Any = "jets", *, particles: int = PARTICLES, most: int | None = None, external: bool = False) -> Jets:
-    """All jets of a file or a folder, or the first so many, in memory; "jets" is the sample that labkit has. `external` as in `read`."""
+    """All jets of a file or a folder, or the first so many, in memory; "jets" is the sample that labkit has. `external` as in `read`.
+
+    Examples
+    --------
+    >>> jets = labkit.jets.load("jets")
+    >>> len(jets), jets.classes
+    (1000, ('q', 'g', 'W', 'Z', 't'))
+    """
     path = SAMPLE if isinstance(path, str) and path == "jets" else file_path("path", path)
     particles, most = whole("particles", particles), None if most is None else whole("most", most)
     parts, n = [], 0
@@ -508,7 +546,13 @@ READERS = {".h5": _from_hdf5, ".hdf5": _from_hdf5, ".parquet": _from_parquet, ".
 
 def to_awkward(jets: Jets) -> Any:
     """The jets as an awkward array, as users of vector and coffea expect them: `constituents`, a list of Momentum4D records each,
-    the `jet`, a Momentum4D with pt, eta, phi and mass, and `label`, `name` and whatever else the file had. Needs the extra [jets]."""
+    the `jet`, a Momentum4D with pt, eta, phi and mass, and `label`, `name` and whatever else the file had. Needs the extra [jets].
+
+    Examples
+    --------
+    >>> labkit.jets.to_awkward(jets[:2]).constituents.pt.ndim
+    2
+    """
     try:
         import awkward as ak
         import vector
@@ -547,6 +591,11 @@ def dataset(data: Any = "jets", *, stream: bool | None = None) -> Dataset:
         A file is not of labkit's layout: `labkit.jets.convert` writes it. Values are not finite, labels are none of the file's
         classes, jets have no constituents (n) or no transverse momentum. Files have other classes than the first one. Slots that are all
         empty, whatever n says, are refused where they are read: by `momenta`.
+
+    Examples
+    --------
+    >>> labkit.jets.dataset("jets").inputs
+    ['constituents']
     """
     if isinstance(data, Dataset):
         _check_fields(data)

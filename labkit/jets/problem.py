@@ -85,6 +85,12 @@ class UCluster(Problem):
         and 1 (of each number of the pretext). With mass_bins="share" that is the rank of its mass, in which the jets lie evenly. Or
         "distribution": by the whole of what it says, the square roots of the bins' probabilities, which hold how sure it is, too.
     defects : what the published distributed notebooks do, by name (`labkit.jets.defects`): for ablations.
+
+    Examples
+    --------
+    >>> problem = labkit.jets.UCluster("jets", pretrain=1, batch_size=32, neighbours=4, train_samples=96, test_samples=64)
+    >>> labkit.train(problem, lab, update="allreduce", passes=2).wait().state
+    'done'
     """
 
     @named

@@ -99,6 +99,11 @@ def generate(
     ProblemError
         Pythia or FastJet is not installed: it says which extra is missing. Also where the folder holds jets of other settings or of
         another Pythia, more files than these, or files of these names that are not of labkit.
+
+    Examples
+    --------
+    >>> [file.name for file in labkit.jets.generate("clean", jets=4, classes="WZ", preset="clean")]
+    ['jets-00000.parquet']
     """
     jets, jets_per_file = whole("jets", jets), whole("jets_per_file", jets_per_file)
     seed, particles = whole("seed", seed, 0, SEEDS), whole("particles", particles, 3)

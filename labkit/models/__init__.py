@@ -56,6 +56,12 @@ def make_model(
 
     A module is what every seed begins from. A function with two required positional parameters is called with (shape, n_outputs), one with one that is named for a shape with
     that, one without any with nothing; `arguments` go to it by keyword. Raises ProblemError where it has others, or returns no module.
+
+    Examples
+    --------
+    >>> one, other = (labkit.models.make_model("lenet", (1, 8, 8), 10, {"width": 0.5}, seed=1) for _ in range(2))
+    >>> all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+    True
     """
     title = f"model {describe(model)}"
     if isinstance(model, nn.Module):
@@ -116,6 +122,14 @@ def seeded(seed: int, alone: bool = False) -> Iterator[None]:
     """Draw from torch's CPU generator, numpy's global one and `random` as if just seeded, and leave them as they were.
 
     `alone`: no other thread is in a step meanwhile that might draw from them (`drawing`).
+
+    Examples
+    --------
+    >>> def drawn():
+    ...     with labkit.models.seeded(3):
+    ...         return torch.rand(2)
+    >>> torch.equal(drawn(), drawn())
+    True
     """
     turn = _turn(_building, _drawing, goes_first=True) if alone else contextlib.nullcontext()
     with turn, _seeding, torch.random.fork_rng(devices=[]):
@@ -132,7 +146,17 @@ def seeded(seed: int, alone: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[nn.Module]:
-    """The module itself (not its DistributedDataParallel), in evaluation mode and without gradients."""
+    """The module itself (not its DistributedDataParallel), in evaluation mode and without gradients.
+
+    Examples
+    --------
+    >>> net = torch.nn.Dropout(0.5)
+    >>> with labkit.models.evaluating(net) as plain:
+    ...     plain(torch.ones(3))
+    tensor([1., 1., 1.])
+    >>> net.training
+    True
+    """
     if isinstance(module, DistributedDataParallel):
         module = module.module  # a forward pass of the wrapper may wait for the other workers
     training = [part for part in module.modules() if part.training]

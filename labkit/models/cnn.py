@@ -35,6 +35,12 @@ def lenet(shape: tuple[int, ...], n_classes: int, width: float = 1.0, piece: Seq
     padded by 2, so that 8x8 digits work. The dense layer sees the whole last map (4x4x64 at 28x28), at any size.
 
     Parameters: 317,066 at (1, 28, 28) and 10 classes. Raises ProblemError below 4 pixels a side.
+
+    Examples
+    --------
+    >>> net = labkit.models.lenet((1, 28, 28), 10)
+    >>> net(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
     """
     conv, pool, _, _ = _kit("lenet", shape, n_classes, width)
     padding = 2 if min(shape[1:]) < 16 else 0
@@ -60,6 +66,12 @@ def vgg3(shape: tuple[int, ...], n_classes: int, width: float = 1.0, piece: Sequ
     """Three VGG blocks (two 3x3 convolutions and a max-pool) of 32, 64 and 128 channels, dense 128, dense n_classes.
 
     Parameters: 550,570 at (3, 32, 32) and 10 classes. See `vgg9` for what both have in common.
+
+    Examples
+    --------
+    >>> net = labkit.models.vgg3((3, 32, 32), 10)
+    >>> net(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     return _vgg("vgg3", shape, n_classes, width, piece, blocks=((32, 32), (64, 64), (128, 128)), dense=(128,))
 
@@ -73,6 +85,12 @@ def vgg9(shape: tuple[int, ...], n_classes: int, width: float = 1.0, piece: Sequ
     dense layers.
 
     Parameters: 3,491,530 at (3, 32, 32) and 10 classes. Raises ProblemError below 8 pixels a side.
+
+    Examples
+    --------
+    >>> net = labkit.models.vgg9((3, 32, 32), 10, width=0.5)
+    >>> net(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     return _vgg("vgg9", shape, n_classes, width, piece, blocks=((32, 64), (128, 128), (256, 256)), dense=(512, 512))
 
@@ -84,6 +102,12 @@ def resnet20(shape: tuple[int, ...], n_classes: int, width: float = 1.0, piece: 
     zero channels, without parameters. BatchNorm after each convolution, a global average before the dense layer.
 
     Parameters: 269,722 at (3, 32, 32) and 10 classes. Raises ProblemError below 5 pixels a side.
+
+    Examples
+    --------
+    >>> net = labkit.models.resnet20((3, 32, 32), 10)
+    >>> sum(parameter.numel() for parameter in net.parameters())
+    269722
     """
     conv, _, norm, average = _kit("resnet20", shape, n_classes, width)
     # Below two pixels a side, BatchNorm could not train on a last batch of one sample.

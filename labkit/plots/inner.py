@@ -28,7 +28,12 @@ NAMED = 3  # layers of the roofline that are named, those that take longest
 
 
 def gantt(profile: Profile) -> hv.Overlay:
-    """The tasks of one step by thread, as they were executed; a black strip marks those of the critical path."""
+    """The tasks of one step by thread, as they were executed; a black strip marks those of the critical path.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.gantt(labkit.inner.profile(problem, batch=16, inner=1, steps=3))
+    """
     _check(profile)
     style.extension()
     tasks, measured = profile.tasks, profile.schedule
@@ -67,7 +72,12 @@ def _threads(n: int) -> str:
 
 def roofline(profile: Profile) -> hv.Overlay:
     """FLOP/s of each layer against its FLOPs a byte, both logarithmic, with what one thread of this machine allows: copying and products of
-    matrices, in float32 and in bfloat16, measured with the step."""
+    matrices, in float32 and in bfloat16, measured with the step.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.roofline(labkit.inner.profile(problem, batch=16, inner=1, steps=3))
+    """
     _check(profile)
     style.extension()
     table, peaks = profile.table(), profile.peaks

@@ -59,6 +59,10 @@ def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
     Moves under "Run All" if the next cell leaves the kernel free: `await asyncio.to_thread(run.wait)`; after a cell
     that blocks it, the picture of that moment comes. In static mode nothing can move: this then waits for the end of the
     run, and returns the final picture.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.live(run)  # of a run that has ended: its last picture
     """
     timeout = real("timeout", timeout, least=0, finite=False)
     return moving(style.a_run("run", run), Watch(run), VIEWS, NOTHING, timeout)

@@ -23,7 +23,13 @@ HEIGHTS = (2.6, 1.4)  # of the accuracy; of the membership, and 0.45 for each wo
 
 
 def roster(run: RunRecord) -> pd.DataFrame:
-    """Who was here when: columns worker, incarnation, start, end (s), message (why it was gone; "" for an ordinary end)."""
+    """Who was here when: columns worker, incarnation, start, end (s), message (why it was gone; "" for an ordinary end).
+
+    Examples
+    --------
+    >>> sorted(labkit.plots.roster(run)["worker"].tolist())
+    [0, 1]
+    """
     table = intervals(style.a_run("run", run).events)
     here = table.loc[table.kind == "here", ["worker", "incarnation", "start", "end", "message"]]
     return here.astype({"incarnation": int}).reset_index(drop=True)
@@ -34,6 +40,10 @@ def membership(run: RunRecord, faults: pd.DataFrame | None = None) -> hv.Layout:
 
     A tick begins each bar: a worker that was lost and came back is another incarnation. RunError while the run is running: it has
     no accuracy yet.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.membership(run)
     """
     style.a_run("run", run)
     if faults is not None:

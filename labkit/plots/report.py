@@ -59,6 +59,11 @@ def report(runs: RunRecord | Sequence[RunRecord], path: str | Path = "report.htm
     """Write a report of a run, or of several side by side, as one HTML file that needs no network; returns its path.
 
     Raises `RunError` where nothing of a run can be read, or none was given; what of it cannot be drawn is said in the page.
+
+    Examples
+    --------
+    >>> labkit.plots.report([run], "report.html").name
+    'report.html'
     """
     runs, path = style.some_runs(runs), file_path("path", path)
     if path.suffix != ".html":

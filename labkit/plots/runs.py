@@ -44,6 +44,12 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
     the directory. Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
     `target` (of a score in (0, 1], but where lower is better) is drawn as a level, and the legend has where each line crosses it, straight between points,
     from whichever side it comes. RunError while a run is running: it has no curve yet.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.curves([run, labkit.simulate(run, n_workers=8)], target=0.5)
+    >>> labkit.plots.save(figure, "curves.png").name
+    'curves.png'
     """
     x, y = known("x", x, AXES), text("y", y)
     runs = style.some_runs(runs)
@@ -108,6 +114,10 @@ def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     """Mean T / max T of each local pass (T: seconds of one worker's pass) with the 0.95 that IDPA is held to.
 
     1 means that all workers take equally long, 1/m that all others do little but wait for one of m workers.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.balance([run])
     """
     runs = style.some_runs(runs)
     style.extension()
@@ -138,13 +148,23 @@ def segments(run: RunRecord) -> pd.DataFrame:
     """What each worker did when: columns worker, activity ("compute", "wait", "exchange"), start, end (s).
 
     How a worker's time is divided: `labkit.runs.analysis`.
+
+    Examples
+    --------
+    >>> sorted(labkit.plots.segments(run)["worker"].unique().tolist())
+    [0, 1]
     """
     table = analysis.spans(style.a_run("run", run).events)
     return table.loc[table.kind != "refill", ["worker", "activity", "start", "end"]].reset_index(drop=True)
 
 
 def timeline(run: RunRecord) -> hv.Overlay:
-    """One row for each worker: when it computed, waited and exchanged weights; a tick above it: its push was merged."""
+    """One row for each worker: when it computed, waited and exchanged weights; a tick above it: its push was merged.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.timeline(run)
+    """
     style.a_run("run", run)
     style.extension()
     spans = segments(run)
@@ -206,7 +226,12 @@ def _rows_of_workers(
 
 
 def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
-    """How stale the merges were, in versions: a histogram by worker for one run, by setting for several."""
+    """How stale the merges were, in versions: a histogram by worker for one run, by setting for several.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.staleness([run])
+    """
     runs = style.some_runs(runs)
     style.extension()
     runs = _as_runs(runs, lambda run: run.events)
@@ -235,7 +260,12 @@ def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
 
 
 def weights(run: RunRecord) -> hv.Overlay:
-    """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples."""
+    """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.weights(run)
+    """
     style.a_run("run", run)
     style.extension()
     events = effective(run.events)
@@ -256,7 +286,13 @@ def weights(run: RunRecord) -> hv.Overlay:
 
 
 def speed(frame: pd.DataFrame) -> hv.Overlay:
-    """Measured samples/s of each worker; `frame` has the columns worker, samples_per_s and slowdown."""
+    """Measured samples/s of each worker; `frame` has the columns worker, samples_per_s and slowdown.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> figure = labkit.plots.speed(pd.DataFrame({"worker": [0, 1], "samples_per_s": [900.0, 230.0], "slowdown": [1, 4]}))
+    """
     style.extension()
     style.check_columns(frame, ["worker", "samples_per_s", "slowdown"])
     if frame.empty:

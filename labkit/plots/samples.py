@@ -27,6 +27,10 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
     """What a `Classifier` takes each class for: a row for each class, in per cent of its samples, a column for each answer.
 
     `data` and `version` as of `run.evaluate`. Of a class for each pixel all pixels count. ProblemError where there are no classes.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.confusion(run)
     """
     style.a_run("run", run)
     run.opened_problem("samples are drawn")
@@ -64,6 +68,10 @@ def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = N
     """The `n` samples with the largest loss as pictures, each with what it is and what the network says; of volumes the middle slice.
 
     `data` and `version` as of `run.evaluate`. Samples that are no pictures are in `run.predictions()`.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.worst(run)
     """
     n = whole("n", n)
     style.a_run("run", run)

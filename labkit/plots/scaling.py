@@ -30,6 +30,11 @@ def scaling(frame: pd.DataFrame, x: str = "n_workers", note: str = "") -> hv.Ove
     """Seconds against `x`, "samples" or "n_workers", both logarithmic, one line a strategy; columns: strategy, seconds and `x`.
 
     `note` is the line under the title: where the times come from.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> figure = labkit.plots.scaling(pd.DataFrame({"strategy": "AGWU + IDPA", "n_workers": [1, 2, 4], "seconds": [60, 31, 17]}))
     """
     x, note = known("x", x, AXES), text("note", note)
     style.extension()
@@ -49,6 +54,12 @@ def saturation(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
     """Samples/s against workers, both logarithmic, one line a label; `frame`: label, n_workers, samples_per_s, server_busy.
 
     The legend of a line: from how many workers on its server is busy all the time (90 % of it).
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"label": "AGWU", "n_workers": [1, 4, 16], "samples_per_s": [900, 3500, 8000], "server_busy": [0.1, 0.4, 0.95]})
+    >>> figure = labkit.plots.saturation(frame)
     """
     style.extension()
     _check(frame, ["label", "n_workers", "samples_per_s", "server_busy"])
@@ -73,6 +84,11 @@ def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
     """How far simulated times are off, a mark a run and a row a configuration, with strokes at 0 and at `bar` above and below.
 
     `frame`: configuration, and error = simulated over measured time, less 1.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> figure = labkit.plots.errors(pd.DataFrame({"configuration": ["AGWU", "AGWU", "SGWU"], "error": [0.02, -0.05, 0.12]}))
     """
     bar = real("bar", bar, least=0)
     style.extension()

@@ -41,7 +41,12 @@ GROWTH = 1.1  # so many times the trials, and the importance is computed again w
 
 
 def search_table(found: Any) -> hv.Overlay:
-    """Where a search stands: its three best trials (of several objectives three on the front), those under way, and the latest of the others, a row each."""
+    """Where a search stands: its three best trials (of several objectives three on the front), those under way, and the latest of the others, a row each.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.search_table(found)
+    """
     found = _a_search("found", found)
     style.extension()
     if found.table().empty:
@@ -54,6 +59,10 @@ def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
 
     Searches of one method and other seeds share a line: the median, with a band from the lowest to the highest. A trial that ended early
     is a mark of its own at the score that it had reached, and never the best one. Of more than 400 trials some are drawn.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.search_history(found)
     """
     x = known("x", x, AXES)
     one = not isinstance(searches, Iterable)
@@ -114,6 +123,10 @@ def search_points(found: Any) -> hv.Overlay:
     colour, the best of all thick.
 
     At most the 40 best and 150 of the others are drawn. A trial without a parameter, which other choices bring, passes below its axis.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.search_points(found)
     """
     found = _a_search("found", found)
     style.extension()
@@ -125,7 +138,12 @@ def search_points(found: Any) -> hv.Overlay:
 
 def search_importance(found: Any) -> hv.Overlay:
     """How much each parameter decides whether a trial is among the best tenth (PED-ANOVA), as bars; they sum to 1. Of several objectives
-    those are the trials on and next to the front."""
+    those are the trials on and next to the front.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.search_importance(found)
+    """
     found = _a_search("found", found)
     style.extension()
     try:
@@ -140,6 +158,11 @@ def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.O
     (or marks, where there are more than two objectives).
 
     `x` and `y` are names of objectives, by default the second and the first. Trials that break a constraint are marked as such.
+
+    Examples
+    --------
+    >>> two = labkit.search(problem, {"lr": (0.01, 0.5, "log")}, lab, trials=2, passes=1, objective=["score", "time"], name="two")
+    >>> figure = labkit.plots.search_front(two)
     """
     found = like("found", _a_search("found", found), ("front", "objectives"), "a search, as labkit.search gives it")
     names = list(found.objectives)
@@ -172,7 +195,12 @@ def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.O
 
 
 def search_timeline(found: Any) -> hv.Overlay:
-    """One row for each worker: which trials it trained when, by how they ended."""
+    """One row for each worker: which trials it trained when, by how they ended.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.search_timeline(found)
+    """
     found = _a_search("found", found)
     style.extension()
     if found.timeline().empty:
@@ -187,6 +215,10 @@ def search_live(found: Any, timeout: float = 86400) -> hv.Layout:
     As `labkit.plots.live` of a run: begin the search with `wait=False`, and leave the kernel free in the next cell,
     `await asyncio.to_thread(found.wait)`. In static mode this waits for the end. Of a long search the timeline shows the latest runs, and
     the importance is computed when a tenth more trials have ended.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.search_live(found)
     """
     found = like("found", _a_search("found", found), ("state",), "a search, as labkit.search gives it")
     return moving(found, _Watch(found), LIVE, NOTHING, real("timeout", timeout, least=0, finite=False), space=0.7, height=20)

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def step_times(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
-    """How many times as fast as the first problem each is, a group of bars for each batch size; `frame`: of `labkit.step_times`."""
+    """How many times as fast as the first problem each is, a group of bars for each batch size; `frame`: of `labkit.step_times`.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.step_times(labkit.step_times({"lenet": problem}, batch_sizes=[16, 32], steps=3))
+    """
     note = text("note", note)
     style.extension()
     style.check_columns(frame, ["problem", "batch_size", "speedup"])

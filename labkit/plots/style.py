@@ -51,6 +51,10 @@ def extension(mode: str | None = None) -> str:
     Returns
     -------
     The mode. `DataFrame.hvplot` works afterwards, with the same back end.
+
+    Examples
+    --------
+    >>> mode = labkit.plots.extension()  # "static" where figures cannot move, as here
     """
     mode = mode or ("interactive" if interactive() else "static")
     if mode not in MODES:
@@ -96,7 +100,13 @@ def _inline_styles() -> None:
 
 
 def interactive() -> bool:
-    """Whether figures and progress bars can move here: see `extension`; loads nothing."""
+    """Whether figures and progress bars can move here: see `extension`; loads nothing.
+
+    Examples
+    --------
+    >>> labkit.plots.interactive()  # no: this is no notebook
+    False
+    """
     mode = os.environ.get("LABKIT_PLOTS") or _loaded.get("mode")
     if mode:
         if mode not in MODES:
@@ -132,6 +142,11 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Write a figure to `path`: a PNG by matplotlib, without a browser, or, for `.html`, a page that needs no network.
 
     Returns the path. Missing folders are made; an ending other than .png and .html is a ValueError.
+
+    Examples
+    --------
+    >>> labkit.plots.save(labkit.plots.curves([run]), "curves.html").name
+    'curves.html'
     """
     path = file_path("path", path)
     if path.suffix not in (".png", ".html"):

@@ -25,7 +25,12 @@ INSET = 0.01  # of the longer side of the image, by which frames of one kind lie
 
 
 def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
-    """A `labkit.Decomposition` drawn on one sample (C, H, W) or (C, D, H, W): a frame for each subdomain, with its number."""
+    """A `labkit.Decomposition` drawn on one sample (C, H, W) or (C, D, H, W): a frame for each subdomain, with its number.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.decomposition(labkit.Decomposition((2, 2), overlap=2), np.zeros((1, 8, 8)))
+    """
     like("parts", parts, ("n_parts", "windows"), "a labkit.Decomposition")
     style.extension()
     sample = np.asarray(image)
@@ -48,7 +53,12 @@ def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
 
 
 def part_accuracy(joined: Any) -> hv.Overlay:
-    """Test accuracy of each subnet alone, at its subdomain of the image; `joined` is what `labkit.train_subnets` returns."""
+    """Test accuracy of each subnet alone, at its subdomain of the image; `joined` is what `labkit.train_subnets` returns.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.part_accuracy(joined)
+    """
     _trained(joined)
     style.extension()
     shape, chosen = joined.config["shape"], joined.decomposition
@@ -74,6 +84,10 @@ def part_times(joined: Any) -> hv.Overlay:
     """Seconds of training: each subnet, the coarse network, and the baselines.
 
     Of more than MOST_BARS subnets only the median and the longest are drawn.
+
+    Examples
+    --------
+    >>> figure = labkit.plots.part_times(joined)
     """
     _trained(joined)
     style.extension()
@@ -101,6 +115,12 @@ def part_scores(frame: pd.DataFrame) -> hv.Overlay:
     """Test accuracy of each network over settings; `frame` has the columns setting, seed, network and accuracy, a row a training.
 
     A mark is the median over seeds, its stroke reaches from the lowest to the highest.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> rows = [(f"{n} x {n}", seed, network, 0.8 + 0.01 * n) for n in (2, 4) for seed in (0, 1) for network in ("coarse", "transfer")]
+    >>> figure = labkit.plots.part_scores(pd.DataFrame(rows, columns=["setting", "seed", "network", "accuracy"]))
     """
     style.extension()
     style.check_columns(frame, ["setting", "seed", "network", "accuracy"])

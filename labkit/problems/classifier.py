@@ -50,6 +50,15 @@ class Classifier(Supervised):
     inner : how the threads of a worker share a step, a `labkit.Inner`: by default torch cuts each operator among them.
 
     A bad argument is a ValueError or TypeError at once; a model that does not fit the data a ProblemError in `check`.
+
+    Examples
+    --------
+    >>> def net(shape, n_classes):
+    ...     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(32), torch.nn.ReLU(), torch.nn.Linear(32, n_classes))
+    >>> x, y = np.random.rand(200, 12).astype("float32"), np.arange(200) % 2
+    >>> own = labkit.Classifier(net, (x, y), batch_size=32, lr=0.1, optimiser="adam")
+    >>> labkit.train(own, lab, passes=1).wait().state
+    'done'
     """
 
     unwritten: ClassVar = {**Supervised.unwritten, "loss": "cross-entropy"}

@@ -120,6 +120,27 @@ class Problem:
         over the last 1,000 steps or so. It is made beside training, from the first version on, under every update:
         `run.model("ema")`, and columns `ema_score`, `ema_loss` and so on of the curve. `score` and `loss` remain those of the
         global weights themselves, by which also `target`, `patience` and `run.model("best")` go.
+
+    Examples
+    --------
+    >>> class OneLayer(labkit.Problem):
+    ...     def build(self, seed):
+    ...         with labkit.models.seeded(seed):
+    ...             return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    ...     def optimisers(self, module):
+    ...         return [torch.optim.SGD(module.parameters(), lr=0.1)]
+    ...     def step(self, module, batch, optimisers, clock):
+    ...         loss = torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
+    ...         optimisers[0].zero_grad()
+    ...         loss.backward()
+    ...         optimisers[0].step()
+    ...         return {"loss": loss.detach()}
+    ...     def evaluate(self, module, batch):
+    ...         outputs = module(batch[0])
+    ...         loss = torch.nn.functional.cross_entropy(outputs, batch[1]).item()
+    ...         return {"loss": loss, "score": (outputs.argmax(1) == batch[1]).float().mean().item()}
+    >>> labkit.train(OneLayer("digits"), lab, passes=1).wait().state
+    'done'
     """
 
     augment: str | Callable[..., Any] | None = None

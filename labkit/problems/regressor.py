@@ -41,6 +41,13 @@ class Regressor(Supervised):
     lr, momentum, weight_decay, optimiser, schedule, metrics, clip_norm, accumulate, inner : as of `labkit.Classifier`.
 
     A bad argument is a ValueError or TypeError at once; a model that does not fit the data a ProblemError in `check`.
+
+    Examples
+    --------
+    >>> x = np.random.rand(200, 3).astype("float32")
+    >>> sums = labkit.Regressor(lambda: torch.nn.Linear(3, 1), (x, x.sum(1, keepdims=True)), loss="huber", metrics=["mae"])
+    >>> labkit.train(sums, lab, passes=1).wait().curve().columns.intersection(["score", "mae"]).tolist()
+    ['score', 'mae']
     """
 
     answers: ClassVar = "target"

@@ -45,6 +45,11 @@ def step_times(
     load of the machine, and as `host` its instruction set.
 
     ValueError or TypeError for a bad argument; ProblemError for a problem that cannot be trained.
+
+    Examples
+    --------
+    >>> labkit.step_times({"lenet": problem}, batch_sizes=[16, 32], steps=3)["batch_size"].tolist()
+    [16, 32]
     """
     if not isinstance(problems, Mapping) or not problems:
         raise TypeError("problems must be a dict of problems by name, {'torch': labkit.Classifier(...), ...}, with one at least.")

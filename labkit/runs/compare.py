@@ -26,6 +26,12 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
     The settings that differ are columns too, behind the partition. `score` and `loss` are those of the test set; a column
     `lower_is_better` says of which runs that holds of the score. A run that cannot be
     read does not take the table down: its `state` is "damaged", and `reason` says why. Directories of runs can be given as well.
+
+    Examples
+    --------
+    >>> table = labkit.compare([run])
+    >>> table[["update", "partition", "state"]].values.tolist()
+    [['agwu', 'idpa', 'done']]
     """
     import pandas as pd
 

@@ -18,6 +18,12 @@ def observables(cells: np.ndarray, energies: np.ndarray) -> dict[str, np.ndarray
     "total" (MeV), "fraction" (total / energy, MeV per GeV), "depth" and "length" (mean and standard deviation of the depth, layers), "x", "y" (centre,
     cells), "width" (standard deviation of the distance from it), "hits" (cells above 1 keV), "peak" (the layer with the most energy), "core" (share of
     the central 3 x 3 cells).
+
+    Examples
+    --------
+    >>> numbers = labkit.showers.observables(labkit.showers.generate(gan, np.array([50.0])), np.array([50.0]))
+    >>> numbers["layer"].shape
+    (1, 25)
     """
     cells = np.asarray(cells, np.float32)
     _, sides, others, depth = cells.shape

@@ -20,7 +20,12 @@ NAMES = ("simulated", "simulated, others", "generated")
 
 
 def page(found: Any) -> hv.Layout:
-    """Profiles along and across, cells, sampling fraction and separation powers of what `labkit.showers.validate` returns, under each other."""
+    """Profiles along and across, cells, sampling fraction and separation powers of what `labkit.showers.validate` returns, under each other.
+
+    Examples
+    --------
+    >>> figure = labkit.showers.page(labkit.showers.validate(gan, n=32, classifiers=[], bootstrap=2))
+    """
     like("found", found, ("table", "real", "made"), "what labkit.showers.validate returns")
     style.extension()
     samples = (found.real, found.other, found.made)
@@ -96,7 +101,12 @@ def _separations(found: Any) -> hv.Overlay:
 
 
 def fractions(found: Mapping[str, Any]) -> hv.Overlay:
-    """The sampling fraction of generated showers by energy, relative to the simulated one: a line for each of several validations, by name."""
+    """The sampling fraction of generated showers by energy, relative to the simulated one: a line for each of several validations, by name.
+
+    Examples
+    --------
+    >>> figure = labkit.showers.fractions({"2 workers": labkit.showers.validate(gan, n=32, classifiers=[], bootstrap=2)})
+    """
     if not isinstance(found, Mapping) or not found:
         raise TypeError(f"found={found!r} must be a dict of what labkit.showers.validate returns, by name.")
     style.extension()

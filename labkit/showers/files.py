@@ -98,6 +98,12 @@ def open_showers(
     DataError
         A file is damaged or has none of the keys (the message has those that are there), shapes or numbers of rows differ, an energy is not above 0, a
         cell is negative or no number or seems to be in GeV, or a shower is empty.
+
+    Examples
+    --------
+    >>> file = labkit.showers.generate(gan, np.linspace(10, 100, 20), out="made.h5")
+    >>> labkit.showers.open_showers(file).shape
+    (1, 25, 25, 25)
     """
     empty, scale = known("empty", empty, EMPTY), None if scale is None else real("scale", scale, above=0)
     layout = None if layout is None else known("layout", layout, LAYOUTS)

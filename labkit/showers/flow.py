@@ -60,6 +60,12 @@ class ShowerFlow(Showers):
     mirror : showers are mirrored and transposed at random, batch by batch: they come head on.
 
     A loss that is no number, or layers that are empty (looked at in every 16th step of a worker), end the run: `step` raises a ProblemError.
+
+    Examples
+    --------
+    >>> problem = labkit.showers.ShowerFlow("showers-wsi", train_samples=128, test_samples=32, score_samples=32)
+    >>> labkit.train(problem, lab, passes=1).wait().state
+    'done'
     """
 
     def __init__(

@@ -242,6 +242,12 @@ class ShowerGAN(Showers):
     A generator whose showers of a batch are empty or no numbers, or the same for two noises at the same energies (their layers differ by less than
     0.2 % of the spread of real ones), has collapsed: `step` raises a ProblemError that says which, the run fails with it, and the checkpoints up
     to then remain. On a GPU each worker looks at every 16th of its steps. Cells below 1 keV of the showers that are made are 0.
+
+    Examples
+    --------
+    >>> problem = labkit.showers.ShowerGAN("showers-wsi", train_samples=128, test_samples=32, score_samples=32)
+    >>> labkit.train(problem, lab, update="sgwu", passes=1).wait().state
+    'done'
     """
 
     def __init__(

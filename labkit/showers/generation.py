@@ -75,6 +75,12 @@ def generate(
         Energies that are no numbers above 0, no energies, or angles that do not fit them, are no numbers, or are none of the model's.
     ProblemError, ValueError, TypeError
         The model makes no showers, or an argument makes no sense.
+
+    Examples
+    --------
+    >>> made = labkit.showers.generate(gan, np.array([10.0, 100.0]), seed=0)
+    >>> made.shape, made.dtype
+    ((2, 25, 25, 25), dtype('float32'))
     """
     seed, batch_size = whole("seed", seed, 0, SEEDS, error=ValueError), whole("batch_size", batch_size)
     layout = known("layout", layout, WRITABLE)

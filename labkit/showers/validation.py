@@ -231,12 +231,24 @@ def objective(real: np.ndarray, made: np.ndarray, energies: np.ndarray, made_ene
 
     It departs from 3DGAN's script in two points. There the slices are not weighted, and one that is empty in the real showers, as those at the
     edge are at few GeV, makes the whole infinite. And there the moment error is added twice, by a block that stands there twice.
+
+    Examples
+    --------
+    >>> showers, energies = np.random.rand(40, 25, 25, 25), np.linspace(10, 100, 40)
+    >>> float(labkit.showers.objective(showers, showers, energies, energies))
+    0.0
     """
     return _objective(_along_axes(real), _along_axes(made), energies, made_energies, bins)
 
 
 def negative_objective(run: Any) -> float:
-    """-`objective` of a run on its score set, for `labkit.search(..., objective=negative_objective)`: more is better there."""
+    """-`objective` of a run on its score set, for `labkit.search(..., objective=negative_objective)`: more is better there.
+
+    Examples
+    --------
+    >>> labkit.showers.negative_objective(gan) < 0
+    True
+    """
     problem, module = model_of(run)
     indices = problem.score_indices()
     x, y = problem.load(indices)
@@ -337,6 +349,12 @@ def validate(
     ------
     ProblemError, ValueError
         The model makes no showers, a function returns others than it was asked for, or an argument makes no sense.
+
+    Examples
+    --------
+    >>> found = labkit.showers.validate(gan, n=32, classifiers=[], bootstrap=2)
+    >>> found.table.columns.tolist()
+    ['metric', 'value', 'spread', 'floor', 'n']
     """
     import pandas as pd
 
@@ -383,6 +401,11 @@ def official(found: Mapping[str, Validation] | None = None) -> pd.DataFrame:
     """The published results of CaloChallenge (arXiv:2410.21611, CaloChallenge/homepage), as orientation: another detector, other sample sizes.
 
     With `found`, validations by name, their numbers and the floor come first.
+
+    Examples
+    --------
+    >>> "dataset" in labkit.showers.official()
+    True
     """
     import pandas as pd
 

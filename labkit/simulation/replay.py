@@ -64,6 +64,14 @@ def replay(
         ranks of an all-reduce, which are threads in a replay. Another `update` of an all-reduce, or an all-reduce of another run:
         they exchange at every step, and the arrivals of one say nothing about the other. Or the replay differs from the record: the
         first difference, with its event and worker.
+
+    Examples
+    --------
+    >>> again = labkit.replay(run)  # the same weights, bit for bit, on CPUs
+    >>> np.array_equal(again.flat(), run.flat())
+    True
+    >>> labkit.replay(run, update="sgwu").config.update["name"]  # what another rule makes of the same arrivals
+    'sgwu'
     """
     instance("run", run, Run, ", such as labkit.load_run(path)")
     folder = run.path.parent if runs is None else file_path("runs", runs)

@@ -92,6 +92,12 @@ def simulate(
         A run is still running, or is too short to be fitted.
     ValueError, TypeError, PartitionError, ProblemError
         The request makes no sense. An all-reduce cannot be simulated: it exchanges within every step.
+
+    Examples
+    --------
+    >>> many = labkit.simulate(run, n_workers=8, slowdown=[1, 1, 1, 1, 2, 2, 4, 4], update="fedbuff")
+    >>> many.origin, many.config.n_workers
+    ('simulated', 8)
     """
     measured = [source] if isinstance(source, Run) else several("source", source, lambda _, one: one)
     if not measured:

@@ -46,6 +46,12 @@ class Decomposition:
 
     Shapes are those of one sample, with its channels: (C, H, W) or (C, D, H, W). A grid that does not fit a shape is a
     ProblemError; a senseless argument a ValueError or TypeError.
+
+    Examples
+    --------
+    >>> quarters = labkit.Decomposition((2, 2), overlap=2)
+    >>> [part.shape for part in quarters.cut(np.zeros((1, 8, 8)))]
+    [(1, 6, 6), (1, 6, 6), (1, 6, 6), (1, 6, 6)]
     """
 
     def __init__(self, grid: Sequence[int], overlap: int | Sequence[int] = 0, *, border: str = "equal") -> None:

@@ -40,6 +40,12 @@ class Subnet(Classifier):
     subdomain, 0..N-1), width_rule, stacking ("held-out": it is not trained on the samples held out for the coarse network;
     otherwise on all training samples), fold (with "out-of-fold": that of a copy that is trained without these samples, so that
     it can judge them).
+
+    Examples
+    --------
+    >>> part = labkit.Subnet("lenet", "digits", decomposition=labkit.Decomposition((2, 2)), part=0, train_samples=200)
+    >>> labkit.train(part, lab, passes=1).wait().state
+    'done'
     """
 
     def __init__(

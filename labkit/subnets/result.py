@@ -213,6 +213,12 @@ def load_subnets(path: str | os.PathLike[str], model: Callable[..., nn.Module] |
     """Subnets as they were saved, or as `train_subnets` left them; the data set is not needed.
 
     A model that was written in a notebook is not in the file: give its function as `model`.
+
+    Examples
+    --------
+    >>> alone = labkit.load_subnets(joined.save("joined"))
+    >>> alone.predict(np.zeros((3, 1, 8, 8), np.uint8)).shape
+    (3,)
     """
     path = file_path("path", path).absolute()
     config = read_json(path / "config.json")

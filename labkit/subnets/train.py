@@ -132,6 +132,12 @@ def train_subnets(
 
     Subnets that take longest start first. A subnet whose worker is lost is trained again by another one, from its beginning; a
     block that loses a worker goes on without it.
+
+    Examples
+    --------
+    >>> joined = labkit.train_subnets(problem, lab, labkit.Decomposition((2, 2), overlap=2), epochs=1)
+    >>> joined.predict(np.zeros((5, 1, 8, 8), np.uint8)).shape
+    (5,)
     """
     if type(problem) is not Classifier:
         raise TypeError(f"problem is a {type(problem).__name__}; subnets are made of a labkit.Classifier(...).")

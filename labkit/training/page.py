@@ -61,6 +61,13 @@ def watch(run: Run | str | Path, timeout: float = START_S) -> Page:
     ------
     RunError
         There is no run, or the page does not start.
+
+    Examples
+    --------
+    >>> page = labkit.watch(run)
+    >>> page.url.startswith("http://")
+    True
+    >>> page.close()
     """
     timeout = real("timeout", timeout, above=0, finite=False)
     return Page(run.path if isinstance(run, Run) else load_run(file_path("run", run)).path, timeout)

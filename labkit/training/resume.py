@@ -73,6 +73,12 @@ def resume(
     RunError
         The run is still running, is done, or has no whole checkpoint; or problem, update or partition are not those of the run, or
         were written in a notebook cell and are not given.
+
+    Examples
+    --------
+    >>> cut = labkit.train(problem, lab, passes=20, name="cut").stop()
+    >>> labkit.resume(cut.path, lab).stop().state
+    'stopped'
     """
     run = load_run(path := file_path("path", path))
     on_version = (

@@ -48,7 +48,17 @@ class Follower(Protocol):
 
 
 class Run(RunRecord):
-    """One training: its directory (attributes name, path, config), and the way to follow and stop it while it is running."""
+    """One training: its directory (attributes name, path, config), and the way to follow and stop it while it is running.
+
+    Examples
+    --------
+    >>> run.state, run.curve().columns[:3].tolist()
+    ('done', ['seconds', 'samples', 'version'])
+    >>> run.predict(np.zeros((5, 1, 8, 8), np.uint8)).shape
+    (5,)
+    >>> run.save("lenet.pt2").exists()
+    True
+    """
 
     def __init__(self, path: str | Path, *, problem: Problem | None = None, follower: Follower | None = None) -> None:
         super().__init__(path)
@@ -454,6 +464,11 @@ def load_run(path: str | Path, *, problem: Problem | None = None) -> Run:
     Every file is checked when it is read: what is damaged, missing or of another run is a RunError with its name. Runs of formats 1 to
     3 (`run.config.format`) hold no digests: their files are checked against each other, and one changed digit of a loss, a score or a
     time in them cannot be noticed, but by `labkit.replay`, which computes losses and scores again.
+
+    Examples
+    --------
+    >>> labkit.load_run(run.path).state
+    'done'
     """
     path = file_path("path", path)
     if not is_folder(path):

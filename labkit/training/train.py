@@ -142,6 +142,14 @@ def train(
         The request makes no sense; nothing has been started. A `RunningError`, which is a RunError: a run of this name is running
         that another kernel has started, which may have died; follow or stop it (`load_run(...).attach()`), or choose another name. A ClusterError also:
         a module of your own is not what this kernel has loaded, as its file was edited since.
+
+    Examples
+    --------
+    >>> run = labkit.train(problem, lab, partition="idpa", update="agwu", passes=2, seed=0, name="first")
+    >>> run.wait().state
+    'done'
+    >>> run.summary()["versions"] > 0
+    True
     """
     update, partition = make_update(update), make_partition(partition)
     seed = whole("seed", seed, 0, SEEDS, error=ValueError)

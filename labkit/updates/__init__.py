@@ -38,7 +38,13 @@ __getattr__, __dir__ = face(__name__)
 
 
 def names() -> list[str]:
-    """The names of all rules, as `train(update=...)` takes them."""
+    """The names of all rules, as `train(update=...)` takes them.
+
+    Examples
+    --------
+    >>> "agwu" in labkit.updates.names()
+    True
+    """
     return list(UPDATES)
 
 
@@ -46,5 +52,10 @@ def make_update(update: str | dict | Update) -> Update:
     """An update from its name ("agwu"), an import path ("my_module:Mine"), name and settings (its `config()`), or itself.
 
     ValueError with the known ones where a name or a setting does not exist.
+
+    Examples
+    --------
+    >>> labkit.updates.make_update({"name": "fedbuff", "size": 4}).config()
+    {'name': 'fedbuff', 'size': 4, ...}
     """
     return update if isinstance(update, Update) else make_rule("update", update, UPDATES, Update)

@@ -32,6 +32,11 @@ class AGWU(Changes):
         "normalised" (default): q_j = Q_j / mean_l Q_l over the latest score of every worker, so that m pushes move the weights
         by about one local pass also while scores are low. "raw": q_j = Q_j as in the paper, whose first steps are then smaller
         by a factor of the number of classes.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.AGWU(), passes=1).wait().state
+    'done'
     """
 
     name = "agwu"
@@ -82,6 +87,11 @@ class Downpour(Changes):
         one local pass however long that is; 0.001 for adam, whose steps are about lr in each weight.
     momentum, beta1, beta2, eps
         Of the formulas above: 0.9, 0.9, 0.999, 1e-8.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.Downpour("adam", lr=0.001), passes=1).wait().state
+    'done'
     """
 
     name = "downpour"
@@ -165,6 +175,11 @@ class FedAsync(Update):
         "polynomial" (default), "hinge" or "constant".
     power, slope, free
         Of the formulas above: 0.5, 10, 4.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.FedAsync(alpha=0.6, fading="hinge"), passes=1).wait().state
+    'done'
     """
 
     name = "fedasync"
@@ -209,6 +224,11 @@ class FedBuff(Changes):
         Server step, 1.
     power
         0.5, so that a push counts 1 / sqrt(1 + tau); 0: all count alike.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.FedBuff(size=2), passes=1).wait().state
+    'done'
     """
 
     name = "fedbuff"

@@ -22,7 +22,16 @@ from labkit.imports import rule_config
 
 @dataclass(frozen=True)
 class Push:
-    """What a worker hands in after a local pass: its weights, and where it started from."""
+    """What a worker hands in after a local pass: its weights, and where it started from.
+
+    Examples
+    --------
+    >>> rule = labkit.updates.make_update("agwu")
+    >>> rule.start(np.zeros(3, np.float32), workers=[0, 1])
+    >>> replies = rule.push(labkit.updates.Push(worker=0, base_version=0, weights=np.ones(3, np.float32), score=0.5, samples=64))
+    >>> [(reply.worker, reply.version) for reply in replies]
+    [(0, 1)]
+    """
 
     worker: int
     base_version: int
@@ -36,6 +45,14 @@ class Reply:
     """Releases a worker with a version and the weights to go on from; the array is never written again.
 
     They are the weights of that version, unless each worker has weights of its own under the rule (EASGD).
+
+    Examples
+    --------
+    >>> rule = labkit.updates.LocalSGD()
+    >>> rule.start(np.zeros(3, np.float32), workers=[0])
+    >>> (reply,) = rule.push(labkit.updates.Push(0, 0, np.ones(3, np.float32), None, 64))
+    >>> reply.version, reply.weights
+    (1, array([1., 1., 1.], dtype=float32))
     """
 
     worker: int
@@ -45,7 +62,16 @@ class Reply:
 
 @dataclass(frozen=True)
 class Merge:
-    """One worker's share in a new version: the effective coefficient of its push."""
+    """One worker's share in a new version: the effective coefficient of its push.
+
+    Examples
+    --------
+    >>> rule = labkit.updates.LocalSGD()
+    >>> rule.start(np.zeros(3, np.float32), workers=[0])
+    >>> _ = rule.push(labkit.updates.Push(0, 0, np.ones(3, np.float32), None, 64))
+    >>> rule.merges
+    [Merge(worker=0, version=1, coefficient=1.0, staleness=0, samples=64)]
+    """
 
     worker: int
     version: int
@@ -62,11 +88,31 @@ ROOM = (
 
 
 class BadPush(UpdateError):
-    """A push that cannot be merged; the rule is as it was before. Its worker is at fault, not the rule."""
+    """A push that cannot be merged; the rule is as it was before. Its worker is at fault, not the rule.
+
+    Examples
+    --------
+    >>> rule = labkit.updates.LocalSGD()
+    >>> rule.start(np.zeros(3, np.float32), workers=[0])
+    >>> rule.push(labkit.updates.Push(0, 0, np.ones(4, np.float32), None, 64))
+    Traceback (most recent call last):
+        ...
+    labkit.updates.base.BadPush: push of worker 0 (from version 0) refused: float32 of shape (4,), but float32 of (3,) is needed.
+    """
 
 
 class Diverged(BadPush):
-    """Its weights are no numbers any more."""
+    """Its weights are no numbers any more.
+
+    Examples
+    --------
+    >>> rule = labkit.updates.LocalSGD()
+    >>> rule.start(np.zeros(3, np.float32), workers=[0])
+    >>> rule.push(labkit.updates.Push(0, 0, np.full(3, np.nan, np.float32), None, 64))
+    Traceback (most recent call last):
+        ...
+    labkit.updates.base.Diverged: push of worker 0 (from version 0) refused: its weights hold NaN or infinity. Lower the learning rate.
+    """
 
 
 class Update:
@@ -82,6 +128,14 @@ class Update:
     A tensor that no push has changed yet is `still`: each version has its bits, whatever a rule makes of it by rounding. So frozen
     parameters and constant buffers stay what they are. A rule from elsewhere may mean to move what no push has changed (noise, decay), and
     does.
+
+    Examples
+    --------
+    >>> rule = labkit.updates.make_update("agwu")
+    >>> rule.start(np.zeros(3, np.float32), workers=[0, 1])
+    >>> replies = rule.push(labkit.updates.Push(worker=0, base_version=0, weights=np.ones(3, np.float32), score=0.5, samples=64))
+    >>> [(reply.worker, reply.version) for reply in replies]
+    [(0, 1)]
     """
 
     name = ""
@@ -314,6 +368,17 @@ class Changes(Update):
     """A rule on changes: it needs how far a worker has come from the weights W(k) that it was given, W_j - W(k).
 
     Those are retained here (`base_weights`), not sent twice; workers that were given the same version share one array.
+
+    Examples
+    --------
+    >>> class Half(labkit.updates.Changes):
+    ...     def _merge(self, push):
+    ...         self._publish(self.weights + 0.5 * self._change(push), [(push, 0.5)])
+    ...         return self._release([push.worker])
+    >>> rule = Half()
+    >>> rule.start(np.zeros(1, np.float32), workers=[0])
+    >>> rule.push(labkit.updates.Push(0, 0, np.ones(1, np.float32), None, 64))[0].weights
+    array([0.5], dtype=float32)
     """
 
     fleeting = (*Update.fleeting, "base_weights")

@@ -24,6 +24,11 @@ class SSP(Changes):
     ----------
     bound
         How many local passes a worker may be ahead of the slowest, 3.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.SSP(bound=3), passes=1).wait().state
+    'done'
     """
 
     name = "ssp"
@@ -78,6 +83,11 @@ class Ringmaster(Changes):
     ----------
     limit
         R of the paper, the staleness from which on pushes are dropped. None: 4 m, four rounds of all workers.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.Ringmaster(limit=4), passes=1).wait().state
+    'done'
     """
 
     name = "ringmaster"
@@ -110,6 +120,11 @@ class Rescaled(Changes):
     most
         The largest c_j, 1: one very late push of a whole local pass would carry the weights away. The paper has no such limit,
         but a small step.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.Rescaled(), passes=1).wait().state
+    'done'
     """
 
     name = "rescaled"

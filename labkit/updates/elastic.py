@@ -26,6 +26,11 @@ class EASGD(Update):
     ----------
     beta
         In (0, 1]; 0.9 as published. 0.5 with one worker, which then meets the centre half-way.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.EASGD(beta=0.9), passes=1).wait().state
+    'done'
     """
 
     name = "easgd"
@@ -63,6 +68,11 @@ class GEM(Changes):
         None: 1/(5 m), so that a push counts for at most 1/m in each weight. NNLO: 0.01.
     momentum, kappa
         0.9 and 2, as in NNLO.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.GEM(momentum=0.9), passes=1).wait().state
+    'done'
     """
 
     name = "gem"

@@ -44,6 +44,11 @@ class DiLoCo(Barrier):
         0.7 and 0.9, as published for many local steps of AdamW. Where workers have a momentum of their own, less is often better.
     weighting
         "equal" (default): n_j = 1. "samples": n_j = samples of the local pass.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.DiLoCo(lr=0.7, momentum=0.9), passes=1).wait().state
+    'done'
     """
 
     name = "diloco"
@@ -96,6 +101,11 @@ class DelayedNesterov(Changes):
         n, pushes between two steps of the momentum. None: as many as there are workers.
     dynamic
         Local passes in proportion to speed, True.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.DelayedNesterov(), passes=1).wait().state
+    'done'
     """
 
     name = "delayed-nesterov"
@@ -158,6 +168,11 @@ class HeLoCo(Changes):
         0.7 and 0.9.
     keep, turn, shrink, most, kappa
         Of the formulas above: 0.2, 0.5, 1, 1, 1. The formulas are the paper's; these values are ours. keep=-1 corrects nothing.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.HeLoCo(), passes=1).wait().state
+    'done'
     """
 
     name = "heloco"

@@ -20,6 +20,15 @@ class Barrier(Update):
 
     Who joins while a round is under way begins with the next one. Who leaves is not waited for any more. A rule may close a round
     before all have pushed (`_enough`): the push of who comes too late is thrown away, and its worker joins the round under way.
+
+    Examples
+    --------
+    >>> rule = labkit.updates.LocalSGD()  # is one
+    >>> rule.start(np.zeros(1, np.float32), workers=[0, 1])
+    >>> rule.push(labkit.updates.Push(0, 0, np.ones(1, np.float32), None, 64))  # waits for worker 1
+    []
+    >>> [reply.worker for reply in rule.push(labkit.updates.Push(1, 0, np.ones(1, np.float32), None, 64))]
+    [0, 1]
     """
 
     fleeting = (*Update.fleeting, "pending", "waiting")
@@ -112,6 +121,11 @@ class SGWU(Barrier):
         push that comes after its round has closed is thrown away (and its samples are for somebody else to train on).
     grace
         Seconds from the first push of a round in which the others may still come, also when a quorum has pushed. 0: none.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.SGWU(quorum=0.5, grace=1.0), passes=1).wait().state
+    'done'
     """
 
     name = "sgwu"
@@ -158,6 +172,11 @@ class LocalSGD(Barrier):
     ----------
     weighting
         "equal" (default): n_j = 1, local SGD. "samples": n_j = samples of the local pass, FedAvg.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.updates.LocalSGD(), passes=1).wait().state
+    'done'
     """
 
     name = "localsgd"
@@ -198,6 +217,11 @@ class AllReduce(Barrier):
         True: in a step batch normalisations are by mean and variance of the batches of all workers, forward and backward, as one worker
         with the joint batch has them (`labkit.models.batch_norm`); two small exchanges for each normalisation and step. It matters where a
         worker's batch is small. False (default): by each worker's own batch, as DDP has them. Not with an inner layer that splits.
+
+    Examples
+    --------
+    >>> labkit.train(problem, lab, update=labkit.AllReduce(), passes=1).wait().state
+    'done'
     """
 
     name = "allreduce"
