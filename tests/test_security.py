@@ -10,10 +10,18 @@ import json
 import os
 import random
 import resource
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -356,6 +364,102 @@ def test_a_server_that_may_open_few_files_serves_its_members_under_a_flood(tmp_p
     finally:
         supervisor._end(process)
     assert last["state"] == "done" and checkpoints.versions(tmp_path)[-1] == last["version"]
+
+
+@contextmanager
+def few_tasks(process, most):
+    """A process that may have so many threads, its own and those of its children: by a cgroup of version 2 or 1. It is skipped where neither can be."""
+    whys = []
+    for root in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup/pids")):
+        group = root / f"labkit-tests-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError as error:
+            whys.append(str(error))
+            continue
+        try:
+            for file, value in (("pids.max", most), ("cgroup.procs", process.pid)):
+                with (group / file).open("r+") as there:
+                    there.write(str(value))
+        except OSError as error:  # no such controller here, or not ours
+            whys.append(str(error))
+            group.rmdir()
+            continue
+        try:
+            yield group
+        finally:
+            process.kill()  # a group with a process cannot be removed
+            process.wait()
+            group.rmdir()
+        return
+    pytest.skip(f"no cgroup can be made here: {'; '.join(whys)}")
+
+
+@contextmanager
+def few_processes_of_a_user(process, most):
+    """The same by RLIMIT_NPROC, which counts the threads of a user: one of its own, since root has no limit."""
+    resource.prlimit(process.pid, resource.RLIMIT_NPROC, (most, most))
+    yield None
+
+
+def at_last(connect):
+    """As workers do: one that the flood has pushed out comes again."""
+    for _ in range(20):
+        with suppress(WireError):
+            return connect()
+    return connect()
+
+
+OTHER_USER = 54321
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="cgroups and prlimit() are Linux's")
+@pytest.mark.parametrize("limit", [few_tasks, few_processes_of_a_user])
+def test_a_server_with_few_files_and_threads_serves_forty_members_under_a_flood(limit, tmp_path, monkeypatch):
+    """ulimit -n 256 and pids.max=60: members join, push and checkpoint; a thread more than that cannot be started."""
+    readable = False
+    if limit is few_processes_of_a_user:
+        with suppress(OSError):  # PermissionError: the Python of this environment is not for others to read
+            readable = os.getuid() == 0 and not subprocess.call([sys.executable, "-c", "import labkit"], user=OTHER_USER)
+        if not readable:
+            pytest.skip("needs root, and a Python that other users can read")
+        popen = partial(subprocess.Popen, user=OTHER_USER)
+        monkeypatch.setattr(supervisor, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
+        tmp_path = Path(tempfile.mkdtemp())  # pytest's own are nobody else's
+        os.chown(tmp_path, OTHER_USER, -1)
+    members = range(40)
+    process, address = supervisor._start_server(
+        spec(tmp_path, workers=members, n_train=80, budget=960, checkpoints=20, heartbeat_timeout=60.0), tmp_path
+    )
+    try:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (256, 256))
+        with limit(process, 60) as group, Flood(address, 300) as flood:
+            clients = [at_last(partial(Client, address, index)) for index in members]
+            for client in clients:
+                client.pull()
+            came = flood.came
+            until(lambda: flood.came > came + 200)
+            threads = int((group / "pids.current").read_text()) if group else psutil.Process(process.pid).num_threads()
+            assert len(members) < threads <= 60 and len(os.listdir(f"/proc/{process.pid}/fd")) < 256
+            watchers = [
+                at_last(partial(transport.connect, address, SECRET, timeout=10)) for _ in range(60 - threads + 1)
+            ]  # one has no thread
+            for watcher in watchers:
+                watcher.send({"op": "watch"})
+            threads = [threading.Thread(target=client.train) for client in clients]
+            [thread.start() for thread in threads]
+            [thread.join(60) for thread in threads]
+            for watcher in watchers:
+                watcher.close()
+            assert process.wait(20) == 0
+            last = json.loads(supervisor._end(process))
+    finally:
+        supervisor._end(process)
+    assert last["state"] == "done" and last["samples"] == 960 and checkpoints.versions(tmp_path)[-1] == last["version"]
+    assert len(checkpoints.versions(tmp_path)) > 10
+    if limit is few_processes_of_a_user:
+        shutil.rmtree(tmp_path)
 
 
 def test_a_process_that_can_start_no_thread_goes_on_when_it_can(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import labkit
 from labkit import locks
 from labkit.errors import LabError, RunError, WireError, WorkerError
 from labkit.training import supervisor
+from labkit.training.wire import transport
 from labkit.training import train as training
 from tests.helpers import SEED, Slow, cut_off, ended, net_with_statistics, poisoned, problem, until
 
@@ -134,6 +135,22 @@ def test_a_connection_to_the_server_that_breaks_is_made_again(train, monkeypatch
     monkeypatch.setattr(supervisor, "RETRY_S", 0.1)
     ended(train(problem(kind=Slow), passes=15))
     assert len(asked) > 2
+
+
+def test_a_worker_whose_first_connection_is_broken_off_comes_again(train, monkeypatch):
+    """As strangers may do it, who take all places at the door; its task goes on."""
+    connect, tried = transport.connect, []
+
+    def pushed_out(*server, **options):
+        if options.get("check") and len(tried) < 3:
+            tried.append(1)
+            raise WireError("the other side closed the connection.")
+        return connect(*server, **options)
+
+    monkeypatch.setattr(transport, "connect", pushed_out)
+    monkeypatch.setattr(supervisor, "ATTEMPTS", 0)  # it is not started anew for that
+    run = ended(train(problem(), passes=1))
+    assert len(tried) == 3 and "refuse" not in set(run.events.kind) and (run.events.kind == "join").sum() == 2
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -150,24 +150,31 @@ class _Worker:
         self.buffers = WeightBuffers(self.replica, self.spec.config.exchange, apart=self.spec.config.overlap > 0)
 
     def _connect(self) -> None:
-        self.connection = transport.connect(self.spec.address, self.spec.secret, timeout=SERVER_TIMEOUT_S, check=check_reply)
+        """Also where strangers push this worker out, or its link is down. Where nothing listens any more, the run is over."""
+        limit, pause = time.monotonic() + RETRY_S, 0.05
+        while True:
+            try:
+                self.connection = transport.connect(
+                    self.spec.address, self.spec.secret, timeout=SERVER_TIMEOUT_S, check=check_reply
+                )
+                return
+            except WireError as error:
+                if isinstance(error.__cause__, ConnectionRefusedError) or time.monotonic() > limit:
+                    raise
+            time.sleep(pause)
+            pause = min(1.0, 2 * pause)
 
     def _connect_again(self, error: WireError) -> None:
-        """The link is down; the server may be there all the same. Where nothing listens any more, the run is over."""
+        """The link is down; the server may be there all the same."""
         if self.heartbeat.error:  # which has closed it
             raise self.heartbeat.error
         self._close_group()
         self.connection.close()
         self.heartbeat.stop()
-        limit, pause = time.monotonic() + RETRY_S, 0.05
-        while True:
-            try:
-                return self._connect()
-            except WireError as again:
-                if isinstance(again.__cause__, ConnectionRefusedError) or time.monotonic() > limit:
-                    raise error from again
-            time.sleep(pause)
-            pause = min(1.0, 2 * pause)
+        try:
+            self._connect()
+        except WireError as again:
+            raise error from again
 
     def _serve(self) -> bool:
         """Local passes of one incarnation: until the server says stop (False), or "rejoin" (True)."""
