@@ -34,7 +34,7 @@ from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError
 from labkit.runs.files import find_json, read_json, write_json
 
-FORMAT = 6  # of the run directory; what is newer is refused
+FORMAT = 7  # of the run directory; what is newer is refused
 JOINT = 5  # the first in which an all-reduce can be replayed
 REPLAYABLE = 2  # the first format that holds all that a replay needs
 FILE = "config.json"
@@ -74,7 +74,7 @@ class RunConfig(Mapping[str, Any]):
     batch_size: int | None  # None: an earlier format, and a problem that sets its own
     exchange: str = "float32"  # how weights travel: `labkit.training.wire.compression`
     overlap: int = 0  # batches that a worker computes while its push is under way
-    heartbeat_timeout: float = 4.0  # seconds
+    heartbeat_timeout: float | None = None  # seconds; None: adaptive (`labkit.training.server.membership.FailureDetector`)
     join_timeout: float = 60.0  # seconds
     milestones: Sequence[int] = ()  # samples, of all workers, after which the problem settles something
     ema: float | None = None  # decay of the average of the global weights, for an optimiser step (`labkit.training.server.average`)

@@ -80,7 +80,7 @@ def train(
     workers: Sequence[int] | None = None,
     exchange: str = "float32",
     overlap: int = 0,
-    heartbeat_timeout: float = 4.0,
+    heartbeat_timeout: float | None = None,
     join_timeout: float = 60.0,
     target: float | None = None,
     patience: int | None = None,
@@ -120,7 +120,7 @@ def train(
         FedAsync, ...) allow both, those that wait for everybody (LocalSGD, DiLoCo) the score alone; SGWU and AllReduce refuse.
     heartbeat_timeout
         Seconds without a heartbeat (workers send two a second) after which a worker is taken to be lost: the others go on, and it
-        may join again.
+        may join again. By default adaptive: four times its longest silence of late, from 2 to 10 s (4 s for one that has just come).
     join_timeout
         Seconds that the run waits for all workers at the start, before it begins without the missing ones (they may come later);
         and for anybody when every worker is lost, before it fails (`resume` goes on from there).
@@ -326,14 +326,15 @@ def check_under(problem: Problem, update: Update, seed: int, scored: bool) -> No
         check_problem(problem, seed)
 
 
-def check_limits(heartbeat_timeout: float, join_timeout: float) -> dict[str, float]:
-    """The two limits of time of a run, by name."""
+def check_limits(heartbeat_timeout: float | None, join_timeout: float) -> dict[str, float | None]:
+    """The two limits of time of a run, by name; a heartbeat time-out of None is adaptive."""
     limits = {"heartbeat_timeout": heartbeat_timeout, "join_timeout": join_timeout}
-    limits = {name: real(name, seconds, most=LONGEST_WAIT_S, error=ValueError) for name, seconds in limits.items()}
-    if min(limits.values()) < 1:
-        given = ", ".join(f"{name}={seconds:g}" for name, seconds in limits.items())
-        raise ValueError(f"{given}: workers send a heartbeat every 0.5 s and need some time to come; give 1 s at least.")
-    return limits
+    given = {name: seconds for name, seconds in limits.items() if seconds is not None or name == "join_timeout"}
+    given = {name: real(name, seconds, most=LONGEST_WAIT_S, error=ValueError) for name, seconds in given.items()}
+    if min(given.values()) < 1:
+        text = ", ".join(f"{name}={seconds:g}" for name, seconds in given.items())
+        raise ValueError(f"{text}: workers send a heartbeat every 0.5 s and need some time to come; give 1 s at least.")
+    return limits | given
 
 
 def check_traffic(update: Update, exchange: str, overlap: int) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import labkit
 from labkit import locks
 from labkit.errors import LabError, RunError, WireError, WorkerError
 from labkit.training import supervisor
-from labkit.training.wire import transport
 from labkit.training import train as training
+from labkit.training.wire import transport
 from tests.helpers import SEED, Slow, cut_off, ended, net_with_statistics, poisoned, problem, until
 
 pytestmark = pytest.mark.usefixtures("cache")

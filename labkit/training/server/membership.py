@@ -1,14 +1,19 @@
-"""The members of a run: what is known about each worker that has joined, which of them are the ranks of an all-reduce, and how
-often each was lost.
+"""The members of a run: what is known about each worker that has joined, which of them are the ranks of an all-reduce, how long each
+may be silent, and how often each was lost.
 
 Used by `labkit.training.server.coordinator`, `labkit.training.server.grants` and `labkit.training.server.server`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 FRUITLESS = 10  # how often the group of an all-reduce may break in a row before the run fails
 LOSSES = 5  # a worker that was lost, or dropped, so often in a row without a push that counts is not let in again
 PAUSE_S = 0.25  # of a worker that comes back for the second time; twice as long each time after that
+SILENCE_S = (2.0, 10.0)  # the shortest and the longest adaptive heartbeat time-out: four heartbeats, and twenty
+FIRST_SILENCE_S = 4.0  # that of a worker of which little is known
+SILENCES = 4.0  # the time-out over the longest silence of late, of which each sign of life forgets so much:
+FORGOTTEN = 0.05
 
 
 @dataclass
@@ -52,6 +57,41 @@ class Ranks:
     def disband(self) -> None:
         """The group has broken, or a rank is gone: the next one is another, even if the same workers make it."""
         self.members = []
+
+
+class FailureDetector:
+    """When is a worker taken to be gone? After `timeout` seconds without a sign of life.
+
+    That is a constant, or with None adaptive: four times its longest silence of late, from 2 to 10 s. On a quiet machine a frozen worker
+    is noticed sooner, and on a busy one a worker whose heartbeats come late is not taken to be gone. One that came again after it was
+    taken to be gone was silent for that long: it is given more time from then on.
+    """
+
+    def __init__(self, timeout: float | None, clock: Callable[[], float]) -> None:
+        self.constant, self.clock = timeout, clock
+        self.longest = FIRST_SILENCE_S / SILENCES  # seconds; the longest silence of late
+        self.heard_at = clock()
+
+    @property
+    def timeout(self) -> float:
+        """Seconds."""
+        shortest, longest = SILENCE_S
+        return min(longest, max(shortest, SILENCES * self.longest)) if self.constant is None else self.constant
+
+    @property
+    def left(self) -> float:
+        """Seconds until it is taken to be gone; not below 0."""
+        return max(0.0, self.heard_at + self.timeout - self.clock())
+
+    def begin(self) -> None:
+        """What was before is no silence: a new connection, or the server itself was busy."""
+        self.heard_at = self.clock()
+
+    def heard(self) -> None:
+        """A sign of life has come."""
+        now = self.clock()
+        silence, self.heard_at = now - self.heard_at, now
+        self.longest = max(silence, (1 - FORGOTTEN) * self.longest)
 
 
 class Losses:

@@ -11,7 +11,7 @@ nobody is left. Any other exception, in whatever thread, is a fault of the serve
 traceback (`Server.fail`).
 
 A server ends by itself: `ENDING_S` after the run has ended at the latest, and that it has, `join_timeout` after its last worker is
-gone; who vanishes without closing its connection is gone after `heartbeat_timeout`. Whether its kernel is there is all one to it, unless
+gone; who vanishes without closing its connection is gone after its heartbeat time-out (`FailureDetector`). Whether its kernel is there is all one to it, unless
 the workers are those of a local lab, which end with their kernel: then the run ends, too.
 
 Started by `labkit.training.supervisor` in a process of its own; asked by it and by others through `labkit.training.attach`.
@@ -44,7 +44,7 @@ from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
 from labkit.runs.files import check_owner
 from labkit.training.server.coordinator import AGAIN, Coordinator
-from labkit.training.server.membership import LOSSES, Losses, Member
+from labkit.training.server.membership import LOSSES, FailureDetector, Losses, Member
 from labkit.training.wire import compression, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S, Answer, Refused, check_request
 from labkit.updates import BadPush, Diverged, Update
@@ -287,8 +287,9 @@ class Server:
                 request, _ = connection.receive()
                 if request["op"] == "watch":
                     self._serve_watcher(connection)
+                detector = FailureDetector(self.config.heartbeat_timeout, time.monotonic)
                 while request and request["op"] == "join":
-                    request = WorkerConnection(self, connection, request).serve()
+                    request = WorkerConnection(self, connection, request, detector).serve()
         except (WireError, OSError, MemoryError):
             pass  # the peer is gone, or there is no room for it; a worker has been taken out where it was served
 
@@ -391,9 +392,9 @@ class _Unwritable(RunError):
 class WorkerConnection:
     """One incarnation of a worker, served from its `join` until it is gone."""
 
-    def __init__(self, server: Server, connection: transport.Connection, join: dict) -> None:
+    def __init__(self, server: Server, connection: transport.Connection, join: dict, detector: FailureDetector) -> None:
         self.server, self.connection, self.join = server, connection, join
-        self.course, self.heartbeat_timeout = server.course, server.config.heartbeat_timeout
+        self.course, self.detector = server.course, detector
         self.outbox: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self.dtype, n = server.config.exchange, server.size
         self.buffer = compression.buffer(self.dtype, n)  # of its pushes, as they come
@@ -412,7 +413,8 @@ class WorkerConnection:
             if member is None:
                 self.connection.send({"op": "stop", "reason": refused, "wait_s": 0.0})
                 return None
-            self.connection.set_timeout(self.heartbeat_timeout)
+            self.detector.begin()
+            self.connection.set_timeout(self.detector.timeout)
             self._answer(member)
             while self._receive(member):
                 self._answer(member)
@@ -461,9 +463,7 @@ class WorkerConnection:
     def _receive(self, member: Member) -> bool:
         """Process the messages of a local pass, until the worker needs an answer (True) or leaves (False)."""
         while True:
-            if not self.connection.waiting(self.heartbeat_timeout):
-                raise self._expired()
-            header, n = self.connection.receive(self._buffer_for)
+            header, n = self._next()
             if header["op"] == "heartbeat":
                 member.seen = min(header.get("samples") or 0, member.granted)
                 if header.get("loss") is not None:
@@ -495,6 +495,15 @@ class WorkerConnection:
                     raise Refused(f"a {header['op']!r} message was refused: it is unknown, or out of place.")
                 return False
 
+    def _next(self) -> tuple[dict, int]:
+        """The next message, which is a sign of life."""
+        if not self.connection.waiting(self.detector.left):
+            raise self._expired()
+        self.connection.set_timeout(self.detector.timeout)
+        message = self.connection.receive(self._buffer_for)
+        self.detector.heard()
+        return message
+
     def _regroup(self, member: Member, why: str) -> None:
         """A rank says that its group is broken. If nobody of it is gone, and nobody has said so before, it is this one that breaks it: that
         is counted as a loss, and the others are notified."""
@@ -510,24 +519,23 @@ class WorkerConnection:
 
     def _answer(self, member: Member) -> None:
         """Send this worker its answer when there is one; until then a "hold" now and then, which finds a dead peer too."""
-        heartbeat_at = time.monotonic()
         while True:
             try:
-                answer = self.outbox.get(timeout=HEARTBEAT_S)
+                answer = self.outbox.get(timeout=min(HEARTBEAT_S, self.detector.left))
                 break
             except queue.Empty:
                 self.connection.send({"op": "hold"})
             while self.connection.waiting():
-                header, _ = self.connection.receive()
+                header, _ = self._next()
                 if header["op"] == "fail":
                     with self.server.lock:
                         self.server.stop("failed", header["reason"])
                 elif header["op"] != "heartbeat":
                     raise WireError(f"a {header['op']!r} message came from a worker that is held.")
-                heartbeat_at = time.monotonic()
-            if time.monotonic() - heartbeat_at > self.heartbeat_timeout:
+            if not self.detector.left:
                 raise self._expired()
         n = self.connection.send(answer.header(), *self._packed(answer))
+        self.detector.begin()  # while this was sent nobody has looked for heartbeats
         if grant := answer.grant:
             who = {"worker": member.index, "incarnation": member.incarnation}
             self.server._record("release", bytes=n, **who, version=grant.version, wait_s=grant.wait_s)
@@ -574,6 +582,8 @@ class WorkerConnection:
             if not self.connection.waiting(HEARTBEAT_S):
                 continue
             header, _ = self.connection.receive(self._buffer_for)
+            if not dropped:
+                self.detector.heard()
             if header["op"] in ("join", "leave", "fail"):
                 return header
             late += header["op"] == "push"
@@ -592,7 +602,7 @@ class WorkerConnection:
         return [self.buffer] if n == self.buffer.nbytes else [bytearray(n)]
 
     def _expired(self) -> Exception:
-        return _Expired(f"no sign of life for {self.heartbeat_timeout:g} s")
+        return _Expired(f"no sign of life for {self.detector.timeout:.3g} s")
 
 
 class _Expired(Exception):

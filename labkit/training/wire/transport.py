@@ -24,6 +24,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 from labkit.errors import WireError
@@ -39,6 +40,8 @@ NONCE = 32
 AT_LEAST = 1 << 20  # bytes of a large body, or all of a smaller one, that have to be there before its receiver wakes up
 SMALL = 1 << 14  # bytes of one that does not count
 
+_OPEN: "weakref.WeakSet[Connection]" = weakref.WeakSet()  # of this process
+
 
 class Connection(contextlib.AbstractContextManager):
     """One end of an authenticated connection. Sending is safe from several threads, receiving from one."""
@@ -49,6 +52,7 @@ class Connection(contextlib.AbstractContextManager):
         self.sock, self.max_body, self.check = sock, max_body, check
         self.received = 0  # bytes
         self._sending, self._wakes_at = threading.Lock(), 1
+        _OPEN.add(self)
 
     def send(self, header: dict, *buffers: memoryview | bytes) -> int:
         """Send one message; `buffers` are contiguous and follow each other in the body. Returns its size in bytes."""
@@ -153,6 +157,15 @@ class Connection(contextlib.AbstractContextManager):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
             self._wakes_at = n
         return n
+
+
+def _close_in_child() -> None:
+    """A process that a worker has forked, for loading data say, holds no connection open: its end would not be noticed when it is killed."""
+    for connection in list(_OPEN):
+        connection.sock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def listen(host: str = "127.0.0.1") -> socket.socket:

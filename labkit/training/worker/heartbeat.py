@@ -1,18 +1,21 @@
 """The heartbeat of a worker: a thread that sends a sign of life twice a second, however long a step takes.
 
-During a local pass it also receives what cannot wait for the end of it: stop, regroup, rejoin; or notices that the connection is
-gone.
+During a local pass it also receives, as soon as it comes, what cannot wait for the end of it: stop, regroup, rejoin; or notices that
+the connection is gone.
 
 Used by `labkit.training.worker.worker`, and by `labkit.training.worker.allreduce`, whose exchanges it can break off.
 """
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 
 from labkit.errors import WireError
 from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S
 from labkit.training.wire.transport import Connection
+
+LOOK_S = 0.05  # how soon the thread notices that a local pass has begun or ended
 
 
 class Heartbeat:
@@ -69,9 +72,12 @@ class Heartbeat:
                 self.on_interrupt()
 
     def _beat(self, connection: Connection, ended: threading.Event) -> None:
-        while not ended.wait(HEARTBEAT_S):
+        due = time.monotonic() + HEARTBEAT_S
+        while not self._wait(connection, ended, due):
             try:
-                connection.send({"op": "heartbeat", **self.progress})
+                if time.monotonic() >= due:
+                    connection.send({"op": "heartbeat", **self.progress})
+                    due = time.monotonic() + HEARTBEAT_S
                 with self.lock:
                     if self.receiving and self.interrupt is None and connection.waiting():
                         message, _ = connection.receive()
@@ -83,3 +89,14 @@ class Heartbeat:
                 self.on_interrupt()
                 if self.interrupt is not None and self.interrupt["op"] == "lost":
                     return
+
+    def _wait(self, connection: Connection, ended: threading.Event, due: float) -> bool:
+        """Until the next heartbeat is due, or there is something to receive in a local pass; has it ended?"""
+        while (left := due - time.monotonic()) > 0 and not ended.is_set():
+            if self.receiving and self.interrupt is None:
+                with contextlib.suppress(WireError):  # closed here: the next heartbeat says so
+                    if connection.waiting(min(left, LOOK_S)) and self.receiving:
+                        break
+                    continue
+            ended.wait(min(left, LOOK_S))
+        return ended.is_set()

@@ -568,6 +568,38 @@ def test_who_falls_silent_in_the_middle_of_a_message_is_taken_to_be_gone(tmp_pat
     assert (result["state"], result["samples"]) == ("done", 34)
 
 
+@pytest.mark.parametrize("update", [SGWU, LocalSGD, AllReduce])
+def test_who_waits_for_a_killed_worker_is_released_when_its_connection_ends_and_not_by_a_timeout(update, tmp_path):
+    """That would be in an hour: at the barrier of a round, and in the middle of a step of an all-reduce."""
+    with serving(spec(tmp_path, update(), workers=(0, 1, 2), budget=170, heartbeat_timeout=3600.0)) as (server, *_):
+        killed, held, busy = join(server, 0, 1, 2)
+        held.push()
+        until(lambda: len(events(server, "push")) == 1)
+        killed.connection.sock.close()  # by the kernel of the machine, without a word
+        if update is AllReduce:
+            assert busy.pull() == {"op": "regroup", "group": 1}
+            busy.connection.send({"op": "regroup", "reason": "it is gone"})
+            assert held.pull()["ranks"] == busy.pull()["ranks"] == [1, 2]
+        else:
+            busy.push()
+            assert held.pull()["op"] == busy.pull()["op"] == "grant" and held.message["version"] == 1
+
+
+def test_by_default_a_worker_that_came_again_after_it_was_taken_to_be_gone_is_given_more_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(membership, "SILENCE_S", (0.3, 10.0))
+    monkeypatch.setattr(membership, "FIRST_SILENCE_S", 0.3)
+    with serving(spec(tmp_path, workers=(0,))) as (server, *_):
+        (frozen,) = join(server, 0)
+        until(lambda: len(events(server, "leave")) == 1)
+        frozen.push()
+        assert frozen.pull() == {"op": "rejoin"}
+        frozen.connection.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01})
+        assert frozen.pull()["incarnation"] == 1
+        until(lambda: len(events(server, "leave")) == 2)
+    first, second = (float(re.match(r"no sign of life for ([\d.]+) s", text)[1]) for text in events(server, "leave").message)
+    assert first == 0.3 and second > 1.0
+
+
 def test_who_is_silent_while_it_is_held_is_not_waited_for(tmp_path):
     with serving(spec(tmp_path, SGWU(), heartbeat_timeout=1.0)) as (server, result, thread):
         frozen, there = join(server, 0, 1)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import resource
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
 
 import numpy as np
+import psutil
 import pytest
 
 from labkit.errors import WireError
@@ -432,6 +435,34 @@ def test_a_closed_connection(pair):
     with pytest.raises(WireError, match="the connection was closed here"):
         client.send({"op": "x"})
     assert client.sock.fileno() == -1
+
+
+FORKING = """
+import os, sys
+from labkit.training.wire import transport
+connection = transport.connect(("127.0.0.1", int(sys.argv[1])), b"s" * 32, timeout=60)
+if not os.fork():
+    sys.stdin.read()
+    os._exit(0)
+connection.send({"op": "hello"})
+sys.stdin.read()
+"""
+
+
+def test_the_end_of_a_killed_process_is_noticed_although_a_child_of_it_lives(listener):
+    """As data loaders have them: a forked child inherits the files of its parent."""
+    command = [sys.executable, "-c", FORKING, str(listener.getsockname()[1])]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE) as process,
+        transport.accept(listener.accept()[0], SECRET, timeout=30, max_body=0) as connection,
+    ):
+        assert connection.receive()[0] == {"op": "hello"}
+        (child,) = psutil.Process(process.pid).children()
+        process.kill()
+        with pytest.raises(WireError, match=r"closed the connection|broke"):
+            connection.receive()
+        assert child.is_running()
+    psutil.wait_procs([child], timeout=10)
 
 
 def test_nobody_listens(listener):

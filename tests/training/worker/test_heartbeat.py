@@ -82,3 +82,20 @@ def test_a_connection_that_breaks_is_noticed_also_when_it_broke_before_the_pass(
     with heartbeat.local_pass():
         assert heartbeat.interrupt["op"] == "lost"
     assert heartbeat.pop_interrupt()["op"] == "lost"
+
+
+def test_a_message_ends_a_local_pass_when_it_comes_and_not_with_the_next_heartbeat(ends, monkeypatch):
+    """So that who waits for a lost rank is released at once; that heartbeat comes in an hour."""
+    server, client, heartbeat = ends
+    heartbeat.stop()
+    monkeypatch.setattr("labkit.training.worker.heartbeat.HEARTBEAT_S", 3600.0)
+    heartbeat.start(client)
+    for _ in range(2):
+        with heartbeat.local_pass(group=3):
+            server.send({"op": "regroup", "group": 3})
+            until(lambda: heartbeat.interrupt is not None)
+        assert heartbeat.pop_interrupt() == {"op": "regroup", "group": 3}
+        server.send({"op": "grant"})  # what comes between two passes is for the worker, as before
+        assert client.receive()[0] == {"op": "grant"}
+    heartbeat.stop()
+    assert not any(thread.name == "labkit-heartbeat" for thread in threading.enumerate())
