@@ -23,6 +23,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from labkit.cluster.backend import THREAD_VARIABLES, About, Again, Request, describe, made_by, quiet
 from labkit.cluster.leases import Lease, at_work, give_back, lease_all
 from labkit.errors import ClusterError
@@ -33,6 +35,10 @@ SILENT_S = 15.0  # a scheduler that has not answered for so long is gone
 RESTART = {
     "distributed.deploy.lost-worker-timeout": "300s"
 }  # to start a killed worker again; then Dask gives it up. Read when one is lost
+# Worker processes are forked from one that has loaded what they import, so that one comes, and comes back, in a second: torch and Dask
+# take three to load. Not on macOS, whose frameworks must not be loaded in a process that forks.
+FORKED = {"distributed.worker.multiprocessing-method": "forkserver"} if sys.platform == "linux" else {}
+LOADED = ("distributed", "torch", "torch._dynamo", "labkit.training.worker.worker", "labkit.cluster.dask_backend")
 LEASE_S = 5.0  # the longest wait for a worker's answer about a lease
 SETTINGS = {  # what Dask should do otherwise in a cluster of ours
     "distributed.worker.profile.enabled": False,  # it samples every 10 ms and would be timed too
@@ -46,7 +52,8 @@ _begun: set[str] = set()  # tasks that have begun in this process
 class DaskWorkers:
     """The workers of a Dask cluster, which `close` ends if they were started here.
 
-    `owned` is what to close, the client first; `scratch` is a folder that goes with them.
+    `owned` is what to close, the client first; `scratch` is a folder that goes with them; `settings` are of Dask, and are undone with
+    them.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class DaskWorkers:
         owned: Iterable[Any] = (),
         resources: Mapping | None = None,
         scratch: Scratch | None = None,
+        settings: contextlib.ExitStack | None = None,
     ) -> None:
         self.client, self.cluster, self.owned, self.resources, self.scratch = client, cluster, list(owned), resources, scratch
         self.closed = False
@@ -65,7 +73,7 @@ class DaskWorkers:
         self._asking = threading.Lock()
         self._describing: list[concurrent.futures.Future] = []
         self._leased: dict[str, set[str]] = {}  # holder -> worker ids
-        self._settings = contextlib.ExitStack()
+        self._settings = settings or contextlib.ExitStack()
         if cluster is not None:
             import dask
 
@@ -283,6 +291,7 @@ def open(request: Request) -> DaskWorkers:
         return join_cluster(request)
     import dask
     from distributed import LocalCluster
+    from distributed.utils import get_mp_context
 
     scratch = Scratch("labkit-")
     changes = {
@@ -290,12 +299,16 @@ def open(request: Request) -> DaskWorkers:
         "temporary-directory": str(scratch.path),  # the scheduler's; the workers' is local_directory
     }
     processes = request.kind != "threads"
+    forked, settings = FORKED if processes else {}, contextlib.ExitStack()
     apart = {
         "host": "127.0.0.1",
-        "env": dict.fromkeys(THREAD_VARIABLES, str(request.threads)),
+        "env": (dict(os.environ) if forked else {}) | dict.fromkeys(THREAD_VARIABLES, str(request.threads)),
         "preload": ["labkit.cluster.dask_backend"],  # calls dask_setup there
     }
     try:
+        settings.enter_context(dask.config.set(forked))  # read when a worker is started again, too
+        if forked:
+            get_mp_context().set_forkserver_preload(list(LOADED))
         with dask.config.set(SETTINGS | changes):
             cluster = LocalCluster(
                 n_workers=request.n_workers,
@@ -308,8 +321,9 @@ def open(request: Request) -> DaskWorkers:
                 resources=request.resources,
                 **(apart if processes else {}),
             )
-            return own_cluster(cluster, request, scratch)
+            return own_cluster(cluster, request, scratch, settings)
     except BaseException as error:
+        settings.close()
         scratch.close()
         if processes and type(error) is RuntimeError:  # "Nanny failed to start."
             guard = 'A script has to do its work under `if __name__ == "__main__":`, as each worker process imports it.'
@@ -317,7 +331,9 @@ def open(request: Request) -> DaskWorkers:
         raise
 
 
-def own_cluster(cluster: Any, request: Request, scratch: Scratch | None = None) -> DaskWorkers:
+def own_cluster(
+    cluster: Any, request: Request, scratch: Scratch | None = None, settings: contextlib.ExitStack | None = None
+) -> DaskWorkers:
     """A cluster object that was made for this lab and ends with it."""
     from distributed import Client
 
@@ -326,7 +342,7 @@ def own_cluster(cluster: Any, request: Request, scratch: Scratch | None = None) 
     except BaseException:
         cluster.close()
         raise
-    return DaskWorkers(client, cluster, [client, cluster], request.resources, scratch)
+    return DaskWorkers(client, cluster, [client, cluster], request.resources, scratch, settings)
 
 
 def join_cluster(request: Request) -> DaskWorkers:
@@ -355,8 +371,12 @@ def join_cluster(request: Request) -> DaskWorkers:
 
 
 def dask_setup(worker: Any) -> None:
-    """Called by Dask in each worker process: an interrupt of the notebook, sent to the process group, stops the kernel alone."""
+    """Called by Dask in each worker process: an interrupt of the notebook, sent to the process group, stops the kernel alone.
+
+    Those that are forked from one process begin with random numbers of their own, as Python's are.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    np.random.seed()
 
 
 def _only_once(token: str, pid: int, fn: Any, *args: Any) -> Any:

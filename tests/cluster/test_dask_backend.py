@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 
@@ -263,3 +264,25 @@ def test_a_script_without_a_guard_is_refused_before_a_process_starts(tmp_path):
             assert last == "went on"
         else:
             assert re.fullmatch(rf"labkit.errors.ClusterError: line \d starts .* imports {name}_.py .*__main__.*", last), last
+
+
+def begun_with():
+    return "torch" in sys.modules, float(np.random.rand()), os.environ.get("LABKIT_TEST")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_a_worker_that_is_started_again_has_its_imports_the_environment_and_random_numbers_of_its_own(monkeypatch):
+    with labkit.connect("dask", 2) as lab:
+        first = [lab.start(index, begun_with).result(20) for index in (0, 1)]
+        before = lab.workers[1].pid
+        os.kill(before, signal.SIGKILL)
+        until(lambda: (lab.refresh(), lab.workers[1].pid != before)[1], 40)
+        again = lab.start(1, begun_with).result(20)
+    monkeypatch.setenv("LABKIT_TEST", "set between two labs")
+    with labkit.connect("dask", 1) as lab:
+        later = lab.start(0, begun_with).result(20)
+    answers = [*first, again, later]
+    assert all(loaded for loaded, *_ in answers) and len({number for _, number, _ in answers}) == 4
+    assert [text for *_, text in answers] == [None, None, None, "set between two labs"]
