@@ -36,7 +36,7 @@ RESTART = {
     "distributed.deploy.lost-worker-timeout": "300s"
 }  # to start a killed worker again; then Dask gives it up. Read when one is lost
 # Worker processes are forked from one that has loaded what they import, so that one comes, and comes back, in a second: torch and Dask
-# take three to load. Not on macOS, whose frameworks must not be loaded in a process that forks.
+# take three to load. It ends with this process, and serves all labs of it. Not on macOS, whose frameworks must not be loaded in a process that forks.
 FORKED = {"distributed.worker.multiprocessing-method": "forkserver"} if sys.platform == "linux" else {}
 LOADED = ("distributed", "torch", "torch._dynamo", "labkit.training.worker.worker", "labkit.cluster.dask_backend")
 LEASE_S = 5.0  # the longest wait for a worker's answer about a lease
