@@ -11,8 +11,8 @@ nobody is left. Any other exception, in whatever thread, is a fault of the serve
 traceback (`Server.fail`).
 
 A server ends by itself: `ENDING_S` after the run has ended at the latest, and that it has, `join_timeout` after its last worker is
-gone; who vanishes without closing its connection is gone after its heartbeat time-out (`FailureDetector`). Whether its kernel is there is all one to it, unless
-the workers are those of a local lab, which end with their kernel: then the run ends, too.
+gone; who vanishes without closing its connection is gone after its heartbeat time-out (`FailureDetector`). Whether its kernel is there
+is all one to it, unless the workers are those of a local lab, which end with their kernel: then the run ends, too.
 
 Started by `labkit.training.supervisor` in a process of its own; asked by it and by others through `labkit.training.attach`.
 """
@@ -496,12 +496,13 @@ class WorkerConnection:
                 return False
 
     def _next(self) -> tuple[dict, int]:
-        """The next message, which is a sign of life."""
+        """The next message, which is a sign of life when it begins; a large one takes its time."""
         if not self.connection.waiting(self.detector.left):
             raise self._expired()
+        self.detector.heard()
         self.connection.set_timeout(self.detector.timeout)
         message = self.connection.receive(self._buffer_for)
-        self.detector.heard()
+        self.detector.begin()
         return message
 
     def _regroup(self, member: Member, why: str) -> None:
