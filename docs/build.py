@@ -32,7 +32,7 @@ PARTS = (  # of the reference: title, and the public names in it; a package stan
     ("Partitions and updates", ("UDPA", "IDPA", "SGWU", "AGWU", "AllReduce", "updates")),
     ("Replay and simulation", ("replay", "simulate")),
     ("The inner layer", ("Inner", "inner")),
-    ("Sweeps and searches", ("parameters", "sweep", "summary", "report", "search", "Search", "load_search")),
+    ("Sweeps and searches", ("parameters", "sweep", "summary", "report", "search", "Search", "load_search", "gallery")),
     ("Subnets", ("Decomposition", "Subnet", "train_subnets", "load_subnets")),
     ("Showers", ("showers",)),
     ("Jets", ("jets",)),

@@ -21,6 +21,7 @@ from .errors import SweepError as SweepError
 from .errors import UpdateError as UpdateError
 from .errors import WireError as WireError
 from .errors import WorkerError as WorkerError
+from .experiments.gallery import gallery as gallery
 from .experiments.notebook import parameters as parameters
 from .experiments.search import Search as Search
 from .experiments.search import load_search as load_search

@@ -1,4 +1,4 @@
-"""The command line: `python -m labkit demo | notebooks | sweep | summary | search | watch | report | doctor`.
+"""The command line: `python -m labkit demo | notebooks | sweep | summary | search | watch | report | gallery | doctor`.
 
 Everything here can be done from a notebook too; the commands are for batch systems, for `make run`, and for finding out
 what a machine has. Exit code: 0 when all went well, 1 when a run or a probe failed, 2 for a wrong request.
@@ -149,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
     report.set_defaults(run=_report)
+
+    gallery = add("gallery", help="write a page on which many runs are filtered and compared")
+    gallery.add_argument("folder", metavar="DIR", help="folder of a sweep, of a search, or of runs")
+    gallery.add_argument("--out", metavar="FILE", help="the page (default: gallery.html in the folder)")
+    gallery.set_defaults(run=_gallery)
 
     add("doctor", help="show what this machine has").set_defaults(run=lambda options: doctor())
     return parser
@@ -345,6 +350,17 @@ def _report(options: argparse.Namespace) -> tuple[int, Any]:
         raise LabError(str(error)) from error
     print(os.path.relpath(page))
     return 0, {"path": str(page), "runs": {str(run.path): plain(run.summary()) for run in runs}}
+
+
+def _gallery(options: argparse.Namespace) -> tuple[int, Any]:
+    from labkit.experiments.gallery import gallery
+
+    try:
+        page = gallery(options.folder, options.out)
+    except ValueError as error:
+        raise LabError(str(error)) from error
+    print(os.path.relpath(page))
+    return 0, {"path": str(page)}
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------

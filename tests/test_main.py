@@ -54,7 +54,7 @@ def test_the_version_is_printed(capsys):
 
 def test_each_command_answers_in_json(capsys):
     (commands,) = (action.choices for action in cli._parser()._actions if action.dest == "command")
-    assert {"demo", "doctor", "report", "search", "summary", "sweep", "watch"} <= set(commands)
+    assert {"demo", "doctor", "gallery", "report", "search", "summary", "sweep", "watch"} <= set(commands)
     for name, command in commands.items():
         assert "--json" in command.format_help(), name
 

@@ -156,6 +156,11 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     >>> labkit.summary("tonight").score.tolist()  # of a sweep that is running, too
     [0.9]
     """
+    return read(out)[0]
+
+
+def read(out: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The table of `summary`, and which of its columns are parameters."""
     out = file_path("out", out).absolute()
     if not is_folder(out):
         raise SweepError(f"there is no folder {out}; sweep(..., out=...) makes it.")
@@ -185,7 +190,7 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
         table.append(
             {"status": about["state"], "error": about["error"], "notebook": str(folder / "notebook.ipynb"), "id": folder.name}
         )
-    return pd.DataFrame(table, columns=[*given, *results, *last])
+    return pd.DataFrame(table, columns=[*given, *results, *last]), given
 
 
 def _is_record(record: Any) -> bool:
