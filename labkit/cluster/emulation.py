@@ -16,7 +16,7 @@ Used by the workers of `labkit.training` (with sleep), and by `labkit.simulation
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -112,6 +112,10 @@ class Slowness:
         if uneven.stalls:
             self.moments = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 22]))
             self.left = self.moments.exponential(uneven.stalls[0])  # seconds of work until the next stall
+
+    def become(self, uneven: Unevenness) -> None:
+        """Another unevenness from now on; stalls stay as they are."""
+        self.uneven, self.on = replace(uneven, stalls=self.uneven.stalls), uneven.on or self.uneven.stalls is not None
 
     def stretched(self, work: float, age: float, steps: int = 1) -> float:
         """Seconds, stalls included, that `work` seconds of work last, which begin at this age and are so many equal steps."""

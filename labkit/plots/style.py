@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.cluster.emulation import unsteadiness
-from labkit.errors import file_path, like, several
+from labkit.errors import LabError, file_path, like, several
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -406,7 +406,18 @@ def caption(runs: Sequence[Any], *more: str) -> str:
     made += sorted({ORIGINS[kind] for run in runs if (kind := (run.config.get("origin") or {}).get("kind")) in ORIGINS})
     unsteady = dict.fromkeys(unsteadiness(*(run.config[key] for key in ("jitter", "drift", "stalls"))) for run in runs)
     unsteady = " or ".join(filter(None, unsteady))
-    return "; ".join(filter(None, [slow, unsteady and f"emulated {unsteady}", *made, *more]))
+    midway = dict.fromkeys(slowed(run) for run in runs)
+    return "; ".join(filter(None, [slow, unsteady and f"emulated {unsteady}", *midway, *made, *more]))
+
+
+def slowed(run: Any, status: Mapping[str, Any] | None = None) -> str:
+    """Which workers were made slower while the run went, by its `status`: "worker 1 slowed down to 4x in mid-run"; empty where none was."""
+    if status is None:
+        try:
+            status = run.status() if hasattr(run, "status") else {}
+        except LabError:  # damaged: whoever reads it is told
+            status = {}
+    return ", ".join(f"worker {index} slowed down to {by:g}x in mid-run" for index, by in (status.get("slowed") or {}).items())
 
 
 def emulated(factors: Sequence[float]) -> str:

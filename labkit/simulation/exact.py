@@ -34,7 +34,13 @@ from labkit.training.server.membership import Member
 from labkit.training.wire.compression import n_bytes
 from labkit.updates import BadPush, Update
 
-BESIDE = ("release", "checkpoint", "refuse", "score")  # rows that change nothing: the server's own, and what it did not take in
+BESIDE = (
+    "release",
+    "checkpoint",
+    "refuse",
+    "score",
+    "slow",
+)  # rows that change nothing: the server's own, and what it did not take in
 STAMPS = ("seq", "time", "seconds")
 
 

@@ -4,7 +4,7 @@ A server announces itself in the run directory (`labkit.runs.server_file`). `Att
 started: each request has a connection of its own, so nothing stays open and nothing runs in the background; how the run ended is
 read from its directory.
 
-`watch` is used by `labkit.training.supervisor` and `labkit.chaos`; `Attached`, a `labkit.training.run.Follower`, by `Run.attach`.
+`watch` is used by `labkit.training.supervisor` and `labkit.chaos`, `request` by runs and their pages; `Attached`, a `labkit.training.run.Follower`, by `Run.attach`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,18 @@ def watch(address: tuple[str, int], secret: bytes, timeout: float = ANSWER_S) ->
             return connection.receive()[0]
 
         yield ask
+
+
+def request(run: RunRecord, op: str, timeout: float = ANSWER_S, **fields: Any) -> dict[str, Any]:
+    """Ask the server of a run for something, and return its status; `timeout` is how long it may be silent.
+
+    Raises `RunError` where the run has ended, `WireError` where its server does not answer.
+    """
+    server = server_file.find(run.path)
+    if server is None:
+        raise RunError(f"run {run.name} is not running: it has no server.")
+    with watch((server["host"], server["port"]), server["secret"], timeout) as ask:
+        return ask(op, **fields)
 
 
 class Attached:

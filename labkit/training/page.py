@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import secrets
+import socket
 import subprocess
 import sys
 import threading
@@ -25,14 +26,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from labkit.errors import LabError, RunError, WireError, file_path, real, whole
+import psutil
+
+from labkit.cluster.emulation import SLOWEST
+from labkit.errors import LabError, RunError, file_path, real, whole
 from labkit.plots import style
 from labkit.plots.live import VIEWS
 from labkit.plots.live import Seen as LiveSeen
 from labkit.plots.live import Watch as LiveWatch
 from labkit.plots.runs import latest
 from labkit.runs import server_file
-from labkit.training.attach import watch as connected
+from labkit.training.attach import request
+from labkit.training.inspection import inspection
 from labkit.training.run import Run, load_run
 
 if TYPE_CHECKING:
@@ -49,8 +54,8 @@ def watch(run: Run | str | Path, timeout: float = START_S) -> Page:
     """Follow a run on a page of its own, whichever kernel it belongs to; returns the page, whose `url` opens in a browser here.
 
     The page shows how far the run is, the scores and speeds of the workers, what each did in the last minute, how stale the merges were and
-    who is here; buttons stop the run, or cut the connection of a worker, which then joins anew. It ends with `close`, or with this
-    process.
+    who is here. Buttons stop the run, save a version, inspect a worker (`Run.inspect`), cut its connection, upon which it joins anew, make it
+    slower (which is recorded as emulated), or kill its process where that is on this machine. It ends with `close`, or with this process.
 
     Parameters
     ----------
@@ -199,10 +204,23 @@ def layout(run: Run) -> tuple[Any, Callable[[], None]]:
     said = panel.pane.Str("")
     stop = panel.widgets.Button(name="Stop the run")
     who = panel.widgets.Select(name="Worker", options=[worker["index"] for worker in run.config.workers], width=100)
+    save = panel.widgets.Button(name="Checkpoint now")
+    inspect = panel.widgets.Button(name="Inspect", align="end")
     cut = panel.widgets.Button(name="Cut its connection", align="end")
+    factor = panel.widgets.FloatInput(name="times as slow", value=4.0, start=1.0, end=SLOWEST, width=100)
+    slow = panel.widgets.Button(name="Slow it down", align="end")
+    end = panel.widgets.Button(name="Kill it", align="end", visible=not run.config.one_process)
+    buttons = {
+        stop: lambda: order(run, "stop"),
+        save: lambda: order(run, "checkpoint", within=10.0),
+        inspect: lambda: order(run, "inspect", worker=who.value, within=5.0),
+        cut: lambda: order(run, "drop", workers=[who.value]),
+        slow: lambda: order(run, "slow", worker=who.value, factor=factor.value),
+        end: lambda: kill(run, who.value),
+    }
     table = panel.pane.DataFrame(index=False)
-    stop.on_click(lambda _: said.param.update(object=order(run, "stop")))
-    cut.on_click(lambda _: said.param.update(object=order(run, "drop", workers=[who.value])))
+    for button, act in buttons.items():
+        button.on_click(lambda _, act=act: said.param.update(object=act()))
     # A browser that is slower than the run would fall behind ever further: it says when it has drawn, and then gets the next picture.
     sent, drawn = panel.widgets.IntInput(visible=False), panel.widgets.IntInput(visible=False)
     sent.jslink(drawn, value="value")
@@ -215,14 +233,15 @@ def layout(run: Run) -> tuple[Any, Callable[[], None]]:
         seen = read.all()
         head.object, table.object = heading(run, status), members(status)
         done.value = min(1000, round(1000 * status.get("samples", 0) / max(1, status.get("budget") or 1)))
-        stop.disabled = cut.disabled = status["state"] != "running"
+        for button in buttons:
+            button.disabled = status["state"] != "running"
         if read.at != shown["at"] or (status["state"] != "running") != shown["ended"]:
             shown.update(at=read.at, ended=status["state"] != "running", since=time.monotonic())
             pipe.send(seen)
             sent.value = (sent.value or 0) + 1
 
     look()
-    controls = panel.Row(stop, who, cut, said)
+    controls = panel.Column(panel.Row(stop, save), panel.Row(who, inspect, cut, factor, slow, end), said)
     wide = {"sizing_mode": "stretch_width", "max_width": 1100, "margin": (10, 30)}
     return panel.Column(head, done, controls, *figures, table, sent, drawn, **wide), look
 
@@ -231,30 +250,53 @@ def state_of(run: Run) -> dict[str, Any]:
     """What the server of the run says; where there is none, what its record does."""
     recorded = run.recorded()
     with contextlib.suppress(LabError):
-        server = server_file.find(run.path)
-        if server and recorded["state"] == "running":
-            with connected((server["host"], server["port"]), server["secret"], timeout=2.0) as ask:
-                return {**ask(), "state": "running"}
+        if recorded["state"] == "running":
+            return {**request(run, "status", 2.0), "state": "running"}
     return {"samples": recorded.get("samples") or 0, "budget": run.config.budget, **recorded}
 
 
 def order(run: Run, op: str, **fields: Any) -> str:
     """Ask the server of the run for something; returns what is to be said about it."""
-    server = server_file.find(run.path)
-    if server is None:
+    if server_file.find(run.path) is None:
         return "The run has ended."
     try:
-        with connected((server["host"], server["port"]), server["secret"], timeout=5.0) as ask:
-            ask(op, **fields)
-    except WireError as error:
+        status = request(run, op, 5.0 + fields.get("within", 0.0), **fields)
+        if op == "inspect":
+            return str(inspection(status, fields["worker"], fields["within"]))
+    except LabError as error:
         return str(error)
+    if op == "checkpoint":
+        return "Nothing was saved in time." if status.get("saved") is None else f"Version {status['saved']} is saved."
     return f"Asked for at {time.strftime('%H:%M:%S')}."
+
+
+def kill(run: Run, worker: int) -> str:
+    """End the process of a worker of a running run (SIGKILL), if it is here and its own; returns what is to be said about it.
+
+    It must hold a connection to the server of the run: what a worker says of itself is no reason to end some other process.
+    """
+    about = (state_of(run).get("workers") or {}).get(str(worker)) or {}
+    server = server_file.find(run.path)
+    if server is None or not about.get("pid"):
+        return f"Worker {worker} is not in the run."
+    if run.config.one_process:
+        return "The workers are threads of their kernel, which would end with one of them."
+    if about["host"] != socket.gethostname():
+        return f"Worker {worker} is on {about['host']}, not here."
+    try:
+        process = psutil.Process(about["pid"])
+        if not any(link.raddr and link.raddr.port == server["port"] for link in process.net_connections("tcp")):
+            return f"Process {about['pid']} has no connection to the server of this run."
+        process.kill()
+    except psutil.Error as error:
+        return f"Process {about['pid']} cannot be ended: {error}."
+    return f"Process {about['pid']} of worker {worker} was ended at {time.strftime('%H:%M:%S')}."
 
 
 def heading(run: Run, status: dict[str, Any]) -> str:
     """Name, state and settings, in Markdown."""
     why = f": {status['reason']}" if status.get("reason") else ""
-    note = style.caption([run])
+    note = style.caption([run], style.slowed(run, status) if status["state"] == "running" else "")
     samples = f"{status.get('samples', 0):,} of {run.config.budget:,} samples, version {status.get('version', 0)}"
     return f"## {run.label}\n\n**{status['state']}**{why} · {samples}{' · ' + note if note else ''} · `{run.path}`"
 

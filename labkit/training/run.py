@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from labkit.errors import Interrupted, ProblemError, RunError, file_path, flag, instance, real
+from labkit.errors import Interrupted, ProblemError, RunError, file_path, flag, instance, real, whole
 from labkit.runs import checkpoints, summary
 from labkit.runs.checkpoints import Layout
 from labkit.runs.files import is_folder, replacing
 from labkit.runs.record import RunRecord
 from labkit.sources import changed
+from labkit.training.attach import ANSWER_S, request
+from labkit.training.inspection import Inspection, inspection
+from labkit.training.wire.protocol import MAX_WORKERS, SERVER_TIMEOUT_S
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,6 +134,37 @@ class Run(RunRecord):
         if self._follower:
             self._follower.stop(timeout)
         return self
+
+    def checkpoint(self, timeout: float = 30.0) -> int:
+        """Save the newest version of the global weights now, with all that `labkit.resume` needs; its number once it is on the disk.
+
+        Raises
+        ------
+        RunError
+            The run is not running, is that of another kernel (`attach`), or its disk takes longer than `timeout` seconds.
+        """
+        timeout = real("timeout", timeout, above=0, most=SERVER_TIMEOUT_S)
+        self._check_attached()
+        version = request(self, "checkpoint", timeout + ANSWER_S, within=timeout).get("saved")
+        if version is None:
+            raise RunError(f"run {self.name} did not save a version within {timeout:g} s: it has ended, or its disk is busy.")
+        return version
+
+    def inspect(self, worker: int, timeout: float = 5.0) -> Inspection:
+        """What a worker does now, as it says itself: the stacks of its threads, its latest exchange, its memory and device.
+
+        It is asked over its connection to the server, and goes on meanwhile; on every back end.
+
+        Raises
+        ------
+        ClusterError
+            There is no such worker in the run, or it does not answer within `timeout` seconds; then with what the server knows of it.
+        RunError
+            The run is not running, or is that of another kernel (`attach`).
+        """
+        worker, timeout = whole("worker", worker, 0, MAX_WORKERS - 1), real("timeout", timeout, above=0, most=SERVER_TIMEOUT_S)
+        self._check_attached()
+        return inspection(request(self, "inspect", timeout + ANSWER_S, worker=worker, within=timeout), worker, timeout)
 
     def progress(self) -> None:
         """Show progress: a bar that moves by itself in a notebook; elsewhere a line every few seconds until the end.

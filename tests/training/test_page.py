@@ -71,13 +71,20 @@ def test_a_page_shows_a_run_and_its_buttons_cut_a_connection_and_stop_it(train, 
     until(lambda: run.status()["version"] >= 3)
     page, look = layout(run)
     head, _, controls, *figures, table, sent, drawn = page
-    stop, who, cut, said = controls
+    (stop, save), (who, inspect, cut, factor, slow, end), said = controls
     assert "**running**" in head.object and str(run.path) in head.object and [*table.object.worker] == [0, 1] == who.options
     titles = [title(figure.object[()]) for figure in figures]
     assert "held-out score" in titles[0] and "2 workers here" in titles[2] and "last" in titles[3] and "staleness" in titles[4]
     who.value, cut.clicks = 1, 1
     until(lambda: len(run.events.query("kind == 'join' and worker == 1")) == 2)
     assert "Asked for" in said.object
+    save.clicks = inspect.clicks = 1
+    until(lambda: "Worker 1: process" in said.object)
+    factor.value, slow.clicks = 3.0, 1
+    look()
+    drawn.value = sent.value
+    look()
+    assert "worker 1 slowed down to 3x" in head.object and not end.visible
     stop.clicks = 1
     until(lambda: run.state == "stopped")
     look()

@@ -314,7 +314,16 @@ class Coordinator:
             "version": self.update.version,
             "samples": self.grants.done + sum(member.seen for member in members),
             "budget": self.grants.budget,
-            "workers": {member.index: {"loss": member.loss, "score": member.score, "passes": member.passes} for member in members},
+            "workers": {
+                member.index: {
+                    "loss": member.loss,
+                    "score": member.score,
+                    "passes": member.passes,
+                    "host": member.host,
+                    "pid": member.pid,
+                }
+                for member in members
+            },
         }
 
     def state_dict(self) -> dict:

@@ -38,6 +38,10 @@ class Member:
     held: int = 0  # samples of its shard, as the worker holds them
     loss: float | None = None
     score: float | None = None
+    host: str = ""  # where it is, as it says
+    pid: int | None = None
+    heard: str = "join"  # its latest message,
+    heard_at: float = 0.0  # and when that came
 
 
 class Ranks:

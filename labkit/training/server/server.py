@@ -19,6 +19,7 @@ Started by `labkit.training.supervisor` in a process of its own; asked by it and
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -91,6 +92,9 @@ class Server:
         self.versions: queue.SimpleQueue[tuple[int, np.ndarray, dict] | None] = queue.SimpleQueue()  # to be saved
         self.over, self.wake_up = threading.Event(), threading.Event()  # wake_up: look at the time, or at `over`
         self.losses = Losses()
+        self.asked: dict[int, tuple[int, queue.SimpleQueue[dict]]] = {}  # by number: the worker that is inspected, and its answer
+        self.numbers = itertools.count()
+        self.slowed: dict[str, float] = {}  # by worker, in mid-run; as JSON has it
         self.failure: dict = {}  # of the server itself or the user's rule: how the run ends then
         self._packing = threading.Lock()
         self._packed: tuple[np.ndarray, np.ndarray] | None = None  # the version that was packed last, and as what
@@ -157,7 +161,7 @@ class Server:
     def _ended(self) -> dict:
         """How the run has ended."""
         status = {key: self.course.status()[key] for key in ("state", "reason", "version", "samples")}
-        more = {"dropped": self.dropped, "traceback": self.course.traceback}
+        more = {"dropped": self.dropped, "slowed": self.slowed, "traceback": self.course.traceback}
         return status | {key: value for key, value in more.items() if value}
 
     def _serve(self) -> None:
@@ -297,6 +301,11 @@ class Server:
         """The side channel of the kernel: status and stop, and which workers are here."""
         while True:
             request, _ = connection.receive()
+            more = {}
+            if request["op"] == "checkpoint":
+                more = {"saved": self._checkpoint(request["within"])}
+            elif request["op"] == "inspect":
+                more = {"inspected": self._inspect(request["worker"], request["within"])}
             with self.lock:
                 if request["op"] == "stop":
                     self.stop(request.get("state") or "stopped", request.get("reason") or "")
@@ -305,11 +314,58 @@ class Server:
                 elif request["op"] == "drop":
                     for index in set(request["workers"]) & set(self.connections):
                         self.connections[index].close()
+                elif request["op"] == "slow":
+                    self._slow(request["worker"], float(request["factor"]))
                 elif request["op"] == "lost":
                     self._lost_process(**{key: request[key] for key in ("worker", "generation", "reason")})
-                status = self.course.status() | {"dropped": self.dropped}
+                status = self.course.status() | {"dropped": self.dropped, "slowed": self.slowed}
             started = self.recorder.started
-            connection.send({"op": "status", "seconds": time.time() - started if started else 0.0, **status})
+            connection.send({"op": "status", "seconds": time.time() - started if started else 0.0, **status, **more})
+
+    def _checkpoint(self, timeout: float) -> int | None:
+        """Save the newest version; its number once it is on the disk, None where that took too long."""
+        limit, version = time.monotonic() + min(timeout, SERVER_TIMEOUT_S), None
+        while time.monotonic() < limit and not self.over.wait(0.01):
+            with self.lock:
+                if version is None and self.versions.qsize() < WAITING:
+                    self.course.checkpoint()
+                    version = self.course.policy.newest
+            if version in self.recorder.saved:
+                return version
+        return None
+
+    def _inspect(self, worker: int, timeout: float) -> dict | None:
+        """What a worker says of itself, None if it says nothing in time, and what is known of it here; None where there is none."""
+        answers: queue.SimpleQueue[dict] = queue.SimpleQueue()
+        limit, answer, number = time.monotonic() + min(timeout, SERVER_TIMEOUT_S), None, next(self.numbers)
+        with self.lock:
+            member = self.course.members.get(worker)
+            if member is None:
+                return None
+            self.asked[number] = worker, answers
+            self._tell(worker, {"op": "inspect", "number": number})
+        while answer is None and time.monotonic() < limit and not self.over.is_set():
+            with contextlib.suppress(queue.Empty):
+                answer = answers.get(timeout=min(0.1, max(0.001, limit - time.monotonic())))
+        with self.lock:
+            del self.asked[number]
+            names = ("host", "pid", "passes", "busy", "granted", "seen", "loss", "heard")
+            known = {name: getattr(member, name) for name in names} | {"heard_s": time.monotonic() - member.heard_at}
+        return {"answer": answer, "known": known}
+
+    def inspected(self, worker: int, answer: dict) -> None:
+        """A worker has answered; what nobody waits for any more is dropped."""
+        asked, answers = self.asked.get(answer["number"], (None, None))
+        if asked == worker:
+            answers.put(answer)
+
+    def _slow(self, worker: int, factor: float) -> None:
+        """From now on all work of this worker lasts so many times as long as it would; recorded, as it is emulated."""
+        if (member := self.course.members.get(worker)) is None:
+            return
+        self.slowed[str(worker)] = factor
+        self._record("slow", worker=worker, incarnation=member.incarnation, message=f"{factor:g} times as slow as it is")
+        self._tell(worker, {"op": "slow", "factor": factor})
 
     def _lost_process(self, worker: int, generation: int, reason: str) -> None:
         """The process of a worker has ended. If it had joined, that was noticed here; one that never did is counted now."""
@@ -356,10 +412,14 @@ class Server:
     def _interrupt(self, message: dict, group: int | None = None) -> None:
         for member in list(self.course.members.values()):
             if member.busy and group in (None, member.group):
-                try:
-                    self._thread(_notify, self.connections[member.index], message)
-                except RuntimeError:  # no thread can be started
-                    _notify(self.connections[member.index], message)
+                self._tell(member.index, message)
+
+    def _tell(self, worker: int, message: dict) -> None:
+        """In a thread of its own: the worker may take nothing."""
+        try:
+            self._thread(_notify, self.connections[worker], message)
+        except RuntimeError:  # no thread can be started
+            _notify(self.connections[worker], message)
 
     def _save_versions(self) -> None:
         """Writes versions to the disk away from the lock, so that a slow disk delays no worker."""
@@ -458,12 +518,18 @@ class WorkerConnection:
         if before is not None and before is not self.connection:
             before.close()
         about = {key: join[key] for key in ("device", "threads", "generator", "precision") if join.get(key) is not None}
-        return self.course.join(index, join.get("about") or "", join.get("seconds_per_sample"), **about), ""
+        member = self.course.join(index, join.get("about") or "", join.get("seconds_per_sample"), **about)
+        member.host, member.pid, member.heard_at = join.get("host") or "", join.get("pid"), time.monotonic()
+        return member, ""
 
     def _receive(self, member: Member) -> bool:
         """Process the messages of a local pass, until the worker needs an answer (True) or leaves (False)."""
         while True:
             header, n = self._next()
+            member.heard, member.heard_at = header["op"], time.monotonic()
+            if header["op"] == "inspected":
+                self.server.inspected(member.index, header)
+                continue
             if header["op"] == "heartbeat":
                 member.seen = min(header.get("samples") or 0, member.granted)
                 if header.get("loss") is not None:
@@ -531,8 +597,11 @@ class WorkerConnection:
                 if header["op"] == "fail":
                     with self.server.lock:
                         self.server.stop("failed", header["reason"])
+                elif header["op"] == "inspected":
+                    self.server.inspected(member.index, header)
                 elif header["op"] != "heartbeat":
                     raise WireError(f"a {header['op']!r} message came from a worker that is held.")
+                member.heard, member.heard_at = header["op"], time.monotonic()
             if not self.detector.left:
                 raise self._expired()
         n = self.connection.send(answer.header(), *self._packed(answer))
@@ -587,6 +656,8 @@ class WorkerConnection:
                 self.detector.heard()
             if header["op"] in ("join", "leave", "fail"):
                 return header
+            if header["op"] == "inspected":
+                continue
             late += header["op"] == "push"
             if late > LATE_PUSHES:
                 raise WireError("it goes on pushing without joining anew.")

@@ -13,7 +13,10 @@
       regroup                    ------->     begins anew with those who are left
       leave, fail                ------->
 
-    kernel: watch, and then status, stop, expect, drop, lost ------->  <------- status
+                                 <-------     inspect: what does it do? slow: all its work is to last so many times as long
+      inspected (stacks, ...)  ------->     passed on to the kernel that asked
+
+    kernel: watch, and then status, stop, expect, drop, lost, checkpoint, inspect, slow ------->  <------- status
 
 Who has the secret of the run may still be mistaken: another version, a bug, a damaged value. A message is checked as a whole
 before anything is done with it, so that half a push never changes a run, and half a grant no replica. Fields that are not named
@@ -32,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.cluster.emulation import SLOWEST
 from labkit.errors import WireError
 from labkit.training.wire.compression import SHIFTS
 
@@ -39,10 +43,13 @@ HEARTBEAT_S = 0.5  # how often a worker sends a sign of life, and the server to 
 SCORE_EVERY_S = 1.0  # how often a worker measures its score where the rule does not ask for it
 SERVER_TIMEOUT_S = 60.0  # a server that sends nothing for longer to a waiting worker, or to the kernel, is taken to be gone
 MAX_WORKERS = 1 << 16
+MAX_STACKS = 8  # of a worker that is inspected
+MAX_STACK = 8192  # characters of each: its innermost frames
 MAX_METRICS = 256  # beside the loss, of a local pass; `labkit.problems.metrics.MOST` refuses more before a run
 LARGEST = 2**53  # whole numbers beyond it are not the same in every JSON reader
 LONGEST = 1e10  # seconds, 300 years: no duration is longer, and a sum of some is finite
 QUICKEST = 1e-12  # seconds per sample
+ASIDE = ("inspect", "slow")  # messages to a worker that it answers, or obeys, without leaving what it does
 
 
 class Refused(WireError):
@@ -162,6 +169,11 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, dict) and len(value) <= MAX_METRICS and all(_text(k) and _number(x) for k, x in value.items())
 
 
+def _stacks(value: Any) -> bool:
+    fits = isinstance(value, dict) and len(value) <= MAX_STACKS
+    return fits and all(_text(part) and len(part) <= MAX_STACK for pair in value.items() for part in pair)
+
+
 def _precision(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"dtype", "channels_last", "float32", "why", "host"}:
         return False
@@ -191,6 +203,8 @@ PACE = (f"0, or a time from {QUICKEST:g} to {LONGEST:g} seconds", _pace)
 SHARE = ("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
 SHIFT = (f"a whole number from -{SHIFTS} to {SHIFTS}", lambda value: _whole(value, -SHIFTS, SHIFTS))
 TEXT = ("text", _text)
+STACKS = (f"a table of at most {MAX_STACKS} texts of at most {MAX_STACK} characters by name", _stacks)
+SLOWDOWN = (f"a number from 1 to {SLOWEST:g}", lambda value: _number(value) and 1 <= value <= SLOWEST)
 FLAG = ("true or false", lambda value: isinstance(value, bool))
 TABLE = ("a table", lambda value: isinstance(value, dict))
 NUMBERS = (f"a table of at most {MAX_METRICS} numbers by name", _numbers)
@@ -210,6 +224,8 @@ REQUESTS = {
         "seconds_per_sample": _or_nothing(PACE),
         "generator": _or_nothing(GENERATOR),
         "precision": _or_nothing(PRECISION),
+        "pid": _or_nothing(COUNT),
+        "host": _or_nothing(TEXT),
     },
     "heartbeat": {"samples": _or_nothing(COUNT), "loss": _or_nothing(NUMBER)},
     "push": {
@@ -224,11 +240,20 @@ REQUESTS = {
     "score": {"score": SHARE, "score_s": SECONDS},
     "regroup": {"reason": _or_nothing(TEXT)},
     "fail": {"reason": TEXT},
+    "inspected": {
+        **dict.fromkeys(("number", "version", "threads"), COUNT),
+        **dict.fromkeys(("doing", "device"), TEXT),
+        "stacks": STACKS,
+        **dict.fromkeys(("memory", "exchange"), NUMBERS),
+    },
     # of the kernel
     "stop": {"state": ENDING, "reason": _or_nothing(TEXT)},
     "expect": {"workers": INDICES},
     "drop": {"workers": INDICES},
     "lost": {"worker": INDEX, "generation": COUNT, "reason": TEXT},
+    "checkpoint": {"within": SPEED},
+    "inspect": {"worker": INDEX, "within": SPEED},
+    "slow": {"worker": INDEX, "factor": SLOWDOWN},
 }
 
 REPLIES = {
@@ -237,6 +262,8 @@ REPLIES = {
     "hold": {},
     "regroup": {"group": COUNT},
     "rejoin": {},
+    "inspect": {"number": COUNT},
+    "slow": {"factor": SLOWDOWN},
     "stop": {"reason": TEXT, "wait_s": SPEED},
     # to the kernel
     "status": {

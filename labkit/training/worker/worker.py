@@ -17,6 +17,8 @@ Runs on the workers of a `Lab`, started there by `labkit.training.supervisor`.
 import contextlib
 import math
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +34,10 @@ from labkit.problems.problem import Problem
 from labkit.problems.trial import Fingerprint
 from labkit.runs.config import RunConfig
 from labkit.training.wire import compression, transport
-from labkit.training.wire.protocol import HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S, Grant, Refused, check_reply
+from labkit.training.wire.protocol import ASIDE, HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S, Grant, Refused, check_reply
 from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup, Unused, gradients, networks_of
 from labkit.training.worker.heartbeat import Heartbeat
+from labkit.training.worker.inspection import memory_of, stacks_of
 from labkit.training.worker.process import prepare, synchroniser
 from labkit.training.worker.replica import Replica
 
@@ -98,7 +101,9 @@ def _failure(error: BaseException, worker: "_Worker | None", spec: WorkerSpec) -
 class _Worker:
     def __init__(self, problem: Problem, spec: WorkerSpec) -> None:
         self.problem, self.spec, self.version, self.connection, self.group = problem, spec, 0, None, None
-        self.heartbeat = Heartbeat()
+        self.heartbeat = Heartbeat(self._aside)
+        self.threads = {"worker": threading.get_ident()}  # those of this worker, whose stacks are asked for
+        self.exchange: dict[str, float] = {}  # of the latest one
         self.sender = ThreadPoolExecutor(1, "labkit-sender") if spec.config.overlap else None
         self.unused = False  # do steps leave parameters without a gradient?
         self.broken = -1  # the latest group of an all-reduce that the server has called broken between two passes
@@ -118,6 +123,8 @@ class _Worker:
             "device": spec.device,
             "threads": spec.threads,
             "generator": "shared" if spec.config.one_process else "own",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
             "about": f"pid {os.getpid()}, {spec.device}, {spec.threads} thread(s)",
             **({"precision": asdict(self.precision)} if self.precision else {}),
         }
@@ -249,10 +256,33 @@ class _Worker:
         self._slow(self.spec.uneven)
         return seconds
 
+    def _aside(self, message: dict) -> None:
+        """What is asked, or changed, while the worker goes on with what it does."""
+        if message["op"] == "slow":
+            uneven = self.slowness.uneven
+            self.slowness.become(replace(uneven, slowdown=message["factor"], drifts_to=message["factor"], drift=0.0))
+            return
+        stacks = stacks_of(self.threads)
+        about = {
+            "version": self.version,
+            "device": self.spec.device,
+            "threads": torch.get_num_threads(),
+            "doing": self.heartbeat.doing,
+        }
+        ago = {"seconds_ago": round(time.perf_counter() - self.exchanged_at, 3)} if self.exchange else {}
+        report = {**about, "stacks": stacks, "memory": memory_of(self.spec.device), "exchange": {**self.exchange, **ago}}
+        self.connection.send({"op": "inspected", "number": message["number"], **report})
+
     def _pull(self) -> dict:
         """Wait for the next grant, whose weights are received into their buffer; or for another message: stop, rejoin."""
         while True:
-            header, self.n_received = self.connection.receive(self._receive_into)
+            if self.heartbeat.kept:
+                header, self.n_received = self.heartbeat.kept.pop(0), 0
+            else:
+                header, self.n_received = self.connection.receive(self._receive_into)
+            if header["op"] in ASIDE:
+                self._aside(header)
+                continue
             if header["op"] == "regroup":
                 self.broken = header["group"]
             if header["op"] not in ("hold", "regroup"):
@@ -289,7 +319,8 @@ class _Worker:
         """Score, push and pull; returns the next message. With `overlap` as much of it as possible is done at the same time."""
         late = self.sender is not None and not self.spec.scored and not grant.settle
         body = self.buffers.pack()  # before Q is measured: a forward pass may change the module, and a replay does it in this order
-        score, score_s = (None, 0.0) if late or grant.settle else self._score()
+        with self.heartbeat.keeping():
+            score, score_s = (None, 0.0) if late or grant.settle else self._score()
         times = {"score_s": score_s, "send_s": self.send_s} | ({"hidden_s": self.hidden_s} if self.sender else {})
         started = time.perf_counter()
         header = {"op": "push", "version": self.version, "score": score, "shift": self.buffers.shift, **times, **done}
@@ -308,12 +339,16 @@ class _Worker:
         trip = max(0.0, ended - started - message.get("wait_s", 0.0))
         self.send_s = round(min(trip, max(0.0, ended - max(started, free))), 6)
         self.hidden_s = round(trip - self.send_s, 6)
+        self.exchange = {"send_s": self.send_s, "hidden_s": self.hidden_s, "bytes": len(body) + self.n_received}
+        self.exchanged_at = ended
         if self.heartbeat.interrupt is message:  # a link that was lost meanwhile is not forgotten
             self.heartbeat.interrupt = None
         return message
 
     def _push_and_pull(self, header: dict, body: memoryview) -> tuple[dict, float]:
         """Returns the next message and when it came (perf_counter)."""
+        if self.sender:
+            self.threads["sender"] = threading.get_ident()
         self.connection.send(header, body)
         message = self._pull()
         if message["op"] != "grant":

@@ -14,6 +14,8 @@ from labkit.training.wire.protocol import GRANT, REPLIES, REQUESTS, Answer, Gran
 PUSH = {"op": "push", "version": 3, "samples": 17, "score": 0.5, "loss": 1.25}
 PUSH |= {"compute_s": 0.1, "score_s": 0.01, "wait_s": 0.0, "send_s": 0}
 PRECISION = {"dtype": "bfloat16", "channels_last": True, "float32": {"conv1": "Conv2d: why"}, "why": "", "host": "AMX"}
+INSPECTED = {"op": "inspected", "number": 3, "version": 2, "threads": 1, "doing": "a local pass", "device": "cpu"}
+INSPECTED |= {"stacks": {"worker": "File ..."}, "memory": {"rss": 1e9}, "exchange": {}}
 GOOD = [
     {"op": "join", "worker": 0, "seconds_per_sample": 1e-5, "about": "pid 7, ä"},
     {"op": "join", "worker": 2},
@@ -21,6 +23,10 @@ GOOD = [
     {"op": "join", "worker": 2, "precision": PRECISION},
     {"op": "heartbeat", "samples": 3, "loss": float("nan")},
     {"op": "heartbeat"},
+    INSPECTED,
+    {"op": "inspect", "worker": 1, "within": 5.0},
+    {"op": "checkpoint", "within": 1},
+    {"op": "slow", "worker": 1, "factor": 4},
     {"op": "drop", "workers": [0, 5]},
     PUSH,
     PUSH | {"loss": None, "score": float("nan")},  # what NaN means is for the update to say
@@ -53,6 +59,10 @@ def test_an_op_alone_is_refused_where_it_needs_fields(op):
 BAD = {
     "worker": (GOOD[0], ["x", -1, 1.0, None, True, [0], {}, 2**16, float("nan")]),
     "generation": (GOOD[0], ["x", -1, [1]]),
+    "stacks": (INSPECTED, [None, "x", ["x"], {"a": 1}, {"a": "x" * 10_000}, {str(i): "" for i in range(9)}, {"a": "\ud800"}]),
+    "memory": (INSPECTED, [None, 1, {"rss": "much"}]),
+    "factor": ({"op": "slow", "worker": 1}, [None, 0.5, "4", float("nan"), float("inf"), 1e7]),
+    "within": ({"op": "checkpoint"}, [None, -1.0, "x", float("nan")]),
     "workers": ({"op": "drop"}, [None, 1, ["x"], [-1], {}]),
     "seconds_per_sample": (GOOD[0], ["x", float("nan"), float("inf"), -1.0, [], 10**400, 5e-324, 1e300]),
     "device": (GOOD[0], [0, ["cpu"]]),
@@ -145,6 +155,8 @@ def test_a_grant_is_frozen_and_nothing_but_its_fields_travels():
 REPLY = {
     "hold": {},
     "rejoin": {},
+    "inspect": {"number": 3},
+    "slow": {"factor": 4.0},
     "regroup": {"group": 2},
     "stop": Answer(None, reason="the run has ended.", wait_s=0.5).header(),
     "status": {"state": "running", "reason": "", "started": True, "workers": {"0": {"loss": None}}, "seconds": 1.5}
