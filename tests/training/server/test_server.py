@@ -654,7 +654,7 @@ def test_a_heartbeat_is_a_sign_of_life_and_of_progress(tmp_path):
             worker.connection.send({"op": "heartbeat", "samples": samples, "loss": 0.7})
             until(lambda samples=samples: ask(server)["samples"] == samples)
             time.sleep(0.3)
-        assert ask(server)["workers"]["0"] == {"loss": 0.7, "score": None, "passes": 0}
+        assert ask(server)["workers"]["0"] == {"loss": 0.7, "score": None, "passes": 0, "host": "", "pid": None}
         worker.push()
         assert worker.pull()["op"] == "grant"
 

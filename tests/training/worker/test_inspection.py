@@ -11,9 +11,12 @@ from labkit.training.worker.inspection import memory_of, stacks_of
 def test_of_a_deep_stack_the_innermost_frames_are_left_and_a_thread_that_is_gone_has_none():
     deep, go_on = threading.Event(), threading.Event()
 
-    def descend(n):
+    def back(n):
+        return descend(n)
+
+    def descend(n):  # two functions: of one that calls itself a stack has the first frames alone
         if n:
-            return descend(n - 1)
+            return back(n - 1)
         deep.set()
         go_on.wait(30)
         return None
