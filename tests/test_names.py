@@ -189,7 +189,7 @@ def public(thing):
 
 def test_completion_of_a_run_and_a_lab_offers_what_is_public(tmp_path):
     run = labkit.load_run(RUN)
-    assert public(run) == {
+    assert public(run) == {"checkpoint", "inspect", 
         "allocations", "attach", "balance", "config", "curve", "evaluate", "events", "export", "flat", "label", "live", "model", "name", "origin",
         "path", "predict", "predict_proba", "predictions", "problem", "progress", "save", "state", "status", "stop", "summary", "test_score",
         "time_to", "wait", "weights",

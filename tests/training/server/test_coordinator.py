@@ -424,7 +424,7 @@ def test_the_status_counts_what_is_under_way():
     course.members[0].seen, course.members[0].loss = 3, 0.25
     status = course.it.status()
     assert (status["samples"], status["version"], status["state"], status["started"]) == (3, 0, "running", True)
-    assert status["workers"][0] == {"loss": 0.25, "score": None, "passes": 0}
+    assert status["workers"][0] == {"loss": 0.25, "score": None, "passes": 0, "host": "", "pid": None}
     course.push(0, answer)
     assert course.it.status()["samples"] == answer.grant.samples and course.it.status()["workers"][0]["passes"] == 1
 
