@@ -11,12 +11,15 @@ Used by every module; imports nothing of labkit.
 
 import contextlib
 import difflib
+import functools
 import math
 import numbers
 import operator
 import os
+import sysconfig
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from typing import Any
 MOST = 2**53  # of a count: beyond it a float is no longer exact
 SEEDS = 2**63 - 1  # the largest seed that torch's generators accept
 LONGEST_WAIT_S = 2e6  # of a limit of time that the system keeps, 23 days: it counts milliseconds in 31 bits
+HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep  # of labkit
 _formatting = threading.Lock()
 
 
@@ -169,13 +173,58 @@ class WorkerError(LabError):
 
 
 def traceback_of(error: BaseException) -> str:
-    """The text of an error with its traceback.
+    """The text of an error with its traceback, `shortened` to the frames of the user's own.
 
     One at a time: to mark a place in a line it is parsed, and CPython 3.11 counts the depth of its parser for all threads together, so
     that two which format at once may end in a SystemError.
     """
     with _formatting:
-        return "".join(traceback.format_exception(error))
+        return "".join(traceback.format_exception(shortened(error)))
+
+
+def shortened(error: BaseException) -> BaseException:
+    """The error, with the tracebacks of it and of what caused it reduced to the frames of the user's own, where there are any.
+
+    What labkit does before it calls a user's function, and what libraries do in between and after it, is left out. Frames of labkit
+    behind the user's last one stay, unless it is labkit that explains the error (`LabError`).
+    """
+    todo, seen = [error], set()
+    while todo:
+        one = todo.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        todo += [one.__cause__, one.__context__]
+        frames = []
+        trace = one.__traceback__
+        while trace is not None:
+            frames.append(trace)
+            trace = trace.tb_next
+        own = [at for at, each in enumerate(frames) if is_own_code(each.tb_frame.f_code.co_filename)]
+        if own:
+            behind = [] if isinstance(one, LabError) else [each for each in frames[own[-1] + 1 :] if _is_of_labkit(each)]
+            kept = None
+            for each in reversed([*(frames[at] for at in own), *behind]):
+                kept = types.TracebackType(kept, each.tb_frame, each.tb_lasti, each.tb_lineno)
+            one.__traceback__ = kept
+    return error
+
+
+def is_own_code(file: str) -> bool:
+    """Is a file, or the name of a cell, code of the user's own: not of labkit, Python or an installed package?"""
+    if file.startswith("<"):
+        return file in ("<stdin>", "<string>", "<dynamic-code>") or file.startswith("<ipython-input")
+    return not os.path.abspath(file).startswith(_not_own()) and not {"site-packages", "dist-packages"} & set(Path(file).parts)
+
+
+def _is_of_labkit(trace: types.TracebackType) -> bool:
+    return trace.tb_frame.f_code.co_filename.startswith(HERE)
+
+
+@functools.cache
+def _not_own() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    return (HERE, *(os.path.abspath(paths[name]) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
-from labkit.errors import did_you_mean
+from labkit.errors import LabError, did_you_mean, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,7 +74,14 @@ def named(function: F) -> F:
                     (type(args[0]).__name__, _of_class(type(args[0]))) if of_class else (function.__name__, _of(function))
                 )
                 raise TypeError(f"{title}() got an unexpected keyword argument {name!r}.{where_given(name, names)}")
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            __tracebackhide__ = True  # of IPython and pytest
+            if isinstance(error, LabError) and error.__cause__ is None:
+                raise
+            shortened(error)  # a user's function, such as the model, has raised: its frames, and who called labkit
+            raise error.with_traceback(None if isinstance(error, LabError) else error.__traceback__)
 
     return call
 

@@ -25,6 +25,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import io
+import linecache
 import marshal
 import os
 import pickle
@@ -440,7 +441,7 @@ class PackedCall:
                 fault = WorkerError(f"{self.__name__}() failed: {_told(error)}", None, traceback.format_exc())
         if fault is None and not self.here:
             try:
-                made = Returned(cloudpickle.dumps(made))
+                made = Returned(dumped(made))
             except Exception as error:
                 fault = ClusterError(f"what {self.__name__}() returned cannot be sent back ({_told(error)}). Return plain values.")
         if fault:
@@ -461,7 +462,7 @@ class Returned:
 def unpicklable(thing: Any) -> str:
     """Why another process would not get `thing`; "" where it would."""
     try:
-        pickle.loads(cloudpickle.dumps(thing))
+        pickle.loads(dumped(thing))
     except Exception as error:
         return _told(error)
     return ""
@@ -477,7 +478,7 @@ def pack(thing: Any) -> Any:
     ClusterError where the kernel holds something else than their files.
     """
     check(sources := needed(thing))
-    return Packed(sources, cloudpickle.dumps(thing)) if sources else thing
+    return Packed(sources, dumped(thing)) if sources else thing
 
 
 def pack_call(fn: Any, args: tuple, here: bool = False) -> PackedCall:
@@ -487,7 +488,7 @@ def pack_call(fn: Any, args: tuple, here: bool = False) -> PackedCall:
     """
     name = getattr(fn, "__name__", "task")
     try:
-        return PackedCall(name, cloudpickle.dumps((fn, args) if here or _has_packed(args) else pack((fn, args))), here)
+        return PackedCall(name, dumped((fn, args) if here or _has_packed(args) else pack((fn, args))), here)
     except LabError:
         raise
     except Exception as error:
@@ -495,6 +496,44 @@ def pack_call(fn: Any, args: tuple, here: bool = False) -> PackedCall:
             f"{name}() or what it is given cannot be sent to a worker ({_told(error)}). Make locks, files, generators and "
             "connections in the function, where they are used."
         ) from error
+
+
+class _Located(cloudpickle.Pickler):
+    """Code that travels by value keeps the name of its file or cell, and the text of it: so tracebacks show the user's own lines."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.DEFAULT_PROTOCOL)
+        self.texts: dict[str, tuple[str, str]] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, CodeType):
+            return super().reducer_override(obj)
+        if obj.co_filename not in self.texts:
+            self.texts[obj.co_filename] = _cell(obj.co_filename), "".join(linecache.getlines(obj.co_filename))
+        _, arguments = self.dispatch_table[CodeType](obj)
+        return located, (arguments, *self.texts[obj.co_filename])
+
+
+def dumped(thing: Any) -> bytes:
+    """The pickle of a thing; what it holds by value is found in tracebacks again."""
+    with io.BytesIO() as file:
+        _Located(file).dump(thing)
+        return file.getvalue()
+
+
+def located(arguments: tuple, file: str, text: str) -> CodeType:
+    """A code from the arguments of its constructor, which was read from `file`; where that is not there, tracebacks take `text`."""
+    if text and not os.path.exists(file):
+        linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+    return CodeType(*arguments).replace(co_filename=file)
+
+
+def _cell(file: str) -> str:
+    """The name of a file in tracebacks: "Cell In[3]" for what a notebook holds, as IPython says."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    named = getattr(getattr(shell, "compile", None), "format_code_name", lambda _: None)(file)
+    return " ".join(named) if named else file
 
 
 def _has_packed(value: Any) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import linecache
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import pytest
 import torch
 
 from labkit import Classifier, sources
-from labkit.errors import ClusterError
+from labkit.errors import ClusterError, traceback_of
 
 LISTEN = """
 import pickle, sys
@@ -160,6 +162,18 @@ def test_functions_of_a_cell_bring_their_modules(write, elsewhere):
     assert elsewhere(cell["answer"]) == elsewhere(cell["later"]) == 1
     write("layers_d", "SIZE = 2")
     assert elsewhere(cell["answer"]) == elsewhere(cell["later"]) == 2
+
+
+def test_tracebacks_elsewhere_show_the_lines_of_a_cell(monkeypatch):
+    text = "def typo():\n    return undefined_name\n"
+    monkeypatch.setitem(linecache.cache, "a-cell", (len(text), None, text.splitlines(True), "a-cell"))
+    namespace = {"__name__": "__main__"}
+    exec(compile(text, "a-cell", "exec"), namespace)
+    sent = sources.dumped(namespace["typo"])
+    del linecache.cache["a-cell"]  # as in another process
+    with pytest.raises(NameError) as raised:
+        pickle.loads(sent)()
+    assert 'File "a-cell", line 2, in typo\n    return undefined_name' in traceback_of(raised.value)
 
 
 def test_what_was_packed_stays_as_it_was(write, elsewhere):

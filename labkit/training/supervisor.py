@@ -29,7 +29,7 @@ from labkit.problems.trial import Fingerprint
 from labkit.runs import status as how_it_ended
 from labkit.runs import summary
 from labkit.runs.events import Tail
-from labkit.sources import pack
+from labkit.sources import dumped, pack
 from labkit.training.attach import watch
 from labkit.training.evaluation import as_recorded, measure
 from labkit.training.monitor import Monitor
@@ -132,6 +132,7 @@ class Supervisor:
 
     def raise_error(self) -> None:
         if self.error:
+            __tracebackhide__ = True
             raise self.error.with_traceback(None)  # what matters is in its text; the frames are Dask's
 
     def _start_worker(self, index: int) -> None:
@@ -376,9 +377,7 @@ def _start_server(
 
     It inherits the lock of the run directory, if that is held, and never closes it.
     """
-    import cloudpickle
-
-    message = cloudpickle.dumps(replace(spec, update=pack(spec.update), partition=pack(spec.partition)))
+    message = dumped(replace(spec, update=pack(spec.update), partition=pack(spec.partition)))
     environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     # A rule of the user's own may be in any module that can be imported here.
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(folder or os.getcwd() for folder in sys.path))
