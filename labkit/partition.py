@@ -23,6 +23,7 @@ from functools import partial
 
 import numpy as np
 
+from labkit.cards import Card, Carded, rule_card, rule_text
 from labkit.errors import PartitionError, flag, real, several, whole
 from labkit.imports import make_rule, rule_config
 
@@ -73,7 +74,7 @@ def shuffled(n: int, seed: int, labels: np.ndarray | None = None, units: np.ndar
     return np.argsort(rank, kind="stable")
 
 
-class Partition:
+class Partition(Carded):
     """Which worker holds which samples, and how shards grow; a rule adds `_speeds`, to which shares are proportional.
 
     `stratified=True` gives each shard the classes in their true shares.
@@ -225,6 +226,12 @@ class Partition:
     def config(self) -> dict:
         """Name (a user's own class: its import path) and settings, stored as attributes, as JSON for `make_partition`."""
         return rule_config(self, PartitionError)
+
+    def __repr__(self) -> str:
+        return rule_text(self)
+
+    def _card(self) -> Card:
+        return rule_card(self, "partition", "labkit.train(problem, lab, partition=...)")
 
     def _learn(self, seconds: Mapping[int, float]) -> None:
         """Take in measured (or, before a worker's first allocation, probed) seconds per sample; a rule may ignore them."""

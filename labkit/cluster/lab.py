@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from labkit.cards import Card, Carded
 from labkit.cluster.backend import About, Answer, Backend, Request, quiet
 from labkit.cluster.emulation import Unevenness, opposite, unsteadiness
 from labkit.cluster.tasks import Task, spread
@@ -53,7 +54,7 @@ class Worker:
         return self.pid == os.getpid() and self.host == socket.gethostname()
 
 
-class Lab(Public, AbstractContextManager):
+class Lab(Carded, Public, AbstractContextManager):
     """The connected cluster; made by `connect`, closed by `close` or at the end of a `with` block. Closing twice is fine.
 
     Examples
@@ -343,6 +344,28 @@ class Lab(Public, AbstractContextManager):
                 f"  worker {worker.index}: {worker.host}, pid {worker.pid}, {worker.device}, {worker.threads} torch thread(s){slow}"
             )
         return "\n".join(lines)
+
+    def _card(self) -> Card:
+        if self.closed:
+            return Card(f"Lab: {self.kind}, closed", calls={"labkit.connect(...)": "connects again"})
+        rows = {"emulated": ways} if (ways := unsteadiness(self.jitter, self.drift, self.stalls)) else {}
+        rows |= {"dashboard": self.dashboard} if self.dashboard else {}
+        rows |= {"training": ", ".join(run.name for run in self.runs)} if self.runs else {}
+        lost, workers = set(self.lost()), []
+        for worker in self.workers:
+            drifts = f", drifting to {worker.drifts_to:g}x" if worker.drifts_to != worker.slowdown else ""
+            row = {
+                "worker": worker.index,
+                "host": worker.host,
+                "device": worker.device,
+                "threads": worker.threads,
+                "process": str(worker.pid),
+            }
+            row |= {"emulated": f"{worker.slowdown:g}x slower{drifts}"} if worker.slowdown != 1 or drifts else {}
+            workers.append(row | ({"state": "lost"} if worker.index in lost else {}))
+        calls = {"labkit.train(problem, lab)": "trains on it", "lab.close()": "ends what was started here"}
+        n = len(self.workers)
+        return Card(f"Lab: {n} worker{'s' * (n != 1)} ({self.kind})", rows=rows, table=workers, calls=calls)
 
     def settings(self, workers: Sequence[int]) -> dict[str, Any]:
         """Where a run on these workers goes, by the names of `labkit.runs.config.RunConfig`."""

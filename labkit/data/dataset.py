@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from labkit.cards import Card, Carded
 from labkit.errors import DataError, known
 from labkit.names import Public
 
@@ -53,7 +54,7 @@ class Field(NamedTuple):
     no_class: tuple[int, ...] = ()
 
 
-class Dataset(Public):
+class Dataset(Carded, Public):
     """A reference to a data set: small, picklable, opened on first use in whichever process it has come to.
 
     Attributes
@@ -162,6 +163,16 @@ class Dataset(Public):
     def __repr__(self) -> str:
         about = f"shape={self.shape}, n_classes={self.n_classes}" if list(self.fields) == ["x", "y"] else self.described()
         return f"Dataset({self.name!r}, {about}, n_train={self.n_train}, n_test={self.n_test})"
+
+    def _card(self) -> Card:
+        fields = [
+            {"field": name, "shape": str(each.shape), "type": str(each.dtype), "is": each.role}
+            for name, each in self.fields.items()
+        ]
+        rows = {"training samples": self.n_train, "test samples": self.n_test}
+        rows |= {"classes": self.n_classes} if self.n_classes else {}
+        calls = {"labkit.Classifier(model, data)" if self.n_classes else "labkit.Regressor(model, data)": "trains on it"}
+        return Card(f"Dataset {self.name}", self.note, rows, table=fields, calls=calls)
 
     def batch(
         self, indices: Any, split: str = "train", window: tuple[slice, ...] = (), fields: Sequence[str] | None = None

@@ -27,6 +27,7 @@ import numpy as np
 
 from labkit import locks
 from labkit.cluster.lab import Lab
+from labkit.cards import Card, Carded
 from labkit.errors import SEEDS, ClusterError, RunError, did_you_mean, file_path, flag, instance, known, real, whole
 from labkit.experiments import code
 from labkit.experiments.coordinator import Coordinator, called
@@ -265,7 +266,7 @@ def _about(config: Mapping[str, Any]) -> dict[str, Any]:
     return about | {"counts_constants": config.get("counts_constants", True)}
 
 
-class Search(Public):
+class Search(Carded, Public):
     """A search: what was tried, and what came out. `path`, `name` and `config` are its directory, name and settings.
 
     Examples
@@ -326,12 +327,14 @@ class Search(Public):
         """
         import pandas as pd
 
+        from labkit.tables import Table
+
         feasible = ["feasible"] if self.config.get("constraints") else []
         signs = self._signs()
         rows = [self._row(number, trial, signs) for number, trial in enumerate(self._trials())]
         score, *last = COLUMNS
         names = self._study.space.names
-        table = pd.DataFrame(rows, columns=["trial", *names, score, *self._others(), *feasible, *last])
+        table = Table(rows, columns=["trial", *names, score, *self._others(), *feasible, *last])
         for name in names:
             if any(row.get(name, ...) is None for row in rows):  # a choice, of which pandas makes NaN beside numbers
                 table[name] = pd.Series([row.get(name, math.nan) for row in rows], dtype=object)
@@ -339,7 +342,7 @@ class Search(Public):
 
     def timeline(self) -> pd.DataFrame:
         """One row a run and worker: trial, fold, worker, start and end (seconds of the search), passes (of the run), score, error."""
-        import pandas as pd
+        from labkit.tables import Table
 
         columns = ["trial", "fold", "worker", "start", "end", "passes", "score", "error"]
         rows = [
@@ -348,7 +351,7 @@ class Search(Public):
             for fold, unit in list(trial["units"].items())
             for worker in unit["workers"]
         ]
-        return pd.DataFrame(rows, columns=columns)
+        return Table(rows, columns=columns)
 
     @property
     def objectives(self) -> list[str]:
@@ -439,6 +442,18 @@ class Search(Public):
         except RunError:
             best = ""
         return f"<Search {self.name}: {self.config['method']}, {self.state}, {n} of {self.config['trials']} trials{best}>"
+
+    def _card(self) -> Card:
+        n, best = len(self._trials()), {}
+        with contextlib.suppress(RunError):
+            best = {"best score": self.best.score, "at": dict(self.best.point)}
+        rows = {"method": self.config["method"], "state": self.state, "trials": f"{n} of {self.config['trials']}", **best}
+        calls = {
+            "found.table()": "all trials",
+            "found.best": "the best one",
+            "labkit.plots.search_history(found)": "the best score over them",
+        }
+        return Card(f"Search {self.name}", rows={**rows, "directory": str(self.path)}, calls=calls)
 
     def _trials(self) -> list[dict[str, Any]]:
         """All trials, with what another process has written meanwhile."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from labkit.cards import Card, Carded, call_text, settings_text
 from labkit.data import Dataset, open_dataset
 from labkit.data import names as data_names
 from labkit.data.items import Items, is_items_path, seed_of_items, seeding
@@ -89,7 +90,7 @@ class Clock(NamedTuple):
     threads: int = 1
 
 
-class Problem:
+class Problem(Carded):
     """What a worker trains. A subclass gives `build`, `optimisers`, `step` and `evaluate`; the rest has defaults.
 
     Store each constructor argument as an attribute of the same name, hand the common ones on with `**common`, and the
@@ -624,6 +625,41 @@ class Problem:
         return self
 
     # The settings: for the record, and on the way to a worker.
+
+    def __repr__(self) -> str:
+        try:
+            return call_text(type(self).__name__, self._chosen())
+        except Exception:  # its constructor has stored something else
+            return f"{type(self).__name__}(...)"
+
+    def _chosen(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, and the data by their name."""
+        defaults: dict[str, Any] = {}
+        for base in type(self).__mro__:
+            if "__init__" in vars(base) and base is not object:
+                for name, parameter in inspect.signature(base.__init__).parameters.items():
+                    defaults.setdefault(name, parameter.default)
+        settings = {name: value for name, value in self.config().items() if name not in ("kind", "fold")}
+        if (data := self._opened()) is not None and "data" in settings:
+            settings["data"] = data.name
+        unset = (inspect.Parameter.empty, self)
+        return {
+            name: value
+            for name, value in settings.items()
+            if (default := defaults.get(name, self)) in unset or not _equal(plain(default) or None, value or None)
+        }
+
+    def _opened(self) -> Dataset | None:
+        """Its data, where they were opened already."""
+        return vars(self).get("dataset") or (self.data if isinstance(self.data, Dataset) else None)
+
+    def _card(self) -> Card:
+        data = self._opened()
+        rows = settings_text({key: value for key, value in self._chosen().items() if key != "data"})
+        about = {"data": vars(self).get("data")} if data is None else {"data": data.name, "samples of shape": str(data.shape)}
+        about |= {} if data is None else {"training samples": data.n_train, "test samples": data.n_test}
+        calls = {"labkit.train(problem, lab)": "trains it", "problem.check()": "tries it out on a few samples"}
+        return Card(f"{type(self).__name__} (problem)", rows={**about, **rows}, calls=calls)
 
     def config(self) -> dict[str, Any]:
         """The settings as JSON can store them; `problem_from_config` makes the problem again."""

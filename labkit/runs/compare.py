@@ -35,6 +35,8 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
     """
     import pandas as pd
 
+    from labkit.tables import Table
+
     runs = [_run("runs", runs)] if isinstance(runs, (RunRecord, str, Path)) else several("runs", runs, _run)
     cards, unread = [], []  # in the order given; those of which not even the settings can be read come last
     for run in runs:
@@ -52,7 +54,7 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
     runs = [run for run, _ in cards]
     rows = [{"run": label, **card} for label, (_, card) in zip(labels.labels(runs), cards, strict=True)] + unread
     columns = dict.fromkeys(name for row in sorted(rows, key=lambda row: "reason" in row) for name in row)
-    table = pd.DataFrame(rows, columns=list(columns))
+    table = Table(rows, columns=list(columns))
     if table.empty:
         return table
     if "partition" not in table:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from labkit.cards import Card, Carded, Line, Summary
 from labkit.errors import RunError, file_path, plain_scalar, real, whole
 from labkit.imports import rule_title
 from labkit.names import Public
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class RunRecord(Public):
+class RunRecord(Carded, Public):
     """One training, read from its directory.
 
     Attributes
@@ -140,7 +141,7 @@ class RunRecord(Public):
     def events(self) -> pd.DataFrame:
         """One row an event, in order (columns: `labkit.runs.events.COLUMNS`)."""
         ended, saved = self._ended(), checkpoints.versions(self.path)  # before the table, which may grow meanwhile
-        return self._fitting(ended, saved).copy()
+        return _table(self._fitting(ended, saved).copy())
 
     def _fitting(self, ended: dict | None, saved: list[int]) -> pd.DataFrame:
         """The events, of which only what was added is read, and which fit how the run `ended` and the versions `saved`."""
@@ -162,7 +163,7 @@ class RunRecord(Public):
         why = None
         if (self.path / metrics.FILE).exists():
             try:
-                return self._with_training(self.kept_curve())
+                return _table(self._with_training(self.kept_curve()))
             except RunError as error:
                 why = error
         elif self.state == "running":
@@ -175,7 +176,7 @@ class RunRecord(Public):
             raise RunError(f"{why} It cannot be measured anew: {error}") from error
         if why is not None:
             self._say(f"{why} It was measured anew.")
-        return self._with_training(curve)
+        return _table(self._with_training(curve))
 
     def kept_curve(self) -> pd.DataFrame:
         """The curve as it was measured and kept, without what steps of training returned; RunError where it is damaged or an older one."""
@@ -216,7 +217,7 @@ class RunRecord(Public):
         """Samples by worker: worker, pass (number of the allocation), samples (added), total (held then)."""
         events = self.events
         table = events.loc[events.kind == "allocate", ["worker", "pass", "samples", "total"]]
-        return table.astype(int).reset_index(drop=True)
+        return _table(table.astype(int).reset_index(drop=True))
 
     def balance(self) -> pd.DataFrame:
         """How even the work was: mean_s, max_s and ratio = mean T / max T of each local pass that all who were here have reached.
@@ -224,7 +225,7 @@ class RunRecord(Public):
         T is the time of the local pass: optimiser steps and score, emulated sleep included. A last pass that the end of the run
         has cut short does not count.
         """
-        return analysis.balance(self.events)
+        return _table(analysis.balance(self.events))
 
     def summary(self) -> dict:
         """The cost card: settings, final score and loss on the test set, time, throughput, waiting, staleness, balance, traffic.
@@ -238,14 +239,16 @@ class RunRecord(Public):
 
     def card(self, state: str, curve: pd.DataFrame | None) -> dict:
         """`summary()` of a run in this state with this curve; without a curve no score and no loss."""
-        return {
-            "name": self.name,
-            "update": rule_title(self.config.update),
-            "partition": rule_title(self.config.partition),
-            "state": state,
-            "origin": self.origin,
-            **analysis.summary(self.events, self.config, curve),
-        }
+        return Summary(
+            {
+                "name": self.name,
+                "update": rule_title(self.config.update),
+                "partition": rule_title(self.config.partition),
+                "state": state,
+                "origin": self.origin,
+                **analysis.summary(self.events, self.config, curve),
+            }
+        )
 
     def time_to(self, score: float) -> float | None:
         """Seconds until the global weights first reached `score` on the test set; None if they never did.
@@ -304,6 +307,47 @@ class RunRecord(Public):
         """The global weights by name, by default of the newest version."""
         return {name: np.array(tensor) for name, tensor in self.layout.split(self.flat(version)).items()}
 
+    def _card(self) -> Card:
+        status, config = self.status(), self.config
+        state, running = status["state"], status["state"] == "running"
+        curve = self.kept_curve() if (self.path / metrics.FILE).exists() else None
+        results = self.card(state, curve)
+        reason = f": {status['reason']}" if status.get("reason") else ""
+        rows = {"state": f"{state}{reason}", "samples": f"{status.get('samples', results['samples']):,} of {config.budget:,}"}
+        events, line = self.events, None
+        scored = events[events.kind.isin(["push", "score"]) & events.score.notna()]
+        if curve is not None and curve.score.notna().sum():
+            rows["test score"] = f"{results['score']:.3f}"
+            line = _line("test score", curve.score.dropna(), f"{len(curve)} versions")
+        elif len(scored):
+            rows["held-out score"] = f"{scored.groupby('worker').score.last().mean():.3f} (mean over the workers)"
+            line = _line("held-out score", scored.score.rolling(max(1, config.n_workers), 1).mean(), f"{len(scored)} local passes")
+        rows |= {"loss on the test set": results["loss"]} if results["loss"] is not None else {}
+        rows |= {"seconds": results["seconds"], "samples/s": results["samples_per_s"], "versions": results["versions"]}
+        rows |= {"workers": f"{config.n_workers} ({config.kind}{', emulated speeds' if config.emulated else ''})"}
+        rows |= {"data": "synthetic"} if config.synthetic else {}
+        rows["directory"] = str(self.path)
+        return Card(f"Run {self.name}: {self.label}", rows=rows, line=line, calls=self._next(running, state))
+
+    def _next(self, running: bool, state: str) -> dict[str, str]:
+        """What to do with the run now, by the calls."""
+        where = repr(str(self.path))
+        if running:
+            return {
+                "run.progress()": "follows it",
+                "run.live()": "draws it while it goes",
+                "run.wait()": "waits until it has ended",
+                "run.stop()": "ends it",
+            }
+        again = {f"labkit.resume({where})": "goes on from its last checkpoint"} if state != "done" else {}
+        return {
+            **again,
+            "run.summary()": "the cost card",
+            "run.curve()": "the learning curve",
+            "labkit.plots.curves(run)": "draws it",
+            "run.predict(x)": "applies it to raw samples",
+        }
+
     def __repr__(self) -> str:
         try:
             status = self.status()
@@ -314,6 +358,18 @@ class RunRecord(Public):
         source = (self.config.origin or {}).get("run")
         label = f"{self._strategy} ({self.origin} of {source})" if source else self.label
         return f"<Run {self.name}: {label}, {self.state}{reason}{done}>"
+
+
+def _table(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table that is shown rounded; the module with it needs pandas, which a server does without."""
+    from labkit.tables import Table
+
+    return Table(frame)
+
+
+def _line(name: str, values: pd.Series, over: str) -> Line:
+    first, last = (float(values.iloc[at]) for at in (0, -1))
+    return Line(values.tolist()[:: max(1, len(values) // 200)], f"{name} over {over}: from {first:.3f} to {last:.3f}")
 
 
 def _identity(run: Path) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.cards import Card, Carded, value_text
 from labkit.errors import ProblemError, known, plain_scalar, several, whole
 
 BORDERS = ("equal", "cut")
@@ -31,7 +32,7 @@ MOST_PARTS = 1 << 16
 Window = tuple[slice, ...]
 
 
-class Decomposition:
+class Decomposition(Carded):
     """Overlapping subdomains of an image (2 axes) or a volume (3 axes).
 
     Parameters
@@ -119,6 +120,17 @@ class Decomposition:
         same = len(set(self.overlap)) == 1
         border = "" if self.border == BORDERS[0] else f", border={self.border!r}"
         return f"Decomposition({self.grid}, overlap={self.overlap[0] if same else self.overlap}{border})"
+
+    def _card(self) -> Card:
+        axes = ("rows", "columns") if len(self.grid) == 2 else ("slices", "rows", "columns")
+        border = {"equal": "windows of one shape", "cut": "cells grown by the overlap, cut off at the border"}[self.border]
+        rows = {
+            "subdomains": f"{self.n_parts}: " + " x ".join(f"{n} {axis}" for n, axis in zip(self.grid, axes, strict=True)),
+            "overlap": f"{value_text(self.overlap if len(set(self.overlap)) > 1 else self.overlap[0])} pixel(s) across each cut",
+            "border": f"{self.border}: {border}",
+        }
+        calls = {"labkit.train_subnets(problem, lab, decomposition)": "trains a subnet for each subdomain"}
+        return Card("Decomposition", rows=rows, calls=calls)
 
     def _axes(self, shape: Sequence[int]) -> list[list[slice]]:
         """The windows of each axis."""

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from labkit.cards import Card, Carded
 from labkit.data import open_dataset
 from labkit.data.dataset import Field
 from labkit.data.given import arranged
@@ -58,7 +59,7 @@ BASELINES = {
 }
 
 
-class Subnets(Public):
+class Subnets(Carded, Public):
     """Trained subnets and their coarse network.
 
     Attributes
@@ -77,6 +78,20 @@ class Subnets(Public):
 
     def __repr__(self) -> str:
         return f"<Subnets: {self.decomposition!r} of {tuple(self.config['shape'])}, accuracy {self.rows[0]['accuracy']:.3f}>"
+
+    def _card(self) -> Card:
+        grid = " x ".join(map(str, self.decomposition.grid))
+        rows = {"decomposition": repr(self.decomposition), "samples": f"of shape {tuple(self.config['shape'])}"}
+        table = [
+            {name: row[name] for name in ("model", "accuracy", "parameters", "epochs", "seconds") if name in row}
+            for row in self.rows
+        ]
+        calls = {
+            "joined.predict(images)": "classes of raw images",
+            "joined.table()": "all models",
+            "joined.parts()": "all subdomains",
+        }
+        return Card(f"Subnets: {grid}, test accuracy {self.rows[0]['accuracy']:.3f}", rows=rows, table=table, calls=calls)
 
     def predict(self, images: np.ndarray, by: str = "coarse") -> np.ndarray:
         """Classes, int64 (n,), of images as they were given for the training, in their own units: arrays or tensors (n, C, H, W) or

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.cards import Card, Carded, rule_card, rule_text
 from labkit.errors import UpdateError, known, real, whole
 from labkit.imports import rule_config
 
@@ -115,7 +116,7 @@ class Diverged(BadPush):
     """
 
 
-class Update:
+class Update(Carded):
     """The global weights, their version, the members, and what happens to them; a rule adds how they are merged.
 
     Versions are immutable arrays: a new version is a new array, so that a reply can be sent while the next push is merged.
@@ -309,6 +310,12 @@ class Update:
     def config(self) -> dict:
         """Name (a user's own class: its import path) and settings, stored as attributes, as JSON that `make_update` reads back."""
         return rule_config(self, UpdateError)
+
+    def __repr__(self) -> str:
+        return rule_text(self)
+
+    def _card(self) -> Card:
+        return rule_card(self, "update", "labkit.train(problem, lab, update=...)")
 
     def _begin(self) -> None:
         """Set up what the rule holds beside weights and members."""

@@ -7,6 +7,7 @@ import importlib
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from labkit.errors import RunError
 from labkit.runs.files import read_json, write_json
 from labkit.training.resume import problem_of
 from tests.helpers import Slow, ended, problem, settings, until
+from tests.test_cards import card_of
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -100,6 +102,42 @@ def cell(width):
     namespace = {"__name__": "__main__", "nn": nn}
     exec(code, namespace)
     return namespace["my_net"]
+
+
+class Misspelt(nn.Module):
+    """Has a typo where it trains, which is not tried out in the kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, x):
+        return self.helped(x.flatten(1))
+
+    def helped(self, x):
+        return self.head(x) if threading.current_thread() is threading.main_thread() else self.haed(x)
+
+
+def misspelt_loss(outputs, y):
+    return torch.nn.functional.crossentropy(outputs, y)
+
+
+def test_a_typo_on_a_worker_shows_the_frames_of_the_user_first_and_last(train):
+    run = train(problem(Misspelt), passes=1)
+    with pytest.raises(labkit.WorkerError) as raised:
+        run.wait(60)
+    lines = [line.strip() for line in raised.value.remote_traceback.splitlines()]
+    files = [line for line in lines if line.startswith("File ")]
+    assert all(f'"{__file__}"' in file for file in files) and files[0].endswith("in forward") and files[-1].endswith("in helped")
+    assert any("self.haed(x)" in line for line in lines) and "has no attribute 'haed'" in str(raised.value)
+
+
+def test_a_typo_that_is_found_before_shows_them_too(train):
+    with pytest.raises(labkit.ProblemError, match="crossentropy") as raised:
+        train(problem(loss=misspelt_loss), passes=1)
+    frames = traceback.extract_tb(raised.value.__cause__.__traceback__)
+    assert [frame.name for frame in frames] == ["misspelt_loss"] and frames[0].filename == __file__
+    assert sum("/labkit/" in frame.filename for frame in traceback.extract_tb(raised.value.__traceback__)) == 1
 
 
 def test_an_edited_cell_takes_effect_at_the_next_train(train):
@@ -286,3 +324,16 @@ def test_what_is_made_from_a_file_that_was_edited_since_is_said(tmp_path, monkey
     with pytest.warns(UserWarning, match="net_of_run.py is not what run r was trained with"), pytest.raises(labkit.RunError):
         problem_of(labkit.load_run(tmp_path / "r"), own)  # as resume and replay do
     del sys.modules["net_of_run"]
+
+
+def test_a_run_and_its_lab_show_a_card(train, lab):
+    run = ended(train(problem(), passes=2, name="shown"))
+    text = " ".join(card_of(run).split())
+    assert f"test score {run.summary()['score']:.3f}" in text and f"test score {run.test_score:.3f}" in text  # as the bar says
+    assert f"to {run.test_score:.3f}" in text and "state done" in text and "run.predict(x)" in text and str(run.path) in text
+    lab = " ".join(card_of(lab).split())
+    assert "worker host device threads process" in lab and "labkit.train(problem, lab)" in lab
+    (run.path / "status.json").write_text("{")
+    (run.path / "events.jsonl").write_text("{")
+    damaged = labkit.load_run(run.path)
+    assert damaged._repr_html_() is None and "damaged" in repr(damaged)

@@ -1,0 +1,61 @@
+"""Tables of runs: DataFrames that are shown rounded for people. Their values are exact.
+
+Used by `labkit.runs.record`, `labkit.runs.compare`, and `labkit.experiments`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pandas as pd
+
+from labkit.cards import number
+
+ROWS = 30  # at the beginning and at the end of a long table, which pandas shows at most
+MOST = 20  # columns that are named
+
+
+class Table(pd.DataFrame):
+    """A DataFrame of which a notebook and a terminal show numbers to three or four digits (`labkit.cards.number`).
+
+    As text it shows the first columns that fit into the terminal, and names the others. What pandas makes of it is one, too. With
+    `pandas.set_option("display.float_format", ...)` of your own that is used.
+    """
+
+    @property
+    def _constructor(self) -> type:
+        return Table
+
+    def __repr__(self) -> str:
+        with _rounded():
+            n = self._fitting()
+            if n == self.shape[1]:
+                return super().__repr__()
+            others = self.columns[n:]
+            named = ", ".join(map(str, others[:MOST])) + ", ..." * (len(others) > MOST)
+            with pd.option_context("display.max_columns", None, "display.expand_frame_repr", False):
+                shown = pd.DataFrame.__repr__(self.iloc[:, :n])
+            return f"{shown}\nand {len(others)} more column{'s' * (len(others) > 1)}: {named}"
+
+    def _fitting(self) -> int:
+        """How many of the first columns fit into the width of the terminal, one at least."""
+        limit = shutil.get_terminal_size((pd.get_option("display.width") or 10_000, 24)).columns
+        rows = pd.concat([self.head(ROWS), self.tail(ROWS)]) if len(self) > 2 * ROWS else self
+        index = [str(name) for name in rows.index] + [str(self.index.name or "")]
+        wide, most = max(map(len, index)), pd.get_option("display.max_colwidth") or 10_000
+        for n, (name, values) in enumerate(rows.items()):
+            texts = [number(value) if isinstance(value, float) else str(value) for value in values]
+            wide += 2 + max(len(str(name)), min(most, max(map(len, texts), default=0)))
+            if wide > limit:
+                return max(1, n)
+        return self.shape[1]
+
+    def _repr_html_(self) -> str | None:
+        with _rounded():
+            return super()._repr_html_()
+
+
+def _rounded() -> Any:
+    own = pd.get_option("display.float_format")
+    return pd.option_context("display.float_format", own or number)

@@ -1,0 +1,34 @@
+"""Tables as people read them: rounded, and the first columns that fit; the values stay what they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from labkit.tables import Table
+
+
+def test_it_is_rounded_and_its_values_are_not():
+    table = Table({"score": [0.123456789, 0.5], "seconds": [12.3456, 1234.5], "n": [3, 4]})
+    assert "0.123 " in repr(table) and "0.123456" not in repr(table) + table._repr_html_() and "12.35" in table._repr_html_()
+    assert table.score[0] == 0.123456789 and table.equals(pd.DataFrame(table)) and isinstance(table, pd.DataFrame)
+    assert "0.123" in repr(table[table.score < 0.4]) and "0.1235" not in repr(table.head(1))
+    with pd.option_context("display.float_format", "{:.6f}".format):
+        assert "0.123457" in repr(table)
+
+
+def test_the_first_columns_that_fit_are_shown_and_the_others_named(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    names = [f"column_{number}" for number in range(12)]
+    table = Table(np.arange(24.0).reshape(2, 12), columns=names)
+    *lines, last = repr(table).splitlines()
+    assert max(map(len, lines)) <= 60 and "column_0" in lines[0] and "column_11" not in lines[0] and "..." not in lines[0]
+    assert last.startswith("and ") and last.endswith("column_11")
+    assert repr(Table({"a": [1]})) == repr(pd.DataFrame({"a": [1]})) and "Empty" in repr(Table({"a": []}))
+
+
+@pytest.mark.parametrize("n", [0, 1, 500])
+def test_of_any_length(n):
+    table = Table({f"a_long_name_{column}": np.arange(n) for column in range(30)})
+    assert repr(table) and "more column" in repr(table)
