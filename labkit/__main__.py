@@ -185,7 +185,7 @@ def _sweep(options: argparse.Namespace) -> tuple[int, Any]:
 def _shown(table: pd.DataFrame) -> tuple[int, Any]:
     """The table of a sweep, printed and as records; 1 where a run failed."""
     shown = table.assign(notebook=[os.path.relpath(path) for path in table["notebook"]])
-    text = shown.to_string(index=False, max_colwidth=100, float_format="{:.4g}".format)
+    text = repr(shown) if sys.stdout.isatty() else shown.to_string(index=False, max_colwidth=100, float_format="{:.4g}".format)
     print(text if len(shown) else "No runs here.")
     return int("failed" in set(table["status"])), records(table)
 

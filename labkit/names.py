@@ -81,7 +81,8 @@ def named(function: F) -> F:
             if isinstance(error, LabError) and error.__cause__ is None:
                 raise
             shortened(error)  # a user's function, such as the model, has raised: its frames, and who called labkit
-            raise error.with_traceback(None if isinstance(error, LabError) else error.__traceback__)
+            error.__traceback__ = None if isinstance(error, LabError) else error.__traceback__
+            raise
 
     return call
 

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit import locks
-from labkit.cluster.lab import Lab
 from labkit.cards import Card, Carded
+from labkit.cluster.lab import Lab
 from labkit.errors import SEEDS, ClusterError, RunError, did_you_mean, file_path, flag, instance, known, real, whole
 from labkit.experiments import code
 from labkit.experiments.coordinator import Coordinator, called

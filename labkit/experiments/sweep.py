@@ -14,7 +14,9 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import threading
 import time
 import uuid
@@ -32,6 +34,7 @@ from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.locks import alone
 from labkit.names import named
 from labkit.runs.files import find_json, is_folder, write_json
+from labkit.tables import Table
 
 ROOM = 50e6  # bytes that must be free where the runs go
 
@@ -53,8 +56,13 @@ def sweep(
     """Execute a notebook for each point of a grid, and return the table of all runs in `out` (see `summary`).
 
     A kernel starts in the notebook's own folder, as in JupyterLab; relative paths in the notebook are relative to that.
-    The notebook's parameter `run_dir`, where it has one, is set to the absolute path of the run's folder. Ctrl-C stops
-    the running kernels, and the same call goes on from there. Two sweeps into one folder share its runs: each run is executed
+    What a run has found gets into the table by two lines of its notebook:
+
+        run_dir: str = "runs/my-notebook"                # in the parameters cell: each run is given a folder of its own, its absolute path
+        labkit.report(run_dir, {"score": run.test_score})    # in the last cell: the columns of this run
+
+    `labkit.train(..., runs=run_dir)` and `plots.save(figure, f"{run_dir}/curves.png")` put the rest there, too. Without them the table has
+    status and seconds alone, which is said. Ctrl-C stops the running kernels, and the same call goes on from there. Two sweeps into one folder share its runs: each run is executed
     by one of them, and what the other is still at has the status "running" in the table.
 
     A cell may put out what it likes. Of a stream that is longer than 100,000 characters, the notebook has beginning and end, and
@@ -73,7 +81,7 @@ def sweep(
         A `Lab`: each of its workers executes one notebook at a time, and has to see `out`. Without it the kernels are
         started from here. A notebook connects to a lab of its own, not to this one, whose workers are busy.
     out
-        Folder of the runs; default `runs/<notebook>`.
+        Folder of the runs; default `runs/<notebook>`, and another name where that holds the runs of another notebook of this name.
     parallel
         Kernels at once when there is no lab.
     retry_failed, fresh
@@ -83,7 +91,7 @@ def sweep(
     kernel_name
         Jupyter's name of the kernel.
     progress
-        Print a line when a run starts or ends, and a count at the end.
+        Print a line when a run starts or ends, with the time that is left, and a count at the end.
 
     Raises
     ------
@@ -106,7 +114,7 @@ def sweep(
     """
     try:
         path = file_path("notebook", notebook).absolute()
-        folder = (file_path("out", out) if out is not None else Path("runs") / path.stem).absolute()
+        folder = _own_folder(path) if out is None else file_path("out", out).absolute()
         parallel, timeout, kernel_name = (
             whole("parallel", parallel),
             real("timeout", timeout, above=0),
@@ -130,6 +138,8 @@ def sweep(
     with alone(folder):
         order = (find_json(folder / "sweep.json") or {}).get("runs", [])
         write_json(folder / "sweep.json", {"notebook": str(path), "runs": ids + [run for run in order if run not in ids]})
+    if progress and (missing := _missing(jobs[0])):
+        print(missing, flush=True)
     if todo:
         _execute(todo, folder, lab, parallel, progress)
     if progress:
@@ -140,8 +150,9 @@ def sweep(
 def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     """The table of a sweep's folder: a row a run, or as many as the run reported.
 
-    Columns: the parameters that were set, and those that differ between the runs, the results (a name that is taken gets the ending `_result`), `status` (done,
-    failed, interrupted, running, or damaged: a file of it cannot be read), `error` (cell and error in a line), `seconds`, `notebook` (the executed one), `id`.
+    Columns: the parameters that differ between the runs, the results (a name that is taken gets the ending `_result`), `status` (done,
+    failed, interrupted, running, or damaged: a file of it cannot be read), `error` (cell and error in a line), `seconds`, the parameters
+    that were set and are the same for all, `notebook` (the executed one), `id`.
 
     Examples
     --------
@@ -171,6 +182,7 @@ def read(out: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[str]]:
     runs = [(folder, record) for folder, record in runs if _is_record(record)]
     runs.sort(key=lambda run: order.get(run[1]["id"], len(order)))
     given = list(dict.fromkeys(name for _, record in runs for name in [*record["given"], *_differing(runs)]))
+    varied = given if len(runs) < 2 else [name for name in given if name in _differing(runs)]
     last = ["status", "error", "seconds", "notebook", "id"]
     table, results = [], {}
     for folder, record in runs:
@@ -190,7 +202,8 @@ def read(out: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[str]]:
         table.append(
             {"status": about["state"], "error": about["error"], "notebook": str(folder / "notebook.ipynb"), "id": folder.name}
         )
-    return pd.DataFrame(table, columns=[*given, *results, *last]), given
+    fixed = [name for name in given if name not in varied]
+    return Table(table, columns=[*varied, *results, *last[:3], *fixed, *last[3:]]), given
 
 
 def _is_record(record: Any) -> bool:
@@ -217,6 +230,8 @@ def _differing(runs: Sequence[tuple[Path, Mapping]]) -> list[str]:
 def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping] | pd.DataFrame) -> None:
     """Hand in the results of a run, as the last cell of its notebook does: `labkit.report(run_dir, {"score": 0.9})`.
 
+    `run_dir` is a parameter of the notebook, `run_dir: str = "runs/my-notebook"`; a sweep sets it to a folder of each run.
+
     A dict is one row of the sweep's table, a list of dicts or a DataFrame several. A second call replaces the first. Where another
     notebook of this Jupyter server has reported into the same folder, its results stay: these go to `results-<notebook>.json`.
 
@@ -239,8 +254,8 @@ def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping]
 
 
 def _results_file(folder: Path) -> Path:
-    """Of this notebook, as far as it is known: a Jupyter server tells its kernels, a sweep gives each run a folder of its own."""
-    notebook, held = os.environ.get("JPY_SESSION_NAME"), ""
+    """Of this notebook, as far as it is known: a Jupyter server and VS Code tell their kernels, a sweep gives each run a folder of its own."""
+    notebook, held = os.environ.get("JPY_SESSION_NAME") or getattr(sys.modules.get("__main__"), "__vsc_ipynb_file__", None), ""
     if not notebook:
         return folder / "results.json"
     stem = Path(notebook).stem
@@ -256,6 +271,30 @@ def _results_file(folder: Path) -> Path:
 
 
 # -- before the first kernel -------------------------------------------------------------------------------------------
+
+
+def _own_folder(path: Path) -> Path:
+    """Where the runs of a notebook go by default: none that holds those of another notebook of this name."""
+    folder = Path("runs").absolute() / path.stem
+    other = (find_json(folder / "sweep.json") or {}).get("notebook")
+    if not isinstance(other, str) or Path(other) == path or not Path(other).exists():  # it may have been moved
+        return folder
+    own = folder.with_name(f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}")
+    print(f"{folder} holds runs of {other}; those of {path} go to {own}.")
+    return own
+
+
+def _missing(job: dict) -> str:
+    """What the notebook needs for its results to get into the table; "" where it has it."""
+    code = "\n".join(cell["source"] for cell in job["content"]["cells"] if cell["cell_type"] == "code")
+    lines = [] if "run_dir" in job["parameters"] else [f'`run_dir: str = "runs/{Path(job["path"]).stem}"` in its parameters cell']
+    lines += [] if re.search(r"\breport\(", code) else ['`labkit.report(run_dir, {"score": ...})` in its last cell']
+    name = Path(job["path"]).name
+    return (
+        f"{name} reports no results, so that the table has status and seconds alone. It needs {' and '.join(lines)}."
+        if lines
+        else ""
+    )
 
 
 def _jobs(path: Path, grid: Any, folder: Path, kernel_name: str, timeout: float) -> list[dict]:
@@ -343,7 +382,8 @@ def _execute(todo: list[dict], folder: Path, lab: Any, parallel: int, progress: 
             if _state(job) == job["before"]:  # else another sweep has begun it meanwhile, or has ended it
                 (Path(job["folder"]) / "status.json").unlink(missing_ok=True)
     ended = threading.Event()
-    printer = threading.Thread(target=_print_changes, args=(todo, ended), daemon=True)
+    at_once = parallel if lab is None else len(lab.workers)
+    printer = threading.Thread(target=_print_changes, args=(todo, ended, at_once), daemon=True)
     pool = ThreadPoolExecutor(parallel, thread_name_prefix="labkit-sweep")
     try:
         if progress:
@@ -373,8 +413,9 @@ def _execute(todo: list[dict], folder: Path, lab: Any, parallel: int, progress: 
             printer.join(timeout=10)
 
 
-def _print_changes(jobs: list[dict], ended: threading.Event) -> None:
+def _print_changes(jobs: list[dict], ended: threading.Event, at_once: int) -> None:
     """A line when a run starts and one when it ends, read from the runs' folders, wherever they are executed."""
+    took: list[float] = []
     values = {job["id"]: {name: job["parameters"][name] for name in job["record"]["given"]} for job in jobs}
     varied = [name for name in values[jobs[0]["id"]] if len({json.dumps(v.get(name)) for v in values.values()}) > 1]
     printed = dict.fromkeys(values, "")
@@ -390,7 +431,18 @@ def _print_changes(jobs: list[dict], ended: threading.Event) -> None:
             printed[job["id"]] = now
             given = values[job["id"]]
             label = " ".join(f"{name}={given[name]}" for name in (varied or given) if name in given) or job["id"]
-            print(f"[{number}/{len(jobs)}] {label}  {_ending(status, Path(job['folder']))}", flush=True)
+            took += [status["seconds"]] if now in ("done", "failed") else []
+            over = sum(state not in ("", "running") for state in printed.values())
+            left = _left(took, len(jobs) - over, at_once) if now != "running" else ""
+            print(f"[{number}/{len(jobs)}] {label}  {_ending(status, Path(job['folder']))}{left}", flush=True)
+
+
+def _left(took: Sequence[float], n: int, at_once: int) -> str:
+    """The time that n more runs take, by those that have ended; they go on at once, so many of them."""
+    if not took or n < 1:
+        return ""
+    seconds = sum(took) / len(took) * math.ceil(n / at_once)
+    return f", about {f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min'} left"
 
 
 def _ending(status: dict, folder: Path) -> str:

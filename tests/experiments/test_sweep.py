@@ -139,7 +139,8 @@ def test_finished_runs_are_reused_and_failed_ones_kept_until_asked_for(tmp_path,
     assert table["error"][1] == "In [3]: ValueError: unlucky"
     assert Path(table["notebook"][1]).with_name("error.txt").read_text() == "all of it\n"
     lines = capsys.readouterr().out.splitlines()
-    assert any(re.fullmatch(r"\[1/2\] seed=1  done in \d\.\d s  score 0\.5", line) for line in lines)
+    assert any(re.fullmatch(r"\[1/2\] seed=1  done in \d\.\d s  score 0\.5, about \d s left", line) for line in lines)
+    assert any(re.fullmatch(r"\[2/2\] seed=13  failed after \d\.\d s: In \[3\]: ValueError: unlucky", line) for line in lines)
     assert lines[-1] == "2 runs: 1 new, 0 reused, 1 failed"
 
     table = sweep(notebook, {"seed": [2, 1, 13]}, out=out)
@@ -264,6 +265,40 @@ def test_summary_shows_each_reported_row_and_keeps_names_apart(tmp_path, instant
         summary(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert list(summary(tmp_path / "empty")["status"]) == []
+
+
+def test_the_first_columns_are_what_was_varied_what_came_out_and_the_status(tmp_path, instant):
+    grid = {"strategy": "agwu", "seed": [1, 2], "lr": 0.5}
+    table = sweep(write(tmp_path / "n.ipynb", "1"), grid, out=tmp_path / "out", progress=False)
+    assert list(table.columns) == ["seed", "score", "status", "error", "seconds", "strategy", "lr", "notebook", "id"]
+    assert max(map(len, repr(table).splitlines()[:-1])) <= 80 and "status" in repr(table).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "missing"),
+    [
+        ("seed: int = 0", "1", ["run_dir: str", "labkit.report(run_dir"]),
+        ("seed: int = 0", "report(run_dir, {})", ["run_dir: str"]),
+        ('seed: int = 0\nrun_dir: str = "runs"', "1", ["labkit.report(run_dir"]),
+        ('seed: int = 0\nrun_dir: str = "runs"', "labkit.report(run_dir, {})", []),
+    ],
+)
+def test_what_a_notebook_lacks_to_report_results_is_said(tmp_path, instant, capsys, first, last, missing):
+    sweep(write(tmp_path / "n.ipynb", last, first=first), {"seed": 1}, out=tmp_path / "out")
+    said = [line for line in capsys.readouterr().out.splitlines() if "reports no results" in line]
+    assert len(said) == bool(missing) and all(words in said[0] for words in missing)
+    assert all(words in "".join(said) for words in missing) and "".join(said).count("`") == 2 * len(missing)
+
+
+def test_notebooks_of_one_name_do_not_share_a_folder(tmp_path, instant, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tables = []
+    for folder in ("a", "b", "a", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write(tmp_path / folder / "n.ipynb", f"'{folder}'")
+        tables.append(sweep(Path(folder) / "n.ipynb", {"seed": [1]}))
+    assert len(instant) == 2 and [len(table) for table in tables] == [1] * 4
+    assert "holds runs of" in capsys.readouterr().out and len(list((tmp_path / "runs").iterdir())) == 2
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
