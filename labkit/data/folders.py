@@ -1,7 +1,8 @@
 """A folder of folders: each is a class, and what is below it are its samples, a file each.
 
 So come TF-Flowers, Extended Yale B, MosMedData and most people's own pictures. All files are counted: how many were read, and
-what was left out and why, is in the data set's note. Folders that may be something else than classes are refused.
+what was left out and why, is in the data set's note. Two folders `train` and `test` of such folders are the splits. Folders that
+may be something else than classes are refused.
 
 Used by `labkit.data.pictures` and `labkit.data.nifti`; `checked_size` also by `labkit.data.synthetic`.
 """
@@ -12,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from labkit.data.cache import Source, cached, converted_key, file_key
 from labkit.data.dataset import Dataset
@@ -71,26 +72,97 @@ def suffixes_below(path: Path) -> set[str]:
     return {suffix_of(file) for folder in _classes(path) for file in _below(folder)[0]}
 
 
-def cached_classes(path: Path, suffixes: Set[str], options: Any, source: Callable[[list[Path], list[int], str], Source]) -> Dataset:
-    """The data set of the files with one of `suffixes` below the folders in `path`, each a class, in the order of their names.
+Groups = list[tuple[list[Path], list[int]]]  # files and labels: of the training split, and of the test split where there is one
 
-    `source(files, labels, about)` reads them, and `options` are what it makes of them. What is no sample is counted in the
-    note. DataError for fewer than two classes, folders of splits, a class without files, and an empty file.
+
+def cached_classes(path: Path, suffixes: Set[str], options: Any, sources: Callable[[Groups, str], list[Source]]) -> Dataset:
+    """The data set of the files with one of `suffixes` below the folders in `path`, each a class, in the order of their names; or
+    below such folders in `train` and in `test` (or `val`), which are then its splits.
+
+    `sources(groups, about)` reads the files of one split or of both in one way, and `options` are what it makes of them. What is no
+    sample is counted in the note. DataError for fewer than two classes, folders of splits beside others, a class without files,
+    classes of the test split that are not in the training split, and an empty file.
     """
+    splits = _splits(path)
+    classes, beside = _some_classes(splits[0]), [_found(split, suffixes, _classes(split)) for split in splits[1:]]
+    first = _found(splits[0], suffixes, classes)
+    names = [folder.name for folder in classes]
+    for split in splits[1:]:
+        if unknown := [folder.name for folder in _classes(split) if folder.name not in names]:
+            raise DataError(
+                f"{split} holds {', '.join(unknown[:LISTED])}, and {splits[0]} no such class. Each class has to be in both."
+            )
+    found = [first, *beside]
+    groups = [(one.files, [names.index(folder) for folder in one.classes]) for one in found]
+    files, labels = [file for own, _ in groups for file in own], [label for _, own in groups for label in own]
+    if empty := [file for file in files if not file.stat().st_size]:
+        raise DataError(f"{empty[0]} is empty. {ADVICE}")
+    hidden = [unseen for one in found for unseen in one.hidden] + [each for each in sorted(path.iterdir()) if _is_hidden(each.name)]
+    roots = [path, *splits] if len(splits) > 1 else [path]
+    loose = [file for root in roots for file in sorted(root.iterdir()) if not file.is_dir() and not _is_hidden(file.name)]
+    counts = _counts(path, files, [file for one in found for file in one.left], loose, len(splits) > 1)
+    listed = ", ".join(f"{label} {folder.name}" for label, folder in enumerate(classes[:LISTED]))
+    about = f"{path.name}: {len(classes)} classes: {listed}{', ...' * (len(classes) > LISTED)}. {counts}"
+    if len(splits) > 1:
+        parts = " and ".join(f"{len(own)} in {split.name}" for split, (own, _) in zip(splits, groups, strict=True))
+        about += f" The splits are those of the folders: {parts}."
+        if unused := [each.name for each in _classes(path) if each not in splits]:
+            about += f" Not used: {', '.join(unused)}; each run holds samples out of the training split to score itself."
+    about = about.encode(errors="replace").decode()  # file names may be bytes of any kind
+
+    def load() -> tuple[Source, Source | None]:
+        # hidden files come and go with whoever looks into a folder: they are no reason to convert it again
+        aside = f" Hidden or of the system, left out: {len(hidden)} ({hidden[0].name})." if hidden else ""
+        train, *test = sources(groups, about + aside + _copies(path, files, labels))
+        return train, test[0] if test else None
+
+    named = [folder.name.encode(errors="replace").decode() for folder in classes]
+    key = (file_key(files), options, counts, *[split.name for split in splits[1:]])
+    return cached(path.name, converted_key(*key), load, classes=named)
+
+
+def _splits(path: Path) -> list[Path]:
+    """The folders of the training and the test split in `path`; itself where it holds none. DataError where they cannot be told."""
+    folders = _classes(path)
+    named = {folder: folder.name.lower() for folder in folders}
+    splits = [folder for folder in folders if named[folder] in SPLIT_NAMES]
+    if len(splits) < 2:
+        return [path]
+    train = [folder for folder in splits if named[folder].startswith("train")]
+    test = [folder for folder in splits if named[folder].startswith("test")] or [folder for folder in splits if folder not in train]
+    if len(train) == len(test) == 1 and splits == folders:
+        return train + test
+    splits.sort(key=lambda folder: folder not in train)
+    raise DataError(
+        f"{path} holds {', '.join(folder.name for folder in splits)}, which are splits and no classes"
+        + (f", beside {', '.join(f.name for f in folders if f not in splits)}" if splits != folders else "")
+        + f". Leave one folder train and one folder test (or val) in it, or give one of them, such as {splits[0]}: a tenth is then held "
+        "out as the test split."
+    )
+
+
+def _some_classes(path: Path) -> list[Path]:
     classes = _classes(path)
     if len(classes) < 2:
-        inner = _classes(classes[0])
+        inner = _classes(classes[0]) if classes else []
         hint = f" If the folders in it are the classes, give {classes[0]}." if len(inner) > 1 else ""
-        raise DataError(f"{path} holds one class, {classes[0].name}. Put each class into a folder of its own, two at least.{hint}")
-    splits = [folder.name for folder in classes if folder.name.lower() in SPLIT_NAMES]
-    if len(splits) > 1:
-        splits.sort(key=lambda name: not name.lower().startswith("train"))
-        raise DataError(
-            f"{path} holds {', '.join(splits)}, which are splits and no classes. Give one of them, such as {path / splits[0]}, or "
-            "put the files of each class into one folder; a tenth is held out as the test split."
-        )
-    files, labels, left, hidden = [], [], [], []
-    for label, folder in enumerate(classes):
+        one = f"one class, {classes[0].name}" if classes else "no class"
+        raise DataError(f"{path} holds {one}. Put each class into a folder of its own, two at least.{hint}")
+    return classes
+
+
+class _Found(NamedTuple):
+    """The samples below some folders: their files, the name of the class of each, and what is left out."""
+
+    files: list[Path]
+    classes: list[str]
+    left: list[Path]
+    hidden: list[Path]
+
+
+def _found(path: Path, suffixes: Set[str], classes: list[Path]) -> _Found:
+    files, names, left, hidden = [], [], [], []
+    for folder in classes:
         found, unseen = _below(folder)
         samples = [file for file in found if suffix_of(file) in suffixes and not file.name.endswith(AMBIENT) and file.is_file()]
         if not samples:
@@ -100,27 +172,12 @@ def cached_classes(path: Path, suffixes: Set[str], options: Any, source: Callabl
                 + (f" It holds {len(found)} other files ({other})." if found else "")
             )
         files += samples
-        labels += [label] * len(samples)
+        names += [folder.name] * len(samples)
         taken = set(samples)
         left += [file for file in found if file not in taken]
         hidden += unseen
     _check_levels(path, classes, files)
-    if empty := [file for file in files if not file.stat().st_size]:
-        raise DataError(f"{empty[0]} is empty. {ADVICE}")
-    hidden += [found for found in sorted(path.iterdir()) if _is_hidden(found.name)]
-    beside = [file for file in sorted(path.iterdir()) if not file.is_dir() and not _is_hidden(file.name)]
-    counts = _counts(path, files, left, beside)
-    listed = ", ".join(f"{label} {folder.name}" for label, folder in enumerate(classes[:LISTED]))
-    about = f"{path.name}: {len(classes)} classes: {listed}{', ...' * (len(classes) > LISTED)}. {counts}"
-    about = about.encode(errors="replace").decode()  # file names may be bytes of any kind
-
-    def load() -> tuple[Source, None]:
-        # hidden files come and go with whoever looks into a folder: they are no reason to convert it again
-        aside = f" Hidden or of the system, left out: {len(hidden)} ({hidden[0].name})." if hidden else ""
-        return source(files, labels, about + aside + _copies(path, files, labels)), None
-
-    named = [folder.name.encode(errors="replace").decode() for folder in classes]
-    return cached(path.name, converted_key(file_key(files), options, counts), load, classes=named)
+    return _Found(files, names, left, hidden)
 
 
 def _check_levels(path: Path, classes: list[Path], files: list[Path]) -> None:
@@ -140,9 +197,9 @@ def _check_levels(path: Path, classes: list[Path], files: list[Path]) -> None:
         )
 
 
-def _counts(path: Path, files: list[Path], left: list[Path], beside: list[Path]) -> str:
+def _counts(path: Path, files: list[Path], left: list[Path], beside: list[Path], in_splits: bool) -> str:
     """How many files were taken, and what was left out, in one line."""
-    nested = sum(len(file.relative_to(path).parts) > 2 for file in files)
+    nested = sum(len(file.relative_to(path).parts) > 2 + in_splits for file in files)
     said = f"{len(files)} files read" + (f", {nested} of them in subfolders" if nested else "")
     kinds: dict[str, list[Path]] = {}
     for file in left:

@@ -13,6 +13,7 @@ import gzip
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from labkit.data.cache import Source, one_by_one, reading
 from labkit.data.dataset import Dataset
-from labkit.data.folders import ADVICE, cached_classes, checked_size
+from labkit.data.folders import ADVICE, Groups, cached_classes, checked_size
 from labkit.data.synthetic.fields import resize_weights
 from labkit.errors import DataError, known
 
@@ -49,7 +50,8 @@ def from_folder(path: Path, size: tuple[int, int, int] | None = None, units: str
         known("units", units, UNITS)
     resized = f"volumes resized to {'x'.join(map(str, shape))}."
 
-    def source(files: list[Path], labels: list[int], about: str) -> Source:
+    def sources(groups: Groups, about: str) -> list[Source]:
+        files = [file for own, _ in groups for file in own]
         spans, doubts = {}, {}
 
         def read(file: Path, window: tuple[float, float] | None = WINDOW) -> np.ndarray:
@@ -63,7 +65,8 @@ def from_folder(path: Path, size: tuple[int, int, int] | None = None, units: str
         found, why = (units, "Values" if units == "file" else "(units='HU')") if units else _units(files)
         if found == "file":
             about += f" {why} stay as they are in the files, {resized}"
-            return one_by_one(lambda file: read(file, None), files, (1, *shape), np.float32, labels, lambda: about + doubtful())
+            as_stored, text = partial(read, window=None), lambda: about + doubtful()
+            return [one_by_one(as_stored, own, (1, *shape), np.float32, labels, text) for own, labels in groups]
 
         def said() -> str:
             low, high = WINDOW
@@ -76,9 +79,9 @@ def from_folder(path: Path, size: tuple[int, int, int] | None = None, units: str
                 )
             return text + doubtful()
 
-        return one_by_one(read, files, (1, *shape), np.float16, labels, said)
+        return [one_by_one(read, own, (1, *shape), np.float16, labels, said) for own, labels in groups]
 
-    return cached_classes(path, SUFFIXES, (shape, units), source)
+    return cached_classes(path, SUFFIXES, (shape, units), sources)
 
 
 def _units(files: list[Path]) -> tuple[str, str]:

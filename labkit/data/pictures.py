@@ -1,6 +1,7 @@
 """Pictures by class: a folder of JPEG, PNG, BMP, PGM/PPM, WebP, TIFF or GIF files for each class, read by Pillow.
 
-Pictures of one size stay as they are (Yale B's 192x168); of several sizes they are resized, stretched and not cut, to 180x180. They
+Pictures of one size stay as they are (Yale B's 192x168), and so do more than half that are of one size, to which the others are
+resized; of several sizes they are resized, stretched and not cut, to 180x180. They
 are grey where all of them are, else RGB; bytes, or float32 where the files hold more than 8 bits. They are turned upright by their
 EXIF tag and laid on a ground where they are transparent.
 
@@ -10,6 +11,7 @@ Used by `labkit.data.open_dataset`.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +22,7 @@ import numpy as np
 
 from labkit.data.cache import Source, one_by_one, reading
 from labkit.data.dataset import Dataset
-from labkit.data.folders import ADVICE, cached_classes, checked_size
+from labkit.data.folders import ADVICE, Groups, cached_classes, checked_size
 from labkit.errors import DataError
 
 SUFFIXES = frozenset(
@@ -51,7 +53,7 @@ def from_folder(path: Path, size: tuple[int, int] | None = None, ground: str = G
     size = checked_size(size, "(height, width)", SIZE) if size is not None else None
     if ground != GROUND:
         _colour(ground)  # a worker opens what is ready without Pillow
-    return cached_classes(path, SUFFIXES, (size, ground), partial(_source, size, ground))
+    return cached_classes(path, SUFFIXES, (size or "common", ground), partial(_sources, size, ground))
 
 
 def _colour(ground: Any) -> tuple[int, int, int]:
@@ -75,17 +77,23 @@ class _Header(NamedTuple):
     more: bool  # further pictures follow in the file
 
 
-def _source(size: tuple[int, int] | None, ground: str, files: list[Path], labels: list[int], about: str) -> Source:
+def _sources(size: tuple[int, int] | None, ground: str, groups: Groups, about: str) -> list[Source]:
+    files = [file for own, _ in groups for file in own]
     headers = [_header(file) for file in files]
-    sizes = {(header.height, header.width) for header in headers}
-    height, width = size or (min(sizes) if len(sizes) == 1 else SIZE)
+    sizes = Counter((header.height, header.width) for header in headers)
+    common, n = sizes.most_common(1)[0]
+    height, width = size or (common if 2 * n > len(files) else SIZE)
     grey = all(header.grey for header in headers)
     depths = {header.depth: file for header, file in zip(headers, files, strict=True)}
     if len(depths) > 1 and not depths.keys() <= {"8 bits", "16 bits"}:
         one, other = list(depths.items())[:2]
         raise DataError(f"{one[1]} holds {one[0]} and {other[1]} {other[0]}, which have no common scale. Keep one kind.")
     (deep,) = depths if len(depths) == 1 else ("mixed",)
-    if sizes != {(height, width)}:
+    others = [file for file, header in zip(files, headers, strict=True) if (header.height, header.width) != (height, width)]
+    if others and sizes[height, width]:
+        is_common = f", the size of the other {sizes[height, width]}"
+        about += f" Resized to {height}x{width}{is_common}: {len(others)} ({others[0].name})."
+    elif others:
         about += f" Pictures of {len(sizes)} sizes are resized to {height}x{width}."
     if deep == "mixed":
         about += f" Of 16 bits, divided by 257 to the scale of bytes: {_count(h.depth == '16 bits' for h in headers)}."
@@ -129,7 +137,8 @@ def _source(size: tuple[int, int] | None, ground: str, files: list[Path], labels
         return about + (f" With transparency, laid on {ground} (ground=...): {len(clear)}." if clear else "")
 
     shape = (1 if grey else 3, height, width)
-    return one_by_one(read, files, shape, np.uint8 if deep == "8 bits" else np.float32, labels, said)
+    kind = np.uint8 if deep == "8 bits" else np.float32
+    return [one_by_one(read, own, shape, kind, labels, said) for own, labels in groups]
 
 
 def _count(found: Iterable[bool]) -> int:

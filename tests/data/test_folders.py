@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 
 from labkit.data import open_dataset
@@ -47,16 +48,46 @@ def test_all_pictures_are_read_or_named(tmp_path):
 
 
 def test_folders_that_may_be_no_classes_are_asked_about(tmp_path):
-    for outer in ("train", "Test"):
+    for outer in ("train", "Test", "others"):
         for inner in "ab":
             picture(tmp_path / "splits" / outer / inner / "1.png", 4, 4)
-    refused(tmp_path / "splits", "splits and no classes", tmp_path / "splits" / "train")
+    refused(tmp_path / "splits", "splits and no classes, beside others", tmp_path / "splits" / "train")
+    shutil.rmtree(tmp_path / "splits" / "others")
     (tmp_path / "splits" / "train").rename(tmp_path / "splits" / "2019")
     (tmp_path / "splits" / "Test").rename(tmp_path / "splits" / "2020")
     refused(tmp_path / "splits", "Which are the classes?", tmp_path / "splits" / "2019")
     shutil.rmtree(tmp_path / "splits" / "2020")
     refused(tmp_path / "splits", "one class", f"give {tmp_path / 'splits' / '2019'}")
     assert open_dataset(tmp_path / "splits" / "2019").n_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("folders", "test"), [(("train", "Test"), "Test"), (("training", "val"), "val"), (("train", "test", "valid"), "test")]
+)
+def test_folders_train_and_test_are_the_splits(tmp_path, folders, test):
+    path, seeds = tmp_path / "set", iter(range(100))
+    pixels = {
+        (folder, name, n): picture(path / folder / name / f"{n}.png", 4, 4, seed=next(seeds))
+        for folder in folders
+        for name in ("b", "a10", "a9")
+        for n in range(3 if folder == folders[0] else 1)
+    }
+    data = open_dataset(path)
+    assert (data.n_train, data.n_test, list(data.classes)) == (9, 3, ["a9", "a10", "b"])
+    assert f"9 in {folders[0]} and 3 in {test}" in data.note and "in subfolders" not in data.note
+    assert ("Not used: valid" in data.note) == (len(folders) == 3)
+    assert data.labels("test").tolist() == [0, 1, 2] and sorted(data.labels("train")) == [0] * 3 + [1] * 3 + [2] * 3
+    for label, name in enumerate(["a9", "a10", "b"]):
+        given = np.moveaxis(pixels[test, name, 0], -1, 0)
+        np.testing.assert_array_equal(data.raw(np.array([label]), "test")[0], given)
+
+
+def test_a_test_split_with_a_class_of_its_own_is_refused(tmp_path):
+    for where in ("train/a", "train/b", "test/a", "test/c"):
+        picture(tmp_path / "set" / where / "1.png", 4, 4)
+    refused(tmp_path / "set", "holds c, and", "no such class")
+    shutil.rmtree(tmp_path / "set" / "test" / "c")
+    assert open_dataset(tmp_path / "set").n_test == 1  # one of the classes may be missing in it
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,15 @@ def test_pictures_of_one_size_stay_as_they_are(tmp_path):
     np.testing.assert_array_equal(every(data)[0], np.moveaxis(expected, -1, 1))
 
 
+def test_one_odd_sized_picture_leaves_the_others_as_they_are(tmp_path):
+    given = [picture(tmp_path / "set" / name / f"{n}.png", 12, 17, seed=n) for name in "ab" for n in range(2)]
+    picture(tmp_path / "set" / "b" / "odd.png", 40, 30)
+    data = open_dataset(tmp_path / "set")
+    assert data.shape == (3, 12, 17) and "Resized to 12x17, the size of the other 4: 1 (odd.png)." in data.note
+    np.testing.assert_array_equal(every(data)[0][:4], np.moveaxis(given, -1, 1))
+    assert "Resized to 40x30, the size of the other 1: 4 (0.png)." in open_dataset(tmp_path / "set", size=(40, 30)).note
+
+
 def test_pictures_of_several_kinds_become_rgb_bytes(tmp_path):
     folder = tmp_path / "set"
     grey = picture(folder / "a" / "grey.png", 8, 9, mode="L")
