@@ -196,7 +196,7 @@ DOORS = {  # of each call: how far it goes, and (argument, kind, a good value)
               ("patience", int, 3)]),
     "connect": (of_connect, [("n_workers", int, 3), ("threads_per_worker", int, 3), ("slowdown", list, [1.0, 4.0]),
                 ("jitter", float, 0.5), ("timeout", float, 2.0), ("profile", str, "mine"), ("address", str, "tcp://a:1"),
-                ("stalls", list, [20.0, 1.0])]),
+                ("stalls", list, [20.0, 1.0]), ("name", str, "second")]),
     "train_subnets": (of_subnets, [("epochs", int, 3), ("patience", int, 3), ("hidden", list, [5, 7]), ("dropout", float, 0.5),
                       ("seed", int, 3), ("name", str, "mine"), ("runs", Path, "~/there"), ("workers", list, [0, 1]),
                       ("batched", int, 3), ("timeout", float, 2.0), ("stacking", str, "same-split"), ("inputs", str, "logits"),

@@ -104,12 +104,20 @@ def test_what_is_no_run_is_led_to_one(tmp_path):
 
 def test_what_is_no_client_is_led_to_one():
     ipyparallel = pytest.importorskip("ipyparallel")
-    with pytest.raises(ClusterError, match=r"not the class Cluster. .* engines as client=ipyparallel.Client\(...\)"):
+    with pytest.raises(
+        ClusterError, match=r"client=Cluster is a class.*client=ipyparallel.Cluster\(n=2\).start_and_connect_sync\(\)"
+    ):
         labkit.connect(client=ipyparallel.Cluster)
     with pytest.raises(
         ClusterError, match=r"client=cluster.connect_client_sync\(\), or, before it is started, cluster.start_and_connect"
     ):
         labkit.connect(client=ipyparallel.Cluster())
+    distributed = pytest.importorskip("distributed")
+    for cls in (distributed.Client, distributed.LocalCluster):
+        with pytest.raises(
+            ClusterError, match=rf"client={cls.__name__} is a class.*labkit.connect\(client={cls.__name__}\(...\)\)"
+        ):
+            labkit.connect(client=cls)
     with pytest.raises(ClusterError, match=r"client=5 must be a Dask Client or cluster object, not int.*n_workers=2"):
         labkit.connect(client=5)
 

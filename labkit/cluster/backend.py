@@ -48,6 +48,7 @@ class Request:
     resources: Mapping[str, float] | None = None
     engines: str = "local"
     profile: str | None = None
+    name: str = "lab"
     timeout: float = field(default=60.0, compare=False)
     job: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,6 +96,7 @@ class Backend(Protocol):
 
     client: Any  # Dask's or ipyparallel's own; None where there is none
     dashboard: str  # address of one; "" where there is none
+    holders: Callable[[], list[str]]  # set by the lab: the names of the runs that hold workers
     keeps_names: bool  # does a worker that was killed come back by itself, under its old name?
 
     def alive(self) -> Mapping[Hashable, str]:

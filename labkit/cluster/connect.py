@@ -5,7 +5,8 @@
     ipyparallel   local engines, also under MPI; or those of a running cluster, by its profile or a Client
     slurm         Dask workers as jobs of a batch system
 
-There is one lab in a process: the same request gives the same lab again, a changed one closes it first.
+There is one lab of each name in a process: the same request gives the same lab again, a changed one closes it first, unless a run trains
+on it (an error then) or it is in its `with` block (both stay open then).
 
 Used by every notebook.
 """
@@ -30,7 +31,8 @@ BACKENDS = {  # kind -> module with `check` and `open`, which is loaded when it 
     "ipyparallel": "labkit.cluster.ipyparallel_backend",
     "slurm": "labkit.cluster.slurm",
 }
-_current: tuple[Request, Lab] | None = None  # the lab of this process, and the request that made it
+_labs: dict[str, tuple[Request, Lab]] = {}  # by name, the labs of this process and the requests that made them, the latest last
+_beside: list[Lab] = []  # labs whose name another one has taken while they were in their `with` blocks
 _connecting = threading.Lock()
 
 
@@ -49,12 +51,14 @@ def connect(
     resources: dict[str, float] | None = None,
     engines: str = "local",
     profile: str | None = None,
+    name: str = "lab",
     timeout: float = 60.0,
     **job: Any,
 ) -> Lab:
     """Connect to workers, starting them where none are given.
 
-    The same request in one kernel gives the same lab; a changed one closes the old lab first.
+    The same request in one kernel gives the same lab; a changed one closes the old lab first. A lab on which a run trains is not closed
+    by that: it is an error that says how to end it, or how to have both (`name`). A lab in its `with` block stays open, too.
 
     Parameters
     ----------
@@ -87,6 +91,8 @@ def connect(
         How ipyparallel's engines start: "local", or "mpi" for one MPI job (`pip install labkit[mpi]`, or the system's mpiexec).
     profile
         The IPython profile of an ipyparallel cluster that runs already.
+    name
+        Which lab of this kernel: labs of two names are open side by side, `connect(...)` and `connect(..., name="second")`.
     timeout
         Seconds to wait for the workers.
     job
@@ -95,7 +101,7 @@ def connect(
     Raises
     ------
     ClusterError
-        The workers did not arrive, or the request makes no sense.
+        The workers did not arrive, the request makes no sense, or it is another one than that of a lab on which a run trains.
 
     Examples
     --------
@@ -103,7 +109,8 @@ def connect(
     ...     uneven.table()["slowdown"].tolist()
     [1.0, 4.0]
     """
-    global _current
+    if isinstance(client, type):
+        raise ClusterError(_of_class(client))
     kind = known("kind", _kind(address, client, profile) if kind is None else kind, BACKENDS, error=ClusterError)
     joins = sum(there is not None for there in (address, client, profile))
     if joins > 1:
@@ -111,17 +118,17 @@ def connect(
     n_workers = 2 if n_workers is None and not joins else n_workers
     uneven = {"slowdown": slowdown, "jitter": jitter, "drift": drift, "stalls": stalls}
     there = {"address": address, "client": client, "security": security, "profile": profile, "engines": engines}
-    how = {"threads": threads_per_worker, "resources": resources, "timeout": timeout, "job": job}
+    how = {"threads": threads_per_worker, "resources": resources, "name": name, "timeout": timeout, "job": job}
     request = _checked(Request(kind, n_workers, **uneven, **there, **how))
-    module = importlib.import_module(BACKENDS[kind])
+    module, name = importlib.import_module(BACKENDS[kind]), request.name
     module.check(request)
     with _connecting:
-        if _current:
-            made_for, lab = _current
-            if made_for == request and not lab.closed and not lab.lost():
+        if name in _labs:
+            made_for, lab = _labs[name]
+            if made_for == request and not lab.closed and (not (lost := lab.lost()) or _is_at_work(lab, lost)):
+                _labs[name] = _labs.pop(name)
                 return lab
-            lab.close()
-            _current = None
+            _make_room(name, lab)
         with quiet():
             backend = module.open(request)
             try:
@@ -130,19 +137,62 @@ def connect(
             except BaseException:
                 backend.close()
                 raise
-        _current = (request, lab)
+        _labs[name] = request, lab
     return lab
 
 
+def _is_at_work(lab: Lab, lost: Sequence[int]) -> bool:
+    """Does a run go on without the workers that are lost? Then it keeps its lab, which is said."""
+    if not (names := lab.holders()):
+        return False
+    print(
+        f"Workers {list(lost)} of this lab are lost, and {_listed(names)} goes on with the others: this is the same lab. For a full one end "
+        "that first (run.stop(), or lab.close()) and connect() again."
+    )
+    return True
+
+
+def _make_room(name: str, lab: Lab) -> None:
+    """Close a lab whose name is asked for with another request, unless it is in use."""
+    if lab.entered and not lab.closed:
+        _beside[:] = [other for other in _beside if not other.closed] + [lab]
+    elif names := lab.holders():
+        raise ClusterError(
+            f"{_listed(names)} trains on the lab of this kernel, which is another one than asked for, and would end with it. Wait for "
+            f"it (run.wait()) or end it (run.stop(), or lab.close()) first; or have both: connect(..., name='{_free_name()}')."
+        )
+    else:
+        lab.close()
+    del _labs[name]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(map(repr, names))
+
+
+def _free_name() -> str:
+    return next(name for name in ("second", *(f"lab-{number}" for number in range(3, len(_labs) + 4))) if name not in _labs)
+
+
 def current() -> Lab | None:
-    """The lab of this process, if one is open."""
-    return None if _current is None or _current[1].closed else _current[1]
+    """The lab of this process that was asked for last, of those that are open."""
+    return next((lab for _, lab in reversed(_labs.values()) if not lab.closed), None)
 
 
 @atexit.register
-def _close_at_exit() -> None:
-    if _current:
-        _current[1].close()
+def close_all() -> None:
+    """Close every lab of this process."""
+    for lab in [*_beside, *(lab for _, lab in _labs.values())]:
+        lab.close()
+
+
+def _of_class(client: type) -> str:
+    """What to give instead of a class."""
+    own = f"client={client.__name__} is a class. Give one of its objects"
+    if client.__module__.partition(".")[0] != "ipyparallel":
+        return f"{own}: labkit.connect(client={client.__name__}(...)); or let labkit start workers: labkit.connect(n_workers=2)."
+    made = f"{client.__name__}(n=2).start_and_connect_sync()" if client.__name__ == "Cluster" else f"{client.__name__}(...)"
+    return f"{own}: labkit.connect(client=ipyparallel.{made}); or let labkit start engines: labkit.connect('ipyparallel', n_workers=2)."
 
 
 def _kind(address: str | None, client: Any, profile: str | None) -> str:
@@ -170,6 +220,7 @@ def _checked(request: Request) -> Request:
             else {text("resources", name): real(f"resources[{name!r}]", resources[name], least=0) for name in resources},
             engines=text("engines", given.engines),
             profile=None if given.profile is None else text("profile", given.profile),
+            name=text("name", given.name),
             timeout=real("timeout", given.timeout, above=0, most=LONGEST_WAIT_S),
         )
         n_workers, slowdown = request.n_workers, request.slowdown

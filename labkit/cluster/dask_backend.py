@@ -10,6 +10,7 @@ import ast
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing.spawn
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ class DaskWorkers:
     ) -> None:
         self.client, self.cluster, self.owned, self.resources, self.scratch = client, cluster, list(owned), resources, scratch
         self.closed = False
+        self.holders: Callable[[], list[str]] = list  # the runs that hold workers; the lab says it
+        if isinstance(client, _client_class()):
+            client.labkit_holders = lambda: self.holders()
         self._known: dict[str, str] = {}
         self._question: tuple[concurrent.futures.Future, float] | None = None
         self._asked = -ASK_S
@@ -143,7 +147,10 @@ class DaskWorkers:
         return self._describing[-1]
 
     def submit(self, id: str, pid: int, fn: Any, args: tuple) -> Any:
-        return self.client.submit(
+        from distributed import Client
+
+        return Client.submit(
+            self.client,
             _only_once,
             uuid.uuid4().hex,
             pid,
@@ -228,6 +235,44 @@ class DaskWorkers:
 
 def _address(id: str) -> str:
     return id.split(" ", 1)[0]
+
+
+@functools.cache
+def _client_class() -> type:
+    """A Dask client that says when what users give to it has to wait for a run, which has the one task of each of its workers."""
+    from distributed import Client
+
+    class LabClient(Client):
+        labkit_holders: Callable[[], list[str]] = list
+        labkit_said: tuple[str, ...] = ()
+
+        def _labkit_tell(self) -> None:
+            names = tuple(self.labkit_holders())
+            if names and names != self.labkit_said:
+                print(
+                    f"{' and '.join(map(repr, names))} holds workers of this lab, which do one task at a time: what is given to this client "
+                    "waits until that has ended (run.wait(), or run.stop()), unless another worker is free."
+                )
+            self.labkit_said = names
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            self._labkit_tell()
+            return super().submit(*args, **kwargs)
+
+        def map(self, *args: Any, **kwargs: Any) -> Any:
+            self._labkit_tell()
+            return super().map(*args, **kwargs)
+
+        def compute(self, *args: Any, **kwargs: Any) -> Any:
+            self._labkit_tell()
+            return super().compute(*args, **kwargs)
+
+        def persist(self, *args: Any, **kwargs: Any) -> Any:
+            self._labkit_tell()
+            return super().persist(*args, **kwargs)
+
+    LabClient.__name__ = LabClient.__qualname__ = "Client"
+    return LabClient
 
 
 def check(request: Request) -> None:
@@ -335,10 +380,8 @@ def own_cluster(
     cluster: Any, request: Request, scratch: Scratch | None = None, settings: contextlib.ExitStack | None = None
 ) -> DaskWorkers:
     """A cluster object that was made for this lab and ends with it."""
-    from distributed import Client
-
     try:
-        client = Client(cluster, timeout=request.timeout, set_as_default=False)
+        client = _client_class()(cluster, timeout=request.timeout, set_as_default=False)
     except BaseException:
         cluster.close()
         raise
@@ -364,7 +407,9 @@ def join_cluster(request: Request) -> DaskWorkers:
     if security is None and isinstance(target, str) and target.startswith("tls://"):
         raise ClusterError(f"{target} uses TLS. Give connect() its certificates: security=distributed.Security(...).")
     try:
-        client = Client(target, timeout=timeout, set_as_default=False, **({"security": security} if security is not None else {}))
+        client = _client_class()(
+            target, timeout=timeout, set_as_default=False, **({"security": security} if security is not None else {})
+        )
     except (OSError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler answers at {target}: {error}.") from error
     return DaskWorkers(client, owned=[client], resources=request.resources)

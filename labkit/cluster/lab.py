@@ -68,7 +68,20 @@ class Lab(Carded, Public, AbstractContextManager):
     """
 
     internal: ClassVar = frozenset(
-        ("admit", "checked", "closing", "lease", "local", "one_process", "refresh", "release", "settings", "unevenness")
+        (
+            "admit",
+            "checked",
+            "closing",
+            "entered",
+            "holders",
+            "lease",
+            "local",
+            "one_process",
+            "refresh",
+            "release",
+            "settings",
+            "unevenness",
+        )
     )
 
     def __init__(self, request: Request, backend: Backend) -> None:
@@ -76,8 +89,10 @@ class Lab(Carded, Public, AbstractContextManager):
         self.closing = False  # from before the first run is stopped, so that whoever holds several knows why they end
         self.local = request.kind in LOCAL and not request.joins  # do its workers end with this process, however it ends?
         self.jitter, self.drift, self.stalls = request.jitter, request.drift, request.stalls
+        self.entered = 0  # in how many `with` blocks it is
         self.runs: list[Any] = []  # the runs that train here now, set by labkit.training.train
         self._backend, self._threads = backend, request.threads
+        backend.holders = self.holders
         self._limit = request.n_workers if request.joins else None  # on a cluster of others
         self._ids: list[Hashable] = []  # of the back end, by index
         self._visible: list[tuple[str, str]] = []  # host and visible GPUs, by index: who shares them counts devices together
@@ -307,6 +322,11 @@ class Lab(Carded, Public, AbstractContextManager):
             if not self.closed:
                 self._backend.release(holder)
 
+    def holders(self) -> list[str]:
+        """The names of the runs and searches that hold workers; none once it is closed."""
+        with self._lock:
+            return [] if self.closed else list(dict.fromkeys(self._names[holder] for holder in self._leases.values()))
+
     def free(self, holder: str = "") -> list[int]:
         """Indices of workers that are there, those that have come meanwhile too, and that no run holds, or `holder` itself."""
         with self._lock:
@@ -329,7 +349,12 @@ class Lab(Carded, Public, AbstractContextManager):
     def __len__(self) -> int:
         return len(self.workers)
 
+    def __enter__(self) -> "Lab":
+        self.entered += 1
+        return self
+
     def __exit__(self, *exc: object) -> None:
+        self.entered -= 1
         self.close()
 
     def __repr__(self) -> str:

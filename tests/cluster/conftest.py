@@ -10,8 +10,7 @@ from labkit.cluster import connect as connecting
 @pytest.fixture
 def closed():
     yield
-    if connecting._current:
-        connecting._current[1].close()
+    connecting.close_all()
 
 
 @pytest.fixture

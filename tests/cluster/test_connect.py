@@ -8,6 +8,7 @@ import pytest
 
 import labkit
 from labkit.cluster import connect as connecting
+from labkit.cluster import dask_backend
 from labkit.errors import ClusterError
 from tests.cluster.work import where
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("closed")
 
 
 def connected():
-    return connecting._current is not None and not connecting._current[1].closed
+    return connecting.current() is not None
 
 
 def test_the_same_request_gives_the_same_lab_and_a_changed_one_closes_it():
@@ -37,6 +38,45 @@ def test_the_same_request_gives_the_same_lab_and_a_changed_one_closes_it():
     for use in (lambda: third.start(0, where), lambda: third.map(abs, [1])):
         with pytest.raises(ClusterError, match=r"this lab is closed\. Run the cell with connect\(\) again"):
             use()
+
+
+def test_a_lab_that_trains_is_not_closed_by_another_request():
+    lab = labkit.connect("threads", 2)
+    lab.lease([1], "id", "first-run")
+    with pytest.raises(ClusterError, match=r"'first-run' trains on the lab of this kernel.*run\.stop\(\).*name='second'"):
+        labkit.connect("threads", 1)
+    assert not lab.closed and labkit.connect("threads", 2) is lab
+    lab.release("id")
+    assert labkit.connect("threads", 1) is not lab and lab.closed
+
+
+def test_two_labs_side_by_side():
+    first, second = labkit.connect("threads", 1), labkit.connect("threads", 2, name="second")
+    assert len(first) == 1 and len(second) == 2 and not first.closed and connecting.current() is second
+    assert labkit.connect("threads", 1) is first and connecting.current() is first
+    assert labkit.connect("threads", 2, name="second") is second
+    third = labkit.connect("threads", 1, name="second")
+    assert second.closed and not third.closed and not first.closed
+    assert first.map(abs, [-1]) == third.map(abs, [-1]) == [1]
+    third.close()
+    assert connecting.current() is first
+    with pytest.raises(ClusterError, match="name=3 must be a string"):
+        labkit.connect("threads", 1, name=3)
+
+
+def test_labs_in_their_with_blocks_stay_open():
+    with labkit.connect("threads", 1) as outer, labkit.connect("threads", 2) as inner:
+        assert not outer.closed and not inner.closed and outer.map(abs, [-1]) == inner.map(abs, [-1])
+    assert outer.closed and inner.closed and connecting.current() is None
+
+
+def test_a_run_goes_on_where_a_worker_of_its_lab_was_lost(monkeypatch, capsys):
+    lab = labkit.connect("threads", 2)
+    lab.lease([0], "id", "first-run")
+    monkeypatch.setattr(lab, "lost", lambda: [1])
+    assert labkit.connect("threads", 2) is lab and "'first-run' goes on" in capsys.readouterr().out
+    lab.release("id")
+    assert labkit.connect("threads", 2) is not lab and lab.closed
 
 
 REQUESTS = {
@@ -104,7 +144,7 @@ def test_scratch_folders_go_with_the_lab(monkeypatch, tmp_path):
     with labkit.connect("threads", 1):
         assert [path.name.startswith("labkit-") for path in tmp_path.iterdir()] == [True]
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("distributed.Client", boom_client)
+    monkeypatch.setattr(dask_backend, "_client_class", lambda: boom_client)
     with pytest.raises(ZeroDivisionError):
         labkit.connect("threads", 1)
     assert not list(tmp_path.iterdir())

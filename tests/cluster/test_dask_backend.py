@@ -163,6 +163,20 @@ def test_a_worker_that_comes_back_at_its_old_address_is_another_one(tmp_path):
 
 
 @pytest.mark.cluster
+def test_the_client_says_why_what_it_is_given_waits_beside_a_run(capsys):
+    lab = labkit.connect("threads", 2)
+    lab.client.gather(lab.client.map(abs, [-1]))
+    assert capsys.readouterr().out == ""
+    lab.lease([0, 1], "id", "first-run")
+    assert lab.client.submit(abs, -2).result(10) == 2 and lab.map(abs, [-3]) == [3]
+    said = capsys.readouterr().out
+    assert "'first-run' holds workers" in said and "waits until that has ended" in said
+    lab.client.gather(lab.client.map(abs, [-4]))
+    assert capsys.readouterr().out == ""  # once for a run
+    lab.release("id")
+    assert lab.client.submit(abs, -5).result(10) == 5 and capsys.readouterr().out == ""
+
+
 def test_local_workers_with_resources():
     with labkit.connect("threads", 2, resources={"GPU": 1}) as lab:
         assert len(lab) == 2 and lab.map(abs, [-1, -2]) == [1, 2]
