@@ -7,13 +7,16 @@
     stalls      after times of work that are exponentially distributed, a worker stands still, while its heartbeat goes on
 
 After work that took t seconds the worker sleeps (factor - 1) t with factor = max(1, s exp(jitter z)), so that its
-results are those of a slow machine, and only its speed is made up. The same seed gives the same factors after the same number of
+results are those of a slow machine, and only its speed is made up. In t does not count how long its thread was ready to run and had no
+core (Linux says it): on a busy machine a worker that wakes from its sleep waits more often for one than those that never sleep, and
+would be slowed more than was asked. What a sleep lasted too long is taken off the next one. The same seed gives the same factors after the same number of
 steps and the same stalls after the same time of work, whatever update is used. Drift goes by the clock, from a worker's first
 step.
 
 Used by the workers of `labkit.training` (with sleep), and by `labkit.simulation` (without).
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -92,6 +95,15 @@ def make_stalls(stalls: Sequence[float] | None) -> tuple[float, float] | None:
     return given[0], given[1]
 
 
+def waited_for_a_core() -> float:
+    """Seconds that this thread has been ready to run without a core, since it began; 0 where the system does not say it."""
+    try:
+        with open("/proc/thread-self/schedstat", "rb") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 class Slowness:
     """The emulated speed of one worker as it goes on: which factor comes next, and when the next stall.
 
@@ -108,6 +120,8 @@ class Slowness:
     ) -> None:
         self.uneven, self.synchronise, self.woken, self.started_at = uneven, synchronise, woken, None
         self.on = uneven.on
+        self.delay: tuple[int, float] = 0, 0.0  # the thread, and its `waited_for_a_core` after the latest sleep
+        self.overslept = 0.0  # seconds that it lasted too long
         self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 20]))
         if uneven.stalls:
             self.moments = np.random.default_rng(np.random.SeedSequence([seed, worker, 1 << 22]))
@@ -144,8 +158,12 @@ class Slowness:
             return
         self.synchronise()
         self.started_at = started if self.started_at is None else self.started_at
-        work = max(0.0, time.perf_counter() - started - waited)
-        left = self.stretched(work, started - self.started_at) - work
-        while left > 0 and not self.woken():
+        now, (thread, before) = time.perf_counter(), self.delay
+        delay = waited_for_a_core() - before if thread == threading.get_ident() else 0.0
+        work = max(0.0, now - started - waited - max(0.0, delay))
+        left = end = self.stretched(work, started - self.started_at) - work - self.overslept
+        while left > 1e-6 and not self.woken():
             time.sleep(min(left, NAP_S))
-            left -= NAP_S
+            left = end - (time.perf_counter() - now)
+        self.overslept = min(NAP_S, max(0.0, -left))
+        self.delay = threading.get_ident(), waited_for_a_core()

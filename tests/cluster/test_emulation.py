@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from labkit.cluster import emulation
 from labkit.cluster.emulation import NAP_S, SEGMENTS, Slowness, Unevenness, make_stalls, opposite, unsteadiness
 
 JITTERY, STALLING = Unevenness(4.0, 0.3), Unevenness(2.0, stalls=(5.0, 1.0))
@@ -21,6 +22,7 @@ def slept(monkeypatch, slowness, n=1, waited=0.0):
 
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(emulation, "waited_for_a_core", lambda: 0.0)
     for _ in range(n):
         now[0] = begun = now[0] + 1.0
         slowness.after(begun - 1.0, waited)
@@ -36,6 +38,32 @@ def test_sleep_is_in_proportion_to_the_work(monkeypatch):
     )  # waiting for others is no work
     assert slept(monkeypatch, Slowness(Unevenness(4.0), 0, 0), waited=2.0) == [0.0]
     assert slept(monkeypatch, Slowness(Unevenness(4.0), 0, 0, woken=lambda: True)) == [0.0], "it is wanted"
+
+
+def test_waiting_for_a_core_is_no_work_and_what_a_sleep_lasted_too_long_is_taken_off_the_next(monkeypatch):
+    now, delay, late, naps = [0.0], [100.0], [0.0], []
+
+    def sleep(seconds):
+        now[0] += seconds + late[0]
+        naps[-1] += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(emulation, "waited_for_a_core", lambda: delay[0])
+    slowness = Slowness(Unevenness(4.0), 0, 0)
+    for waited, late[0] in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.1), (0.0, 0.0)):  # 1 s each, of which it has waited so long
+        naps.append(0.0)
+        now[0] += 1.0
+        delay[0] += waited
+        slowness.after(now[0] - 1.0)
+    monkeypatch.undo()
+    assert naps[:2] == pytest.approx([3.0, 1.5]) and naps[2] + naps[3] == pytest.approx(6.0 - 1.0, abs=0.15)
+    assert naps[2] < 2.1, "ten sleeps of 0.1 s too long are no longer than 3 s together"
+
+
+def test_the_wait_for_a_core_is_read_from_the_system():
+    before = emulation.waited_for_a_core()
+    assert 0 <= before <= emulation.waited_for_a_core()
 
 
 def test_what_a_device_has_begun_is_waited_for_before_it_is_timed(monkeypatch):
