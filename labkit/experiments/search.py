@@ -353,6 +353,18 @@ class Search(Carded, Public):
         ]
         return Table(rows, columns=columns)
 
+    def history(self) -> pd.DataFrame:
+        """The rows of `table()` with a score that keep the constraints, in the order in which they ended.
+
+        Columns besides: `seconds` (of the search, when the trial ended), `trials` (how many had ended by then), `best` (score of those that
+        were done by then; NaN before the first).
+
+            found.history().hvplot.step("seconds", "best") * found.history().hvplot.scatter("seconds", "score", by="state")
+        """
+        from labkit.plots.search import history
+
+        return history(self)
+
     @property
     def objectives(self) -> list[str]:
         """What is searched, by name; the first is `score` in tables."""

@@ -88,7 +88,7 @@ def embedding(
         return style.message("Embeddings of jets", "there are no jets to draw.")
     if centres is not None:
         middle = flattened(np.asarray(centres, np.float64) - z.mean(0))
-        elements.append(style.labels([(x, y, str(number)) for number, (x, y) in enumerate(middle.tolist(), 1)], "black"))
+        elements.append(style.labels([(x, y, str(number)) for number, (x, y) in enumerate(middle.tolist(), 1)], "black", 11))
     if clusters is not None:
         agree = 100 * accuracy(np.asarray(clusters), label)
         title = f"{title or 'Clusters and classes'}: {agree:.0f} % of the jets are in the cluster of their class"

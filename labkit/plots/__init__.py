@@ -3,9 +3,9 @@
 from labkit.names import face
 from labkit.plots.inner import gantt, roofline
 from labkit.plots.live import live
-from labkit.plots.membership import membership, roster
+from labkit.plots.membership import membership
 from labkit.plots.report import report
-from labkit.plots.runs import balance, curves, segments, speed, staleness, timeline, weights
+from labkit.plots.runs import balance, curves, speed, staleness, timeline, weights
 from labkit.plots.samples import confusion, worst
 from labkit.plots.scaling import errors, saturation, scaling
 from labkit.plots.search import (
@@ -29,7 +29,6 @@ __all__ += [
     "part_times",
     "report",
     "roofline",
-    "roster",
     "saturation",
     "save",
     "scaling",
@@ -40,7 +39,6 @@ __all__ += [
     "search_points",
     "search_table",
     "search_timeline",
-    "segments",
     "speed",
     "step_times",
     "staleness",

@@ -9,15 +9,15 @@ Used through `labkit.plots`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from labkit.errors import RunError, known, real, text
-from labkit.plots import style
+from labkit.plots import claims, style
 from labkit.runs import analysis
 from labkit.runs.analysis import crossing
-from labkit.runs.events import as_table, effective
+from labkit.runs.events import as_table
 from labkit.runs.labels import lines as by_line
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from labkit.runs.record import RunRecord
 
-Series = tuple[np.ndarray, np.ndarray]  # x, y of a polyline
 AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
 BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness
 
@@ -41,9 +40,13 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
     `y` is "loss", a metric of the problem, or, with "train_" before it, what the steps of training returned: "train_loss".
 
     A line is labelled by its strategy and by what differs among the runs, such as "AGWU + IDPA, lr 0.01"; where nothing differs, by
-    the directory. Runs that differ in their seed alone share a line: the median, with a band from the lowest to the highest. A
-    `target` (of a score in (0, 1], but where lower is better) is drawn as a level, and the legend has where each line crosses it, straight between points,
-    from whichever side it comes. RunError while a run is running: it has no curve yet.
+    the directory. Runs that differ in their seed alone share a line: of three or more the median, with a band from the lowest to the highest,
+    of two the mean between them. A `target` (of a score in (0, 1], but where lower is better) is drawn as a level, and the legend has where
+    each line crosses it, straight between points, from whichever side it comes; which is first is said of three seeds each whose crossings do not
+    overlap. RunError while a run is running: it has no curve yet.
+
+    One run is drawn in a line of your own by `run.curve().hvplot.line("seconds", "score")`, several by
+    `pandas.concat({run.name: run.curve() for run in runs}, names=["run"]).hvplot.line("seconds", "score", by="run")`.
 
     Examples
     --------
@@ -61,39 +64,53 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
     tables = {run: _curve(run, y) for run in runs}
     known("y", y, dict.fromkeys(column for table in tables.values() for column in table if column not in (*AXES, "version")))
     tables = {run: table if y in table else table.assign(**{y: np.nan}) for run, table in tables.items()}
-    what, amount, of = _meaning(runs, y), _percent if share else "{:g}".format, "" if share else f"{y} "
+    what, goal = _meaning(runs, y), "" if target is None else _percent(target) if share else f"{y} {target:g}"
     title = f"{what[0].upper()}{what[1:]} against {'time' if x == 'seconds' else 'samples'}"
-    lines = {label: _median(series) for label, series in _series(runs, tables.__getitem__, x, y).items()}
-    if not lines and any(len(table) for table in tables.values()):
+    found = _series(runs, tables.__getitem__, x, y)
+    if not found and any(len(table) for table in tables.values()):
         return style.message(title, f"{_names(runs)}: {y} is NaN in every row of the curve.")
-    if not lines:
+    if not found:
         return style.message(title, f"{_names(runs)}: no version was retained, so there is nothing to evaluate.")
-    texts, reached = _counted(runs), {}
-    for label, (at, middle, *_) in lines.items() if target is not None else ():
-        sign = -1 if (lower if y == "score" else middle[0] > target) else 1
-        where = reached[label] = crossing(at, sign * middle, sign * target)
-        texts[label] += f": {of}{amount(target)} {f'at {_amount(where, x)}' if np.isfinite(where) else 'not reached'}"
-    levels = [style.level(target)] if target is not None else []
-    elements, legend = _draw(lines, texts, (x, y))
-    first = min(reached, key=lambda label: reached[label] if np.isfinite(reached[label]) else np.inf, default=None)
-    if first is not None and np.isfinite(reached[first]):
-        order = "first, " if len(lines) > 1 else ""
-        title = f"{first} reaches {of}{amount(target)} {order}after {_amount(reached[first], x)}"
-    elif first is not None:
-        title = (
-            f"{'No run reaches' if len(lines) > 1 else first + ' does not reach'} {of}{amount(target)}{'' if of else ' ' + what}"
-        )
+    lines, texts = {label: _median(own, x, y) for label, own in found.items()}, _counted(runs)
+    if target is not None:
+        reached, each = {}, {}
+        for label, line in lines.items():
+            sign = -1 if (lower if y == "score" else line[y].iloc[0] > target) else 1
+            own = [crossing(table[x].to_numpy(), sign * table[y].to_numpy(), sign * target) for table in (line, *found[label])]
+            reached[label], each[label] = own[0], np.nan_to_num(own[1:], nan=np.inf)
+            texts[label] += f": {goal} {f'at {_amount(own[0], x, each[label])}' if np.isfinite(own[0]) else 'not reached'}"
+        title = _who_reaches(goal if share or y != "score" else f"{goal} {what}", reached, each, x, what if share else "")
+    elements, legend = _draw(found, lines, texts, x, y)
     gaps = sum(int(table[y].isna().iloc[int(y.startswith("train_")) :].sum()) for table in tables.values())
     note = style.caption(runs, _seeds(runs), f"{gaps} NaN not drawn" if gaps else "")
     # The untrained weights lie far below the rest and would press what matters against the top.
-    seen = np.concatenate([np.r_[low[1:], high[1:]] if len(low) > 1 else low for _, _, low, high in lines.values()])
+    seen = np.concatenate([line.iloc[int(len(line) > 1) :][["low", "high"]].to_numpy().ravel() for line in lines.values()])
     bottom, top = np.floor(20 * seen.min()) / 20, max(seen.max(), target or 0.0)
     ylim = (bottom, top + 0.05 * (top - bottom) + 0.005)
     if not share:
         bottom, top = (pick(seen.min(), seen.max(), *([] if target is None else [target])) for pick in (min, max))
         room = 0.05 * (top - bottom) or 0.05 * abs(top) or 0.05
         ylim = (bottom - room, top + room)
-    return style.finish(levels + elements, title, note, legend, xlabel=AXES[x], ylabel=what, ylim=ylim)
+    levels = [style.level(target)] if target is not None else []
+    xlim = (0, 1.03 * max(line[x].max() for line in lines.values()) or None)
+    return style.finish(levels + elements, title, note, legend, xlabel=AXES[x], ylabel=what, xlim=xlim, ylim=ylim)
+
+
+def _who_reaches(goal: str, reached: dict[str, float], each: dict[str, np.ndarray], x: str, what: str) -> str:
+    """The title of curves with a target: who reaches it, and who first where seeds do not overlap."""
+    there = sorted((label for label in reached if np.isfinite(reached[label])), key=reached.__getitem__)
+    if not there:
+        who = "No run reaches" if len(reached) > 1 else f"{next(iter(reached))} does not reach"
+        return f"{who} {goal} {what}".rstrip()
+    first, last = there[0], there[-1]
+    at = {label: _amount(reached[label], x, each[label]) for label in (first, last)}
+    if claims.stands_out(each, least=True) == first:
+        return f"{first} reaches {goal} {'first, ' if len(reached) > 1 else ''}after {at[first]}"
+    if len(there) == 1:
+        return f"Only {first} reaches {goal}, after {at[first]}"
+    return (
+        f"{goal} is reached after {at[first]} ({first}) to {at[last]} ({last}){', not by all' if len(there) < len(reached) else ''}"
+    )
 
 
 def _curve(run: RunRecord, y: str) -> pd.DataFrame:
@@ -111,7 +128,7 @@ def _meaning(runs: Sequence[RunRecord], y: str) -> str:
 
 
 def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
-    """Mean T / max T of each local pass (T: seconds of one worker's pass) with the 0.95 that IDPA is held to.
+    """Mean T / max T of each local pass (T: seconds of one worker's pass) with the 0.95 that IDPA is held to: `Run.balance`.
 
     1 means that all workers take equally long, 1/m that all others do little but wait for one of m workers.
 
@@ -122,19 +139,19 @@ def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     runs = style.some_runs(runs)
     style.extension()
     runs = _as_runs(runs, lambda run: run.balance())
-    lines, means, texts = {}, {}, _counted(runs)
-    for label, series in _series(runs, lambda run: run.balance(), "pass", "ratio").items():
-        lines[label] = _median(series)
-        later = np.concatenate([ratio[at >= 2] for at, ratio in series])
-        means[label] = float(later.mean()) if len(later) else float("nan")
-        texts[label] += f": mean {means[label]:.2f} from pass 2 on" if len(later) else ""
-    if not lines:
+    found, texts = _series(runs, lambda run: run.balance(), "pass", "ratio"), _counted(runs)
+    if not found:
         return style.message("Balance of the local passes", f"{_names(runs)}: no pass that all workers have finished.")
-    elements, legend = _draw(lines, texts, ("pass", "ratio"))
-    best = max(means, key=lambda label: np.nan_to_num(means[label]))
-    title = f"{best}: local passes balanced {'best, ' if len(lines) > 1 else ''}to {means[best]:.2f} from pass 2 on"
-    title = title if np.isfinite(means[best]) else "Balance of the local passes"
-    last = max(at[-1] for at, *_ in lines.values())
+    later = {label: [table.ratio[table["pass"] >= 2].mean() for table in own] for label, own in found.items()}
+    means = {label: float(np.nanmean(own)) for label, own in later.items() if np.isfinite(own).any()}
+    texts |= {label: f"{texts[label]}: mean {mean:.2f} from pass 2 on" for label, mean in means.items()}
+    title, best = "Balance of the local passes", claims.stands_out(later)
+    if best in means:
+        title = f"{best}: local passes balanced {'best, ' if len(found) > 1 else ''}to {means[best]:.2f} from pass 2 on"
+    elif means:
+        title = f"Local passes are balanced to {claims.between([f'{mean:.2f}' for mean in sorted(means.values())])} from pass 2 on"
+    elements, legend = _draw(found, {label: _median(own, "pass", "ratio") for label, own in found.items()}, texts, "pass", "ratio")
+    last = max(table["pass"].max() for own in found.values() for table in own)
     return style.finish(
         [style.level(0.95), *elements], title, style.caption(runs, "dashed: 0.95", _seeds(runs)), legend, xlabel="local pass",
         ylabel="mean T / max T (1 = equal)", ylim=(0, 1.05), xticks=_ticks(1, last), xlim=(0.5, last + 0.5),
@@ -144,22 +161,8 @@ def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
 # -- one run, by worker ------------------------------------------------------------------------------------------------
 
 
-def segments(run: RunRecord) -> pd.DataFrame:
-    """What each worker did when: columns worker, activity ("compute", "wait", "exchange"), start, end (s).
-
-    How a worker's time is divided: `labkit.runs.analysis`.
-
-    Examples
-    --------
-    >>> sorted(labkit.plots.segments(run)["worker"].unique().tolist())
-    [0, 1]
-    """
-    table = analysis.spans(style.a_run("run", run).events)
-    return table.loc[table.kind != "refill", ["worker", "activity", "start", "end"]].reset_index(drop=True)
-
-
 def timeline(run: RunRecord) -> hv.Overlay:
-    """One row for each worker: when it computed, waited and exchanged weights; a tick above it: its push was merged.
+    """One row for each worker: when it computed, waited and exchanged weights (`Run.timeline`); a tick above it: its push was merged.
 
     Examples
     --------
@@ -167,24 +170,24 @@ def timeline(run: RunRecord) -> hv.Overlay:
     """
     style.a_run("run", run)
     style.extension()
-    spans = segments(run)
-    if spans.empty:
+    table = run.timeline()
+    if table.empty:
         return style.message(f"{run.label}: what the workers did when", f"{run.name}: no worker has pushed yet.")
-    spans["length"] = spans["end"] - spans["start"]
-    shares = spans.pivot_table(index="worker", columns="activity", values="length", aggfunc="sum", fill_value=0.0)
-    shares = shares.reindex(columns=list(BUSY), fill_value=0.0).pipe(lambda table: table.div(table.sum(axis=1), axis=0))
-    waits = shares["wait"]
+    table["length"] = table["end"] - table["start"]
+    spent = table.pivot_table(index="worker", columns="activity", values="length", aggfunc="sum", fill_value=0.0)
+    spent = spent.reindex(columns=list(BUSY), fill_value=0.0)
+    waits, shares = spent["wait"] / spent.sum(axis=1), spent.sum() / spent.to_numpy().sum()
     title = f"{run.label}: worker {waits.idxmax()} waits {_percent(waits.max())} of the time"
     if waits.max() < 0.005:
         title = f"{run.label}: no worker waits more than 0.5 % of the time"
-    texts = {activity: f"{activity} ({_percent(_share(spans, activity))})" for activity in BUSY}
-    rows, elements, legend = _in_rows(spans, shares.index, texts)
-    merges = run.events.query("kind == 'merge'").dropna(subset=["worker", "seconds"])
-    merges = merges[merges["worker"].isin(shares.index)]
+    rows = {worker: -row for row, worker in enumerate(spent.index)}  # worker 0 on top
+    kinds = {activity: (f"{activity} ({_percent(shares[activity])})", number) for activity, number in BUSY.items()}
+    elements, legend = style.spans(table, "activity", kinds, rows)
+    merges = run.staleness().query("worker in @rows").dropna(subset=["seconds"])
     y = merges["worker"].map(rows).to_numpy(float)
-    ticks = style.ticks(merges["seconds"].to_numpy(), y + 0.34, y + 0.44)
-    note, end = style.caption([run], "ticks: merges"), float(spans["end"].max())
-    return _rows_of_workers(run, rows, [*elements, ticks], title, note, legend, (0, end))
+    elements.append(style.ticks(merges["seconds"].to_numpy(), y + 0.34, y + 0.44))
+    note, end = style.caption([run], "ticks: merges"), float(table["end"].max())
+    return style.finish(elements, title, note, legend, xlabel="time (s)", xlim=(0, end), **_worker_rows(run, rows))
 
 
 def latest(run: RunRecord, rows: list[dict], window: float) -> hv.Overlay:
@@ -196,37 +199,22 @@ def latest(run: RunRecord, rows: list[dict], window: float) -> hv.Overlay:
     workers = sorted(style.slowdowns(run)) or sorted(set(spans["worker"])) or [0]
     spans = spans[spans["end"].gt(since) & spans["worker"].isin(workers)]
     spans = spans.assign(start=spans["start"].clip(lower=since))
-    rows_of, elements, legend = _in_rows(spans, workers, {activity: activity for activity in BUSY})
-    return _rows_of_workers(run, rows_of, elements, title, "", legend, (since, max(end, since + 1.0)))
+    rows_of = {worker: -row for row, worker in enumerate(workers)}
+    elements, legend = style.spans(spans, "activity", {activity: (activity, number) for activity, number in BUSY.items()}, rows_of)
+    xlim = (since, max(end, since + 1.0))
+    return style.finish(elements, title, "", legend, xlabel="time (s)", xlim=xlim, **_worker_rows(run, rows_of))
 
 
-def _in_rows(spans: pd.DataFrame, workers: Sequence[int], texts: dict[str, str]) -> tuple[dict[int, int], list, list]:
-    """Where the row of each worker is, worker 0 on top; the bars in them, of each activity; and the legend."""
-    rows = {worker: -i for i, worker in enumerate(workers)}
-    elements, legend = [], []
-    for activity, number in BUSY.items():
-        part = spans[spans["activity"] == activity]
-        y = part["worker"].map(rows).to_numpy(float)
-        table = (part["start"].to_numpy(float), y - 0.3, part["end"].to_numpy(float), y + 0.3)
-        elements.append(style.boxes(table, number, texts[activity], ("start (s)", "bottom", "end (s)", "top")))
-        legend.append((texts[activity], number, "box"))
-    return rows, elements, legend
-
-
-def _rows_of_workers(
-    run: RunRecord, rows: dict[int, int], elements: list, title: str, note: str, legend: list, xlim: tuple[float, float]
-) -> hv.Overlay:
+def _worker_rows(run: RunRecord, rows: dict[int, int]) -> dict[str, Any]:
     slow = style.slowdowns(run)
-    names = [(y, f"worker {worker}" + (f" ({slow[worker]:g}x)" if slow.get(worker, 1) != 1 else "")) for worker, y in rows.items()]
-    return style.finish(
-        elements, title, note, legend, xlabel="time (s)", ylabel="",
-        yticks=names if len(names) <= 24 else names[::8], ylim=(-len(rows) + 0.5, 0.5), xlim=xlim,
-        grid="x", height=float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8)),
-    )  # fmt: skip
+    return style.rows_axis(
+        {y: f"worker {worker}" + (f" ({slow[worker]:g}x)" if slow.get(worker, 1) != 1 else "") for worker, y in rows.items()}
+    )
 
 
 def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
-    """How stale the merges were, in versions: a histogram by worker for one run, by setting for several.
+    """How stale the merges were, in versions (`Run.staleness`): a histogram by worker for one run, and by setting for several, as shares of
+    their merges, since one run may have many more than another.
 
     Examples
     --------
@@ -235,32 +223,40 @@ def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     runs = style.some_runs(runs)
     style.extension()
     runs = _as_runs(runs, lambda run: run.events)
-    merges = [effective(run.events).query("kind == 'merge'").dropna(subset=["staleness"]) for run in runs]
-    values = np.concatenate([table["staleness"].to_numpy(float) for table in merges])
-    if not len(values):
+    merges = {run: run.staleness() for run in runs}
+    if not sum(map(len, merges.values())):
         return style.message("Staleness of the merges", f"{_names(runs)}: nothing merged yet.")
-    if len(runs) == 1 and merges[0]["worker"].nunique() <= len(style.COLOURS):
-        groups = {f"worker {int(worker)}": own["staleness"] for worker, own in merges[0].groupby("worker")}
+    alone, ylabel = len(runs) == 1, "merges"
+    if alone and merges[runs[0]]["worker"].nunique() <= len(style.COLOURS):
+        groups = {f"worker {worker}": [own["staleness"]] for worker, own in merges[runs[0]].groupby("worker")}
     else:
-        groups = {
-            label: np.concatenate([merges[runs.index(run)]["staleness"] for run in group]) for label, group in by_line(runs).items()
-        }
-    width = int(values.max()) // 25 + 1  # versions in a bar
-    edges = np.arange(0, values.max() + width + 1, width)
-    heights = {label: np.histogram(own, edges)[0] for label, own in groups.items()}
-    if len(runs) > 1:  # the title is about the stalest
-        most = max(groups, key=lambda label: np.mean(groups[label]) if len(groups[label]) else -1.0)
-        values, subject = groups[most], most + (" is stalest" if len(groups) > 1 else "")
-    else:
-        subject = runs[0].label
-    middle, high = np.percentile(values, [50, 95])
-    title = f"{subject}: median staleness {middle:.0f}, 95 % of the merges at most {high:.0f}"
+        groups = {label: [merges[run]["staleness"] for run in group] for label, group in by_line(runs).items()}
+    values = {label: np.concatenate(own) for label, own in groups.items()}
+    most = int(max(own.max() for own in values.values() if len(own)))
+    width = most // 25 + 1  # versions in a bar
+    edges = np.arange(0, most + width + 1, width)
+    heights = {label: np.histogram(own, edges)[0] for label, own in values.items()}
+    if not alone:
+        heights = {label: 100 * counts / max(1, counts.sum()) for label, counts in heights.items()}
+        ylabel = "share of the merges (%)"
+    low, high = ([np.percentile(own, q) for own in values.values() if len(own)] for q in (50, 95))
+    title = f"{runs[0].label}: " if alone else ""
+    if alone:
+        low, high = ([np.percentile(np.concatenate([*values.values()]), q)] for q in (50, 95))
+    elif len(groups) > 1 and (
+        stalest := claims.stands_out({label: [own.mean() for own in each] for label, each in groups.items()})
+    ):
+        title, low, high = f"{stalest} is stalest: ", *([np.percentile(values[stalest], q)] for q in (50, 95))
+    median = claims.between([f"{value:.0f}" for value in sorted(low)])
+    title += f"median staleness {median}, 95 % of the merges at most {max(high):.0f}"
     names = [f"{int(edge)}" if width == 1 else f"{int(edge)}-{int(edge) + width - 1}" for edge in edges[:-1]]
-    return style.columns(heights, names, title, style.caption(runs), xlabel="staleness (versions)", ylabel="merges")
+    return style.columns(
+        heights, names, title[0].upper() + title[1:], style.caption(runs), xlabel="staleness (versions)", ylabel=ylabel
+    )
 
 
 def weights(run: RunRecord) -> hv.Overlay:
-    """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples.
+    """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples: `Run.contributions`.
 
     Examples
     --------
@@ -268,20 +264,14 @@ def weights(run: RunRecord) -> hv.Overlay:
     """
     style.a_run("run", run)
     style.extension()
-    events = effective(run.events)
-    merges = events.query("kind == 'merge'").dropna(subset=["worker", "coefficient"])
-    given = merges["coefficient"].abs().groupby(merges["worker"]).sum()
-    if merges.empty or not given.sum():
+    table = run.contributions()
+    if table.empty:
         return style.message(f"{run.label}: effective weight", f"{run.name}: nothing merged yet.")
-    pushes = events.query("kind == 'push'")
-    trained = pushes.groupby("worker")["samples"].sum().reindex(given.index, fill_value=0)
-    given, trained = given / given.sum(), trained / max(trained.sum(), 1)
-    worker = (given - trained).abs().idxmax()
-    title = (
-        f"{run.label}: worker {int(worker)} trains on {_percent(trained[worker])} of the samples, weighs {_percent(given[worker])}"
-    )
-    heights = {"share of the samples": 100 * trained.to_numpy(), "effective weight": 100 * given.to_numpy()}
-    names = [f"worker {int(index)}" for index in given.index]
+    most = table.loc[(table["weight"] - table["samples"]).abs().idxmax()]
+    shares = f"trains on {_percent(most['samples'])} of the samples, weighs {_percent(most['weight'])}"
+    heights = {"share of the samples": 100 * table["samples"].to_numpy(), "effective weight": 100 * table["weight"].to_numpy()}
+    names = [f"worker {worker}" for worker in table["worker"]]
+    title = f"{run.label}: worker {int(most['worker'])} {shares}"
     return style.columns(heights, names, title, style.caption([run]), ylabel="share (%)", text="{:.0f}")
 
 
@@ -340,41 +330,54 @@ def _counted(runs: Sequence[RunRecord]) -> dict[str, str]:
     return texts
 
 
-def _series(runs: Sequence[RunRecord], read: Callable[[RunRecord], pd.DataFrame], x: str, y: str) -> dict[str, list[Series]]:
-    """Column `y` against `x` of the table that `read` gives of each run, by label; a label without a point is left out."""
-    series = {}
-    for label, group in by_line(runs).items():
-        tables = [read(run).dropna(subset=[x, y]).sort_values(x) for run in group]
-        series[label] = [(table[x].to_numpy(float), table[y].to_numpy(float)) for table in tables if len(table)]
-    return {label: found for label, found in series.items() if found}
+def _series(runs: Sequence[RunRecord], read: Callable[[RunRecord], pd.DataFrame], x: str, y: str) -> dict[str, list[pd.DataFrame]]:
+    """Columns `x` and `y` of the table that `read` gives of each run, by label; a label without a point is left out."""
+    found = {
+        label: [read(run)[[x, y]].astype(float).dropna().sort_values(x) for run in group] for label, group in by_line(runs).items()
+    }
+    found = {label: [table for table in tables if len(table)] for label, tables in found.items()}
+    return {label: tables for label, tables in found.items() if tables}
 
 
-def _draw(lines: dict[str, tuple], texts: dict[str, str], dims: tuple[str, str]) -> tuple[list, list]:
-    """A line for each label of `texts` that has one (see `_median`), with a band where its runs differ; and the legend.
+def _draw(
+    found: dict[str, list[pd.DataFrame]], lines: dict[str, pd.DataFrame], texts: dict[str, str], x: str, y: str
+) -> tuple[list, list]:
+    """A line for each label of `texts` that has one, with a band where at least three runs differ, and each of two runs thin; and the legend.
 
     Its colour goes by the order of the runs, whether the others have a line or not.
     """
-    elements, legend = [], []
-    for number, label in enumerate(texts):
-        if label not in lines:
-            continue
-        at, middle, low, high = lines[label]
-        band = (low, high) if np.any(high > low) else None
-        elements.append(style.line(at, middle, number, texts[label], dims, band))
-        legend.append((texts[label], number, "line"))
-    return elements, legend
+    import pandas as pd
+
+    numbers = {text: number for number, text in enumerate(texts.values())}
+    table = pd.concat([line.assign(label=texts[label]) for label, line in lines.items()], ignore_index=True)
+    pairs = {label: tables for label, tables in found.items() if len(tables) == 2}
+    thin = [
+        style.strokes(
+            [table.to_numpy() for table in tables], "", (x, y), 0, 1, color=style.COLOURS[n % len(style.COLOURS)], alpha=0.6
+        )
+        for label, tables in pairs.items()
+        for n in [numbers[texts[label]]]
+    ]
+    table.loc[table["label"].isin([texts[label] for label in pairs]), "high"] = np.nan
+    elements, legend = style.lines(table, x, y, "label", numbers, ("low", "high"))
+    return thin + elements, legend
 
 
 def _seeds(runs: Sequence[RunRecord]) -> str:
-    together = any(len(group) > 1 for group in by_line(runs).values())
-    return "line: median, band: lowest to highest" if together else "1 seed"
+    counts = [len(group) for group in by_line(runs).values()]
+    if max(counts) == 1:
+        return "1 seed" if len(counts) == 1 else "1 seed each: what differs may be chance"
+    bands = ["line: median, band: lowest to highest"] if max(counts) > 2 else []
+    return "; ".join([*bands, *(["of two seeds the mean, thin: each"] if 2 in counts else [])])
 
 
-def _median(series: Sequence[Series]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, median, lowest and highest y of several polylines; after its last point a run stays at its last value."""
-    at = np.unique(np.concatenate([x for x, _ in series]))
-    every = np.stack([np.interp(at, x, y) for x, y in series])
-    return at, np.median(every, axis=0), every.min(axis=0), every.max(axis=0)
+def _median(tables: Sequence[pd.DataFrame], x: str, y: str) -> pd.DataFrame:
+    """x, and as y the median, low and high of several polylines; after its last point a run stays at its last value."""
+    import pandas as pd
+
+    at = np.unique(np.concatenate([table[x] for table in tables]))
+    every = np.stack([np.interp(at, table[x], table[y]) for table in tables])
+    return pd.DataFrame({x: at, y: np.median(every, axis=0), "low": every.min(axis=0), "high": every.max(axis=0)})
 
 
 def _names(runs: Sequence[RunRecord]) -> str:
@@ -385,12 +388,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
-def _amount(value: float, x: str) -> str:
-    return f"{value:,.0f} samples" if x == "samples" else f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f} s"
-
-
-def _share(spans: pd.DataFrame, activity: str) -> float:
-    return float(spans.loc[spans["activity"] == activity, "length"].sum() / spans["length"].sum())
+def _amount(value: float, x: str, each: Sequence[float]) -> str:
+    return f"{claims.amount(value, each)} {'samples' if x == 'samples' else 's'}"
 
 
 def _ticks(first: int, last: float) -> list[tuple[int, str]]:

@@ -58,7 +58,7 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
     every = -(-k // 40)
     ticks = list(enumerate(names))[::every]
     return style.finish(
-        [style.heat(cells, "share (%)"), *([style.labels(texts)] if texts else [])], title, note, xlabel="predicted class",
+        [style.heat(cells, "share (%)"), *([style.labels(texts, "white", 11)] if texts else [])], title, note, xlabel="predicted class",
         ylabel="class", xticks=ticks, yticks=ticks, xlim=(-0.5, k - 0.5), ylim=(-0.5, k - 0.5), invert_yaxis=True, grid="",
         xrotation=45 if max(map(len, names)) > 3 else 0, shape={"aspect": "equal", "fig_inches": (8, 6)}, height=6,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = N
     note = f"of {len(table):,} samples; loss {first['loss'].iloc[0]:.3g} to {first['loss'].iloc[-1]:.3g}, median {table['loss'].median():.2g}"
     tall = 0.7 + min(7 * mosaic.shape[0] / mosaic.shape[1], 2.5 * down)  # inches, of which 7 are across
     return style.finish(
-        [_raster(mosaic), style.labels(texts, size=9)], title, style.caption([run], note), xaxis=None, yaxis=None, grid="",
+        [_raster(mosaic), style.labels(texts, "white", 9)], title, style.caption([run], note), xaxis=None, yaxis=None, grid="",
         xlim=(0, mosaic.shape[1]), ylim=(0, mosaic.shape[0]), invert_yaxis=True, height=tall,
         shape={"aspect": "equal", "fig_inches": (8, tall)},
     )  # fmt: skip

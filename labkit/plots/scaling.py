@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from labkit.errors import known, real, text
-from labkit.plots import style
+from labkit.plots import claims, style
 
 if TYPE_CHECKING:
     import holoviews as hv
@@ -41,13 +41,12 @@ def scaling(frame: pd.DataFrame, x: str = "n_workers", note: str = "") -> hv.Ove
     _check(frame, ["strategy", "seconds", x])
     if frame.empty:
         return style.message("How runs scale", "there is no run to draw.")
-    strategies = {label: own.sort_values(x) for label, own in frame.groupby("strategy", sort=False)}
     end = frame[x].max()
-    ends = {label: own["seconds"].iloc[-1] for label, own in strategies.items() if own[x].iloc[-1] == end}
-    first, worst = min(ends, key=ends.get), max(ends, key=ends.get)
-    title = f"{first} takes {ends[first]:,.3g} s with {end:,.0f} {x.removeprefix('n_')}"
+    ends = frame[frame[x] == end].set_index("strategy")["seconds"]
+    first, worst = ends.idxmin(), ends.idxmax()
+    title = f"{first} takes {claims.amount(ends[first])} s with {end:,.0f} {x.removeprefix('n_')}"
     title += f", {worst} {ends[worst] / ends[first]:.1f} times as long" if len(ends) > 1 else ""
-    return _logarithmic(strategies, (x, "seconds"), title, note, xlabel=AXES[x], ylabel="time (s)")
+    return _logarithmic(frame, (x, "seconds"), "strategy", title, note, xlabel=AXES[x], ylabel="time (s)")
 
 
 def saturation(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
@@ -65,19 +64,16 @@ def saturation(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
     _check(frame, ["label", "n_workers", "samples_per_s", "server_busy"])
     if frame.empty:
         return style.message("Where the server saturates", "there is no run to draw.")
-    lines, full = {}, {}
-    for label, own in frame.groupby("label", sort=False):
-        busy = own.loc[own["server_busy"] >= FULL, "n_workers"]
-        if len(busy):
-            full[label] = int(busy.min())
-        text = f"{label}: " + (f"busy from {full[label]:,} workers on" if len(busy) else "never busy all the time")
-        lines[text] = own.sort_values("n_workers")
+    full = frame[frame["server_busy"] >= FULL].groupby("label", sort=False)["n_workers"].min()
+    texts = {
+        label: f"busy from {full[label]:,} workers on" if label in full else "never busy all the time" for label in frame["label"]
+    }
     title = f"The server can take all {frame['n_workers'].max():,} workers"
-    if full:
-        soonest = min(full, key=full.get)
-        title = f"{soonest}: from {full[soonest]:,} workers on the server is busy all the time"
+    if len(full):
+        title = f"{full.idxmin()}: from {full.min():,} workers on the server is busy all the time"
+    table = frame.assign(text=[f"{label}: {texts[label]}" for label in frame["label"]])
     labels = {"xlabel": "workers", "ylabel": "throughput (samples/s)"}
-    return _logarithmic(lines, ("n_workers", "samples_per_s"), title, note, **labels)
+    return _logarithmic(table, ("n_workers", "samples_per_s"), "text", title, note, **labels)
 
 
 def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
@@ -90,6 +86,8 @@ def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
     >>> import pandas as pd
     >>> figure = labkit.plots.errors(pd.DataFrame({"configuration": ["AGWU", "AGWU", "SGWU"], "error": [0.02, -0.05, 0.12]}))
     """
+    import pandas as pd
+
     bar = real("bar", bar, least=0)
     style.extension()
     _check(frame, ["configuration", "error"])
@@ -97,28 +95,26 @@ def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
         return style.message("How far the simulator is off", "there is no run to compare with.")
     medians = frame.groupby("configuration", sort=False)["error"].median()
     rows = {name: -i for i, name in enumerate(medians.index)}
-    axes = ("error (%)", "row")
-    each = style.marks(100 * frame["error"].to_numpy(float), frame["configuration"].map(rows).to_numpy(float), 0, "a run", axes)
-    middle = style.marks(100 * medians.to_numpy(float), np.array([*rows.values()], float), 1, "median", axes)
+    table = pd.concat([frame.assign(of="a run"), medians.reset_index().assign(of="median of a configuration")], ignore_index=True)
+    table = table.assign(error=100 * table["error"].astype(float), row=table["configuration"].map(rows))
+    elements, legend = style.points(table, "error", "row", "of")
     strokes = style.ticks(100 * np.array([-bar, 0, bar]), np.full(3, 0.5 - len(rows)), np.full(3, 0.5))
     within = int((medians.abs() <= bar).sum())
     title = f"{within} of {len(medians)} configurations within {100 * bar:g} %: median {100 * medians.abs().median():.1f} %"
-    return style.finish(
-        [strokes, each, middle], title, note, [("a run", 0, "mark"), ("median of a configuration", 1, "mark")],
-        xlabel="simulated time is longer than measured by (%)", ylabel="", ylim=(0.5 - len(rows), 0.5), grid="x",
-        yticks=[(y, name) for name, y in rows.items()], height=1.6 + 0.4 * len(rows),
-    )  # fmt: skip
+    axis = style.rows_axis({y: name for name, y in rows.items()}, 1.6 + 0.4 * len(rows))
+    return style.finish([strokes, *elements], title, note, legend, xlabel="simulated time is longer than measured by (%)", **axis)
 
 
-def _logarithmic(lines: dict[str, pd.DataFrame], dims: tuple[str, str], title: str, note: str, **labels: str) -> hv.Overlay:
-    """A line for each table, by its label; both axes logarithmic."""
-    elements = [
-        style.line(*(own[name].to_numpy(float) for name in dims), number, label, dims)
-        for number, (label, own) in enumerate(lines.items())
-    ]
-    at = sorted({float(x) for own in lines.values() for x in own[dims[0]]})
+def _logarithmic(frame: pd.DataFrame, dims: tuple[str, str], by: str, title: str, note: str, **labels: str) -> hv.Overlay:
+    """A line for each value of `by`; both axes logarithmic."""
+    elements, legend = style.lines(frame.sort_values(dims[0], kind="stable"), *dims, by, _numbers(frame[by]))
+    at = sorted(frame[dims[0]].astype(float).unique())
     axes = {"logx": True, "logy": True, "xticks": [(x, f"{x:,.0f}") for x in at], "xlim": (0.9 * at[0], 1.1 * at[-1])}
-    return style.finish(elements, title, note, [(label, number, "line") for number, label in enumerate(lines)], **axes, **labels)
+    return style.finish(elements, title, note, legend, **axes, **labels)
+
+
+def _numbers(labels: pd.Series) -> dict[str, int]:
+    return {str(label): number for number, label in enumerate(labels.unique())}
 
 
 def _check(frame: pd.DataFrame, columns: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from labkit.errors import RunError, known, like, real, several
-from labkit.plots import style
+from labkit.plots import claims, style
 from labkit.plots.live import moving
 
 if TYPE_CHECKING:
@@ -57,61 +57,55 @@ def search_table(found: Any) -> hv.Overlay:
 def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
     """The best score so far against `x`, "trials" or "seconds", one line a method, with the trials of a single search as marks.
 
-    Searches of one method and other seeds share a line: the median, with a band from the lowest to the highest. A trial that ended early
-    is a mark of its own at the score that it had reached, and never the best one. Of more than 400 trials some are drawn.
+    Searches of one method and other seeds share a line: the median, with a band from the lowest to the highest of three or more. A trial that
+    ended early is a mark of its own at the score that it had reached, and never the best one. Of more than 400 trials some are drawn. Which
+    method found the best is said of three seeds each whose ranges do not overlap. The numbers of a search: `Search.history`.
 
     Examples
     --------
     >>> figure = labkit.plots.search_history(found)
     """
+    import pandas as pd
+
     x = known("x", x, AXES)
     one = not isinstance(searches, Iterable)
     searches = [_a_search("searches", searches)] if one else several("searches", searches, _a_search)
     style.extension()
     lower = any(found.lower_is_better for found in searches)
     what = " or ".join(dict.fromkeys(_score_name(found) for found in searches))
-    groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    groups: dict[str, list[pd.DataFrame]] = {}
     for found in searches:
-        ended = _ended(found)
-        if (ended.state == "done").any():
-            groups.setdefault(found.config["method"], []).append(_best_so_far(ended[x].to_numpy(float), ended, lower))
+        best = history(found).dropna(subset=["best"])
+        if len(best):
+            groups.setdefault(found.config["method"], []).append(best)
     if not groups:
         return style.message("The best score so far", f"{_names(searches)}: no trial has a score yet.")
-    elements, legend, last = [], [], {}
-    for number, (method, series) in enumerate(groups.items()):
-        end = min(at[-1] for at, _ in series)
-        at = np.unique(np.concatenate([at for at, _ in series]))
-        at = at[(at >= max(at[0] for at, _ in series)) & (at <= end)]
-        steps = np.array([best[np.searchsorted(own, at, "right") - 1] for own, best in series])
-        band = None if len(series) == 1 else (steps.min(0), steps.max(0))
-        elements.append(style.line(at, np.median(steps, 0), number, method, (x, what), band, steps=True))
-        last[method] = float(np.median(steps[:, -1]))
-        legend.append((f"{method}: {last[method]:.4g} in the end", number, "line"))
-    n_ended = [len(_ended(found)) for found in searches]
+    tables, last = [], {}
+    for method, series in groups.items():
+        at = np.unique(np.concatenate([own[x] for own in series]))
+        at = at[(at >= max(own[x].iloc[0] for own in series)) & (at <= min(own[x].iloc[-1] for own in series))]
+        steps = np.array([own["best"].to_numpy()[np.searchsorted(own[x], at, "right") - 1] for own in series])
+        last[method] = steps[:, -1]
+        text = f"{method}: {np.median(steps[:, -1]):.4g} in the end"
+        edges = (steps.min(0), steps.max(0)) if len(series) >= claims.SEEDS else (np.nan, np.nan)
+        tables.append(pd.DataFrame({x: at, what: np.median(steps, 0), "low": edges[0], "high": edges[1], "method": text}))
+    elements, legend = style.lines(pd.concat(tables, ignore_index=True), x, what, "method", None, ("low", "high"), steps=True)
     if len(searches) == 1:
-        for state, drawn, all_of in _trial_marks(_ended(searches[0])):
-            if len(all_of):
-                label = _drawn(f"a {'trial' if state == 'done' else 'pruned trial'}", drawn, all_of)
-                elements.append(
-                    style.marks(
-                        drawn[x].to_numpy(float),
-                        drawn.score.to_numpy(float),
-                        MARKS[state],
-                        label,
-                        (x, what),
-                        small=len(all_of) > 100,
-                    )
-                )
-                legend.append((label, MARKS[state], "mark"))
-    winner = (min if lower else max)(last, key=last.__getitem__)
-    equal = [method for method in last if last[method] == last[winner]]
-    title = f"{' and '.join(equal)} find{'s' * (len(equal) == 1)} {last[winner]:.4g}"
-    title += f", the {'lowest' if lower else 'highest'} of {len(last)}" * (1 < len(last) != len(equal))
+        for state, drawn, all_of in _trial_marks(history(searches[0])):
+            label = _drawn(f"a {'trial' if state == 'done' else 'pruned trial'}", drawn, all_of)
+            drawn = drawn.assign(label=label).rename(columns={"score": what})
+            marks, names = style.points(drawn, x, what, "label", {label: MARKS[state]}, len(all_of) > 100)
+            elements, legend = elements + marks, legend + names
+    ends = sorted((float(np.median(own)) for own in last.values()), reverse=not lower)
+    winner = claims.stands_out(last, least=lower)
+    title = f"{winner} finds {ends[0]:.4g}{f', the {_most(lower)} of {len(last)}' * (len(last) > 1)}"
+    if winner is None:
+        title = f"{len(last)} methods find {claims.between([f'{end:.4g}' for end in sorted(ends)])}"
     counts = {len(series) for series in groups.values()}
-    note = f"{min(counts)} search{'es' * (min(counts) > 1)} a method" + (
-        ", range of the seeds as a band" if max(counts) > 1 else ""
-    )
-    ticks = {"xticks": _whole_ticks(max(n_ended)), "xlim": (0, 1.02 * max(n_ended))} if x == "trials" else {}
+    note = f"{min(counts)} search{'es' * (min(counts) > 1)} a method"
+    note += ", range of the seeds as a band" if max(counts) >= claims.SEEDS else ": what differs may be chance"
+    n_ended = max(len(history(found)) for found in searches)
+    ticks = {"xticks": _whole_ticks(n_ended), "xlim": (0, 1.02 * n_ended)} if x == "trials" else {"xlim": (0, None)}
     return style.finish(
         elements, title, note if len(searches) > 1 else _better(lower, what), legend, xlabel=AXES[x],
         ylabel=what if len(searches) == 1 else f"best {what} so far", **ticks,
@@ -130,7 +124,7 @@ def search_points(found: Any) -> hv.Overlay:
     """
     found = _a_search("found", found)
     style.extension()
-    table = _ended(found)
+    table = history(found)
     if len(table) < 2:
         return style.message("Which points are good", f"{found.name}: it needs two trials with a score.")
     return _points(found, table, _front(found))
@@ -178,20 +172,19 @@ def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.O
     at, height = ("score" if name == names[0] else name for name in (x, y))
     front = front.sort_values(at)
     rest = table[(table.state == "done") & ~table.trial.isin(front.trial)]
-    broken = ~rest.feasible.astype(bool) if "feasible" in rest else np.zeros(len(rest), bool)
+    broken = (~rest.feasible.astype(bool)).to_numpy() if "feasible" in rest else np.zeros(len(rest), bool)
     is_curve = len(names) == 2  # of more objectives a trial may be on the front by one that is not drawn
-    draw = style.line if is_curve else style.marks
-    elements = [draw(front[at].to_numpy(float), front[height].to_numpy(float), 0, "front", (x, y))]
-    legend = [(f"front ({len(front)} trials)", 0, "line" if is_curve else "mark")]
-    for label, number, own in (("another trial", 5, rest[~broken]), ("breaks a constraint", 1, rest[broken])):
-        if len(own):
-            elements.append(style.marks(own[at].to_numpy(float), own[height].to_numpy(float), number, label, (x, y)))
-            legend.append((f"{label} ({len(own)})", number, "mark"))
+    labelled = front.assign(label=f"front ({len(front)} trials)")
+    elements, legend = (style.lines if is_curve else style.points)(labelled, at, height, "label")
+    labelled = rest.assign(label=np.where(broken, f"breaks a constraint ({sum(broken)})", f"another trial ({sum(~broken)})"))
+    others = labelled.sort_values("label", kind="stable")
+    marks, names_of = style.points(others, at, height, "label", {text: 5 if text[0] == "a" else 1 for text in others["label"]})
+    elements, legend = elements + marks, legend + names_of
     title = f"{len(front)} of {len(front) + len(rest)} trials are worth a choice: {y} from {_ends_of(front[height])}, {x} from {_ends_of(front[at])}"
-    others = [] if is_curve else [f"the front is also of {', '.join(name for name in names if name not in (x, y))}, not drawn"]
+    third = [] if is_curve else [f"the front is also of {', '.join(name for name in names if name not in (x, y))}, not drawn"]
     limits = [f"{name} {_said(bounds)}" for name, bounds in (found.config.get("constraints") or {}).items()]
     units = {"time": "time of a run (s)", "size": "parameters of the network"}
-    return style.finish(elements, title, "; ".join(others + limits), legend, xlabel=units.get(x, x), ylabel=units.get(y, y))
+    return style.finish(elements, title, "; ".join(third + limits), legend, xlabel=units.get(x, x), ylabel=units.get(y, y))
 
 
 def search_timeline(found: Any) -> hv.Overlay:
@@ -278,43 +271,33 @@ class _Then:
         return pd.DataFrame(columns=columns, dtype=float) if self.seen.timeline is None else self.seen.timeline
 
 
-def _live_table(found: Any, seen: _Seen) -> hv.Overlay:
-    return _table(_Then(found, seen), seen.front, trouble=seen.trouble, moves=True)
-
-
 def _live_history(found: Any, seen: _Seen) -> hv.Overlay:
-    ended, lower = _ended(_Then(found, seen)), found.lower_is_better
-    what = _score_name(found)
-    at, best = _best_so_far(ended.seconds.to_numpy(float), ended, lower)
+    table, what = history(_Then(found, seen)), _score_name(found)
+    best = table.dropna(subset=["best"])
     title = f"{found.name}: waiting for a {what}"
     if len(best):
-        title = f"{found.name}: best {what} {best[-1]:.4g} after {len(ended)} trial{'s' * (len(ended) > 1)}"
+        title = f"{found.name}: best {what} {best['best'].iloc[-1]:.4g} after {len(table)} trial{'s' * (len(table) > 1)}"
     dims = ("time (s)", what)
-    elements, legend = [style.line(at, best, 0, "best so far", dims, steps=True)], [("best so far", 0, "line")]
-    for state, drawn, _ in _trial_marks(ended):
+    elements = [style.line(best.seconds.to_numpy(float), best.best.to_numpy(float), 0, "best so far", dims, steps=True)]
+    legend = [("best so far", 0, "line")]
+    for state, drawn, _ in _trial_marks(table):
         label = "a trial" if state == "done" else "a pruned trial"
         x, y = drawn.seconds.to_numpy(float), drawn.score.to_numpy(float)
         elements.append(style.marks(x, y, MARKS[state], label, dims, small=True))
         legend.append((label, MARKS[state], "mark"))
     return style.finish(
-        elements, title, _better(lower, what), legend, xlabel=AXES["seconds"], ylabel=what, xlim=(0, None), height=2.8, shape=SHAPE
-    )
+        elements, title, _better(found.lower_is_better, what), legend, xlabel=AXES["seconds"], ylabel=what, xlim=(0, None),
+        height=2.8, shape=SHAPE,
+    )  # fmt: skip
 
 
-def _live_points(found: Any, seen: _Seen) -> hv.Overlay:
-    then = _Then(found, seen)
-    return _points(then, _ended(then), seen.front, moves=True)
-
-
-def _live_importance(found: Any, seen: _Seen) -> hv.Overlay:
-    return _importance(_Then(found, seen), seen.importance, seen.counted, seen.reason, moves=True)
-
-
-def _live_timeline(found: Any, seen: _Seen) -> hv.Overlay:
-    return _timeline(_Then(found, seen), moves=True)
-
-
-LIVE = (_live_table, _live_history, _live_points, _live_importance, _live_timeline)  # under each other
+LIVE = (  # under each other
+    lambda found, seen: _table(_Then(found, seen), seen.front, trouble=seen.trouble, moves=True),
+    _live_history,
+    lambda found, seen: _points(_Then(found, seen), history(_Then(found, seen)), seen.front, moves=True),
+    lambda found, seen: _importance(_Then(found, seen), seen.importance, seen.counted, seen.reason, moves=True),
+    lambda found, seen: _timeline(_Then(found, seen), moves=True),
+)
 
 
 def _table(found: Any, front: set[int] | None, trouble: str = "", moves: bool = False) -> hv.Overlay:
@@ -333,7 +316,8 @@ def _table(found: Any, front: set[int] | None, trouble: str = "", moves: bool = 
     lines = _columns([name for name in shown.columns if name != "error"], shown, found) if len(shown) else [""]
     texts = [(0.0, float(-at), line.replace(" ", "\N{NO-BREAK SPACE}")) for at, line in enumerate(lines)]
     dims = ("column", "row")
-    elements = [style.lines_of_text(texts[:1], bold=True, dims=dims), style.lines_of_text(texts[1:], dims=dims)]
+    look = {"size": 9, "dims": dims, "align": "left", "mono": True}
+    elements = [style.labels(texts[:1], bold=True, **look), style.labels(texts[1:], **look)]
     n = ROWS if moves else len(shown)
     shape = {"height": 2.8, "shape": SHAPE} if moves else {"height": max(1.2, 0.22 * (n + 2))}
     return style.finish(elements, title, note, xlim=(0, 1), ylim=(-n - 0.6, 0.6), xaxis=None, yaxis=None, grid="", **shape)
@@ -408,7 +392,7 @@ def _points(found: Any, table: pd.DataFrame, front: set[int] | None, moves: bool
     texts += [(float(names.index(name)), ABSENT, "none") for name in conditional]
     for at, name in enumerate(goals, len(names)):
         texts += [(float(at), height, text) for height, text in _written_ends(table.get(name, table.score))]
-    elements.append(style.labels(texts, size=9, dims=dims))
+    elements.append(style.labels(texts, "white", 9, dims))
     title = f"{found.name}: waiting for two trials with a {objectives[0]}" if moves else "Which points are good"
     if len(best):
         row = table.iloc[best[0]]
@@ -444,9 +428,8 @@ def _importance(found: Any, shares: pd.Series | None, n_trials: int, reason: str
     bars = style.boxes(
         (np.zeros(len(y)), y - 0.38, tall, y + 0.38), 0, "importance", ("importance (%)", "below", "end (%)", "above")
     )
-    numbers = style.beside(
-        [(width + 0.8, at, f"{width:.0f}") for width, at in zip(tall, y, strict=True)], dims=("importance (%)", "below")
-    )
+    texts = [(width + 0.8, at, f"{width:.0f}") for width, at in zip(tall, y, strict=True)]
+    numbers = style.labels(texts, dims=("importance (%)", "below"), align="left")
     shape = {"height": 2.8, "shape": SHAPE} if moves else {"height": float(np.clip(1.4 + 0.35 * len(names), 2.4, 7))}
     return style.finish(
         [bars, numbers], title, note, xlabel="importance (%)", ylabel="", grid="x", xlim=(0, 107), ylim=(-max(1, len(names)) + 0.4, 0.6),
@@ -471,25 +454,18 @@ def _timeline(found: Any, moves: bool = False) -> hv.Overlay:
     if moves and n_runs > POINTS:
         spans = spans.iloc[-POINTS:]
         first, note = float(spans.start.min()), f"{note}; the latest {POINTS} of {n_runs:,} runs"
-    elements, legend = [], []
-    for name, number in STATES.items():
-        own = spans[spans.state == name]
-        if len(own) or moves:
-            y = own.worker.map(rows).to_numpy(float)
-            boxes = (own.start.to_numpy(float), y - 0.3, own.end.to_numpy(float), y + 0.3)
-            elements.append(style.boxes(boxes, number, name, ("start (s)", "bottom", "end (s)", "top")))
-            n = own.trial.nunique()
-            legend.append((name if moves else f"{name} ({n:,} trial{'s' * (n > 1)})", number, "box"))
+    counts = spans.groupby("state").trial.nunique()
+    texts = {name: name if moves else f"{name} ({n:,} trial{'s' * (n > 1)})" for name in STATES for n in [int(counts.get(name, 0))]}
+    kinds = {name: (texts[name], number) for name, number in STATES.items()}
+    elements, legend = style.spans(spans, "state", kinds, rows, absent=moves)
     if len(spans) <= POINTS:  # of more they would hide all else
         y = spans.worker.map(rows).to_numpy(float)
         elements.append(style.ticks(spans.start.to_numpy(float), y - 0.3, y + 0.3))
-    names = [(row, f"worker {worker}") for worker, row in rows.items()] or [(0, "")]
-    shape = {"height": 2.8, "shape": SHAPE} if moves else {"height": float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8))}
-    return style.finish(
-        elements, f"Blocks have a run {100 * busy:.0f} % of the time" if len(rows) else "Who trained what when", note, legend, xlabel=AXES["seconds"],
-        ylabel="", yticks=names if len(names) <= 24 else names[::8], ylim=(-max(1, len(rows)) + 0.5, 0.5),
-        xlim=(first if n_runs > POINTS else 0, None if moves else end), grid="x", **shape,
-    )  # fmt: skip
+    axis = style.rows_axis({row: f"worker {worker}" for worker, row in rows.items()})
+    axis |= {"height": 2.8, "shape": SHAPE} if moves else {}
+    title = f"Blocks have a run {100 * busy:.0f} % of the time" if len(rows) else "Who trained what when"
+    xlim = (first if n_runs > POINTS else 0, None if moves else end)
+    return style.finish(elements, title, note, legend, xlabel=AXES["seconds"], xlim=xlim, **axis)
 
 
 def _a_search(name: str, found: Any) -> Any:
@@ -500,15 +476,17 @@ def _names(searches: Iterable[Any]) -> str:
     return ", ".join(found.name for found in searches)
 
 
-def _ended(found: Any) -> pd.DataFrame:
-    """The trials with a score, and that keep the constraints, in the order in which they ended, with columns trials (how many had ended by then) and seconds."""
+def history(found: Any) -> pd.DataFrame:
+    """See `labkit.experiments.search.Search.history`."""
     ends = found.timeline().groupby("trial").end.max()
     table = found.table()
     table = table[table.state.isin(["done", "pruned"]) & table.score.notna()]
     if "feasible" in table:
         table = table[table.feasible.astype(bool)]
     table = table.assign(seconds=table.trial.map(ends)).sort_values(["seconds", "trial"], kind="stable")
-    return table.assign(trials=np.arange(1, len(table) + 1))
+    scores = table.score.where(table.state == "done").astype(float)
+    best = (scores.cummin() if found.lower_is_better else scores.cummax()).ffill()
+    return table.assign(trials=np.arange(1, len(table) + 1), best=best)
 
 
 def _n_scored(table: pd.DataFrame) -> int:
@@ -533,11 +511,8 @@ def _better(lower: bool, what: str) -> str:
     return f"the lower the {what}, the better" if lower else ""
 
 
-def _best_so_far(at: np.ndarray, ended: pd.DataFrame, lower: bool) -> tuple[np.ndarray, np.ndarray]:
-    """`at` and the best score of those that are done by then, from the first of them on."""
-    scores = np.where(ended.state == "done", ended.score.to_numpy(float), np.nan)
-    best = (np.fmin if lower else np.fmax).accumulate(scores) if len(scores) else scores
-    return at[~np.isnan(best)], best[~np.isnan(best)]
+def _most(lower: bool) -> str:
+    return "lowest" if lower else "highest"
 
 
 def _trial_marks(ended: pd.DataFrame) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:

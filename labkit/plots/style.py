@@ -31,10 +31,13 @@ HATCHES = (None, "//", "..", "xx", "\\\\", "oo", None)
 GREY = "#555555"
 # In captions, of a run that no cluster has made.
 ORIGINS = {"counterfactual": "counterfactual: another update on recorded arrivals", "simulated": "simulated"}
-FONTS = {"title": 13, "labels": 12, "xticks": 11, "yticks": 11, "legend": 11}
-WIDE = 80  # characters of a title that fit; longer ones are smaller,
+FONTS = {"title": 14, "labels": 12, "xticks": 12, "yticks": 12, "legend": 12}  # points of a page, of which 96 pixels are an inch
+PICTURE = 0.8  # of a point of a page is one of a picture, of which 120 are: 960 pixels wide, both have the same text
+FONT, PICTURE_FONT = "DejaVu Sans, Verdana, sans-serif", "DejaVu Sans"  # matplotlib brings it along; Verdana is as wide
+WIDE = 72  # characters of a title that fit; longer ones are smaller,
 LONGEST = 115  # and of more the rest is left out: a picture would become as wide as its title
 
+PICTURES = (".png", ".svg", ".pdf")  # what matplotlib writes
 MODES = ("static", "interactive")
 
 _loaded: dict[str, str | None] = {}
@@ -139,9 +142,10 @@ def _quiet() -> Any:
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    """Write a figure to `path`: a PNG by matplotlib, without a browser, or, for `.html`, a page that needs no network.
+    """Write a figure to `path`: a PNG, SVG or PDF by matplotlib, without a browser, or, for `.html`, a page that needs no network.
 
-    Returns the path. Missing folders are made; an ending other than .png and .html is a ValueError.
+    Returns the path. Missing folders are made; an ending other than .png, .svg, .pdf and .html is a ValueError. What `DataFrame.hvplot`
+    draws can be saved as well.
 
     Examples
     --------
@@ -149,17 +153,18 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
     'curves.html'
     """
     path = file_path("path", path)
-    if path.suffix not in (".png", ".html"):
-        raise ValueError(f"cannot save a figure as {path.name!r}: use a name that ends in .png or .html.")
+    if path.suffix not in (*PICTURES, ".html"):
+        raise ValueError(f"cannot save a figure as {path.name!r}: use a name that ends in {', '.join(PICTURES)} or .html.")
     extension()
     like("figure", figure, ("opts", "traverse"), "a figure of labkit.plots")
     import holoviews as hv
     from bokeh.resources import INLINE
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        hv.save(figure, str(path), fmt="png", backend="matplotlib", dpi=120)
+    if path.suffix in PICTURES:
+        hv.save(figure, str(path), fmt=path.suffix[1:], backend="matplotlib", dpi=120)
     else:
+        _inline_styles()
         hv.save(figure, str(path), fmt="html", backend="bokeh", resources=INLINE)
     return path
 
@@ -169,29 +174,79 @@ def styled(element: Any, bokeh: dict[str, Any], matplotlib: dict[str, Any], **bo
     return element.opts(**bokeh, **both, backend="bokeh").opts(**matplotlib, **both, backend="matplotlib")
 
 
-def line(
-    x: Any, y: Any, number: int, label: str, dims: tuple[str, str], band: tuple[Any, Any] | None = None, steps: bool = False
-) -> Any:
-    """A line with markers, its colour, marker and dash by `number`; `band` = (low, high) is shaded around it. With `steps` each value
-    holds until the next one."""
-    import holoviews as hv
+def of_table(table: pd.DataFrame, kind: str, x: str, y: str, by: str | None = None, **options: Any) -> dict[str, Any]:
+    """The elements that hvPlot makes of a table, by the value of `by`, in the order of the rows; without its look."""
+    made = table.hvplot(kind=kind, x=x, y=y, by=by, **options)
+    found = {"": made} if by is None else {str(key): made.data[(key,)] for key in table[by].unique()}
+    found = {label: element.relabel(label) for label, element in found.items()}
+    for element in found.values():
+        element.id = None  # the options of hvPlot are for the back end of the moment alone
+    return found
 
-    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+
+def lines(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    numbers: dict[str, int] | None = None,
+    band: tuple[str, str] | None = None,
+    steps: bool = False,
+) -> tuple[list[Any], list[tuple]]:
+    """A line with markers for each value of `by`, drawn by hvPlot, and their legend. Colour, marker and dash go by `numbers`, else by the order;
+    between the columns `band` (low, high) it is shaded, where they differ. With `steps` each value holds until the next one."""
+    numbers = numbers or {str(label): number for number, label in enumerate(table[by].unique())}
+    curves = of_table(table, "step" if steps else "line", x, y, by, **({"where": "post"} if steps else {}))
+    elements, legend = [], []
+    for label, curve in sorted(curves.items(), key=lambda item: numbers[item[0]]):
+        own = table[table[by].astype(str) == label]
+        if band is not None and (own[band[1]] > own[band[0]]).any():
+            edges, n = own[[x, *band]], np.arange(2 * len(own) - 1)
+            edges = edges.iloc[n // 2].assign(**{x: own[x].to_numpy()[(n + 1) // 2]}) if steps else edges
+            elements.append(_shade(of_table(edges, "area", x, band[0], y2=band[1])[""], numbers[label]))
+        every = own.iloc[:: max(1, len(own) // 15)]  # a marker on each of 500 points hides the line
+        dots = of_table(every, "scatter", x, y)[""].relabel(label)
+        elements.append(_stroke(curve, numbers[label], steps) * _dots(dots, numbers[label]))
+        legend.append((label, numbers[label], "line"))
+    return elements, legend
+
+
+def points(
+    table: pd.DataFrame, x: str, y: str, by: str, numbers: dict[str, int] | None = None, small: bool = False
+) -> tuple[list[Any], list[tuple]]:
+    """Single marks for each value of `by`, drawn by hvPlot, and their legend; colour and marker go by `numbers`, else by the order."""
+    if table.empty:
+        return [], []
+    found = of_table(table, "scatter", x, y, by)
+    numbers = numbers or {label: number for number, label in enumerate(found)}
+    drawn = [_dots(dots, numbers[label], (6, 16) if small else (9, 46)) for label, dots in found.items()]
+    return drawn, [(label, numbers[label], "mark") for label in found]
+
+
+def _stroke(curve: Any, number: int, steps: bool) -> Any:
     dash = DASHES[number % len(DASHES)]
-    curve = hv.Curve((x, y), dims[0], dims[1], label=label)
     stroke = {"line_dash": dash[0], "line_width": 2, "framewise": True}
     course = {"interpolation": "steps-post" if steps else "linear"}
-    curve = styled(curve, bokeh=stroke, matplotlib={"linestyle": dash[1], "linewidth": 2}, color=colour, **course)
-    every = slice(None, None, max(1, len(x) // 15))  # a marker on each of 500 points hides the line
-    dots = hv.Scatter((x[every], y[every]), dims[0], dims[1], label=label)
-    dots = styled(dots, bokeh={"size": 8, "framewise": True}, matplotlib={"s": 36}, color=colour, marker=marker)
-    if band is None:
-        return curve * dots
-    if steps:
-        x, *band = np.repeat(x, 2)[1:], *(np.repeat(edge, 2)[:-1] for edge in band)
-    area = hv.Area((x, band[0], band[1]), dims[0], [dims[1], "high"])
-    shade = {"color": colour, "line_alpha": 0}
-    return styled(area, bokeh=shade, matplotlib={"facecolor": colour, "linewidth": 0}, alpha=0.2) * curve * dots
+    return styled(curve, stroke, {"linestyle": dash[1], "linewidth": 2}, color=COLOURS[number % len(COLOURS)], **course)
+
+
+def _dots(dots: Any, number: int, size: tuple[int, int] = (8, 36)) -> Any:
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    return styled(dots, {"size": size[0], "framewise": True}, {"s": size[1]}, color=colour, marker=marker)
+
+
+def _shade(area: Any, number: int) -> Any:
+    colour = COLOURS[number % len(COLOURS)]
+    return styled(area, {"color": colour, "line_alpha": 0}, {"facecolor": colour, "linewidth": 0}, alpha=0.2)
+
+
+def line(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], steps: bool = False) -> Any:
+    """As one of `lines`, of arrays that may be empty: for what moves, which must have the same elements each time."""
+    import holoviews as hv
+
+    every = slice(None, None, max(1, len(x) // 15))
+    curve, dots = hv.Curve((x, y), *dims, label=label), hv.Scatter((x[every], y[every]), *dims, label=label)
+    return _stroke(curve, number, steps) * _dots(dots, number)
 
 
 def strokes(paths: Sequence[Any], label: str, dims: tuple[str, str], dash: int, width: float, **look: Any) -> Any:
@@ -205,13 +260,10 @@ def strokes(paths: Sequence[Any], label: str, dims: tuple[str, str], dash: int, 
 
 
 def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], small: bool = False) -> Any:
-    """Single marks without a line, their colour and marker by `number`; `small` where there may be hundreds."""
+    """As one of `points`, of arrays that may be empty."""
     import holoviews as hv
 
-    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    dots = hv.Scatter((x, y), dims[0], dims[1], label=label)
-    size, area = (6, 16) if small else (9, 46)
-    return styled(dots, bokeh={"size": size, "framewise": True}, matplotlib={"s": area}, color=colour, marker=marker)
+    return _dots(hv.Scatter((x, y), *dims, label=label), number, (6, 16) if small else (9, 46))
 
 
 def ticks(x: Any, bottom: Any, top: Any, names: Sequence[str] = ("x0", "y0", "x1", "y1")) -> Any:
@@ -244,8 +296,41 @@ def boxes(rows: Any, number: int, label: str, names: Sequence[str] = ("left", "b
     )
 
 
+def spans(
+    table: pd.DataFrame,
+    column: str,
+    kinds: Mapping[str, tuple[str, int]],
+    rows: Mapping[int, int],
+    row: str = "worker",
+    between: tuple[float, float] = (-0.3, 0.3),
+    unit: str = "s",
+    absent: bool = True,
+) -> tuple[list[Any], list[tuple]]:
+    """Bars from `start` to `end` in the row of a worker, and their legend; `kinds` says of a value of `column` its text and number.
+
+    Without `absent`, kinds of which there is none are left out.
+    """
+    elements, legend = [], []
+    for kind, (text, number) in kinds.items():
+        own = table[table[column] == kind]
+        if absent or len(own):
+            y = own[row].map(rows).to_numpy(float)
+            bars = (own["start"].to_numpy(float), y + between[0], own["end"].to_numpy(float), y + between[1])
+            elements.append(boxes(bars, number, text, (f"start ({unit})", "bottom", f"end ({unit})", "top")))
+            legend.append((text, number, "box"))
+    return elements, legend
+
+
+def rows_axis(names: Mapping[float, str], height: float | None = None) -> dict[str, Any]:
+    """Options of a figure with a row for each of `names` (y: text), from 0 downwards; of more than 24 only some are named."""
+    ticks, n = list(names.items()) or [(0, "")], max(1, len(names))
+    height = float(np.clip(1.6 + 0.7 * len(names), 3.4, 8)) if height is None else height
+    return {"yticks": ticks if n <= 24 else ticks[::8], "ylim": (0.5 - n, 0.5), "ylabel": "", "grid": "x", "height": height}
+
+
 def heat(cells: Sequence[tuple], what: str) -> Any:
-    """Rectangles (left, bottom, right, top, value), the darker the larger the value, `what` from 0 to 100."""
+    """Rectangles (left, bottom, right, top, value), the darker the larger the value, `what` from 0 to 100. (A heat map of hvPlot has cells of
+    names, not of pixels, and no equal aspect in a picture.)"""
     import holoviews as hv
 
     rows = hv.Rectangles(cells, kdims=["left", "bottom", "right", "top"], vdims=what)
@@ -254,10 +339,18 @@ def heat(cells: Sequence[tuple], what: str) -> Any:
 
 
 def labels(
-    texts: Sequence[tuple[float, float, str]], frame: str = "white", size: int = 11, dims: tuple[str, str] = ("x", "y")
+    texts: Sequence[tuple[float, float, str]],
+    frame: str = "",
+    size: int = 10,
+    dims: tuple[str, str] = ("x", "y"),
+    align: str = "center",
+    baseline: str = "middle",
+    mono: bool = False,
+    bold: bool = False,
 ) -> Any:
-    """Texts (x, y, text) on a white ground with a frame of that colour, so that they can be read on any image."""
+    """Texts (x, y, text); with a `frame` of a colour on a white ground, so that they can be read on any image."""
     import holoviews as hv
+    from bokeh.core.properties import value
 
     def ground(plot: Any, element: Any) -> None:
         spots = {(float(x), float(y)) for x, y, _ in texts}
@@ -265,34 +358,14 @@ def labels(
             if tuple(map(float, text.get_position())) in spots:
                 text.set_bbox({"facecolor": "white", "edgecolor": frame, "pad": 2})
 
-    written = hv.Labels(texts, list(dims), "text")
-    ink = {"text_font_size": f"{size}pt", "text_color": "black", "background_fill_color": "white", "border_line_color": frame}
-    return styled(written, bokeh=ink, matplotlib={"size": size, "color": "black", "hooks": [ground]})
-
-
-def lines_of_text(texts: Sequence[tuple[float, float, str]], bold: bool = False, dims: tuple[str, str] = ("x", "y")) -> Any:
-    """Texts (x, y, text) that begin there, in letters of equal width."""
-    import holoviews as hv
-    from bokeh.core.properties import value
-
-    written = hv.Labels(texts, list(dims), "text")
-    ink = {
-        "text_font": value("monospace"),
-        "text_font_size": "9pt",
-        "text_align": "left",
-        "text_font_style": "bold" if bold else "normal",
-    }
-    same = {"family": "monospace", "size": 9, "horizontalalignment": "left", "weight": "bold" if bold else "normal"}
-    return styled(written, bokeh=ink | {"text_color": "black"}, matplotlib=same | {"color": "black"})
-
-
-def beside(texts: Sequence[tuple[float, float, str]], dims: tuple[str, str] = ("x", "y")) -> Any:
-    """Texts (x, y, text) to the right of there, such as the number of a bar."""
-    import holoviews as hv
-
-    written = hv.Labels(texts, list(dims), "text")
-    ink = {"text_font_size": "10pt", "text_color": "black", "text_align": "left"}
-    return styled(written, bokeh=ink, matplotlib={"size": 10, "color": "black", "horizontalalignment": "left"})
+    written, weight = hv.Labels(texts, list(dims), "text"), "bold" if bold else "normal"
+    bokeh = {"text_font_size": f"{size}pt", "text_color": "black", "text_align": align, "text_baseline": baseline}
+    bokeh |= {"text_font": value("monospace" if mono else FONT), "text_font_style": weight}
+    bokeh |= {"background_fill_color": "white", "border_line_color": frame} if frame else {}
+    vertical = "center" if baseline == "middle" else baseline
+    picture = {"size": PICTURE * size, "color": "black", "horizontalalignment": align, "verticalalignment": vertical}
+    picture |= {"family": "monospace" if mono else PICTURE_FONT, "weight": weight, **({"hooks": [ground]} if frame else {})}
+    return styled(written, bokeh, picture)
 
 
 def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str, text: str = "", **options: Any) -> Any:
@@ -300,8 +373,6 @@ def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str
 
     `text` formats the number written above each bar ("{:.0f}"); without it none is written.
     """
-    import holoviews as hv
-
     width, top = 0.8 / len(heights), max(float(np.max(tall)) for tall in heights.values()) or 1.0
     elements, numbers = [], []
     for number, (name, tall) in enumerate(heights.items()):
@@ -310,9 +381,7 @@ def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str
         spots = zip(left + width / 2, tall, strict=True) if text else ()
         numbers += [(x, y + 0.01 * top, text.format(y)) for x, y in spots]
     if numbers:
-        above = {"text_font_size": "10pt", "text_color": "black", "text_baseline": "bottom"}
-        same = {"size": 10, "color": "black", "verticalalignment": "bottom"}
-        elements.append(styled(hv.Labels(numbers, kdims=["x", "y"]), bokeh=above, matplotlib=same))
+        elements.append(labels(numbers, baseline="bottom"))
     every = len(names) // 20 + 1
     ticks = list(enumerate(names))[::every]
     legend = [(name, number, "box") for number, name in enumerate(heights)] if len(heights) > 1 else []
@@ -346,7 +415,7 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
     figure = hv.Overlay(list(elements))
     figure = figure.collate() if len(elements) > 1 else figure
     fonts = FONTS | {"title": max(9, min(FONTS["title"], FONTS["title"] * WIDE // max(1, len(title))))}
-    common = {"title": title, "fontsize": fonts, "show_grid": True, **options}
+    common = {"title": title, "show_grid": True, **options}
     beside = {"orientation": "vertical", "ncols": _columns(legend), "location": "left"}
     bokeh = {
         "responsive": True,  # as wide as the cell, at most 8 inches
@@ -356,9 +425,12 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
         "legend_position": "bottom",
         "legend_opts": {**beside, "spacing": 24, "padding": 0, "border_line_alpha": 0},
         "gridstyle": {f"{axis}grid_line_alpha": 0 for axis in "xy" if axis not in grid},
+        "fontsize": fonts,
         "hooks": [_bokeh_look(note)],
     }
-    matplotlib = {**shape, "show_legend": False, "hooks": [_matplotlib_look(title, fonts["title"], note, legend, grid)]}
+    fonts = {name: PICTURE * size for name, size in fonts.items()}
+    look = _matplotlib_look(title, fonts["title"], note, legend, grid)
+    matplotlib = {**shape, "fontsize": fonts, "show_legend": False, "hooks": [look]}
     figure = figure.opts(hv.opts.Overlay(**common, **bokeh, backend="bokeh"))
     return figure.opts(hv.opts.Overlay(**common, **matplotlib, backend="matplotlib"))
 
@@ -394,7 +466,7 @@ def message(title: str, text: str) -> Any:
     """A figure with the reason why there is nothing to draw."""
     import holoviews as hv
 
-    reason = styled(hv.Text(0.5, 0.5, text), bokeh={"text_font_size": "12pt"}, matplotlib={"fontsize": 12})
+    reason = styled(hv.Text(0.5, 0.5, text), bokeh={"text_font_size": "12pt"}, matplotlib={"fontsize": PICTURE * 12})
     return finish([reason], title, xlim=(0, 1), ylim=(0, 1), xaxis=None, yaxis=None, grid="")
 
 
@@ -455,8 +527,13 @@ def _bokeh_look(note: str) -> Any:
 
         figure = plot.state
         figure.toolbar.logo = None
+        figure.title.text_font = FONT
+        for axis in figure.axis:
+            axis.update(axis_label_text_font=FONT, axis_label_text_font_style="normal", major_label_text_font=FONT)
+        for legend in figure.legend:
+            legend.label_text_font = FONT
         if note and not any(getattr(above, "name", "") == "note" for above in figure.above):
-            text = Title(text=note, name="note", text_font_size="11pt", text_font_style="normal", text_color=GREY)
+            text = Title(text=note, name="note", text_font_size="11pt", text_font=FONT, text_font_style="normal", text_color=GREY)
             figure.add_layout(text, "above")
 
     return look
@@ -467,18 +544,19 @@ def _matplotlib_look(title: str, size: float, note: str, legend: Sequence[tuple[
         from matplotlib.transforms import ScaledTranslation
 
         axis = plot.handles["axis"]
+        text = axis.get_title() or title  # of the user's own .opts(title=...) too
         axis.set_title("")
-        axis.set_title(title, loc="left", fontsize=size, fontweight="bold", pad=24 if note else 8)
+        axis.set_title(text, loc="left", fontsize=size, fontweight="bold", pad=20 if note else 8)
         above = {"xycoords": "axes fraction", "textcoords": "offset points"}
-        axis.annotate(note, (0, 1), (0, 7), color=GREY, fontsize=11, **above)
+        axis.annotate(note, (0, 1), (0, 6), color=GREY, fontsize=PICTURE * 11, **above)
         axis.spines[["top", "right"]].set_visible(False)
         for name, lines in (("x", axis.xaxis), ("y", axis.yaxis)):
             lines.grid(True, alpha=0.3 if name in grid else 0)
             lines.set_zorder(-1)  # HoloViews puts its first element at 0, below a grid
         if legend:
-            below = axis.transAxes + ScaledTranslation(0, -0.7, axis.figure.dpi_scale_trans)  # inches, clear of the x axis
+            below = axis.transAxes + ScaledTranslation(0, -0.6, axis.figure.dpi_scale_trans)  # inches, clear of the x axis
             where = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0}
-            style = {"frameon": False, "fontsize": FONTS["legend"], "handlelength": 3, "ncols": _columns(legend)}
+            style = {"frameon": False, "fontsize": PICTURE * FONTS["legend"], "handlelength": 3, "ncols": _columns(legend)}
             axis.legend(handles=[_handle(*entry) for entry in legend], **where, **style)
 
     return look

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.errors import like
-from labkit.plots import style
+from labkit.plots import claims, style
 
 if TYPE_CHECKING:
     import holoviews as hv
@@ -46,7 +46,7 @@ def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
         inside = INSET * max(grey.shape) * (kind + 0.6)
         elements.append(_frame((across.start + inside, down.start + inside, across.stop - inside, down.stop - inside), kind))
         middle = ((across.start + across.stop) / 2, (down.start + down.stop) / 2, str(part))
-        elements.append(style.labels([middle], style.COLOURS[FRAMES[kind]]))
+        elements.append(style.labels([middle], style.COLOURS[FRAMES[kind]], 11))
     shared = ", ".join(str(pixels) for pixels in dict.fromkeys(parts.overlap))
     title = f"{parts.n_parts} parts of {' x '.join(map(str, parts.shapes(sample.shape)[0][1:]))} pixels, overlap {shared}"
     return _finish(elements, title, note, grey.shape)
@@ -77,7 +77,7 @@ def part_accuracy(joined: Any) -> hv.Overlay:
     made = "; synthetic data" if joined.config["synthetic"] else ""
     where = f", slice {shape[1] // 2} of {shape[1]}" if len(shape) == 4 else " of each subnet"
     note = f"test accuracy (%){where}; joined: {_percent(together)}; 1 seed{made}"
-    return _finish([style.heat(cells, "accuracy (%)"), style.labels(numbers)], title, note, shape[-2:])
+    return _finish([style.heat(cells, "accuracy (%)"), style.labels(numbers, "white", 11)], title, note, shape[-2:])
 
 
 def part_times(joined: Any) -> hv.Overlay:
@@ -114,7 +114,8 @@ def part_times(joined: Any) -> hv.Overlay:
 def part_scores(frame: pd.DataFrame) -> hv.Overlay:
     """Test accuracy of each network over settings; `frame` has the columns setting, seed, network and accuracy, a row a training.
 
-    A mark is the median over seeds, its stroke reaches from the lowest to the highest.
+    A mark is the median over seeds, its stroke reaches from the lowest to the highest. A network is best in a setting where its lowest is above
+    the highest of all others, of three seeds at least.
 
     Examples
     --------
@@ -125,23 +126,27 @@ def part_scores(frame: pd.DataFrame) -> hv.Overlay:
     style.extension()
     style.check_columns(frame, ["setting", "seed", "network", "accuracy"])
     settings, networks = list(dict.fromkeys(frame["setting"])), list(dict.fromkeys(frame["network"]))
-    cells = frame.assign(accuracy=100 * frame["accuracy"]).groupby(["network", "setting"])["accuracy"].agg(["min", "median", "max"])
-    elements, legend = [], []
-    for number, network in enumerate(networks):
-        there = [setting for setting in settings if (network, setting) in cells.index]
-        own = cells.loc[[(network, setting) for setting in there]]
-        x = np.array([settings.index(setting) for setting in there]) + 0.7 * ((number + 0.5) / len(networks) - 0.5)
-        elements += [style.ticks(x, own["min"], own["max"])]
-        elements += [style.marks(x, own["median"], number, network, ("setting", "test accuracy (%)"))]
-        legend.append((network, number, "mark"))
+    shift = {network: 0.7 * ((number + 0.5) / len(networks) - 0.5) for number, network in enumerate(networks)}
+    cells = frame.assign(accuracy=100 * frame["accuracy"]).groupby(["network", "setting"], sort=False)["accuracy"]
+    table = cells.agg(["min", "median", "max"]).reset_index()
+    table = table.assign(
+        at=table["setting"].map(settings.index) + table["network"].map(shift), number=table["network"].map(networks.index)
+    )
+    elements, legend = style.points(table.sort_values(["number", "at"]), "at", "median", "network")
     n_seeds = frame["seed"].nunique()
     note = f"median of {n_seeds} seeds, stroke: lowest to highest" if n_seeds > 1 else "1 seed"
-    best = cells["median"].groupby("setting").idxmax().map(lambda index: index[0]).to_list()
+    best = []
+    for setting in settings:
+        each = {network: cells.get_group((network, setting)) for network in networks if (network, setting) in cells.groups}
+        if len(each) > 1 or len(networks) == 1:
+            best.append(claims.stands_out({network: own.to_numpy() for network, own in each.items()}))
     first = max(networks, key=best.count)
     title = f"Best in {best.count(first)} of {len(settings)} settings: {first}"
+    if not best.count(first):
+        title = f"No network stands out of the spread of {n_seeds} seed{'s' * (n_seeds > 1)}"
     return style.finish(
-        elements, title, note, legend, grid="y", xlabel="", ylabel="test accuracy (%)", xticks=list(enumerate(settings)),
-        xlim=(-0.6, len(settings) - 0.4),
+        [style.ticks(table["at"], table["min"], table["max"]), *elements], title, note, legend, grid="y", xlabel="",
+        ylabel="test accuracy (%)", xticks=list(enumerate(settings)), xlim=(-0.6, len(settings) - 0.4),
     )  # fmt: skip
 
 

@@ -166,6 +166,30 @@ def balance(events: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index().astype({"pass": int})
 
 
+def staleness(events: pd.DataFrame) -> pd.DataFrame:
+    """See `labkit.runs.record.RunRecord.staleness`."""
+    events = effective(events)
+    merges = events.loc[events.kind == "merge", ["worker", "seconds", "version", "staleness"]].dropna(
+        subset=["worker", "staleness"]
+    )
+    return merges.reset_index(drop=True).astype({"worker": int, "version": int, "staleness": int})
+
+
+def contributions(events: pd.DataFrame) -> pd.DataFrame:
+    """See `labkit.runs.record.RunRecord.contributions`."""
+    import pandas as pd
+
+    events = effective(events)
+    merges = events[events.kind == "merge"].dropna(subset=["worker", "coefficient"])
+    given = merges.coefficient.abs().groupby(merges.worker.astype(int)).sum()
+    if not given.sum():
+        return pd.DataFrame({"worker": [], "samples": [], "weight": []}).astype({"worker": int})
+    pushes = events[events.kind == "push"]
+    trained = pushes.groupby("worker").samples.sum().reindex(given.index, fill_value=0)
+    shares = {"samples": trained / max(trained.sum(), 1), "weight": given / given.sum()}
+    return pd.DataFrame(shares).rename_axis("worker").reset_index()
+
+
 def trained(events: pd.DataFrame, curve: pd.DataFrame) -> pd.DataFrame:
     """Of each entry that steps returned the mean over the samples of the pushes since the row before of a `curve`; NaN without any."""
     import pandas as pd

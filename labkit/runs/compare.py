@@ -27,6 +27,8 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
     `lower_is_better` says of which runs that holds of the score. A run that cannot be
     read does not take the table down: its `state` is "damaged", and `reason` says why. Directories of runs can be given as well.
 
+        labkit.compare(runs).hvplot.scatter("seconds", "score", by="update")    # after labkit.plots.extension()
+
     Examples
     --------
     >>> table = labkit.compare([run])

@@ -42,7 +42,7 @@ class RunRecord(Carded, Public):
     Attributes
     ----------
     name, path, config
-        The name, the directory and the settings of the run.
+        The name (with the number, where another run of its name has taken its place), the directory and the settings of the run.
     """
 
     internal: ClassVar = frozenset(
@@ -52,10 +52,19 @@ class RunRecord(Carded, Public):
     def __init__(self, path: str | Path) -> None:
         self._path, self._seen = file_path("path", path), None
         self.config = RunConfig.load(self._path)
-        self.name = self.config.name or self._path.name
         self._table: Table | None = None
         self._checked: tuple | None = None  # the table and the end that were found to fit each other
         self._said: set[str] = set()  # of what was made anew
+
+    @property
+    def name(self) -> str:
+        """Its name; "first-run.1" where another run has taken its directory since, and it is kept beside that."""
+        try:
+            folder = self.path.name
+        except RunError:  # it is gone
+            folder = self._path.name
+        name = self.config.name or folder
+        return folder if folder.startswith(f"{name}.") and folder.removeprefix(f"{name}.").isdigit() else name
 
     @property
     def path(self) -> Path:
@@ -68,7 +77,7 @@ class RunRecord(Carded, Public):
                 if kept:
                     self._path, self._table = kept[0], None
                 elif id is not None:
-                    raise RunError(f"{self._path} holds another run now, and run {self.name} is not beside it any more.")
+                    raise RunError(f"{self._path} holds another run now, and run {self.config.name} is not beside it any more.")
             self._seen = _identity(self._path)
         return self._path
 
@@ -159,6 +168,8 @@ class RunRecord(Carded, Public):
 
         With `ema=` columns `ema_score`, `ema_loss` and so on are the same of the average of the global weights. It is measured after the run, so that measuring it does not slow the run. Where steps returned more than a loss, columns
         `train_...` have the means of what they returned since the row before (`train_loss` for the loss).
+
+            run.curve().hvplot.line("seconds", "score")     # after labkit.plots.extension(), or import hvplot.pandas
         """
         why = None
         if (self.path / metrics.FILE).exists():
@@ -224,8 +235,43 @@ class RunRecord(Carded, Public):
 
         T is the time of the local pass: optimiser steps and score, emulated sleep included. A last pass that the end of the run
         has cut short does not count.
+
+            run.balance().hvplot.line("pass", "ratio", ylim=(0, 1))     # after labkit.plots.extension(), or import hvplot.pandas
         """
         return _table(analysis.balance(self.events))
+
+    def timeline(self) -> pd.DataFrame:
+        """What each worker did when: worker, activity ("compute", "wait" or "exchange"), start, end (s of the run); a row an interval.
+
+        How a worker's time is divided: `labkit.runs.analysis`. It can be read while the run is running.
+
+            table = run.timeline().assign(seconds=lambda table: table.end - table.start)
+            table.pivot_table(index="worker", columns="activity", values="seconds", aggfunc="sum").hvplot.barh(stacked=True)
+        """
+        table = analysis.spans(self.events)
+        return table.loc[table.kind != "refill", ["worker", "activity", "start", "end"]].reset_index(drop=True)
+
+    def membership(self) -> pd.DataFrame:
+        """Who was here when: worker, incarnation, start, end (s of the run), message (why it was gone; "" for an ordinary end)."""
+        table = analysis.intervals(self.events)
+        here = table.loc[table.kind == "here", ["worker", "incarnation", "start", "end", "message"]]
+        return here.astype({"incarnation": int}).reset_index(drop=True)
+
+    def staleness(self) -> pd.DataFrame:
+        """How stale each merge was: worker, seconds (of the run), version (that it made), staleness (versions that others had made since
+        its worker began from one); a row a merge. Merges that a resumed run has made again count once.
+
+            run.staleness().hvplot.hist("staleness", by="worker", bins=range(10))
+        """
+        return analysis.staleness(self.events)
+
+    def contributions(self) -> pd.DataFrame:
+        """What each worker gave: worker, samples (its share of those that were trained on), weight (its share of the absolute coefficients
+        with which pushes were merged); shares from 0 to 1, a row a worker. Empty until something has been merged.
+
+            run.contributions().hvplot.bar("worker", ["samples", "weight"])
+        """
+        return analysis.contributions(self.events)
 
     def summary(self) -> dict:
         """The cost card: settings, final score and loss on the test set, time, throughput, waiting, staleness, balance, traffic.

@@ -12,11 +12,19 @@ import numpy as np
 import pandas as pd
 
 from labkit.runs.events import COLUMNS
+from labkit.runs.record import RunRecord
 from tests.helpers import settings
 
 
 class Recorded:
     """What the figures read of a run; made by playing `passes` local passes of uneven workers against a clock."""
+
+    timeline, membership, staleness, contributions = (
+        RunRecord.timeline,
+        RunRecord.membership,
+        RunRecord.staleness,
+        RunRecord.contributions,
+    )
 
     def __init__(self, path: Path, name="small", update="AGWU", slowdown=(1, 4), passes=7, seed=0, emulated=True):
         self.name, self.path, self.label, self.state = name, path / name, f"{update} + IDPA", "done"

@@ -11,7 +11,7 @@ from labkit.runs.events import COLUMNS
 from tests.plots.helpers import Recorded, elements, title
 
 
-def test_the_roster_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
+def test_the_table_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
     def event(kind, seconds, worker=None, incarnation=0, **fields):
         return {"kind": kind, "seconds": seconds, "worker": worker, "incarnation": incarnation, **fields}
 
@@ -22,7 +22,7 @@ def test_the_roster_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
     ]  # fmt: skip
     run.events = pd.DataFrame(rows, columns=COLUMNS)
     gone = "the server was gone."
-    assert sorted(plots.roster(run).itertuples(index=False, name=None)) == [
+    assert sorted(run.membership().itertuples(index=False, name=None)) == [
         (0, 0, 0.0, 4.0, gone), (0, 1, 4.0, 6.0, ""), (1, 0, 0.0, 2.0, "it broke."), (1, 1, 3.0, 4.0, gone), (1, 2, 4.5, 7.0, ""),
         (2, 0, 3.5, 4.0, gone),
     ]  # fmt: skip

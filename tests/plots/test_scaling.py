@@ -48,8 +48,8 @@ def test_scaling_holds_the_table_and_its_title_the_quickest_at_its_end():
     figure = plots.scaling(times("samples"), "samples")
     curve = elements(figure, "Curve")["AGWU + IDPA"]
     assert curve["samples"].tolist() == [1, 5, 30] and curve["seconds"].tolist() == [30.0, 6.0, 1.0]
-    assert title(figure) == "AGWU + IDPA takes 1 s with 30 samples, SGWU + UDPA 2.0 times as long"
-    assert title(plots.scaling(times().iloc[::2])) == "AGWU + IDPA takes 1 s with 30 workers"
+    assert title(figure) == "AGWU + IDPA takes 1.0 s with 30 samples, SGWU + UDPA 2.0 times as long"
+    assert title(plots.scaling(times().iloc[::2])) == "AGWU + IDPA takes 1.0 s with 30 workers"
 
 
 def test_saturation_shows_from_where_on_the_server_is_busy():
@@ -64,8 +64,8 @@ def test_errors_are_counted_by_configuration():
     figure = plots.errors(off())
     assert title(figure) == "1 of 2 configurations within 10 %: median 13.0 %"
     marks = elements(figure, "Scatter")
-    assert np.allclose(marks["a run"].data.T, [[-40, 20, 24, 6, -8, 30], [0, 0, 0, -1, -1, -1]])
-    assert np.allclose(marks["median"].data.T, [[20, 6], [0, -1]])
+    assert np.allclose(marks["a run"].array().T, [[-40, 20, 24, 6, -8, 30], [0, 0, 0, -1, -1, -1]])
+    assert np.allclose(marks["median of a configuration"].array().T, [[20, 6], [0, -1]])
 
 
 def test_what_cannot_be_drawn_is_refused_or_a_message():

@@ -37,7 +37,7 @@ def test_every_figure_is_a_picture_and_a_page(name, run, tmp_path):
     picture = plots.save(figure, tmp_path / "figures" / f"{name}.png")
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 5_000
     page = plots.save(figure, tmp_path / f"{name}.html").read_text()
-    assert "Bokeh" in page and not re.search(r"<script[^>]* src=", page)  # needs no network
+    assert "Bokeh" in page and not re.search(r"<script[^>]* src=|https?://[^\"\\ ]*[.]css", page)  # needs no network
 
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name != "speed"])
@@ -48,9 +48,45 @@ def test_of_a_run_without_events_the_figure_is_a_message(name, tmp_path):
         assert "idle: no" in next(iter(figure.traverse(lambda text: text.data[2], ["Text"])))
 
 
-def test_other_endings_are_refused(run, tmp_path):
-    with pytest.raises(ValueError, match=r"'x\.pdf'.*\.png or \.html"):
-        plots.save(plots.balance(run), tmp_path / "x.pdf")
+def test_a_figure_is_a_drawing_too_and_other_endings_are_refused(run, tmp_path):
+    figure = plots.balance(run)
+    assert "<svg" in plots.save(figure, tmp_path / "x.svg").read_text()
+    assert plots.save(run.balance().hvplot.line("pass", "ratio"), tmp_path / "x.pdf").read_bytes()[:4] == b"%PDF"
+    with pytest.raises(ValueError, match=r"'x\.jpg'.*\.png, \.svg, \.pdf or \.html"):
+        plots.save(figure, tmp_path / "x.jpg")
+
+
+def test_the_text_of_a_page_is_that_of_a_picture(run):
+    """Of 96 pixels an inch, and of 120."""
+    import holoviews as hv
+
+    figure = plots.balance(run)
+    page, picture = hv.renderer("bokeh").get_plot(figure).state, hv.renderer("matplotlib").get_plot(figure).handles["axis"]
+    for above, beside in (
+        (page.title.text_font_size, picture.title if picture.get_title() else picture._left_title),
+        (page.xaxis[0].axis_label_text_font_size, picture.xaxis.label),
+        (page.yaxis[0].major_label_text_font_size, picture.get_yticklabels()[0]),
+        (page.legend[0].label_text_font_size, picture.get_legend().get_texts()[0]),
+    ):
+        assert float(above.removesuffix("pt")) * 96 == pytest.approx(beside.get_fontsize() * 120)
+        assert beside.get_fontname() == "DejaVu Sans"
+    mine = hv.renderer("matplotlib").get_plot(plots.balance(run).opts(title="Mine")).handles["axis"]
+    assert mine.get_title(loc="left") == "Mine" and not mine.get_title()
+    assert page.title.text_font.startswith("DejaVu Sans") and page.xaxis[0].axis_label_text_font_style == "normal"
+
+
+def test_the_tables_of_a_run_are_drawn_in_a_line(run):
+    plots.extension()
+    for figure, column in (
+        (run.curve().hvplot.line("seconds", "score"), "score"),
+        (run.balance().hvplot.line("pass", "ratio"), "ratio"),
+        (run.staleness().hvplot.hist("staleness", by="worker", bins=range(4)), "staleness"),
+        (run.contributions().hvplot.bar("worker", ["samples", "weight"]), "value"),
+    ):
+        assert column in str(figure)
+    table = run.timeline().assign(seconds=lambda table: table.end - table.start)
+    wide = table.pivot_table(index="worker", columns="activity", values="seconds", aggfunc="sum")
+    assert wide.sum().sum() == pytest.approx(table.seconds.sum()) and wide.hvplot.barh(stacked=True)
 
 
 def test_the_mode_is_named_or_guessed(monkeypatch):
@@ -90,7 +126,7 @@ def test_the_caption_states_what_a_reader_must_know(tmp_path):
 
 DOORS = {
     "balance curves report staleness": r"runs=.* must be (a run|a list)",
-    "confusion live membership roster segments timeline weights worst": r"run=.* must be a run, as labkit\.train and labkit\.load_run give it",
+    "confusion live membership timeline weights worst": r"run=.* must be a run, as labkit\.train and labkit\.load_run give it",
     "errors part_scores saturation scaling speed step_times": "give a pandas DataFrame",
     "search_history": r"searches=.* must be (a search|a list)",
     "search_front search_importance search_live search_points search_table search_timeline": r"found=.* must be a search, as labkit\.search gives it",

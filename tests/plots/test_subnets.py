@@ -42,7 +42,7 @@ def joined(grid=(2, 3), shape=(1, 12, 15), baselines=("global CNN",)):
 
 def scores():
     """Two settings, two networks, three seeds; one network was not trained in the second setting."""
-    values = {("a", "joined"): [0.5, 0.7, 0.6], ("a", "whole"): [0.8, 0.9, 0.7], ("b", "joined"): [0.4, 0.4, 0.1]}
+    values = {("a", "joined"): [0.5, 0.7, 0.6], ("a", "whole"): [0.8, 0.9, 0.75], ("b", "joined"): [0.4, 0.4, 0.1]}
     rows = [(setting, seed, net, score) for (setting, net), found in values.items() for seed, score in enumerate(found)]
     return pd.DataFrame(rows, columns=["setting", "seed", "network", "accuracy"])
 
@@ -110,10 +110,11 @@ def test_the_map_and_the_bars_hold_the_numbers(tmp_path):
 
 def test_scores_over_settings_are_medians_with_their_range():
     figure = plots.part_scores(scores())
-    marks = {label: list(zip(*dots.data.to_numpy().T, strict=True)) for label, dots in elements(figure, "Scatter").items()}
+    marks = {label: list(map(tuple, dots.array()[:, :2])) for label, dots in elements(figure, "Scatter").items()}
     assert [y for _, y in marks["joined"]] == pytest.approx([60, 40]) and [y for _, y in marks["whole"]] == pytest.approx([80])
     assert [round(x) for x, _ in marks["joined"]] == [0, 1] and round(marks["whole"][0][0]) == 0
-    assert title(figure) == "Best in 1 of 2 settings: joined"
+    assert title(figure) == "Best in 1 of 2 settings: whole"
+    assert title(plots.part_scores(scores().query("seed < 2"))) == "No network stands out of the spread of 2 seeds"
     with pytest.raises(ValueError, match=r"the frame has no column network\. It has: setting, seed, accuracy"):
         plots.part_scores(scores().drop(columns="network"))
 

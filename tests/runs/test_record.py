@@ -56,6 +56,21 @@ def test_a_renamed_directory_is_followed(run, tmp_path):
         again.flat()
 
 
+def test_a_run_whose_place_another_has_taken_is_named_by_its_number(run, tmp_path):
+    (tmp_path / "kept").mkdir()
+    run.config.save(tmp_path / "kept")
+    other = RunRecord(tmp_path / "kept")
+    (tmp_path / "kept").rename(tmp_path / "kept.1")
+    (tmp_path / "kept").mkdir()
+    run.config.replace(id="another").save(tmp_path / "kept")
+    assert [one.name for one in (run, other, RunRecord(tmp_path / "kept.1"), RunRecord(tmp_path / "kept"))] == [
+        "kept",  # in a folder of another name
+        "kept.1",
+        "kept.1",
+        "kept",
+    ]
+
+
 def test_what_is_missing_is_an_error(run):
     with pytest.raises(RunError, match="is not measured yet"):
         run.curve()
@@ -74,7 +89,7 @@ def test_one_run_is_compared_as_a_list_of_it_is_and_what_is_no_run_is_refused(ru
 
 
 def test_figures_of_a_record_load_nothing_that_trains(run):
-    code = "import sys; from labkit.runs.record import RunRecord; from labkit.plots.runs import segments\n"
-    code += f"assert segments(RunRecord({str(run.path)!r})).empty\n"
+    code = "import sys; from labkit.runs.record import RunRecord; from labkit.plots import timeline\n"
+    code += f"assert timeline and RunRecord({str(run.path)!r}).timeline().empty\n"
     code += "assert not {'torch', 'distributed', 'labkit.training.run'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -222,7 +222,7 @@ def test_figures_tables_and_words_say_that_it_is_simulated(simulate):
     assert merges.samples.sum() == run.config["budget"] and run.events.seconds.is_monotonic_increasing
     for figure in (plots.timeline, plots.staleness, plots.balance, plots.weights, plots.curves):
         assert figure(run) is not None
-    spans = plots.segments(run)
+    spans = run.timeline()
     shares = spans.assign(length=spans.end - spans.start).groupby("activity").length.sum()
     assert shares["compute"] > 20 * shares["exchange"]
     assert len(labkit.compare([run, simulate()])) == 2
