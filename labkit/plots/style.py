@@ -1,7 +1,8 @@
 """How a figure of labkit is drawn: the back end, the look, and the few elements that figures are made of.
 
-Every figure is made of HoloViews elements that carry their options for both back ends: bokeh where somebody can move
-the picture, matplotlib where a picture is stored. Importing this module loads neither; the first figure does.
+Lines, marks and bands come from hvPlot and a table (`lines`, `points`), what it does not have from HoloViews: intervals, bars with a hatch,
+frames, texts, and what moves, of arrays that may be empty. All carry their options for both back ends: bokeh where somebody can move the
+picture, matplotlib where a picture is stored. Importing this module loads neither; the first figure does.
 
 Used by all figures; `extension`, `interactive` and `save` are public through `labkit.plots`.
 """

@@ -138,6 +138,7 @@ def test_a_trial_is_a_run_of_its_point_and_the_search_is_read_back(search, probl
     assert read.table().equals(table) and read.state == "done" and read.replay().points == found.points == found.replay().points
     assert read.training()["update"] == "sgwu" and read.run(0).name == "0" and "2 of 2 trials, best" in repr(read)
     assert set(found.timeline().columns) >= {"trial", "worker", "start", "end"} and len(found.timeline()) == 4
+    assert {"seconds", "trials", "best"} <= set(found.history()) and found.history().best.iloc[-1] == found.best.score
 
 
 @pytest.mark.slow

@@ -224,6 +224,9 @@ def test_a_table_of_many_parameters_says_how_many_it_leaves_out(tmp_path):
 
 def test_a_trial_that_ended_early_is_not_the_best():
     found = Found()
+    table = history(found)  # of which `Search.history` is made
+    assert len(table) == 11 and table.trials.tolist() == list(range(1, 12)) and table.seconds.is_monotonic_increasing
+    assert np.array_equal(table.best, table.score.where(table.state == "done").cummax().ffill())
     best = found._table[found._table.state == "done"].score.max()
     found._table.loc[3, "score"] = 7.0
     assert title(plots.search_history(found)) == f"gp finds {best:.4g}"
