@@ -111,7 +111,7 @@ def drop_link(run: Run, worker: int) -> None:
     """
     worker = whole("worker", worker, 0)
     server = _server(run)
-    with watch((server["host"], server["port"]), server["secret"]) as ask:
+    with watch(server_file.address(server), server["secret"]) as ask:
         here = sorted(int(index) for index in ask("drop", workers=[worker])["workers"])
     if worker not in here:
         raise ClusterError(f"worker {worker} has no link to run {run.name}; workers {here} have one.")

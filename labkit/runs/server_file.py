@@ -2,6 +2,7 @@
 
     host, port   where it listens
     machine      the name of its machine; pid and started identify its process there, also after the number is used again
+    certificate  of the server (PEM), by which its clients know it; "" where it listens on loopback, without TLS
     secret       of the run, in hex: who can read this file can control the run, so nobody but its owner can
 
 A run lives while its directory is held (`labkit.locks`); by `server.json` where the file system has no locks. Nobody else takes,
@@ -16,7 +17,9 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from labkit import locks
 from labkit.errors import RunError, RunningError
@@ -24,19 +27,22 @@ from labkit.runs.files import write_json
 
 FORMAT = 1
 FILE = "server.json"
-FIELDS = {"host": str, "port": int, "machine": str, "pid": int, "started": float, "secret": bytes.fromhex}
+FIELDS = {"host": str, "port": int, "certificate": str, "machine": str, "pid": int, "started": float, "secret": bytes.fromhex}
 CLOCK_S = 2.0  # by which the start time of one process may differ between two readings
 ANSWER_S = 2.0  # for a connection to another machine
 STARTING_S = 60.0  # without locks: so long after its directory was taken a run may be without `server.json`
 
 
-def announce(path: Path, address: tuple[str, int], secret: bytes) -> None:
-    """Write that this process serves the run; nobody but its owner can read the file, from its first moment."""
+def announce(path: Path, address: tuple[str, int] | tuple[str, int, str], secret: bytes) -> None:
+    """Write that this process serves the run, at host, port and, with TLS, by which certificate.
+
+    Nobody but its owner can read the file, from its first moment.
+    """
     import psutil
 
-    host, port = address
-    server = {"format": FORMAT, "host": host, "port": port, "machine": socket.gethostname(), "pid": os.getpid()}
-    server |= {"started": psutil.Process().create_time(), "secret": secret.hex()}
+    host, port, *certificate = address
+    server = {"format": FORMAT, "host": host, "port": port, "certificate": "".join(certificate), "machine": socket.gethostname()}
+    server |= {"pid": os.getpid(), "started": psutil.Process().create_time(), "secret": secret.hex()}
     write_json(Path(path) / FILE, server, mode=0o600)
 
 
@@ -52,6 +58,7 @@ def find(path: Path) -> dict | None:
         server = json.loads(file.read_text(encoding="utf-8"))
         if server["format"] > FORMAT:
             raise RunError(f"{file} was written by a later labkit. Update labkit to reach this run.")
+        server.setdefault("certificate", "")  # before there was TLS
         return {name: of_type(server[name]) for name, of_type in FIELDS.items()}
     except FileNotFoundError:
         return None
@@ -59,6 +66,12 @@ def find(path: Path) -> dict | None:
         raise RunError(f"{file} is closed to you: only who started this run can reach it.") from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{file} is damaged: {error!r}. If the run has ended, delete it.") from error
+
+
+def address(server: Mapping[str, Any]) -> tuple[str, int] | tuple[str, int, str]:
+    """Where the server that has announced this (`find`) listens: host, port and, with TLS, its certificate."""
+    there = server["host"], server["port"]
+    return (*there, server["certificate"]) if server["certificate"] else there
 
 
 def alive(path: Path) -> bool | None:

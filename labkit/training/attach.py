@@ -29,7 +29,7 @@ ANSWER_S = 10.0  # the server has so long to answer
 
 
 @contextlib.contextmanager
-def watch(address: tuple[str, int], secret: bytes, timeout: float = ANSWER_S) -> Iterator[Callable[..., dict[str, Any]]]:
+def watch(address: transport.Address, secret: bytes, timeout: float = ANSWER_S) -> Iterator[Callable[..., dict[str, Any]]]:
     """A connection to the server of a run: `ask(op, **fields)` sends a request and returns its status.
 
     Raises `WireError` when the server is gone, or is silent for `timeout` seconds.
@@ -52,7 +52,7 @@ def request(run: RunRecord, op: str, timeout: float = ANSWER_S, **fields: Any) -
     server = server_file.find(run.path)
     if server is None:
         raise RunError(f"run {run.name} is not running: it has no server.")
-    with watch((server["host"], server["port"]), server["secret"], timeout) as ask:
+    with watch(server_file.address(server), server["secret"], timeout) as ask:
         return ask(op, **fields)
 
 
@@ -119,5 +119,5 @@ class Attached:
             raise RunError(f"run {self.run.name} failed: {status.get('reason')}")
 
     def _ask(self, op: str = "status", **fields: str) -> dict:
-        with watch((self._server["host"], self._server["port"]), self._server["secret"]) as ask:
+        with watch(server_file.address(self._server), self._server["secret"]) as ask:
             return {**ask(op, **fields), "state": "running", "reason": ""}

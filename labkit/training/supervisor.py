@@ -35,6 +35,7 @@ from labkit.training.evaluation import as_recorded, measure
 from labkit.training.monitor import Monitor
 from labkit.training.run import Run
 from labkit.training.server.server import ServerSpec
+from labkit.training.wire.transport import Address
 from labkit.training.worker.worker import WorkerSpec, run_worker
 
 POLL_S = 0.2
@@ -372,7 +373,7 @@ def _message(error: BaseException) -> str:
 
 def _start_server(
     spec: ServerSpec, path: Path, lock: DirectoryLock | None = None, timeout: float = 60.0
-) -> tuple[subprocess.Popen, tuple[str, int]]:
+) -> tuple[subprocess.Popen, Address]:
     """The server in a process of its own; it gets its spec, secret included, through a pipe that nobody else can read.
 
     It inherits the lock of the run directory, if that is held, and never closes it.
@@ -397,14 +398,14 @@ def _start_server(
         server.stdin.write(message)
         server.stdin.close()
         server.stdin = None  # nothing more is sent
-        address = json.loads(server.stdout.readline())
+        address = json.loads(server.stdout.readline())["address"]
     except (OSError, ValueError) as error:
         _end(server)
         log = (path / "server.log").read_text(errors="replace").strip()
         raise RunError(f"the server did not start: {log[-2000:] or error}") from error
     finally:
         watchdog.cancel()
-    return server, (address["host"], address["port"])
+    return server, tuple(address)
 
 
 def _end(server: subprocess.Popen) -> bytes:

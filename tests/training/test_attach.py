@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,10 +38,10 @@ def spec(path):
 
 
 @contextmanager
-def going(path):
+def going(path, host="127.0.0.1"):
     """A run whose server is in a thread here and announces itself, as the process of a real one does."""
     CONFIG.save(path)
-    server = Server(spec(path))
+    server = Server(replace(spec(path), host=host))
     server_file.announce(path, server.address, SECRET)
 
     def serve():

@@ -46,7 +46,7 @@ from labkit.runs.events import Recorder
 from labkit.runs.files import check_owner
 from labkit.training.server.coordinator import AGAIN, Coordinator
 from labkit.training.server.membership import LOSSES, FailureDetector, Losses, Member
-from labkit.training.wire import compression, transport
+from labkit.training.wire import compression, tls, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S, Answer, Refused, check_request
 from labkit.updates import BadPush, Diverged, Update
 
@@ -86,6 +86,7 @@ class Server:
         self.recorder = Recorder(Path(spec.path))
         checkpoints.prepare(self.recorder.path)
         self.listener, self.handshakes = transport.listen(spec.host), transport.Handshakes()
+        self.identity = None if server_file.loopback(spec.host) else tls.Identity()
         self.outboxes: dict[int, queue.SimpleQueue[Answer]] = {}
         self.connections: dict[int, transport.Connection] = {}
         self.generations: dict[int, int] = {}  # by worker: how often the kernel has started its task
@@ -118,8 +119,8 @@ class Server:
         server_file.announce(self.recorder.path, self.address, spec.secret)  # before its parent is sent the address
 
     @property
-    def address(self) -> tuple[str, int]:
-        return self.listener.getsockname()[:2]
+    def address(self) -> transport.Address:
+        return self.listener.getsockname()[:2] + ((self.identity.certificate,) if self.identity else ())
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -287,7 +288,8 @@ class Server:
     def _serve_peer(self, sock: socket.socket) -> None:
         """A thread of its own for each member: a worker, or a kernel that watches."""
         try:
-            with transport.Connection(sock, SERVER_TIMEOUT_S, 4 * self.size, check_request) as connection:
+            link = self.identity.secured(sock, self.spec.secret) if self.identity else sock
+            with transport.Connection(link, SERVER_TIMEOUT_S, 4 * self.size, check_request) as connection:
                 request, _ = connection.receive()
                 if request["op"] == "watch":
                     self._serve_watcher(connection)
@@ -710,5 +712,5 @@ def main() -> None:
     server = Server(pickle.load(sys.stdin.buffer))
     threading.excepthook = lambda args: server.fail(args.exc_value)  # of threads that a rule has started
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
-        print(json.dumps({"host": server.address[0], "port": server.address[1]}), file=parent, flush=True)
+        print(json.dumps({"address": server.address}), file=parent, flush=True)
         print(json.dumps(server.serve()), file=parent, flush=True)

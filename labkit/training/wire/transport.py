@@ -4,7 +4,7 @@
 
 Nothing here can run code that a stranger sends: no pickle, sizes are checked before memory is taken, and before the first
 message both sides prove that they know the secret of the run (HMAC-SHA256 over a fresh nonce, in both directions), which never
-crosses the wire. A peer that has not proved that yet gets 5 s and one of 256 slots, or of fewer where this process may open few files,
+crosses the wire. Beyond loopback everything after that is TLS (`labkit.training.wire.tls`). A peer that has not proved that yet gets 5 s and one of 256 slots, or of fewer where this process may open few files,
 in a loop that one thread serves: strangers can neither fill memory, files and threads nor keep members out. Arrays are received straight into the buffer that they end in. Every call has a time limit: a peer that is
 silent for longer is a `WireError`.
 
@@ -28,6 +28,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 from labkit.errors import WireError
+from labkit.runs.server_file import loopback
+from labkit.training.wire import tls
 
 MAGIC = b"labkit2\n"  # with the version of the protocol
 PREFIX = struct.Struct("!IQ")
@@ -40,19 +42,25 @@ NONCE = 32
 AT_LEAST = 1 << 20  # bytes of a large body, or all of a smaller one, that have to be there before its receiver wakes up
 SMALL = 1 << 14  # bytes of one that does not count
 
+Address = tuple[str, int] | tuple[str, int, str]  # host, port and, where TLS goes, the certificate of the server (PEM)
 _OPEN: "weakref.WeakSet[Connection]" = weakref.WeakSet()  # of this process
 
 
 class Connection(contextlib.AbstractContextManager):
     """One end of an authenticated connection. Sending is safe from several threads, receiving from one."""
 
-    def __init__(self, sock: socket.socket, timeout: float, max_body: int, check: Callable[[dict], None] | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket | tls.Encrypted, timeout: float, max_body: int, check: Callable[[dict], None] | None = None
+    ) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(timeout)
         self.sock, self.max_body, self.check = sock, max_body, check
         self.received = 0  # bytes
         self._sending, self._wakes_at = threading.Lock(), 1
         _OPEN.add(self)
+        self._held = (
+            tls.RECORD if isinstance(sock, tls.Encrypted) else 0
+        )  # bytes that may have come without being there for `_fill`
 
     def send(self, header: dict, *buffers: memoryview | bytes) -> int:
         """Send one message; `buffers` are contiguous and follow each other in the body. Returns its size in bytes."""
@@ -104,7 +112,7 @@ class Connection(contextlib.AbstractContextManager):
             poll.register(self.sock, select.POLLIN)
         except ValueError as error:
             raise WireError("the connection was closed here.") from error
-        return bool(poll.poll(max(0.0, timeout) * 1000))
+        return bool(self._held and self.sock.pending()) or bool(poll.poll(max(0.0, timeout) * 1000))
 
     def set_timeout(self, timeout: float) -> None:
         """How long the other side may be silent in the middle of a message, from now on."""
@@ -153,6 +161,7 @@ class Connection(contextlib.AbstractContextManager):
 
     def _wake_at(self, n: int) -> int:
         """A receiver sleeps until `n` bytes are there, or the end: waking up for every packet costs more than copying it."""
+        n = max(1, n - self._held)
         if n != self._wakes_at:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
             self._wakes_at = n
@@ -162,7 +171,8 @@ class Connection(contextlib.AbstractContextManager):
 def _close_in_child() -> None:
     """A process that a worker has forked, for loading data say, holds no connection open: its end would not be noticed when it is killed."""
     for connection in list(_OPEN):
-        connection.sock.close()
+        sock = connection.sock
+        (sock.sock if isinstance(sock, tls.Encrypted) else sock).close()  # past its lock, which a thread of the other process may hold
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -301,30 +311,38 @@ def accept(
     timeout: float,
     max_body: int,
     check: Callable[[dict], None] | None = None,
+    identity: tls.Identity | None = None,
 ) -> Connection:
-    """Make one accepted socket a connection, if the peer knows the secret; otherwise `WireError` and it is closed."""
+    """Make one accepted socket a connection, if the peer knows the secret; otherwise `WireError` and it is closed.
+
+    With an `identity`, which the client has to know, it is encrypted.
+    """
     try:
         peer, poll = _Peer(sock, secret), select.poll()
         poll.register(sock, select.POLLIN)
         while not peer.proceed():
             if not poll.poll(1000 * max(0.0, peer.until - time.monotonic())):
                 raise WireError(f"nothing came from the other side for {HANDSHAKE_S:g} s.")
-        return Connection(sock, timeout, max_body, check)
+        return Connection(identity.secured(sock, secret) if identity else sock, timeout, max_body, check)
     except (OSError, WireError) as error:
         sock.close()
         raise error if isinstance(error, WireError) else WireError(f"a peer broke off: {error}.") from error
 
 
 def connect(
-    address: tuple[str, int],
+    address: Address,
     secret: bytes,
     *,
     timeout: float = 60.0,
     max_body: int = 1 << 40,
     check: Callable[[dict], None] | None = None,
 ) -> Connection:
-    """Connect to the server of a run; both sides prove that they know `secret`."""
-    host, port = address
+    """Connect to the server of a run; both sides prove that they know `secret`, and the server that the certificate is its own."""
+    host, port, *certificate = address
+    if not certificate and not loopback(host):
+        raise WireError(
+            f"nothing is sent to {host}:{port} without TLS: its certificate is not known here. Was it started by another labkit?"
+        )
     try:
         sock = socket.create_connection((host, port), timeout=min(timeout, 30.0))
     except OSError as error:
@@ -338,6 +356,8 @@ def connect(
         sock.sendall(nonce + _proof(secret, b"client", theirs + nonce))
         if not hmac.compare_digest(connection._read(32), _proof(secret, b"server", nonce + theirs)):
             raise WireError(f"the process at {host}:{port} does not know the secret of this run.")
+        if certificate:
+            connection = Connection(tls.secured(sock, secret, *certificate), timeout, max_body, check)
     except (OSError, WireError) as error:
         connection.close()
         raise error if isinstance(error, WireError) else WireError(f"{host}:{port} broke off: {error}.") from error

@@ -51,7 +51,7 @@ class WorkerSpec:
 
     config: RunConfig
     index: int
-    address: tuple[str, int]
+    address: transport.Address
     secret: bytes
     device: str = "cpu"
     threads: int = 1

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from labkit.errors import WireError
-from labkit.training.wire import transport
+from labkit.training.wire import tls, transport
 from tests.helpers import until
 
 SECRET = b"s" * 32
@@ -29,19 +29,33 @@ def listener():
     transport.shut(sock)
 
 
+@pytest.fixture(scope="module", params=["plain", "tls"])
+def identity(request):
+    """Of the server; None where it goes without TLS. What uses it holds for both."""
+    return tls.Identity() if request.param == "tls" else None
+
+
 @pytest.fixture
-def pair(listener):
+def pair(listener, identity):
     """The two ends of an authenticated connection (server's, client's)."""
-    made = connected(listener)
+    made = connected(listener, identity)
     yield made
     for connection in made:
         connection.close()
 
 
-def connected(listener, secret=SECRET, max_body=10_000, timeout=5.0):
-    result = accepting(listener, max_body=max_body, timeout=timeout)
-    client = transport.connect(listener.getsockname()[:2], secret, timeout=timeout)
+def connected(listener, identity=None, max_body=10_000, timeout=5.0):
+    result = accepting(listener, max_body=max_body, timeout=timeout, identity=identity)
+    certificate = (identity.certificate,) if identity else ()
+    client = transport.connect(listener.getsockname()[:2] + certificate, SECRET, timeout=timeout)
     return result(), client
+
+
+def put(connection, data):
+    """Bytes that are no message."""
+    view = memoryview(data)
+    while view:
+        view = view[connection.sock.send(view) :]
 
 
 def check(header):
@@ -49,14 +63,15 @@ def check(header):
         raise WireError("no such op")
 
 
-def accepting(listener, max_body=10_000, timeout=5.0):
+def accepting(listener, max_body=10_000, timeout=5.0, identity=None):
     """Accept one peer in a thread; the returned function waits for the connection or raises its error."""
     box = []
 
     def run():
         sock, _ = listener.accept()
         try:
-            box.append(transport.accept(sock, SECRET, timeout=timeout, max_body=max_body, check=check))
+            how = {"timeout": timeout, "max_body": max_body, "check": check, "identity": identity}
+            box.append(transport.accept(sock, SECRET, **how))
         except WireError as error:
             box.append(error)
 
@@ -329,7 +344,7 @@ NONSENSE = {
 def test_nonsense_is_refused(pair, what):
     server, client = pair
     text, words = NONSENSE[what]
-    client.sock.sendall(text)
+    put(client, text)
     client.sock.shutdown(socket.SHUT_WR)
     with pytest.raises(WireError, match=words):
         server.receive(lambda header, n: [memoryview(bytearray(8))])
@@ -344,7 +359,7 @@ def test_a_body_that_nobody_waits_for_is_refused(pair):
 
 def test_sizes_are_checked_before_memory_is_taken(pair):
     server, client = pair
-    client.sock.sendall(transport.PREFIX.pack(2, 1 << 50) + b"{}")
+    put(client, transport.PREFIX.pack(2, 1 << 50) + b"{}")
     with pytest.raises(WireError, match="was refused"):
         server.receive(lambda header, n: pytest.fail("asked for a buffer"))
 
@@ -360,8 +375,8 @@ def test_a_header_that_is_too_long_is_not_sent(pair):
 # -- every call ends ---------------------------------------------------------------------------------------------------
 
 
-def test_silence_has_a_limit(listener):
-    server, client = connected(listener, timeout=0.2)
+def test_silence_has_a_limit(listener, identity):
+    server, client = connected(listener, identity, timeout=0.2)
     with server, client, pytest.raises(WireError, match=r"nothing came from the other side for 0\.2 s"):
         server.receive()
 
@@ -369,9 +384,9 @@ def test_silence_has_a_limit(listener):
 LARGE = 2 * transport.AT_LEAST + 17
 
 
-def test_a_large_body_and_what_follows_it(listener):
+def test_a_large_body_and_what_follows_it(listener, identity):
     """Its receiver wakes up for large pieces, and for a small message again afterwards."""
-    server, client = connected(listener, max_body=LARGE)
+    server, client = connected(listener, identity, max_body=LARGE)
     body, buffer = np.random.default_rng(0).bytes(LARGE), bytearray(LARGE)
     with server, client:
         for _ in range(2):
@@ -385,19 +400,19 @@ def test_a_large_body_and_what_follows_it(listener):
 
 
 @pytest.mark.parametrize("n", [0, 3])
-def test_silence_in_the_middle_of_a_large_body_has_a_limit(listener, n):
-    server, client = connected(listener, max_body=LARGE, timeout=0.3)
+def test_silence_in_the_middle_of_a_large_body_has_a_limit(listener, identity, n):
+    server, client = connected(listener, identity, max_body=LARGE, timeout=0.3)
     with server, client:
-        client.sock.sendall(packed(b'{"op":"x"}', LARGE) + bytes(n * transport.AT_LEAST // 2))
+        put(client, packed(b'{"op":"x"}', LARGE) + bytes(n * transport.AT_LEAST // 2))
         begun = time.monotonic()
         with pytest.raises(WireError, match=r"nothing came from the other side for 0\.3 s"):
             server.receive(lambda header, size: [memoryview(bytearray(size))])
     assert time.monotonic() - begun < 3
 
 
-def test_a_link_may_be_slow(listener):
+def test_a_link_may_be_slow(listener, identity):
     """It brings a little each time, and never so much at once that a receiver of a large body would wake up for it."""
-    server, client = connected(listener, max_body=LARGE, timeout=0.5)
+    server, client = connected(listener, identity, max_body=LARGE, timeout=0.5)
     received, failed = [], []
 
     def receive():
@@ -409,17 +424,17 @@ def test_a_link_may_be_slow(listener):
     with server, client:
         receiver = threading.Thread(target=receive)
         receiver.start()
-        client.sock.sendall(packed(b'{"op":"x"}', LARGE))
-        for _ in range(20):
-            client.sock.sendall(bytes(100))
+        put(client, packed(b'{"op":"x"}', LARGE))
+        for _ in range(10):
+            put(client, bytes(100))
             time.sleep(0.1)
-        client.sock.sendall(bytes(LARGE - 2000))
+        put(client, bytes(LARGE - 2000))
         receiver.join(10)
     assert received == [({"op": "x"}, LARGE)] and not failed
 
 
-def test_a_peer_that_reads_nothing_has_a_limit(listener):
-    server, client = connected(listener, timeout=0.3)
+def test_a_peer_that_reads_nothing_has_a_limit(listener, identity):
+    server, client = connected(listener, identity, timeout=0.3)
     with server, client, pytest.raises(WireError, match="the connection broke while 60000000 bytes were sent"):
         client.send({"op": "x"}, memoryview(bytearray(60_000_000)))
 
