@@ -204,6 +204,11 @@ class AllReduce(Barrier):
     under every rule. Raises `UpdateError`, which ends the run, when the replicas no longer agree; parameters that the samples of a
     batch change otherwise than by gradients are refused before it starts.
 
+    Gradients go from worker to worker by gloo or NCCL, not by labkit's wire: on loopback where all are on one host, else in the clear and
+    without authentication, so use a private network or a VPN between hosts, or another rule, whose weights go by TLS. The wheel of torch 2.13
+    has gloo without TLS; a torch built with USE_GLOO_WITH_OPENSSL=ON uses it when the workers' environment has
+    GLOO_DEVICE_TRANSPORT=TCP_TLS and GLOO_DEVICE_TRANSPORT_TCP_TLS_PKEY, _CERT and _CA_FILE.
+
     Parameters
     ----------
     buffers

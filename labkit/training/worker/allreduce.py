@@ -10,7 +10,8 @@ A group lives as long as its ranks. When one is lost gloo reports it to the othe
 step under way fails with `Broken`, and the worker asks for a new group.
 
 The ranks find each other through files in the run directory, without a listening store; gloo itself then
-connects them over TCP, without authentication, on loopback where all are on one host.
+connects them over TCP, without authentication or encryption, on loopback where all are on one host. (A torch built with
+USE_GLOO_WITH_OPENSSL=ON takes GLOO_DEVICE_TRANSPORT=TCP_TLS from the environment; the wheel of 2.13 says "unsupported gloo device" then.)
 
 Used by `labkit.training.worker.worker`, `labkit.training.worker.replica` and `labkit.simulation.joint`; `check_problem` by
 `labkit.training.train`.

@@ -369,7 +369,7 @@ def test_on_loopback_there_is_no_certificate(tmp_path):
 @pytest.mark.parametrize("kind", ["threads", *(pytest.param(kind, marks=pytest.mark.cluster) for kind in ("dask", "ipyparallel"))])
 def test_a_run_is_watched_cut_killed_and_resumed(kind, beyond, tmp_path):
     with labkit.connect(kind, 2) as lab:
-        run = labkit.train(problem(kind=Slow), lab, passes=6, local_steps=2, seed=SEED, runs=tmp_path)
+        run = labkit.train(problem(kind=Slow), lab, passes=3, local_steps=2, seed=SEED, runs=tmp_path)
         until(lambda: run.status().get("started"), 60)
         assert server_file.find(run.path)["certificate"].startswith("-----BEGIN CERTIFICATE-----")
         assert labkit.load_run(run.path).attach().status()["state"] == "running"
