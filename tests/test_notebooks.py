@@ -91,7 +91,7 @@ TINY = {
     | {"samples": 400, "score_samples": 16, "test_samples": 60, "rounds": 1, "updates": ["easgd"]},
     "benchmarks/12-exchange": SMALL
     | {"exchanges": ["float32", "bfloat16"], "megabytes": 0.1, "batch_size": 16, "samples": 400, "rounds": 1}
-    | {"test_samples": 60},
+    | {"test_samples": 60, "encrypted": [0.1]},
     "benchmarks/13-streaming": {
         **{
             "kind": "threads",
