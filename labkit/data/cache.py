@@ -172,7 +172,7 @@ def ready(path: Path, formats: Sequence[int] = (FORMAT, FORMAT_FIELDS)) -> dict[
         if meta["format"] not in formats or (digest is None and "digests" in meta) or (digest and digest != _digest(meta)):
             return None
         return meta if is_whole(path, meta["files"], meta.get("digests", {})) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # not made yet, or damaged: it is only a copy, and is made again
 
 

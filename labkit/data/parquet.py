@@ -196,7 +196,7 @@ def stated_shape(path: Path, schema: Any, columns: list[str]) -> tuple[int, ...]
     stated = {**(of_file or {}), **(schema.field(columns[0]).metadata or {})}.get(b"shape")
     if stated is None:
         return None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         shape = json.loads(stated)
         if isinstance(shape, list) and shape and all(type(n) is int and n > 0 for n in shape):
             return tuple(shape)

@@ -200,7 +200,7 @@ def provenance(path: Any) -> dict[str, Any] | None:
     try:
         about = json.loads(said)
         return {**about, "classes": [str(name) for name in about["classes"]]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: what labkit.jets wrote of its classes is damaged. Make or convert these jets again.") from error
 
 

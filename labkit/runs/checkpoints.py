@@ -286,8 +286,10 @@ def read_state(path: Path, version: int) -> tuple[np.ndarray, dict]:
 def read_average(path: Path, version: int, size: int) -> np.ndarray:
     """The average of the global weights up to a version (read-only), where the run makes one; refused as in `read_weights`."""
     weights, state = read_state(path, version)
-    average = state.get("ema", {}).get("weights")
-    if average is None or average.shape != (size,) or average.shape != weights.shape or not np.isfinite(average).all():
+    held = state.get("ema")
+    average = held.get("weights") if isinstance(held, dict) else None
+    fits = isinstance(average, np.ndarray) and average.dtype == np.float32 and average.shape == (size,) == weights.shape
+    if not fits or not np.isfinite(average).all():
         raise _refused(path, version, f"holds no average of the {size} weights.")
     return average
 

@@ -53,6 +53,7 @@ TEXT_COLUMNS = ("kind", "device", "generator", "message", "inner")
 TABLE_COLUMNS = ("precision", "metrics")
 NO_NUMBERS = (*TEXT_COLUMNS, *TABLE_COLUMNS)
 KNOWN = frozenset(COLUMNS)
+LARGEST = 2**53  # whole numbers beyond it are not the same in every JSON reader
 KINDS = frozenset(  # of formats 1 to 3, whose lines have no checksum
     [
         "join",
@@ -78,6 +79,14 @@ KINDS = frozenset(  # of formats 1 to 3, whose lines have no checksum
     ]
 )
 VERSIONS = ("merge", "settle")  # kinds of events that make a version
+WHOLE = ("worker", "incarnation", "pass", "base_version", "version", "staleness", "samples", "total", "bytes", "threads")
+FINITE = ("time", "seconds", "coefficient", "compute_s", "score_s", "wait_s", "send_s", "load_s", "hidden_s", "probe_s")
+NEEDED = {  # what events of these kinds always have
+    "allocate": ("worker", "pass", "samples", "total"),
+    "push": ("worker", "pass", "samples"),
+    "merge": ("worker", "version", "samples", "total", "staleness", "coefficient"),
+    **dict.fromkeys(("settle", "checkpoint", "resume"), ("version",)),
+}
 FILE = "events.jsonl"
 CRC = b',"crc":"%08x"}'
 RESTORE = "Put a copy of the file back; weights and a measured curve can be read without it."
@@ -194,7 +203,7 @@ def _row(line: bytes) -> dict:
     """An event; empty if the line is none."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) and isinstance(row.get("seq"), int) else {}
 
@@ -232,13 +241,17 @@ class Tail:
         if lines and self._run is None:
             self._run = _of_run(self.file.parent)
         fitting = [self._fitting(number, line) for number, line in enumerate(lines, self.lines)]
-        rows = json.loads(b"[" + b",".join(filter(None, fitting)) + b"]")  # at once: in half of the time
+        try:
+            rows = json.loads(b"[" + b",".join(filter(None, fitting)) + b"]")  # at once: in half of the time
+        except (ValueError, RecursionError) as error:  # whoever made the checksum
+            raise RunError(f"{self.file} is damaged: {error}. {RESTORE}") from error
         if len(rows) < len(lines):  # of an earlier format
             earlier = len(lines) - len(rows)
             rows = [self._row(number, line) for number, line in enumerate(lines[:earlier], self.lines)] + rows
         for number, row in enumerate(rows, self.lines):
-            if row.get("seq") != number:
-                wrong = f"event {number} is missing or out of place: line {number + 1} holds event {row.get('seq')}"
+            if not isinstance(row, dict) or row.get("seq") != number:
+                there = row.get("seq") if isinstance(row, dict) else row
+                wrong = f"event {number} is missing or out of place: line {number + 1} holds event {there!r:.40}"
                 raise RunError(f"{self.file}: {wrong}. {RESTORE}")
         self.offset, self.lines = offset, self.lines + len(lines)
         return rows
@@ -294,6 +307,7 @@ class Table:
                 self._begin()
             if stamp[0] and (rows := self._tail.read()):
                 added = _columns(rows)
+                _check(self._tail.file, added, self._tail.lines - len(rows))
                 self._read = {name: np.concatenate([before, added[name]]) for name, before in self._read.items()}
                 self._frame = None
             self._stamp = stamp
@@ -316,6 +330,41 @@ def as_table(rows: list[dict]) -> pd.DataFrame:
     return _frame(_columns(rows))
 
 
+def _check(file: Path, columns: dict[str, np.ndarray], first: int) -> None:
+    """`RunError`, by its line, for an event that no run writes; `first` is the number of the first of them.
+
+    A checksum finds what was damaged, and does not prove who wrote it.
+    """
+    kinds, wrong = columns["kind"], {}
+    for name in (*WHOLE, *FINITE):
+        values, whole = columns[name], name in WHOLE
+        if values.dtype.kind == "f":
+            fits = np.isfinite(values) & (not whole or (values >= 0) & (values < LARGEST) & (values == np.trunc(values)))
+            wrong[name] = ~fits & ~np.isnan(values)
+        elif whole:
+            wrong[name] = (values < 0) | (values >= LARGEST)
+    for name in NO_NUMBERS:
+        types = dict if name in TABLE_COLUMNS else str
+        wrong[name] = _where(columns[name], lambda value, types=types: value is not None and type(value) is not types)
+    wrong["kind"] |= _where(kinds, lambda value: value is None)
+    wrong["metrics"] |= _where(
+        columns["metrics"], lambda value: type(value) is dict and not {*map(type, value.values())} <= {int, float}
+    )
+    for kind, names in NEEDED.items():
+        of_kind = kinds == kind
+        for name in names:
+            wrong[name] = wrong.get(name, False) | (of_kind & np.isnan(columns[name]))
+    for name, where in wrong.items():
+        if np.any(where):
+            at = int(np.argmax(where))
+            said = f"the {name} of {str(kinds[at])[:20]!r} is {str(columns[name][at])[:40]!r}"
+            raise RunError(f"{file}, line {first + at + 1} holds what no run writes: {said}. {RESTORE}")
+
+
+def _where(values: np.ndarray, holds: Callable[[Any], bool]) -> np.ndarray:
+    return np.fromiter(map(holds, values), bool, len(values))
+
+
 def _columns(rows: list[dict]) -> dict[str, np.ndarray]:
     """Numbers as float64, or int64 where all are whole and there; the rest as objects."""
     columns = {}
@@ -327,9 +376,13 @@ def _columns(rows: list[dict]) -> dict[str, np.ndarray]:
             whole = all(type(value) is int for value in values)
             try:
                 columns[name] = np.array(values, np.int64 if whole else np.float64)  # None is NaN
-            except (ValueError, TypeError, OverflowError):  # whatever a worker has sent
-                columns[name] = np.array([value if isinstance(value, (int, float)) else np.nan for value in values], np.float64)
+            except (ValueError, TypeError, OverflowError):  # what is no number, or too large for one, is missing
+                columns[name] = np.array([value if _a_number(value) else np.nan for value in values], np.float64)
     return columns
+
+
+def _a_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < LARGEST)
 
 
 def _frame(columns: dict[str, np.ndarray]) -> pd.DataFrame:

@@ -204,16 +204,26 @@ class RunRecord(Carded, Public):
         return curve
 
     def _with_training(self, curve: pd.DataFrame) -> pd.DataFrame:
-        return curve.join(self.trained(curve)) if self.events.metrics.notna().any() else curve
+        if not self.events.metrics.notna().any():
+            return curve
+        trained = self.trained(curve)
+        return curve.join(trained[[name for name in trained if name not in curve]])  # a problem may measure one of its name
 
     def trained(self, curve: pd.DataFrame) -> pd.DataFrame:
         """What the steps of training returned, `train_loss` and so on, for each row of the curve: means since the row before."""
         return analysis.trained(self.events, curve)
 
+    @property
+    def _measurable(self) -> bool:
+        """Can the curve be measured here, without importing what the record names?"""
+        return False
+
+    @property
+    def _how_to_measure(self) -> str:
+        return f"run = labkit.load_run({str(self.path)!r}), run.problem() and run.curve() do it, if you trust who made this run."
+
     def _measured(self) -> pd.DataFrame:
-        raise RunError(
-            f"the curve of run {self.name} is not measured yet. run = labkit.load_run({str(self.path)!r}), run.problem() and run.curve() do it."
-        )
+        raise RunError(f"the curve of run {self.name} is not measured yet. {self._how_to_measure}")
 
     @property
     def test_score(self) -> float | None:
@@ -278,10 +288,14 @@ class RunRecord(Carded, Public):
 
         Samples count once, also where a run was cut off and made some again; time, waiting and traffic are all that it cost. Of the
         workers' time `wait_share` went into waiting for each other, `send_share` into exchanges and `load_share` into reading batches
-        (None where that was not recorded).
+        (None where that was not recorded). Where no curve was measured, and it cannot be without importing what the record names, score and
+        loss are None, which is printed.
         """
         state = self.state
-        return self.card(state, self.curve() if state != "running" else None)
+        measured = state != "running" and (self._measurable or (self.path / metrics.FILE).exists())
+        if state != "running" and not measured:
+            self._say(f"No score of run {self.name} was measured. {self._how_to_measure}")
+        return self.card(state, self.curve() if measured else None)
 
     def card(self, state: str, curve: pd.DataFrame | None) -> dict:
         """`summary()` of a run in this state with this curve; without a curve no score and no loss."""

@@ -14,6 +14,7 @@ Written and removed by the server of a run; read by the handle of the run, by `a
 import contextlib
 import ipaddress
 import json
+import math
 import os
 import socket
 import time
@@ -59,13 +60,17 @@ def find(path: Path) -> dict | None:
         if server["format"] > FORMAT:
             raise RunError(f"{file} was written by a later labkit. Update labkit to reach this run.")
         server.setdefault("certificate", "")  # before there was TLS
-        return {name: of_type(server[name]) for name, of_type in FIELDS.items()}
+        found = {name: of_type(server[name]) for name, of_type in FIELDS.items()}
+        found["host"].encode("idna")
+        if not (0 < found["port"] < 1 << 16 and 0 < found["pid"] < 1 << 31 and math.isfinite(found["started"])):
+            raise ValueError(f"port {found['port']}, process {found['pid']}")
+        return found
     except FileNotFoundError:
         return None
     except PermissionError as error:
         raise RunError(f"{file} is closed to you: only who started this run can reach it.") from error
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{file} is damaged: {error!r}. If the run has ended, delete it.") from error
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise RunError(f"{file} is damaged: {error!r:.200}. If the run has ended, delete it.") from error
 
 
 def address(server: Mapping[str, Any]) -> tuple[str, int] | tuple[str, int, str]:

@@ -229,6 +229,10 @@ class Run(RunRecord):
 
     # -- what was trained ----------------------------------------------------------------------------------------
 
+    @property
+    def _measurable(self) -> bool:
+        return self._problem is not None
+
     def _measured(self) -> pd.DataFrame:
         from labkit.training.evaluation import as_recorded, measure
 

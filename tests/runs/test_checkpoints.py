@@ -312,6 +312,15 @@ def test_a_type_that_makes_more_of_an_array_than_the_file_holds_is_refused(path,
         checkpoints.read_state(path, 3)
 
 
+@pytest.mark.parametrize(
+    "average", [None, 3, [], {}, {"weights": 1}, {"weights": [1.0]}, {"weights": np.zeros((1, 2), np.float32)}]
+)
+def test_an_average_that_no_run_saves_is_refused(path, average):
+    checkpoints.write(path, 4, np.zeros(2, np.float32), {"ema": average})
+    with pytest.raises(RunError, match=r"00000004\.npz holds no average of the 2 weights"):
+        checkpoints.read_average(path, 4, 2)
+
+
 def test_an_array_is_made_once_however_often_it_is_referred_to(path):
     shard = np.arange(100)
     checkpoints.write(path, 3, WEIGHTS, {"shards": [shard] * 1000})

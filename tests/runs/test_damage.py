@@ -305,7 +305,7 @@ def test_records_without_checksums_are_checked_by_what_they_say(what, tmp_path):
 def test_a_growing_record_is_read_from_where_the_last_reading_ended(tmp_path):
     table, recorder = Table(tmp_path), Recorder(tmp_path)
     for number in range(48):
-        recorder.event(*(("start",) if number == 3 else ("push",)), worker=None if number < 5 else 1, message="x" * (number % 3))
+        recorder.event(*(("start",) if number == 3 else ("hold",)), worker=None if number < 5 else 1, message="x" * (number % 3))
         if number % 7 == 0:
             table.read()
     offset = table._tail.offset

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import zlib
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from labkit.errors import RunError
-from labkit.runs.events import COLUMNS, Recorder, Tail, effective, read_events
+from labkit.runs.events import COLUMNS, CRC, Recorder, Table, Tail, effective, read_events
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_columns_are_checked_where_they_are_written(recorder):
 
 def test_events_of_several_threads_are_whole_lines(recorder, tmp_path):
     threads = [
-        threading.Thread(target=lambda w=w: [recorder.event("push", worker=w, message="x" * 500) for _ in range(50)])
+        threading.Thread(target=lambda w=w: [recorder.event("hold", worker=w, message="x" * 500) for _ in range(50)])
         for w in range(4)
     ]
     [thread.start() for thread in threads]
@@ -125,7 +127,7 @@ def test_seq_and_clock_continue(recorder, tmp_path, monkeypatch):
     recorder.event("join", worker=0)
     recorder.event("start")
     now = 1007.5
-    recorder.event("push", worker=0)
+    recorder.event("hold", worker=0)
     recorder.close()
     now = 5000.0  # cut off, and resumed an hour later
     other = Recorder(tmp_path)
@@ -134,7 +136,7 @@ def test_seq_and_clock_continue(recorder, tmp_path, monkeypatch):
     now = 5001.0
     other.event("start")
     now = 5003.0
-    other.event("push", worker=0)
+    other.event("hold", worker=0)
     other.close()
     table = read_events(tmp_path)
     assert list(table.seq) == list(range(6)) and list(table.seconds)[1:] == [0.0, 7.5, 7.5, 7.5, 9.5]
@@ -214,3 +216,42 @@ def test_however_often_a_run_is_cut_off_each_version_counts_once(seed):
     merges, pushes = counts.query("kind == 'merge'"), counts.query("kind == 'push'")
     assert list(zip(merges.version, merges.samples, strict=True)) == kept
     assert list(pushes.samples) == [n for _, n in kept]
+
+
+UNMEANT = {
+    "a text for a number": ({"samples": "x"}, "the samples of 'merge' is 'nan'"),
+    "a table for a number": ({"worker": {}}, "the worker of 'merge' is 'nan'"),
+    "a number that nothing holds": ({"total": 10**400}, "the total of 'merge' is 'nan'"),
+    "less than nothing": ({"version": -1}, "the version of 'merge' is '-1"),
+    "half a sample": ({"samples": 0.5}, "the samples of 'merge' is '0.5'"),
+    "more than JSON has": ({"samples": 2**60}, "the samples of 'merge' is"),
+    "seconds without end": ({"seconds": float("inf")}, "the seconds of 'merge' is 'inf'"),
+    "nothing": ({"coefficient": None}, "the coefficient of 'merge' is 'nan'"),
+    "a number for a kind": ({"kind": 3}, "the kind of '3' is '3'"),
+    "a list for a text": ({"message": ["x"]}, "the message of 'merge' is"),
+    "a text for a table": ({"metrics": "x"}, "the metrics of 'merge' is 'x'"),
+    "a table of tables": ({"metrics": {"mine": {}}}, "the metrics of 'merge' is"),
+}
+
+
+@pytest.mark.parametrize("what", UNMEANT)
+def test_what_no_run_writes_is_refused_by_its_line_though_its_checksum_fits(what, recorder, tmp_path):
+    """Seen as errors of pandas before: whoever made the file has made its checksums, too."""
+    merge = {"worker": 0, "version": 1, "samples": 4, "total": 4, "staleness": 0, "coefficient": 1.0}
+    change, words = UNMEANT[what]
+    recorder.event("start")
+    recorder.event("merge", **merge)
+    table = Table(tmp_path)
+    assert len(table.read()) == 2
+    recorder.copy({"time": 1.0, "seconds": 1.0, "kind": "merge", **merge, **change})
+    recorder.close()
+    for reading in (table.read, lambda: read_events(tmp_path)):
+        with pytest.raises(RunError, match=rf"events.jsonl, line 3 holds what no run writes: {re.escape(words)}"):
+            reading()
+
+
+@pytest.mark.parametrize("body", [b'{"seq":0,"kind"', b"[" * 5000, b'1,{"seq":0', b'"x",{'])
+def test_a_line_that_is_no_event_is_refused_though_its_checksum_fits(body, tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(body + CRC % zlib.crc32(body, zlib.crc32(b"")) + b"\n")
+    with pytest.raises(RunError, match=r"events.jsonl(, line 1)?( is damaged|: event 0 is missing or out of place)"):
+        Tail(tmp_path).read()

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from labkit.errors import RunError
+from labkit.runs import metrics
 from labkit.runs.compare import compare
 from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
@@ -93,3 +95,16 @@ def test_figures_of_a_record_load_nothing_that_trains(run):
     code += f"assert timeline and RunRecord({str(run.path)!r}).timeline().empty\n"
     code += "assert not {'torch', 'distributed', 'labkit.training.run'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_curve_may_hold_what_steps_return_too(run):
+    """A problem that measures an entry `train_loss` of its own: it stays that of the curve."""
+    recorder = Recorder(run.path)
+    recorder.event("push", worker=0, samples=4, loss=2.0, metrics={"mine": 3.0}, **{"pass": 1})
+    recorder.close()
+    curve = pd.DataFrame(
+        {"seconds": [0.0, 9.0], "samples": [0, 4], "version": [0, 1], "loss": 1.0, "score": 0.5, "train_loss": 7.0}
+    )
+    metrics.write(run.path, run.config.id, curve)
+    read = run.curve()
+    assert read.train_loss.tolist() == [7.0, 7.0] and "train_mine" in read

@@ -81,12 +81,31 @@ def test_loopback_is_distinct_from_other_addresses():
     assert [server_file.loopback(host) for host in hosts] == [True] * 4 + [False] * 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1, "host": "x", "port": "y"}', '{"format": "a"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"format": 1, "host": "x", "port": "y"}', '{"format": "a"}', "[" * 5000]
+)
 def test_a_damaged_file_is_refused_by_name(tmp_path, text):
     (tmp_path / server_file.FILE).write_text(text)
     for look in (server_file.find, server_file.alive):
         with pytest.raises(RunError, match=r"server\.json is damaged: .*If the run has ended, delete it"):
             look(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"port": 0},
+        {"port": 70_000},
+        {"port": float("inf")},
+        {"pid": 2**70},
+        {"pid": -1},
+        {"started": float("nan")},
+        {"host": "a" * 300},
+    ],
+)
+def test_an_address_or_a_process_that_cannot_be_is_refused(announced, fields):
+    with pytest.raises(RunError, match=r"server\.json is damaged: "):
+        server_file.alive(announced(**fields))
 
 
 def test_a_later_format_is_refused(announced):

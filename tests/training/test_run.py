@@ -174,7 +174,7 @@ def test_a_model_of_a_notebook_needs_its_problem_to_be_read_back(train):
     np.testing.assert_array_equal(module.network[1].weight.detach().numpy(), run.weights()["1.weight"])
 
 
-def test_what_a_record_names_is_imported_by_nothing_that_only_reads(train, tmp_path, monkeypatch):
+def test_what_a_record_names_is_imported_by_nothing_that_only_reads(train, tmp_path, monkeypatch, capsys):
     """A run of somebody else, whose settings name a module that says when it is imported, and whose curve and layout are missing."""
     (tmp_path / "of_others.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'imported')!r}).touch()\nMine = None\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -195,6 +195,10 @@ def test_what_a_record_names_is_imported_by_nothing_that_only_reads(train, tmp_p
         with suppress(RunError):
             read()
         assert not (tmp_path / "imported").exists()
+    card, table = run.summary(), labkit.compare([run, path])
+    assert card["score"] is card["loss"] is None and card["samples"] == run.config.budget and run.test_score is None
+    assert table.state.tolist() == ["done", "done"] and table.score.isna().all() and "reason" not in table
+    assert "No score of run theirs was measured. run = labkit.load_run(" in capsys.readouterr().out
     with pytest.raises(RunError, match=r"\(of_others:Mine, of_others:Mine\). Call run.problem\(\) first, if you trust"):
         run.curve()
     with pytest.raises(RunError, match="is not a Problem"):
