@@ -1,6 +1,7 @@
 # make run        sets up, then runs the demo: a small sweep, its table and its figure
 # make test       sets up, then runs the tests, JOBS=4 at a time; make test ARGS="-k updates" runs some of them
 # make test-all   the same with the slow ones
+# make fuzz       sets up, then tries random courses, messages and files, TIMES=20 times as many as test-all, by a seed that is printed
 # make lab        sets up, then opens JupyterLab on the notebooks
 # make docs       sets up, then makes the site of the documentation, build/docs; make docs EXECUTE="00 01" or EXECUTE=all runs notebooks first
 
@@ -18,13 +19,17 @@ JOBS ?= 4
 # Some machines have Python keep no compiled code; several hundred processes of the tests would each compile labkit again.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --dist worksteal
 
+# Of make fuzz: how many times as many examples as in test-all, and the seed; make fuzz SEED=... tries the same again.
+TIMES ?= 20
+SEED  := $(or $(SEED),$(shell date +%Y%m%d%H%M))
+
 # An active environment is used as it is (conda's base is not); otherwise .venv is made here.
 ENV   := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),$(CURDIR)/.venv)
 PY    := "$(ENV)/bin/python"
 READY := "$(ENV)/.labkit-ready"
 export PATH := $(ENV)/bin:$(PATH)
 
-.PHONY: run test test-all lab docs setup install
+.PHONY: run test test-all fuzz lab docs setup install
 
 run: setup
 	$(PY) -m labkit demo
@@ -34,6 +39,10 @@ test: setup
 
 test-all: setup
 	$(PYTEST) -m "" $(ARGS)
+
+fuzz: setup
+	@echo "make fuzz SEED=$(SEED) TIMES=$(TIMES)"
+	LABKIT_FUZZ=$(TIMES) $(PYTEST) -m slow tests/fuzz --hypothesis-seed=$(SEED) $(ARGS)
 
 lab: setup
 	$(PY) -m jupyter lab notebooks
