@@ -6,9 +6,11 @@ Those that are still valid and that a server must obey (a worker that joins, a r
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import socket
@@ -519,3 +521,19 @@ def test_a_slow_member_delays_nobody(tmp_path):
         worker.train()
         thread.join(10)
     assert result["state"] == "done"
+
+
+# -- what is promised --------------------------------------------------------------------------------------------------
+
+
+def test_each_promise_of_security_md_names_the_tests_that_hold_it():
+    root = Path(__file__).parent.parent
+    section = (root / "SECURITY.md").read_text().split("## What is promised")[1].split("**Not protected:**")[0]
+    promises = re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |^\*\*|\Z)", section, re.MULTILINE | re.DOTALL)
+    assert [int(number) for number, _ in promises] == list(range(1, len(promises) + 1)) and len(promises) > 20
+    for number, text in promises:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+        assert named, f"promise {number} names no test: {text}"
+        for path, name in named:
+            functions = {node.name for node in ast.walk(ast.parse((root / path).read_text())) if isinstance(node, ast.FunctionDef)}
+            assert name in functions, f"promise {number}: {path} has no {name}"
