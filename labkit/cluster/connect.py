@@ -22,6 +22,7 @@ from typing import Any
 from labkit.cluster.backend import Request, made_by, quiet
 from labkit.cluster.emulation import jitter_of, make_stalls, opposite, slowdown_of
 from labkit.cluster.lab import Lab
+from labkit.cluster.notice import telling
 from labkit.errors import LONGEST_WAIT_S, ClusterError, file_path, instance, known, real, several, text, whole
 
 MOST_WORKERS = 1 << 16  # as many as a run can have; and threads of one
@@ -129,7 +130,7 @@ def connect(
                 _labs[name] = _labs.pop(name)
                 return lab
             _make_room(name, lab)
-        with quiet():
+        with quiet(), telling(f"Connecting to the workers ({kind})."):
             backend = module.open(request)
             try:
                 lab = Lab(request, backend)

@@ -27,6 +27,7 @@ import numpy as np
 
 from labkit import locks
 from labkit.cluster.lab import Lab
+from labkit.cluster.notice import telling
 from labkit.errors import (
     LONGEST_WAIT_S,
     MOST,
@@ -64,6 +65,7 @@ from labkit.updates import Update, make_update
 T = TypeVar("T")
 
 
+@telling("The training is being prepared: the first one of a kernel takes some seconds.")
 @named
 def train(
     problem: Problem,
@@ -283,7 +285,7 @@ def begin(
     curve: bool = True,
 ) -> Run:
     """Start the server and the workers of a run whose directory is ready, and held by `lock`."""
-    spec = replace(spec, kernel=os.getpid() if lab.local else None)
+    spec = replace(spec, kernel=os.getpid(), local=lab.local)
     monitor = Monitor.of(problem, spec.config, on_version)
     supervisor = Supervisor(path, lab, problem, spec, lock, monitor, takes_newcomers=takes_newcomers, curve=curve)
     run = Run(path, problem=problem, follower=supervisor)

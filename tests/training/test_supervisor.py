@@ -282,7 +282,11 @@ import sys, time
 import labkit, tests.helpers as t
 if __name__ == "__main__":
     where, runs = sys.argv[1:]
-    lab = labkit.connect(address=where) if where.startswith("tcp") else labkit.connect(where, 2)
+    if where == "own":
+        from distributed import LocalCluster
+        lab = labkit.connect(client=LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None))
+    else:
+        lab = labkit.connect(address=where) if where.startswith("tcp") else labkit.connect(where, 2)
     run = labkit.train(t.problem(kind=t.Slow), lab, passes=(8 if where.startswith("tcp") else 1000), runs=runs, name="r", update="agwu")
     t.until(lambda: run.status().get("version", 0) >= 2, 60)
     print(run._follower.server.pid, flush=True)
@@ -326,6 +330,15 @@ def test_a_local_lab_does_not_outlive_a_killed_kernel(kind, tmp_path):
         again = labkit.resume(run.path, lab, problem=problem(kind=Slow))
         until(lambda: again.status()["version"] > 2)
         assert again.stop().state == "stopped"
+
+
+@pytest.mark.slow
+def test_a_cluster_of_the_users_own_that_ends_with_its_kernel_ends_the_run_long_before_its_join_timeout(tmp_path):
+    server, _ = killed("own", tmp_path)
+    until(lambda: not going(server), 20)
+    run = labkit.load_run(tmp_path / "r")
+    assert run.state == "failed" and run.config.join_timeout == 60
+    assert run.status()["reason"] == f"its kernel is gone, and every worker; labkit.resume({str(run.path)!r}) continues it."
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ traceback (`Server.fail`).
 
 A server ends by itself: `ENDING_S` after the run has ended at the latest, and that it has, `join_timeout` after its last worker is
 gone; who vanishes without closing its connection is gone after its heartbeat time-out (`FailureDetector`). Whether its kernel is there
-is all one to it, unless the workers are those of a local lab, which end with their kernel: then the run ends, too.
+is all one to it, as long as there are workers: it is the kernel that starts those that were lost again, and those of a local lab end with it.
 
 Started by `labkit.training.supervisor` in a process of its own; asked by it and by others through `labkit.training.attach`.
 """
@@ -51,6 +51,7 @@ from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S, Answer,
 from labkit.updates import BadPush, Diverged, Update
 
 ENDING_S = 5.0  # how long workers may take to leave when the run has been stopped or has failed
+ORPHANED_S = 2.0  # a run without a kernel is over when it was without workers for so long
 LATE_PUSHES = 3  # of a worker that was taken to be gone: what was on its way when it was asked to join anew
 WAITING = 1  # versions that wait for the disk while one is written; when there are so many, the next one is saved later
 PASSING = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors of a moment: others may give files and memory back
@@ -73,7 +74,8 @@ class ServerSpec:
     host: str = "127.0.0.1"
     age: float = checkpoints.AGE_S  # seconds after which the newest version is saved, also between the checkpoints
     state: dict | None = None  # of the checkpoint that a run is resumed from (`labkit.runs.checkpoints.read_state`)
-    kernel: int | None = None  # the process that has started this one, if the workers end with it: those of a local lab
+    kernel: int | None = None  # the process that has started this one, which starts lost workers again
+    local: bool = False  # do the workers end with it?
 
 
 class Server:
@@ -240,9 +242,13 @@ class Server:
                         self.stop("failed", f"no worker joined within {self.config.join_timeout:g} s.{self.losses.said()}")
 
     def _fail_without_kernel(self) -> None:
-        if self.spec.kernel and os.getppid() != self.spec.kernel and self.course.state == "running":
-            again = f"labkit.resume({self.spec.path!r}) continues it"
+        if not self.spec.kernel or os.getppid() == self.spec.kernel or self.course.state != "running":
+            return
+        since, again = self.course.last_lost_at, f"labkit.resume({self.spec.path!r}) continues it"
+        if self.spec.local:
             self.stop("failed", f"its kernel is gone, and the workers of its local lab with it; {again}.")
+        elif since is not None and time.monotonic() - since > ORPHANED_S:
+            self.stop("failed", f"its kernel is gone, and every worker; {again}.")
 
     def _fail_without_workers(self) -> None:
         since, timeout = self.course.last_lost_at, self.config.join_timeout

@@ -1,0 +1,62 @@
+"""A line below a notebook's cell while something takes longer than a moment; when that is over the line is gone.
+
+First calls load libraries, start processes and convert data, which takes seconds, on a busy machine many.
+
+Used by `connect`, `labkit.training.train` and the first figure of a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+AFTER_S = 0.8  # what is quicker is not told
+EVERY_S = 0.5  # between two readings of a text that changes
+_telling = threading.Lock()  # one line at a time: what is called in there is part of it
+
+
+def shell() -> Any:
+    """The IPython shell of this process; None outside of IPython, which is not loaded for it."""
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
+
+
+def in_notebook() -> bool:
+    """Is this the kernel of a notebook that somebody looks at? A Jupyter server names it; papermill, scripts and consoles do not."""
+    return hasattr(shell(), "kernel") and "JPY_SESSION_NAME" in os.environ
+
+
+@contextlib.contextmanager
+def telling(text: str | Callable[[], str], after: float = AFTER_S) -> Iterator[None]:
+    """While the block takes longer than `after` seconds, a notebook shows `text`, or what `text()` says now; nothing anywhere else."""
+    if not in_notebook() or not _telling.acquire(blocking=False):
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_tell, args=(text, after, over), name="labkit-telling", daemon=True)
+    try:
+        thread.start()
+        yield
+    finally:
+        over.set()
+        thread.join(5)
+        _telling.release()
+
+
+def _tell(text: str | Callable[[], str], after: float, over: threading.Event) -> None:
+    from IPython.display import display
+
+    shown, line = "", uuid.uuid4().hex
+    while not over.wait(EVERY_S if shown else after):
+        with contextlib.suppress(Exception):  # the next reading may be luckier
+            now = text() if callable(text) else text
+            if now != shown:
+                display({"text/plain": now}, raw=True, display_id=line, update=bool(shown))
+                shown = now
+    if shown:
+        display({}, raw=True, display_id=line, update=True)

@@ -1,0 +1,48 @@
+"""A notebook is told what takes long, as long as it takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkit.cluster import notice
+from tests.helpers import until
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr("labkit.cluster.notice.in_notebook", lambda: True)
+    monkeypatch.setattr("labkit.cluster.notice.EVERY_S", 0.01)
+    monkeypatch.setattr("IPython.display.display", lambda what, **how: shown.append((what, how["update"])))
+    return shown
+
+
+def test_a_line_says_what_takes_long_and_is_gone_afterwards(shown):
+    texts = iter(["1 of 2", None, "1 of 2", "2 of 2"])
+
+    def text():
+        if (now := next(texts)) is None:
+            raise OSError("busy")
+        return now
+
+    with notice.telling(text, after=0.01), notice.telling("a part of it", after=0):
+        until(lambda: len(shown) == 2)
+    assert shown == [({"text/plain": "1 of 2"}, False), ({"text/plain": "2 of 2"}, True), ({}, True)]
+
+
+def test_what_is_quick_or_not_in_a_notebook_is_not_told(shown, monkeypatch):
+    with notice.telling("quick", after=60):
+        pass
+    monkeypatch.setattr("labkit.cluster.notice.in_notebook", lambda: False)
+    with notice.telling("a script", after=0):
+        pass
+    assert not shown
+
+
+def test_a_block_that_fails_takes_its_line_along(shown):
+    with pytest.raises(ZeroDivisionError), notice.telling("work", after=0.01):
+        until(lambda: shown)
+        raise ZeroDivisionError
+    assert shown[-1] == ({}, True)
+    with notice.telling("again", after=0.01):
+        until(lambda: len(shown) == 3)
