@@ -1,9 +1,11 @@
 """The live view of a run: the held-out score that workers report, their samples/s, and how many are here, redrawn while it runs.
 
-A thread reads what was appended to the record, twice a second or, where reading and drawing take long, less often, and the kernel sends it to the figure between its cells. A browser
-gets its first picture only from a free kernel, so `await` the run in the next cell instead of blocking it; when it begins to listen, it
-gets all that is known then. At the end of the run the output of the cell is replaced by the last picture, which needs no kernel any
-more: it is there however late the browser was, and in the notebook that is saved.
+A thread reads what was appended to the record, twice a second or, where reading and drawing take long, less often, and the kernel
+sends it to the figure between its cells. A browser moves the figure only with a free kernel, so `await` the run in the next cell instead
+of blocking it; when a page begins to listen, also one that is loaded again or a second one, it gets all that is known then. At the end
+of the run all pages get the last picture, and it takes the place of the output of the cell, where it needs no kernel any more: it is
+there however late the browser was, and in the notebook that is saved. The first figure of a kernel takes seconds; a line says
+meanwhile how far the run is.
 
 `moving` is the mechanism, for whatever grows. Used through `labkit.plots` and `Run.live`, and by the figures of a search.
 """
@@ -21,8 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from labkit.cluster.notice import telling
 from labkit.errors import real
 from labkit.plots import style
+from labkit.plots.progress import line
 from labkit.runs.events import FILE, Tail
 
 if TYPE_CHECKING:
@@ -65,7 +69,9 @@ def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
     >>> figure = labkit.plots.live(run)  # of a run that has ended: its last picture
     """
     timeout = real("timeout", timeout, least=0, finite=False)
-    return moving(style.a_run("run", run), Watch(run), VIEWS, NOTHING, timeout)
+    run = style.a_run("run", run)
+    with telling(lambda: f"{run.label}: {line({'budget': run.config.budget, **run.status()})} (the figure is being made)"):
+        return moving(run, Watch(run), VIEWS, NOTHING, timeout)
 
 
 class Watched(Protocol):
@@ -110,7 +116,7 @@ def moving(
         post = _now
     screen = Screen(pipe, post, picture, nothing)
     threading.Thread(target=_feed, args=(grows, watch, screen, timeout), name=f"live-{grows.name}", daemon=True).start()
-    figure, shown = style.stack(maps), style.stack(maps)
+    figure, shown = style.stack(maps), style.stack(maps)  # what is shown keeps its state, whatever is done with `figure`
     figure._ipython_display_ = lambda: screen.display(shown)  # what a notebook calls instead of showing `figure` in its own way
     return figure
 
@@ -165,8 +171,9 @@ class Screen:
     """The figure of a live view, wherever it is shown: `show` has it show something new, as soon as a browser can.
 
     What is sent before the browser listens is lost. The comm of a figure is opened by the browser when it does (`_comm` is None
-    before): then all is sent, after nothing, since only what changes travels. What is displayed under an id can be replaced without
-    a comm: that is how the last picture comes, which `picture(seen)` draws.
+    before), and by each page that is loaded later: then all is sent, after nothing, since only what changes travels. What is displayed
+    under an id can be replaced without a comm: that is how the last picture comes, which `picture(seen)` draws, to the page in which the
+    cell was run. Other pages know no ids and get it as before.
     """
 
     def __init__(
@@ -193,13 +200,6 @@ class Screen:
 
     def _draw(self) -> None:
         self.posted = False
-        if self.ended and self.displayed:
-            from IPython.display import display
-
-            # JupyterLab draws nothing where the new output has the form of the old one; so there is another one between.
-            display({"text/plain": ""}, raw=True, display_id=self.displayed, update=True)
-            display(self.picture(self.latest), display_id=self.displayed, update=True)
-            return
         comms = {id(plot.comm): plot.comm for plot in map(_plot, self.pipe.subscribers) if getattr(plot, "comm", None)}
         for comm in comms.values():
             comm._on_open = self._again
@@ -207,8 +207,17 @@ class Screen:
             began = time.monotonic()
             self.pipe.send(self.latest)
             self.took = time.monotonic() - began
+        if self.ended and self.displayed:
+            from IPython.display import display
+
+            # JupyterLab draws nothing where the new output has the form of the old one; so there is another one between.
+            display({"text/plain": ""}, raw=True, display_id=self.displayed, update=True)
+            display(self.picture(self.latest), display_id=self.displayed, update=True)
 
     def _again(self, _: Any) -> None:
+        self.post(self._resend)  # JupyterLab opens comms of a busy kernel in a thread beside the one that draws
+
+    def _resend(self) -> None:
         self.pipe.send(self.nothing)
         self.pipe.send(self.latest)
 

@@ -8,6 +8,7 @@ Used by `Run.progress`, `labkit.subnets.train`, and drivers that work in the ker
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def show(label: str, read: Callable[[], dict]) -> None:
     Where the status cannot be read, the next look may be luckier; after FAILURES of them the line says why it stops, and so does the bar,
     which goes on looking.
     """
-    bar, text = _bar() if style.interactive() else (None, None)
+    bar = Bar() if style.interactive() else None
 
     def follow() -> None:
         printed, running, failures, status = 0.0, True, 0, {}
@@ -63,13 +64,14 @@ def show(label: str, read: Callable[[], dict]) -> None:
                     status = {"state": "running"}
             running, now = status["state"] == "running" or bool(bar and failures), time.monotonic()
             if bar:
-                bar.value, text.value = _share(status), f"{label}: {line(status)}"
-                bar.bar_style = "" if running else {"done": "success", "stopped": "warning"}.get(status["state"], "danger")
+                bar.move(_share(status), f"{label}: {line(status)}")
             elif not running or now - printed >= EVERY_S:
                 print(f"{label}: {line(status)}", flush=True)
                 printed = now
             if running:
                 time.sleep(BAR_S if bar else 0.1)
+        if bar:
+            bar.close()
 
     if bar:
         threading.Thread(target=follow, daemon=True).start()
@@ -81,14 +83,29 @@ def _share(status: dict) -> float:
     return min(1.0, status.get("samples", 0) / (status.get("budget") or 1))
 
 
-def _bar() -> tuple[Any, Any]:
-    """A bar from 0 to 1 and the text beside it, shown below the cell."""
-    import ipywidgets as widgets
-    from IPython.display import display
+class Bar:
+    """A bar from 0 to 1 and the text beside it, shown below the cell; `close` leaves the text alone, as text.
 
-    bar, text = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="40%")), widgets.Label()
-    display(widgets.HBox([bar, text]))
-    return bar, text
+    A widget needs its kernel: a notebook that is opened later would say that it cannot be displayed. The widget is there still, for
+    pages that have shown the cell without running it; they know no id of what is displayed.
+    """
+
+    def __init__(self) -> None:
+        import ipywidgets as widgets
+        from IPython.display import display
+
+        self._bar, self._text = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="40%")), widgets.Label()
+        self._displayed = uuid.uuid4().hex
+        display(widgets.HBox([self._bar, self._text]), display_id=self._displayed)
+
+    def move(self, share: float, text: str) -> None:
+        self._bar.value, self._text.value = share, text
+
+    def close(self) -> None:
+        """Twice is fine."""
+        from IPython.display import display
+
+        display({"text/plain": self._text.value}, raw=True, display_id=self._displayed, update=True)
 
 
 # -- subnets -----------------------------------------------------------------------------------------------------------
@@ -100,7 +117,8 @@ def following(
 ) -> Iterator[None]:
     """While it is open, show how far the subnets are, `names` by number: `read()` gives the latest epoch, loss and score of each by
     its number; those among `done` have ended."""
-    over, show = threading.Event(), (_in_bar if style.interactive() else _in_lines)(names, epochs, done)
+    over, bar = threading.Event(), Bar() if style.interactive() else None
+    show = _in_bar(bar, names, epochs, done) if bar else _in_lines(names, epochs, done)
 
     def follow() -> None:
         ended = False
@@ -116,6 +134,8 @@ def following(
     finally:
         over.set()
         thread.join(10)
+        if bar:
+            bar.close()
 
 
 def _in_lines(names: Mapping[int, str], epochs: int, done: Collection[int]) -> Any:
@@ -133,15 +153,12 @@ def _in_lines(names: Mapping[int, str], epochs: int, done: Collection[int]) -> A
     return show
 
 
-def _in_bar(names: Mapping[int, str], epochs: int, done: Collection[int]) -> Any:
-    bar, text = _bar()
-
+def _in_bar(bar: Bar, names: Mapping[int, str], epochs: int, done: Collection[int]) -> Any:
     def show(rows: dict[int, dict]) -> None:
         under_way = {number: row for number, row in rows.items() if number not in done}
-        bar.value = (len(done) + sum(row["epoch"] for row in under_way.values()) / epochs) / len(names)
+        share = (len(done) + sum(row["epoch"] for row in under_way.values()) / epochs) / len(names)
         texts = [f"{len(done)} of {len(names)} subnets", *(_epoch(names[number], row, epochs) for number, row in under_way.items())]
-        text.value = "; ".join(texts)
-        bar.bar_style = "success" if len(done) == len(names) else ""
+        bar.move(share, "; ".join(texts))
 
     return show
 
@@ -160,22 +177,26 @@ def meter(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """For work in this kernel itself: call the function that is yielded with the samples done so far, as often as you like."""
     started = shown = time.monotonic()
     latest = 0
-    bars, bar, text = style.interactive(), None, None
+    bars, bar = style.interactive(), None
 
     def move(done: int, last: bool = False) -> None:
-        nonlocal shown, latest, bar, text
+        nonlocal shown, latest, bar
         now, latest = time.monotonic(), done
         if now - shown < (BAR_S if bar else SOON_S if bars else EVERY_S) and not (last and shown > started):
             return
         if bars and not bar:
-            bar, text = _bar()
+            bar = Bar()
         shown, share = now, min(1.0, done / max(1, total))
         left = f", {(now - started) * (1 - share) / share:.0f} s left" if 0.02 < share < 1 else ""
         message = f"{title}: {share:4.0%}, {done:,} of {total:,} samples{left}"
         if bar:
-            bar.value, text.value = share, message
+            bar.move(share, message)
         else:
             print(message, flush=True)
 
-    yield move
-    move(latest, last=True)
+    try:
+        yield move
+        move(latest, last=True)
+    finally:
+        if bar:
+            bar.close()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.cluster.emulation import unsteadiness
+from labkit.cluster.notice import in_notebook, shell, telling
 from labkit.errors import LabError, file_path, like, several
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ def extension(mode: str | None = None) -> str:
     again = mode == "interactive" and cell is not None and cell == _loaded.get("cell") and execution != _loaded.get("execution")
     if _loaded.get("mode") == mode and not again:
         return mode
+    with telling("The first figure of this kernel: its libraries are being loaded."):
+        _load(mode)
+    _loaded.update(mode=mode, cell=cell, execution=execution)
+    return mode
+
+
+def _load(mode: str) -> None:
     import holoviews as hv
 
     if mode == "static":
@@ -84,8 +92,6 @@ def extension(mode: str | None = None) -> str:
             import hvplot.pandas  # noqa: F401
         hv.Store.set_current_backend("bokeh")
     hv.Store.renderers["matplotlib"].dpi = 120
-    _loaded.update(mode=mode, cell=cell, execution=execution)
-    return mode
 
 
 def _inline_styles() -> None:
@@ -116,26 +122,19 @@ def interactive() -> bool:
         if mode not in MODES:
             raise ValueError(f"LABKIT_PLOTS is {mode!r}; it can be 'static' (pictures) or 'interactive' (bokeh).")
         return mode == "interactive"
-    # A Jupyter server sets the notebook's name for its kernels; papermill, scripts and consoles have none.
-    return hasattr(_shell(), "kernel") and "JPY_SESSION_NAME" in os.environ
-
-
-def _shell() -> Any:
-    """The IPython shell of this process; None outside of IPython, which is not loaded for it."""
-    ipython = sys.modules.get("IPython")
-    return ipython.get_ipython() if ipython else None
+    return in_notebook()
 
 
 def _cell() -> tuple[str | None, str | None]:
     """The notebook cell that is being executed and this execution of it, each as its id; None where there is none."""
-    kernel = getattr(_shell(), "kernel", None)
+    kernel = getattr(shell(), "kernel", None)
     parent = (kernel.get_parent("shell") if kernel else None) or {}
     return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
 
 
 def _quiet() -> Any:
     """A context in which nothing is displayed in a notebook."""
-    if _shell() is None:
+    if shell() is None:
         return nullcontext()
     from IPython.utils.capture import capture_output
 
@@ -533,6 +532,8 @@ def _bokeh_look(note: str) -> Any:
             axis.update(axis_label_text_font=FONT, axis_label_text_font_style="normal", major_label_text_font=FONT)
         for legend in figure.legend:
             legend.label_text_font = FONT
+        said = [figure.title.text if figure.title else "", note]  # what a screen reader says of the picture
+        figure.html_attributes = {"role": "img", "aria-label": ". ".join(filter(None, said))}
         if note and not any(getattr(above, "name", "") == "note" for above in figure.above):
             text = Title(text=note, name="note", text_font_size="11pt", text_font=FONT, text_font_style="normal", text_color=GREY)
             figure.add_layout(text, "above")

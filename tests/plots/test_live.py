@@ -147,6 +147,11 @@ def test_what_is_new_is_drawn_once_between_two_cells_and_a_record_that_cannot_be
     posted[0]()
     assert [seen.test for seen in drawn] == [4]
 
+    screen._again({})  # a page is loaded, in whichever thread its kernel hears of it
+    assert len(drawn) == 1 and len(posted) == 2
+    posted.pop()()
+    assert drawn[1:] == [NOTHING, drawn[0]]
+
     looks = iter([OSError(), RunError("busy"), NOTHING, NOTHING])
 
     def look():

@@ -33,11 +33,13 @@ def test_a_bar_moves_to_the_end_of_a_run(monkeypatch):
     shown, read = [], iter([RUNNING, RUNNING | {"state": "done", "samples": 100}])
     monkeypatch.setenv("LABKIT_PLOTS", "interactive")
     monkeypatch.setattr("labkit.plots.progress.BAR_S", 0.01)
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("IPython.display.display", lambda what, **how: shown.append(what))
     monkeypatch.setattr("threading.Thread.start", lambda thread: thread.run())
     show("AGWU + IDPA", lambda: next(read))
     bar, text = shown[0].children
-    assert (bar.value, bar.bar_style, text.value) == (1.0, "success", "AGWU + IDPA: 100%, 100 of 100 samples, version 3, done")
+    last = "AGWU + IDPA: 100%, 100 of 100 samples, version 3, done"
+    assert (bar.value, text.value) == (1.0, last)
+    assert shown[1:] == [{"text/plain": last}], "what is saved with the notebook, where a widget would be an error"
 
 
 def test_a_status_that_cannot_be_read_does_not_end_the_line(capsys, monkeypatch):
@@ -70,7 +72,7 @@ def test_a_bar_whose_status_cannot_be_read_says_so_and_goes_on(monkeypatch):
 
     monkeypatch.setenv("LABKIT_PLOTS", "interactive")
     monkeypatch.setattr("labkit.plots.progress.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("IPython.display.display", lambda what, **how: shown.append(what))
     monkeypatch.setattr("threading.Thread.start", lambda thread: thread.run())
     show("a", read)
     assert texts[30].endswith("unknown: the disk is away.") and "unknown" not in texts[32]
@@ -78,16 +80,18 @@ def test_a_bar_whose_status_cannot_be_read_says_so_and_goes_on(monkeypatch):
 
 
 def test_a_bar_is_shown_only_for_work_that_is_long(monkeypatch):
-    class Thing:
-        value = None
-
-    made = []
+    shown = []
     monkeypatch.setattr("labkit.plots.style.interactive", lambda: True)
-    monkeypatch.setattr("labkit.plots.progress._bar", lambda: made.append((Thing(), Thing())) or made[-1])
-    for soon, bars in ((60.0, 0), (0.0, 1)):
+    monkeypatch.setattr("IPython.display.display", lambda what, **how: shown.append(what))
+    for soon, outputs in ((60.0, 0), (0.0, 2)):
         monkeypatch.setattr("labkit.plots.progress.SOON_S", soon)
         with meter("work", 10) as done:
             done(4)
             done(10)
-        assert len(made) == bars
-    assert made[0][0].value == 1.0 and made[0][1].value == "work: 100%, 10 of 10 samples"
+        assert len(shown) == outputs
+    bar, text = shown[0].children
+    assert bar.value == 1.0 and text.value == "work: 100%, 10 of 10 samples" and shown[1] == {"text/plain": text.value}
+    with pytest.raises(ZeroDivisionError), meter("work", 10) as done:
+        done(4)
+        raise ZeroDivisionError
+    assert "text/plain" in shown[-1], "also of work that fails"
