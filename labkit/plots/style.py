@@ -10,7 +10,6 @@ Used by all figures; `extension`, `interactive` and `save` are public through `l
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path

@@ -32,7 +32,7 @@ SETTINGS = {  # of JupyterLab: every output is drawn, also one that is not in si
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension:notification": {"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True},
 }
-THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
+HERE = ("http://localhost:", "http://127.0.0.1:", "ws://localhost:", "ws://127.0.0.1:", "data:", "blob:")
 
 
 @pytest.fixture
@@ -47,18 +47,28 @@ def browser():
 
 
 @pytest.fixture
-def page(browser):
-    """A page of its own; what it says in its console as an error, or fetches from elsewhere, fails the test."""
-    page, wrong = browser.new_page(viewport={"width": 1200, "height": 1600}), []
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("response", lambda answer: wrong.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
-    page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith(HERE) else None)
-    yield page
-    page.close()
+def new_page(browser):
+    """Makes pages; what one says in its console as an error, or fetches from elsewhere, fails the test."""
+    pages, wrong = [], []
+
+    def make():
+        page = browser.new_page(viewport={"width": 1200, "height": 1600})
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("response", lambda answer: wrong.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
+        page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith(HERE) else None)
+        pages.append(page)
+        return page
+
+    yield make
+    for page in pages:
+        page.close()
     assert not wrong
 
 
-HERE = ("http://localhost:", "http://127.0.0.1:", "ws://localhost:", "ws://127.0.0.1:", "data:", "blob:")
+@pytest.fixture
+def page(new_page):
+    return new_page()
 
 
 @pytest.fixture
@@ -67,21 +77,49 @@ def screenshot(tmp_path):
 
     def take(page, name):
         folder.mkdir(parents=True, exist_ok=True)
+        size = page.viewport_size
+        height = page.evaluate("Math.max(0, ...[...document.querySelectorAll('.jp-WindowedPanel-outer')].map(e => e.scrollHeight))")
+        page.set_viewport_size(
+            {**size, "height": min(16_000, max(size["height"], height + 200))}
+        )  # a notebook scrolls inside of the page
+        page.evaluate("document.querySelectorAll('.jp-WindowedPanel-outer').forEach(e => e.scrollTop = 0)")
+        page.wait_for_timeout(300)
         page.screenshot(path=folder / f"{name}.png", full_page=True)
+        page.set_viewport_size(size)
 
     return take
 
 
-@pytest.fixture(params=[*THEMES])
-def jupyter(request, browser, tmp_path):
-    """A server of notebooks in a folder with copies of labkit's; its address opens a notebook by its name."""
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns("runs", ".*"))
-    theme = {"@jupyterlab/apputils-extension:themes": {"theme": THEMES[request.param]}}
-    overrides = tmp_path / "settings" / "overrides.json"
+class Jupyter:
+    """A server of the notebooks in `folder`; `open` shows one in a page, with a kernel of its own, and waits until it is ready."""
+
+    def __init__(self, url, folder):
+        self.url, self.folder = url, folder
+
+    def open(self, page, name, workspace="auto"):
+        page.goto(f"{self.url}lab/workspaces/{workspace}/tree/{name}?token=token&reset", wait_until="domcontentloaded")
+        page.locator(".jp-StatusBar-TextItem", has_text="| Idle").first.wait_for(timeout=120_000)  # before it Run All is dropped
+
+    def end_kernels(self):
+        with urllib.request.urlopen(f"{self.url}api/sessions?token=token", timeout=30) as answer:
+            sessions = json.load(answer)
+        for session in sessions:
+            request = urllib.request.Request(f"{self.url}api/sessions/{session['id']}?token=token", method="DELETE")
+            urllib.request.urlopen(request, timeout=60).close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One for all tests of a file."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("runs", ".*"))
+    cache = tmp_path_factory.getbasetemp() / "labkit-cache"  # as that of the fixture `cache`
+    cache.mkdir(exist_ok=True)
+    overrides = folder / "settings" / "overrides.json"
     overrides.parent.mkdir()
-    overrides.write_text(json.dumps(SETTINGS | theme))
-    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
-    env |= {"LABKIT_SMALL": "1", "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
+    overrides.write_text(json.dumps(SETTINGS))
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}
+    env |= {"LABKIT_SMALL": "1", "LABKIT_CACHE": str(cache), "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}
     options = [
         "--no-browser",
         "--ServerApp.port=0",
@@ -89,22 +127,20 @@ def jupyter(request, browser, tmp_path):
         "--LabApp.news_url=",
         "--LabApp.expose_app_in_browser=True",
     ]
-    options += ["--IdentityProvider.token=token", f"--ServerApp.root_dir={tmp_path / 'notebooks'}", "--allow-root"]
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
+    options += ["--IdentityProvider.token=token", f"--ServerApp.root_dir={folder / 'notebooks'}", "--allow-root"]
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
     try:
-        until(lambda: [*(tmp_path / "runtime").glob("jpserver-*-open.html")], 60)  # it is written last
-        (about,) = (tmp_path / "runtime").glob("jpserver-*.json")
-        url = json.loads(about.read_text())["url"]
-        yield lambda name: f"{url}lab/tree/{name}?token=token&reset"
+        until(lambda: [*(folder / "runtime").glob("jpserver-*-open.html")], 60)  # it is written last
+        (about,) = (folder / "runtime").glob("jpserver-*.json")
+        yield Jupyter(json.loads(about.read_text())["url"], folder / "notebooks")
     finally:
-        for kernel in _kernels(url):
-            stop = urllib.request.Request(f"{url}api/kernels/{kernel}?token=token", method="DELETE")
-            urllib.request.urlopen(stop, timeout=30).close()
-        server.terminate()
-        server.wait(30)
+        process.terminate()
+        process.wait(60)
 
 
-def _kernels(url):
-    with urllib.request.urlopen(f"{url}api/kernels?token=token", timeout=30) as answer:
-        return [kernel["id"] for kernel in json.load(answer)]
+@pytest.fixture
+def jupyter(server):
+    """The server, whose kernels end with the test."""
+    yield server
+    server.end_kernels()
