@@ -185,6 +185,7 @@ class UCluster(Problem):
             metrics = self.losses(module, batch, clock, after)
             metrics["loss"].backward()
         optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
         for follow in after:
             follow()
         return {name: value.detach() for name, value in metrics.items()}

@@ -38,6 +38,7 @@ AGE_S = 30.0  # at least so often a version is saved, if there is a new one
 FORMAT = 1  # of a checkpoint; a reader refuses what is newer
 FOLDER = "checkpoints"
 WIDTHS = {"bfloat16": 2}  # bytes of the types that numpy has not
+PART = 1 << 20  # bytes that are read, or weights that are looked at, at once
 LAYOUT = "layout.json"
 ARRAY, ITEMS = "__array__", "__items__"  # in the JSON: a reference to a member; a dict whose keys are not all text
 
@@ -239,11 +240,12 @@ def versions(path: Path) -> list[int]:
     return sorted(int(file.stem) for file in (Path(path) / FOLDER).glob("*.npz") if file.stem.isdecimal())
 
 
-def read_weights(path: Path, version: int, size: int) -> np.ndarray:
-    """The flat float32 vector of a version (read-only); anything but `size` finite numbers is refused by name."""
+def read_weights(path: Path, version: int, size: int, *, writable: bool = False) -> np.ndarray:
+    """The flat float32 vector of a version (read-only, unless asked otherwise); anything but `size` finite numbers is refused by name."""
     weights = read_state(path, version)[0]
     if weights.shape != (size,):
         raise _refused(path, version, f"holds {len(weights)} weights, and the model of this run has {size}.")
+    weights.flags.writeable = writable
     return weights
 
 
@@ -252,7 +254,7 @@ def read_state(path: Path, version: int) -> tuple[np.ndarray, dict]:
     file = file_of(path, version)
     try:
         members = _read_members(file)
-        head = json.loads(_array(members.get("state", (b"", b""))[0]).tobytes()) if "state" in members else None
+        head = json.loads(_array(members["state"][0]).tobytes()) if "state" in members else None
         if isinstance(head, dict) and isinstance(head.get("format"), int) and head["format"] > FORMAT:
             later = f"was written by a later labkit (checkpoint format {head['format']}; this one reads {FORMAT})."
             raise RunError(f"{file} {later} Update labkit to read it.")
@@ -278,19 +280,26 @@ def read_state(path: Path, version: int) -> tuple[np.ndarray, dict]:
         raise _refused(path, version, f"holds version {head['version']}: it was renamed.")
     if weights.dtype != np.float32 or weights.ndim != 1:
         raise _refused(path, version, f"holds weights of {weights.dtype} {weights.shape}, not a float32 vector.")
-    if not np.isfinite(weights).all():
+    if not is_finite(weights):
         raise _refused(path, version, "holds NaN or infinity among the weights.")
+    weights.flags.writeable = False
     return weights, state
 
 
-def read_average(path: Path, version: int, size: int) -> np.ndarray:
-    """The average of the global weights up to a version (read-only), where the run makes one; refused as in `read_weights`."""
+def is_finite(vector: np.ndarray) -> bool:
+    """In parts: no array of the same length is made."""
+    return all(np.isfinite(vector[start : start + PART]).all() for start in range(0, len(vector), PART))
+
+
+def read_average(path: Path, version: int, size: int, *, writable: bool = False) -> np.ndarray:
+    """The average of the global weights up to a version, where the run makes one; read-only and refused as in `read_weights`."""
     weights, state = read_state(path, version)
     held = state.get("ema")
     average = held.get("weights") if isinstance(held, dict) else None
     fits = isinstance(average, np.ndarray) and average.dtype == np.float32 and average.shape == (size,) == weights.shape
-    if not fits or not np.isfinite(average).all():
+    if not fits or not is_finite(average):
         raise _refused(path, version, f"holds no average of the {size} weights.")
+    average.flags.writeable = writable
     return average
 
 
@@ -325,7 +334,7 @@ def _refused(path: Path, version: int, why: str) -> RunError:
     return RunError(f"{file_of(path, version)} {why} Delete it to continue without it; other versions: {others or 'none'}.")
 
 
-def _read_members(file: Path) -> dict[str, tuple[bytes, bytes]]:
+def _read_members(file: Path) -> dict[str, tuple[np.ndarray, bytes]]:
     """Contents and SHA-256 of each member, in order. Lengths are checked before memory is allocated, CRC-32 during reading."""
     size = file.stat().st_size
     with open(file, "rb") as raw:
@@ -346,16 +355,21 @@ def _read_members(file: Path) -> dict[str, tuple[bytes, bytes]]:
                 name = info.filename.removesuffix(".npy")
                 if name in members:
                     raise ValueError(f"it holds {name} twice")
-                data = archive.read(info)
-                if len(data) != info.file_size:
-                    raise ValueError(f"its member {name} is cut short")
-                members[name] = (data, hashlib.sha256(data).digest())
+                data, sha = np.empty(info.file_size, np.uint8), hashlib.sha256()
+                with archive.open(info) as member:
+                    for start in range(0, len(data), PART):
+                        part = memoryview(data)[start : start + PART]
+                        if member.readinto(part) != len(part):
+                            raise ValueError(f"its member {name} is cut short")
+                        sha.update(part)
+                    member.read(1)  # its end, where the CRC-32 is compared
+                members[name] = (data, sha.digest())
     return members
 
 
-def _array(data: bytes) -> np.ndarray:
-    """The array of a member (read-only, without a copy)."""
-    stream = io.BytesIO(data)
+def _array(data: np.ndarray) -> np.ndarray:
+    """The array of a member, whose bytes these are (without a copy)."""
+    stream = io.BytesIO(data[:PART].tobytes())
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("it holds arrays of another format")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -410,6 +424,11 @@ class Policy:
         self.number, self.at = self._due(merged), self.clock()
         before, self.newest = self.newest, version
         return version != before
+
+    def missed(self, version: int) -> None:
+        """This one could not be saved after all."""
+        if self.newest == version:
+            self.newest = -1
 
     def _due(self, merged: int) -> int:
         return 2 * merged * self.snapshots // self.budget

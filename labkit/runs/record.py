@@ -334,6 +334,9 @@ class RunRecord(Carded, Public):
 
     def flat(self, version: int | str | None = None) -> np.ndarray:
         """The global weights as one flat float32 vector, by default of the newest version; "ema" for their average up to there."""
+        return self._read(version)
+
+    def _read(self, version: int | str | None, writable: bool = False) -> np.ndarray:
         version = plain_scalar(version)
         if (average := isinstance(version, str) and version == "ema") and not self.config.ema:
             raise RunError(f"run {self.name} makes no average of its weights. Give its problem ema=0.999, say, and train it again.")
@@ -349,8 +352,8 @@ class RunRecord(Carded, Public):
                 )
         version = whole("version", version, 0)
         if average:
-            return checkpoints.read_average(self.path, version, self.layout.size)
-        return checkpoints.read_weights(self.path, version, self.layout.size)
+            return checkpoints.read_average(self.path, version, self.layout.size, writable=writable)
+        return checkpoints.read_weights(self.path, version, self.layout.size, writable=writable)
 
     def _last_saved(self) -> int:
         """The last version that was saved, by the record; -1 while the run is running, or where it does not say."""
@@ -364,8 +367,8 @@ class RunRecord(Carded, Public):
         return -1 if np.isnan(saved) else int(saved)
 
     def weights(self, version: int | str | None = None) -> dict[str, np.ndarray]:
-        """The global weights by name, by default of the newest version."""
-        return {name: np.array(tensor) for name, tensor in self.layout.split(self.flat(version)).items()}
+        """The global weights by name, by default of the newest version: float32 arrays are parts of one that was read for them."""
+        return self.layout.split(self._read(version, writable=True))
 
     def _card(self) -> Card:
         status, config = self.status(), self.config

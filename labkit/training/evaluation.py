@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from labkit.inner.precision import Precision
 from labkit.models.flat import Flat
 from labkit.runs import checkpoints, metrics
 from labkit.runs.events import VERSIONS, effective
-from labkit.training.worker.process import prepare
+from labkit.training.worker.process import give_back, prepare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,8 +66,14 @@ def as_recorded(problem: Problem, run: RunRecord) -> Problem:
 
 def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[dict[str, float]]:
     """Runs on a worker: version, loss, score and so on of some versions of a run."""
-    problem, path, versions, config = item
     prepare()
+    try:
+        return _evaluated(*item)
+    finally:
+        give_back()
+
+
+def _evaluated(problem: Problem, path: str, versions: list[int], config: RunConfig) -> list[dict[str, float]]:
     module = problem.new_module(config.seed)
     state = Flat(module, exact=config.exact_buffers)
     indices = problem.test_indices()
@@ -77,7 +82,7 @@ def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[dict[str,
     for version in versions:
         rows.append({"version": version})
         for prefix, read in readers.items():
-            state.load(torch.from_numpy(np.array(read(Path(path), version, len(state.vector)))))
+            state.load(torch.from_numpy(read(Path(path), version, len(state.vector), writable=True)))
             measured = problem.measure(module, indices, "test", batch_size=BATCH)
             rows[-1] |= {f"{prefix}{name}": value for name, value in measured.items()}
     return rows

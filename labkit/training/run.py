@@ -295,11 +295,14 @@ class Run(RunRecord):
 
         With "ema" their average up to the newest version, where the problem asked for one (`ema=`).
         """
+        return super().flat(version)
+
+    def _read(self, version: int | str | None, writable: bool = False) -> np.ndarray:
         if isinstance(version, str) and version == "best":
             from labkit.training.monitor import best
 
             version = best(self, self.problem())
-        return super().flat(version)
+        return super()._read(version, writable)
 
     def model(self, version: int | str | None = None, *, normalised: bool = True) -> torch.nn.Module:
         """The trained network as a torch module that takes raw samples, on the CPU, in evaluation mode; `version` as in `flat`.
@@ -373,7 +376,7 @@ class Run(RunRecord):
     def _network(self, version: int | str | None = None) -> torch.nn.Module:
         import torch
 
-        weights = torch.from_numpy(np.array(self.flat(version)))
+        weights = torch.from_numpy(self._read(version, writable=True))
         module, flat = self._untrained()
         flat.load(weights)
         return module.eval()

@@ -20,6 +20,8 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from labkit.cluster.lab import Lab, Task, Worker
 from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError, traceback_of
 from labkit.inner.precision import Precision
@@ -93,6 +95,7 @@ class Supervisor:
                 self.fingerprint = self.problem.fingerprint(self.spec.config.seed)
             self._read_precision()
             self.server, self.address = _start_server(self.spec, self.path, self.lock)
+            self.spec = replace(self.spec, weights=np.empty(0, np.float32), state=None)  # the server has them
             for index in self.spec.config.indices:
                 self._start_worker(index)
         except BaseException as error:

@@ -141,8 +141,8 @@ class Downpour(Changes):
             np.multiply(self.first, np.float32(self.lr or (1 - self.momentum) / m), out=step)
         else:
             self._adam(step)
-        merged += self.weights
-        self._mix_buffers(merged, push, 1 / m)
+        step += self.weights[: self.n_params]
+        self._mix_buffers(merged, 1 / m)
         self._publish(merged, [(push, 1 / m)])
         return self._release([push.worker])
 
@@ -202,7 +202,7 @@ class FedAsync(Update):
 
     def _merge(self, push: Push) -> list[Reply]:
         share = self.share(self.version - push.base_version)
-        merged = weighted_sum([self.weights, push.weights], [1 - share, share])
+        merged = weighted_sum([self.weights, push.weights], [1 - share, share], self._into([push]))
         self._publish(merged, [(push, share)])
         return self._release([push.worker])
 
@@ -243,7 +243,7 @@ class FedBuff(Changes):
 
     def _begin(self) -> None:
         super()._begin()
-        self.total = np.zeros_like(self.weights)  # sum_j s_j [changes | buffers]
+        self.total = np.zeros(0, np.float32)  # sum_j s_j [changes | buffers], from the first push of a version on
         self.kept: list[list] = []  # of each push in it: worker, s, staleness, samples
 
     def _reach(self) -> float:
@@ -263,10 +263,11 @@ class FedBuff(Changes):
             self._flush()
 
     def _merge(self, push: Push) -> list[Reply]:
-        staleness, n = self.version - push.base_version, self.n_params
+        staleness = self.version - push.base_version
         fading = (1 + staleness) ** -self.power
+        if not len(self.total):
+            self.total = np.zeros_like(self.weights)
         part = self._change(push)
-        part[n:] = push.weights[n:]
         part *= np.float32(fading)
         self.total += part
         self.kept.append([push.worker, fading, staleness, push.samples])
@@ -275,14 +276,16 @@ class FedBuff(Changes):
         return self._release([push.worker])
 
     def _flush(self) -> None:
-        """The pushes so far become a version, and their sum begins anew."""
+        """The pushes so far become a version, in the memory of their sum, which begins anew."""
         n, rate = self.n_params, self.lr / len(self.kept)
         weight = sum(fading for _, fading, _, _ in self.kept)
-        merged = self.total * np.float32(rate)
-        merged[:n] += self.weights[:n]
+        merged, self.total = self.total, np.zeros(0, np.float32)
         mix = np.float32(min(1.0, rate * weight))
-        merged[n:] = (1 - mix) * self.weights[n:] + mix * (self.total[n:] / np.float32(weight))
+        buffers = (1 - mix) * self.weights[n:] + mix * (merged[n:] / np.float32(weight))
+        merged *= np.float32(rate)
+        merged[:n] += self.weights[:n]
+        merged[n:] = buffers
         version = self.version + 1
         merges = [Merge(worker, version, rate * fading, late, samples) for worker, fading, late, samples in self.kept]
         self._publish_merged(merged, merges)
-        self.total[:], self.kept = 0, []
+        self.kept = []

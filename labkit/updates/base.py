@@ -8,6 +8,7 @@ comes from its driver: `deadline` is for how many seconds the rule waits for oth
 Used by the other files of `labkit.updates`, and by `labkit.training.server.coordinator`, which drives a rule.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,7 @@ class Push:
     weights: np.ndarray  # float32, shape (n,): [parameters | buffers]; only read, and not after its worker has its reply
     score: float | None  # Q in [0, 1] on the shared score set; None: it is measured later, for a rule that does not ask for it
     samples: int  # samples trained on in this local pass
+    own: bool = False  # nobody else needs the array: the rule may write into it and make a version of it
 
 
 @dataclass(frozen=True)
@@ -223,10 +225,20 @@ class Update(Carded):
         return most
 
     def merge(self, push: Push) -> list[Reply]:
-        """Merge, hold or drop one push that was checked. `BadPush` when float32 cannot hold what comes out."""
+        """Merge, hold or drop one push that was checked.
+
+        Raises
+        ------
+        BadPush
+            Float32 cannot hold what comes out.
+        MemoryError
+            There is no room for what comes out. The rule is as it was before, but for what it had already written in place (`written`):
+            so a rule takes the memory that it needs before it writes.
+        """
         self.merges, self.drops = [], []
         if self.largest <= SAFE:
-            return self._merge_exactly(push)
+            with self._undone():
+                return self._merge_exactly(push)
         before, reach = self.state_dict(), self._reach()
         try:
             with np.errstate(all="ignore"):
@@ -240,11 +252,33 @@ class Update(Carded):
         return replies
 
     def _merge_exactly(self, push: Push) -> list[Reply]:
-        self.still = [[a, b] for a, b in self.still if np.array_equal(push.weights[a:b], self.weights[a:b])]
+        self.still = [[a, b] for a, b in self.still if _equal(push.weights[a:b], self.weights[a:b])]
         if not self.n_exact:
             return self._merge(push)
         self.exact[push.worker] = push.weights[-self.n_exact :].copy()
         return [self._exactly(reply) for reply in self._merge(push)]
+
+    @contextlib.contextmanager
+    def _undone(self) -> Iterator[None]:
+        """A MemoryError in here leaves the rule with what it had; arrays are not copied for that."""
+        before = {key: value.copy() if isinstance(value, dict | list) else value for key, value in vars(self).items()}
+        try:
+            yield
+        except MemoryError:
+            vars(self).update(before)
+            raise
+
+    def _into(self, pushes: Iterable[Push]) -> np.ndarray:
+        """An array (n,) for what is made of these: the weights of one that may be written into, or a new one.
+
+        Always a new one beyond `SAFE`, since what comes out may be refused, and the pushes that the rule holds stay; and in a rule from
+        elsewhere, which may read them once more.
+        """
+        if self.largest <= SAFE and type(self).__module__.startswith("labkit."):
+            for push in pushes:
+                if push.own:
+                    return push.weights
+        return np.empty_like(self.weights)
 
     def _exactly(self, reply: Reply) -> Reply:
         """A reply with weights of the worker's own holds the bytes of its push."""
@@ -276,8 +310,7 @@ class Update(Carded):
 
     def state_dict(self) -> dict:
         """Everything that the future of the rule depends on: numbers, lists, dicts and arrays; no objects."""
-        state = {key: value for key, value in vars(self).items() if key not in ("merges", "drops", "largest")}
-        return {key: _copied(value, key in self.written) for key, value in state.items()}
+        return self._state({"merges", "drops", "largest"})
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update({key: _copied(value, key in self.written) for key, value in state.items()})
@@ -285,7 +318,10 @@ class Update(Carded):
 
     def lasting(self) -> dict:
         """What a checkpoint holds beside the weights: `state_dict` without what belongs to local passes under way."""
-        return {key: value for key, value in self.state_dict().items() if key not in self.fleeting}
+        return self._state({"merges", "drops", "largest", *self.fleeting})
+
+    def _state(self, without: set[str]) -> dict:
+        return {key: _copied(value, key in self.written) for key, value in vars(self).items() if key not in without}
 
     def go_on(self, weights: np.ndarray, workers: Iterable[int], n_buffers: int, lasting: dict) -> None:
         """Begin again from a checkpoint, with workers of which none has anything under way."""
@@ -303,7 +339,8 @@ class Update(Carded):
             raise UpdateError(
                 f"weights of shape {weights.shape} cannot be version {version}: they hold NaN, or are not of this model."
             )
-        self.start(weights, workers, len(weights) - self.n_params, self.blocks)
+        with self._undone():
+            self.start(weights, workers, len(weights) - self.n_params, self.blocks)
         self.version = version
         return self._release(sorted(self.bases))
 
@@ -399,23 +436,28 @@ class Changes(Update):
         return replies
 
     def _change(self, push: Push) -> np.ndarray:
-        """W_j - W(k), a new array; of its buffers nobody should make use."""
-        return push.weights - self.base_weights[push.worker]
+        """W_j - W(k) of the parameters, and the buffers of W_j behind them: an array to go on with (`_into`)."""
+        into, n = self._into([push]), self.n_params
+        np.subtract(push.weights[:n], self.base_weights[push.worker][:n], out=into[:n])
+        if into is not push.weights:
+            into[n:] = push.weights[n:]
+        return into
 
     def _move(self, push: Push, coefficient: float) -> None:
         """A new version: W + coefficient (W_j - W(k)); buffers between old and pushed value."""
-        merged, base, factor = np.empty_like(self.weights), self.base_weights[push.worker], np.float32(coefficient)
-        for part in chunks(len(merged)):
+        merged, base, factor = self._into([push]), self.base_weights[push.worker], np.float32(coefficient)
+        for part in chunks(self.n_params):
             change = np.subtract(push.weights[part], base[part], out=merged[part])
             change *= factor
             change += self.weights[part]
-        self._mix_buffers(merged, push, coefficient)
+        merged[self.n_params :] = push.weights[self.n_params :]
+        self._mix_buffers(merged, coefficient)
         self._publish(merged, [(push, coefficient)])
 
-    def _mix_buffers(self, merged: np.ndarray, push: Push, coefficient: float) -> None:
-        """Buffers are averaged and never extrapolated: a variance must not fall below zero."""
+    def _mix_buffers(self, merged: np.ndarray, coefficient: float) -> None:
+        """Of those pushed, which `merged` holds. Buffers are averaged and never extrapolated: a variance must not fall below zero."""
         n, mix = self.n_params, np.float32(min(1.0, coefficient))
-        merged[n:] = (1 - mix) * self.weights[n:] + mix * push.weights[n:]
+        merged[n:] = (1 - mix) * self.weights[n:] + mix * merged[n:]
 
 
 def chunks(n: int) -> Iterator[slice]:
@@ -436,14 +478,24 @@ def magnitude(vector: np.ndarray) -> float:
     return max(high, -low) if high == high else high
 
 
-def weighted_sum(vectors: list[np.ndarray], factors: list[float]) -> np.ndarray:
-    """sum_j factors_j vectors_j of float32 vectors of one length, a new array; each goes through memory once."""
-    total, product = np.empty_like(vectors[0]), np.empty(CHUNK, np.float32)
-    for part in chunks(len(total)):
-        into = np.multiply(vectors[0][part], np.float32(factors[0]), out=total[part])
+def weighted_sum(vectors: list[np.ndarray], factors: list[float], out: np.ndarray | None = None) -> np.ndarray:
+    """sum_j factors_j vectors_j of float32 vectors of one length; each goes through memory once.
+
+    In `out`, which may be one of them, or a new array.
+    """
+    sums, products = np.empty((2, CHUNK), np.float32)
+    out = np.empty_like(vectors[0]) if out is None else out
+    for part in chunks(len(out)):
+        n = len(out[part])
+        total = np.multiply(vectors[0][part], np.float32(factors[0]), out=sums[:n])
         for vector, factor in zip(vectors[1:], factors[1:], strict=True):
-            into += np.multiply(vector[part], np.float32(factor), out=product[: len(into)])
-    return total
+            total += np.multiply(vector[part], np.float32(factor), out=products[:n])
+        out[part] = total
+    return out
+
+
+def _equal(some: np.ndarray, others: np.ndarray) -> bool:
+    return all(np.array_equal(some[part], others[part]) for part in chunks(len(some)))
 
 
 def number(rule: Update, name: str, value: float, **bounds: float) -> float:

@@ -8,7 +8,7 @@ Both as in NNLO (2018). Used through `labkit.updates`.
 
 import numpy as np
 
-from labkit.updates.base import Changes, Push, Reply, Update, chunks, number
+from labkit.updates.base import CHUNK, Changes, Push, Reply, Update, chunks, number
 
 
 class EASGD(Update):
@@ -41,10 +41,12 @@ class EASGD(Update):
 
     def _merge(self, push: Push) -> list[Reply]:
         alpha = self.beta / len(self.bases)
-        pull = push.weights - self.weights
-        pull *= np.float32(alpha)
-        centre = self.weights + pull
-        own = np.subtract(push.weights, pull, out=pull)
+        centre, own, pull = np.empty_like(self.weights), self._into([push]), np.empty(CHUNK, np.float32)
+        for part in chunks(len(centre)):
+            force = np.subtract(push.weights[part], self.weights[part], out=pull[: len(centre[part])])
+            force *= np.float32(alpha)
+            np.add(self.weights[part], force, out=centre[part])
+            np.subtract(push.weights[part], force, out=own[part])
         own.flags.writeable = False
         self._publish(centre, [(push, alpha)])
         self.bases[push.worker] = self.version
@@ -98,8 +100,9 @@ class GEM(Changes):
 
     def _merge(self, push: Push) -> list[Reply]:
         lr, n, worker = self.lr or 1 / (self.most * len(self.bases)), self.n_params, push.worker
-        merged, sums = self._change(push), 0.0
-        speed = self.speeds.setdefault(worker, np.zeros(n, np.float32))
+        if worker not in self.speeds:
+            self.speeds[worker] = np.zeros(n, np.float32)
+        merged, speed, sums = self._change(push), self.speeds[worker], 0.0
         seen = self.seen.get(worker, self.base_weights[worker])
         for part in chunks(n):
             d, v = merged[part], speed[part]
@@ -112,8 +115,8 @@ class GEM(Changes):
             d *= pi
             sums += float(pi.sum(dtype=np.float64))
         coefficient = lr * sums / n if n else lr
-        merged += self.weights
-        self._mix_buffers(merged, push, coefficient)
+        merged[:n] += self.weights[:n]
+        self._mix_buffers(merged, coefficient)
         self.seen[worker] = self.weights
         self._publish(merged, [(push, coefficient)])
         return self._release([worker])

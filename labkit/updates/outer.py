@@ -64,7 +64,7 @@ class DiLoCo(Barrier):
 
     def _merge_all(self, pushes: list[Push]) -> None:
         factors, before = shares(pushes, self.weighting), self.weights[: self.n_params]
-        merged = weighted_sum([push.weights for push in pushes], factors)
+        merged = weighted_sum([push.weights for push in pushes], factors, self._into(pushes))
         step = merged[: self.n_params]
         step -= before
         self.velocity *= np.float32(self.momentum)
@@ -135,15 +135,15 @@ class DelayedNesterov(Changes):
         step = merged[: self.n_params]
         self.total += step
         self.count += 1
-        merged *= np.float32(self.lr / n)
+        step *= np.float32(self.lr / n)
         if self.count >= n:
             self.total *= np.float32(1 / self.count)
             self.velocity *= np.float32(self.momentum)
             self.velocity += self.total
             step += np.multiply(self.velocity, np.float32(self.lr * self.momentum), out=self.total)
             self.total[:], self.count = 0, 0
-        merged += self.weights
-        self._mix_buffers(merged, push, 1 / m)
+        step += self.weights[: self.n_params]
+        self._mix_buffers(merged, 1 / m)
         self._publish(merged, [(push, self.lr / n)])
         return self._release([push.worker])
 
@@ -221,7 +221,7 @@ class HeLoCo(Changes):
             g, v = merged[part] * np.float32(1 / m), self.velocity[part]
             v += np.float32(1 - self.momentum) * (g - v)
             merged[part] = self.weights[part] + np.float32(self.lr) * (g + np.float32(self.momentum) * v)
-        self._mix_buffers(merged, push, 1 / m)
+        self._mix_buffers(merged, 1 / m)
         self._publish(merged, [(push, self.lr / m)])
         return self._release([push.worker])
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from labkit.errors import UpdateError, flag
-from labkit.updates.base import Merge, Push, Reply, Update, magnitude, number, one_of, weighted_sum
+from labkit.updates.base import Merge, Push, Reply, Update, chunks, magnitude, number, one_of, weighted_sum
 
 
 class Barrier(Update):
@@ -54,7 +54,9 @@ class Barrier(Update):
             self._merge_all(pushes)
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "pending": {worker: dict(vars(push)) for worker, push in self.pending.items()}}
+        # Without `own`: the rule is not the only one that holds their weights any more.
+        pending = {who: {key: value for key, value in vars(push).items() if key != "own"} for who, push in self.pending.items()}
+        return {**super().state_dict(), "pending": pending}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
@@ -93,7 +95,8 @@ class Barrier(Update):
     def _merge_all(self, pushes: list[Push]) -> None:
         """W(i) = sum_j f_j W_j with the `_factors` f_j, a convex average: buffers are averaged alike."""
         factors = self._factors(pushes)
-        self._publish(weighted_sum([push.weights for push in pushes], factors), zip(pushes, factors, strict=True))
+        merged = weighted_sum([push.weights for push in pushes], factors, self._into(pushes))
+        self._publish(merged, zip(pushes, factors, strict=True))
 
     def _factors(self, pushes: list[Push]) -> list[float]:
         """At least 0, with the sum 1."""
@@ -243,16 +246,22 @@ class AllReduce(Barrier):
     def _merge_all(self, pushes: list[Push]) -> None:
         first = pushes[0].weights[: self.n_params]
         for push in pushes[1:]:
-            other = push.weights[: self.n_params]
-            apart = float(np.max(np.abs(other - first), initial=0.0))
-            most = self.tolerance * max(1.0, float(np.max(np.abs(first), initial=0.0)))
-            if apart > most or (self.tolerance == 0 and (other.view(np.uint32) != first.view(np.uint32)).any()):
+            other, parts = push.weights[: self.n_params], list(chunks(self.n_params))
+            apart = max((float(np.max(np.abs(other[part] - first[part]))) for part in parts), default=0.0)
+            most = self.tolerance * max(1.0, float(first.max(initial=0.0)), -float(first.min(initial=0.0)))
+            if apart > most or (self.tolerance == 0 and not _same_bits(other, first)):
                 raise UpdateError(
                     f"replicas of workers {pushes[0].worker} and {push.worker} differ by {apart:.3g}; all-reduce keeps them "
                     "equal. Is a parameter changed outside the optimiser step?"
                 )
-        weights, factors = pushes[0].weights.copy(), shares(pushes, "samples")
+        weights, factors = self._into(pushes[:1]), shares(pushes, "samples")
+        if weights is not pushes[0].weights:
+            weights[:] = pushes[0].weights
         floats = slice(self.n_params, len(weights) - self.n_exact)
         if self.buffers == "mean" and floats.start < floats.stop and len(pushes) > 1:
             weights[floats] = weighted_sum([push.weights[floats] for push in pushes], factors)
         self._publish(weights, zip(pushes, factors, strict=True))
+
+
+def _same_bits(some: np.ndarray, others: np.ndarray) -> bool:
+    return all(np.array_equal(some[part].view(np.uint32), others[part].view(np.uint32)) for part in chunks(len(some)))

@@ -6,6 +6,7 @@ Used by `test_exact.py`.
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import numpy as np
 
@@ -28,6 +29,16 @@ class Cautious(AGWU):
         self.steps += 1
         shrunk = push.weights * np.float32(self.share) + self.weights * np.float32(1 - self.share)
         return super()._merge(dataclasses.replace(push, weights=shrunk))
+
+
+class Short(AGWU):
+    """Has no memory for its third push, once: as long as there is a file."""
+
+    def _merge(self, push):
+        if self.version == 2 and (file := os.environ.get("LABKIT_TEST_SHORT")) and os.path.exists(file):
+            os.remove(file)
+            raise MemoryError
+        return super()._merge(push)
 
 
 class Backwards(UDPA):

@@ -452,3 +452,59 @@ def test_what_no_push_has_changed_keeps_its_bits(rule):
         pushed([0, 1, 2, 5])
     rule.finish()
     assert rule.weights[2] > first[2] and rule.still == [[6, 8]]  # what a push has changed is merged as ever
+
+
+def course(rule, own):
+    """Three workers push by turns, with a buffer; the weights of each version, and what each worker gets."""
+    generator, versions = np.random.default_rng(3), []
+    rule = make_update(rule)
+    rule.start(generator.normal(size=9).astype(np.float32), (0, 1, 2), 2)
+    for worker in (0, 1, 2) * 4:
+        weights = generator.normal(size=9).astype(np.float32)
+        if worker in getattr(rule, "held", ()):
+            continue
+        for reply in rule.push(Push(worker, rule.bases[worker], weights, 0.2 + 0.1 * worker, 7 + worker, own)):
+            versions.append((reply.worker, reply.version, reply.weights.tobytes()))
+        versions.append(rule.weights.tobytes())
+    rule.finish()
+    return [*versions, rule.weights.tobytes()]
+
+
+@pytest.mark.parametrize("rule", [rule for rule in ALL if rule != "allreduce"], ids=called)  # whose pushes are equal
+def test_a_push_that_the_rule_may_write_into_gives_the_same_bits(rule):
+    assert course(rule, own=True) == course(rule, own=False)
+
+
+@pytest.mark.parametrize(
+    "rule", ["agwu", "sgwu", "localsgd", "fedasync", "ssp", "diloco", {"name": "downpour", "optimiser": "momentum"}]
+)
+def test_a_version_is_made_in_the_memory_of_a_push(rule):
+    rule = started(make_update(rule), workers=(0,))
+    weights = vector(3.0, 4.0)
+    rule.push(Push(0, 0, weights, 0.5, 10, own=True))
+    assert rule.version == 1 and np.shares_memory(rule.weights, weights) and not rule.weights.flags.writeable
+
+
+@every_rule
+def test_where_there_is_no_memory_for_a_merge_the_rule_is_as_it_was(rule, monkeypatch):
+    """Whatever array it asks for first is refused; then everything comes as if nothing had happened."""
+    rule = make_update(rule)
+    rule.start(vector(1.0, 2.0, 0.5), (0,), 1)
+    plain = make_update(rule.config())
+    plain.start(vector(1.0, 2.0, 0.5), (0,), 1)
+
+    def without(*_, **__):
+        raise MemoryError
+
+    for turn in range(1, 4):
+        pushed = vector(1.0 + turn, 2.0, 0.25)
+        before = repr(rule.state_dict())
+        with monkeypatch.context() as patch:
+            for name in ("empty", "empty_like", "zeros", "zeros_like", "subtract", "multiply"):
+                patch.setattr(np, name, without)
+            with pytest.raises(MemoryError):
+                rule.push(Push(0, rule.bases[0], pushed, 0.5, 10))
+        assert repr(rule.state_dict()) == before
+        for other in (rule, plain):
+            other.push(Push(0, other.bases[0], pushed, 0.5, 10))
+        assert rule.weights.tobytes() == plain.weights.tobytes() and rule.version == plain.version

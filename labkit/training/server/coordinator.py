@@ -52,7 +52,12 @@ REPORTED = (
     "inner",
     "metrics",
 )  # by a worker, of its local pass
+NO_ROOM = "its push was refused: the server has no memory for it."
 AGAIN = "it came again."  # the reason of a worker's leave when its next incarnation joins
+
+
+class NoRoom(BadPush):
+    """There is no memory for a push now; its worker, which joins anew, has done nothing wrong."""
 
 
 class Coordinator:
@@ -190,15 +195,19 @@ class Coordinator:
         late = f"a late {header['op']} of {samples} samples, from a worker that was taken to be gone"
         self._row("refuse", member, version=self.update.version, samples=samples, message=late)
 
-    def push(self, member: Member, header: dict, weights: np.ndarray | None, n_bytes: int) -> None:
-        """A worker has finished a local pass. `weights` is only read until the worker is answered; None: of the wrong size.
+    def push(
+        self, member: Member, header: dict, weights: np.ndarray | None, n_bytes: int, *, own: bool = False, room: bool = True
+    ) -> None:
+        """A worker has finished a local pass. `weights` is only read until the worker is answered, unless it is the rule's `own`, to be
+        written into; None: of the wrong size. Without `room` it is treated as when there is no memory for the merge.
 
-        Raises `BadPush` for one that cannot be merged: its worker should leave, and nothing else has changed.
+        Raises `BadPush` for one that cannot be merged: its worker should leave, and nothing else has changed. Where that is for want of
+        memory (`NoRoom`) it is not the fault of the worker.
         """
         if member.settles:
             return self._settled(member, header, weights, n_bytes)
         index, samples, version = member.index, int(header["samples"]), int(header["version"])
-        push = Push(index, version, weights, header["score"], samples)
+        push = Push(index, version, weights, header["score"], samples, own)
         if self.state == "running":
             try:
                 self._check(member, push, n_bytes)
@@ -216,7 +225,11 @@ class Coordinator:
         if self.state != "running":
             return self._dismiss(member)
         try:
+            if not room:
+                raise MemoryError
             replies = self.update.merge(push)
+        except MemoryError as error:
+            raise NoRoom(f"worker {index} at version {version}: {NO_ROOM}") from error
         except BadPush as error:  # its local pass is over, and counts for nothing
             raise type(error)(f"worker {index} at version {version}: {error}") from error
         except Exception as error:  # the rule may be a user's own
@@ -301,8 +314,22 @@ class Coordinator:
 
     def checkpoint(self) -> None:
         """Save the newest version, if it is not saved yet, with all that is needed to resume from it."""
-        if self.policy.admits(self.grants.merged, self.update.version):
+        if not self.policy.admits(self.grants.merged, self.update.version):
+            return
+        try:
             self.save(self.update.version, self.update.weights, self.state_dict())
+        except MemoryError:
+            self.skipped(self.update.version)
+
+    def save_if_due(self) -> None:
+        """The newest version, when there is `room`: the driver asks again when there is."""
+        if self.policy.is_due(self.grants.merged) and self.room():
+            self.checkpoint()
+
+    def skipped(self, version: int) -> None:
+        """For want of memory or files a version is not saved. The run goes on; the next one is saved when it is due."""
+        self.policy.missed(version)
+        self.record("refuse", version=version, message=f"version {version} was not saved: there was no room for it.")
 
     def status(self) -> dict:
         """How far the run is: as its kernel gets it."""
@@ -371,8 +398,8 @@ class Coordinator:
         dropped = self.grants.count()
         if self.update.merges and self.average:
             self.average.follow(self.update.weights, self.grants.merged, self.update.still)
-        if self.update.merges and self.policy.is_due(self.grants.merged) and self.room():  # else it is due at the next merge too
-            self.checkpoint()
+        if self.update.merges:
+            self.save_if_due()
         return dropped
 
     def _grant(self, replies: list[Reply]) -> None:
@@ -462,6 +489,9 @@ class Coordinator:
         before, members = self.update.version, sorted(set(self.members) - self.shardless)
         try:
             replies = self.update.restart(weights, members)
+        except MemoryError as error:
+            self.settling = True  # the next one does
+            raise NoRoom(f"worker {member.index} settled version {before}: {NO_ROOM}") from error
         except Exception as error:
             return self._fail(error, f"worker {member.index} settled version {before}: ")
         reported = {key: header[key] for key in REPORTED if header.get(key) is not None}

@@ -29,7 +29,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,7 +44,7 @@ from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
 from labkit.runs.files import check_owner
-from labkit.training.server.coordinator import AGAIN, Coordinator
+from labkit.training.server.coordinator import AGAIN, NO_ROOM, Coordinator, NoRoom
 from labkit.training.server.membership import LOSSES, FailureDetector, Losses, Member
 from labkit.training.wire import compression, tls, transport
 from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S, Answer, Refused, check_request
@@ -53,9 +53,10 @@ from labkit.updates import BadPush, Diverged, Update
 ENDING_S = 5.0  # how long workers may take to leave when the run has been stopped or has failed
 ORPHANED_S = 2.0  # a run without a kernel is over when it was without workers for so long
 LATE_PUSHES = 3  # of a worker that was taken to be gone: what was on its way when it was asked to join anew
-WAITING = 1  # versions that wait for the disk while one is written; when there are so many, the next one is saved later
 PASSING = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors of a moment: others may give files and memory back
 PASSING_S = 10.0  # so long a version is tried again
+NO_ROOM_S = 0.25  # so long a worker waits before it comes again, where there was no memory for what it sent or was to be sent
+DRAIN = 1 << 16  # bytes of memory for a body that nobody wants
 LOG_BYTES = 500_000  # of server.log that one server writes at most
 
 
@@ -93,6 +94,7 @@ class Server:
         self.connections: dict[int, transport.Connection] = {}
         self.generations: dict[int, int] = {}  # by worker: how often the kernel has started its task
         self.versions: queue.SimpleQueue[tuple[int, np.ndarray, dict] | None] = queue.SimpleQueue()  # to be saved
+        self.saving = False  # is one of them being written?
         self.over, self.wake_up = threading.Event(), threading.Event()  # wake_up: look at the time, or at `over`
         self.losses = Losses()
         self.asked: dict[int, tuple[int, queue.SimpleQueue[dict]]] = {}  # by number: the worker that is inspected, and its answer
@@ -112,7 +114,7 @@ class Server:
             deliver=lambda worker, answer: self.outboxes[worker].put(answer),
             record=self._record,
             save=lambda *version: self.versions.put(version),
-            room=lambda: self.versions.qsize() < WAITING,
+            room=lambda: not self.saving and self.versions.empty(),
             clock=time.monotonic,
             alarm=lambda _: self.wake_up.set(),
             age=spec.age,
@@ -283,13 +285,20 @@ class Server:
     # -- connections ---------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        for sock in self.handshakes.admitted(self.listener, self.spec.secret):
-            while not self.over.is_set():
-                try:
-                    self._thread(self._serve_peer, sock)
-                    break
-                except RuntimeError:  # no thread can be started: somebody else's may end
-                    self.over.wait(0.05)
+        while self.listener.fileno() >= 0:
+            try:
+                for sock in self.handshakes.admitted(self.listener, self.spec.secret):
+                    self._start_serving(sock)
+            except MemoryError:  # those who had not proved who they are come again
+                self.over.wait(0.05)
+
+    def _start_serving(self, sock: socket.socket) -> None:
+        while not self.over.is_set():
+            try:
+                self._thread(self._serve_peer, sock)
+                return
+            except (RuntimeError, MemoryError):  # no thread can be started: somebody else's may end
+                self.over.wait(0.05)
 
     def _serve_peer(self, sock: socket.socket) -> None:
         """A thread of its own for each member: a worker, or a kernel that watches."""
@@ -383,13 +392,13 @@ class Server:
         why = reason if joined else self.lost(worker, reason)
         self._record("refuse", worker=worker, message=why)
 
-    def leave(self, member: Member, why: str, *, diverged: bool = False) -> None:
-        """A worker is gone; `why`, if that was no orderly end."""
+    def leave(self, member: Member, why: str, *, diverged: bool = False, short: bool = False) -> None:
+        """A worker is gone; `why`, if that was no orderly end. `short` of memory: that does not count against it."""
         if self.course.members.get(member.index) is not member:
             return
         if not why and member.busy and self.course.state == "running":
             why = "it left in the middle of a local pass"
-        counts = why and self.course.state == "running" and not self.course.finished
+        counts = why and not short and self.course.state == "running" and not self.course.finished
         try:
             self.course.leave(member, self.lost(member.index, why, diverged=diverged) if counts else why)
         except _Unwritable as error:
@@ -433,6 +442,7 @@ class Server:
         """Writes versions to the disk away from the lock, so that a slow disk delays no worker."""
         path = Path(self.spec.path)
         while (item := self.versions.get()) is not None:
+            self.saving = True
             try:
                 self._save(*item)
                 retained = checkpoints.retained(self.recorder.saved, self.config.budget, self.config.checkpoints)
@@ -441,15 +451,25 @@ class Server:
                 self.fail(RunError(self._unwritable(error)))
             except Exception as error:
                 self.fail(error)
+            finally:
+                item, self.saving = None, False
+            with self.lock:  # what was due meanwhile
+                self._guarded(self.course.save_if_due)
 
     def _save(self, version: int, weights: np.ndarray, state: dict) -> None:
+        """Tried again while files or memory are short; after that the run goes on without this version, unless it is the last one."""
         limit = time.monotonic() + PASSING_S
         while True:
             try:
                 return checkpoints.save(self.recorder, version, weights, state, run=self.config.id)
-            except OSError as error:
-                if error.errno not in PASSING or time.monotonic() > limit:
+            except (OSError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and error.errno not in PASSING:
                     raise
+                if time.monotonic() > limit:
+                    with self.lock:
+                        if self.over.is_set() or self.course.state != "running":
+                            raise
+                        return self.course.skipped(version)
             time.sleep(0.1)
 
 
@@ -464,16 +484,16 @@ class WorkerConnection:
         self.server, self.connection, self.join = server, connection, join
         self.course, self.detector = server.course, detector
         self.outbox: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self.dtype, n = server.config.exchange, server.size
-        self.buffer = compression.buffer(self.dtype, n)  # of its pushes, as they come
-        self.weights = self.buffer if self.dtype == "float32" else np.empty(n, np.float32)
+        self.dtype = server.config.exchange
+        self.push_bytes = compression.n_bytes(self.dtype, server.size)
+        self.buffer: np.ndarray | None = None  # of a push, as it comes; the rule keeps it, or nobody does
         self.pulled: np.ndarray | None = None  # with which it was released last, where it pushes changes
         self.unscored = False  # has it pushed without a score, which may come later?
 
     def serve(self) -> dict | None:
         """Until the worker is gone; its next join, if it comes back on the same connection."""
         server, index = self.server, self.join["worker"]
-        member, why, dropped, diverged = None, "", False, False
+        member, why, dropped, diverged, short = None, "", False, False, False
         try:
             server.over.wait(server.losses.pause(index))
             with server.lock:
@@ -488,6 +508,8 @@ class WorkerConnection:
                 self._answer(member)
         except _Expired as expired:
             why = str(expired)
+        except (NoRoom, MemoryError) as error:
+            why, dropped, short = (str(error) or f"{type(error).__name__}: {NO_ROOM}"), True, True
         except BadPush as error:
             why, dropped, diverged = str(error), True, isinstance(error, Diverged)
         except WireError as error:
@@ -502,7 +524,10 @@ class WorkerConnection:
                 if member is None and server.connections.get(index) is self.connection:  # it was about to join
                     member = self.course.members.get(index)
                 if member:
-                    server.leave(member, why, diverged=diverged)
+                    server.leave(member, why, diverged=diverged, short=short)
+        self.buffer = None
+        if short:
+            server.over.wait(NO_ROOM_S)
         if why and self.course.state == "running":
             return self._serve_expired(member, why if dropped else "")
         if why:
@@ -544,6 +569,7 @@ class WorkerConnection:
                     member.loss = header["loss"]
                 continue
             weights = self._pushed(n, header.get("shift") or 0) if header["op"] == "push" else None
+            self.buffer = None
             with self.server.lock:
                 if self.course.members.get(member.index) is not member:
                     raise _Expired("it came again")
@@ -551,7 +577,7 @@ class WorkerConnection:
                     self._score(member, header)
                     continue
                 if header["op"] == "push":
-                    self.course.push(member, header, weights, n)
+                    self.course.push(member, header, weights, n, own=True)
                     self.unscored = header["score"] is None
                     if self.course.state == "running":
                         self.server.losses.counts(member.index)
@@ -632,14 +658,18 @@ class WorkerConnection:
             raise WireError(str(error)) from error
 
     def _pushed(self, n: int, shift: int) -> np.ndarray | None:
-        """The weights of a push of n bytes; None if it is not of the right size."""
-        if n != self.buffer.nbytes:
+        """The weights of a push of n bytes; None if it is not of the right size. MemoryError when there was no room for it."""
+        if n != self.push_bytes:
             return None
-        if self.dtype != "float32":
-            sizes = self.course.update.n_params, self.server.config.still
-            pulled = self.course.update.weights if self.pulled is None else self.pulled
-            compression.add_change(pulled, self.buffer, self.dtype, shift, self.weights, *sizes)
-        return self.weights
+        if self.buffer is None:
+            raise MemoryError
+        if self.dtype == "float32":
+            return self.buffer
+        weights = np.empty(self.server.size, np.float32)
+        sizes = self.course.update.n_params, self.server.config.still
+        pulled = self.course.update.weights if self.pulled is None else self.pulled
+        compression.add_change(pulled, self.buffer, self.dtype, shift, weights, *sizes)
+        return weights
 
     def _score(self, member: Member, header: dict) -> None:
         """Measured while the push was under way, for a rule that does not ask for it."""
@@ -659,7 +689,7 @@ class WorkerConnection:
         while not self.server.over.is_set():
             if not self.connection.waiting(HEARTBEAT_S):
                 continue
-            header, _ = self.connection.receive(self._buffer_for)
+            header, _ = self.connection.receive(_drain)
             if not dropped:
                 self.detector.heard()
             if header["op"] in ("join", "leave", "fail"):
@@ -678,8 +708,14 @@ class WorkerConnection:
         self.connection.send({"op": "stop", "reason": "the run has ended.", "wait_s": 0.0})
         return None
 
-    def _buffer_for(self, _: dict, n: int) -> list:
-        return [self.buffer] if n == self.buffer.nbytes else [bytearray(n)]
+    def _buffer_for(self, header: dict, n: int) -> Sequence[memoryview]:
+        if n != self.push_bytes or header["op"] != "push":
+            return _drain(header, n)
+        try:
+            self.buffer = compression.buffer(self.dtype, self.server.size)
+        except MemoryError:
+            return _drain(header, n)
+        return [memoryview(self.buffer)]
 
     def _expired(self) -> Exception:
         return _Expired(f"no sign of life for {self.detector.timeout:.3g} s")
@@ -687,6 +723,12 @@ class WorkerConnection:
 
 class _Expired(Exception):
     """A worker has sent nothing for too long, or another incarnation has taken its place."""
+
+
+def _drain(_: dict, n: int) -> Sequence[memoryview]:
+    """Memory for a body that nobody wants, or for which there is none: a little of it, again and again."""
+    part = memoryview(bytearray(min(n, DRAIN)))
+    return [*[part] * (n // DRAIN), part[: n % DRAIN]] if n > DRAIN else [part]
 
 
 def _notify(connection: transport.Connection, message: dict) -> None:

@@ -3,6 +3,7 @@
 Used by `labkit.training.worker.worker`, `labkit.training.evaluation` and `labkit.subnets` on the workers of a lab.
 """
 
+import contextlib
 import ctypes
 import sys
 from collections.abc import Callable, Mapping
@@ -36,6 +37,16 @@ def keep_memory() -> None:
             return  # another C library: nothing to mend
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+
+
+def give_back() -> None:
+    """Give the system the memory that is free here: what comes next does not need blocks of the same sizes.
+
+    Between two runs, that is, and before the first step; between two steps it would cost more than it is worth (`keep_memory`).
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def prepare_alone(worker: Worker, lab: Mapping, seed: int) -> Slowness:

@@ -31,9 +31,11 @@ from labkit.problems.splits import batches
 from labkit.runs.checkpoints import Layout
 from labkit.training.wire.protocol import Grant
 from labkit.training.worker.allreduce import ProcessGroup
+from labkit.training.worker.process import give_back
 from labkit.training.worker.sampler import Shard, steps
 
 # samples; of each entry that steps returned its sum and number of samples; compute_s, load_s (of it, waiting for data), wait_s
+PART = 1 << 20  # weights
 NOTHING = (0, {}, 0.0, 0.0, 0.0)
 
 
@@ -235,10 +237,21 @@ class Replica:
     def score(self) -> float | None:
         """Q in [0, 1], if the problem has one, of the replica's weights on the score set that all workers share."""
         started = time.perf_counter()
-        before = self.state.saved() if self.is_measuring_pure is not True and self.exact else None
+        before = None
+        if self.is_measuring_pure is not True and self.exact:
+            give_back()  # the copy is in the place of the gradients, if they are gone, and they in that of the copy
+            before = self.state.saved()
         score = self.problem.quality(self.module, self.scored, self.device)
         if before is not None:  # measuring is no training; where it leaves no trace the first time, it is not looked at again
-            self.is_measuring_pure = bool(((now := self.state.pack()) == before).logical_or(now.isnan()).all())
+            self.is_measuring_pure = _equal(self.state.pack(), before)
             self.state.load(before)
+            del before
+            give_back()
         self.after(started)
         return score
+
+
+def _equal(now: torch.Tensor, before: torch.Tensor) -> bool:
+    """But for what is NaN now; in parts, as a comparison at once takes as much memory again."""
+    pairs = zip(now.split(PART), before.split(PART), strict=True)
+    return all(bool((some == others).logical_or(some.isnan()).all()) for some, others in pairs)

@@ -38,7 +38,7 @@ from labkit.training.wire.protocol import ASIDE, HEARTBEAT_S, SCORE_EVERY_S, SER
 from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup, Unused, gradients, networks_of
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.inspection import memory_of, stacks_of
-from labkit.training.worker.process import prepare, synchroniser
+from labkit.training.worker.process import give_back, prepare, synchroniser
 from labkit.training.worker.replica import Replica
 
 PROBE_STEPS = 4
@@ -83,6 +83,8 @@ def run_worker(problem: Problem, spec: WorkerSpec) -> None:
                 worker.close()
     except Exception as error:  # in here
         failure = failure or _failure(error, worker, spec)
+    worker = None
+    give_back()
     if failure:
         raise failure  # out here the frames of the error are gone, and with them what they held of the group
 
@@ -111,10 +113,12 @@ class _Worker:
     def run(self) -> None:
         spec = self.spec
         prepare(spec.device, spec.threads)
+        give_back()  # what an earlier run of this process has left
         if spec.fingerprint:
             self.problem.check_same(spec.config.seed, spec.fingerprint)
         self.precision = self.problem.choose_precision(spec.config.seed, spec.device, spec.precisions)
         speed = self._probe()
+        give_back()
         join = {
             "op": "join",
             "worker": spec.index,
@@ -153,6 +157,7 @@ class _Worker:
         return Replica(self.problem, config.seed, self.spec.index, config.budget, **how, **live)
 
     def _build(self) -> None:
+        self.replica = self.buffers = None  # not two at a time
         self.replica = self._replica()
         self.buffers = WeightBuffers(self.replica, self.spec.config.exchange, apart=self.spec.config.overlap > 0)
 
@@ -223,6 +228,7 @@ class _Worker:
         if self.group or grant.group > 1:  # others have another momentum, or none
             self._close_group()
             before = self.replica
+            before.optimisers = ()
             self._build()
             self.replica.go_on(before)
         where = {"meeting": spec.meeting, "device": spec.device, "one_process": spec.config.one_process}
@@ -237,6 +243,7 @@ class _Worker:
 
     def close(self) -> None:
         with contextlib.ExitStack() as last:  # all of it, the last line first, whatever fails of it
+            last.callback(vars(self).update, replica=None, buffers=None)  # the weights go now, not when garbage is collected
             last.callback(self.heartbeat.stop)
             if self.sender:
                 last.callback(self.sender.shutdown)  # what it was doing has ended with the connection

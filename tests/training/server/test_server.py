@@ -26,8 +26,10 @@ from labkit.runs.events import read_events
 from labkit.runs.files import read_json
 from labkit.training import supervisor
 from labkit.training.server import membership
+from labkit.training.server import server as server_module
+from labkit.training.server.coordinator import NO_ROOM
 from labkit.training.server.server import Server, ServerSpec
-from labkit.training.wire import transport
+from labkit.training.wire import compression, transport
 from labkit.updates import AGWU, SGWU, AllReduce, LocalSGD
 from tests.helpers import settings, until
 
@@ -50,9 +52,9 @@ def spec(path, update=None, workers=(0, 1), partition=None, weights=None, n_buff
 class Client:
     """A worker made by hand."""
 
-    def __init__(self, address, index, secret=SECRET, size=SIZE, **hello):
+    def __init__(self, address, index, secret=SECRET, size=SIZE, dtype=np.float32, **hello):
         self.connection = transport.connect(address, secret, timeout=10)
-        self.index, self.weights, self.holds, self.n_indices = index, np.empty(size, np.float32), 0, 0
+        self.index, self.weights, self.holds, self.n_indices = index, np.empty(size, dtype), 0, 0
         self.connection.send({"op": "join", "worker": index, "seconds_per_sample": 0.01, **hello})
 
     def pull(self, holds=100):
@@ -772,6 +774,91 @@ def test_a_version_is_saved_when_files_can_be_opened_again(tmp_path, monkeypatch
         worker.train()
         thread.join(10)
     assert result["state"] == "done" and failed == [1, 1] and checkpoints.versions(tmp_path)[-1] == 4
+
+
+def again(client):
+    """A worker that was sent "rejoin" joins anew, and gets its grant."""
+    client.connection.send({"op": "join", "worker": client.index, "seconds_per_sample": 0.01})
+    client.pull()
+
+
+@pytest.mark.parametrize(("where", "exchange"), [("received", "float32"), ("merged", "float32"), ("merged", "bfloat16")])
+def test_a_push_for_which_there_is_no_memory_ends_no_run(where, exchange, tmp_path, monkeypatch):
+    """It is refused more often than a worker may be lost, and the run goes on all the same."""
+    lasts, turns = 6, []
+    of, name = (compression, "buffer") if where == "received" else (AGWU, "_merge")
+    whole = getattr(of, name)
+
+    def short(*arguments):
+        turns.append(name)
+        if len(turns) <= lasts:
+            raise MemoryError
+        return whole(*arguments)
+
+    monkeypatch.setattr(server_module, "NO_ROOM_S", 0.0)
+    monkeypatch.setattr(of, name, short)
+    with serving(spec(tmp_path, workers=(0,), exchange=exchange)) as (server, result, thread):
+        client = Client(server.address, 0, dtype=np.uint16 if exchange == "bfloat16" else np.float32)
+        server.clients.append(client)
+        client.pull()
+        for _ in range(lasts):
+            client.push(client.weights)
+            assert client.pull()["op"] == "rejoin"
+            again(client)
+        while client.message["op"] == "grant":
+            client.push(client.weights)
+            client.pull()
+        client.leave()
+        thread.join(10)
+    assert result["state"] == "done" and result["samples"] == 34
+    leaves = events(server, "leave").message.dropna()
+    assert sum(why.endswith(NO_ROOM) for why in leaves) == lasts and lasts > membership.LOSSES
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_a_version_for_which_there_is_no_memory_is_left_out_and_the_run_goes_on(error, tmp_path, monkeypatch):
+    write, failed = checkpoints.write, []
+
+    def short(path, version, weights, state, **run):
+        if version and not failed:
+            failed.append(version)
+            raise error
+        return write(path, version, weights, state, **run)
+
+    monkeypatch.setattr(checkpoints, "write", short)
+    monkeypatch.setattr(server_module, "PASSING_S", -1.0)
+    with serving(spec(tmp_path, workers=(0,), budget=17 * 4, checkpoints=10)) as (server, result, thread):
+        (worker,) = join(server, 0)
+        worker.push()
+        worker.pull()
+        until(lambda: len(events(server, "refuse")))
+        worker.train()
+        thread.join(10)
+    assert result["state"] == "done" and 1 not in checkpoints.versions(tmp_path) and checkpoints.versions(tmp_path)[-1] == 4
+    assert events(server, "refuse").message.item() == "version 1 was not saved: there was no room for it."
+
+
+def test_strangers_are_let_in_again_when_there_is_memory(tmp_path, monkeypatch):
+    admitted, turns = transport.Handshakes.admitted, []
+
+    def short(handshakes, *arguments):
+        turns.append(1)
+        if len(turns) < 3:
+            raise MemoryError
+        return admitted(handshakes, *arguments)
+
+    monkeypatch.setattr(transport.Handshakes, "admitted", short)
+    with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
+        (worker,) = join(server, 0)
+        worker.train()
+        thread.join(10)
+    assert result["state"] == "done" and len(turns) == 3
+
+
+def test_a_body_that_nobody_wants_takes_no_memory_of_its_size():
+    parts = server_module._drain({}, 3 * server_module.DRAIN + 5)
+    assert sum(part.nbytes for part in parts) == 3 * server_module.DRAIN + 5 and len({id(part.obj) for part in parts}) == 1
+    assert [part.nbytes for part in server_module._drain({}, 7)] == [7]
 
 
 def test_versions_that_wait_for_a_slow_disk_are_few(tmp_path, monkeypatch):
