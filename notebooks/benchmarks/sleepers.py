@@ -355,3 +355,57 @@ def real(update: str, n_workers: int, megabytes: float, nap: float, exchanges: i
         run = labkit.train(problem, lab, update=update, partition="udpa", name=f"real-{update}", runs=run_dir, **settings)
         pushes = run.wait(TIMEOUT_S).events.query("kind == 'push'")
     return n_workers / pushes.sort_values("seconds").groupby("worker").seconds.diff().median()
+
+
+class Wide(nn.Module):
+    """So many MB of weights in 16 layers of a size, and little to compute."""
+
+    def __init__(self, megabytes: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 512), nn.Linear(16, 2)
+        self.parts = nn.ModuleList(nn.Linear(512, max(1, size(megabytes) // 16 // 512), bias=False) for _ in range(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x.flatten(1))
+        return self.last(torch.stack([part(x).mean(1) for part in self.parts], 1))
+
+
+def multiples(update: str, n_workers: int, megabytes: float, optimiser: str, path: Path) -> list[dict[str, float | str]]:
+    """The most memory of the server and of a worker during each of two runs, its curve included, over its weights; Linux only.
+
+    Beyond what the same processes take for a run of hardly any weights.
+    """
+    generator, rows, base = np.random.default_rng(0), [], {}
+    data = generator.normal(size=(64, 1, 2, 2)).astype(np.float32), generator.integers(0, 2, 64)
+    with labkit.connect("dask", n_workers) as lab:
+        pids = [worker.pid for worker in lab.workers]
+        for number, wide in enumerate((0.1, megabytes, megabytes)):
+            for pid in pids:
+                Path(f"/proc/{pid}/clear_refs").write_text("5")  # its high-water mark begins anew
+            plain = {"optimiser": optimiser, "momentum": 0.0 if optimiser == "sgd" else 0.9}
+            plain = {"optimiser": "sgd", "momentum": 0.9} if optimiser == "momentum" else plain
+            problem = labkit.Classifier(Wide, data, batch_size=4, lr=1e-3, model_args={"megabytes": wide}, **plain)
+            how = {"update": update, "partition": "udpa", "passes": 3, "local_steps": 4, "checkpoints": 3}
+            run, server = labkit.train(problem, lab, name=f"{number}", runs=path, **how), 0.0
+            pid = next(child.pid for child in psutil.Process().children() if "training.server" in " ".join(child.cmdline()))
+            while run.state == "running":
+                with contextlib.suppress(OSError, StopIteration):  # it has ended
+                    server = max(server, high_water(pid))
+                time.sleep(0.02)
+            run.wait()
+            if not number:
+                base = {"server": server, **{pid: psutil.Process(pid).memory_info().rss for pid in pids}}
+                continue
+            most = max(high_water(pid) - base[pid] for pid in pids)
+            left = max(psutil.Process(pid).memory_info().rss - base[pid] for pid in pids)
+            found = {"server": server - base["server"], "worker": most, "left": left}
+            about = {"update": update, "workers": n_workers, "optimiser": optimiser, "MB": megabytes, "run": number}
+            rows.append(about | {name: n / (1e6 * megabytes) for name, n in found.items()})
+    shutil.rmtree(path, ignore_errors=True)
+    return rows
+
+
+def high_water(pid: int) -> float:
+    """The most memory, in bytes, that a process has had."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

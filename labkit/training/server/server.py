@@ -5,6 +5,11 @@ A process of its own that imports numpy but neither torch nor Dask. Each connect
 happen outside the lock: versions are immutable arrays, so one worker can still be receiving version 7 while another makes version
 8. `labkit.training.wire.protocol` shows the messages in both directions.
 
+A push is received into memory of its own, which becomes the rule's: those of labkit make the next version in it. So there are the
+newest version, under asynchronous rules those that workers still work from, the pushes under way (of a synchronous rule, of the whole
+round), one version that is being saved, and what the rule remembers (a momentum, an average). Where there is no memory for a push it is
+refused and its worker joins anew; a version for which there is none is not saved.
+
 A worker whose message cannot be meant is dropped, with the reason in the record, and may join again, as one may that was lost:
 after a pause that grows, and not when that has happened `LOSSES` times in a row without a push that counts. The run fails when
 nobody is left. Any other exception, in whatever thread, is a fault of the server or of the user's rule: the run fails with its

@@ -1,5 +1,9 @@
 """How a process or thread is set up before it trains or evaluates: its memory, its number of torch threads, its device.
 
+A worker holds its weights, which it also sends and receives, their gradient and the state of the optimiser: 2 times the weights with
+plain SGD, 3 with momentum, 4 with Adam, and what the largest tensor needs for a step. One more copy is made while it first measures its
+score, when labkit's own problems hold no gradient; one with `overlap`, half of one each way where the wire has 16 bits.
+
 Used by `labkit.training.worker.worker`, `labkit.training.evaluation` and `labkit.subnets` on the workers of a lab.
 """
 

@@ -237,16 +237,18 @@ class Replica:
     def score(self) -> float | None:
         """Q in [0, 1], if the problem has one, of the replica's weights on the score set that all workers share."""
         started = time.perf_counter()
-        before = None
+        first, before = self.is_measuring_pure is None, None
         if self.is_measuring_pure is not True and self.exact:
-            give_back()  # the copy is in the place of the gradients, if they are gone, and they in that of the copy
+            if first:  # the copy is in the place of the gradients, if they are gone, and they in that of the copy
+                give_back()
             before = self.state.saved()
         score = self.problem.quality(self.module, self.scored, self.device)
         if before is not None:  # measuring is no training; where it leaves no trace the first time, it is not looked at again
             self.is_measuring_pure = _equal(self.state.pack(), before)
             self.state.load(before)
             del before
-            give_back()
+            if first:
+                give_back()
         self.after(started)
         return score
 

@@ -927,6 +927,41 @@ def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
     assert checkpoints.read_weights(tmp_path, last["version"], n)[0] == last["version"] or last["version"] > 0
 
 
+def high_water(pid):
+    """The most memory that a process has had, in bytes."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads what Linux says of a process")
+@pytest.mark.parametrize(("update", "workers", "most"), [(AGWU, 1, 3), (SGWU, 1, 3), (SGWU, 2, 4), (AGWU, 2, 5)])
+def test_the_server_holds_no_copies_of_the_weights(update, workers, most, tmp_path):
+    """Of 60 MB: the newest version and a push each; AGWU with two has a version that the other works from. One may be being saved."""
+    n, peaks = 15_000_000, []
+    for size in (SIZE, n):
+        path = tmp_path / str(size)
+        path.mkdir()
+        indices = tuple(range(workers))
+        wide = spec(path, update(), indices, weights=np.zeros(size, np.float32), n_buffers=0, budget=17 * 6)
+        process, address = supervisor._start_server(wide, path)
+        try:
+            clients = [Client(address, index, size=size) for index in indices]
+            for client in clients:
+                client.pull()
+            for _ in range(4):
+                for client in clients:
+                    client.push()
+                for client in clients:
+                    client.pull()
+            peaks.append(high_water(process.pid))
+            for client in clients:
+                client.connection.close()
+        finally:
+            supervisor._end(process)
+    assert (peaks[1] - peaks[0]) / (4 * n) < most + 0.2
+
+
 def test_a_server_whose_parent_is_gone_serves_to_the_end(tmp_path):
     process, address = supervisor._start_server(spec(tmp_path, workers=(0,)), tmp_path)
     process.stdout.close()  # the parent reads no more
