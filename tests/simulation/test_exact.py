@@ -23,8 +23,8 @@ from labkit.runs import checkpoints
 from labkit.runs.events import read_rows
 from labkit.runs.files import read_json, write_json
 from labkit.training import supervisor
-from labkit.training.server.coordinator import NO_ROOM
 from labkit.training import train as training
+from labkit.training.server.coordinator import NO_ROOM
 from labkit.updates import make_update
 from tests.helpers import Settling, ended, net, net_with_statistics, problem, until
 from tests.simulation.own_rules import Backwards, Cautious, Short

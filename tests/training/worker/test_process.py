@@ -101,4 +101,6 @@ def test_a_worker_holds_few_copies_of_the_weights_and_gives_them_back(tmp_path):
     (_, base), *both = peaks
     weights = 4 * 16 * 512 * 1831
     for peak, left in both:
-        assert (peak - base) / weights < 4.0 and (left - base) / weights < 0.5
+        assert (peak - base) / weights < 4.5 and (
+            left - base
+        ) / weights < 0.5  # half of one for what does not grow with the weights
