@@ -290,10 +290,11 @@ class Server:
     # -- connections ---------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        while self.listener.fileno() >= 0:
+        while True:
             try:
                 for sock in self.handshakes.admitted(self.listener, self.spec.secret):
                     self._start_serving(sock)
+                return
             except MemoryError:  # those who had not proved who they are come again
                 self.over.wait(0.05)
 
