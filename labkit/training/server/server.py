@@ -350,7 +350,7 @@ class Server:
         limit, version = time.monotonic() + min(timeout, SERVER_TIMEOUT_S), None
         while time.monotonic() < limit and not self.over.wait(0.01):
             with self.lock:
-                if version is None and self.versions.qsize() < WAITING:
+                if version is None and self.course.room():
                     self.course.checkpoint()
                     version = self.course.policy.newest
             if version in self.recorder.saved:
