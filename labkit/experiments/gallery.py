@@ -53,6 +53,11 @@ def gallery(runs: str | Path | Search | Iterable[RunRecord | str | Path], path: 
         There are no runs.
     ValueError
         The path does not end in .html.
+
+    Examples
+    --------
+    >>> labkit.gallery(run.path.parent, "gallery.html").name
+    'gallery.html'
     """
     from labkit.experiments.search import FILE as SEARCH
     from labkit.experiments.search import Search, load_search

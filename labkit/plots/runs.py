@@ -79,7 +79,7 @@ def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: fl
             own = [crossing(table[x].to_numpy(), sign * table[y].to_numpy(), sign * target) for table in (line, *found[label])]
             reached[label], each[label] = own[0], np.nan_to_num(own[1:], nan=np.inf)
             texts[label] += f": {goal} {f'at {_amount(own[0], x, each[label])}' if np.isfinite(own[0]) else 'not reached'}"
-        title = _who_reaches(goal if share or y != "score" else f"{goal} {what}", reached, each, x, what if share else "")
+        title = _who_reaches(goal, reached, each, x, what if share else "")
     elements, legend = _draw(found, lines, texts, x, y)
     gaps = sum(int(table[y].isna().iloc[int(y.startswith("train_")) :].sum()) for table in tables.values())
     note = style.caption(runs, _seeds(runs), f"{gaps} NaN not drawn" if gaps else "")
