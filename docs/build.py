@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,10 @@ def collect(pages: Path) -> None:
         target = pages / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target)
+    architecture = pages / "docs" / "architecture.md"
+    architecture.write_text(
+        re.sub(r"```mermaid\n(.*?)```", lambda fence: picture(fence[1]), architecture.read_text(), flags=re.DOTALL)
+    )
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb")), sorted((ROOT / "notebooks" / "benchmarks").glob("*.ipynb"))
     (pages / "notebooks" / "benchmarks").mkdir(parents=True, exist_ok=True)
     for notebook in notebooks[1]:  # hours of measurements: their text and code
@@ -116,6 +121,30 @@ def collect(pages: Path) -> None:
             readme.write(
                 "\n".join(["", "```{toctree}", ":hidden:", ":maxdepth: 1", f":caption: {caption}", "", *entries, "```", ""])
             )
+
+
+def picture(layers: str) -> str:
+    """The layers of the packages, which GitHub draws by mermaid, as SVG: no script, no network."""
+    rows = [re.findall(r'(\w+)\["(.+?)"\]', layer) for layer in re.findall(r"subgraph .*?\n(.*?)\n    end", layers, re.DOTALL)]
+    thick = re.search(r"class (\S+) server", layers)[1].split(",")
+    width, height, gap, most = 112, 34, 12, max(map(len, rows))
+    wide, parts = most * (width + gap) + gap, []
+    for number, row in enumerate(rows):
+        y, left = number * (height + 3 * gap) + gap, (wide - len(row) * (width + gap) + gap) / 2
+        for at, (name, label) in enumerate(row):
+            x = left + at * (width + gap)
+            stroke = 3 if name in thick else 1
+            parts.append(f'<rect x="{x:g}" y="{y}" width="{width}" height="{height}" rx="4" fill="none" stroke-width="{stroke}"/>')
+            parts.append(f'<text x="{x + width / 2:g}" y="{y + 22}">{label}</text>')
+        if number + 1 < len(rows):
+            parts.append(f'<path d="M{wide / 2:g} {y + height + 6} v{2 * gap} m-5 -8 l5 8 l5 -8" fill="none"/>')
+    said = "Layers of packages, the highest first: " + "; ".join(", ".join(label for _, label in row) for row in rows)
+    style = "stroke:currentColor;font:14px sans-serif"
+    text = "<style>.layers text{text-anchor:middle;fill:currentColor;stroke:none}</style>"
+    size = f'viewBox="0 0 {wide} {len(rows) * (height + 3 * gap)}" width="{wide}"'
+    return (
+        f'<svg class="layers" {size} style="max-width:100%;{style}" role="img" aria-label="{said}">{text}{"".join(parts)}</svg>\n'
+    )
 
 
 def execute(notebook: Path, target: Path, anew: bool) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -31,6 +32,15 @@ def build():
 def test_every_public_name_has_its_place_in_the_reference(build):
     names = [name for _, part in build.PARTS for name in part]
     assert len(names) == len(set(names)) and {*names} == {*labkit.__all__} - {"__version__"}
+
+
+def test_the_layers_are_drawn_with_their_packages(build):
+    drawn = build.picture((ROOT / "docs" / "architecture.md").read_text().split("```mermaid")[1].split("```")[0])
+    assert ElementTree.fromstring(drawn).tag == "svg" and re.findall(r">([\w/.]+)</text>", drawn)[:2] == [
+        "__main__.py",
+        "simulation/",
+    ]
+    assert drawn.count('stroke-width="3"') == 4  # what the server of a run loads
 
 
 def test_terms_are_in_order_and_said_once():
