@@ -23,7 +23,16 @@ from pathlib import Path
 import labkit
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md", "docs/glossary.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "docs/architecture.md",
+    "docs/data.md",
+    "docs/glossary.md",
+    "docs/jets.md",
+)
 LINKED = ("LICENSE", "CITATION.cff", "notebooks/demo.png", "tests/test_tasks.py", "pyproject.toml")  # that pages link to
 PARTS = (  # of the reference: title, and the public names in it; a package stands for all of its own
     ("The lab", ("connect", "Lab")),
@@ -95,7 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def collect(pages: Path) -> None:
     """Copies of the pages, and those that are made here."""
-    for name in (*PAGES, *LINKED):
+    figures = [path.relative_to(ROOT) for path in (ROOT / "docs" / "figures").glob("*.png")]
+    for name in (*PAGES, *LINKED, *figures):
         target = pages / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target)
@@ -113,6 +123,7 @@ def collect(pages: Path) -> None:
     trees = {
         "Notebooks": [f"notebooks/{path.stem}" for path in notebooks[0]],
         "Public names": [f"reference/{slug(title)}" for title, _ in PARTS],
+        "More": ["docs/data", "docs/jets"],
         "The project": ["docs/glossary", "docs/architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"],
         "Benchmarks": [f"notebooks/benchmarks/{path.stem}" for path in notebooks[1]],
     }

@@ -55,6 +55,26 @@ def test_what_to_cite_is_this_version():
 
 
 @pytest.mark.slow
+def test_the_first_lines_of_the_readme(tmp_path):
+    """With fewer samples."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for block in blocks[:2]:
+        block = re.sub(r"\b(8000|4000)\b", "400", block)
+        (tmp_path / "first.py").write_text(block)
+        done = subprocess.run([sys.executable, "first.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "curves.png").unlink()
+
+
+def test_the_files_that_the_readme_links_to_are_there():
+    for page in ("README.md", "docs/data.md", "docs/jets.md"):
+        links = re.findall(r"\]\(([^)#:]+)[^)]*\)", (ROOT / page).read_text())
+        assert links or page != "README.md"
+        for link in (link for link in links if not link.startswith("http")):
+            assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
+
+
+@pytest.mark.slow
 def test_the_site(tmp_path):
     """Sphinx says no warning: each link between pages and each term is there."""
     for needed in ("sphinx", "myst_nb", "furo"):
