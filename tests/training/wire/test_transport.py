@@ -428,7 +428,7 @@ def test_a_link_may_be_slow(listener, identity):
         for _ in range(10):
             put(client, bytes(100))
             time.sleep(0.1)
-        put(client, bytes(LARGE - 2000))
+        put(client, bytes(LARGE - 1000))
         receiver.join(10)
     assert received == [({"op": "x"}, LARGE)] and not failed
 
