@@ -24,6 +24,7 @@ from labkit.cluster.emulation import jitter_of, make_stalls, opposite, slowdown_
 from labkit.cluster.lab import Lab
 from labkit.cluster.notice import telling
 from labkit.errors import LONGEST_WAIT_S, ClusterError, file_path, instance, known, real, several, text, whole
+from labkit.imports import imported
 
 MOST_WORKERS = 1 << 16  # as many as a run can have; and threads of one
 BACKENDS = {  # kind -> module with `check` and `open`, which is loaded when it is asked for (`labkit.cluster.backend`)
@@ -32,6 +33,7 @@ BACKENDS = {  # kind -> module with `check` and `open`, which is loaded when it 
     "ipyparallel": "labkit.cluster.ipyparallel_backend",
     "slurm": "labkit.cluster.slurm",
 }
+UNFINISHED = "labkit.runs.unfinished:tell"  # says in a notebook which runs of an earlier kernel there are; this layer knows no runs
 _labs: dict[str, tuple[Request, Lab]] = {}  # by name, the labs of this process and the requests that made them, the latest last
 _beside: list[Lab] = []  # labs whose name another one has taken while they were in their `with` blocks
 _connecting = threading.Lock()
@@ -60,6 +62,9 @@ def connect(
 
     The same request in one kernel gives the same lab; a changed one closes the old lab first. A lab on which a run trains is not closed
     by that: it is an error that says how to end it, or how to have both (`name`). A lab in its `with` block stays open, too.
+
+    In a notebook a line is printed for each run in the folder "runs" that goes on or was cut off, and that another kernel has started, the
+    one before a restart for instance, with the call that follows or continues it.
 
     Parameters
     ----------
@@ -139,6 +144,7 @@ def connect(
                 backend.close()
                 raise
         _labs[name] = request, lab
+    imported(UNFINISHED)()
     return lab
 
 

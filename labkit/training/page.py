@@ -38,7 +38,7 @@ from labkit.plots.runs import latest
 from labkit.runs import server_file
 from labkit.training.attach import request
 from labkit.training.inspection import inspection
-from labkit.training.run import Run, load_run
+from labkit.training.run import Run, read_run
 
 if TYPE_CHECKING:
     import holoviews as hv
@@ -75,7 +75,7 @@ def watch(run: Run | str | Path, timeout: float = START_S) -> Page:
     >>> page.close()
     """
     timeout = real("timeout", timeout, above=0, finite=False)
-    return Page(run.path if isinstance(run, Run) else load_run(file_path("run", run)).path, timeout)
+    return Page(run.path if isinstance(run, Run) else read_run(file_path("run", run)).path, timeout)
 
 
 class Page:
@@ -130,7 +130,7 @@ def serve(path: str | Path, port: int = 0, with_parent: bool = False, tell: Call
     import panel
     from bokeh.util.token import generate_session_id
 
-    run, port = load_run(file_path("path", path)), whole("port", port, 0, 65535)
+    run, port = read_run(file_path("path", path)), whole("port", port, 0, 65535)
     style.extension("interactive")
     secret = secrets.token_urlsafe(32)
     settings = {"generate_session_ids": False, "sign_sessions": True, "secret_key": secret, "check_unused_sessions": 10_000}

@@ -28,10 +28,10 @@ from labkit.locks import DirectoryLock
 from labkit.names import named
 from labkit.partition import Partition, make_partition
 from labkit.problems.problem import Problem
-from labkit.runs import checkpoints, server_file, status
+from labkit.runs import checkpoints, server_file, status, unfinished
 from labkit.runs.config import RunConfig
 from labkit.training.monitor import OnVersion
-from labkit.training.run import Run, load_run
+from labkit.training.run import Run, read_run
 from labkit.training.server.server import ServerSpec
 from labkit.training.supervisor import MEETING
 from labkit.training.train import begin, check_sources, choose, labels_for, leased, server_host, units_of
@@ -80,14 +80,14 @@ def resume(
     >>> labkit.resume(cut.path, lab).stop().state
     'stopped'
     """
-    run = load_run(path := file_path("path", path))
+    run = read_run(path := file_path("path", path))
     on_version = (
         None if on_version is None else instance("on_version", on_version, Callable, ", on_version(run, version, measured)")
     )
     _check_ended(run)
     lock = server_file.hold(path, run.config.id)
     try:
-        return _go_on(load_run(path, problem=problem), lab, problem, update, partition, workers, on_version, lock)
+        return _go_on(read_run(path, problem), lab, problem, update, partition, workers, on_version, lock)
     except BaseException:
         lock.release()
         raise
@@ -140,7 +140,11 @@ def _check_ended(run: Run) -> None:
     while run.state != "running" and server_file.alive(run.path) and time.monotonic() < limit:
         time.sleep(0.02)  # it has recorded how it ended, and is about to exit
     if run.state == "running" or server_file.alive(run.path):
-        raise RunError(f"run {run.name} is still running. Use labkit.load_run({str(run.path)!r}).attach() to follow or stop it.")
+        done = unfinished.merged(run.path)
+        far = "" if done is None else f" It is at {done:,} of {run.config.budget:,} samples."
+        raise RunError(
+            f"run {run.name} is still running. Use labkit.load_run({str(run.path)!r}).attach() to follow or stop it.{far}"
+        )
     if run.state == "done":
         raise RunError(f"run {run.name} is done: all of its {run.config.budget:,} samples were trained on.")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from labkit.errors import Interrupted, ProblemError, RunError, file_path, flag, instance, real, whole
-from labkit.runs import checkpoints, summary
+from labkit.runs import checkpoints, summary, unfinished
 from labkit.runs.checkpoints import Layout
 from labkit.runs.files import is_folder, replacing
 from labkit.runs.record import RunRecord
@@ -502,6 +502,8 @@ class Run(RunRecord):
 def load_run(path: str | Path, *, problem: Problem | None = None) -> Run:
     """Read a run back from its directory; `problem` where its model was written in a notebook cell.
 
+    Where the run still goes on, or was cut off, a notebook is told in a line how far it is, and which call follows or continues it.
+
     Every file is checked when it is read: what is damaged, missing or of another run is a RunError with its name. Runs of formats 1 to
     3 (`run.config.format`) hold no digests: their files are checked against each other, and one changed digit of a loss, a score or a
     time in them cannot be noticed, but by `labkit.replay`, which computes losses and scores again.
@@ -511,6 +513,13 @@ def load_run(path: str | Path, *, problem: Problem | None = None) -> Run:
     >>> labkit.load_run(run.path).state
     'done'
     """
+    run = read_run(path, problem)
+    unfinished.tell_of(run.path, run.config)
+    return run
+
+
+def read_run(path: str | Path, problem: Problem | None = None) -> Run:
+    """As `load_run`, and nothing is printed."""
     path = file_path("path", path)
     if not is_folder(path):
         near = sorted(p.name for p in path.parent.iterdir() if (p / "config.json").exists()) if is_folder(path.parent) else []
