@@ -10,6 +10,7 @@ Used by all figures; `extension`, `interactive` and `save` are public through `l
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,6 +38,24 @@ PICTURE = 0.8  # of a point of a page is one of a picture, of which 120 are: 960
 FONT, PICTURE_FONT = "DejaVu Sans, Verdana, sans-serif", "DejaVu Sans"  # matplotlib brings it along; Verdana is as wide
 WIDE = 72  # characters of a title that fit; longer ones are smaller,
 LONGEST = 115  # and of more the rest is left out: a picture would become as wide as its title
+
+# Title and note are broken into lines where a cell is narrower than they are; bokeh would cut them.
+WRAP = """
+const pen = document.createElement("canvas").getContext("2d")
+for (const title of titles) {
+  const whole = title.text === title.wrapped?.shown ? title.wrapped.whole : title.text
+  pen.font = `${title.text_font_style} ${title.text_font_size} ${title.text_font}`
+  const lines = []
+  for (const word of whole.split(" ")) {
+    const longer = lines.length ? `${lines.at(-1)} ${word}` : word
+    if (lines.length && pen.measureText(longer).width <= plot.inner_width) lines.splice(-1, 1, longer)
+    else lines.push(word)
+  }
+  const shown = lines.join("\\n")
+  title.wrapped = {whole, shown}
+  if (title.text !== shown) title.text = shown
+}
+"""
 
 PICTURES = (".png", ".svg", ".pdf")  # what matplotlib writes
 MODES = ("static", "interactive")
@@ -165,6 +184,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
     else:
         _inline_styles()
         hv.save(figure, str(path), fmt="html", backend="bokeh", resources=INLINE)
+        path.write_text(re.sub(r'<link rel="[a-z-]*icon"[^>]*>', "", path.read_text("utf-8")), "utf-8")  # Panel's, from its CDN
     return path
 
 
@@ -522,7 +542,7 @@ def _hatched(pattern: str | None) -> Any:
 
 def _bokeh_look(note: str) -> Any:
     def look(plot: Any, element: Any) -> None:
-        from bokeh.models import Title
+        from bokeh.models import CustomJS, Title
 
         figure = plot.state
         figure.toolbar.logo = None
@@ -536,6 +556,11 @@ def _bokeh_look(note: str) -> Any:
         if note and not any(getattr(above, "name", "") == "note" for above in figure.above):
             text = Title(text=note, name="note", text_font_size="11pt", text_font=FONT, text_font_style="normal", text_color=GREY)
             figure.add_layout(text, "above")
+        if "change:inner_width" not in figure.js_property_callbacks:
+            titles = [figure.title, *(above for above in figure.above if getattr(above, "name", "") == "note")]
+            wrap = CustomJS(args={"plot": figure, "titles": titles}, code=WRAP)
+            figure.js_on_change("inner_width", wrap)
+            figure.title.js_on_change("text", wrap)  # which changes while the figure is live
 
     return look
 

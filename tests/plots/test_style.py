@@ -37,7 +37,9 @@ def test_every_figure_is_a_picture_and_a_page(name, run, tmp_path):
     picture = plots.save(figure, tmp_path / "figures" / f"{name}.png")
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 5_000
     page = plots.save(figure, tmp_path / f"{name}.html").read_text()
-    assert "Bokeh" in page and not re.search(r"<script[^>]* src=|https?://[^\"\\ ]*[.]css", page)  # needs no network
+    assert "Bokeh" in page and not re.search(
+        r"<script[^>]* src=|<link[^>]* href=.https?:|https?://[^\"\\ ]*[.]css", page
+    )  # needs no network
 
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name != "speed"])
