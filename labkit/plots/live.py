@@ -40,6 +40,9 @@ FAILURES = 20  # of reading the record in a row, before the view says so; it goe
 RARELY_S = 5.0  # between two looks then
 POINTS = 400  # of a worker's line, at most: a long run must not slow the browser down
 
+AGAIN_S = (0.0, 1.0, 3.0, 9.0, 27.0)  # after a page has begun to listen, all is sent
+
+Post = Callable[..., Any]  # post(call, wait=0.0): from any thread, have the kernel make a call in `wait` seconds
 Series = dict[int, list[tuple[float, float, float]]]  # worker: (seconds, score, samples/s) of each push
 
 
@@ -110,11 +113,7 @@ def moving(
 
     pipe = hv.streams.Pipe(data=watch.look())
     maps = [hv.DynamicMap(lambda data, draw=draw: draw(grows, data), streams=[pipe]) for draw in views]
-    try:
-        post = asyncio.get_running_loop().call_soon_threadsafe  # the kernel's, which runs between its cells
-    except RuntimeError:
-        post = _now
-    screen = Screen(pipe, post, picture, nothing)
+    screen = Screen(pipe, _poster(), picture, nothing)
     threading.Thread(target=_feed, args=(grows, watch, screen, timeout), name=f"live-{grows.name}", daemon=True).start()
     figure, shown = style.stack(maps), style.stack(maps)  # what is shown keeps its state, whatever is done with `figure`
     figure._ipython_display_ = lambda: screen.display(shown)  # what a notebook calls instead of showing `figure` in its own way
@@ -171,14 +170,13 @@ class Screen:
     """The figure of a live view, wherever it is shown: `show` has it show something new, as soon as a browser can.
 
     What is sent before the browser listens is lost. The comm of a figure is opened by the browser when it does (`_comm` is None
-    before), and by each page that is loaded later: then all is sent, after nothing, since only what changes travels. What is displayed
+    before), and by each page that is loaded later: then all is sent, and again after a while, since a page opens the comm before it has
+    drawn the figure, which takes long on a busy machine, and drops what comes in between. What is displayed
     under an id can be replaced without a comm: that is how the last picture comes, which `picture(seen)` draws, to the page in which the
     cell was run. Other pages know no ids and get it as before.
     """
 
-    def __init__(
-        self, pipe: Any, post: Callable[[Callable[[], None]], Any], picture: Callable[[Any], Any], nothing: Any = NOTHING
-    ) -> None:
+    def __init__(self, pipe: Any, post: Post, picture: Callable[[Any], Any], nothing: Any = NOTHING) -> None:
         self.pipe, self.post, self.picture, self.nothing = pipe, post, picture, nothing
         self.latest, self.posted, self.ended = nothing, False, False
         self.took = 0.0  # seconds of the latest drawing
@@ -200,10 +198,10 @@ class Screen:
 
     def _draw(self) -> None:
         self.posted = False
-        comms = {id(plot.comm): plot.comm for plot in map(_plot, self.pipe.subscribers) if getattr(plot, "comm", None)}
-        for comm in comms.values():
+        comms = self._comms()
+        for comm in comms:
             comm._on_open = self._again
-        if all(comm._comm for comm in comms.values()):  # sending would open it from this side, where nobody listens yet
+        if all(comm._comm for comm in comms):  # sending would open it from this side, where nobody listens yet
             began = time.monotonic()
             self.pipe.send(self.latest)
             self.took = time.monotonic() - began
@@ -215,19 +213,41 @@ class Screen:
             display(self.picture(self.latest), display_id=self.displayed, update=True)
 
     def _again(self, _: Any) -> None:
-        self.post(self._resend)  # JupyterLab opens comms of a busy kernel in a thread beside the one that draws
+        for wait in AGAIN_S:
+            self.post(self._resend, wait)  # JupyterLab opens comms of a busy kernel in a thread beside the one that draws
 
     def _resend(self) -> None:
-        self.pipe.send(self.nothing)
+        """Send all: as only what changes travels, the figure is made empty first, which no page is told."""
+        comms = self._comms()
+        for comm in comms:
+            comm.send = _to_nobody
+        try:
+            self.pipe.send(self.nothing)
+        finally:
+            for comm in comms:
+                del comm.send
         self.pipe.send(self.latest)
+
+    def _comms(self) -> list[Any]:
+        """Of the figure, in the pages in which the kernel moves it."""
+        return [*{id(plot.comm): plot.comm for plot in map(_plot, self.pipe.subscribers) if getattr(plot, "comm", None)}.values()]
+
+
+def _to_nobody(*args: Any, **how: Any) -> None:
+    pass
 
 
 def _plot(subscriber: Any) -> Any:
     return getattr(subscriber, "__self__", None)
 
 
-def _now(call: Callable[[], None]) -> None:
-    call()
+def _poster() -> Post:
+    """Has the loop of the kernel, which runs between its cells, make a call; without one, it is made at once and not again."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return lambda call, wait=0.0: None if wait else call()
+    return lambda call, wait=0.0: loop.call_soon_threadsafe(loop.call_later, wait, call)
 
 
 def _feed(run: Any, watch: Watched, screen: Screen, timeout: float) -> None:
