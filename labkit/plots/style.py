@@ -39,9 +39,12 @@ FONT, PICTURE_FONT = "DejaVu Sans, Verdana, sans-serif", "DejaVu Sans"  # matplo
 WIDE = 72  # characters of a title that fit; longer ones are smaller,
 LONGEST = 115  # and of more the rest is left out: a picture would become as wide as its title
 
-# Title and note are broken into lines where a cell is narrower than they are; bokeh would cut them.
+# Title and note are broken into lines where a cell is narrower than they are; bokeh would cut them. The figure is as much taller, which also has
+# bokeh lay it out again: it does not for a title.
 WRAP = """
 const pen = document.createElement("canvas").getContext("2d")
+plot.unwrapped ??= plot.height
+let height = plot.unwrapped
 for (const title of titles) {
   const whole = title.text === title.wrapped?.shown ? title.wrapped.whole : title.text
   pen.font = `${title.text_font_style} ${title.text_font_size} ${title.text_font}`
@@ -54,7 +57,9 @@ for (const title of titles) {
   const shown = lines.join("\\n")
   title.wrapped = {whole, shown}
   if (title.text !== shown) title.text = shown
+  height += Math.round((lines.length - 1) * parseFloat(title.text_font_size) * 1.6)
 }
+if (plot.height !== height) setTimeout(() => { plot.height = height }, 0)  // not in the middle of a layout
 """
 
 PICTURES = (".png", ".svg", ".pdf")  # what matplotlib writes
