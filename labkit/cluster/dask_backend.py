@@ -47,7 +47,33 @@ SETTINGS = {  # what Dask should do otherwise in a cluster of ours
     "distributed.admin.tick.interval": "1s",  # every 20 ms, each worker and the kernel lose 1.5 % of a core
     "distributed.scheduler.worker-ttl": None,  # a long step that holds the GIL is no dead worker
 }
+UNSET = "LABKIT_UNSET"  # in a worker's environment: the variables that it is to forget
 _begun: set[str] = set()  # tasks that have begun in this process
+_named: set[str] = set()  # the variables that the environment of this process had when a lab was opened
+
+
+class Held:
+    """Settings of Dask while any lab of this process needs them: labs are closed in any order."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings, self.n, self.lock, self.undo = settings, 0, threading.Lock(), contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        import dask
+
+        with self.lock:
+            self.n += 1
+            if self.n == 1:
+                self.undo.enter_context(dask.config.set(self.settings))
+
+    def __exit__(self, *exc: object) -> None:
+        with self.lock:
+            self.n -= 1
+            if self.n == 0:
+                self.undo.close()
+
+
+_restarting, _forking = Held(RESTART), Held(FORKED)
 
 
 class DaskWorkers:
@@ -79,9 +105,7 @@ class DaskWorkers:
         self._leased: dict[str, set[str]] = {}  # holder -> worker ids
         self._settings = settings or contextlib.ExitStack()
         if cluster is not None:
-            import dask
-
-            self._settings.enter_context(dask.config.set(RESTART))
+            self._settings.enter_context(_restarting)
 
     @property
     def keeps_names(self) -> bool:
@@ -344,15 +368,15 @@ def open(request: Request) -> DaskWorkers:
         "temporary-directory": str(scratch.path),  # the scheduler's; the workers' is local_directory
     }
     processes = request.kind != "threads"
-    forked, settings = FORKED if processes else {}, contextlib.ExitStack()
+    forked, settings = processes and bool(FORKED), contextlib.ExitStack()
     apart = {
         "host": "127.0.0.1",
-        "env": (dict(os.environ) if forked else {}) | dict.fromkeys(THREAD_VARIABLES, str(request.threads)),
+        "env": (_environment() if forked else {}) | dict.fromkeys(THREAD_VARIABLES, str(request.threads)),
         "preload": ["labkit.cluster.dask_backend"],  # calls dask_setup there
     }
     try:
-        settings.enter_context(dask.config.set(forked))  # read when a worker is started again, too
         if forked:
+            settings.enter_context(_forking)  # read when a worker is started again, too
             get_mp_context().set_forkserver_preload(list(LOADED))
         with dask.config.set(SETTINGS | changes):
             cluster = LocalCluster(
@@ -374,6 +398,12 @@ def open(request: Request) -> DaskWorkers:
             guard = 'A script has to do its work under `if __name__ == "__main__":`, as each worker process imports it.'
             raise ClusterError(f"Dask could not start the worker processes: {error} {guard}") from error
         raise
+
+
+def _environment() -> dict[str, str]:
+    """Of a worker that is forked: as this process has it now, whatever it was when the process was started from which they are forked."""
+    _named.update(os.environ)
+    return {**os.environ, UNSET: "\n".join(_named - set(os.environ) - set(THREAD_VARIABLES))}
 
 
 def own_cluster(
@@ -418,10 +448,16 @@ def join_cluster(request: Request) -> DaskWorkers:
 def dask_setup(worker: Any) -> None:
     """Called by Dask in each worker process: an interrupt of the notebook, sent to the process group, stops the kernel alone.
 
-    Those that are forked from one process begin with random numbers of their own, as Python's are.
+    Those that are forked from one process begin with random numbers of their own, as Python's are, and with the environment and the
+    number of threads of their lab.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     np.random.seed()
+    if (unset := os.environ.pop(UNSET, None)) is not None:
+        for name in unset.split("\n"):
+            os.environ.pop(name, None)
+        if torch := sys.modules.get("torch"):  # it was loaded for any number
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def _only_once(token: str, pid: int, fn: Any, *args: Any) -> Any:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import dask
 import numpy as np
 import psutil
 import pytest
@@ -300,3 +301,33 @@ def test_a_worker_that_is_started_again_has_its_imports_the_environment_and_rand
     answers = [*first, again, later]
     assert all(loaded for loaded, *_ in answers) and len({number for _, number, _ in answers}) == 4
     assert [text for *_, text in answers] == [None, None, None, "set between two labs"]
+
+
+def test_labs_that_are_closed_in_any_order_leave_the_settings_of_dask_as_they_were():
+    before = dask.config.get("distributed.deploy.lost-worker-timeout")
+    first, second = labkit.connect("threads", 1), labkit.connect("threads", 1, name="second")
+    during = dask.config.get("distributed.deploy.lost-worker-timeout")
+    first.close()
+    assert dask.config.get("distributed.deploy.lost-worker-timeout") == during != before, "the second lab needs them"
+    second.close()
+    assert dask.config.get("distributed.deploy.lost-worker-timeout") == before
+
+
+def surroundings(_: int) -> tuple:
+    import torch
+
+    return os.environ.get("LABKIT_TEST_GONE"), os.getcwd(), torch.get_num_threads()
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_forked_workers_have_what_their_lab_has_now_and_nothing_of_one_before(monkeypatch, tmp_path):
+    """The process from which they are forked may have been started for another lab."""
+    monkeypatch.setenv("LABKIT_TEST_GONE", "1")
+    first = labkit.connect("dask", 1)
+    assert first.map(surroundings, [0]) == [("1", os.getcwd(), 1)]
+    first.close()
+    monkeypatch.delenv("LABKIT_TEST_GONE")
+    monkeypatch.chdir(tmp_path)
+    with labkit.connect("dask", 1, threads_per_worker=2) as second:
+        assert second.map(surroundings, [0]) == [(None, str(tmp_path), 2)]
