@@ -236,6 +236,10 @@ class Update(Carded):
             so a rule takes the memory that it needs before it writes.
         """
         self.merges, self.drops = [], []
+        if push.own and not type(self).__module__.startswith(
+            "labkit."
+        ):  # one from elsewhere may read it again, or have others merge it
+            push = replace(push, own=False)
         if self.largest <= SAFE:
             with self._undone():
                 return self._merge_exactly(push)
@@ -271,10 +275,9 @@ class Update(Carded):
     def _into(self, pushes: Iterable[Push]) -> np.ndarray:
         """An array (n,) for what is made of these: the weights of one that may be written into, or a new one.
 
-        Always a new one beyond `SAFE`, since what comes out may be refused, and the pushes that the rule holds stay; and in a rule from
-        elsewhere, which may read them once more.
+        Always a new one beyond `SAFE`, since what comes out may be refused, and the pushes that the rule holds stay.
         """
-        if self.largest <= SAFE and type(self).__module__.startswith("labkit."):
+        if self.largest <= SAFE:
             for push in pushes:
                 if push.own:
                     return push.weights

@@ -15,7 +15,7 @@ import labkit
 from labkit.errors import UpdateError
 from labkit.runs import checkpoints
 from labkit.runs.files import write_json
-from labkit.updates import AGWU, SGWU, UPDATES, BadPush, FedBuff, Push, base, make_update, names
+from labkit.updates import AGWU, SGWU, UPDATES, BadPush, FedBuff, Push, Update, base, make_update, names
 
 OTHERS = [{"name": "sgwu", "quorum": 0.5}, {"name": "sgwu", "quorum": 0.5, "grace": 3.0}, {"name": "ssp", "bound": 0}]
 OTHERS += [{"name": "downpour", "optimiser": "momentum"}, {"name": "downpour", "optimiser": "adam"}]
@@ -483,6 +483,29 @@ def test_a_version_is_made_in_the_memory_of_a_push(rule):
     weights = vector(3.0, 4.0)
     rule.push(Push(0, 0, weights, 0.5, 10, own=True))
     assert rule.version == 1 and np.shares_memory(rule.weights, weights) and not rule.weights.flags.writeable
+
+
+def test_a_rule_of_one_s_own_may_hand_a_push_on_to_several():
+    class Two(Update):
+        """Goes on from the mean of what two rules make of each push."""
+
+        def _begin(self):
+            self.rules = [make_update("agwu"), make_update("fedasync")]
+            for rule in self.rules:
+                rule.start(self.weights.copy(), self.bases, len(self.weights) - self.n_params)
+
+        def _merge(self, push):
+            first, second = (rule.push(push)[0].weights for rule in self.rules)
+            self._publish((first + second) / np.float32(2), [(push, 1.0)])
+            return self._release([push.worker])
+
+    made = []
+    for own in (False, True):
+        rule = Two()
+        rule.start(vector(1.0, 2.0, 0.5), (0,), 1)
+        rule.push(Push(0, 0, vector(3.0, 5.0, 0.25), 0.5, 10, own))
+        made.append(rule.weights.tolist())
+    assert made[0] == made[1]
 
 
 @every_rule
