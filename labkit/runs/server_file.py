@@ -64,6 +64,7 @@ def find(path: Path) -> dict | None:
         found["host"].encode("idna")
         if not (0 < found["port"] < 1 << 16 and 0 < found["pid"] < 1 << 31 and math.isfinite(found["started"])):
             raise ValueError(f"port {found['port']}, process {found['pid']}")
+        found["certificate"].encode("ascii")
         return found
     except FileNotFoundError:
         return None

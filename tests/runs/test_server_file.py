@@ -101,6 +101,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, text):
         {"pid": -1},
         {"started": float("nan")},
         {"host": "a" * 300},
+        {"certificate": "-----BEGIN CERTIFICATE-----\u00e9"},
     ],
 )
 def test_an_address_or_a_process_that_cannot_be_is_refused(announced, fields):
