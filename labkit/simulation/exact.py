@@ -29,7 +29,7 @@ from labkit.runs.files import read_json
 from labkit.simulation.joint import Ranks
 from labkit.simulation.offline import Ledger, Progress, Replicas, begin_course
 from labkit.training.run import Run
-from labkit.training.server.coordinator import AGAIN, NO_ROOM
+from labkit.training.server.coordinator import AGAIN, no_room
 from labkit.training.server.membership import Member
 from labkit.training.wire.compression import n_bytes
 from labkit.updates import BadPush, Update
@@ -185,17 +185,18 @@ class Course:
         header = {**row, "op": "push", "version": row["base_version"]}
         fits, at = row["bytes"] == n_bytes(self.run.config.exchange, len(weights)), self.at
         try:
-            self.it.push(self.it.members[worker], header, weights if fits else None, row["bytes"], room=self._had_room(worker))
+            self.it.push(self.it.members[worker], header, weights if fits else None, row["bytes"], room=self._had_room(row))
         except BadPush:  # what came of it is the next row
             if self.at == at:  # earlier servers recorded it
                 self._copy()
         self.progress(self.it.grants.done)
 
-    def _had_room(self, worker: int) -> bool:
-        """Was there memory for this push, which is the row at hand?"""
-        later = (row for row in (self.rows[at] for at in range(self.at + 1, len(self.rows))) if row.get("worker") == worker)
-        row = next((row for row in later if row["kind"] in ("push", "join", "leave", "merge", "drop", "hold")), {"kind": ""})
-        return row["kind"] != "leave" or not str(row.get("message", "")).endswith(NO_ROOM)
+    def _had_room(self, push: dict) -> bool:
+        """Was there memory for this push, which is the row at hand? Where there was none, its worker's leave says so, by its version."""
+        rows = (self.rows[at] for at in range(self.at + 1, len(self.rows)))
+        of_worker = (row for row in rows if row.get("worker") == push["worker"] and row["kind"] in ("push", "join", "leave"))
+        row = next(of_worker, {"kind": ""})
+        return row["kind"] != "leave" or row.get("message") != no_room(push["worker"], push["base_version"])
 
     def _computed_next(self, worker: int) -> str | None:
         """How the steps of the next push of this worker were computed."""

@@ -11,7 +11,8 @@ import os
 import numpy as np
 
 from labkit.partition import UDPA
-from labkit.updates import AGWU
+from labkit.training.wire import compression
+from labkit.updates import AGWU, FedBuff
 
 
 class Cautious(AGWU):
@@ -39,6 +40,23 @@ class Short(AGWU):
             os.remove(file)
             raise MemoryError
         return super()._merge(push)
+
+
+class ShortOfBuffers(FedBuff):
+    """Keeps what comes; once every worker has pushed, the server has no memory for the next push, once: as long as there is a file."""
+
+    def _merge(self, push):
+        replies, file = super()._merge(push), os.environ.get("LABKIT_TEST_SHORT")
+        if file and os.path.exists(file) and {worker for worker, *_ in self.kept} >= set(self.bases):
+            os.remove(file)
+            whole = compression.buffer
+
+            def short(*arguments):
+                compression.buffer = whole
+                raise MemoryError
+
+            compression.buffer = short
+        return replies
 
 
 class Backwards(UDPA):

@@ -27,7 +27,7 @@ from labkit.training import train as training
 from labkit.training.server.coordinator import NO_ROOM
 from labkit.updates import make_update
 from tests.helpers import Settling, ended, net, net_with_statistics, problem, until
-from tests.simulation.own_rules import Backwards, Cautious, Short
+from tests.simulation.own_rules import Backwards, Cautious, Short, ShortOfBuffers
 
 pytestmark = pytest.mark.usefixtures("cache")
 # Beginning with declared speeds: on a busy machine a probe may leave a worker a single sample, which BatchNorm cannot train on.
@@ -189,16 +189,17 @@ def test_every_kind_of_rule_is_replayed_with_the_same_bits(update, train, monkey
         assert (last.iloc[:-1] == 5).all() and last.iloc[-1] <= 5
 
 
-def test_a_push_for_which_there_was_no_memory_is_replayed(lab, tmp_path, monkeypatch):
-    """The server had none for its third merge; a replay has."""
+@pytest.mark.parametrize("rule", [Short(), ShortOfBuffers(size=50)], ids=["merged", "received"])
+def test_a_push_for_which_there_was_no_memory_is_replayed(rule, lab, tmp_path, monkeypatch):
+    """The server had none for its third merge, or to receive a push after one that was kept for later; a replay has."""
     monkeypatch.setenv("LABKIT_TEST_SHORT", str(tmp_path / "short"))
     (tmp_path / "short").touch()
     run = ended(
-        labkit.train(problem(), lab, update=Short(), partition=PARTITIONS["udpa"], passes=3, name="short", runs=tmp_path / "runs")
+        labkit.train(problem(), lab, update=rule, partition=PARTITIONS["udpa"], passes=3, name="short", runs=tmp_path / "runs")
     )
     events = run.events
     assert events.message.dropna().str.endswith(NO_ROOM).sum() == 1 and run.state == "done"
-    same(run, labkit.replay(run))
+    assert same(run, labkit.replay(run))
 
 
 def test_an_end_of_a_wait_that_is_not_in_the_record_is_missed(train):

@@ -60,6 +60,11 @@ class NoRoom(BadPush):
     """There is no memory for a push now; its worker, which joins anew, has done nothing wrong."""
 
 
+def no_room(worker: int, version: int) -> str:
+    """The reason of a worker's leave where there was no memory to merge its push, which is in the record."""
+    return f"worker {worker} at version {version}: {NO_ROOM}"
+
+
 class Coordinator:
     """One run from the first join to the last leave. Not safe for threads: its driver holds a lock.
 
@@ -229,7 +234,7 @@ class Coordinator:
                 raise MemoryError
             replies = self.update.merge(push)
         except MemoryError as error:
-            raise NoRoom(f"worker {index} at version {version}: {NO_ROOM}") from error
+            raise NoRoom(no_room(index, version)) from error
         except BadPush as error:  # its local pass is over, and counts for nothing
             raise type(error)(f"worker {index} at version {version}: {error}") from error
         except Exception as error:  # the rule may be a user's own

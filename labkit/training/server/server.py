@@ -514,8 +514,8 @@ class WorkerConnection:
                 self._answer(member)
         except _Expired as expired:
             why = str(expired)
-        except (NoRoom, MemoryError) as error:
-            why, dropped, short = (str(error) or f"{type(error).__name__}: {NO_ROOM}"), True, True
+        except NoRoom as error:
+            why, dropped, short = str(error), True, True
         except BadPush as error:
             why, dropped, diverged = str(error), True, isinstance(error, Diverged)
         except WireError as error:
@@ -559,6 +559,8 @@ class WorkerConnection:
         about = {key: join[key] for key in ("device", "threads", "generator", "precision") if join.get(key) is not None}
         member = self.course.join(index, join.get("about") or "", join.get("seconds_per_sample"), **about)
         member.host, member.pid, member.heard_at = join.get("host") or "", join.get("pid"), time.monotonic()
+        if factor := server.slowed.get(str(index)):  # its process may be another one
+            server._tell(index, {"op": "slow", "factor": factor})
         return member, ""
 
     def _receive(self, member: Member) -> bool:
@@ -607,7 +609,10 @@ class WorkerConnection:
             raise self._expired()
         self.detector.heard()
         self.connection.set_timeout(self.detector.timeout)
-        message = self.connection.receive(self._buffer_for)
+        try:
+            message = self.connection.receive(self._buffer_for)
+        except MemoryError as error:
+            raise NoRoom("there is no memory for its message.") from error
         self.detector.begin()
         return message
 
@@ -658,23 +663,28 @@ class WorkerConnection:
             self.pulled = answer.weights
         try:
             return [self.server.packed(answer.weights), answer.indices]
+        except MemoryError as error:
+            raise NoRoom(f"there is no memory to send it version {answer.grant.version}.") from error
         except UpdateError as error:
             with self.server.lock:
                 self.server.stop("failed", f"version {answer.grant.version}: {error}")
             raise WireError(str(error)) from error
 
     def _pushed(self, n: int, shift: int) -> np.ndarray | None:
-        """The weights of a push of n bytes; None if it is not of the right size. MemoryError when there was no room for it."""
+        """The weights of a push of n bytes; None if it is not of the right size. `NoRoom` when there was none for it."""
         if n != self.push_bytes:
             return None
-        if self.buffer is None:
-            raise MemoryError
-        if self.dtype == "float32":
+        if self.dtype == "float32" and self.buffer is not None:
             return self.buffer
-        weights = np.empty(self.server.size, np.float32)
-        sizes = self.course.update.n_params, self.server.config.still
-        pulled = self.course.update.weights if self.pulled is None else self.pulled
-        compression.add_change(pulled, self.buffer, self.dtype, shift, weights, *sizes)
+        try:
+            if self.buffer is None:
+                raise MemoryError
+            weights = np.empty(self.server.size, np.float32)
+            sizes = self.course.update.n_params, self.server.config.still
+            pulled = self.course.update.weights if self.pulled is None else self.pulled
+            compression.add_change(pulled, self.buffer, self.dtype, shift, weights, *sizes)
+        except MemoryError as error:
+            raise NoRoom(NO_ROOM) from error
         return weights
 
     def _score(self, member: Member, header: dict) -> None:

@@ -28,6 +28,7 @@ from labkit.training import supervisor
 from labkit.training.server import membership
 from labkit.training.server import server as server_module
 from labkit.training.server.coordinator import NO_ROOM
+from labkit.training.server.grants import Grants
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import compression, transport
 from labkit.updates import AGWU, SGWU, AllReduce, LocalSGD
@@ -813,6 +814,40 @@ def test_a_push_for_which_there_is_no_memory_ends_no_run(where, exchange, tmp_pa
     assert result["state"] == "done" and result["samples"] == 34
     leaves = events(server, "leave").message.dropna()
     assert sum(why.endswith(NO_ROOM) for why in leaves) == lasts and lasts > membership.LOSSES
+
+
+def test_where_memory_ends_after_a_push_was_merged_nobody_waits_for_ever(tmp_path, monkeypatch):
+    """Half of what follows from it is done: the run fails, and everybody is told."""
+    share, turns = Grants.share, []
+
+    def short(grants, members):
+        turns.append(1)
+        if len(turns) == 2:
+            raise MemoryError
+        return share(grants, members)
+
+    monkeypatch.setattr(Grants, "share", short)
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
+        first, second = join(server, 0, 1)
+        first.push()
+        until(lambda: len(events(server, "hold")) == 1)
+        second.push()
+        assert [first.pull()["op"], second.pull()["op"]] == ["stop", "stop"]
+        thread.join(10)
+    assert result["state"] == "failed" and "MemoryError" in result["traceback"]
+
+
+def test_a_worker_is_as_slow_as_was_asked_for_also_when_it_comes_again(tmp_path):
+    with serving(spec(tmp_path, workers=(0,))) as (server, *_):
+        join(server, 0)
+        ask(server, op="slow", worker=0, factor=3.0)
+        with transport.connect(server.address, SECRET, timeout=10) as again:  # its process was started again
+            again.send({"op": "join", "worker": 0, "generation": 1, "seconds_per_sample": 0.01})
+            ops = {}
+            while {"slow", "grant"} - ops.keys():
+                header, _ = again.receive(lambda _, n: [memoryview(bytearray(n))])
+                ops[header["op"]] = header
+            assert ops["slow"]["factor"] == 3.0
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
