@@ -6,8 +6,8 @@ steps with batches in proportion to its shard: no rank waits for a missing batch
 
 A problem with several networks that are used one after the other (`Problem.networks`) has each of them wrapped on its own.
 
-A group lives as long as its ranks. When one is lost gloo reports it to the others at once, or the server does if it is frozen; the
-step under way fails with `Broken`, and the worker asks for a new group.
+A group lives as long as its ranks. When one is lost gloo reports it to the others at once, or the server does if it is frozen, or
+while gloo still connects them; the step under way fails with `Broken`, and the worker asks for a new group.
 
 The ranks find each other through files in the run directory, without a listening store; gloo itself then
 connects them over TCP, without authentication or encryption, on loopback where all are on one host. (A torch built with
@@ -21,6 +21,7 @@ import contextlib
 import copy
 import datetime
 import os
+import queue
 import re
 import socket
 import tempfile
@@ -95,14 +96,13 @@ class ProcessGroup:
         found = self._meet(file, len(ranks), (socket.gethostname(), device, str(unused)))
         devices, self.unused = [(host, device) for host, device, _ in found], any(unused == "True" for *_, unused in found)
         try:
-            if one_process:
-                self.exchange.group = _gloo_between_threads(file, self.rank, len(ranks))
+            if one_process or backend(devices) == "gloo":
+                self.exchange.group = self._form(file, len(ranks), one_host=one_process or len({host for host, _ in devices}) == 1)
             else:
                 # torch counts groups by process, also those that were never formed, and finds the other ranks under that number.
                 dist.distributed_c10d._world.group_count = 0
-                _choose_interface(one_host=len({host for host, _ in devices}) == 1)
                 dist.init_process_group(
-                    backend(devices), init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
+                    "nccl", init_method=f"file://{file}", rank=self.rank, world_size=len(ranks), timeout=TIMEOUT
                 )
                 self.exchange.group = dist.group.WORLD
         except RuntimeError as error:
@@ -123,6 +123,25 @@ class ProcessGroup:
                 raise Broken(f"not all of {n_ranks} ranks came within {FORMING_S:g} s")
             time.sleep(0.01)
         return [tuple(store.get(rank).decode().split(" ")) for rank in ranks]
+
+    def _form(self, file: str, n_ranks: int, one_host: bool) -> dist.ProcessGroup:
+        """The group of gloo. It waits for a rank that is lost meanwhile until its time limit, and cannot be broken off: in a thread."""
+        formed: queue.SimpleQueue[dist.ProcessGroup | RuntimeError] = queue.SimpleQueue()
+
+        def form() -> None:
+            try:
+                formed.put(_gloo(file, self.rank, n_ranks, one_host))
+            except RuntimeError as error:
+                formed.put(error)
+
+        threading.Thread(target=form, name="labkit-gloo", daemon=True).start()
+        while not self.heartbeat.interrupt:
+            with contextlib.suppress(queue.Empty):
+                group = formed.get(timeout=0.01)
+                if isinstance(group, RuntimeError):
+                    raise group
+                return group
+        raise Broken(GONE)
 
     def wrap(self, module: torch.nn.Module, networks: Sequence[torch.nn.Module] = ()) -> torch.nn.Module:
         """The module whose backward pass averages gradients over the samples of all ranks.
@@ -199,7 +218,7 @@ class ProcessGroup:
         self.parts, self.module = [], None
         if self.exchange.waiting.under_way:  # with a rank that is frozen: the end of the group would wait for it
             _abandoned.append(self.exchange.group)
-        if not self.one_process and dist.is_initialized():
+        if dist.is_initialized() and self.exchange.group is dist.group.WORLD:
             dist.destroy_process_group()
         self.exchange.group = None
 
@@ -371,15 +390,6 @@ def backend(devices: list[tuple[str, str]]) -> str:
     return "nccl" if len(set(devices)) == len(devices) and all(device != "cpu" for _, device in devices) else "gloo"
 
 
-def _choose_interface(one_host: bool) -> None:
-    """gloo connects ranks of one host over loopback alone; of several, over what it finds, or the user has set."""
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if one_host and loopback:
-        os.environ["GLOO_SOCKET_IFNAME"] = loopback
-    elif loopback and os.environ.get("GLOO_SOCKET_IFNAME") == loopback:  # from a group before
-        del os.environ["GLOO_SOCKET_IFNAME"]
-
-
 def _average(exchange, bucket):  # no annotations: DDP compares them with types, and here they are strings
     begun, last, waiting = time.perf_counter(), bucket.is_last(), exchange.waiting
     average = waiting.new()
@@ -398,14 +408,20 @@ def _average(exchange, bucket):  # no annotations: DDP compares them with types,
     return average
 
 
-def _gloo_between_threads(file: str, rank: int, n_ranks: int) -> dist.ProcessGroup:
-    # torch's default group is one for each process; ranks that are threads of one process need a group object each.
+def _gloo(file: str, rank: int, n_ranks: int, one_host: bool) -> dist.ProcessGroup:
+    """A group that is not torch's default one, of which there is one for each process, and ranks may be threads.
+
+    Ranks of one host are connected over loopback alone; of several, over what gloo finds, or the user has set.
+    """
     store = dist.PrefixStore("labkit", dist.FileStore(file, n_ranks))
     store.set_timeout(TIMEOUT)
-    options = dist.ProcessGroupGloo._Options()
-    options._timeout = TIMEOUT
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-    backend = dist.ProcessGroupGloo(store, rank, n_ranks, options)
+    if one_host:
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = TIMEOUT
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        backend = dist.ProcessGroupGloo(store, rank, n_ranks, options)
+    else:
+        backend = dist.ProcessGroupGloo(store, rank, n_ranks, TIMEOUT)  # reads GLOO_SOCKET_IFNAME
     group = dist.ProcessGroup(store, rank, n_ranks)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     for device in ("cpu", "cuda"):  # gloo takes gradients from a card too, by way of the host

@@ -361,6 +361,20 @@ def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tm
     assert other.returncode == 0
 
 
+@pytest.mark.parametrize("one_process", [True, False])
+def test_a_rank_that_is_gone_while_the_group_is_formed_holds_nobody(one_process, tmp_path, monkeypatch):
+    monkeypatch.setattr(allreduce, "TIMEOUT", datetime.timedelta(seconds=1))  # after which the thread that waits for it ends
+    folder, heartbeat, before = str(tmp_path / "ranks"), Heartbeat(), set(threading.enumerate())
+    here = dist.FileStore(f"{folder}-1-here", 2)
+    here.set("1", f"{socket.gethostname()} cpu False")  # and then it is gone
+    heartbeat.interrupt = {"op": "regroup", "group": 1}
+    with pytest.raises(Broken, match=allreduce.GONE):
+        ProcessGroup(0, [0, 1], 1, heartbeat, meeting=folder, one_process=one_process)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
 # -- problems that fit -------------------------------------------------------------------------------------------------
 
 
