@@ -147,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "runs", nargs="+", metavar="RUN", help="directory of a run, such as runs/first-run; several are put side by side"
     )
-    report.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
+    report.add_argument(
+        "--out", default="report.html", metavar="FILE", help="the page, .html or .pdf (by a Chromium on PATH; default: %(default)s)"
+    )
     report.set_defaults(run=_report)
 
     gallery = add("gallery", help="write a page on which many runs are filtered and compared")

@@ -1,13 +1,14 @@
 """A report of runs as one page: what came out, the figures, the settings, where it was made, and how it is made again.
 
 The page is a file of its own: pictures and style are in it, it has no script, and it opens without a network. What cannot be drawn
-is a sentence with the reason, so that a damaged run does not keep the others from being read.
+is a sentence with the reason, so that a damaged run does not keep the others from being read. As a PDF it is the same page, all of it
+opened, printed by a Chromium of this machine, which has a profile of its own and no network.
 
     cost cards           a column a run, `Run.summary`
     figures of all       curves, staleness, balance
     figures of each      timeline, weights, membership
     settings, machine    config.json without what is of any length, environment.json
-    again                the calls that replay the run, and go on from it
+    how to reproduce     the calls that train it anew (`labkit.runs.calls`), with the versions; that replay it; that go on from it
 
 Used through `labkit.plots`, and by `python -m labkit report`.
 """
@@ -15,6 +16,10 @@ Used through `labkit.plots`, and by `python -m labkit report`.
 from __future__ import annotations
 
 import base64
+import os
+import shutil
+import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
@@ -25,6 +30,7 @@ from labkit.errors import LabError, file_path
 from labkit.plots import style
 from labkit.plots.membership import membership
 from labkit.plots.runs import balance, curves, staleness, timeline, weights
+from labkit.runs.calls import calls
 from labkit.runs.export import settings
 from labkit.runs.files import find_json, replacing
 from labkit.runs.labels import labels
@@ -52,13 +58,31 @@ th:first-child { white-space: nowrap }
 figure { margin: 1.5rem 0 }
 img { max-width: 100%; background: white; border-radius: 4px }
 pre { overflow-x: auto; padding: .5rem; background: #8882 }
+@media print {
+  :root { color-scheme: light; font-size: 12px }
+  body { margin: 0; padding: 0; max-width: none }
+  figure, tr { break-inside: avoid }
+  img { max-height: 10cm }
+  h2, h3, summary { break-after: avoid }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere }
+}
 """
+FORMS = (".html", ".pdf")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge", "microsoft-edge")
+PRINT = (
+    "--headless", "--disable-gpu", "--no-first-run", "--no-pdf-header-footer", "--disable-extensions", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
+)  # fmt: skip
+PRINT_S = 120.0
 
 
 def report(runs: RunRecord | Sequence[RunRecord], path: str | Path = "report.html") -> Path:
-    """Write a report of a run, or of several side by side, as one HTML file that needs no network; returns its path.
+    """Write a report of a run, or of several side by side, as one file that needs no network; returns its path.
 
-    Raises `RunError` where nothing of a run can be read, or none was given; what of it cannot be drawn is said in the page.
+    A path that ends in `.html` is a page, one that ends in `.pdf` the same page as printed by Chromium, which has to be on PATH.
+
+    Raises `RunError` where nothing of a run can be read, or none was given; what of it cannot be drawn is said in the page. `LabError`
+    where there is no Chromium, or it does not print. Nothing is written then.
 
     Examples
     --------
@@ -66,18 +90,57 @@ def report(runs: RunRecord | Sequence[RunRecord], path: str | Path = "report.htm
     'report.html'
     """
     runs, path = style.some_runs(runs), file_path("path", path)
-    if path.suffix != ".html":
-        raise ValueError(f"path={str(path)!r} must end in .html.")
+    if path.suffix not in FORMS:
+        raise ValueError(f"path={str(path)!r} must end in {' or '.join(FORMS)}.")
     if not runs:
         raise LabError("a report needs a run at least. Give those of labkit.load_run.")
+    printer = _chromium() if path.suffix == ".pdf" else None
     style.extension()
+    page = "\n".join(_page(runs, opened=printer is not None)).encode()
+    if printer is not None:
+        page = _printed(page, printer)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write("\n".join(_page(runs)).encode())
+        file.write(page)
     return path
 
 
-def _page(runs: list[RunRecord]) -> Iterator[str]:
+def _chromium() -> str:
+    for name in CHROMIUM:
+        if found := shutil.which(name):
+            return found
+    raise LabError(
+        f"a report as PDF is printed by Chromium, and none of {', '.join(CHROMIUM)} is on PATH. Install one (apt install chromium), or "
+        "write the report to a path that ends in .html, and print that page."
+    )
+
+
+def _printed(page: bytes, chromium: str) -> bytes:
+    """A page as PDF. The browser and all that it starts have ended afterwards."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        source, made = Path(folder) / "report.html", Path(folder) / "report.pdf"
+        source.write_bytes(page)
+        own = [f"--user-data-dir={folder}/profile", *(["--no-sandbox"] if os.geteuid() == 0 else [])]  # it has none as root
+        command = [chromium, *PRINT, *own, f"--print-to-pdf={made}", source.as_uri()]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, **streams, cwd=folder, start_new_session=True)
+        try:
+            said = process.communicate(timeout=PRINT_S)[1].decode(errors="replace").strip().splitlines()
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise LabError(f"{chromium} printed no PDF in {PRINT_S:g} s. Give a path that ends in .html.") from None
+            raise
+        pdf = made.read_bytes() if made.exists() else b""
+    if process.returncode != 0 or not pdf.startswith(b"%PDF"):
+        why = f": {said[-1]}" if said else "."
+        raise LabError(f"{chromium} printed no PDF and ended with {process.returncode}{why}")
+    return pdf
+
+
+def _page(runs: list[RunRecord], opened: bool) -> Iterator[str]:
+    details = "<details open>" if opened else "<details>"
     names = labels(runs)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>labkit: {escape(title)}</title>'
@@ -91,16 +154,29 @@ def _page(runs: list[RunRecord]) -> Iterator[str]:
         yield f"<h2>{escape(name)}</h2>"
         for draw, about in OF_EACH.items():
             yield _figure(draw, run, about)
-        yield f"<details><summary>Settings</summary>{_table({'': settings(run)})}</details>"
+        yield f"{details}<summary>Settings</summary>{_table({'': settings(run)})}</details>"
         machine = _flat(find_json(run.path / "environment.json") or {})
         own = {name: value for name, value in machine.items() if name not in ("digest", "run")}
-        yield f"<details><summary>Machine and versions</summary>{_table({'': own})}</details>"
+        yield f"{details}<summary>Machine and versions</summary>{_table({'': own})}</details>"
+        yield "<h3>How to reproduce</h3>"
+        if versions := _versions(machine):
+            yield f"<p>Made with {escape(versions)}; seed {run.config.seed}.</p>"
         where = str(run.path)
-        again = [f"run = labkit.load_run({where!r})", "labkit.replay(run)  # the same weights again, from the record"]
-        if run.state in ("failed", "stopped"):
+        again = [f"run = labkit.load_run({where!r})"]
+        if run.origin == "live":
+            again.append("labkit.replay(run)  # the same weights again, from the record")
+        if run.origin == "live" and run.state in ("failed", "stopped"):
             again.append(f"labkit.resume({where!r}, lab)  # goes on from the last checkpoint")
-        yield f"<h3>Again</h3><pre>{escape(chr(10).join(again))}</pre>"
+        yield f"<p>Trained anew:</p><pre>{escape(calls(run))}</pre>"
+        yield f"<p>From its record:</p><pre>{escape(chr(10).join(again))}</pre>"
     yield "</body></html>"
+
+
+def _versions(machine: Mapping[str, Any]) -> str:
+    """Of Python and the packages that a run was made with, as its flat environment.json has them."""
+    packages = {name.removeprefix("versions "): version for name, version in machine.items() if name.startswith("versions ")}
+    known = {"Python": machine.get("python"), **packages}
+    return ", ".join(f"{name} {version}" for name, version in known.items() if version)
 
 
 def _card(run: RunRecord) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import base64
 import re
 import shutil
 import sys
+import textwrap
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +63,8 @@ def test_a_report_is_one_page_that_loads_nothing(tmp_path):
     for run in runs:
         assert f"labkit.load_run({str(run.path)!r})" in page.text and f"{run.summary()['samples_per_s']:.4g}" in page.text
         assert f"problem.lr {run.config.problem['lr']}" in page.text
+        assert f"seed {run.config.seed}." in page.text and f"labkit.connect('{run.config.kind}'" in page.text
+        assert "labkit.train(" in page.text and "labkit.replay(run)" in page.text
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"]
 
 
@@ -76,7 +80,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
     with pytest.raises(LabError, match="needs a run at least"):
         plots.report([])
     with pytest.raises(ValueError, match=r"must end in .html"):
-        plots.report(labkit.load_run(RUNS[0]), tmp_path / "report.pdf")
+        plots.report(labkit.load_run(RUNS[0]), tmp_path / "report.txt")
 
 
 def test_a_report_from_the_shell(tmp_path, monkeypatch, capsys):
@@ -85,5 +89,63 @@ def test_a_report_from_the_shell(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.html"
     assert main(["report", *map(str, RUNS), "--out", str(page)]) == 0
     assert page.name in capsys.readouterr().out and "2 runs" in Page(page).text
-    assert main(["report", str(RUNS[0]), "--out", str(tmp_path / "page.pdf")]) == 2
+    assert main(["report", str(RUNS[0]), "--out", str(tmp_path / "page.txt")]) == 2
     assert main(["report", str(tmp_path / "nowhere")]) == 2 and "there is no run at" in capsys.readouterr().err
+
+
+@pytest.fixture
+def _no_figures(monkeypatch):
+    for figures in ("OF_ALL", "OF_EACH"):
+        monkeypatch.setattr(reports, figures, {})
+
+
+@pytest.fixture
+def printer(tmp_path, monkeypatch):
+    """Stands in for Chromium on PATH, and does what it is told, with `given`, its arguments by name, and `page`, that of the report."""
+
+    def make(code):
+        file = tmp_path / "bin" / "chromium"
+        file.parent.mkdir()
+        file.write_text(
+            f"#!{sys.executable}\nimport os, sys, time\nfrom pathlib import Path\nfrom urllib.parse import unquote, urlsplit\n"
+            "given = dict(a.lstrip('-').partition('=')[::2] for a in sys.argv[1:])\n"
+            f"page = Path(unquote(urlsplit(sys.argv[-1]).path)).read_text()\n{textwrap.dedent(code)}"
+        )
+        file.chmod(0o755)
+        monkeypatch.setenv("PATH", str(file.parent))
+
+    return make
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_a_pdf_is_the_opened_page_as_chromium_prints_it(tmp_path, printer):
+    printer("Path(given['print-to-pdf']).write_text('%PDF' + given['user-data-dir'] + '\\n' + page)")
+    made = plots.report(labkit.load_run(RUNS[0]), tmp_path / "new" / "report.pdf")
+    profile, _, page = made.read_text().partition("\n")
+    assert made.name == "report.pdf" and not Path(profile.removeprefix("%PDF")).parent.exists()
+    assert "<details open>" in page and "<details>" not in page
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_a_pdf_that_cannot_be_made_is_said_in_a_line(tmp_path, printer, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    run = labkit.load_run(RUNS[0])
+    with pytest.raises(LabError, match=r"none of chromium, .* is on PATH"):
+        plots.report(run, tmp_path / "report.pdf")
+    assert main(["report", str(RUNS[0]), "--out", str(tmp_path / "report.pdf")]) == 2
+    printer("print('no display', file=sys.stderr); sys.exit(3)")
+    with pytest.raises(LabError, match=r"printed no PDF and ended with 3: no display"):
+        plots.report(run, tmp_path / "report.pdf")
+    monkeypatch.setattr(reports, "PRINT_S", 0.3)
+    (tmp_path / "bin" / "chromium").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)")
+    with pytest.raises(LabError, match=r"printed no PDF in 0.3 s"):
+        plots.report(run, tmp_path / "report.pdf")
+    assert [file.name for file in tmp_path.iterdir()] == ["bin"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_no_figures")
+@pytest.mark.skipif(not any(map(shutil.which, reports.CHROMIUM)), reason="no Chromium on PATH")
+def test_chromium_prints_a_report(tmp_path):
+    made = plots.report(labkit.load_run(RUNS[0]), tmp_path / "report.pdf")
+    assert made.read_bytes().startswith(b"%PDF") and made.read_bytes().count(b"/Type /Page\n") >= 2  # closed, it is one page
