@@ -21,6 +21,8 @@ import numpy as np
 from labkit.cluster.emulation import unsteadiness
 from labkit.cluster.notice import in_notebook, shell, telling
 from labkit.errors import LabError, file_path, like, several
+from labkit.plots.claims import between
+from labkit.runs.analysis import slowdown_reached
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +41,7 @@ FONT, PICTURE_FONT = "DejaVu Sans, Verdana, sans-serif", "DejaVu Sans"  # matplo
 WIDE = 72  # characters of a title that fit; longer ones are smaller,
 LONGEST = 115  # and of more the rest is left out: a picture would become as wide as its title
 
+OFF = 0.1  # the share by which an emulated slowdown may miss what was asked before a caption says so
 # Title and note are broken into lines where a cell is narrower than they are; bokeh would cut them. The figure is as much taller, which also has
 # bokeh lay it out again: it does not for a title.
 WRAP = """
@@ -61,7 +64,6 @@ for (const title of titles) {
 }
 if (plot.height !== height) setTimeout(() => { plot.height = height }, 0)  // not in the middle of a layout
 """
-
 PICTURES = (".png", ".svg", ".pdf")  # what matplotlib writes
 MODES = ("static", "interactive")
 
@@ -495,7 +497,7 @@ def message(title: str, text: str) -> Any:
 
 
 def caption(runs: Sequence[Any], *more: str) -> str:
-    """What a reader must know to believe a figure of `runs`: emulated slowdown, synthetic data, and `more`."""
+    """What a reader must know to believe a figure of `runs`: emulated slowdown, asked for and reached, synthetic data, and `more`."""
     slow = dict.fromkeys(emulated(list(slowdowns(run).values())) for run in runs if run.config["emulated"])
     slow = " or ".join(filter(None, slow)).replace(" or slowdown emulated:", " or")
     made = ["synthetic data"] if any(run.config["synthetic"] for run in runs) else []
@@ -503,7 +505,27 @@ def caption(runs: Sequence[Any], *more: str) -> str:
     unsteady = dict.fromkeys(unsteadiness(*(run.config[key] for key in ("jitter", "drift", "stalls"))) for run in runs)
     unsteady = " or ".join(filter(None, unsteady))
     midway = dict.fromkeys(slowed(run) for run in runs)
-    return "; ".join(filter(None, [slow, unsteady and f"emulated {unsteady}", *midway, *made, *more]))
+    return "; ".join(filter(None, [slow, reached(runs), unsteady and f"emulated {unsteady}", *midway, *made, *more]))
+
+
+def reached(runs: Sequence[Any]) -> str:
+    """The slowdown that emulation reached in `runs` that have ended, where it is not what was asked for: "reached: 4.6x for 4x"; empty elsewhere."""
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        try:
+            is_over = run.config["emulated"] and getattr(run, "state", "running") != "running"  # what moves is drawn often
+            made = slowdown_reached(run.events, run.config) if is_over else {}
+        except LabError:  # damaged: whoever reads it is told
+            made = {}
+        for worker, factor in made.items():
+            if abs(factor / (asked := slowdowns(run)[worker]) - 1) > OFF:
+                found.setdefault(asked, []).append(factor)
+    texts = [f"{between([_factor(min(own)), _factor(max(own))])} for {asked:g}x" for asked, own in sorted(found.items())]
+    return f"reached: {', '.join(texts)}" if texts else ""
+
+
+def _factor(value: float) -> str:
+    return f"{value:.0f}x" if value >= 10 else f"{value:.1f}x".replace(".0x", "x")
 
 
 def slowed(run: Any, status: Mapping[str, Any] | None = None) -> str:

@@ -27,6 +27,8 @@ from labkit.runs.events import effective
 if TYPE_CHECKING:
     import pandas as pd
 
+MEASURED_S = 1.0  # of work, and of each worker at least, from which the slowdown that was reached is told,
+MEASURED = 2  # in so many local passes at least
 CUT_OFF = "the server was gone."  # the message of those who were here when a run was cut off
 
 
@@ -164,6 +166,30 @@ def balance(events: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame({"mean_s": times.mean(axis=1), "max_s": times.max(axis=1)})
     table["ratio"] = table.mean_s / table.max_s
     return table.reset_index().astype({"pass": int})
+
+
+def slowdown_reached(events: pd.DataFrame, config: RunConfig) -> dict[int, float]:
+    """By worker, the slowdown that emulation reached: what a sample took it beside the least slowed workers, times the slowdown of those.
+
+    The first local pass of each does not count. Empty where that tells nothing of emulation: workers that are not equal without it (of
+    several hosts, devices or numbers of threads, by the record), factors that change (jitter, drift, stalls, or `slow` in mid-run), times
+    that were not measured (simulated runs), or too little work (`MEASURED_S`, `MEASURED`).
+    """
+    asked = {int(worker["index"]): float(worker.get("slowdown") or 1.0) for worker in config.workers}
+    alike = {(worker.get("host"), worker.get("device"), worker.get("threads")) for worker in config.workers}
+    steady = not (config.jitter or config.drift or config.stalls or (events.kind == "slow").any())
+    measured = (config.origin or {}).get("kind", "live") in ("live", "replay")
+    if len(set(asked.values())) < 2 or len(alike) != 1 or None in next(iter(alike))[:2] or not (steady and measured):
+        return {}
+    pushes = effective(events).query("kind == 'push' and samples > 0")
+    later = pushes[pushes.groupby("worker").cumcount() > 0]
+    spent = later.groupby("worker").agg(n=("samples", "size"), samples=("samples", "sum"), seconds=("compute_s", "sum"))
+    spent = spent[spent.index.isin(asked)]
+    if set(spent.index) != set(asked) or spent.n.min() < MEASURED or not spent.seconds.min() >= MEASURED_S:
+        return {}
+    each, least = spent.seconds / spent.samples, min(asked.values())
+    unit = each[[worker for worker, factor in asked.items() if factor == least]].median() / least
+    return {int(worker): float(value / unit) for worker, value in each.items()}
 
 
 def staleness(events: pd.DataFrame) -> pd.DataFrame:
