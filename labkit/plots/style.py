@@ -606,6 +606,12 @@ def _matplotlib_look(title: str, size: float, note: str, legend: Sequence[tuple[
         for name, lines in (("x", axis.xaxis), ("y", axis.yaxis)):
             lines.grid(True, alpha=0.3 if name in grid else 0)
             lines.set_zorder(-1)  # HoloViews puts its first element at 0, below a grid
+        for bar in [own.handles["cax"] for own in (getattr(plot, "subplots", None) or {}).values() if "cax" in own.handles]:
+            axis.apply_aspect()  # HoloViews puts a colour bar beside the axes as they were before they had their limits
+            place, font = axis.get_position(), PICTURE * FONTS["yticks"]
+            bar.set_position([place.x1 + 0.02, place.y0, 0.03, place.height])
+            bar.tick_params(labelsize=font)
+            bar.yaxis.label.set_fontsize(font)
         if legend:
             below = axis.transAxes + ScaledTranslation(0, -0.6, axis.figure.dpi_scale_trans)  # inches, clear of the x axis
             where = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
+import holoviews as hv
 import numpy as np
 import pandas as pd
 import pytest
 
 from labkit import plots
 from labkit.errors import ProblemError
+from labkit.plots import style
 from labkit.subnets.decomposition import Decomposition
 from tests.plots.helpers import elements, title
 
@@ -106,6 +108,15 @@ def test_the_map_and_the_bars_hold_the_numbers(tmp_path):
     teams.config["team"], batches.part_rows[2]["batched"] = {"n_workers": 2}, 4
     assert title(plots.part_times(teams)) == "6 subnets with 2 workers each: 4.0 s"
     assert title(plots.part_times(batches)) == "6 subnets (up to 4 at once on a worker): 4.0 s"
+
+
+@pytest.mark.parametrize(("grid", "shape"), [((2, 3), (1, 12, 15)), ((3, 1), (1, 60, 20))])
+def test_the_colour_bar_of_a_map_is_beside_it(grid, shape):
+    style.extension()
+    axes, bar = hv.render(plots.part_accuracy(joined(grid, shape)), backend="matplotlib").axes
+    axes.figure.canvas.draw()
+    here, there = axes.get_position(), bar.get_position()
+    assert 0 < there.x0 - here.x1 < 0.1 and (there.y0, there.height) == pytest.approx((here.y0, here.height))
 
 
 def test_scores_over_settings_are_medians_with_their_range():
