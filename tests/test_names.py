@@ -6,6 +6,7 @@ Used by pytest.
 from __future__ import annotations
 
 import inspect
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import labkit
 from labkit import names, plots
 from labkit.errors import ClusterError, RunError
+from labkit.plots import style
 from tests.runs.test_old_records import FOLDER
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -81,13 +83,13 @@ def test_a_problem_of_the_users_own_is_named_by_its_class():
 
 def test_what_is_no_run_is_led_to_one(tmp_path):
     run = labkit.load_run(RUN)
-    for given in (str(RUN), RUN):
-        with pytest.raises(
-            TypeError, match=rf"runs='{RUN}' must be a run, as labkit.train and labkit.load_run give it: labkit.load_run\('{RUN}'\)"
-        ):
-            plots.curves(given)
-        with pytest.raises(TypeError, match=r"give it: labkit\.load_run"):
-            plots.timeline(given)
+    for draw in (plots.confusion, plots.worst):  # need more than the record
+        with pytest.raises(TypeError, match=rf"run='{RUN}' must be a run, .* give it: labkit.load_run\('{RUN}'\)"):
+            draw(RUN)
+    with pytest.raises(RunError, match=rf"{tmp_path / 'config.json'} is missing: is {tmp_path} a run directory"):
+        plots.curves(tmp_path)
+    with pytest.raises(RunError, match=r"is a folder of \d+ runs, and this is of one: .*format-2-agwu"):
+        plots.timeline(FOLDER)
     with pytest.raises(TypeError, match=r"runs=5 must be a run, as labkit.train and labkit.load_run give it, not int"):
         plots.curves(5)
     with pytest.raises(
@@ -95,11 +97,20 @@ def test_what_is_no_run_is_led_to_one(tmp_path):
     ):
         plots.speed(run)
     assert len(labkit.compare([RUN])) == len(labkit.compare(str(RUN))) == 1
-    for given in (FOLDER, str(FOLDER), [RUN, FOLDER]):
-        with pytest.raises(
-            RunError, match=r"is no run but a folder of \d+: .*format-2-agwu.*labkit.compare\(sorted\(pathlib.Path\("
-        ):
-            labkit.compare(given)
+    with pytest.raises(RunError, match=r"is no run but a folder of \d+: .*format-2-agwu.*labkit.load_run\(.*labkit.compare\("):
+        labkit.load_run(FOLDER)
+
+
+def test_a_path_means_its_run_or_the_runs_in_it(tmp_path):
+    shutil.copytree(RUN, tmp_path / "runs" / "one"), shutil.copytree(RUN, tmp_path / "runs" / "two")
+    (tmp_path / "runs" / "damaged").mkdir()
+    (tmp_path / "runs" / "damaged" / "config.json").write_text("{")
+    runs = [labkit.load_run(tmp_path / "runs" / name) for name in ("one", "two")]
+    for given in (tmp_path / "runs", str(tmp_path / "runs"), [runs[0], tmp_path / "runs" / "two"]):
+        assert [str(run.path) for run in style.some_runs(given)] == [str(run.path) for run in runs]
+    assert len(labkit.compare(tmp_path / "runs")) == 3 and len(labkit.compare([RUN, tmp_path / "runs"])) == 4
+    for draw in (plots.staleness, plots.timeline):
+        assert str(draw(str(RUN)).opts) and repr(draw(RUN)) == repr(draw(labkit.load_run(RUN)))
 
 
 def test_what_is_no_client_is_led_to_one():

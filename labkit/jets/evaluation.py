@@ -25,6 +25,7 @@ from labkit.jets.clustering import accuracy, assignment, contingency, k_means, n
 from labkit.jets.files import OF_JET, SUBSTRUCTURE, Jets
 from labkit.jets.problem import UCluster, first
 from labkit.plots.style import some_runs
+from labkit.training.run import load_run
 
 NEIGHBOURS = 20  # of the kNN probe
 PROBED = 20_000  # training jets of the probes
@@ -96,7 +97,7 @@ def table(runs: Any, *, probes: Sequence[str] = PROBES) -> pd.DataFrame:
     """
     probes = [known("probes", probe, PROBES) for probe in probes]
     rows = []
-    for run in some_runs(runs):
+    for run in some_runs(runs, read=load_run):
         version = chosen(run)
         own = evaluate(run.problem(), network(run, version), probes)
         curve = run.curve()

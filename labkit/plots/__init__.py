@@ -1,4 +1,7 @@
-"""Figures, from the record of runs: `labkit.plots.curves(run)` and the like, and what shows or saves them."""
+"""Figures, from the record of runs: `labkit.plots.curves(run)` and the like, and what shows or saves them.
+
+Runs are given as `labkit.train` and `labkit.load_run` return them, or by a path: the directory of a run, or a folder of runs.
+"""
 
 from labkit.names import face
 from labkit.plots.inner import gantt, roofline

@@ -30,6 +30,8 @@ from labkit.plots.progress import line
 from labkit.runs.events import FILE, Tail
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import holoviews as hv
 
     from labkit.runs.record import RunRecord
@@ -59,7 +61,7 @@ class Seen(NamedTuple):
 NOTHING = Seen({}, [], frozenset())
 
 
-def live(run: RunRecord, timeout: float = 86400) -> hv.Layout:
+def live(run: RunRecord | str | Path, timeout: float = 86400) -> hv.Layout:
     """Held-out score and samples/s of each worker, and how many are here, against time, until the run ends or `timeout` seconds have
     passed; then the title has the score on the test set.
 

@@ -14,6 +14,8 @@ import numpy as np
 from labkit.plots import style
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import holoviews as hv
     import pandas as pd
 
@@ -23,7 +25,7 @@ MARKS = {"kill": 6, "freeze": 1, "thaw": 4, "drop": 3, "join": 0}  # a fault and
 HEIGHTS = (2.6, 1.4)  # of the accuracy; of the membership, and 0.45 for each worker (inches)
 
 
-def membership(run: RunRecord, faults: pd.DataFrame | None = None) -> hv.Layout:
+def membership(run: RunRecord | str | Path, faults: pd.DataFrame | None = None) -> hv.Layout:
     """Test accuracy over time, and under it who was here when; `faults` is the table of a `labkit.chaos.Storm`, drawn as marks.
 
     A tick begins each bar: a worker that was lost and came back is another incarnation. RunError while the run is running: it has
@@ -33,7 +35,7 @@ def membership(run: RunRecord, faults: pd.DataFrame | None = None) -> hv.Layout:
     --------
     >>> figure = labkit.plots.membership(run)
     """
-    style.a_run("run", run)
+    run = style.a_run("run", run)
     if faults is not None:
         style.check_columns(faults, ["seconds", "fault", "worker"])
     style.extension()

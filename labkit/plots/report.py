@@ -76,7 +76,7 @@ PRINT = (
 PRINT_S = 120.0
 
 
-def report(runs: RunRecord | Sequence[RunRecord], path: str | Path = "report.html") -> Path:
+def report(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path], path: str | Path = "report.html") -> Path:
     """Write a report of a run, or of several side by side, as one file that needs no network; returns its path.
 
     A path that ends in `.html` is a page, one that ends in `.pdf` the same page as printed by Chromium, which has to be on PATH.

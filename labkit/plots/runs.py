@@ -21,6 +21,8 @@ from labkit.runs.events import as_table
 from labkit.runs.labels import lines as by_line
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import holoviews as hv
     import pandas as pd
 
@@ -33,7 +35,12 @@ BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its 
 # -- over time ---------------------------------------------------------------------------------------------------------
 
 
-def curves(runs: RunRecord | Sequence[RunRecord], x: str = "seconds", target: float | None = None, y: str = "score") -> hv.Overlay:
+def curves(
+    runs: RunRecord | str | Path | Sequence[RunRecord | str | Path],
+    x: str = "seconds",
+    target: float | None = None,
+    y: str = "score",
+) -> hv.Overlay:
     """Test accuracy, or another column `y` of the curves, against `x`, "seconds" or "samples" (of all workers together); one line
     for each setting.
 
@@ -127,7 +134,7 @@ def _meaning(runs: Sequence[RunRecord], y: str) -> str:
     return y.replace("train_", "training ", 1) if y.startswith("train_") else f"test {y}"
 
 
-def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
+def balance(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -> hv.Overlay:
     """Mean T / max T of each local pass (T: seconds of one worker's pass) with the 0.95 that IDPA is held to: `Run.balance`.
 
     1 means that all workers take equally long, 1/m that all others do little but wait for one of m workers.
@@ -161,14 +168,14 @@ def balance(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
 # -- one run, by worker ------------------------------------------------------------------------------------------------
 
 
-def timeline(run: RunRecord) -> hv.Overlay:
+def timeline(run: RunRecord | str | Path) -> hv.Overlay:
     """One row for each worker: when it computed, waited and exchanged weights (`Run.timeline`); a tick above it: its push was merged.
 
     Examples
     --------
     >>> figure = labkit.plots.timeline(run)
     """
-    style.a_run("run", run)
+    run = style.a_run("run", run)
     style.extension()
     table = run.timeline()
     if table.empty:
@@ -212,7 +219,7 @@ def _worker_rows(run: RunRecord, rows: dict[int, int]) -> dict[str, Any]:
     )
 
 
-def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
+def staleness(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -> hv.Overlay:
     """How stale the merges were, in versions (`Run.staleness`): a histogram by worker for one run, and by setting for several, as shares of
     their merges, since one run may have many more than another.
 
@@ -255,14 +262,14 @@ def staleness(runs: RunRecord | Sequence[RunRecord]) -> hv.Overlay:
     )
 
 
-def weights(run: RunRecord) -> hv.Overlay:
+def weights(run: RunRecord | str | Path) -> hv.Overlay:
     """Each worker's share of the coefficients with which its pushes were merged, beside its share of the samples: `Run.contributions`.
 
     Examples
     --------
     >>> figure = labkit.plots.weights(run)
     """
-    style.a_run("run", run)
+    run = style.a_run("run", run)
     style.extension()
     table = run.contributions()
     if table.empty:

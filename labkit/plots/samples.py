@@ -32,7 +32,7 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
     --------
     >>> figure = labkit.plots.confusion(run)
     """
-    style.a_run("run", run)
+    style.a_run("run", run, read=None)  # from a record alone nothing is predicted
     run.opened_problem("samples are drawn")
     style.extension()
     data_set, table = run.tested(data)[0].dataset, run.predictions(data, version)
@@ -74,7 +74,7 @@ def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = N
     >>> figure = labkit.plots.worst(run)
     """
     n = whole("n", n)
-    style.a_run("run", run)
+    style.a_run("run", run, read=None)  # from a record alone nothing is predicted
     run.opened_problem("samples are drawn")
     style.extension()
     problem = run.tested(data)[0]

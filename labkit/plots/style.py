@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,10 @@ import numpy as np
 
 from labkit.cluster.emulation import unsteadiness
 from labkit.cluster.notice import in_notebook, shell, telling
-from labkit.errors import LabError, file_path, like, several
+from labkit.errors import LabError, RunError, file_path, like, several
 from labkit.plots.claims import between
 from labkit.runs.analysis import slowdown_reached
+from labkit.runs.record import RunRecord, directories
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -461,17 +463,42 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
     return figure.opts(hv.opts.Overlay(**common, **matplotlib, backend="matplotlib"))
 
 
-def a_run(name: str, run: Any) -> Any:
-    """`run`, if it is one; TypeError otherwise."""
+def a_run(name: str, run: Any, read: Callable[[Path], Any] | None = RunRecord) -> Any:
+    """`run`, if it is one, or what `read` makes of its directory; TypeError otherwise, also for a directory without `read`."""
+    if isinstance(run, str | os.PathLike) and read is not None:
+        inside = directories(run)
+        if len(inside) > 1:
+            names = ", ".join(path.name for path in inside[:8]) + ", ..." * (len(inside) > 8)
+            raise RunError(f"{name}={os.fspath(run)!r} is a folder of {len(inside)} runs, and this is of one: {names}.")
+        return read(inside[0])
     such = "a run, as labkit.train and labkit.load_run give it"
     if isinstance(run, str | os.PathLike):
         raise TypeError(f"{name}={os.fspath(run)!r} must be {such}: labkit.load_run({os.fspath(run)!r}).")
     return like(name, run, ("config", "curve"), such)
 
 
-def some_runs(runs: Any) -> list[Any]:
-    """A run, or each of several, in a list; TypeError where it is neither."""
-    return several("runs", runs, a_run) if isinstance(runs, Iterable) and not isinstance(runs, str) else [a_run("runs", runs)]
+def some_runs(runs: Any, read: Callable[[Path], Any] = RunRecord) -> list[Any]:
+    """A run, or each of several, in a list; TypeError where it is neither. A path is that of a run, or of a folder of runs: of several in
+    one, those that cannot be read are left out, which is printed."""
+    if isinstance(runs, str | os.PathLike) or not isinstance(runs, Iterable):
+        return _runs_of("runs", runs, read)
+    return list(chain.from_iterable(several("runs", runs, lambda name, given: _runs_of(name, given, read))))
+
+
+def _runs_of(name: str, given: Any, read: Callable[[Path], Any]) -> list[Any]:
+    if not isinstance(given, str | os.PathLike):
+        return [a_run(name, given)]
+    found, refused = [], []
+    for path in directories(given):
+        try:
+            found.append(read(path))
+        except RunError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    for error in refused:
+        print(f"Left out: {error}")
+    return found
 
 
 def check_columns(frame: pd.DataFrame, columns: Sequence[str]) -> None:

@@ -6,15 +6,14 @@ Used by users through `labkit.compare`, and by `labkit.experiments`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labkit.errors import RunError, file_path, instance, plain_scalar, several
+from labkit.errors import RunError, instance, plain_scalar, several
 from labkit.imports import rule_title
 from labkit.runs import labels
-from labkit.runs.config import FILE as CONFIG
-from labkit.runs.files import is_folder
-from labkit.runs.record import RunRecord
+from labkit.runs.record import RunRecord, directories
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +24,8 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
 
     The settings that differ are columns too, behind the partition. `score` and `loss` are those of the test set; a column
     `lower_is_better` says of which runs that holds of the score. A run that cannot be
-    read does not take the table down: its `state` is "damaged", and `reason` says why. Directories of runs can be given as well.
+    read does not take the table down: its `state` is "damaged", and `reason` says why. Directories of runs, and folders of them, can be
+    given as well.
 
         labkit.compare(runs).hvplot.scatter("seconds", "score", by="update")    # after labkit.plots.extension()
 
@@ -39,7 +39,8 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
 
     from labkit.tables import Table
 
-    runs = [_run("runs", runs)] if isinstance(runs, (RunRecord, str, Path)) else several("runs", runs, _run)
+    given = [_runs("runs", runs)] if isinstance(runs, (RunRecord, str, Path)) else several("runs", runs, _runs)
+    runs = list(chain.from_iterable(given))
     cards, unread = [], []  # in the order given; those of which not even the settings can be read come last
     for run in runs:
         try:
@@ -67,23 +68,12 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
     return table.drop(columns="weight_per_worker", errors="ignore").set_index("run")
 
 
-def _run(name: str, run: Any) -> RunRecord | str | Path:
-    run = plain_scalar(run)
-    return _directory(run) if isinstance(run, (str, Path)) else instance(name, run, RunRecord, " or its directory")
-
-
-def _directory(path: str | Path) -> Path:
-    """The directory of a run; RunError for a folder that holds several."""
-    path = file_path("runs", path)
-    inside = (
-        [] if (path / CONFIG).exists() or not is_folder(path) else sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
-    )
-    if inside:
-        raise RunError(
-            f"{path} is no run but a folder of {len(inside)}: {', '.join(inside[:8])}{', ...' * (len(inside) > 8)}. Give those that you mean, or "
-            f"all: labkit.compare(sorted(pathlib.Path({str(path)!r}).glob('*/')))."
-        )
-    return path
+def _runs(name: str, given: Any) -> list[RunRecord] | list[Path]:
+    """A run in a list, or the directories that a path means."""
+    given = plain_scalar(given)
+    if isinstance(given, (str, Path)):
+        return directories(given)
+    return [instance(name, given, RunRecord, " or its directory")]
 
 
 def _type(values: list) -> type | None:

@@ -423,6 +423,14 @@ class RunRecord(Carded, Public):
         return f"<Run {self.name}: {label}, {self.state}{reason}{done}>"
 
 
+def directories(path: str | Path) -> list[Path]:
+    """What a path means: of a folder of runs their directories, by name, else itself, whether there is a run or not."""
+    path, inside = file_path("path", path), []
+    with contextlib.suppress(OSError):  # a name that is too long; a folder that has gone meanwhile
+        inside = [] if (path / CONFIG).exists() else sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
+    return inside or [path]
+
+
 def _table(frame: pd.DataFrame) -> pd.DataFrame:
     """A table that is shown rounded; the module with it needs pandas, which a server does without."""
     from labkit.tables import Table

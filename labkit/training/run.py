@@ -19,7 +19,7 @@ from labkit.errors import Interrupted, ProblemError, RunError, file_path, flag, 
 from labkit.runs import checkpoints, summary, unfinished
 from labkit.runs.checkpoints import Layout
 from labkit.runs.files import is_folder, replacing
-from labkit.runs.record import RunRecord
+from labkit.runs.record import RunRecord, directories
 from labkit.sources import changed
 from labkit.training.attach import ANSWER_S, request
 from labkit.training.inspection import Inspection, inspection
@@ -524,6 +524,11 @@ def read_run(path: str | Path, problem: Problem | None = None) -> Run:
     if not is_folder(path):
         near = sorted(p.name for p in path.parent.iterdir() if (p / "config.json").exists()) if is_folder(path.parent) else []
         raise RunError(f"there is no run at {path}." + (f" Runs beside it: {', '.join(near)}." if near else ""))
+    if (inside := directories(path)) != [path]:
+        raise RunError(
+            f"{path} is no run but a folder of {len(inside)}: {', '.join(run.name for run in inside[:8])}{', ...' * (len(inside) > 8)}. "
+            f"labkit.load_run({str(inside[0])!r}) reads one; labkit.compare({str(path)!r}) and labkit.plots.curves({str(path)!r}) take all."
+        )
     if problem is not None:
         from labkit.problems.problem import Problem
 

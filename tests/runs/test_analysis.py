@@ -86,10 +86,14 @@ def test_the_balance_of_a_pass_is_that_of_the_workers_who_were_here(tmp_path):
 
 
 def test_the_slowdown_that_was_reached_is_told_where_the_record_tells_it():
-    about = [{"index": i, "slowdown": slow, "host": "here", "device": "cpu", "threads": 1} for i, slow in enumerate((2.0, 4.0, 8.0))]
+    about = [
+        {"index": i, "slowdown": slow, "host": "here", "device": "cpu", "threads": 1} for i, slow in enumerate((2.0, 4.0, 8.0))
+    ]
     config = settings().replace(workers=about, emulated=True)
     seconds = {0: (9.0, 1.0, 1.0), 1: (1.0, 1.5, 1.5), 2: (1.0, 0.5, 0.5)}  # the first local pass does not count
-    passes = [("push", n, {"worker": w, "samples": 16 if w < 2 else 2, "compute_s": s}) for w in seconds for n, s in enumerate(seconds[w])]
+    passes = [
+        ("push", n, {"worker": w, "samples": 16 if w < 2 else 2, "compute_s": s}) for w in seconds for n, s in enumerate(seconds[w])
+    ]
     table = events(*passes)
     assert slowdown_reached(table, config) == {0: 2.0, 1: 3.0, 2: 8.0}
     steady = {"jitter": 0.1, "drift": 9.0, "stalls": (9.0, 1.0), "origin": {"kind": "simulated"}}
