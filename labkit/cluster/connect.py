@@ -90,7 +90,9 @@ def connect(
         A running Dask scheduler ("tcp://host:8786", or "tls://..." with a `distributed.Security`), or the file
         "scheduler.json" that it has written. Left running at `close`, as are `client` and `profile`.
     client
-        A Dask `Client` or cluster object, or an ipyparallel `Client`, of your own.
+        A Dask `Client` or cluster object, or an ipyparallel `Client`, of your own. What you give to a Dask `Client` of your own while a run
+        trains waits for a free thread of a worker, as the task of the run is one, without a word: it is yours, and no method of it is
+        replaced. `lab.client` of a lab that labkit has made, or joined by `address`, says so.
     resources
         What a Dask worker must have to be taken, and what each task claims there: `{"GPU": 1}`. Local workers start with it.
     engines
