@@ -240,9 +240,11 @@ def calling(title: str, error: type[Exception] = ProblemError, passes: type[Exce
 
 
 def did_you_mean(given: Any, options: Iterable[Any]) -> str:
-    """ " Did you mean 'agwu'?" for the option nearest to `given`; empty where none is near."""
-    near = difflib.get_close_matches(str(given), [str(option) for option in options], n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """ " Did you mean 'agwu'?" for the option nearest to `given`, whether letters are capital or not; empty where none is near."""
+    options = {str(option): str(option).casefold() for option in options}
+    near = difflib.get_close_matches(str(given).casefold(), dict.fromkeys(options.values()), n=1)
+    same = [option for option, text in options.items() if text in near]  # Run and run: the nearer one
+    return f" Did you mean {(difflib.get_close_matches(str(given), same, n=1, cutoff=0))[0]!r}?" if near else ""
 
 
 def plain_scalar(value: Any) -> Any:

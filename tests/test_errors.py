@@ -17,6 +17,10 @@ def test_known():
     assert known("optimiser", "sgd", ("sgd", "adam")) == "sgd"
     with pytest.raises(ValueError, match=r"optimiser='adm' is not known. Known: sgd, adam. Did you mean 'adam'\?"):
         known("optimiser", "adm", ("sgd", "adam"))
+    with pytest.raises(ValueError, match=r"Did you mean 'agwu'\?"):
+        known("update", "AGWU", ("sgwu", "agwu"))
+    with pytest.raises(ValueError, match=r"Did you mean 'run'\?"):
+        known("name", "runs", ("Run", "run"))
     with pytest.raises(ValueError, match=r"a=1 is not known. Known: \(none\).$"):
         known("a", 1, ())
     assert type(known("optimiser", np.str_("sgd"), ("sgd",))) is str and type(known("part", np.int64(1), range(3))) is int

@@ -36,7 +36,7 @@ RESULTS = ("score", "loss", "seconds", "samples_per_s", "wait_share", "staleness
 ABOUT = ("status", "state", "error", "notebook", "id", "trial", "workers", "run")  # columns of tables that are no result
 
 
-def gallery(runs: str | Path | Search | Iterable[RunRecord | str | Path], path: str | Path | None = None) -> Path:
+def gallery(runs: str | Path | Search | RunRecord | Iterable[RunRecord | str | Path], path: str | Path | None = None) -> Path:
     """Write a page on which many runs are filtered and compared, one HTML file that needs no network; returns its path.
 
     It has filters, parallel coordinates, a Pareto front of any two numbers, the curves as small multiples, and a table with links to
@@ -44,7 +44,7 @@ def gallery(runs: str | Path | Search | Iterable[RunRecord | str | Path], path: 
 
     Parameters
     ----------
-    runs : the folder of a sweep, of a search or of runs (also of folders with runs); a `Search`; or runs, or their directories.
+    runs : the folder of a sweep, of a search or of runs (also of folders with runs); a `Search`; or a run, or several, also by their directories.
     path : the page, by default `gallery.html` in the folder. Links on it are relative: it moves with the folder.
 
     Raises
@@ -62,7 +62,7 @@ def gallery(runs: str | Path | Search | Iterable[RunRecord | str | Path], path: 
     from labkit.experiments.search import FILE as SEARCH
     from labkit.experiments.search import Search, load_search
 
-    runs = plain_scalar(runs)
+    runs = [runs] if isinstance(runs, RunRecord) else plain_scalar(runs)
     folder = runs.path if isinstance(runs, Search) else file_path("runs", runs) if isinstance(runs, str | Path) else None
     page = file_path("path", path) if path is not None else (folder or Path()) / PAGE
     if page.suffix != ".html":
@@ -164,24 +164,18 @@ def _card(run: RunRecord) -> tuple[str, dict[str, Any], str]:
     """State, results and what is wrong; without a curve that is measured already no score and no loss."""
     try:
         state = run.status()
-        card = run.card(state["state"], _measured(run))
+        curve, unread = run.read_curve()
+        card = run.card(state["state"], curve)
     except LabError as error:
         return "damaged", {}, str(error)
-    return state["state"], {name: card[name] for name in RESULTS}, state.get("reason") or ""
-
-
-def _measured(run: RunRecord) -> pd.DataFrame | None:
-    try:
-        return run.kept_curve()
-    except RunError:
-        return None
+    return state["state"], {name: card[name] for name in RESULTS}, ". ".join(filter(None, [state.get("reason"), unread]))
 
 
 def _curves(runs: Iterable[RunRecord]) -> list[Curve]:
     found = []
     for run in runs:
         with contextlib.suppress(LabError):  # its row says what is wrong
-            table, dashed = _measured(run), False
+            (table, _), dashed = run.read_curve(), False
             if table is None:
                 table, dashed = _pushed(run), True
             if len(table):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit import locks
-from labkit.cards import Card, Carded
+from labkit.cards import Card, Carded, settings_text
 from labkit.cluster.lab import Lab
 from labkit.errors import SEEDS, ClusterError, RunError, did_you_mean, file_path, flag, instance, known, real, whole
 from labkit.experiments import code
@@ -458,7 +458,8 @@ class Search(Carded, Public):
     def _card(self) -> Card:
         n, best = len(self._trials()), {}
         with contextlib.suppress(RunError):
-            best = {"best score": self.best.score, "at": dict(self.best.point)}
+            number = self._best()
+            best = {"best score": self.table().score.iloc[number], "at": settings_text(self._trials()[number]["point"])}
         rows = {"method": self.config["method"], "state": self.state, "trials": f"{n} of {self.config['trials']}", **best}
         calls = {
             "found.table()": "all trials",

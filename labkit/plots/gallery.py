@@ -137,6 +137,8 @@ def _value(value: Any) -> Any:
     """A number of five digits, a text, or None."""
     if value is None or isinstance(value, str):
         return value if value is None else value[:MOST_TEXT]
+    if isinstance(value, Mapping) and "by_value" in value:  # a function of a notebook
+        return str(value["by_value"])[:MOST_TEXT]
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and abs(value) < 2**53:

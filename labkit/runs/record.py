@@ -46,7 +46,7 @@ class RunRecord(Carded, Public):
     """
 
     internal: ClassVar = frozenset(
-        ("card", "kept_curve", "layout", "opened_problem", "recorded", "tested", "trained", "warn_of_edits")
+        ("card", "kept_curve", "layout", "opened_problem", "read_curve", "recorded", "tested", "trained", "warn_of_edits")
     )
 
     def __init__(self, path: str | Path) -> None:
@@ -202,6 +202,13 @@ class RunRecord(Carded, Public):
             if not (merges.reindex(curve.version).to_numpy() == curve[["seconds", "samples"]].to_numpy()).all():
                 raise RunError(f"{file} is damaged: its seconds and samples are not those of the events.")
         return curve
+
+    def read_curve(self) -> tuple[pd.DataFrame | None, str]:
+        """The curve, as far as it is measured already; where it is not, None and why it cannot be read, "" where there is none."""
+        try:
+            return self.kept_curve() if (self.path / metrics.FILE).exists() else None, ""
+        except RunError as error:
+            return None, str(error)
 
     def _with_training(self, curve: pd.DataFrame) -> pd.DataFrame:
         if not self.events.metrics.notna().any():
@@ -373,11 +380,15 @@ class RunRecord(Carded, Public):
     def _card(self) -> Card:
         status, config = self.status(), self.config
         state, running = status["state"], status["state"] == "running"
-        curve = self.kept_curve() if (self.path / metrics.FILE).exists() else None
-        results = self.card(state, curve)
         reason = f": {status['reason']}" if status.get("reason") else ""
-        rows = {"state": f"{state}{reason}", "samples": f"{status.get('samples', results['samples']):,} of {config.budget:,}"}
-        events, line = self.events, None
+        title, rows, line = f"Run {self.name}: {self.label}", {"state": f"{state}{reason}"}, None
+        curve, unread = self.read_curve()
+        try:
+            events, results = self.events, self.card(state, curve)
+        except RunError as error:
+            return Card(title, rows=rows | {"events": str(error), "directory": str(self.path)})
+        rows |= {"samples": f"{status.get('samples', results['samples']):,} of {config.budget:,}"}
+        rows |= {"curve": unread} if unread else {}
         scored = events[events.kind.isin(["push", "score"]) & events.score.notna()]
         if curve is not None and curve.score.notna().sum():
             rows["test score"] = f"{results['score']:.3f}"
@@ -390,7 +401,7 @@ class RunRecord(Carded, Public):
         rows |= {"workers": f"{config.n_workers} ({config.kind}{', emulated speeds' if config.emulated else ''})"}
         rows |= {"data": "synthetic"} if config.synthetic else {}
         rows["directory"] = str(self.path)
-        return Card(f"Run {self.name}: {self.label}", rows=rows, line=line, calls=self._next(running, state))
+        return Card(title, rows=rows, line=line, calls=self._next(running, state))
 
     def _next(self, running: bool, state: str) -> dict[str, str]:
         """What to do with the run now, by the calls."""

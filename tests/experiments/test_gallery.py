@@ -19,6 +19,7 @@ from labkit.experiments.space import Space
 from labkit.experiments.study import Study
 from tests.plots.test_report import Page
 from tests.runs.test_old_records import FOLDER
+from tests.test_cards import card_of
 
 EVIL = "</script><script>hacked = true</script><!--&amp;"
 
@@ -123,6 +124,23 @@ def test_a_search_has_a_row_for_each_trial(tmp_path):
     assert columns["result", "score"]["values"] == [0.0, 0.5, None] and [len(row["curves"]) for row in rows] == [0, 1, 0]
     assert columns["setting", "lr"]["values"] == pytest.approx([point["lr"] for point in found.points], rel=1e-4)
     assert read(labkit.gallery(found))[1] == rows
+
+
+def test_a_curve_that_cannot_be_read_is_said_and_a_run_alone_is_shown(tmp_path):
+    path = copied(tmp_path, "a")
+    (path / "metrics.parquet").write_bytes(b"x")
+    run = labkit.load_run(path)
+    columns, (row,), _ = read(labkit.gallery(run, tmp_path / "page.html"))
+    assert row["state"] == "done" and "metrics.parquet is damaged" in row["error"] and ("result", "score") not in columns
+    assert row["curves"][0]["dashed"]
+    assert "curve" in card_of(run) and "metrics.parquet is damaged" in card_of(run) and "samples/s" in card_of(run)
+
+
+def test_models_of_a_notebook_go_by_their_names(tmp_path):
+    for name in "ab":
+        copied(tmp_path, name, model={"by_value": f"net_{name}"})
+    columns, *_ = read(labkit.gallery(tmp_path))
+    assert columns["setting", "model"]["values"] == ["net_a", "net_b"]
 
 
 def test_what_is_no_folder_of_runs_is_refused(tmp_path, capsys):

@@ -32,6 +32,7 @@ from labkit.runs.files import write_json
 from labkit.training import blocks, supervisor
 from tests.experiments.helpers import write
 from tests.helpers import Slow, data, net, until
+from tests.test_cards import card_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -221,6 +222,8 @@ def test_trials_that_fail_are_rows_with_their_errors(search, problem, stand_ins,
     assert "its score is nan" in table.error[2] and "KeyError" in table.error[4] and "lr=-1" in table.error[1]
     assert found.best.width == 4 and table.score.notna().sum() == 2 and "its score is nan" in capsys.readouterr().out
     assert found.replay().points == found.points
+    text = " ".join(card_of(found).split())
+    assert "best score 4" in text and "at width: 4, lr: 0.1" in text and "trials 8 of 8" in text
 
 
 def test_a_model_that_does_not_build_is_a_row(search, problem):

@@ -338,7 +338,8 @@ def test_a_run_and_its_lab_show_a_card(train, lab):
     assert f"to {run.test_score:.3f}" in text and "state done" in text and "run.predict(x)" in text and str(run.path) in text
     lab = " ".join(card_of(lab).split())
     assert "worker host device threads process" in lab and "labkit.train(problem, lab)" in lab
-    (run.path / "status.json").write_text("{")
     (run.path / "events.jsonl").write_text("{")
+    assert "events.jsonl holds 0 of" in card_of(labkit.load_run(run.path))
+    (run.path / "status.json").write_text("{")
     damaged = labkit.load_run(run.path)
     assert damaged._repr_html_() is None and "damaged" in repr(damaged)
