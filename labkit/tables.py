@@ -14,18 +14,24 @@ from labkit.cards import number
 
 ROWS = 30  # at the beginning and at the end of a long table, which pandas shows at most
 MOST = 20  # columns that are named
+WIDTH = 80  # characters: the default of pandas, which stands for the width of the terminal
 
 
 class Table(pd.DataFrame):
     """A DataFrame of which a notebook and a terminal show numbers to three or four digits (`labkit.cards.number`).
 
     As text it shows the first columns that fit into the terminal, and names the others. What pandas makes of it is one, too. With
-    `pandas.set_option("display.float_format", ...)` of your own that is used.
+    `pandas.set_option` of your own, "display.float_format", "display.width" or "display.max_columns", those are used.
     """
 
     @property
     def _constructor(self) -> type:
         return Table
+
+    @property
+    def hvplot(self) -> Any:
+        """hvPlot of the same DataFrame, once that is loaded: it and HoloViews tell tables by their exact type, not by what they are derived from."""
+        return pd.DataFrame(self).hvplot
 
     def __repr__(self) -> str:
         with _rounded():
@@ -39,8 +45,11 @@ class Table(pd.DataFrame):
             return f"{shown}\nand {len(others)} more column{'s' * (len(others) > 1)}: {named}"
 
     def _fitting(self) -> int:
-        """How many of the first columns fit into the width of the terminal, one at least."""
-        limit = shutil.get_terminal_size((pd.get_option("display.width") or 10_000, 24)).columns
+        """How many of the first columns fit into the width of the terminal, or into that which `pandas.set_option` was given; one at least."""
+        width, own = (pd.get_option(f"display.{name}") for name in ("width", "max_columns"))
+        if own is None:  # as many as there are, in pandas's way
+            return self.shape[1]
+        limit = width if width not in (None, WIDTH) else shutil.get_terminal_size((width or 10_000, 24)).columns
         rows = pd.concat([self.head(ROWS), self.tail(ROWS)]) if len(self) > 2 * ROWS else self
         index = [str(name) for name in rows.index] + [str(self.index.name or "")]
         wide, most = max(map(len, index)), pd.get_option("display.max_colwidth") or 10_000

@@ -28,6 +28,15 @@ def test_the_first_columns_that_fit_are_shown_and_the_others_named(monkeypatch):
     assert repr(Table({"a": [1]})) == repr(pd.DataFrame({"a": [1]})) and "Empty" in repr(Table({"a": []}))
 
 
+def test_what_a_user_sets_for_pandas_is_what_is_shown(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    table = Table(np.arange(24.0).reshape(2, 12), columns=[f"column_{number}" for number in range(12)])
+    with pd.option_context("display.width", 500):
+        assert "column_11" in repr(table).splitlines()[0]
+    with pd.option_context("display.max_columns", None):
+        assert "more column" not in repr(table) and "column_11" in repr(table)
+
+
 @pytest.mark.parametrize("n", [0, 1, 500])
 def test_of_any_length(n):
     table = Table({f"a_long_name_{column}": np.arange(n) for column in range(30)})

@@ -8,10 +8,12 @@ import sys
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from labkit import plots
 from labkit.plots import style
+from labkit.tables import Table
 from tests.plots.helpers import Recorded, elements, rates
 
 FIGURES = {
@@ -84,11 +86,16 @@ def test_the_tables_of_a_run_are_drawn_in_a_line(run):
         (run.balance().hvplot.line("pass", "ratio"), "ratio"),
         (run.staleness().hvplot.hist("staleness", by="worker", bins=range(4)), "staleness"),
         (run.contributions().hvplot.bar("worker", ["samples", "weight"]), "value"),
+        (
+            pd.concat({"a": Table(run.curve())}, names=["run"]).hvplot.line("seconds", "score", by="run"),
+            "run",
+        ),  # an index of a name
     ):
         assert column in str(figure)
     table = run.timeline().assign(seconds=lambda table: table.end - table.start)
     wide = table.pivot_table(index="worker", columns="activity", values="seconds", aggfunc="sum")
     assert wide.sum().sum() == pytest.approx(table.seconds.sum()) and wide.hvplot.barh(stacked=True)
+    assert Table(run.curve()).hvplot.step("seconds", "score").interface.datatype == "dataframe"  # as of any DataFrame
 
 
 def test_the_mode_is_named_or_guessed(monkeypatch):
