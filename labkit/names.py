@@ -21,7 +21,7 @@ ARGUMENTS = {
     "a problem, as labkit.Classifier": (
         "model", "data", "batch_size", "lr", "momentum", "weight_decay", "optimiser", "schedule", "loss", "metrics", "augment", "precision",
     ),
-    "labkit.train": ("partition", "update", "passes", "local_steps", "seed", "checkpoints", "target", "patience", "on_version"),
+    "labkit.train": ("runs", "partition", "update", "passes", "local_steps", "seed", "checkpoints", "target", "patience", "on_version"),
     "labkit.connect": ("n_workers", "threads_per_worker", "slowdown", "address", "client"),
     "labkit.search": ("trials", "folds", "prune"),
 }  # fmt: skip
@@ -31,7 +31,7 @@ NEIGHBOURS = {
     "bs": "batch_size", "scheduler": "schedule", "lr_scheduler": "schedule", "metric": "metrics", "dataset": "data", "net": "model",
     "network": "model", "epochs": "passes", "n_epochs": "passes", "num_epochs": "passes", "max_epochs": "passes", "callback": "on_version",
     "callbacks": "on_version", "early_stopping": "patience", "random_state": "seed", "num_workers": "n_workers", "n_jobs": "n_workers",
-    "world_size": "n_workers", "workers": "n_workers", "n_trials": "trials", "num_trials": "trials", "cv": "folds", "pruner": "prune",
+    "world_size": "n_workers", "workers": "n_workers", "n_trials": "trials", "run_dir": "runs", "num_trials": "trials", "cv": "folds", "pruner": "prune",
 }  # fmt: skip
 _TEST_SPLIT = (
     'The test split is part of the data of the problem: data=(x_train, y_train, x_test, y_test), or a dict with "train" and "test"; what a worker '

@@ -30,7 +30,9 @@ class Table(pd.DataFrame):
 
     @property
     def hvplot(self) -> Any:
-        """hvPlot of the same DataFrame, once that is loaded: it and HoloViews tell tables by their exact type, not by what they are derived from."""
+        """hvPlot of the same DataFrame: it and HoloViews tell tables by their exact type, not by what they are derived from."""
+        import hvplot.pandas  # noqa: F401, it makes the attribute
+
         return pd.DataFrame(self).hvplot
 
     def __repr__(self) -> str:

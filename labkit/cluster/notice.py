@@ -1,4 +1,4 @@
-"""A line below a notebook's cell while something takes longer than a moment; when that is over the line is gone.
+"""A line below a notebook's cell while something takes longer than a moment; when that is over the line is gone. In a terminal a line now and then.
 
 First calls load libraries, start processes and convert data, which takes seconds, on a busy machine many.
 
@@ -17,6 +17,7 @@ from typing import Any
 
 AFTER_S = 0.8  # what is quicker is not told
 EVERY_S = 0.5  # between two readings of a text that changes
+TERMINAL_S = 10.0  # after so long a terminal is told, once and again
 _telling = threading.Lock()  # one line at a time: what is called in there is part of it
 
 
@@ -33,12 +34,16 @@ def in_notebook() -> bool:
 
 @contextlib.contextmanager
 def telling(text: str | Callable[[], str], after: float = AFTER_S) -> Iterator[None]:
-    """While the block takes longer than `after` seconds, a notebook shows `text`, or what `text()` says now; nothing anywhere else."""
-    if not in_notebook() or not _telling.acquire(blocking=False):
+    """While the block takes longer than `after` seconds, a notebook shows `text`, or what `text()` says now.
+
+    A terminal has it on stderr, every ten seconds with the time that has passed. A script whose output goes to a file has nothing.
+    """
+    tell = _tell if in_notebook() else _tell_terminal if sys.stderr is not None and sys.stderr.isatty() else None
+    if tell is None or not _telling.acquire(blocking=False):
         yield
         return
     over = threading.Event()
-    thread = threading.Thread(target=_tell, args=(text, after, over), name="labkit-telling", daemon=True)
+    thread = threading.Thread(target=tell, args=(text, after, over), name="labkit-telling", daemon=True)
     try:
         thread.start()
         yield
@@ -60,3 +65,11 @@ def _tell(text: str | Callable[[], str], after: float, over: threading.Event) ->
                 shown = now
     if shown:
         display({}, raw=True, display_id=line, update=True)
+
+
+def _tell_terminal(text: str | Callable[[], str], after: float, over: threading.Event) -> None:
+    seconds = 0.0
+    while not over.wait(TERMINAL_S):
+        seconds += TERMINAL_S
+        with contextlib.suppress(Exception):  # the terminal may be closed
+            print(f"{text() if callable(text) else text} {seconds:.0f} s so far.", file=sys.stderr, flush=True)

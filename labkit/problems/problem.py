@@ -706,8 +706,9 @@ def problem_from_config(config: Mapping[str, Any]) -> Problem:
     for name, value in config.items():
         if (lost := by_value(value)) is not None:
             raise RunError(
-                f"{name} {lost!r} of this run was written in a notebook, and the record holds only its name. Make the "
-                "problem again in the notebook and give it: labkit.load_run(..., problem=problem)."
+                f"{name} {lost!r} of this run was written in a notebook or a script, or is an object, and the record holds only its "
+                f'name. Make the problem again and give it: labkit.load_run(..., problem=problem). Of a module, {name}="my_module:..." '
+                "is in the record."
             )
     try:
         made = imported(str(kind))

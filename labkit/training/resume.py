@@ -155,8 +155,8 @@ def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
     if given is None:
         if (lost := by_value(recorded)) is not None:
             raise RunError(
-                f"{lost!r} of run {run.name} was written in a notebook, and the record holds only its name. Make the problem "
-                f"again and give it: {_call(run, by, 'problem')}."
+                f"{lost!r} of run {run.name} was written in a notebook or a script, or is an object, and the record holds only its "
+                f"name. Make the problem again and give it: {_call(run, by, 'problem')}."
             )
         given = run.problem()
     if not isinstance(given, Problem):

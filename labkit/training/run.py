@@ -464,6 +464,11 @@ class Run(RunRecord):
 
         problem = as_recorded(self.problem(), self)
         samples = None if data is None else given(data, problem.dataset, answers=True)
+        if samples is not None and samples.is_own:
+            self._say(
+                f"This is the data set of the training of run {self.name}: its test split is measured, {len(problem.test_indices()):,} of "
+                f"{problem.dataset.n_train + problem.dataset.n_test:,} samples."
+            )
         if samples is None or samples.is_own:
             return problem, problem.test_indices()
         return self._on(samples), np.arange(samples.n_test)

@@ -39,6 +39,15 @@ def test_what_is_quick_or_not_in_a_notebook_is_not_told(shown, monkeypatch):
     assert not shown
 
 
+def test_a_terminal_has_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr("labkit.cluster.notice.TERMINAL_S", 0.01)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    told = []
+    with notice.telling("Connecting to the workers (dask)."):
+        until(lambda: told.append(capsys.readouterr().err) or "so far" in "".join(told))
+    assert "".join(told).startswith("Connecting to the workers (dask). 0 s so far.\n")
+
+
 def test_a_block_that_fails_takes_its_line_along(shown):
     with pytest.raises(ZeroDivisionError), notice.telling("work", after=0.01):
         until(lambda: shown)
