@@ -54,7 +54,7 @@ def test_a_worker_shows_where_it_is_and_a_version_is_saved_now(train):
             ask()
 
 
-def test_a_worker_is_made_slower_and_the_record_and_figures_say_so(train):
+def test_a_worker_is_made_slower_and_the_record_and_figures_say_so(train, lab):
     run = train(problem(kind=Slow), update="agwu", passes=1000)
     until(lambda: run.status()["version"] >= 2)
     assert "Asked for" in order(run, "slow", worker=1, factor=5.0) and "closed" in order(run, "slow", worker=1, factor=0.5)
@@ -63,6 +63,23 @@ def test_a_worker_is_made_slower_and_the_record_and_figures_say_so(train):
     run.stop()
     assert run.events.query("kind == 'slow'")[["worker", "message"]].values.tolist() == [[1, "5 times as slow as it is"]]
     assert "worker 1 slowed down to 5x" in style.caption([labkit.load_run(run.path)])
+    again = labkit.resume(run.path, lab, problem=problem(kind=Slow))  # with workers at their own speed
+    until(lambda: again.status().get("started"))
+    assert not again.status()["slowed"] and style.caption([again]) == ""
+    again.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_an_engine_of_ipyparallel_shows_where_it_is(tmp_path):
+    pytest.importorskip("ipyparallel")
+    with labkit.connect("ipyparallel", 2) as lab:
+        run = labkit.train(problem(kind=Slow), lab, update="agwu", passes=5000, runs=tmp_path)
+        until(lambda: run.status()["version"] >= 3, 60)
+        seen = run.inspect(1)
+        assert (seen.worker, seen.pid) == (1, lab.workers[1].pid) and seen.pid != os.getpid() and seen.memory["rss"] > 1e6
+        assert "run_worker" in seen.stacks["worker"] and seen.exchange["bytes"] > 0
+        run.stop()
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _thread
 import importlib
+import linecache
+import os
 import sys
 import threading
 import time
@@ -130,6 +132,45 @@ def test_a_typo_on_a_worker_shows_the_frames_of_the_user_first_and_last(train):
     files = [line for line in lines if line.startswith("File ")]
     assert all(f'"{__file__}"' in file for file in files) and files[0].endswith("in forward") and files[-1].endswith("in helped")
     assert any("self.haed(x)" in line for line in lines) and "has no attribute 'haed'" in str(raised.value)
+
+
+TYPO = """import os
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, x):
+        return self.helped(x.flatten(1))
+
+    def helped(self, x):
+        return self.head(x) if os.getpid() == {pid} else self.haed(x)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("kind", ["dask", "ipyparallel"])
+def test_a_typo_in_another_process_shows_them_too(kind, tmp_path, monkeypatch):
+    """Of a module of the user's own, and of a cell, whose text is in no file."""
+    pytest.importorskip("ipyparallel" if kind == "ipyparallel" else "distributed")
+    text, file = TYPO.format(pid=os.getpid()), tmp_path / f"net_with_a_typo_on_{kind}.py"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(linecache.cache, "a-cell", (len(text), None, text.splitlines(True), "a-cell"))
+    namespace = {"__name__": "__main__"}
+    exec(compile(text, "a-cell", "exec"), namespace)
+    with labkit.connect(kind, 1) as lab:
+        for net, where in ((importlib.import_module(file.stem).Net, str(file)), (namespace["Net"], "a-cell")):
+            with pytest.raises(labkit.WorkerError) as raised:
+                labkit.train(problem(net), lab, passes=1, runs=tmp_path / "runs").wait(60)
+            lines = [line.strip() for line in raised.value.remote_traceback.splitlines()]
+            files = [line for line in lines if line.startswith("File ")]
+            assert files[0] == f'File "{where}", line 11, in forward' and files[-1] == f'File "{where}", line 14, in helped'
+            assert all(where in own for own in files) and any("self.haed(x)" in line for line in lines)
 
 
 def test_a_typo_that_is_found_before_shows_them_too(train):
