@@ -22,14 +22,14 @@ import cloudpickle
 import pytest
 
 import labkit
-from labkit.errors import LabError, WireError
+from labkit.errors import ClusterError, LabError, WireError
 from labkit.runs import events
 from labkit.training import attach, supervisor
 from labkit.training.server import coordinator, grants, membership, server
 from labkit.training.wire import transport
 from labkit.training.worker import heartbeat, replica, worker
 from labkit.updates import FedBuff
-from tests.helpers import SEED, Settling, poisoned, problem, until
+from tests.helpers import SEED, Settling, Slow, poisoned, problem, until
 
 PLACES = (server, coordinator, grants, membership, supervisor, worker, heartbeat, replica)
 CALLED_BY_USERS = {("Supervisor", name) for name in ("status", "wait", "stop", "raise_error")}  # to whom they raise
@@ -37,6 +37,7 @@ CALLED_BY_USERS = {("Supervisor", name) for name in ("status", "wait", "stop", "
 GUARDS = {("Server", name) for name in ("_guarded", "fail", "serve")} | {("server", "main"), ("_Log", "write")}
 GUARDS |= {("Supervisor", name) for name in ("_follow", "_failed_here", "_fail")} | {("supervisor", "_start_server")}
 GUARDS |= {("Heartbeat", "_run"), ("worker", "run_worker"), ("_Worker", "close")}
+ANSWERED = {("Server", "_inspect"), ("_Worker", "_report")}  # their errors are for who has asked, and end no run
 # What a run that goes well does not call, and what makes it do so.
 SCENARIOS = {
     "resumed": ["Coordinator._restore", "Grants.restore"],
@@ -45,10 +46,12 @@ SCENARIOS = {
     "watched": ["Supervisor._shown"],
     "all-reduce": ["Coordinator.regroup", "Ranks.form", "Replica.go_on", "Replica.rewind", "WorkerConnection._regroup"],
     "paced": ["grants.by_speed"],
-    "silent": ["Coordinator.refuse", "WorkerConnection._expired", "WorkerConnection._serve_expired"],
+    "silent": ["Coordinator.refuse", "WorkerConnection._expired", "WorkerConnection._serve_expired", "server._drain"],
     "rule raises": ["Coordinator._fail"],
     "step raises": ["_Worker.notify_failure", "worker._failure", "supervisor._message", "supervisor._lost_server"],
     "full disk": ["Server._unwritable"],
+    "full memory": ["Coordinator.skipped"],
+    "asked": ["Server._checkpoint", "Server.inspected", "Server._slow", "Server._tell", "_Worker._aside"],
     "process gone": ["Server._lost_process"],
     "cut off": ["Supervisor._try_worker"],
     "all lost": ["Losses.said"],
@@ -56,6 +59,7 @@ SCENARIOS = {
 # One of each kind is tried in every run of the tests.
 QUICK = ["Server._admit", "Server._save_versions", "WorkerConnection._receive", "Coordinator.push", "Grants.make", "Losses.pause"]
 QUICK += ["Supervisor._request", "Supervisor._finish", "_Worker._exchange", "Heartbeat._beat", "Replica.local_pass"]
+ASKED = {"slow": {"worker": 0, "factor": 1.5}, "inspect": {"worker": 0, "within": 10.0}, "checkpoint": {"within": 10.0}}
 LIMIT_S = 10.0  # from the error to the end of the run
 
 
@@ -76,7 +80,7 @@ def cases():
     rare = {title: scenario for scenario, titles in SCENARIOS.items() for title in titles}
     for where, name in handlers():
         short = where.__name__.split(".")[-1]
-        if (short, name) not in GUARDS:
+        if (short, name) not in GUARDS | ANSWERED:
             title = f"{short}.{name}"
             marks = [] if title in QUICK else [pytest.mark.slow]
             yield pytest.param(where, name, rare.pop(title, "plain"), id=title, marks=marks)
@@ -186,6 +190,9 @@ class Story:
             monkeypatch.setattr(
                 events.Recorder, "event", lambda it, kind, **row: (full if kind == "merge" else event)(it, kind, **row)
             )
+        if scenario == "full memory":
+            lasting, full = FedBuff.lasting, raising(MemoryError())
+            monkeypatch.setattr(FedBuff, "lasting", lambda it: full() if it.version else lasting(it))
         if scenario == "resumed":
             self.before = self.train()
             until(lambda: self.before.status()["version"])
@@ -211,7 +218,7 @@ class Story:
         self.begins_to_leave = True
         if self.scenario == "silent":
             it.heartbeat.stop()
-        elif self.scenario != "stopped":
+        elif self.scenario not in ("stopped", "asked"):
             it.heartbeat.connection.close()
 
         def over():
@@ -248,8 +255,13 @@ class Story:
         if self.scenario == "resumed":
             return labkit.resume(self.before.path, self.lab, problem=self.before.problem())
         run = self.train()
-        if self.scenario in ("stopped", "process gone"):
+        if self.scenario in ("stopped", "process gone", "asked"):
             until(lambda: run.status()["version"] or run.state != "running")
+        if self.scenario == "asked":
+            for op, fields in ASKED.items():
+                with contextlib.suppress(LabError):  # the run has ended
+                    attach.request(run, op, **fields)
+            run.stop()
         if self.scenario == "stopped":
             run.stop()
         if self.scenario == "process gone":
@@ -308,3 +320,21 @@ def test_an_error_that_nobody_expected_ends_the_run_with_its_traceback(
         assert run.state == "failed" and "sabotage" in str(caught.value), caught.value
     until(lambda: lab.free() == [0, 1] and of_runs() <= before)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.suffix in (".log", ".jsonl")) < 1e6
+
+
+@pytest.mark.parametrize(("place", "name"), [(server.Server, "_inspect"), (worker._Worker, "_report")])
+def test_an_inspection_that_fails_is_answered_with_the_error_and_the_run_goes_on(
+    place, name, lab, servers, cache, tmp_path, monkeypatch
+):
+    assert (place.__name__, name) in ANSWERED
+    run = labkit.train(problem(kind=Slow), lab, update="agwu", passes=1000, runs=tmp_path, name="r")
+    until(lambda: run.status()["version"])
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, raising(ZeroDivisionError("sabotage")))
+        with pytest.raises(
+            ClusterError, match=r"(?s)worker 0 could not be inspected; the run goes on.*in sabotaged.*ZeroDivisionError: sabotage"
+        ):
+            run.inspect(0)
+    assert run.inspect(0).worker == 0
+    run.stop()
+    assert run.state == "stopped"

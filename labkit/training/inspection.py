@@ -56,10 +56,12 @@ class Inspection:
 
 
 def inspection(status: Mapping[str, Any], worker: int, timeout: float) -> Inspection:
-    """Of the status that a server sends when it was asked to inspect a worker; ClusterError where the worker did not answer."""
+    """Of the status that a server sends when it was asked to inspect a worker; ClusterError where the worker did not answer, or could not."""
     here = sorted(int(index) for index in status["workers"])
     if status.get("inspected") is None:
         raise ClusterError(f"worker {worker} is not in the run; workers {here} are.")
+    if error := status["inspected"].get("error") or (status["inspected"]["answer"] or {}).get("error"):
+        raise ClusterError(f"worker {worker} could not be inspected; the run goes on.\n{_shown(str(error))}")
     answer, known = status["inspected"]["answer"], status["inspected"]["known"]
     samples = {"samples": known["seen"], "granted": known["granted"]}
     if answer is None:

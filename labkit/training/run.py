@@ -158,7 +158,8 @@ class Run(RunRecord):
         Raises
         ------
         ClusterError
-            There is no such worker in the run, or it does not answer within `timeout` seconds; then with what the server knows of it.
+            There is no such worker in the run, or it does not answer within `timeout` seconds; then with what the server knows of it. Or
+            what is asked for cannot be found out; then with the traceback.
         RunError
             The run is not running, or is that of another kernel (`attach`).
         """

@@ -328,7 +328,10 @@ class Server:
             if request["op"] == "checkpoint":
                 more = {"saved": self._checkpoint(request["within"])}
             elif request["op"] == "inspect":
-                more = {"inspected": self._inspect(request["worker"], request["within"])}
+                try:
+                    more = {"inspected": self._inspect(request["worker"], request["within"])}
+                except Exception as error:  # it changes nothing: no reason for the run to end
+                    more = {"inspected": {"error": traceback_of(error)}}
             with self.lock:
                 if request["op"] == "stop":
                     self.stop(request.get("state") or "stopped", request.get("reason") or "")
@@ -361,17 +364,19 @@ class Server:
         """What a worker says of itself, None if it says nothing in time, and what is known of it here; None where there is none."""
         answers: queue.SimpleQueue[dict] = queue.SimpleQueue()
         limit, answer, number = time.monotonic() + min(timeout, SERVER_TIMEOUT_S), None, next(self.numbers)
+        try:
+            with self.lock:
+                member = self.course.members.get(worker)
+                if member is None:
+                    return None
+                self.asked[number] = worker, answers
+                self._tell(worker, {"op": "inspect", "number": number})
+            while answer is None and time.monotonic() < limit and not self.over.is_set():
+                with contextlib.suppress(queue.Empty):
+                    answer = answers.get(timeout=min(0.1, max(0.001, limit - time.monotonic())))
+        finally:
+            self.asked.pop(number, None)
         with self.lock:
-            member = self.course.members.get(worker)
-            if member is None:
-                return None
-            self.asked[number] = worker, answers
-            self._tell(worker, {"op": "inspect", "number": number})
-        while answer is None and time.monotonic() < limit and not self.over.is_set():
-            with contextlib.suppress(queue.Empty):
-                answer = answers.get(timeout=min(0.1, max(0.001, limit - time.monotonic())))
-        with self.lock:
-            del self.asked[number]
             names = ("host", "pid", "passes", "busy", "granted", "seen", "loss", "heard")
             known = {name: getattr(member, name) for name in names} | {"heard_s": time.monotonic() - member.heard_at}
         return {"answer": answer, "known": known}

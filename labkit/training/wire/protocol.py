@@ -245,6 +245,7 @@ REQUESTS = {
         **dict.fromkeys(("doing", "device"), TEXT),
         "stacks": STACKS,
         **dict.fromkeys(("memory", "exchange"), NUMBERS),
+        "error": _or_nothing(TEXT),  # why the rest is empty
     },
     # of the kernel
     "stop": {"state": ENDING, "reason": _or_nothing(TEXT)},

@@ -19,7 +19,7 @@ from labkit.training.wire.protocol import MAX_STACK
 def stacks_of(threads: Mapping[str, int]) -> dict[str, str]:
     """The stack of each of these threads (their idents by name) that is alive, the innermost frame last."""
     frames = sys._current_frames()
-    return {name: _bounded("".join(traceback.format_stack(frames[ident]))) for name, ident in threads.items() if ident in frames}
+    return {name: bounded("".join(traceback.format_stack(frames[ident]))) for name, ident in threads.items() if ident in frames}
 
 
 def memory_of(device: str) -> dict[str, float]:
@@ -31,6 +31,7 @@ def memory_of(device: str) -> dict[str, float]:
     return found
 
 
-def _bounded(text: str) -> str:
+def bounded(text: str) -> str:
+    """As much of it as a message may have, the end of it."""
     text = text.encode(errors="replace").decode()  # half of a surrogate pair cannot be sent
     return text if len(text) <= MAX_STACK else "... " + text[4 - MAX_STACK :]

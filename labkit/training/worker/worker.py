@@ -37,7 +37,7 @@ from labkit.training.wire import compression, transport
 from labkit.training.wire.protocol import ASIDE, HEARTBEAT_S, SCORE_EVERY_S, SERVER_TIMEOUT_S, Grant, Refused, check_reply
 from labkit.training.worker.allreduce import GONE, Broken, ProcessGroup, Unused, gradients, networks_of
 from labkit.training.worker.heartbeat import Heartbeat
-from labkit.training.worker.inspection import memory_of, stacks_of
+from labkit.training.worker.inspection import bounded, memory_of, stacks_of
 from labkit.training.worker.process import give_back, prepare, synchroniser
 from labkit.training.worker.replica import Replica
 
@@ -269,16 +269,22 @@ class _Worker:
             uneven = self.slowness.uneven
             self.slowness.become(replace(uneven, slowdown=message["factor"], drifts_to=message["factor"], drift=0.0))
             return
-        stacks = stacks_of(self.threads)
-        about = {
-            "version": self.version,
-            "device": self.spec.device,
-            "threads": torch.get_num_threads(),
-            "doing": self.heartbeat.doing,
-        }
+        about = {"version": self.version, "device": self.spec.device, "doing": self.heartbeat.doing}
+        try:
+            report = self._report()
+        except Exception as error:  # it changes nothing: no reason for the run to end
+            report = {"threads": 0, "stacks": {}, "memory": {}, "exchange": {}, "error": bounded(traceback_of(error))}
+        self.connection.send({"op": "inspected", "number": message["number"], **about, **report})
+
+    def _report(self) -> dict:
+        """Threads, stacks, memory and the latest exchange, for who inspects this worker."""
         ago = {"seconds_ago": round(time.perf_counter() - self.exchanged_at, 3)} if self.exchange else {}
-        report = {**about, "stacks": stacks, "memory": memory_of(self.spec.device), "exchange": {**self.exchange, **ago}}
-        self.connection.send({"op": "inspected", "number": message["number"], **report})
+        return {
+            "threads": torch.get_num_threads(),
+            "stacks": stacks_of(self.threads),
+            "memory": memory_of(self.spec.device),
+            "exchange": {**self.exchange, **ago},
+        }
 
     def _pull(self) -> dict:
         """Wait for the next grant, whose weights are received into their buffer; or for another message: stop, rejoin."""
@@ -346,8 +352,8 @@ class _Worker:
         trip = max(0.0, ended - started - message.get("wait_s", 0.0))
         self.send_s = round(min(trip, max(0.0, ended - max(started, free))), 6)
         self.hidden_s = round(trip - self.send_s, 6)
+        self.exchanged_at = ended  # first: who inspects this worker may look in between
         self.exchange = {"send_s": self.send_s, "hidden_s": self.hidden_s, "bytes": len(body) + self.n_received}
-        self.exchanged_at = ended
         if self.heartbeat.interrupt is message:  # a link that was lost meanwhile is not forgotten
             self.heartbeat.interrupt = None
         return message
