@@ -168,7 +168,7 @@ class Partition(Carded):
         if worker in self.late or missing <= 0:
             return 0
         n = min(self.held[worker] - max(1, self._target(worker)), missing)
-        if not n and self.held[worker] > 1 and any(map(self._slowest, self.late)) and not len(self.pool):
+        if n <= 0 and self.held[worker] > 1 and not len(self.pool) and self._set_aside():
             n = 1
         if n <= 0:
             return 0
@@ -267,6 +267,13 @@ class Partition(Carded):
         """Does it hold nothing, and is so slow that nothing is its share? It begins with one sample."""
         return not self.held[worker] and not self._target(worker)
 
+    def _set_aside(self, but: int | None = None) -> int:
+        """One sample for each who came late and holds nothing, if nothing is its share or nobody holds more than its own."""
+        empty = [worker for worker in self.late if worker != but and not self.held[worker]]
+        if empty and any(held > max(1, self._target(worker)) for worker, held in self.held.items()):
+            empty = [worker for worker in empty if not self._target(worker)]
+        return len(empty)
+
     def _batch(self, workers: list[int]) -> np.ndarray:
         """How many samples of the pool each of `workers` is to get."""
         together = workers == self.workers and len({min(self.count[w], self.batches) for w in workers}) == 1
@@ -285,8 +292,7 @@ class Partition(Carded):
             shares = self._speeds()
             left = max(0, len(self.pool) - self._owed(but=worker))
             add = max(add, int(np.ceil(left * shares[self.workers.index(worker)] / sum(shares.tolist()))))
-        for_others = sum(self._slowest(late) for late in self.late if late != worker)
-        return min(add, max(0, len(self.pool) - for_others))
+        return min(add, max(0, len(self.pool) - self._set_aside(but=worker)))
 
     def _hand_out(self, worker: int, n: int) -> np.ndarray:
         n = n if self.units is None else self._front(worker, n)

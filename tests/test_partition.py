@@ -384,6 +384,21 @@ def test_units_without_a_barrier_are_all_handed_out_and_survive_a_loss_a_newcome
     assert min(rule.held.values()) > 12
 
 
+@pytest.mark.parametrize("seconds", [1.0, 0.25])
+def test_a_newcomer_gets_a_sample_where_nobody_holds_more_than_its_share(seconds):
+    it = IDPA(1, smoothing=1)
+    it.start(9, range(2))
+    it.allocate([0, 1], {0: 1 / 32, 1: 1.0})
+    for worker in (0, 1, 0):  # 8 and 1, of which the targets are 9 and 0, or 8 and 0
+        it.reclaim(worker)
+        it.allocate([worker], {0: 1 / 32, 1: 1e6 if seconds < 1 else 1.0})
+    it.join(2, seconds)
+    for worker in [0, 1, 2] * 3:
+        it.reclaim(worker)
+        it.allocate([worker])
+    assert all(it.held.values()) and not it.late
+
+
 def test_a_newcomer_gets_a_unit_where_there_are_few():
     units = offsets(4)
     rule = UDPA()
