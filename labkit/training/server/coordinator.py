@@ -307,7 +307,7 @@ class Coordinator:
         self.state, self.reason = state, reason
         self.over = not self.members
         for member in self.members.values():
-            if not member.busy:
+            if not member.busy and not self.finished:  # else it has been answered
                 self._dismiss(member)
         # Last: when it cannot be written, all have been answered nevertheless.
         self.record("error" if state == "failed" else "stop", message=reason)
@@ -458,14 +458,14 @@ class Coordinator:
 
     def _finish(self) -> None:
         """The limit is met and no local pass is under way: what the rule has held back is merged, and all are answered."""
-        self.finished = len(self.grants.limits) == 1
         try:
             self.update.finish()
         except Exception as error:
             return self._fail(error)
         self._count()
-        if not self.finished:
+        if len(self.grants.limits) > 1:
             return self._settle()
+        self.finished = True
         for index in sorted(self.members):
             self._dismiss(self.members[index])
         self.idle.clear()

@@ -695,6 +695,20 @@ def test_a_worker_that_joins_again_when_its_leave_was_the_end_is_sent_stop():
     assert course.it.state == "done" and course.it.grants.merged == 2
 
 
+@pytest.mark.parametrize("state", ["stopped", "failed"])
+def test_a_stop_when_all_have_been_answered_answers_nobody_again(state):
+    course = Course(AGWU()).join(*WORKERS)
+    working = {w: course.answer(w) for w in WORKERS}
+    while not course.it.finished:
+        course.push(worker := min(working), working.pop(worker))
+        working |= {w: answer for w in WORKERS if (answer := course.answer(w)) and answer.grant}
+    course.it.stop(state, "enough")
+    assert not any(course.answer(w) for w in WORKERS)
+    for worker in WORKERS:
+        course.it.leave(course.members[worker])
+    assert course.it.over and course.it.state == state
+
+
 # -- deadlines ---------------------------------------------------------------------------------------------------------
 
 
