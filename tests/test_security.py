@@ -458,8 +458,9 @@ def test_a_server_with_few_files_and_threads_serves_forty_members_under_a_flood(
             last = json.loads(supervisor._end(process))
     finally:
         supervisor._end(process)
-    assert last["state"] == "done" and last["samples"] == 960 and checkpoints.versions(tmp_path)[-1] == last["version"]
-    assert len(checkpoints.versions(tmp_path)) > 10
+    assert last["state"] == "done" and last["samples"] == 960
+    # How many there are depends on the disk: one that is due waits until the one before is saved.
+    assert {0, last["version"]} <= set(checkpoints.versions(tmp_path))
     if limit is few_processes_of_a_user:
         shutil.rmtree(tmp_path)
 

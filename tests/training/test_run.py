@@ -59,7 +59,9 @@ def test_stopping_many_times_in_the_middle_of_an_exchange(train):
         run.stop()
         assert time.monotonic() - begun < 8 and run.state == "stopped"
         counts.append(psutil.Process().num_threads())
-    assert counts[-1] <= counts[1] + 1, "threads of the groups pile up"
+    until(
+        lambda: psutil.Process().num_threads() <= counts[0] + 1
+    )  # those of a group in which an exchange was under way end with it
 
 
 def test_stop_before_the_workers_are_there(train):

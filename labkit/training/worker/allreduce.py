@@ -53,8 +53,6 @@ FORMING_S = 30.0  # how long the ranks may take to find each other
 GONE = "the server says that a worker is gone"  # the reason where the exchange itself has not failed
 UNUSED = "a parameter took no part in the loss of a step"  # the reason of `Unused`
 
-_abandoned: list[dist.ProcessGroup] = []  # groups that wait for a frozen rank until their time limit
-
 
 class Broken(Exception):
     """The group can no longer be used: a rank is gone. Caught by the worker, which asks for a new group."""
@@ -216,8 +214,9 @@ class ProcessGroup:
         if active is not None and not vars(active):  # what is compiled from now on is no part of it
             DistributedDataParallel._active_ddp_module = None
         self.parts, self.module = [], None
-        if self.exchange.waiting.under_way:  # with a rank that is frozen: the end of the group would wait for it
-            _abandoned.append(self.exchange.group)
+        if self.exchange.waiting.under_way:  # maybe with a rank that is frozen: the end of the group would wait for it
+            late = self.exchange.group, self.exchange.waiting
+            threading.Thread(target=_await, args=late, name="labkit-gloo", daemon=True).start()
         if dist.is_initialized() and self.exchange.group is dist.group.WORLD:
             dist.destroy_process_group()
         self.exchange.group = None
@@ -345,7 +344,7 @@ class _Waiting:
         self.seconds: list[float] = []  # of the latest step
         self.broken = ""  # why the group cannot be used any more
         self.under_way = 0  # exchanges that gloo has begun and not ended
-        self.lock, self.futures = threading.Lock(), []
+        self.lock, self.futures = threading.Condition(), []
 
     def new(self) -> torch.futures.Future:
         """For an exchange that comes now; failed already if none must begin any more."""
@@ -361,6 +360,7 @@ class _Waiting:
     def done(self, future: torch.futures.Future, result: torch.futures.Future) -> None:
         with self.lock:
             self.under_way -= 1
+            self.lock.notify_all()
             if future.done():
                 return
             try:
@@ -376,6 +376,12 @@ class _Waiting:
             for future in self.futures:
                 if not future.done():
                     future.set_exception(RuntimeError(self.broken))
+
+
+def _await(_: dist.ProcessGroup, waiting: _Waiting) -> None:
+    """Own a group that is closed until its exchanges have ended, at the time limit at the latest; its threads and sockets go then."""
+    with waiting.lock:
+        waiting.lock.wait_for(lambda: not waiting.under_way)
 
 
 @dataclass

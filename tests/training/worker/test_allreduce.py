@@ -26,7 +26,7 @@ from labkit.training.worker import allreduce
 from labkit.training.worker.allreduce import Broken, ProcessGroup, backend
 from labkit.training.worker.heartbeat import Heartbeat
 from labkit.training.worker.sampler import steps
-from tests.helpers import ended, problem
+from tests.helpers import ended, problem, until
 from tests.models.zoo import BY_BATCH, ZOO, Zoo
 from tests.problems.test_problem import Gan, TinyGan
 
@@ -302,12 +302,13 @@ def test_when_a_rank_is_gone_the_others_notice_and_nothing_is_left(tmp_path):
         _, errors = ranks(2, work, folder)
         assert errors[1] == "gone" and errors[0] and time.monotonic() - begun < 10
         counts.append(psutil.Process().num_threads())
-    assert counts[-1] <= counts[1] + 1, "threads of the groups pile up"
+    until(lambda: psutil.Process().num_threads() <= counts[1] + 1)
 
 
 @pytest.mark.parametrize("when", ["before the step", "in the step"])
 def test_a_rank_leaves_at_once_when_a_frozen_one_is_gone(when, tmp_path):
     x, y, left, took = torch.randn(8, 5), torch.arange(8) % 3, threading.Event(), []
+    before = psutil.Process().num_threads()
 
     def work(group, rank):
         module = group.wrap(network())
@@ -332,6 +333,7 @@ def test_a_rank_leaves_at_once_when_a_frozen_one_is_gone(when, tmp_path):
 
     _, errors = ranks(2, work, tmp_path)
     assert errors == ["the server says that a worker is gone", None] and took[0] < 5
+    until(lambda: psutil.Process().num_threads() <= before + 1)  # a group has three: it goes when the other rank has let it end
 
 
 RANK = """
