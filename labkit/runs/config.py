@@ -41,6 +41,8 @@ FILE = "config.json"
 # Settings that are left out where a run has none.
 OPTIONAL = ("units", "milestones", "ema", "lower_is_better", "target", "patience", "sources", "origin", "scenario", "resumed")
 PACKAGES = ("labkit", "torch", "numpy", "dask", "distributed", "ipyparallel", "papermill", "hvplot")
+WORKER = {"index": int, "name": str, "host": str, "device": str, "threads": int, "pid": int, "slowdown": float, "drifts_to": float}
+ALWAYS = ("index", "host", "slowdown")  # fields of a worker in every format
 PUBLIC = {"labkit.problems:Classifier": "labkit:Classifier", "labkit.parts:Subnet": "labkit:Subnet"}  # of format 2 and before
 
 
@@ -120,6 +122,13 @@ class RunConfig(Mapping[str, Any]):
         for name, kind in get_type_hints(RunConfig).items():
             if not _is_a(value := getattr(self, name), kind):
                 raise TypeError(f"{name} is {value!r}")
+        _check_workers(self.workers)
+        for note in self.resumed:
+            if not _is_a(before := note.get("before", {}), Mapping[str, Any]):
+                raise TypeError(f"what was before it was resumed is {before!r}")
+            if not _is_a(workers := before.get("workers", []), Sequence[Mapping[str, Any]]):
+                raise TypeError(f"workers before it was resumed are {workers!r}")
+            _check_workers(workers)
         if not self.name.isprintable():  # names are printed, and a terminal obeys control characters
             raise ValueError(f"the name of the run is {self.name!r}")
 
@@ -165,6 +174,15 @@ def _is_a(value: Any, kind: Any) -> bool:
             isinstance(value, of) and not isinstance(value, str) and all(_is_a(item, get_args(kind)[-1]) for item in _items(value))
         )
     return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _check_workers(workers: Sequence[Mapping[str, Any]]) -> None:
+    """TypeError for a field of another type than it is written in."""
+    for worker in workers:
+        for name, kind in WORKER.items():
+            value = worker.get(name)
+            if (name in worker or name in ALWAYS) and not _is_a(value, kind):
+                raise TypeError(f"{name} of a worker is {value!r}")
 
 
 def _items(value: Any) -> Any:

@@ -67,7 +67,10 @@ def test_format_2_is_read_by_the_names_of_now(tmp_path):
 def test_what_is_not_the_settings_of_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"written by a later labkit .*Update labkit"):
         RunConfig.load(stored(tmp_path, format=FORMAT + 1))
-    for changes in ({"budget": None}, {"update": None}):
+    fields = ("index", "name", "host", "device", "threads", "pid", "slowdown", "drifts_to")
+    wrong = [WORKER | {name: {"a": 1}} for name in fields] + [{"slowdown": 1.0}]
+    before = [{"resumed": [{"version": 3, "before": {"workers": [about]}}]} for about in wrong]
+    for changes in ({"budget": None}, {"update": None}, *({"workers": [about]} for about in wrong), *before):
         with pytest.raises(RunError, match=r"config.json is not whole: .*Is it the file of a run\?"):
             RunConfig.load(stored(tmp_path, **changes))
     with pytest.raises(RunError, match=r"config.json is not whole: the name of the run is 'a\\x1b\[2J'"):
