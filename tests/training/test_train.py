@@ -238,7 +238,8 @@ def test_a_stratified_partition_gives_each_shard_every_class(train):
 
 def test_emulated_slowdown_is_in_the_record(tmp_path):
     with labkit.connect("threads", 2, slowdown=[1, 4], jitter=0.1) as uneven:
-        run = ended(labkit.train(problem(), uneven, runs=tmp_path, passes=4, partition=labkit.IDPA(batches=2), seed=SEED))
+        slow = problem(kind=Slow)  # steps of which a busy machine makes little
+        run = ended(labkit.train(slow, uneven, runs=tmp_path, passes=4, partition=labkit.IDPA(batches=2), seed=SEED))
     assert run.config["emulated"] and [w["slowdown"] for w in run.config["workers"]] == [1, 4] and run.config["jitter"] == 0.1
     assert run.config["drift"] == 0 and run.config["stalls"] is None
     pushes = run.events.query("kind == 'push'")
