@@ -30,9 +30,7 @@ class Table(pd.DataFrame):
 
     @property
     def hvplot(self) -> Any:
-        """hvPlot of the same DataFrame: it and HoloViews tell tables by their exact type, not by what they are derived from."""
-        import hvplot.pandas  # noqa: F401, it makes the attribute
-
+        """hvPlot of the same DataFrame, once `labkit.plots.extension()` has loaded it: it and HoloViews tell tables by their exact type."""
         return pd.DataFrame(self).hvplot
 
     def __repr__(self) -> str:
