@@ -58,7 +58,7 @@ LASTING_THREADS = ("Dask-Offload",)
 
 
 def pytest_configure() -> None:
-    """Dask forks its workers from a process that has loaded torch, as each would need seconds for that. Users' workers are spawned."""
+    """Dask forks its workers from a process that has loaded torch, as each would need seconds for that. On Linux users' workers are, too; where they are spawned this is for the tests alone."""
     import multiprocessing.util
 
     import dask

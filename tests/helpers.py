@@ -6,6 +6,7 @@ Used by the tests.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import time
 
@@ -256,3 +257,11 @@ class Settling(labkit.Classifier):
         time.sleep(self.pause)
         with torch.no_grad():
             module[-1].bias.fill_(clock.samples)
+
+
+def module_of(path):
+    """A script beside the package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -5,7 +5,6 @@ Tests the folder `binder/`; its lists of packages are tested beside the others, 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import torch
 import yaml
 
 import labkit
-from tests.helpers import until
+from tests.helpers import module_of, until
 from tests.test_packages import BINDER_NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -35,10 +34,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 @pytest.fixture(scope="module")
 def small():
-    spec = importlib.util.spec_from_file_location("small", ROOT / "binder" / "small.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(ROOT / "binder" / "small.py")
 
 
 def test_each_notebook_has_small_values_that_its_cell_takes(small, tmp_path):

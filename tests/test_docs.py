@@ -5,7 +5,6 @@ Tests `docs/build.py`, `docs/conf.py`, `docs/glossary.md` and `CITATION.cff`.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -17,16 +16,14 @@ import pytest
 import yaml
 
 import labkit
+from tests.helpers import module_of
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def build():
-    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(ROOT / "docs" / "build.py")
 
 
 def test_every_public_name_has_its_place_in_the_reference(build):

@@ -172,9 +172,9 @@ def _close_in_child() -> None:
     """A process that a worker has forked, for loading data say, holds no connection open: its end would not be noticed when it is killed."""
     for connection in list(_OPEN):
         sock = connection.sock
-        (
-            sock.sock if isinstance(sock, tls.Encrypted) else sock
-        ).close()  # past its lock, which a thread of the other process may hold
+        # Past the lock of `Encrypted`, which a thread that is not in this process may hold.
+        plain = sock.sock if isinstance(sock, tls.Encrypted) else sock
+        plain.close()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
