@@ -108,6 +108,19 @@ def by_value(value: Any) -> str | None:
     return next((name for name in map(by_value, value) if name is not None), None)
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Do two records name the same thing? A function of a script is {"by_value": "net"} there, and "train:net" where it is imported."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
+        return all(is_same(value, other[name]) for name, value in one.items())
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(is_same, one, other))
+    for value, path in ((one, other), (other, one)):
+        if isinstance(value, Mapping) and [*value] == ["by_value"] and isinstance(path, str):
+            module, _, name = path.partition(":")
+            return bool(module) and name == value["by_value"]
+    return one == other
+
+
 def chosen(what: str, given: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What a user has chosen, and its settings: a name of `options`, an import path, one of these with settings
     ({"name": "huber", "delta": 2.0}), or the function, class or object itself.

@@ -14,7 +14,7 @@ import pytest
 
 import labkit
 from labkit.errors import PartitionError, ProblemError, UpdateError
-from labkit.imports import by_value, constructor_arguments, import_path, imported, plain, rule_title, short
+from labkit.imports import by_value, constructor_arguments, import_path, imported, is_same, plain, rule_title, short
 from labkit.partition import make_partition
 from labkit.updates import make_update
 
@@ -46,6 +46,22 @@ def test_plain_is_json():
     assert json.loads(json.dumps(value)) == {"a": [1, 0.5, "x"], "2": None, "f": {"by_value": "len"}}
     assert by_value(value) == "len" and by_value(plain({"a": [1, [{"b": len}]]})) == "len"
     assert by_value({"a": [1, "b"], "c": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"by_value": "net"}, "train:net", True),
+        ([{"name": {"by_value": "net"}, "k": 1}], [{"name": "train:net", "k": 1}], True),
+        ({"by_value": "net"}, "train:other", False),
+        ({"by_value": "net"}, "net", False),  # a name of labkit's
+        ("a:net", "b:net", False),
+        ({"by_value": "net"}, {"by_value": "other"}, False),
+        ({"name": "train:net", "k": 1}, {"name": {"by_value": "net"}, "k": 2}, False),
+    ],
+)
+def test_a_function_of_a_script_is_the_one_that_is_imported_from_it(one, other, same):
+    assert is_same(one, other) is same and is_same(other, one) is same
 
 
 def test_import_path_and_back():

@@ -101,7 +101,8 @@ class Problem(Carded):
     Parameters
     ----------
     data : what `labkit.data.open_dataset` reads: a registered name, arrays, a dict of them, a DataFrame, a torch Dataset of your own or
-        the import path of what makes it, a path, or a Dataset of labkit. Names and paths are opened on first use.
+        the import path of what makes it, a path, or a Dataset of labkit. Names and paths are opened on first use, and a path need only
+        be there on the workers.
     batch_size : samples in one optimiser step on one worker.
     train_samples, test_samples : use only so many, chosen once for all runs; None means all.
     score_samples : size of the score set, which is held out of the training split, class by class in proportion; it
@@ -423,7 +424,7 @@ class Problem(Carded):
                     f"{title} cannot be compiled here: {reason}. Leave out torch.compile, or compile with what every machine of the "
                     "lab has: a C++ compiler for the default backend, none for backend='aot_eager'."
                 ) from error
-            raise ProblemError(f"{title} {failed} {data}: {reason}{self._advice(error)}") from error
+            raise ProblemError(f"{title} {failed} {data}: {reason}{_layer_of(error)}{self._advice(error)}") from error
         score = measured.get("score", math.nan if scored else 0.0)
         fits = math.isfinite(score) if self.lower_is_better else 0 <= score <= 1
         if "loss" not in measured or "loss" not in stepped or not fits:
@@ -736,8 +737,27 @@ def _reference(data: Any, answers: str | None = None) -> str | Dataset:
         return open_dataset(data, **roles)
     name, path = os.fspath(data), os.path.abspath(file_path("data", data))
     if name in data_names() or not os.path.exists(path):
-        return open_dataset(name, **roles) if is_items_path(name) else name
+        is_a_name = isinstance(data, str) and not {"/", "\\", "."} & set(name)  # a path may be there on the workers alone
+        return open_dataset(name, **roles) if is_items_path(name) or (is_a_name and name not in data_names()) else name
     return path
+
+
+def _layer_of(error: BaseException) -> str:
+    """Which layer was at work when the error came, and the shapes of what it was given; empty where it was no layer in a module."""
+    names: dict[int, str] = {}  # by the outermost module
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        code, values = trace.tb_frame.f_code, trace.tb_frame.f_locals
+        layer = values.get(code.co_varnames[0]) if code.co_argcount else None
+        if code.co_name == "forward" and isinstance(layer, nn.Module):
+            names = names or {id(one): name for name, one in layer.named_modules()}
+            if name := names.get(id(layer)):
+                given = [values.get(argument) for argument in code.co_varnames[1 : code.co_argcount]]
+                shapes = ", ".join(str(tuple(value.shape)) for value in given if isinstance(value, torch.Tensor))
+                kind = type(layer).__name__ if [*layer.children()] else repr(layer)
+                found = f"; in its layer {name!r}, {kind}, which was given {shapes or 'no tensor'}"
+        trace = trace.tb_next
+    return found
 
 
 def _identity(dataset: Dataset) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ import numpy as np
 from labkit.cluster.connect import connect, current
 from labkit.cluster.lab import Lab
 from labkit.errors import LabError, PartitionError, RunError, file_path, instance
-from labkit.imports import by_value, imported
+from labkit.imports import by_value, imported, is_same
 from labkit.locks import DirectoryLock
 from labkit.names import named
 from labkit.partition import Partition, make_partition
@@ -164,7 +164,7 @@ def problem_of(run: Run, given: Problem | None, by: str = "resume") -> Problem:
     run.warn_of_edits(problem=given)
     settings = json.loads(json.dumps(given.config()))
     names = [name for name in {**recorded, **settings} if name != "data"]
-    other = [name for name in names if _found(settings.get(name)) != _found(recorded.get(name))]
+    other = [name for name in names if not is_same(_found(settings.get(name)), _found(recorded.get(name)))]
     if other:
         other = ", ".join(f"{name}={settings.get(name)!r} for {recorded.get(name)!r}" for name in other)
         raise RunError(
@@ -211,7 +211,7 @@ def _call(run: Run, by: str, what: str) -> str:
 def is_rule_of(run: Run, what: str, rule: Update | Partition) -> bool:
     """Is this update or partition what is recorded? Before format 3 a class of the user's own was recorded by its `name`."""
     now = rule.config()
-    return run.config[what] in (now, {**now, "name": rule.name})
+    return any(is_same(run.config[what], one) for one in (now, {**now, "name": rule.name}))
 
 
 def _lab_like(run: Run) -> Lab:

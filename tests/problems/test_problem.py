@@ -269,6 +269,7 @@ def test_an_error_inside_the_model_is_explained():
     with pytest.raises(ProblemError, match=expected) as caught:
         problem.check()
     assert isinstance(caught.value.__cause__, RuntimeError) and "\n" not in str(caught.value)
+    assert "in its layer '1', Linear(in_features=63, out_features=3, bias=True), which was given (2, 64)" in str(caught.value)
 
 
 def test_an_error_while_building_is_explained():
@@ -282,9 +283,9 @@ def test_an_error_while_building_is_explained():
 # Arguments.
 
 
-def test_an_unknown_name_of_data_is_refused_on_first_use():
+def test_an_unknown_name_of_data_is_refused_at_once():
     with pytest.raises(DataError, match=r"Did you mean 'fashion-mnist'\?"):
-        Classifier(data="fashon-mnist").check()
+        Classifier(data="fashon-mnist")
 
 
 # Travelling.

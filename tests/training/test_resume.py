@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,6 +246,19 @@ def test_a_model_of_a_notebook_needs_its_problem(cut, refused, begun, lab):
     refused(run, r"'my_net' of run cut was written in a notebook.*labkit\.resume\(.*cut', problem=problem\)")
     labkit.resume(run.path, lab, problem=a_problem)
     assert begun[0][1] is a_problem
+
+
+def test_a_model_of_a_script_is_the_same_when_it_is_imported(cut, begun, refused, lab, monkeypatch):
+    run = cut(problem(cell()))
+    module = types.ModuleType("the_script")
+    module.my_net, module.other_net = cell(), cell()
+    for name in ("my_net", "other_net"):
+        function = getattr(module, name)
+        function.__module__, function.__qualname__ = "the_script", name
+    monkeypatch.setitem(sys.modules, "the_script", module)
+    refused(run, r"model='the_script:other_net' for \{'by_value': 'my_net'\}", problem=problem(module.other_net))
+    labkit.resume(run.path, lab, problem=problem(module.my_net))
+    assert begun[0][1].config()["model"] == "the_script:my_net"
 
 
 def test_another_problem_is_not_the_one_of_the_run(cut, refused):
