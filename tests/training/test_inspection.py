@@ -40,6 +40,7 @@ def test_a_worker_shows_where_it_is_and_a_version_is_saved_now(train):
     seen = run.inspect(1)
     assert (seen.worker, seen.pid, seen.device) == (1, os.getpid(), "cpu") and seen.memory["rss"] > 1e6
     assert "run_worker" in seen.stacks["worker"] and str(seen).startswith("Worker 1: process ")
+    assert all("labkit" in stack.splitlines()[0] for stack in seen.stacks.values())  # not what called it
     assert seen.exchange["bytes"] > 0 and 0 <= seen.samples <= seen.granted
     version = run.checkpoint()
     assert version >= 3 and version in checkpoints.versions(run.path)

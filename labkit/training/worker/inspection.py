@@ -1,6 +1,7 @@
 """What a worker says of itself when it is inspected: where its threads are, and how much memory it has taken.
 
-A text is all that leaves the process, and it is bounded: of a long stack the innermost frames.
+A text is all that leaves the process, and it is bounded: of a long stack the innermost frames, without those that called labkit
+(of Dask, a thread pool, Python's threads).
 
 Used by `labkit.training.worker.worker`.
 """
@@ -9,17 +10,25 @@ import resource
 import sys
 import traceback
 from collections.abc import Mapping
+from types import FrameType
 
 import psutil
 import torch
 
+from labkit.errors import HERE
 from labkit.training.wire.protocol import MAX_STACK
 
 
 def stacks_of(threads: Mapping[str, int]) -> dict[str, str]:
-    """The stack of each of these threads (their idents by name) that is alive, the innermost frame last."""
+    """The stack of each of these threads (their idents by name) that is alive, from labkit on, the innermost frame last."""
     frames = sys._current_frames()
-    return {name: bounded("".join(traceback.format_stack(frames[ident]))) for name, ident in threads.items() if ident in frames}
+    return {name: bounded(_text(frames[ident])) for name, ident in threads.items() if ident in frames}
+
+
+def _text(frame: FrameType) -> str:
+    stack = traceback.extract_stack(frame)
+    first = next((number for number, one in enumerate(stack) if one.filename.startswith(HERE)), 0)
+    return "".join(traceback.format_list(stack[first:]))
 
 
 def memory_of(device: str) -> dict[str, float]:
