@@ -27,9 +27,14 @@ def shell() -> Any:
     return ipython.get_ipython() if ipython else None
 
 
-def in_notebook() -> bool:
-    """Is this the kernel of a notebook that somebody looks at? A Jupyter server names it; papermill, scripts and consoles do not."""
-    return hasattr(shell(), "kernel") and "JPY_SESSION_NAME" in os.environ
+def front_end() -> str:
+    """What shows the notebook of this kernel to somebody: "jupyter" (its server names the notebook), "vscode" or "colab"; "" where nobody
+    looks, as under papermill, in scripts and in consoles."""
+    if not hasattr(shell(), "kernel"):
+        return ""
+    if "google.colab" in sys.modules:
+        return "colab"
+    return "vscode" if "VSCODE_PID" in os.environ else "jupyter" if "JPY_SESSION_NAME" in os.environ else ""
 
 
 @contextlib.contextmanager
@@ -38,7 +43,7 @@ def telling(text: str | Callable[[], str], after: float = AFTER_S) -> Iterator[N
 
     A terminal has it on stderr, every ten seconds with the time that has passed. A script whose output goes to a file has nothing.
     """
-    tell = _tell if in_notebook() else _tell_terminal if sys.stderr is not None and sys.stderr.isatty() else None
+    tell = _tell if front_end() else _tell_terminal if sys.stderr is not None and sys.stderr.isatty() else None
     if tell is None or not _telling.acquire(blocking=False):
         yield
         return

@@ -4,8 +4,9 @@ A thread reads what was appended to the record, twice a second or, where reading
 sends it to the figure between its cells. A browser moves the figure only with a free kernel, so `await` the run in the next cell instead
 of blocking it; when a page begins to listen, also one that is loaded again or a second one, it gets all that is known then. At the end
 of the run all pages get the last picture, and it takes the place of the output of the cell, where it needs no kernel any more: it is
-there however late the browser was, and in the notebook that is saved. The first figure of a kernel takes seconds; a line says
-meanwhile how far the run is.
+there however late the browser was, and in the notebook that is saved. A front end that never begins to listen, as VS Code and Colab, gets
+a new picture in the place of the old one every few seconds. The first figure of a kernel takes seconds; a line says meanwhile how
+far the run is.
 
 `moving` is the mechanism, for whatever grows. Used through `labkit.plots` and `Run.live`, and by the figures of a search.
 """
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from labkit.cluster.notice import telling
+from labkit.cluster.notice import front_end, telling
 from labkit.errors import real
 from labkit.plots import style
 from labkit.plots.progress import line
@@ -42,6 +43,7 @@ FAILURES = 20  # of reading the record in a row, before the view says so; it goe
 RARELY_S = 5.0  # between two looks then
 POINTS = 400  # of a worker's line, at most: a long run must not slow the browser down
 
+MUTE = 40  # redraws that no page has listened to, after which new pictures take the place of the figure
 AGAIN_S = (0.0, 1.0, 3.0, 9.0, 27.0)  # after a page has begun to listen, all is sent
 
 Post = Callable[..., Any]  # post(call, wait=0.0): from any thread, have the kernel make a call in `wait` seconds
@@ -66,8 +68,8 @@ def live(run: RunRecord | str | Path, timeout: float = 86400) -> hv.Layout:
     passed; then the title has the score on the test set.
 
     Moves under "Run All" if the next cell leaves the kernel free: `await asyncio.to_thread(run.wait)`; after a cell
-    that blocks it, the picture of that moment comes. In static mode nothing can move: this then waits for the end of the
-    run, and returns the final picture.
+    that blocks it, the picture of that moment comes. In static mode, where nobody looks (a batch, a script), this waits for the end of the
+    run, and returns the final picture; in Colab and VS Code a picture is drawn anew every few seconds.
 
     Examples
     --------
@@ -106,7 +108,8 @@ def moving(
     def picture(seen: Any) -> hv.Layout:
         return style.stack([draw(grows, seen) for draw in views], **stacked)
 
-    if style.extension() == "static":
+    static = style.extension() == "static"
+    if static and not front_end():
         limit = time.monotonic() + timeout
         while grows.state == "running" and time.monotonic() < limit:
             time.sleep(PERIOD_S)
@@ -115,7 +118,7 @@ def moving(
 
     pipe = hv.streams.Pipe(data=watch.look())
     maps = [hv.DynamicMap(lambda data, draw=draw: draw(grows, data), streams=[pipe]) for draw in views]
-    screen = Screen(pipe, _poster(), picture, nothing)
+    screen = Screen(pipe, _poster(), picture, nothing, static)
     threading.Thread(target=_feed, args=(grows, watch, screen, timeout), name=f"live-{grows.name}", daemon=True).start()
     figure, shown = style.stack(maps), style.stack(maps)  # what is shown keeps its state, whatever is done with `figure`
     figure._ipython_display_ = lambda: screen.display(shown)  # what a notebook calls instead of showing `figure` in its own way
@@ -175,11 +178,12 @@ class Screen:
     before), and by each page that is loaded later: then all is sent, and again after a while, since a page opens the comm before it has
     drawn the figure, which takes long on a busy machine, and drops what comes in between. What is displayed
     under an id can be replaced without a comm: that is how the last picture comes, which `picture(seen)` draws, to the page in which the
-    cell was run. Other pages know no ids and get it as before.
+    cell was run. Other pages know no ids and get it as before. Where nobody listens, all pictures come that way (`mute`).
     """
 
-    def __init__(self, pipe: Any, post: Post, picture: Callable[[Any], Any], nothing: Any = NOTHING) -> None:
-        self.pipe, self.post, self.picture, self.nothing = pipe, post, picture, nothing
+    def __init__(self, pipe: Any, post: Post, picture: Callable[[Any], Any], nothing: Any = NOTHING, mute: bool = False) -> None:
+        self.pipe, self.post, self.picture, self.nothing, self.mute = pipe, post, picture, nothing, mute
+        self.unheard = 0  # redraws
         self.latest, self.posted, self.ended = nothing, False, False
         self.took = 0.0  # seconds of the latest drawing
         self.displayed: str | None = None  # the id
@@ -189,7 +193,7 @@ class Screen:
         from IPython.display import display
 
         self.displayed = self.displayed or uuid.uuid4().hex
-        display(self.picture(self.latest) if self.ended else figure, display_id=self.displayed)
+        display(self.picture(self.latest) if self.ended or self.mute else figure, display_id=self.displayed)
 
     def show(self, seen: Any, last: bool = False) -> None:
         """From any thread; `post` has the kernel draw, which must not do two things at once to a figure."""
@@ -203,16 +207,20 @@ class Screen:
         comms = self._comms()
         for comm in comms:
             comm._on_open = self._again
-        if all(comm._comm for comm in comms):  # sending would open it from this side, where nobody listens yet
-            began = time.monotonic()
+        began = time.monotonic()
+        if not self.mute and all(comm._comm for comm in comms):  # sending would open it from this side, where nobody listens yet
             self.pipe.send(self.latest)
-            self.took = time.monotonic() - began
-        if self.ended and self.displayed:
+            self.unheard = 0
+        elif self.displayed:
+            self.unheard += 1
+            self.mute = self.mute or self.unheard >= MUTE
+        if self.displayed and (self.ended or self.mute):
             from IPython.display import display
 
             # JupyterLab draws nothing where the new output has the form of the old one; so there is another one between.
             display({"text/plain": ""}, raw=True, display_id=self.displayed, update=True)
             display(self.picture(self.latest), display_id=self.displayed, update=True)
+        self.took = time.monotonic() - began
 
     def _again(self, _: Any) -> None:
         for wait in AGAIN_S:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.cluster.emulation import unsteadiness
-from labkit.cluster.notice import in_notebook, shell, telling
+from labkit.cluster.notice import front_end, shell, telling
 from labkit.errors import LabError, RunError, file_path, like, several
 from labkit.plots.claims import between
 from labkit.runs.analysis import slowdown_reached
@@ -78,7 +78,8 @@ def extension(mode: str | None = None) -> str:
     Parameters
     ----------
     mode : "static" (matplotlib, PNG) or "interactive" (bokeh). Default: the environment variable LABKIT_PLOTS, else
-        interactive in a kernel that a Jupyter server started for a notebook, and static everywhere else.
+        interactive in a kernel that a Jupyter server started for a notebook, and static everywhere else: in batches, and in Colab and
+        VS Code, which do not keep the scripts of a figure.
 
     Returns
     -------
@@ -149,7 +150,7 @@ def interactive() -> bool:
         if mode not in MODES:
             raise ValueError(f"LABKIT_PLOTS is {mode!r}; it can be 'static' (pictures) or 'interactive' (bokeh).")
         return mode == "interactive"
-    return in_notebook()
+    return front_end() == "jupyter"
 
 
 def _cell() -> tuple[str | None, str | None]:

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from labkit.cluster.notice import in_notebook
+from labkit.cluster.notice import front_end
 from labkit.errors import RunError
 from labkit.runs import checkpoints, server_file, status
 from labkit.runs.config import FILE as CONFIG
@@ -43,7 +43,7 @@ class Unfinished(NamedTuple):
 def tell(folder: str | Path = "runs") -> None:
     """Print in a notebook, once a kernel for each run, what `unfinished` finds; never an error."""
     with contextlib.suppress(OSError, RunError, ValueError):
-        if in_notebook():
+        if front_end():
             found = [run for run in unfinished(folder) if _is_new(run)]
             for run in found[:LINES]:
                 print(run.text)
@@ -54,7 +54,7 @@ def tell(folder: str | Path = "runs") -> None:
 def tell_of(path: Path, config: RunConfig) -> None:
     """Print in a notebook, once a kernel, that this run goes on or was cut off; never an error."""
     with contextlib.suppress(OSError, RunError, ValueError):
-        if in_notebook() and (run := look(path, config)) and _is_new(run):
+        if front_end() and (run := look(path, config)) and _is_new(run):
             print(run.text)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from labkit.cluster import notice
@@ -11,7 +14,7 @@ from tests.helpers import until
 @pytest.fixture
 def shown(monkeypatch):
     shown = []
-    monkeypatch.setattr("labkit.cluster.notice.in_notebook", lambda: True)
+    monkeypatch.setattr("labkit.cluster.notice.front_end", lambda: "jupyter")
     monkeypatch.setattr("labkit.cluster.notice.EVERY_S", 0.01)
     monkeypatch.setattr("IPython.display.display", lambda what, **how: shown.append((what, how["update"])))
     return shown
@@ -33,7 +36,7 @@ def test_a_line_says_what_takes_long_and_is_gone_afterwards(shown):
 def test_what_is_quick_or_not_in_a_notebook_is_not_told(shown, monkeypatch):
     with notice.telling("quick", after=60):
         pass
-    monkeypatch.setattr("labkit.cluster.notice.in_notebook", lambda: False)
+    monkeypatch.setattr("labkit.cluster.notice.front_end", lambda: "")
     with notice.telling("a script", after=0):
         pass
     assert not shown
@@ -55,3 +58,24 @@ def test_a_block_that_fails_takes_its_line_along(shown):
     assert shown[-1] == ({}, True)
     with notice.telling("again", after=0.01):
         until(lambda: len(shown) == 3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "modules", "expected"),
+    [
+        ({}, (), ""),
+        ({"JPY_SESSION_NAME": "a.ipynb"}, (), "jupyter"),
+        ({"VSCODE_PID": "7"}, (), "vscode"),
+        ({"JPY_SESSION_NAME": "a.ipynb"}, ("google.colab",), "colab"),
+    ],
+)
+def test_the_front_end_of_a_kernel(environment, modules, expected, monkeypatch):
+    for name in ("JPY_SESSION_NAME", "VSCODE_PID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    assert notice.front_end() == "", "a script, which may be started from a terminal of an editor"
+    monkeypatch.setattr(notice, "shell", lambda: SimpleNamespace(kernel=None))
+    assert notice.front_end() == expected

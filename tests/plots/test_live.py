@@ -14,7 +14,7 @@ from bokeh.document import Document
 
 from labkit import plots
 from labkit.errors import RunError
-from labkit.plots.live import FAILURES, NOTHING, VIEWS, Screen, Watch, _feed
+from labkit.plots.live import FAILURES, MUTE, NOTHING, VIEWS, Screen, Watch, _feed
 from tests.helpers import until
 from tests.plots.helpers import elements, title
 
@@ -70,6 +70,41 @@ def test_live_static_waits_for_the_end(run):
     run.state = "running"
     threading.Timer(0.2, setattr, (run, "state", "done")).start()
     assert len(elements(plots.live(run), "Curve")["worker 0"]) == 7
+
+
+def test_in_vscode_and_colab_each_picture_takes_the_place_of_the_one_before(run, monkeypatch):
+    shown, lines = [], (run.path / "events.jsonl").read_bytes()
+    monkeypatch.setattr("IPython.display.display", lambda figure, **how: shown.append((figure, how)))
+    monkeypatch.setattr(sys.modules["labkit.plots.live"], "front_end", lambda: "vscode")
+    run.state = "running"
+    (run.path / "events.jsonl").write_bytes(b"")
+    plots.live(run)._ipython_display_()  # it does not wait
+    (run.path / "events.jsonl").write_bytes(lines)
+    until(lambda: len(shown) >= 3)
+    run.state, run.test_score = "done", 0.75
+    until(lambda: not any(thread.name == f"live-{run.name}" for thread in threading.enumerate()))
+    pictures = [(title(next(iter(figure))), how["display_id"]) for figure, how in shown if not isinstance(figure, dict)]
+    assert len({place for _, place in pictures}) == 1 and "update" not in shown[0][1]
+    titles = [of.partition(" after ")[0] for of, _ in pictures]
+    assert titles[0] == "AGWU + IDPA: waiting for the first push" and "mean held-out score" in titles[1]
+    assert titles[-1] == "AGWU + IDPA: test score 0.750"
+
+
+def test_a_page_that_never_listens_gets_pictures_after_a_while(run, monkeypatch):
+    shown, sent = [], []
+    monkeypatch.setattr("IPython.display.display", lambda figure, **how: shown.append(figure))
+    plot = SimpleNamespace(comm=SimpleNamespace(_comm=None))
+    pipe = SimpleNamespace(subscribers=[SimpleNamespace(__self__=plot)], send=sent.append)
+    screen = Screen(pipe, lambda call, wait=0.0: call(), lambda seen: f"picture {seen.test}")
+    screen.display("figure")
+    for number in range(MUTE - 1):
+        screen.show(NOTHING._replace(test=number))
+    assert shown == ["figure"] and not sent
+    for number in (1, 2):
+        screen.show(NOTHING._replace(test=number))
+    plot.comm._comm = "late"
+    screen.show(NOTHING._replace(test=3))
+    assert [one for one in shown if isinstance(one, str)] == ["figure", "picture 1", "picture 2", "picture 3"] and not sent
 
 
 class Browser:

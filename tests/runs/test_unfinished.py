@@ -20,7 +20,7 @@ from tests.runs.test_old_records import FOLDER
 def runs(tmp_path, monkeypatch):
     """A notebook's kernel in a folder with three runs in "runs": one goes on, one was cut off, one has ended."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("labkit.runs.unfinished.in_notebook", lambda: True)
+    monkeypatch.setattr("labkit.runs.unfinished.front_end", lambda: "jupyter")
     monkeypatch.setattr("labkit.runs.unfinished._told", set())
     for name in ("going", "cut", "ended"):
         shutil.copytree(FOLDER / "format-2-agwu", tmp_path / "runs" / name)
@@ -63,7 +63,7 @@ def test_load_run_tells_of_its_run_and_a_script_is_told_nothing(runs, capsys, mo
     assert not capsys.readouterr().out
     labkit.load_run("runs/cut")
     assert "labkit.resume('runs/cut') continues it" in capsys.readouterr().out
-    monkeypatch.setattr("labkit.runs.unfinished.in_notebook", lambda: False)
+    monkeypatch.setattr("labkit.runs.unfinished.front_end", lambda: "")
     labkit.load_run("runs/going")
     unfinished.tell()
     assert not capsys.readouterr().out
