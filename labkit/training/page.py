@@ -5,7 +5,8 @@
                          a page on loopback, for whoever has its address
 
 The page is served by a process of its own, so that a kernel which computes does not keep it waiting, and the kernel does nothing for it. It
-listens on loopback, and its address holds a session that is signed with a secret of this page: without it, nothing is answered. It
+listens on loopback, and its address holds a session that is signed with a secret of this page: without it, nothing is answered. On a
+JupyterHub or Binder a browser reaches it through the user's own server, by jupyter-server-proxy, which lets nobody else in. It
 reads the record, as `run.live()` does, and asks the run's server only for its state and for what a button says.
 
 Used through `labkit` and the command line.
@@ -15,6 +16,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
+import logging
+import os
 import secrets
 import socket
 import subprocess
@@ -57,6 +61,9 @@ def watch(run: Run | str | Path, timeout: float = START_S) -> Page:
     who is here. Buttons stop the run, save a version, inspect a worker (`Run.inspect`), cut its connection, upon which it joins anew, make it
     slower (which is recorded as emulated), or kill its process where that is on this machine. It ends with `close`, or with this process.
 
+    On a JupyterHub or Binder that has jupyter-server-proxy, `url` is a path of that server, and a link to it stands below the cell. Elsewhere
+    the kernel's machine must be the browser's, or its port be brought here: `ssh -L PORT:localhost:PORT machine`.
+
     Parameters
     ----------
     run : a run, or its directory; one that has ended shows how it was at the end.
@@ -92,7 +99,7 @@ class Page:
         timer.start()
         line = self._process.stdout.readline().strip()
         timer.cancel()
-        if not line.startswith("http"):
+        if not line.startswith(("http", "/")):
             self.close()
             raise RunError(f"the page of {path} did not start within {timeout:g} s: {line or 'see what it printed'}.")
         self.url = line
@@ -135,15 +142,25 @@ def serve(path: str | Path, port: int = 0, with_parent: bool = False, tell: Call
     secret = secrets.token_urlsafe(32)
     settings = {"generate_session_ids": False, "sign_sessions": True, "secret_key": secret, "check_unused_sessions": 10_000}
     settings |= {"unused_session_lifetime": 60_000, "address": "127.0.0.1", "show": False, "start": False, "verbose": False}
+    if hub := _hub():  # whose name in the browser is not known here; the session in the address is asked for as before
+        settings["websocket_origin"] = "*"
+        logging.getLogger("bokeh.server.util").setLevel(logging.ERROR)  # which warns of that
     server = panel.serve({"/": lambda: _moving(run)}, port=port, title=f"labkit: {run.name}", **settings)
     if with_parent:
         threading.Thread(target=_end_with_parent, args=(server,), name="parent", daemon=True).start()
     session = generate_session_id(secret, signed=True)
-    tell(f"http://localhost:{server.port}/?bokeh-session-id={session}")
+    base = f"{hub}proxy/{server.port}/" if hub else f"http://localhost:{server.port}/"
+    tell(f"{base}?bokeh-session-id={session}")
     with contextlib.suppress(KeyboardInterrupt):
         server.io_loop.start()
     server.stop()
     return 0
+
+
+def _hub() -> str:
+    """Where a JupyterHub has the user's server, if that passes on to ports of this machine; "" elsewhere."""
+    prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX", "")
+    return prefix if prefix.startswith("/") and importlib.util.find_spec("jupyter_server_proxy") else ""
 
 
 def _end_with_parent(server: Any) -> None:

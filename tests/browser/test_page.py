@@ -10,24 +10,36 @@ from tests.helpers import Slow, problem, until
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("cache"), pytest.mark.timeout(240)]
 
 
-def test_it_moves_and_its_button_stops_the_run(tmp_path, browser, page, screenshot):
+@pytest.fixture
+def run(tmp_path):
     with labkit.connect("threads", 2) as lab:
-        run = labkit.train(problem(kind=Slow), lab, update="agwu", passes=2000, runs=tmp_path)
-        moves_and_stops(run, browser, page, screenshot)
+        yield labkit.train(problem(kind=Slow), lab, update="agwu", passes=2000, runs=tmp_path)
 
 
-def moves_and_stops(run, browser, page, screenshot):
+def test_it_moves_and_its_button_stops_the_run(run, page, new_page, screenshot):
+    moves_and_stops(run, page, new_page(), screenshot)
+
+
+def test_behind_a_hub_it_is_reached_through_the_user_s_server(run, monkeypatch, jupyter, page, new_page, screenshot):
+    pytest.importorskip("jupyter_server_proxy")
+    monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/")
+    tabs = page, new_page()
+    for tab in tabs:  # who has not signed in is let in nowhere
+        tab.goto(f"{jupyter.url}api/status?token=token")
+    moves_and_stops(run, *tabs, screenshot, jupyter.url.rstrip("/"))
+
+
+def moves_and_stops(run, page, other, screenshot, server=""):
     with labkit.watch(run) as watched:
-        page.goto(watched.url)
+        assert watched.url.startswith("/proxy/" if server else "http://localhost:")
+        page.goto(server + watched.url)
         page.get_by_text("running").wait_for(timeout=60_000)
         first = page.get_by_text("version").inner_text()
         until(lambda: page.get_by_text("version").inner_text() != first, 30)
-        other = browser.new_page()
-        other.goto(watched.url)
+        other.goto(server + watched.url)
         other.get_by_text("running").wait_for(timeout=60_000)
         screenshot(page, "page")
         page.get_by_role("button", name="Stop the run").click()
         for tab in (page, other):
             tab.get_by_text("stopped").wait_for(timeout=30_000)
-        other.close()
         assert run.wait(30).state == "stopped"
