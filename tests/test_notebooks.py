@@ -85,7 +85,8 @@ TINY = {
     "benchmarks/14-inner": {"models": ["lenet"], "batch_sizes": [8], "small": True, "steps": 3, "compile_too": [], "take_core": []}
     | {"precisions": ["float32"], "threads": 1},
     "benchmarks/04-chaos": {"kinds": ["dask"], "updates": ["allreduce"], "n_workers": 2, "passes": 3.0, "most": 2, "every": 1.0}
-    | {"beside": ["agwu"], "kills": 1, "freezes": 0, "simulated": ["agwu"], "simulated_s": 60.0},
+    | {"beside": ["agwu"], "kills": 1, "freezes": 0, "simulated": ["agwu"], "simulated_s": 60.0}
+    | {"minutes": 0.05, "every_s": 1.0, "calm_s": 0.5, "sleeping": 2},
     "benchmarks/01-overhead": SMALL | {"batch_sizes": [16], "updates": ["gem"], "rounds": 1, "samples": 600, "local_steps": 5},
     "benchmarks/11-every-batch": SMALL
     | {"samples": 400, "score_samples": 16, "test_samples": 60, "rounds": 1, "updates": ["easgd"]},

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,6 +185,37 @@ def missing() -> str:
 
 def trials(updates: list[str], n: int, nap: float, local_steps: int, kills: int, freezes: int, run_dir: str) -> Iterator[dict]:
     """A row for each system and kind of fault: medians, and the longest."""
+    for title, log, way in _systems(updates, n, nap, local_steps, run_dir):
+        with way as (pids, again):
+            for row in _faults(pids, again, log, kills, freezes):
+                yield {"system": title, "workers": n, **row, "load": round(os.getloadavg()[0], 1)}
+
+
+def regular(
+    updates: list[str], n: int, nap: float, local_steps: int, calm_s: float, every_s: float, minutes: float, run_dir: str
+) -> Iterator[dict]:
+    """A row for each system in which somebody, drawn by a fixed seed, is killed every `every_s` seconds for so many minutes.
+
+    `step_s` is a step of a living worker meanwhile, on average; `before_s` the same in `calm_s` seconds before.
+    """
+    for title, log, way in _systems(updates, n, nap, local_steps, run_dir):
+        with way as (pids, again):
+            calm = _calm(pids, log, 10, calm_s)
+            draws, begun, kills = random.Random(0), time.time(), 0
+            while time.time() + every_s <= begun + 60 * minutes + 1:
+                time.sleep(every_s)
+                there = pids()
+                index = draws.choice(sorted(there))
+                with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                    os.kill(there[index], signal.SIGKILL)
+                    kills += 1
+                    again(index)
+            row = {"kills": kills, "minutes": (time.time() - begun) / 60, "before_s": calm, "kept": kept(log, begun, calm)}
+            yield {"system": title, "workers": n, **row, "step_s": calm / row["kept"], "load": round(os.getloadavg()[0], 1)}
+
+
+def _systems(updates: list[str], n: int, nap: float, local_steps: int, run_dir: str) -> Iterator[tuple[str, Path, Any]]:
+    """labkit under each update, then torchft if it is here: its title, the folder of its logs, and what starts and ends its processes."""
     ways = {f"labkit {update}": lambda log, update=update: of_labkit(update, n, nap, local_steps, log) for update in updates}
     if not missing():
         ways["torchft"] = lambda log: of_torchft(n, nap, log)
@@ -190,16 +223,18 @@ def trials(updates: list[str], n: int, nap: float, local_steps: int, kills: int,
         log = Path(run_dir).resolve() / f"steps-{title.replace(' ', '-')}"
         shutil.rmtree(log, ignore_errors=True)
         log.mkdir(parents=True)
-        with way(log) as (pids, again):
-            for row in _faults(pids, again, log, kills, freezes):
-                yield {"system": title, "workers": n, **row, "load": round(os.getloadavg()[0], 1)}
+        yield title, log, way(log)
+
+
+def _calm(pids: Callable, log: Path, first: int, seconds: float) -> float:
+    """The mean step without faults, in so many seconds after everybody's first steps, of which half are left out."""
+    _until(lambda: all(len(steps(log, pid)) > first for pid in pids().values()), "the first steps", 10 * LIMIT_S)
+    time.sleep(seconds)
+    return float(np.mean([step for pid in pids().values() for step in np.diff(steps(log, pid)[first // 2 :])]))
 
 
 def _faults(pids: Callable, again: Callable, log: Path, kills: int, freezes: int) -> Iterator[dict]:
-    _until(lambda: all(len(steps(log, pid)) > 20 for pid in pids().values()), "the first steps")
-    time.sleep(3.0)
-    calm = [step for pid in pids().values() for step in np.diff(steps(log, pid)[10:])]
-    mean, begun, found = float(np.mean(calm)), time.time(), []
+    mean, begun, found = _calm(pids, log, 20, 3.0), time.time(), []
     for number in range(kills):
         time.sleep(1.0)
         index = number % len(pids())
@@ -261,11 +296,11 @@ def _pause(log: Path, pids: list[int], begin: float, end: float) -> float:
     return longest
 
 
-def _until(there: Callable[[], bool], what: str) -> None:
-    limit = time.monotonic() + LIMIT_S
+def _until(there: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
+    limit = time.monotonic() + limit_s
     while not there():
         if time.monotonic() > limit:
-            raise TimeoutError(f"{what}: not within {LIMIT_S:g} s.")
+            raise TimeoutError(f"{what}: not within {limit_s:g} s.")
         time.sleep(0.05)
 
 
