@@ -64,7 +64,8 @@ for (const title of titles) {
   if (title.text !== shown) title.text = shown
   height += Math.round((lines.length - 1) * parseFloat(title.text_font_size) * 1.6)
 }
-if (plot.height !== height) setTimeout(() => { plot.height = height }, 0)  // not in the middle of a layout
+plot.wanted = height  // the latest: a page lays a figure out several times, at first with hardly any width
+setTimeout(() => { if (plot.height !== plot.wanted) plot.height = plot.wanted }, 0)  // not in the middle of a layout
 """
 PICTURES = (".png", ".svg", ".pdf")  # what matplotlib writes
 MODES = ("static", "interactive")

@@ -17,7 +17,7 @@ STATE = """() => {
   const errors = cells.flatMap(cell => cell.outputs.toJSON()).filter(output => output.output_type === "error").map(output => output.evalue);
   return {done: cells.filter(cell => cell.executionCount).length, cells: cells.length, errors};
 }"""
-# Of the figures in sight: how they are described, and how many of their pixels are not white.
+# Of the figures in sight: how they are described, how tall they are, and how many of their pixels are not white.
 DRAWN = """() => {
   const inked = canvas => {
     const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -32,6 +32,7 @@ DRAWN = """() => {
     images: found.filter(e => e.tagName === "IMG").length,
     figures: figures.map(e => ({
       label: e.getAttribute("role") === "img" ? e.getAttribute("aria-label") : null,
+      height: Math.round(e.getBoundingClientRect().height),
       ink: all(e).filter(x => x.tagName === "CANVAS").reduce((sum, canvas) => sum + inked(canvas), 0),
     })),
   };
@@ -58,6 +59,10 @@ def check_figures(page, least):
     return drawn
 
 
+def looks(drawn):
+    return [(figure["label"], figure["height"]) for figure in drawn["figures"]]
+
+
 def with_tiny_values(jupyter, name):
     """The notebook with the small values of the tests in a cell below its parameters."""
     path = jupyter.folder / f"{name}.ipynb"
@@ -82,9 +87,7 @@ def test_run_all_draws_figures_in_both_themes_that_are_there_after_a_reload(name
     page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     page.locator("body[data-jp-theme-light=false]").wait_for(state="attached")
     assert page.evaluate(STATE)["errors"] == []
-    assert [figure["label"] for figure in check_figures(page, len(FIGURES[name]))["figures"]] == [
-        figure["label"] for figure in drawn["figures"]
-    ]
+    assert looks(check_figures(page, len(FIGURES[name]))) == looks(drawn)
     screenshot(page, f"{name}-dark")
     page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
     page.locator("body[data-jp-theme-light=true]").wait_for(state="attached")
