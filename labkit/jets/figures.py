@@ -39,7 +39,7 @@ def masses(jets: Jets, of: str = "mass", note: str = "") -> hv.Overlay:
     values = jets.of_jet["mass"] if of == "mass" else jets.of_jet["substructure"][:, SUBSTRUCTURE.index(of)]
     low, high = (0.0, HIGHEST) if of in ("mass", "trimmed") else (float(values.min()), float(np.quantile(values, 0.995)))
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
-    middle, elements, legend, peaks = (edges[1:] + edges[:-1]) / 2, [], [], []
+    middle, elements, peaks = (edges[1:] + edges[:-1]) / 2, [], []
     for number, name in enumerate(jets.classes):
         own = values[jets.label == number]
         if not len(own):
@@ -47,13 +47,12 @@ def masses(jets: Jets, of: str = "mass", note: str = "") -> hv.Overlay:
         height = np.histogram(own, edges)[0] / (len(own) * (edges[1] - edges[0]))
         peaks.append(f"{name} {middle[height.argmax()]:.3g}")
         elements.append(style.line(middle, height, number, name, (of, "share")))
-        legend.append((name, number, "line"))
     if not elements:
         return style.message("The masses of the jets", "there are no jets to draw.")
     unit = " (GeV)" if of in ("mass", "trimmed") else ""
     what = {"mass": "Mass", "trimmed": "Trimmed mass"}.get(of, of)
     title = f"{what} of the jets by class: highest at {', '.join(peaks)}{' GeV' if unit else ''}"
-    return style.finish(elements, title, note, legend, xlabel=f"{what.lower()}{unit}", ylabel="share per unit", ylim=(0, None))
+    return style.finish(elements, title, note, xlabel=f"{what.lower()}{unit}", ylabel="share per unit", ylim=(0, None))
 
 
 def embedding(
@@ -78,12 +77,11 @@ def embedding(
 
     flat, axes = flattened(centred), (f"first {title}", f"second {title}")  # figures under each other have axes of their own
     shown = np.random.default_rng(0).permutation(len(z))[:SHOWN]
-    elements, legend = [], []
+    elements = []
     for number, name in enumerate(classes):
         own = shown[label[shown] == number]
         if len(own):
             elements.append(style.marks(flat[own, 0], flat[own, 1], number, name, axes))
-            legend.append((name, number, "mark"))
     if not elements:
         return style.message("Embeddings of jets", "there are no jets to draw.")
     if centres is not None:
@@ -93,9 +91,7 @@ def embedding(
         agree = 100 * accuracy(np.asarray(clusters), label)
         title = f"{title or 'Clusters and classes'}: {agree:.0f} % of the jets are in the cluster of their class"
     note = note or (f"{len(shown)} of {len(z)} jets" if len(shown) < len(z) else "")
-    return style.finish(
-        elements, title or "Embeddings of jets by class", note, legend, xlabel="widest direction", ylabel="second widest"
-    )
+    return style.finish(elements, title or "Embeddings of jets by class", note, xlabel="widest direction", ylabel="second widest")
 
 
 def before_and_after(run: Any, classes: Sequence[str], note: str = "") -> hv.Layout:
@@ -144,26 +140,23 @@ def worlds(frame: pd.DataFrame, note: str = "") -> hv.Layout:
     note = ", ".join(filter(None, [note, f"{counted} of each number of workers"]))
     several_runs = bool(n_runs.max() > 1)  # otherwise the line has a mark on each run
     axes = {"xlabel": "workers", "xticks": [(x, f"{x:g}") for x in at], "xlim": (0.8 * at[0], at[-1] + 0.2 * at[0])}
-    dims = ("workers", "jets/s")
+    dims, drawn = ("workers", "jets/s"), "mean of the runs" if several_runs else "measured"
     rate = [
         style.line(at, speed[0] * at / at[0], 1, "in proportion", dims),
         *([style.marks(per_run, frame["samples_per_s"].to_numpy(float), 3, "a run", dims)] if several_runs else []),
-        style.line(at, speed, 0, "measured", dims),
+        style.line(at, speed, 0, drawn, dims),
     ]
     title = f"{most:g} workers train {speed[-1] / speed[0]:.2f} times the jets per second of {least:g}"
-    of_run = [("a run", 3, "mark")] if several_runs else []
-    legend = [("mean of the runs" if several_runs else "measured", 0, "line"), *of_run, ("in proportion", 1, "line")]
-    upper = style.finish(rate, title, note, legend, ylabel="jets per second", ylim=(0, None), **axes)
+    upper = style.finish(rate, title, note, ylabel="jets per second", ylim=(0, None), **axes)
     dims = ("workers", "accuracy (%)")
     values = 100 * frame["accuracy"].to_numpy(float)
     accuracy_ = [
         *([style.marks(per_run, values, 3, "a run", dims)] if several_runs else []),
-        style.line(at, 100 * found, 2, "mean", dims),
+        style.line(at, 100 * found, 2, drawn, dims),
     ]
     within = frame.groupby("n_workers")["accuracy"].agg(np.ptp).max()
     title = f"Accuracy of {least:g} to {most:g} workers: {'means ' * several_runs}{100 * np.ptp(found):.1f} points apart"
     title += f", seeds up to {100 * within:.1f}" if several_runs else ""
     low, high = max(0.0, values.min() - 10), min(100.0, values.max() + 10)
-    legend = [("mean of the runs" if several_runs else "measured", 2, "line"), *of_run]
-    lower = style.finish(accuracy_, title, "", legend, ylabel="accuracy (%)", ylim=(low, high), **axes)
+    lower = style.finish(accuracy_, title, ylabel="accuracy (%)", ylim=(low, high), **axes)
     return style.stack([upper, lower], height=9)

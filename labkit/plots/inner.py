@@ -40,20 +40,17 @@ def gantt(profile: Profile) -> hv.Overlay:
     kinds = [KINDS.get(task.kind, OTHERS)[0] for task in profile.graph.tasks]
     table = pd.DataFrame({"thread": tasks.thread, "start": tasks.start, "end": tasks.end, "kind": kinds})
     table[["start", "end"]] *= 1e3
-    rows = {thread: -thread for thread in range(measured.threads)}
+    rows = {thread: f"thread {thread}" for thread in range(measured.threads)}
     by = {name: (name, number) for name, number in (*KINDS.values(), OTHERS)}
-    elements, legend = style.spans(table, "kind", by, rows, "thread", (-0.32, 0.32), "ms", absent=False)
+    elements = style.spans(table, "kind", by, rows, "thread", (-0.32, 0.32), "ms", absent=False)
     critical = table.loc[list(tasks.critical_path)].assign(kind=CRITICAL[0])
-    strip, name = style.spans(critical, "kind", {CRITICAL[0]: CRITICAL}, rows, "thread", (-0.44, -0.36), "ms")
+    elements += style.spans(critical, "kind", {CRITICAL[0]: CRITICAL}, rows, "thread", (-0.44, -0.36), "ms")
     above = 100 * (measured.makespan / measured.bound - 1)
     title = f"{_threads(measured.threads)} {1e3 * measured.makespan:.3g} ms for a step, {above:.0f} % above the bound; idle {100 * measured.idle_share:.0f} %"
     bounds = {name: f"{1e3 * bound:.3g} ms" for name, bound in measured.bounds.items()}
     note = f"{profile.title}; work / threads {bounds['work / threads']}, critical path {bounds['critical path']}"
-    axis = style.rows_axis({y: f"thread {thread}" for thread, y in rows.items()}, 1.8 + 0.6 * measured.threads)
-    return style.finish(
-        elements + strip, title, note, legend + name, xlabel="time (ms)", xlim=(0, 1.01 * float(table["end"].max())),
-        **axis | {"ylim": (0.4 - measured.threads, 0.5)},
-    )  # fmt: skip
+    axis = style.rows_axis(rows, 1.8 + 0.6 * measured.threads) | {"ylim": (0.4 - measured.threads, 0.5)}
+    return style.finish(elements, title, note, xlabel="time (ms)", xlim=(0, 1.01 * float(table["end"].max())), **axis)
 
 
 def _check(profile: Any) -> None:
@@ -87,9 +84,9 @@ def roofline(profile: Profile) -> hv.Overlay:
         name = f"one thread at most, {dtype} ({peaks[dtype] / 1e9:.3g} GFLOP/s)"
         numbers[name], roof = number, np.minimum(x * peaks["bytes"], peaks[dtype]) / 1e9
         roofs.append(pd.DataFrame({"intensity": x, "gflops": roof, "name": name}))
-    elements, legend = style.lines(pd.concat(roofs, ignore_index=True), "intensity", "gflops", "name", numbers)
+    elements = style.lines(pd.concat(roofs, ignore_index=True), "intensity", "gflops", "name", numbers)
     marked = table.assign(name=np.select([convs, lines], ["convolution", "linear"], "other")).sort_values("name", kind="stable")
-    layers, names = style.points(marked, "intensity", "gflops", "name", {"convolution": 0, "linear": 2, "other": 4})
+    elements += style.points(marked, "intensity", "gflops", "name", {"convolution": 0, "linear": 2, "other": 4})
     longest = table.nlargest(NAMED, "ms").assign(gflops=lambda rows: 1.25 * rows["gflops"])
     texts = longest[["intensity", "gflops", "layer"]].itertuples(index=False, name=None)
     written = style.labels(list(texts), size=9, dims=("intensity", "gflops"), baseline="bottom")
@@ -99,6 +96,6 @@ def roofline(profile: Profile) -> hv.Overlay:
     note = f"{profile.title}; {peaks['bytes'] / 1e9:.0f} GB/s; {profile.instructions}; {len(table)} layers, forward and backward"
     top = 2 * max(peaks["float32"], peaks["bfloat16"]) / 1e9
     return style.finish(
-        [*elements, *layers, written], title, note, legend + names, logx=True, logy=True, xlabel="FLOPs per byte",
+        [*elements, written], title, note, logx=True, logy=True, xlabel="FLOPs per byte",
         ylabel="GFLOP/s of one thread", xlim=(low, high), ylim=(0.5 * float(table["gflops"].min()), top),
     )  # fmt: skip

@@ -325,7 +325,7 @@ def _membership(run: RunRecord, seen: Seen) -> Any:
     n = len(seen.workers)
     title = f"{n} worker{'s' * (n != 1)} here" if n else "Workers here"
     return style.finish(
-        [steps], title, xlabel="time (s)", ylabel="workers", xlim=(0, None), ylim=(0, top + 0.5),
+        [steps], title, legend=False, xlabel="time (s)", ylabel="workers", xlim=(0, None), ylim=(0, top + 0.5),
         height=1.8, shape={"aspect": 5},
     )  # fmt: skip
 
@@ -333,13 +333,12 @@ def _membership(run: RunRecord, seen: Seen) -> Any:
 def _panel(run: RunRecord, data: Series, column: int, title: str, note: str, ylabel: str, legend: bool = True) -> Any:
     """One line for each worker, also for one that has not pushed yet: the elements of a live figure must not change."""
     workers = sorted(style.slowdowns(run)) or sorted(data)
-    elements, named = [], []
+    elements = []
     for number, worker in enumerate(workers):
         table = np.array(data.get(worker, []), float).reshape(-1, 3)
-        named.append((f"worker {worker}", number, "line"))
         elements.append(style.line(table[:, 0], table[:, column], number, f"worker {worker}", ("seconds", ylabel)))
     return style.finish(
-        elements, title, note, named if legend else (), xlabel="time (s)", ylabel=ylabel, xlim=(0, None),
+        elements, title, note, legend, xlabel="time (s)", ylabel=ylabel, xlim=(0, None),
         height=2.8, shape={"aspect": 2.8},
     )  # fmt: skip
 

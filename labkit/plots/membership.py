@@ -48,34 +48,28 @@ def membership(run: RunRecord | str | Path, faults: pd.DataFrame | None = None) 
     last = curve.score.iloc[-1]
     what, amount = ("test score", f"{last:.4g}") if run.config.lower_is_better else ("test accuracy", f"{100 * last:.1f} %")
     title = f"{run.label}: a worker was lost {times}, {what} {amount} in the end"
-    upper, _ = style.lines(curve.assign(weights="global weights"), "seconds", "score", "weights")
-    upper = style.finish(upper, title, style.caption([run]), xlabel="", ylabel=what, xlim=(0, end), **_size(HEIGHTS[0]))
+    upper = style.lines(curve.assign(weights="global weights"), "seconds", "score", "weights")
+    upper = style.finish(upper, title, style.caption([run]), False, xlabel="", ylabel=what, xlim=(0, end), **_size(HEIGHTS[0]))
     return style.stack([upper, _bars(table, faults, end)], space=0.1)
 
 
 def _bars(table: pd.DataFrame, faults: pd.DataFrame | None, end: float) -> hv.Overlay:
-    rows = {worker: -row for row, worker in enumerate(sorted(table.worker.unique()))}  # worker 0 on top
+    rows = style.worker_rows(table.worker.unique())
     table = table.assign(since=np.where((table.incarnation == 0) & (table.start == 0), "start", "later"))
     kinds = {"start": ("from the start", 5), "later": ("came later or came back", 2)}
-    elements, legend = style.spans(table, "since", kinds, rows, between=(-0.3, 0.15), absent=False)
-    y = table.worker.map(rows).to_numpy(float)
-    elements.append(style.ticks(table.start.to_numpy(), y - 0.3, y + 0.15))
+    elements = style.spans(table, "since", kinds, rows, between=(-0.3, 0.15), absent=False)
+    elements.append(style.row_ticks(table, "start", rows, (-0.3, 0.15)))
     faults = table[:0].assign(fault="", seconds=0.0) if faults is None else faults
-    faults = faults[faults.worker.isin(list(rows)) & faults.seconds.le(end)]
+    faults = faults[faults.worker.isin(list(rows)) & faults.seconds.le(end)].sort_values("fault", kind="stable")
     counts = faults.fault.value_counts()
-    drawn = faults.assign(
-        seconds=faults.seconds.clip(lower=0), bottom=faults.worker.map(rows) + 0.3, fault=faults.fault.map(str)
-    ).sort_values("fault", kind="stable")
-    marks, _ = style.points(drawn, "seconds", "bottom", "fault", MARKS)
-    legend += [(f"{fault} ({counts[fault]})", MARKS[fault], "mark") for fault in drawn.fault.unique()]
+    drawn = faults.assign(seconds=faults.seconds.clip(lower=0), bottom=style.heights(faults.worker, rows) + 0.3)
+    texts = {fault: f"{fault} ({n})" for fault, n in counts.items()}
+    numbers = {text: MARKS[fault] for fault, text in texts.items()}
+    elements += style.points(drawn.assign(fault=faults.fault.map(texts)), "seconds", "bottom", "fault", numbers)
     n = int(counts.drop("thaw", errors="ignore").sum())
     title = f"Who was here, and the {n} faults injected" if n else "Who was here"
-    axis = style.rows_axis({row: f"worker {worker}" for worker, row in rows.items()})
-    size = _size(min(8.0, HEIGHTS[1] + 0.45 * len(rows)))
-    return style.finish(
-        elements + marks, title, "a tick begins each bar", legend, xlabel="time (s)", xlim=(0, end),
-        **axis | {"ylim": (-len(rows) + 0.5, 0.6)} | size,
-    )  # fmt: skip
+    axis = style.rows_axis(rows) | {"ylim": (-len(rows) + 0.5, 0.6)} | _size(min(8.0, HEIGHTS[1] + 0.45 * len(rows)))
+    return style.finish(elements, title, "a tick begins each bar", xlabel="time (s)", xlim=(0, end), **axis)
 
 
 def _size(height: float) -> dict:

@@ -9,7 +9,7 @@ Used through `labkit.plots`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def curves(
             reached[label], each[label] = own[0], np.nan_to_num(own[1:], nan=np.inf)
             texts[label] += f": {goal} {f'at {_amount(own[0], x, each[label])}' if np.isfinite(own[0]) else 'not reached'}"
         title = _who_reaches(goal, reached, each, x, what if share else "")
-    elements, legend = _draw(found, lines, texts, x, y)
+    elements = _draw(found, lines, texts, x, y)
     gaps = sum(int(table[y].isna().iloc[int(y.startswith("train_")) :].sum()) for table in tables.values())
     note = style.caption(runs, _seeds(runs), f"{gaps} NaN not drawn" if gaps else "")
     # The untrained weights lie far below the rest and would press what matters against the top.
@@ -100,7 +100,7 @@ def curves(
         ylim = (bottom - room, top + room)
     levels = [style.level(target)] if target is not None else []
     xlim = (0, 1.03 * max(line[x].max() for line in lines.values()) or None)
-    return style.finish(levels + elements, title, note, legend, xlabel=AXES[x], ylabel=what, xlim=xlim, ylim=ylim)
+    return style.finish(levels + elements, title, note, xlabel=AXES[x], ylabel=what, xlim=xlim, ylim=ylim)
 
 
 def _who_reaches(goal: str, reached: dict[str, float], each: dict[str, np.ndarray], x: str, what: str) -> str:
@@ -157,10 +157,10 @@ def balance(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -> 
         title = f"{best}: local passes balanced {'best, ' if len(found) > 1 else ''}to {means[best]:.2f} from pass 2 on"
     elif means:
         title = f"Local passes are balanced to {claims.between([f'{mean:.2f}' for mean in sorted(means.values())])} from pass 2 on"
-    elements, legend = _draw(found, {label: _median(own, "pass", "ratio") for label, own in found.items()}, texts, "pass", "ratio")
+    elements = _draw(found, {label: _median(own, "pass", "ratio") for label, own in found.items()}, texts, "pass", "ratio")
     last = max(table["pass"].max() for own in found.values() for table in own)
     return style.finish(
-        [style.level(0.95), *elements], title, style.caption(runs, "dashed: 0.95", _seeds(runs)), legend, xlabel="local pass",
+        [style.level(0.95), *elements], title, style.caption(runs, "dashed: 0.95", _seeds(runs)), xlabel="local pass",
         ylabel="mean T / max T (1 = equal)", ylim=(0, 1.05), xticks=_ticks(1, last), xlim=(0.5, last + 0.5),
     )  # fmt: skip
 
@@ -187,14 +187,12 @@ def timeline(run: RunRecord | str | Path) -> hv.Overlay:
     title = f"{run.label}: worker {waits.idxmax()} waits {_percent(waits.max())} of the time"
     if waits.max() < 0.005:
         title = f"{run.label}: no worker waits more than 0.5 % of the time"
-    rows = {worker: -row for row, worker in enumerate(spent.index)}  # worker 0 on top
+    rows = style.worker_rows(spent.index, style.slowdowns(run))
     kinds = {activity: (f"{activity} ({_percent(shares[activity])})", number) for activity, number in BUSY.items()}
-    elements, legend = style.spans(table, "activity", kinds, rows)
     merges = run.staleness().query("worker in @rows").dropna(subset=["seconds"])
-    y = merges["worker"].map(rows).to_numpy(float)
-    elements.append(style.ticks(merges["seconds"].to_numpy(), y + 0.34, y + 0.44))
-    note, end = style.caption([run], "ticks: merges"), float(table["end"].max())
-    return style.finish(elements, title, note, legend, xlabel="time (s)", xlim=(0, end), **_worker_rows(run, rows))
+    elements = [*style.spans(table, "activity", kinds, rows), style.row_ticks(merges, "seconds", rows, (0.34, 0.44))]
+    note, xlim = style.caption([run], "ticks: merges"), (0, float(table["end"].max()))
+    return style.finish(elements, title, note, xlabel="time (s)", xlim=xlim, **style.rows_axis(rows))
 
 
 def latest(run: RunRecord, rows: list[dict], window: float) -> hv.Overlay:
@@ -203,20 +201,13 @@ def latest(run: RunRecord, rows: list[dict], window: float) -> hv.Overlay:
     end = float(spans["end"].max()) if len(spans) else 0.0
     since = max(0.0, end - window)
     title = f"The last {end - since:.0f} s" if len(spans) else "No worker has pushed yet"
-    workers = sorted(style.slowdowns(run)) or sorted(set(spans["worker"])) or [0]
-    spans = spans[spans["end"].gt(since) & spans["worker"].isin(workers)]
-    spans = spans.assign(start=spans["start"].clip(lower=since))
-    rows_of = {worker: -row for row, worker in enumerate(workers)}
-    elements, legend = style.spans(spans, "activity", {activity: (activity, number) for activity, number in BUSY.items()}, rows_of)
-    xlim = (since, max(end, since + 1.0))
-    return style.finish(elements, title, "", legend, xlabel="time (s)", xlim=xlim, **_worker_rows(run, rows_of))
-
-
-def _worker_rows(run: RunRecord, rows: dict[int, int]) -> dict[str, Any]:
     slow = style.slowdowns(run)
-    return style.rows_axis(
-        {y: f"worker {worker}" + (f" ({slow[worker]:g}x)" if slow.get(worker, 1) != 1 else "") for worker, y in rows.items()}
-    )
+    of_workers = style.worker_rows(slow or set(spans["worker"]) or [0], slow)
+    spans = spans[spans["end"].gt(since) & spans["worker"].isin(list(of_workers))]
+    spans = spans.assign(start=spans["start"].clip(lower=since))
+    elements = style.spans(spans, "activity", {activity: (activity, number) for activity, number in BUSY.items()}, of_workers)
+    xlim = (since, max(end, since + 1.0))
+    return style.finish(elements, title, xlabel="time (s)", xlim=xlim, **style.rows_axis(of_workers))
 
 
 def staleness(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -> hv.Overlay:
@@ -227,6 +218,8 @@ def staleness(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -
     --------
     >>> figure = labkit.plots.staleness([run])
     """
+    import pandas as pd
+
     runs = style.some_runs(runs)
     style.extension()
     runs = _as_runs(runs, lambda run: run.events)
@@ -242,10 +235,10 @@ def staleness(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -
     most = int(max(own.max() for own in values.values() if len(own)))
     width = most // 25 + 1  # versions in a bar
     edges = np.arange(0, most + width + 1, width)
-    heights = {label: np.histogram(own, edges)[0] for label, own in values.items()}
+    names = [f"{int(edge)}" if width == 1 else f"{int(edge)}-{int(edge) + width - 1}" for edge in edges[:-1]]
+    bars = pd.DataFrame({label: np.histogram(own, edges)[0] for label, own in values.items()}, index=names)
     if not alone:
-        heights = {label: 100 * counts / max(1, counts.sum()) for label, counts in heights.items()}
-        ylabel = "share of the merges (%)"
+        bars, ylabel = 100 * bars / bars.sum().clip(lower=1), "share of the merges (%)"
     low, high = ([np.percentile(own, q) for own in values.values() if len(own)] for q in (50, 95))
     title = f"{runs[0].label}: " if alone else ""
     if alone:
@@ -256,10 +249,8 @@ def staleness(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -
         title, low, high = f"{stalest} is stalest: ", *([np.percentile(values[stalest], q)] for q in (50, 95))
     median = claims.between([f"{value:.0f}" for value in sorted(low)])
     title += f"median staleness {median}, 95 % of the merges at most {max(high):.0f}"
-    names = [f"{int(edge)}" if width == 1 else f"{int(edge)}-{int(edge) + width - 1}" for edge in edges[:-1]]
-    return style.columns(
-        heights, names, title[0].upper() + title[1:], style.caption(runs), xlabel="staleness (versions)", ylabel=ylabel
-    )
+    title = title[0].upper() + title[1:]
+    return style.columns(bars, title, style.caption(runs), xlabel="staleness (versions)", ylabel=ylabel)
 
 
 def weights(run: RunRecord | str | Path) -> hv.Overlay:
@@ -276,10 +267,10 @@ def weights(run: RunRecord | str | Path) -> hv.Overlay:
         return style.message(f"{run.label}: effective weight", f"{run.name}: nothing merged yet.")
     most = table.loc[(table["weight"] - table["samples"]).abs().idxmax()]
     shares = f"trains on {_percent(most['samples'])} of the samples, weighs {_percent(most['weight'])}"
-    heights = {"share of the samples": 100 * table["samples"].to_numpy(), "effective weight": 100 * table["weight"].to_numpy()}
-    names = [f"worker {worker}" for worker in table["worker"]]
+    bars = 100 * table.set_index("worker")[["samples", "weight"]].rename("worker {}".format)
+    bars.columns = ["share of the samples", "effective weight"]
     title = f"{run.label}: worker {int(most['worker'])} {shares}"
-    return style.columns(heights, names, title, style.caption([run]), ylabel="share (%)", text="{:.0f}")
+    return style.columns(bars, title, style.caption([run]), ylabel="share (%)", text="{:.0f}")
 
 
 def speed(frame: pd.DataFrame) -> hv.Overlay:
@@ -300,8 +291,8 @@ def speed(frame: pd.DataFrame) -> hv.Overlay:
     if len(frame) > 1:
         title = f"Worker {fast} is {rates.max() / max(rates.min(), 1e-12):.1f} times as fast as worker {slow}"
     note = style.emulated(frame["slowdown"].to_list()) if (frame["slowdown"] != 1).any() else ""
-    names = [f"worker {worker}" for worker in frame["worker"]]
-    return style.columns({"measured": rates}, names, title, note, ylabel="speed (samples/s)", text="{:.0f}")
+    bars = frame.set_index("worker")[["samples_per_s"]].rename("worker {}".format)
+    return style.columns(bars, title, note, ylabel="speed (samples/s)", text="{:.0f}")
 
 
 # -- texts and numbers -------------------------------------------------------------------------------------------------
@@ -346,10 +337,8 @@ def _series(runs: Sequence[RunRecord], read: Callable[[RunRecord], pd.DataFrame]
     return {label: tables for label, tables in found.items() if tables}
 
 
-def _draw(
-    found: dict[str, list[pd.DataFrame]], lines: dict[str, pd.DataFrame], texts: dict[str, str], x: str, y: str
-) -> tuple[list, list]:
-    """A line for each label of `texts` that has one, with a band where at least three runs differ, and each of two runs thin; and the legend.
+def _draw(found: dict[str, list[pd.DataFrame]], lines: dict[str, pd.DataFrame], texts: dict[str, str], x: str, y: str) -> list:
+    """A line for each label of `texts` that has one, with a band where at least three runs differ, and each of two runs thin.
 
     Its colour goes by the order of the runs, whether the others have a line or not.
     """
@@ -359,15 +348,12 @@ def _draw(
     table = pd.concat([line.assign(label=texts[label]) for label, line in lines.items()], ignore_index=True)
     pairs = {label: tables for label, tables in found.items() if len(tables) == 2}
     thin = [
-        style.strokes(
-            [table.to_numpy() for table in tables], "", (x, y), 0, 1, color=style.COLOURS[n % len(style.COLOURS)], alpha=0.6
-        )
+        style.strokes([table.to_numpy() for table in tables], "", (x, y), 0, 1, color=style.of_number(style.COLOURS, n), alpha=0.6)
         for label, tables in pairs.items()
         for n in [numbers[texts[label]]]
     ]
     table.loc[table["label"].isin([texts[label] for label in pairs]), "high"] = np.nan
-    elements, legend = style.lines(table, x, y, "label", numbers, ("low", "high"))
-    return thin + elements, legend
+    return thin + style.lines(table, x, y, "label", numbers, ("low", "high"))
 
 
 def _seeds(runs: Sequence[RunRecord]) -> str:

@@ -100,7 +100,7 @@ def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = N
     note = f"of {len(table):,} samples; loss {first['loss'].iloc[0]:.3g} to {first['loss'].iloc[-1]:.3g}, median {table['loss'].median():.2g}"
     tall = 0.7 + min(7 * mosaic.shape[0] / mosaic.shape[1], 2.5 * down)  # inches, of which 7 are across
     return style.finish(
-        [_raster(mosaic), style.labels(texts, "white", 9)], title, style.caption([run], note), xaxis=None, yaxis=None, grid="",
+        [style.raster(mosaic), style.labels(texts, "white", 9)], title, style.caption([run], note), xaxis=None, yaxis=None, grid="",
         xlim=(0, mosaic.shape[1]), ylim=(0, mosaic.shape[0]), invert_yaxis=True, height=tall,
         shape={"aspect": "equal", "fig_inches": (8, tall)},
     )  # fmt: skip
@@ -127,11 +127,3 @@ def _said(row: Any, classes: Sequence[str] | None) -> str:
     name = (lambda number: classes[number]) if classes else str
     sure = f"\n{100 * row.probability:.0f} % sure" if np.isfinite(row.probability) else ""
     return f"is {name(truth)},\nsaid {name(said)}{sure}"
-
-
-def _raster(mosaic: np.ndarray) -> hv.Element:
-    import holoviews as hv
-
-    high, wide = mosaic.shape[:2]
-    picture = hv.RGB((np.arange(wide) + 0.5, np.arange(high) + 0.5, *np.moveaxis(mosaic, -1, 0)), ["x", "y"])
-    return style.styled(picture, bokeh={}, matplotlib={"interpolation": "nearest"})

@@ -94,27 +94,23 @@ def errors(frame: pd.DataFrame, bar: float = 0.1, note: str = "") -> hv.Overlay:
     if frame.empty:
         return style.message("How far the simulator is off", "there is no run to compare with.")
     medians = frame.groupby("configuration", sort=False)["error"].median()
-    rows = {name: -i for i, name in enumerate(medians.index)}
+    rows = {name: name for name in medians.index}
     table = pd.concat([frame.assign(of="a run"), medians.reset_index().assign(of="median of a configuration")], ignore_index=True)
-    table = table.assign(error=100 * table["error"].astype(float), row=table["configuration"].map(rows))
-    elements, legend = style.points(table, "error", "row", "of")
+    table = table.assign(error=100 * table["error"].astype(float), row=style.heights(table["configuration"], rows))
     strokes = style.ticks(100 * np.array([-bar, 0, bar]), np.full(3, 0.5 - len(rows)), np.full(3, 0.5))
     within = int((medians.abs() <= bar).sum())
     title = f"{within} of {len(medians)} configurations within {100 * bar:g} %: median {100 * medians.abs().median():.1f} %"
-    axis = style.rows_axis({y: name for name, y in rows.items()}, 1.6 + 0.4 * len(rows))
-    return style.finish([strokes, *elements], title, note, legend, xlabel="simulated time is longer than measured by (%)", **axis)
+    elements, axis = [strokes, *style.points(table, "error", "row", "of")], style.rows_axis(rows, 1.6 + 0.4 * len(rows))
+    return style.finish(elements, title, note, xlabel="simulated time is longer than measured by (%)", **axis)
 
 
 def _logarithmic(frame: pd.DataFrame, dims: tuple[str, str], by: str, title: str, note: str, **labels: str) -> hv.Overlay:
     """A line for each value of `by`; both axes logarithmic."""
-    elements, legend = style.lines(frame.sort_values(dims[0], kind="stable"), *dims, by, _numbers(frame[by]))
+    numbers = {str(label): number for number, label in enumerate(frame[by].unique())}
+    elements = style.lines(frame.sort_values(dims[0], kind="stable"), *dims, by, numbers)
     at = sorted(frame[dims[0]].astype(float).unique())
     axes = {"logx": True, "logy": True, "xticks": [(x, f"{x:,.0f}") for x in at], "xlim": (0.9 * at[0], 1.1 * at[-1])}
-    return style.finish(elements, title, note, legend, **axes, **labels)
-
-
-def _numbers(labels: pd.Series) -> dict[str, int]:
-    return {str(label): number for number, label in enumerate(labels.unique())}
+    return style.finish(elements, title, note, **axes, **labels)
 
 
 def _check(frame: pd.DataFrame, columns: Sequence[str]) -> None:

@@ -89,13 +89,12 @@ def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
         text = f"{method}: {np.median(steps[:, -1]):.4g} in the end"
         edges = (steps.min(0), steps.max(0)) if len(series) >= claims.SEEDS else (np.nan, np.nan)
         tables.append(pd.DataFrame({x: at, what: np.median(steps, 0), "low": edges[0], "high": edges[1], "method": text}))
-    elements, legend = style.lines(pd.concat(tables, ignore_index=True), x, what, "method", None, ("low", "high"), steps=True)
+    elements = style.lines(pd.concat(tables, ignore_index=True), x, what, "method", None, ("low", "high"), steps=True)
     if len(searches) == 1:
         for state, drawn, all_of in _trial_marks(history(searches[0])):
             label = _drawn(f"a {'trial' if state == 'done' else 'pruned trial'}", drawn, all_of)
             drawn = drawn.assign(label=label).rename(columns={"score": what})
-            marks, names = style.points(drawn, x, what, "label", {label: MARKS[state]}, len(all_of) > 100)
-            elements, legend = elements + marks, legend + names
+            elements += style.points(drawn, x, what, "label", {label: MARKS[state]}, len(all_of) > 100)
     ends = sorted((float(np.median(own)) for own in last.values()), reverse=not lower)
     winner = claims.stands_out(last, least=lower)
     title = f"{winner} finds {ends[0]:.4g}{f', the {_most(lower)} of {len(last)}' * (len(last) > 1)}"
@@ -107,7 +106,7 @@ def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
     n_ended = max(len(history(found)) for found in searches)
     ticks = {"xticks": _whole_ticks(n_ended), "xlim": (0, 1.02 * n_ended)} if x == "trials" else {"xlim": (0, None)}
     return style.finish(
-        elements, title, note if len(searches) > 1 else _better(lower, what), legend, xlabel=AXES[x],
+        elements, title, note if len(searches) > 1 else _better(lower, what), xlabel=AXES[x],
         ylabel=what if len(searches) == 1 else f"best {what} so far", **ticks,
     )  # fmt: skip
 
@@ -175,16 +174,15 @@ def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.O
     broken = (~rest.feasible.astype(bool)).to_numpy() if "feasible" in rest else np.zeros(len(rest), bool)
     is_curve = len(names) == 2  # of more objectives a trial may be on the front by one that is not drawn
     labelled = front.assign(label=f"front ({len(front)} trials)")
-    elements, legend = (style.lines if is_curve else style.points)(labelled, at, height, "label")
+    elements = (style.lines if is_curve else style.points)(labelled, at, height, "label")
     labelled = rest.assign(label=np.where(broken, f"breaks a constraint ({sum(broken)})", f"another trial ({sum(~broken)})"))
     others = labelled.sort_values("label", kind="stable")
-    marks, names_of = style.points(others, at, height, "label", {text: 5 if text[0] == "a" else 1 for text in others["label"]})
-    elements, legend = elements + marks, legend + names_of
+    elements += style.points(others, at, height, "label", {text: 5 if text[0] == "a" else 1 for text in others["label"]})
     title = f"{len(front)} of {len(front) + len(rest)} trials are worth a choice: {y} from {_ends_of(front[height])}, {x} from {_ends_of(front[at])}"
     third = [] if is_curve else [f"the front is also of {', '.join(name for name in names if name not in (x, y))}, not drawn"]
     limits = [f"{name} {_said(bounds)}" for name, bounds in (found.config.get("constraints") or {}).items()]
     units = {"time": "time of a run (s)", "size": "parameters of the network"}
-    return style.finish(elements, title, "; ".join(third + limits), legend, xlabel=units.get(x, x), ylabel=units.get(y, y))
+    return style.finish(elements, title, "; ".join(third + limits), xlabel=units.get(x, x), ylabel=units.get(y, y))
 
 
 def search_timeline(found: Any) -> hv.Overlay:
@@ -279,14 +277,12 @@ def _live_history(found: Any, seen: _Seen) -> hv.Overlay:
         title = f"{found.name}: best {what} {best['best'].iloc[-1]:.4g} after {len(table)} trial{'s' * (len(table) > 1)}"
     dims = ("time (s)", what)
     elements = [style.line(best.seconds.to_numpy(float), best.best.to_numpy(float), 0, "best so far", dims, steps=True)]
-    legend = [("best so far", 0, "line")]
     for state, drawn, _ in _trial_marks(table):
         label = "a trial" if state == "done" else "a pruned trial"
         x, y = drawn.seconds.to_numpy(float), drawn.score.to_numpy(float)
         elements.append(style.marks(x, y, MARKS[state], label, dims, small=True))
-        legend.append((label, MARKS[state], "mark"))
     return style.finish(
-        elements, title, _better(found.lower_is_better, what), legend, xlabel=AXES["seconds"], ylabel=what, xlim=(0, None),
+        elements, title, _better(found.lower_is_better, what), xlabel=AXES["seconds"], ylabel=what, xlim=(0, None),
         height=2.8, shape=SHAPE,
     )  # fmt: skip
 
@@ -385,7 +381,7 @@ def _points(found: Any, table: pd.DataFrame, front: set[int] | None, moves: bool
         if len(part) or moves:
             elements.append(style.strokes([np.column_stack([x, heights[at]]) for at in part], label, dims, **look))
     line = heights[best[0]] if len(best) else np.full(len(x), np.nan)
-    elements.append(style.line(x, line, 0, "the best", dims))
+    elements.append(style.line(x, line, 0, "the best" if front is None else f"the best {objectives[0]}", dims))
     slot = max(6, WIDE // len(x) - 1)
     conditional = [name for name in names if name not in found.config["space"]]
     texts = [(float(at), height, _cut(text, slot)) for at, name in enumerate(names) for height, text in _written(space[name])]
@@ -401,12 +397,9 @@ def _points(found: Any, table: pd.DataFrame, front: set[int] | None, moves: bool
     note = "each line a trial; values from the lowest to the highest of the space"
     note += f"; {len(drawn)} of {len(rest):,} others drawn" if len(drawn) < len(rest) else ""
     note += f"; {_better(found.lower_is_better, objectives[0])}" if found.lower_is_better else ""
-    legend = [(f"the best {objectives[0]}" if front is not None else "the best", 0, "line")]
-    if len(good) or moves:
-        legend.append((others, 1, "line"))
     shape = {"height": 3.3, "shape": SHAPE} if moves else {}
     return style.finish(
-        elements, title, note, legend, xlabel="", ylabel="", xticks=_staggered([*names, *objectives]), yaxis=None,
+        elements, title, note, xlabel="", ylabel="", xticks=_staggered([*names, *objectives]), yaxis=None,
         xlim=(-0.5, len(x) - 0.5), ylim=(ABSENT - 0.12 if conditional else -0.2, 1.2), grid="x", **shape,
     )  # fmt: skip
 
@@ -432,7 +425,7 @@ def _importance(found: Any, shares: pd.Series | None, n_trials: int, reason: str
     numbers = style.labels(texts, dims=("importance (%)", "below"), align="left")
     shape = {"height": 2.8, "shape": SHAPE} if moves else {"height": float(np.clip(1.4 + 0.35 * len(names), 2.4, 7))}
     return style.finish(
-        [bars, numbers], title, note, xlabel="importance (%)", ylabel="", grid="x", xlim=(0, 107), ylim=(-max(1, len(names)) + 0.4, 0.6),
+        [bars, numbers], title, note, False, xlabel="importance (%)", ylabel="", grid="x", xlim=(0, 107), ylim=(-max(1, len(names)) + 0.4, 0.6),
         yticks=[(float(at), _cut(name, 24)) for at, name in zip(y, names, strict=True)] or [(0.0, "")], **shape,
     )  # fmt: skip
 
@@ -442,7 +435,7 @@ def _timeline(found: Any, moves: bool = False) -> hv.Overlay:
     spans, table = found.timeline(), found.table()
     end = float(np.nanmax([spans.end.max(), spans.start.max()])) if len(spans) else 0.0
     spans = spans.assign(end=spans.end.fillna(end), state=spans.trial.map(table.set_index("trial").state))
-    rows = {worker: -row for row, worker in enumerate(sorted(spans.worker.unique()))}  # worker 0 on top
+    rows = style.worker_rows(spans.worker.unique())
     first = float(spans.start.min()) if len(spans) else 0.0
     busy = float((spans.end - spans.start).sum() / (len(rows) * (end - first))) if end > first else 1.0
     n_runs = len(spans)
@@ -457,15 +450,13 @@ def _timeline(found: Any, moves: bool = False) -> hv.Overlay:
     counts = spans.groupby("state").trial.nunique()
     texts = {name: name if moves else f"{name} ({n:,} trial{'s' * (n > 1)})" for name in STATES for n in [int(counts.get(name, 0))]}
     kinds = {name: (texts[name], number) for name, number in STATES.items()}
-    elements, legend = style.spans(spans, "state", kinds, rows, absent=moves)
+    elements = style.spans(spans, "state", kinds, rows, absent=moves)
     if len(spans) <= POINTS:  # of more they would hide all else
-        y = spans.worker.map(rows).to_numpy(float)
-        elements.append(style.ticks(spans.start.to_numpy(float), y - 0.3, y + 0.3))
-    axis = style.rows_axis({row: f"worker {worker}" for worker, row in rows.items()})
-    axis |= {"height": 2.8, "shape": SHAPE} if moves else {}
+        elements.append(style.row_ticks(spans, "start", rows, (-0.3, 0.3)))
+    axis = style.rows_axis(rows) | ({"height": 2.8, "shape": SHAPE} if moves else {})
     title = f"Blocks have a run {100 * busy:.0f} % of the time" if len(rows) else "Who trained what when"
     xlim = (first if n_runs > POINTS else 0, None if moves else end)
-    return style.finish(elements, title, note, legend, xlabel=AXES["seconds"], xlim=xlim, **axis)
+    return style.finish(elements, title, note, xlabel=AXES["seconds"], xlim=xlim, **axis)
 
 
 def _a_search(name: str, found: Any) -> Any:

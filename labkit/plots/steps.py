@@ -32,9 +32,7 @@ def step_times(frame: pd.DataFrame, note: str = "") -> hv.Overlay:
     best = medians.idxmax()
     title = f"{best}: {medians[best]:.2f} times as fast as {first}" if best != first else f"Nothing is faster than {first}"
     title += f" (median of {len(wide)} batch sizes)" if len(wide) > 1 and best != first else ""
-    heights = {name: wide[name].to_numpy(float) for name in wide.columns}
     threads, cores = frame.attrs.get("threads"), frame.attrs.get("cores")
     about = [note] if note else []
     about += [f"{cores} cores, {threads} thread{'s' if threads != 1 else ''} of torch unless it is said"] if cores else []
-    names = [f"batch {size}" for size in wide.index]
-    return style.columns(heights, names, title, "; ".join(about), "{:.2f}", ylabel=f"times as fast as {first}", xlabel="")
+    return style.columns(wide.rename("batch {}".format), title, "; ".join(about), "{:.2f}", ylabel=f"times as fast as {first}")

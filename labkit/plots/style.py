@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "d", "v", ">", "<")
 DASHES = (("solid", "-"), ("dashed", "--"), ("dotdash", "-."), ("dotted", ":"))  # bokeh's name, matplotlib's name
+SMALL, LARGE = (6, 16), (9, 46)  # single marks: bokeh's size, matplotlib's
 HATCHES = (None, "//", "..", "xx", "\\\\", "oo", None)
 GREY = "#555555"
 # In captions, of a run that no cluster has made.
@@ -204,14 +205,11 @@ def styled(element: Any, bokeh: dict[str, Any], matplotlib: dict[str, Any], **bo
     return element.opts(**bokeh, **both, backend="bokeh").opts(**matplotlib, **both, backend="matplotlib")
 
 
-def of_table(table: pd.DataFrame, kind: str, x: str, y: str, by: str | None = None, **options: Any) -> dict[str, Any]:
-    """The elements that hvPlot makes of a table, by the value of `by`, in the order of the rows; without its look."""
-    made = table.hvplot(kind=kind, x=x, y=y, by=by, **options)
-    found = {"": made} if by is None else {str(key): made.data[(key,)] for key in table[by].unique()}
-    found = {label: element.relabel(label) for label, element in found.items()}
-    for element in found.values():
-        element.id = None  # the options of hvPlot are for the back end of the moment alone
-    return found
+def of_table(table: pd.DataFrame, kind: str, x: str, y: str, label: str = "", **options: Any) -> Any:
+    """An element that hvPlot makes of a table, without its look."""
+    element = table.hvplot(kind=kind, x=x, y=y, **options).relabel(label)
+    element.id = None  # the options of hvPlot are for the back end of the moment alone
+    return element
 
 
 def lines(
@@ -222,61 +220,41 @@ def lines(
     numbers: dict[str, int] | None = None,
     band: tuple[str, str] | None = None,
     steps: bool = False,
-) -> tuple[list[Any], list[tuple]]:
-    """A line with markers for each value of `by`, drawn by hvPlot, and their legend. Colour, marker and dash go by `numbers`, else by the order;
+) -> list[Any]:
+    """A line with markers for each value of `by`, drawn by hvPlot. Colour, marker and dash go by `numbers`, else by the order;
     between the columns `band` (low, high) it is shaded, where they differ. With `steps` each value holds until the next one."""
-    numbers = numbers or {str(label): number for number, label in enumerate(table[by].unique())}
-    curves = of_table(table, "step" if steps else "line", x, y, by, **({"where": "post"} if steps else {}))
-    elements, legend = [], []
-    for label, curve in sorted(curves.items(), key=lambda item: numbers[item[0]]):
-        own = table[table[by].astype(str) == label]
+    kind, elements = {"kind": "step", "where": "post"} if steps else {"kind": "line"}, []
+    for label, number, own in sorted(_groups(table, by, numbers), key=lambda group: group[1]):
         if band is not None and (own[band[1]] > own[band[0]]).any():
             edges, n = own[[x, *band]], np.arange(2 * len(own) - 1)
             edges = edges.iloc[n // 2].assign(**{x: own[x].to_numpy()[(n + 1) // 2]}) if steps else edges
-            elements.append(_shade(of_table(edges, "area", x, band[0], y2=band[1])[""], numbers[label]))
-        every = own.iloc[:: max(1, len(own) // 15)]  # a marker on each of 500 points hides the line
-        dots = of_table(every, "scatter", x, y)[""].relabel(label)
-        elements.append(_stroke(curve, numbers[label], steps) * _dots(dots, numbers[label]))
-        legend.append((label, numbers[label], "line"))
-    return elements, legend
+            fill = {"color": (colour := of_number(COLOURS, number)), "line_alpha": 0}
+            area = of_table(edges, "area", x=x, y=band[0], y2=band[1])
+            elements.append(styled(area, fill, {"facecolor": colour, "linewidth": 0}, alpha=0.2))
+        dots = of_table(_some(own), "scatter", x, y, label)
+        elements.append(_stroke(of_table(own, x=x, y=y, label=label, **kind), number, steps) * _dots(dots, number))
+    return elements
 
 
-def points(
-    table: pd.DataFrame, x: str, y: str, by: str, numbers: dict[str, int] | None = None, small: bool = False
-) -> tuple[list[Any], list[tuple]]:
-    """Single marks for each value of `by`, drawn by hvPlot, and their legend; colour and marker go by `numbers`, else by the order."""
-    if table.empty:
-        return [], []
-    found = of_table(table, "scatter", x, y, by)
-    numbers = numbers or {label: number for number, label in enumerate(found)}
-    drawn = [_dots(dots, numbers[label], (6, 16) if small else (9, 46)) for label, dots in found.items()]
-    return drawn, [(label, numbers[label], "mark") for label in found]
-
-
-def _stroke(curve: Any, number: int, steps: bool) -> Any:
-    dash = DASHES[number % len(DASHES)]
-    stroke = {"line_dash": dash[0], "line_width": 2, "framewise": True}
-    course = {"interpolation": "steps-post" if steps else "linear"}
-    return styled(curve, stroke, {"linestyle": dash[1], "linewidth": 2}, color=COLOURS[number % len(COLOURS)], **course)
-
-
-def _dots(dots: Any, number: int, size: tuple[int, int] = (8, 36)) -> Any:
-    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    return styled(dots, {"size": size[0], "framewise": True}, {"s": size[1]}, color=colour, marker=marker)
-
-
-def _shade(area: Any, number: int) -> Any:
-    colour = COLOURS[number % len(COLOURS)]
-    return styled(area, {"color": colour, "line_alpha": 0}, {"facecolor": colour, "linewidth": 0}, alpha=0.2)
+def points(table: pd.DataFrame, x: str, y: str, by: str, numbers: dict[str, int] | None = None, small: bool = False) -> list[Any]:
+    """Single marks for each value of `by`, drawn by hvPlot; colour and marker go by `numbers`, else by the order."""
+    groups = _groups(table, by, numbers)
+    return [_dots(of_table(own, "scatter", x, y, label), number, SMALL if small else LARGE) for label, number, own in groups]
 
 
 def line(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], steps: bool = False) -> Any:
     """As one of `lines`, of arrays that may be empty: for what moves, which must have the same elements each time."""
     import holoviews as hv
 
-    every = slice(None, None, max(1, len(x) // 15))
-    curve, dots = hv.Curve((x, y), *dims, label=label), hv.Scatter((x[every], y[every]), *dims, label=label)
-    return _stroke(curve, number, steps) * _dots(dots, number)
+    dots = hv.Scatter((_some(x), _some(y)), *dims, label=label)
+    return _stroke(hv.Curve((x, y), *dims, label=label), number, steps) * _dots(dots, number)
+
+
+def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], small: bool = False) -> Any:
+    """As one of `points`, of arrays that may be empty."""
+    import holoviews as hv
+
+    return _dots(hv.Scatter((x, y), *dims, label=label), number, SMALL if small else LARGE)
 
 
 def strokes(paths: Sequence[Any], label: str, dims: tuple[str, str], dash: int, width: float, **look: Any) -> Any:
@@ -284,45 +262,67 @@ def strokes(paths: Sequence[Any], label: str, dims: tuple[str, str], dash: int, 
     import holoviews as hv
 
     points = np.concatenate([np.vstack([path, [np.nan, np.nan]]) for path in paths] or [np.empty((0, 2))])
-    curve = hv.Curve((points[:, 0], points[:, 1]), dims[0], dims[1], label=label)
-    bokeh = {"line_dash": DASHES[dash][0], "line_width": width, "framewise": True}
-    return styled(curve, bokeh=bokeh, matplotlib={"linestyle": DASHES[dash][1], "linewidth": width}, **look)
+    return _stroke(hv.Curve(points, *dims, label=label), dash, width=width, **look)
 
 
-def marks(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], small: bool = False) -> Any:
-    """As one of `points`, of arrays that may be empty."""
-    import holoviews as hv
-
-    return _dots(hv.Scatter((x, y), *dims, label=label), number, (6, 16) if small else (9, 46))
+def of_number(looks: Sequence[Any], number: int) -> Any:
+    """The colour, marker, dash or hatch of what has a number; after the last one they begin again."""
+    return looks[number % len(looks)]
 
 
-def ticks(x: Any, bottom: Any, top: Any, names: Sequence[str] = ("x0", "y0", "x1", "y1")) -> Any:
+def _groups(table: pd.DataFrame, by: str, numbers: dict[str, int] | None) -> list[tuple[str, int, pd.DataFrame]]:
+    """Label, number and rows of each value of a column."""
+    groups = {str(label): own for label, own in table.groupby(by, sort=False)}
+    numbers = numbers or {label: number for number, label in enumerate(groups)}
+    return [(label, numbers[label], own) for label, own in groups.items()]
+
+
+def _some(points: Any) -> Any:
+    """Some 15 of them: a marker on each of 500 points hides the line."""
+    return points[:: max(1, len(points) // 15)]
+
+
+def _stroke(curve: Any, number: int, steps: bool = False, width: float = 2, **look: Any) -> Any:
+    dash, look = of_number(DASHES, number), {"color": of_number(COLOURS, number), **look}
+    course = {"interpolation": "steps-post" if steps else "linear"}
+    bokeh = {"line_dash": dash[0], "line_width": width, "framewise": True}
+    return styled(curve, bokeh, {"linestyle": dash[1], "linewidth": width}, **look, **course)
+
+
+def _dots(dots: Any, number: int, size: tuple[int, int] = (8, 36)) -> Any:
+    look = {"color": of_number(COLOURS, number), "marker": of_number(MARKERS, number)}
+    return styled(dots, {"size": size[0], "framewise": True}, {"s": size[1]}, **look)
+
+
+def ticks(x: Any, bottom: Any, top: Any) -> Any:
     """Thin black strokes upwards."""
     import holoviews as hv
 
-    return styled(
-        hv.Segments((x, bottom, x, top), kdims=list(names)), bokeh={"line_width": 1}, matplotlib={"linewidth": 1}, color="black"
-    )
+    return styled(hv.Segments((x, bottom, x, top)), {"line_width": 1}, {"linewidth": 1}, color="black")
 
 
 def level(y: float) -> Any:
     """A dashed horizontal line."""
     import holoviews as hv
 
-    dashed = {"line_dash": "dashed", "line_width": 1.5}
-    return styled(hv.HLine(y), bokeh=dashed, matplotlib={"linestyle": "--", "linewidth": 1.5}, color=GREY)
+    bokeh, matplotlib = {"line_dash": "dashed", "line_width": 1.5}, {"linestyle": "--", "linewidth": 1.5}
+    return styled(hv.HLine(y), bokeh, matplotlib, color=GREY)
 
 
 def boxes(rows: Any, number: int, label: str, names: Sequence[str] = ("left", "bottom", "right", "top")) -> Any:
     """Filled rectangles (left, bottom, right, top), their colour and hatch by `number`."""
     import holoviews as hv
 
-    colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number % len(HATCHES)]
-    box = hv.Rectangles(rows, kdims=list(names), label=label)
+    colour, hatch = of_number(COLOURS, number), of_number(HATCHES, number)
+
+    def hatched(plot: Any, element: Any) -> None:
+        """HoloViews passes no hatch on to bokeh, whose name of matplotlib's "//" is its first letter."""
+        plot.handles["glyph"].update(hatch_pattern=hatch and hatch[0], hatch_color="white")
+
     return styled(
-        box,
-        bokeh={"fill_color": colour, "line_alpha": 0, "tools": ["hover"], "hooks": [_hatched(hatch)], "framewise": True},
-        matplotlib={"facecolor": colour, "edgecolor": "white", "linewidth": 0, "hatch": hatch},
+        hv.Rectangles(rows, kdims=list(names), label=label),
+        {"fill_color": colour, "line_alpha": 0, "tools": ["hover"], "hooks": [hatched], "framewise": True},
+        {"facecolor": colour, "edgecolor": "white", "linewidth": 0, "hatch": hatch},
     )
 
 
@@ -330,32 +330,47 @@ def spans(
     table: pd.DataFrame,
     column: str,
     kinds: Mapping[str, tuple[str, int]],
-    rows: Mapping[int, int],
+    rows: Mapping[int, str],
     row: str = "worker",
     between: tuple[float, float] = (-0.3, 0.3),
     unit: str = "s",
     absent: bool = True,
-) -> tuple[list[Any], list[tuple]]:
-    """Bars from `start` to `end` in the row of a worker, and their legend; `kinds` says of a value of `column` its text and number.
+) -> list[Any]:
+    """Bars from `start` to `end` in the row of a worker (see `rows_axis`); `kinds` says of a value of `column` its text and number.
 
     Without `absent`, kinds of which there is none are left out.
     """
-    elements, legend = [], []
+    y, elements = heights(table[row], rows), []
+    bars = np.column_stack([table["start"], y + between[0], table["end"], y + between[1]]).astype(float)
     for kind, (text, number) in kinds.items():
-        own = table[table[column] == kind]
+        own = bars[(table[column] == kind).to_numpy(bool)]
         if absent or len(own):
-            y = own[row].map(rows).to_numpy(float)
-            bars = (own["start"].to_numpy(float), y + between[0], own["end"].to_numpy(float), y + between[1])
-            elements.append(boxes(bars, number, text, (f"start ({unit})", "bottom", f"end ({unit})", "top")))
-            legend.append((text, number, "box"))
-    return elements, legend
+            elements.append(boxes(tuple(own.T), number, text, (f"start ({unit})", "bottom", f"end ({unit})", "top")))
+    return elements
 
 
-def rows_axis(names: Mapping[float, str], height: float | None = None) -> dict[str, Any]:
-    """Options of a figure with a row for each of `names` (y: text), from 0 downwards; of more than 24 only some are named."""
-    ticks, n = list(names.items()) or [(0, "")], max(1, len(names))
-    height = float(np.clip(1.6 + 0.7 * len(names), 3.4, 8)) if height is None else height
-    return {"yticks": ticks if n <= 24 else ticks[::8], "ylim": (0.5 - n, 0.5), "ylabel": "", "grid": "x", "height": height}
+def row_ticks(table: pd.DataFrame, x: str, rows: Mapping[int, str], between: tuple[float, float]) -> Any:
+    """A tick at each `x` in the row of its worker."""
+    y = heights(table["worker"], rows)
+    return ticks(table[x].to_numpy(float), y + between[0], y + between[1])
+
+
+def heights(keys: pd.Series, rows: Mapping[Any, str]) -> np.ndarray:
+    """Where the row of each key is: 0, -1, and so on, the first of `rows` on top."""
+    return keys.map({key: -row for row, key in enumerate(rows)}).to_numpy(float)
+
+
+def rows_axis(rows: Mapping[Any, str], height: float | None = None) -> dict[str, Any]:
+    """Options of a figure with a row for each of `rows` (key: text), from 0 downwards; of more than 24 only some are named."""
+    named, n = [(-row, text) for row, text in enumerate(rows.values())] or [(0, "")], max(1, len(rows))
+    height = float(np.clip(1.6 + 0.7 * len(rows), 3.4, 8)) if height is None else height
+    return {"yticks": named if n <= 24 else named[::8], "ylim": (0.5 - n, 0.5), "ylabel": "", "grid": "x", "height": height}
+
+
+def worker_rows(workers: Iterable[int], slowdowns: Mapping[int, float] | None = None) -> dict[int, str]:
+    """The rows of workers, in their order, with what each is slowed down by."""
+    slow = {worker: f" ({by:g}x)" for worker, by in (slowdowns or {}).items() if by != 1}
+    return {worker: f"worker {worker}{slow.get(worker, '')}" for worker in sorted(workers)}
 
 
 def heat(cells: Sequence[tuple], what: str) -> Any:
@@ -365,7 +380,18 @@ def heat(cells: Sequence[tuple], what: str) -> Any:
 
     rows = hv.Rectangles(cells, kdims=["left", "bottom", "right", "top"], vdims=what)
     both = {"color": what, "cmap": "Blues", "clim": (0, 100), "colorbar": True}
-    return styled(rows, bokeh={"line_color": "white", "tools": ["hover"]}, matplotlib={"edgecolor": "white"}, **both)
+    return styled(rows, {"line_color": "white", "tools": ["hover"]}, {"edgecolor": "white"}, **both)
+
+
+def raster(picture: Any) -> Any:
+    """An image (H, W) in grey, or (H, W, 3), of pixels from 0 to its width and height."""
+    import holoviews as hv
+
+    picture = np.asarray(picture)
+    middles = [np.arange(n) + 0.5 for n in picture.shape[1::-1]]
+    if picture.ndim == 3:
+        return styled(hv.RGB((*middles, *np.moveaxis(picture, -1, 0)), ["x", "y"]), {}, {"interpolation": "nearest"})
+    return styled(hv.Image((*middles, picture), ["x", "y"], "value"), {}, {"interpolation": "nearest"}, cmap="gray")
 
 
 def labels(
@@ -383,40 +409,35 @@ def labels(
     from bokeh.core.properties import value
 
     def ground(plot: Any, element: Any) -> None:
-        spots = {(float(x), float(y)) for x, y, _ in texts}
-        for text in plot.handles["axis"].texts:
-            if tuple(map(float, text.get_position())) in spots:
-                text.set_bbox({"facecolor": "white", "edgecolor": frame, "pad": 2})
+        for text in plot.handles["artist"]:
+            text.set_bbox({"facecolor": "white", "edgecolor": frame, "pad": 2})
 
-    written, weight = hv.Labels(texts, list(dims), "text"), "bold" if bold else "normal"
+    weight, vertical = "bold" if bold else "normal", "center" if baseline == "middle" else baseline
     bokeh = {"text_font_size": f"{size}pt", "text_color": "black", "text_align": align, "text_baseline": baseline}
     bokeh |= {"text_font": value("monospace" if mono else FONT), "text_font_style": weight}
-    bokeh |= {"background_fill_color": "white", "border_line_color": frame} if frame else {}
-    vertical = "center" if baseline == "middle" else baseline
     picture = {"size": PICTURE * size, "color": "black", "horizontalalignment": align, "verticalalignment": vertical}
-    picture |= {"family": "monospace" if mono else PICTURE_FONT, "weight": weight, **({"hooks": [ground]} if frame else {})}
-    return styled(written, bokeh, picture)
+    picture |= {"family": "monospace" if mono else PICTURE_FONT, "weight": weight}
+    if frame:
+        bokeh, picture = {**bokeh, "background_fill_color": "white", "border_line_color": frame}, {**picture, "hooks": [ground]}
+    return styled(hv.Labels(texts, list(dims), "text"), bokeh, picture)
 
 
-def columns(heights: dict[str, Any], names: Sequence[str], title: str, note: str, text: str = "", **options: Any) -> Any:
-    """A figure of bars side by side: `heights` maps a colour's label to its heights, one for each of `names`.
+def columns(table: pd.DataFrame, title: str, note: str, text: str = "", **options: Any) -> Any:
+    """A figure of bars side by side: a group for each row of `table`, named by its index, in it a bar for each column.
 
     `text` formats the number written above each bar ("{:.0f}"); without it none is written.
     """
-    width, top = 0.8 / len(heights), max(float(np.max(tall)) for tall in heights.values()) or 1.0
+    n, width, top = len(table), 0.8 / table.shape[1], float(np.nanmax(table.to_numpy(float))) or 1.0
     elements, numbers = [], []
-    for number, (name, tall) in enumerate(heights.items()):
-        left = np.arange(len(tall)) - 0.4 + number * width
-        elements.append(boxes((left, np.zeros(len(tall)), left + width, tall), number, name))
-        spots = zip(left + width / 2, tall, strict=True) if text else ()
-        numbers += [(x, y + 0.01 * top, text.format(y)) for x, y in spots]
+    for number, (name, tall) in enumerate(table.items()):
+        left = np.arange(n) - 0.4 + number * width
+        elements.append(boxes((left, np.zeros(n), left + width, tall.to_numpy(float)), number, name))
+        numbers += [(x, y + 0.01 * top, text.format(y)) for x, y in zip(left + width / 2, tall, strict=True) if text]
     if numbers:
         elements.append(labels(numbers, baseline="bottom"))
-    every = len(names) // 20 + 1
-    ticks = list(enumerate(names))[::every]
-    legend = [(name, number, "box") for number, name in enumerate(heights)] if len(heights) > 1 else []
-    options = {"xlabel": "", "xticks": ticks, "xlim": (-0.6, len(names) - 0.4), "ylim": (0, 1.1 * top), **options}
-    return finish(elements, title, note, legend, grid="y", **options)
+    ticks = list(enumerate(table.index))[:: n // 20 + 1]
+    options = {"xlabel": "", "xticks": ticks, "xlim": (-0.6, n - 0.4), "ylim": (0, 1.1 * top), **options}
+    return finish(elements, title, note, table.shape[1] > 1, grid="y", **options)
 
 
 def stack(views: Sequence[Any], space: float = 0.4, height: float | None = None) -> Any:
@@ -430,10 +451,10 @@ def stack(views: Sequence[Any], space: float = 0.4, height: float | None = None)
     )
 
 
-def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence[tuple[str, int, str]] = (), **options: Any) -> Any:
+def finish(elements: Sequence[Any], title: str, note: str = "", legend: bool = True, **options: Any) -> Any:
     """All elements in one set of axes, with title, the note under it, size and legend, for both back ends.
 
-    `legend` holds (label, number, "line", "mark" or "box") and is drawn below the axes, where no data is. `options` are those
+    The legend has what has a label, and is drawn below the axes, where no data is. `options` are those
     that the two back ends share (xlabel, ylabel, xlim, ylim, xticks, yticks), height in inches (4.5), and grid: which
     axes its lines start from ("xy", "x", "y" or "").
     """
@@ -444,14 +465,16 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
     shape = options.pop("shape", {"aspect": "auto", "fig_inches": (8, height), "fig_bounds": (0, 0, 1, 1)})
     figure = hv.Overlay(list(elements))
     figure = figure.collate() if len(elements) > 1 else figure
+    named = dict.fromkeys(filter(None, figure.traverse(lambda element: element.label, [hv.Element]))) if legend else {}
+    n_columns = max(1, min(len(named), 100 // (max(map(len, named), default=1) + 8)))
     fonts = FONTS | {"title": max(9, min(FONTS["title"], FONTS["title"] * WIDE // max(1, len(title))))}
     common = {"title": title, "show_grid": True, **options}
-    beside = {"orientation": "vertical", "ncols": _columns(legend), "location": "left"}
+    beside = {"orientation": "vertical", "ncols": n_columns, "location": "left"}
     bokeh = {
         "responsive": True,  # as wide as the cell, at most 8 inches
         "max_width": 960,
         "height": round(120 * height),
-        "show_legend": bool(legend),
+        "show_legend": bool(named),
         "legend_position": "bottom",
         "legend_opts": {**beside, "spacing": 24, "padding": 0, "border_line_alpha": 0},
         "gridstyle": {f"{axis}grid_line_alpha": 0 for axis in "xy" if axis not in grid},
@@ -459,10 +482,9 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: Sequence
         "hooks": [_bokeh_look(note)],
     }
     fonts = {name: PICTURE * size for name, size in fonts.items()}
-    look = _matplotlib_look(title, fonts["title"], note, legend, grid)
+    look = _matplotlib_look(title, fonts["title"], note, figure if named else None, n_columns, grid)
     matplotlib = {**shape, "fontsize": fonts, "show_legend": False, "hooks": [look]}
-    figure = figure.opts(hv.opts.Overlay(**common, **bokeh, backend="bokeh"))
-    return figure.opts(hv.opts.Overlay(**common, **matplotlib, backend="matplotlib"))
+    return styled(figure, bokeh, matplotlib, **common)
 
 
 def a_run(name: str, run: Any, read: Callable[[Path], Any] | None = RunRecord) -> Any:
@@ -581,21 +603,6 @@ def slowdowns(run: Any) -> dict[int, float]:
     return {int(w["index"]): float(w.get("slowdown") or 1) for w in run.config["workers"]}
 
 
-def _columns(legend: Sequence[tuple[str, int, str]]) -> int:
-    widest = max((len(label) for label, _, _ in legend), default=1)
-    return max(1, min(len(legend), 100 // (widest + 8)))
-
-
-def _hatched(pattern: str | None) -> Any:
-    """HoloViews passes no hatch on to bokeh, whose name of matplotlib's "//" is its first letter."""
-
-    def look(plot: Any, element: Any) -> None:
-        plot.handles["glyph"].hatch_pattern = pattern[0] if pattern else None
-        plot.handles["glyph"].hatch_color = "white"
-
-    return look
-
-
 def _bokeh_look(note: str) -> Any:
     def look(plot: Any, element: Any) -> None:
         from bokeh.models import CustomJS, Title
@@ -621,7 +628,7 @@ def _bokeh_look(note: str) -> Any:
     return look
 
 
-def _matplotlib_look(title: str, size: float, note: str, legend: Sequence[tuple[str, int, str]], grid: str) -> Any:
+def _matplotlib_look(title: str, size: float, note: str, named: Any, n_columns: int, grid: str) -> Any:
     def look(plot: Any, element: Any) -> None:
         from matplotlib.transforms import ScaledTranslation
 
@@ -641,22 +648,26 @@ def _matplotlib_look(title: str, size: float, note: str, legend: Sequence[tuple[
             bar.set_position([place.x1 + 0.02, place.y0, 0.03, place.height])
             bar.tick_params(labelsize=font)
             bar.yaxis.label.set_fontsize(font)
-        if legend:
+        if named is not None:
             below = axis.transAxes + ScaledTranslation(0, -0.6, axis.figure.dpi_scale_trans)  # inches, clear of the x axis
             where = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0}
-            style = {"frameon": False, "fontsize": PICTURE * FONTS["legend"], "handlelength": 3, "ncols": _columns(legend)}
-            axis.legend(handles=[_handle(*entry) for entry in legend], **where, **style)
+            style = {"frameon": False, "fontsize": PICTURE * FONTS["legend"], "handlelength": 3, "ncols": n_columns}
+            axis.legend(handles=_handles(named), **where, **style)
 
     return look
 
 
-def _handle(label: str, number: int, kind: str) -> Any:
-    """What matplotlib shows in the legend; HoloViews makes no entry for boxes."""
+def _handles(figure: Any) -> list[Any]:
+    """What matplotlib shows in the legend, as it is drawn; HoloViews makes no entry for boxes, and of a line with markers the line alone."""
+    import holoviews as hv
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    colour = COLOURS[number % len(COLOURS)]
-    if kind == "box":
-        return Patch(facecolor=colour, hatch=HATCHES[number % len(HATCHES)], edgecolor="white", label=label)
-    dash, marker = DASHES[number % len(DASHES)][1], MARKERS[number % len(MARKERS)]
-    return Line2D([], [], color=colour, marker=marker, linestyle=dash if kind == "line" else "none", linewidth=2, label=label)
+    found: dict[str, Any] = {}
+    for element in figure.traverse(lambda element: element, [hv.Element]):
+        is_box, look = isinstance(element, hv.Rectangles), hv.Store.lookup_options("matplotlib", element, "style").kwargs
+        names = ("facecolor", "edgecolor", "hatch") if is_box else ("color", "linestyle", "linewidth", "marker")
+        if element.label:
+            handle = found.setdefault(element.label, Patch() if is_box else Line2D([], [], linestyle="none"))
+            handle.set(label=element.label, **{name: look[name] for name in names if name in look})
+    return [*found.values()]

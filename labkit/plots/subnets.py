@@ -40,7 +40,7 @@ def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
     if sample.ndim == 4:
         note += f"; slice {len(grey) // 2} of {len(grey)} of the first axis"
         grey = grey[len(grey) // 2]
-    elements = [_picture(grey)]
+    elements = [style.raster(grey)]
     for part, (down, across), (row, column) in rows:
         kind = 2 * (row % 2) + column % 2
         inside = INSET * max(grey.shape) * (kind + 0.6)
@@ -89,26 +89,27 @@ def part_times(joined: Any) -> hv.Overlay:
     --------
     >>> figure = labkit.plots.part_times(joined)
     """
+    import pandas as pd
+
     _trained(joined)
     style.extension()
     parts, rows = joined.part_rows, {row["model"]: row for row in joined.rows}
     parallel = rows["CNN-DNN"]["seconds"]
     each = [row["seconds"] for row in parts]
-    names, times = [f"part {row['part']}" for row in parts], each
+    times = {f"part {row['part']}": row["seconds"] for row in parts}
     if len(parts) > MOST_BARS:
-        names, times = [f"median of\n{len(parts)} parts", "longest\npart"], [float(np.median(each)), max(each)]
-    names, times = [*names, "coarse", "longest\n+ coarse"], [*times, parallel - max(each), parallel]
+        times = {f"median of\n{len(parts)} parts": float(np.median(each)), "longest\npart": max(each)}
+    times |= {"coarse": parallel - max(each), "longest\n+ coarse": parallel}
     team, at_once = joined.config.get("team"), max(row.get("batched", 1) for row in parts)
     where = f"with {team['n_workers']} workers each" if team else "with a worker each"
     title = f"{len(parts)} subnets {where if at_once == 1 else f'(up to {at_once} at once on a worker)'}: {parallel:.1f} s"
     if "global CNN" in rows:
-        names.append("global\nCNN")
-        times.append(rows["global CNN"]["seconds"])
-        title += f", the global network {times[-1]:.1f} s"
+        times["global\nCNN"] = whole = rows["global CNN"]["seconds"]
+        title += f", the global network {whole:.1f} s"
     workers = joined.config["n_workers"]
     needed = f"{workers} worker{'s' * (workers > 1)} needed {rows['CNN-DNN']['wall_s']:.1f} s"
     note = style.caption([joined], needed, "1 seed")
-    return style.columns({"training": times}, names, title, note, ylabel="time (s)", text="{:.1f}")
+    return style.columns(pd.DataFrame({"training": times}), title, note, ylabel="time (s)", text="{:.1f}")
 
 
 def part_scores(frame: pd.DataFrame) -> hv.Overlay:
@@ -132,7 +133,7 @@ def part_scores(frame: pd.DataFrame) -> hv.Overlay:
     table = table.assign(
         at=table["setting"].map(settings.index) + table["network"].map(shift), number=table["network"].map(networks.index)
     )
-    elements, legend = style.points(table.sort_values(["number", "at"]), "at", "median", "network")
+    elements = style.points(table.sort_values(["number", "at"]), "at", "median", "network")
     n_seeds = frame["seed"].nunique()
     note = f"median of {n_seeds} seeds, stroke: lowest to highest" if n_seeds > 1 else "1 seed"
     best = []
@@ -145,7 +146,7 @@ def part_scores(frame: pd.DataFrame) -> hv.Overlay:
     if not best.count(first):
         title = f"No network stands out of the spread of {n_seeds} seed{'s' * (n_seeds > 1)}"
     return style.finish(
-        [style.ticks(table["at"], table["min"], table["max"]), *elements], title, note, legend, grid="y", xlabel="",
+        [style.ticks(table["at"], table["min"], table["max"]), *elements], title, note, grid="y", xlabel="",
         ylabel="test accuracy (%)", xticks=list(enumerate(settings)), xlim=(-0.6, len(settings) - 0.4),
     )  # fmt: skip
 
@@ -162,14 +163,6 @@ def _visible(parts: Any, shape: Sequence[int]) -> list[tuple[int, tuple[slice, s
         if len(window) == 2 or parts.place(part)[0] == parts.grid[0] // 2:
             found.append((part, window[-2:], parts.place(part)[-2:]))
     return found
-
-
-def _picture(grey: np.ndarray) -> hv.Element:
-    import holoviews as hv
-
-    high, wide = grey.shape
-    picture = hv.Image((np.arange(wide) + 0.5, np.arange(high) + 0.5, grey), ["x", "y"], "value")
-    return style.styled(picture, bokeh={}, matplotlib={"interpolation": "nearest"}, cmap="gray")
 
 
 def _frame(box: tuple[float, float, float, float], kind: int) -> hv.Element:

@@ -45,14 +45,10 @@ def headline(found: Any) -> str:
     return f"{found.title}: sampling fraction within {worst:.1f} %, separation of the total {found['separation total']:.3f}{auc}"
 
 
-def _legend(kind: str = "line") -> list[tuple[str, int, str]]:
-    return [(name, number, kind) for number, name in enumerate(NAMES)]
-
-
 def _along(found: Any, samples: tuple, note: str) -> hv.Overlay:
     layers = np.arange(samples[0]["layer"].shape[1])
     lines = [style.line(layers, of["layer"].mean(0), i, NAMES[i], ("layer", "energy")) for i, of in enumerate(samples)]
-    return style.finish(lines, headline(found), note, _legend(), xlabel="layer (depth)", ylabel="mean energy (MeV)", height=3)
+    return style.finish(lines, headline(found), note, xlabel="layer (depth)", ylabel="mean energy (MeV)", height=3)
 
 
 def _across(samples: tuple) -> hv.Overlay:
@@ -62,7 +58,7 @@ def _across(samples: tuple) -> hv.Overlay:
     lines = [style.line(x, y, i, NAMES[i], ("x", "across")) for i, y in enumerate(logs)]
     apart = np.abs(logs[2] - logs[0]).max()
     title = f"Across, no column is more than a factor of {10**apart:.2f} off"
-    return style.finish(lines, title, "", xlabel="x (cells from the middle)", ylabel="log10 of mean energy (MeV)", height=3)
+    return style.finish(lines, title, "", False, xlabel="x (cells from the middle)", ylabel="log10 of mean energy (MeV)", height=3)
 
 
 def _cells(samples: tuple) -> hv.Overlay:
@@ -75,7 +71,7 @@ def _cells(samples: tuple) -> hv.Overlay:
     hits = [of["hits"].mean() for of in samples]
     title = f"{hits[2]:.0f} cells are hit in a generated shower, {hits[0]:.0f} in a simulated one"
     return style.finish(
-        lines, title, "", xlabel="log10 of a cell's energy (MeV)", ylabel="log10 of cells a shower, decade", height=3
+        lines, title, "", False, xlabel="log10 of a cell's energy (MeV)", ylabel="log10 of cells a shower, decade", height=3
     )
 
 
@@ -88,16 +84,15 @@ def _fraction(found: Any) -> hv.Overlay:
     ]
     deep = int((bins["maximum_made"] - bins["maximum_real"]).abs().max())
     title = f"The sampling fraction by energy; the shower maximum is {deep} layer{'s' * (deep != 1)} off at most"
-    return style.finish(lines, title, "", xlabel="energy (GeV)", ylabel="visible energy (MeV per GeV)", height=3)
+    return style.finish(lines, title, "", False, xlabel="energy (GeV)", ylabel="visible energy (MeV per GeV)", height=3)
 
 
 def _separations(found: Any) -> hv.Overlay:
     rows = found.table[found.table["metric"].str.startswith("separation")]
-    names = [name.removeprefix("separation ") for name in rows["metric"]]
-    heights = {"generated against simulated": rows["value"].to_numpy(), "floor: simulated against others": rows["floor"].to_numpy()}
-    worst = names[int(np.argmax(rows["value"].to_numpy()))]
-    title = f"Separation powers: {worst} tells them apart best"
-    return style.columns(heights, names, title, "0: the same, 1: apart", ylabel="separation power", xrotation=30, height=3)
+    bars = rows.set_index("metric")[["value", "floor"]].rename(lambda metric: metric.removeprefix("separation "))
+    title = f"Separation powers: {bars['value'].idxmax()} tells them apart best"
+    bars.columns = ["generated against simulated", "floor: simulated against others"]
+    return style.columns(bars, title, "0: the same, 1: apart", ylabel="separation power", xrotation=30, height=3)
 
 
 def fractions(found: Mapping[str, Any]) -> hv.Overlay:
@@ -121,6 +116,5 @@ def fractions(found: Mapping[str, Any]) -> hv.Overlay:
         lines.append(style.line(middle, ratio, number, name, ("E", "ratio")))
         worst = max(worst, (name, float(np.abs(ratio - 1).max())), key=lambda pair: pair[1])
     title = f"The sampling fraction is within {100 * worst[1]:.1f} % of the simulated one; furthest off: {worst[0]}"
-    legend = [(name, number, "line") for number, name in enumerate(found)]
     labels = {"xlabel": "energy (GeV)", "ylabel": "sampling fraction / simulated"}
-    return style.finish([style.level(1.0), *lines], title, f"{n} showers each, 1 seed", legend, **labels)
+    return style.finish([style.level(1.0), *lines], title, f"{n} showers each, 1 seed", **labels)

@@ -338,6 +338,6 @@ def _staleness(seen: Seen) -> hv.Overlay:
     boxes = (values - 0.4, np.zeros(len(values)), values + 0.4, np.array([counts[value] / max(1, n) for value in values]))
     element = style.boxes(boxes, 0, "share of the merges", ("from", "zero", "to", "share"))
     return style.finish(
-        [element], title, xlabel="staleness (versions)", ylabel="share of the merges", ylim=(0, 1.05),
+        [element], title, legend=False, xlabel="staleness (versions)", ylabel="share of the merges", ylim=(0, 1.05),
         xlim=(-0.6, float(values.max()) + 0.6), height=1.8, shape={"aspect": 5},
     )  # fmt: skip

@@ -304,20 +304,17 @@ def saturation(table: pd.DataFrame, nap: float) -> pd.DataFrame:
 def figure(table: pd.DataFrame, found: pd.DataFrame, update: str, note: str):
     """Throughput against workers, a line for each size of the weights; a mark where its rise would meet its highest level."""
     style.extension()
-    elements, legend, texts, dims = [], [], [], ("workers", "exchanges_per_s")
+    elements, texts, dims = [], [], ("workers", "exchanges_per_s")
     for number, (megabytes, own) in enumerate(table[table["update"] == update].groupby("MB")):
         row, name = found.loc[(update, megabytes)], f"{megabytes:g} MB"
         elements.append(style.line(own.workers.to_numpy(), own.exchanges_per_s.to_numpy(), number, name, dims))
-        legend.append((name, number, "line"))
         texts.append(f"{'more than ' if row.more else ''}{own.workers.max() if row.more else round(row.measured)} of {name}")
         if not row.more:
             elements.append(style.marks([row.measured], [row.exchanges_per_s], 6, "saturated", dims))
-    if not found.loc[update].more.all():
-        legend.append(("saturated", 6, "mark"))
     ticks = [(n, str(n)) for n in sorted(table.workers.unique())]
     labels = {"xlabel": "workers", "ylabel": "exchanges per second"}
     title = f"Workers that one server serves: {', '.join(texts)}"
-    return style.finish(elements, title, note, legend, **labels, xticks=ticks, logx=True, logy=True)
+    return style.finish(elements, title, note, **labels, xticks=ticks, logx=True, logy=True)
 
 
 # -- the same with real workers ----------------------------------------------------------------------------------------

@@ -196,18 +196,17 @@ def to_regret(found: list[dict]) -> pd.DataFrame:
 def figure(found: list[dict], note: str) -> Any:
     """Mean regret against virtual time, a line for each number of blocks."""
     style.extension()
-    elements, legend = [], []
+    elements = []
     for number, (blocks, (at, mean)) in enumerate(by_time(found).items()):
         label = f"{blocks} block{'s' * (blocks > 1)}"
         elements.append(style.line(at, mean, number, label, ("time", "regret")))
-        legend.append((label, number, "line"))
     reached = to_regret(found).time
     most = reached.index[-1]
     title = f"{most} blocks are as far as one after {100 * reached[most]:.0f} % of its time"
     if np.isnan(reached[most]):
         title = f"{most} blocks do not come as far as one with a quarter more trials"
     labels = {"xlabel": "virtual time (1: the whole search on one block)", "ylabel": "mean regret of the best trial"}
-    return style.finish(elements, title, note, legend, **labels, logy=True)
+    return style.finish(elements, title, note, **labels, logy=True)
 
 
 def overhead(trials: int, asks: int = 40) -> dict[str, float]:

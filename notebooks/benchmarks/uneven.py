@@ -94,16 +94,15 @@ def dots(found: pd.DataFrame, target: float, runs: list):
     kinds, updates = (list(dict.fromkeys(found.index.get_level_values(key))) for key in ("uneven", "update"))
     times = found[["seconds_median", "seconds_min", "seconds_max"]]
     never = 1.12 * np.nanmax(times.replace(np.inf, np.nan).fillna(1.0).to_numpy())
-    elements, legend = [style.level(never)], []
+    elements = [style.level(never)]
     for number, update in enumerate(updates):
         middle, low, high = times.xs(update, level="update").reindex(kinds).clip(upper=never).to_numpy().T
         x = np.arange(len(kinds)) + (number - (len(updates) - 1) / 2) * 0.8 / len(updates)
         elements.append(style.ticks(x, low, high))
         elements.append(style.marks(x, middle, number, update, ("kind", "seconds")))
-        legend.append((update, number, "mark"))
     note = style.caption(runs, "dashed: never", "strokes: seeds")
     axes = {"ylabel": f"time to {100 * target:g} % (s)", "xticks": list(enumerate(kinds)), "ylim": (0, 1.05 * never)}
-    return style.finish(elements, title(found), note, legend, xlabel="", grid="y", **axes)
+    return style.finish(elements, title(found), note, xlabel="", grid="y", **axes)
 
 
 def title(found: pd.DataFrame) -> str:

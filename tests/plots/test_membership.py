@@ -30,8 +30,8 @@ def test_the_table_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
     figure = plots.membership(run, faults)
     bars = elements(figure, "Rectangles")
     assert {name: len(bar) for name, bar in bars.items()} == {"from the start": 2, "came later or came back": 4}
-    marks = {name: len(mark) for name, mark in elements(figure, "Scatter").items() if name in ("kill", "drop")}
-    assert marks == {"kill": 1, "drop": 2}
+    marks = {name: len(mark) for name, mark in elements(figure, "Scatter").items() if name != "global weights"}
+    assert marks == {"kill (1)": 1, "drop (2)": 2}
     above, below = (title(view) for view in figure)
     assert above.startswith("AGWU + IDPA: a worker was lost 4 times, test accuracy")
     assert below == "Who was here, and the 3 faults injected"
