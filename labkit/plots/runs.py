@@ -66,14 +66,13 @@ def curves(
     lower = any(run.config.lower_is_better for run in runs)  # of scores
     share = y == "score" and not lower
     target = None if target is None else real("target", target, **({"above": 0, "most": 1} if share else {}))
-    style.extension()
-    runs = _as_runs(runs, lambda run: run.curve())
-    tables = {run: _curve(run, y) for run in runs}
+    tables = _tables(runs, lambda run: _curve(run, y))
+    runs = list(tables)
     known("y", y, dict.fromkeys(column for table in tables.values() for column in table if column not in (*AXES, "version")))
     tables = {run: table if y in table else table.assign(**{y: np.nan}) for run, table in tables.items()}
     what, goal = _meaning(runs, y), "" if target is None else _percent(target) if share else f"{y} {target:g}"
     title = f"{what[0].upper()}{what[1:]} against {'time' if x == 'seconds' else 'samples'}"
-    found = _series(runs, tables.__getitem__, x, y)
+    found = _series(tables, x, y)
     if not found and any(len(table) for table in tables.values()):
         return style.message(title, f"{_names(runs)}: {y} is NaN in every row of the curve.")
     if not found:
@@ -143,10 +142,9 @@ def balance(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -> 
     --------
     >>> figure = labkit.plots.balance([run])
     """
-    runs = style.some_runs(runs)
-    style.extension()
-    runs = _as_runs(runs, lambda run: run.balance())
-    found, texts = _series(runs, lambda run: run.balance(), "pass", "ratio"), _counted(runs)
+    tables = _tables(style.some_runs(runs), lambda run: run.balance())
+    runs = list(tables)
+    found, texts = _series(tables, "pass", "ratio"), _counted(runs)
     if not found:
         return style.message("Balance of the local passes", f"{_names(runs)}: no pass that all workers have finished.")
     later = {label: [table.ratio[table["pass"] >= 2].mean() for table in own] for label, own in found.items()}
@@ -220,35 +218,26 @@ def staleness(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -
     """
     import pandas as pd
 
-    runs = style.some_runs(runs)
-    style.extension()
-    runs = _as_runs(runs, lambda run: run.events)
-    merges = {run: run.staleness() for run in runs}
+    merges = _tables(style.some_runs(runs), lambda run: run.staleness())
+    runs = list(merges)
     if not sum(map(len, merges.values())):
         return style.message("Staleness of the merges", f"{_names(runs)}: nothing merged yet.")
-    alone, ylabel = len(runs) == 1, "merges"
-    if alone and merges[runs[0]]["worker"].nunique() <= len(style.COLOURS):
-        groups = {f"worker {worker}": [own["staleness"]] for worker, own in merges[runs[0]].groupby("worker")}
-    else:
-        groups = {label: [merges[run]["staleness"] for run in group] for label, group in by_line(runs).items()}
+    alone, groups = len(runs) == 1, {label: [merges[run]["staleness"] for run in group] for label, group in by_line(runs).items()}
     values = {label: np.concatenate(own) for label, own in groups.items()}
-    most = int(max(own.max() for own in values.values() if len(own)))
-    width = most // 25 + 1  # versions in a bar
-    edges = np.arange(0, most + width + 1, width)
+    stalest = claims.stands_out({label: [own.mean() for own in each] for label, each in groups.items()})
+    told = [own for own in values.values() if len(own)] if stalest is None else [values[stalest]]
+    medians, most = sorted(np.percentile(own, 50) for own in told), max(np.percentile(own, 95) for own in told)
+    title = f"{runs[0].label}: " if alone else f"{stalest} is stalest: " if stalest and len(groups) > 1 else ""
+    title += f"median staleness {claims.between([f'{median:.0f}' for median in medians])}, 95 % of the merges at most {most:.0f}"
+    if alone and merges[runs[0]]["worker"].nunique() <= len(style.COLOURS):
+        values = {f"worker {worker}": own["staleness"] for worker, own in merges[runs[0]].groupby("worker")}
+    highest = int(max(own.max() for own in values.values() if len(own)))
+    width = highest // 25 + 1  # versions in a bar
+    edges = np.arange(0, highest + width + 1, width)
     names = [f"{int(edge)}" if width == 1 else f"{int(edge)}-{int(edge) + width - 1}" for edge in edges[:-1]]
-    bars = pd.DataFrame({label: np.histogram(own, edges)[0] for label, own in values.items()}, index=names)
+    bars, ylabel = pd.DataFrame({label: np.histogram(own, edges)[0] for label, own in values.items()}, index=names), "merges"
     if not alone:
         bars, ylabel = 100 * bars / bars.sum().clip(lower=1), "share of the merges (%)"
-    low, high = ([np.percentile(own, q) for own in values.values() if len(own)] for q in (50, 95))
-    title = f"{runs[0].label}: " if alone else ""
-    if alone:
-        low, high = ([np.percentile(np.concatenate([*values.values()]), q)] for q in (50, 95))
-    elif len(groups) > 1 and (
-        stalest := claims.stands_out({label: [own.mean() for own in each] for label, each in groups.items()})
-    ):
-        title, low, high = f"{stalest} is stalest: ", *([np.percentile(values[stalest], q)] for q in (50, 95))
-    median = claims.between([f"{value:.0f}" for value in sorted(low)])
-    title += f"median staleness {median}, 95 % of the merges at most {max(high):.0f}"
     title = title[0].upper() + title[1:]
     return style.columns(bars, title, style.caption(runs), xlabel="staleness (versions)", ylabel=ylabel)
 
@@ -298,15 +287,15 @@ def speed(frame: pd.DataFrame) -> hv.Overlay:
 # -- texts and numbers -------------------------------------------------------------------------------------------------
 
 
-def _as_runs(runs: list[RunRecord], read: Callable[[RunRecord], pd.DataFrame]) -> list[RunRecord]:
-    """Those of which `read` can be read; one of several that is damaged is left out, which is printed."""
+def _tables(runs: list[RunRecord], read: Callable[[RunRecord], pd.DataFrame]) -> dict[RunRecord, pd.DataFrame]:
+    """The table of each run; one of several that is damaged is left out, which is printed."""
     if not runs:
         raise ValueError("there is no run to draw: pass a run, or a list of at least one.")
-    found, refused = [], []
+    style.extension()
+    found, refused = {}, []
     for run in runs:
         try:
-            read(run)
-            found.append(run)
+            found[run] = read(run)
         except RunError as error:
             if "is still running" in str(error):
                 raise
@@ -328,13 +317,11 @@ def _counted(runs: Sequence[RunRecord]) -> dict[str, str]:
     return texts
 
 
-def _series(runs: Sequence[RunRecord], read: Callable[[RunRecord], pd.DataFrame], x: str, y: str) -> dict[str, list[pd.DataFrame]]:
-    """Columns `x` and `y` of the table that `read` gives of each run, by label; a label without a point is left out."""
-    found = {
-        label: [read(run)[[x, y]].astype(float).dropna().sort_values(x) for run in group] for label, group in by_line(runs).items()
-    }
-    found = {label: [table for table in tables if len(table)] for label, tables in found.items()}
-    return {label: tables for label, tables in found.items() if tables}
+def _series(tables: dict[RunRecord, pd.DataFrame], x: str, y: str) -> dict[str, list[pd.DataFrame]]:
+    """Columns `x` and `y` of the table of each run, by label; a label without a point is left out."""
+    found = {run: table[[x, y]].astype(float).dropna().sort_values(x) for run, table in tables.items()}
+    groups = {label: [found[run] for run in group if len(found[run])] for label, group in by_line(list(tables)).items()}
+    return {label: group for label, group in groups.items() if group}
 
 
 def _draw(found: dict[str, list[pd.DataFrame]], lines: dict[str, pd.DataFrame], texts: dict[str, str], x: str, y: str) -> list:

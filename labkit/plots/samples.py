@@ -17,6 +17,7 @@ from labkit.plots import style
 
 if TYPE_CHECKING:
     import holoviews as hv
+    import pandas as pd
 
 WRITTEN = 12  # classes, up to which the share stands in each cell
 ACROSS = 6  # pictures in a row
@@ -32,10 +33,7 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
     --------
     >>> figure = labkit.plots.confusion(run)
     """
-    style.a_run("run", run, read=None)  # from a record alone nothing is predicted
-    run.opened_problem("samples are drawn")
-    style.extension()
-    data_set, table = run.tested(data)[0].dataset, run.predictions(data, version)
+    data_set, table = _predicted(run, data, version)
     if data_set.n_classes is None or "label" not in table:
         raise ProblemError(
             "a confusion matrix is of one label a sample, or one a pixel, as a Classifier has them. See run.predictions()."
@@ -46,8 +44,6 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
     counts = np.zeros((k, k))
     np.add.at(counts, (truth[counted], said[counted]), 1)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    cells = [(x - 0.5, y - 0.5, x + 0.5, y + 0.5, shares[y, x]) for y in range(k) for x in range(k)]
-    texts = [(x, y, f"{shares[y, x]:.0f}") for y in range(k) for x in range(k) if shares[y, x] >= 0.5] if k <= WRITTEN else []
     wrong = counts - np.diag(np.diag(counts))
     row, column = np.unravel_index(wrong.argmax(), wrong.shape)
     title = f"{run.label}: every sample is classified correctly"
@@ -55,13 +51,10 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
         title = f"{run.label}: {names[row]} is taken for {names[column]} most often, {shares[row, column]:.0f} % of its samples"
     right = np.trace(counts) / max(counts.sum(), 1)
     note = style.caption([run], f"% of each class; {int(counts.sum()):,} labels, {100 * right:.1f} % right", "1 seed")
-    every = -(-k // 40)
-    ticks = list(enumerate(names))[::every]
-    return style.finish(
-        [style.heat(cells, "share (%)"), *([style.labels(texts, "white", 11)] if texts else [])], title, note, xlabel="predicted class",
-        ylabel="class", xticks=ticks, yticks=ticks, xlim=(-0.5, k - 0.5), ylim=(-0.5, k - 0.5), invert_yaxis=True, grid="",
-        xrotation=45 if max(map(len, names)) > 3 else 0, shape={"aspect": "equal", "fig_inches": (8, 6)}, height=6,
-    )  # fmt: skip
+    ticks = [(n + 0.5, name) for n, name in enumerate(names)][:: -(-k // 40)]
+    axes = {"xticks": ticks, "yticks": ticks, "xrotation": 45 if max(map(len, names)) > 3 else 0, **style.image_axes((k, k), 6)}
+    cells = style.heat(shares, "share (%)", lambda share: f"{share:.0f}" if k <= WRITTEN and share >= 0.5 else "")
+    return style.finish(cells, title, note, xlabel="predicted class", ylabel="class", **axes)
 
 
 def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = None) -> hv.Overlay:
@@ -74,15 +67,12 @@ def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = N
     >>> figure = labkit.plots.worst(run)
     """
     n = whole("n", n)
-    style.a_run("run", run, read=None)  # from a record alone nothing is predicted
-    run.opened_problem("samples are drawn")
-    style.extension()
-    problem = run.tested(data)[0]
-    shape, table = problem.dataset.shape, run.predictions(data, version)
+    data_set, table = _predicted(run, data, version)
+    shape = data_set.shape
     title, first = f"{run.label}: the samples with the largest loss", table.head(n)
     if len(shape) not in (3, 4):
         return style.message(title, f"Samples of shape {shape} are no pictures. Their rows: run.predictions().")
-    pictures = [_rgb(picture) for picture in problem.dataset.raw(first["sample"].to_numpy(), "test")]
+    pictures = [_rgb(picture) for picture in data_set.raw(first["sample"].to_numpy(), "test")]
     high, wide = pictures[0].shape[:2]
     gap, across = max(1, round(GAP * high)), min(ACROSS, len(pictures))
     side = max(1, wide // 8)
@@ -92,18 +82,23 @@ def worst(run: Any, n: int = 12, data: Any = None, version: int | str | None = N
     for number, (picture, row) in enumerate(zip(pictures, first.itertuples(), strict=True)):
         top, left = number // across * (high + gap) + gap, number % across * (wide + side)
         mosaic[top : top + high, left : left + wide] = picture
-        texts.append((left + wide / 2, top - gap / 2, _said(row, problem.dataset.classes)))
+        texts.append((left + wide / 2, top - gap / 2, _said(row, data_set.classes)))
     if "label" in first and np.ndim(first["label"].iloc[0]) == 0:
         kinds = first["label"].value_counts()
-        name = problem.dataset.classes[kinds.index[0]] if problem.dataset.classes else kinds.index[0]
+        name = data_set.classes[kinds.index[0]] if data_set.classes else kinds.index[0]
         title = f"{run.label}: {kinds.iloc[0]} of the {len(first)} worst samples are of class {name}"
     note = f"of {len(table):,} samples; loss {first['loss'].iloc[0]:.3g} to {first['loss'].iloc[-1]:.3g}, median {table['loss'].median():.2g}"
     tall = 0.7 + min(7 * mosaic.shape[0] / mosaic.shape[1], 2.5 * down)  # inches, of which 7 are across
-    return style.finish(
-        [style.raster(mosaic), style.labels(texts, "white", 9)], title, style.caption([run], note), xaxis=None, yaxis=None, grid="",
-        xlim=(0, mosaic.shape[1]), ylim=(0, mosaic.shape[0]), invert_yaxis=True, height=tall,
-        shape={"aspect": "equal", "fig_inches": (8, tall)},
-    )  # fmt: skip
+    elements, axes = [style.raster(mosaic), style.labels(texts, "white", 9)], style.image_axes(mosaic.shape, tall)
+    return style.finish(elements, title, style.caption([run], note), xaxis=None, yaxis=None, **axes)
+
+
+def _predicted(run: Any, data: Any, version: int | str | None) -> tuple[Any, pd.DataFrame]:
+    """The data set of the samples, and what the network says of each."""
+    style.a_run("run", run, read=None)  # from a record alone nothing is predicted
+    run.opened_problem("samples are drawn")
+    style.extension()
+    return run.tested(data)[0].dataset, run.predictions(data, version)
 
 
 def _rgb(sample: np.ndarray) -> np.ndarray:

@@ -21,17 +21,15 @@ if TYPE_CHECKING:
     import holoviews as hv
     import pandas as pd
 
+SEARCH = "a search, as labkit.search gives it"
 AXES = {"trials": "trials that have ended", "seconds": "time of the search (s)"}
 STATES = {"done": 0, "pruned": 4, "failed": 1, "running": 6}  # and the colour of each
 BEST = 0.2  # of the trials are drawn as the best ones,
 MOST = 40  # at most
 POINTS, LINES = 400, 150  # marks or runs, and lines of other trials in a figure: more hide each other, and make a page slow
 MARKS = {"done": 3, "pruned": 4}  # the colours of trials that are marks
-LOW, HIGH, ABSENT = (
-    -0.09,
-    1.09,
-    -0.24,
-)  # below and above an axis of parallel coordinates, and where a trial without this parameter passes
+# Below and above an axis of parallel coordinates, and where a trial without this parameter passes.
+LOW, HIGH, ABSENT = -0.09, 1.09, -0.24
 SHAPE = {"aspect": 2.8}  # of a figure that moves
 ROWS, LEADING = 12, 3  # of the table of a search, and the best ones of them
 WIDE = 100  # characters of a row
@@ -47,8 +45,7 @@ def search_table(found: Any) -> hv.Overlay:
     --------
     >>> figure = labkit.plots.search_table(found)
     """
-    found = _a_search("found", found)
-    style.extension()
+    found = _opened(found)
     if found.table().empty:
         return style.message("Where the search stands", f"{found.name}: no trial has begun yet.")
     return _table(found, _front(found))
@@ -121,8 +118,7 @@ def search_points(found: Any) -> hv.Overlay:
     --------
     >>> figure = labkit.plots.search_points(found)
     """
-    found = _a_search("found", found)
-    style.extension()
+    found = _opened(found)
     table = history(found)
     if len(table) < 2:
         return style.message("Which points are good", f"{found.name}: it needs two trials with a score.")
@@ -137,8 +133,7 @@ def search_importance(found: Any) -> hv.Overlay:
     --------
     >>> figure = labkit.plots.search_importance(found)
     """
-    found = _a_search("found", found)
-    style.extension()
+    found = _opened(found)
     try:
         shares = found.importance()
     except RunError as error:
@@ -157,14 +152,13 @@ def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.O
     >>> two = labkit.search(problem, {"lr": (0.01, 0.5, "log")}, lab, trials=2, passes=1, objective=["score", "time"], name="two")
     >>> figure = labkit.plots.search_front(two)
     """
-    found = like("found", _a_search("found", found), ("front", "objectives"), "a search, as labkit.search gives it")
+    found = like("found", _opened(found), ("front", "objectives"), SEARCH)
     names = list(found.objectives)
     if len(names) < 2:
         raise ValueError(
             f"search {found.name} has one objective, {names[0]}. Give labkit.search several: objective=['score', 'time']."
         )
     x, y = (known(axis, given, names) for axis, given in (("x", x or names[1]), ("y", y or names[0])))
-    style.extension()
     table, front = found.table(), found.front()
     if front.empty:
         return style.message(f"{y} against {x}", f"{found.name}: no trial is done that keeps the constraints.")
@@ -192,8 +186,7 @@ def search_timeline(found: Any) -> hv.Overlay:
     --------
     >>> figure = labkit.plots.search_timeline(found)
     """
-    found = _a_search("found", found)
-    style.extension()
+    found = _opened(found)
     if found.timeline().empty:
         return style.message("Who trained what when", f"{found.name}: no trial has begun yet.")
     return _timeline(found)
@@ -211,7 +204,7 @@ def search_live(found: Any, timeout: float = 86400) -> hv.Layout:
     --------
     >>> figure = labkit.plots.search_live(found)
     """
-    found = like("found", _a_search("found", found), ("state",), "a search, as labkit.search gives it")
+    found = like("found", _a_search("found", found), ("state",), SEARCH)
     return moving(found, _Watch(found), LIVE, NOTHING, real("timeout", timeout, least=0, finite=False), space=0.7, height=20)
 
 
@@ -460,7 +453,13 @@ def _timeline(found: Any, moves: bool = False) -> hv.Overlay:
 
 
 def _a_search(name: str, found: Any) -> Any:
-    return like(name, found, ("table", "timeline", "importance", "lower_is_better"), "a search, as labkit.search gives it")
+    return like(name, found, ("table", "timeline", "importance", "lower_is_better"), SEARCH)
+
+
+def _opened(found: Any) -> Any:
+    found = _a_search("found", found)
+    style.extension()
+    return found
 
 
 def _names(searches: Iterable[Any]) -> str:

@@ -373,14 +373,24 @@ def worker_rows(workers: Iterable[int], slowdowns: Mapping[int, float] | None = 
     return {worker: f"worker {worker}{slow.get(worker, '')}" for worker in sorted(workers)}
 
 
-def heat(cells: Sequence[tuple], what: str) -> Any:
-    """Rectangles (left, bottom, right, top, value), the darker the larger the value, `what` from 0 to 100. (A heat map of hvPlot has cells of
-    names, not of pixels, and no equal aspect in a picture.)"""
+def heat(values: np.ndarray, what: str, text: Callable[[float], str], cell: tuple[float, float] = (1, 1)) -> list[Any]:
+    """Cells (rows, columns) from the origin on, the darker the larger the value, `what` from 0 to 100, with its `text` in it. (A heat map of
+    hvPlot has cells of names, not of pixels, and no equal aspect in a picture.)"""
     import holoviews as hv
 
+    wide, high = cell
+    cells = [(x * wide, y * high, (x + 1) * wide, (y + 1) * high, value) for (y, x), value in np.ndenumerate(values)]
     rows = hv.Rectangles(cells, kdims=["left", "bottom", "right", "top"], vdims=what)
     both = {"color": what, "cmap": "Blues", "clim": (0, 100), "colorbar": True}
-    return styled(rows, {"line_color": "white", "tools": ["hover"]}, {"edgecolor": "white"}, **both)
+    texts = [((x + 0.5) * wide, (y + 0.5) * high, text(value)) for (y, x), value in np.ndenumerate(values) if text(value)]
+    written = [labels(texts, "white", 11)] if texts else []
+    return [styled(rows, {"line_color": "white", "tools": ["hover"]}, {"edgecolor": "white"}, **both), *written]
+
+
+def image_axes(size: Sequence[int], height: float) -> dict[str, Any]:
+    """Options of a figure that is an image of `size` (rows, columns), the first row on top."""
+    shape = {"aspect": "equal", "fig_inches": (8, height)}
+    return {"xlim": (0, size[1]), "ylim": (0, size[0]), "invert_yaxis": True, "grid": "", "shape": shape, "height": height}
 
 
 def raster(picture: Any) -> Any:

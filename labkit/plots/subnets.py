@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FRAMES = (1, 5, 2, 4)  # colours of four kinds of subdomain, by odd and even row and column: no two of a kind touch
+AXES = {"xlabel": "column (pixels)", "ylabel": "row (pixels)"}
 MOST_BARS = 12  # subnets whose names fit under their bars
 INSET = 0.01  # of the longer side of the image, by which frames of one kind lie further inside than those of the next
 
@@ -49,7 +50,7 @@ def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
         elements.append(style.labels([middle], style.COLOURS[FRAMES[kind]], 11))
     shared = ", ".join(str(pixels) for pixels in dict.fromkeys(parts.overlap))
     title = f"{parts.n_parts} parts of {' x '.join(map(str, parts.shapes(sample.shape)[0][1:]))} pixels, overlap {shared}"
-    return _finish(elements, title, note, grey.shape)
+    return style.finish(elements, title, note, **AXES, **style.image_axes(grey.shape, 5.5))
 
 
 def part_accuracy(joined: Any) -> hv.Overlay:
@@ -66,18 +67,15 @@ def part_accuracy(joined: Any) -> hv.Overlay:
     score = {part: joined.part_rows[part]["accuracy"] for part, _, _ in rows}
     # As wide as the cell of the grid, without the overlap, so that nothing is hidden.
     n_down, n_across = chosen.grid[-2:]
-    high, wide = shape[-2] / n_down, shape[-1] / n_across
-    cells, numbers = [], []
-    for part, _, (row, column) in rows:
-        cells.append((column * wide, row * high, (column + 1) * wide, (row + 1) * high, 100 * score[part]))
-        numbers.append(((column + 0.5) * wide, (row + 0.5) * high, f"{100 * score[part]:.1f}"))
+    values = 100 * np.array([score[part] for part, _, _ in sorted(rows, key=lambda row: row[2])]).reshape(n_down, n_across)
+    cells = style.heat(values, "accuracy (%)", "{:.1f}".format, (shape[-1] / n_across, shape[-2] / n_down))
     best, worst = max(score, key=score.get), min(score, key=score.get)
     title = f"Alone, part {best} reaches {_percent(score[best])}, part {worst} {_percent(score[worst])}"
     together = joined.summary()["accuracy"]
     made = "; synthetic data" if joined.config["synthetic"] else ""
     where = f", slice {shape[1] // 2} of {shape[1]}" if len(shape) == 4 else " of each subnet"
     note = f"test accuracy (%){where}; joined: {_percent(together)}; 1 seed{made}"
-    return _finish([style.heat(cells, "accuracy (%)"), style.labels(numbers, "white", 11)], title, note, shape[-2:])
+    return style.finish(cells, title, note, **AXES, **style.image_axes(shape[-2:], 5.5))
 
 
 def part_times(joined: Any) -> hv.Overlay:
@@ -173,14 +171,6 @@ def _frame(box: tuple[float, float, float, float], kind: int) -> hv.Element:
     path = hv.Path([[(left, bottom), (right, bottom), (right, top), (left, top), (left, bottom)]], ["x", "y"])
     stroke = {"linestyle": dash[1], "linewidth": 2.5}
     return style.styled(path, bokeh={"line_dash": dash[0], "line_width": 3}, matplotlib=stroke, color=colour)
-
-
-def _finish(elements: Sequence[Any], title: str, note: str, size: Sequence[int]) -> hv.Overlay:
-    high, wide = size
-    return style.finish(
-        elements, title, note, xlabel="column (pixels)", ylabel="row (pixels)", xlim=(0, wide), ylim=(0, high), invert_yaxis=True,
-        grid="", shape={"aspect": "equal", "fig_inches": (8, 5.5)}, height=5.5,
-    )  # fmt: skip
 
 
 def _percent(share: float) -> str:

@@ -281,3 +281,14 @@ def test_importance_is_a_bar_a_parameter_of_the_largest_ones():
     figure = plots.search_importance(found)
     assert len(elements(figure, "Rectangles")["importance"]) == 15 == len(texts(figure))
     assert texts(plots.search_importance(Found(3))) == [] and title(plots.search_importance(Found(3))) == "What matters"
+
+
+def test_the_legend_of_a_picture_is_that_of_a_page_and_has_what_is_drawn():
+    import holoviews as hv
+
+    figure = plots.search_points(Found(40))
+    page = hv.renderer("bokeh").get_plot(figure).state.legend[0]
+    picture = hv.renderer("matplotlib").get_plot(figure).handles["axis"].get_legend()
+    said = [text.get_text() for text in picture.get_texts()]
+    assert said == [item.label.value for item in page.items] == ["on the front (4)", "the best score"]
+    assert [handle.get_marker() for handle in picture.legend_handles] == ["None", "o"], "lines without and with markers"
