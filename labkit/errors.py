@@ -27,6 +27,8 @@ from typing import Any
 MOST = 2**53  # of a count: beyond it a float is no longer exact
 SEEDS = 2**63 - 1  # the largest seed that torch's generators accept
 LONGEST_WAIT_S = 2e6  # of a limit of time that the system keeps, 23 days: it counts milliseconds in 31 bits
+TYPED = ("<stdin>", "<console>", "<string>", "<dynamic-code>")  # where Python says that code is from which is in no file
+TYPED_N = ("<ipython-input", "<python-input", "<doctest ")  # the same with a number: prompts of IPython, and of Python since 3.13
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep  # of labkit
 _formatting = threading.Lock()
 
@@ -185,8 +187,10 @@ def traceback_of(error: BaseException) -> str:
 def shortened(error: BaseException) -> BaseException:
     """The error, with the tracebacks of it and of what caused it reduced to the frames of the user's own, where there are any.
 
-    What labkit does before it calls a user's function, and what libraries do in between and after it, is left out. Frames of labkit
-    behind the user's last one stay, unless it is labkit that explains the error (`LabError`).
+    Those come first and last: what labkit does before it calls a user's function, and what libraries do in between and after it, is left
+    out. In which line of a library the error was raised, after the user's last frame, is a note of it (`BaseException.add_note`), which
+    stands below its message. Frames of labkit behind the user's last one stay, unless it is labkit that explains the error (`LabError`):
+    of an explanation of what a user's function has raised none is left.
     """
     todo, seen = [error], set()
     while todo:
@@ -195,26 +199,45 @@ def shortened(error: BaseException) -> BaseException:
             continue
         seen.add(id(one))
         todo += [one.__cause__, one.__context__]
-        frames = []
-        trace = one.__traceback__
-        while trace is not None:
-            frames.append(trace)
-            trace = trace.tb_next
-        own = [at for at, each in enumerate(frames) if is_own_code(each.tb_frame.f_code.co_filename)]
+        frames, own = _frames(one)
         if own:
-            behind = [] if isinstance(one, LabError) else [each for each in frames[own[-1] + 1 :] if _is_of_labkit(each)]
+            behind = frames[own[-1] + 1 :]
+            if behind and not isinstance(one, LabError) and not _is_of_labkit(behind[-1]):
+                _note(one, f"Raised in {_place(behind[-1])}.")
+            behind = [] if isinstance(one, LabError) else [each for each in behind if _is_of_labkit(each)]
             kept = None
             for each in reversed([*(frames[at] for at in own), *behind]):
                 kept = types.TracebackType(kept, each.tb_frame, each.tb_lasti, each.tb_lineno)
             one.__traceback__ = kept
+        elif isinstance(one, LabError) and one.__cause__ is not None and _frames(one.__cause__)[1]:
+            one.__traceback__ = None
     return error
 
 
 def is_own_code(file: str) -> bool:
-    """Is a file, or the name of a cell, code of the user's own: not of labkit, Python or an installed package?"""
+    """Is a file, or the name of a cell or of a line of a prompt, code of the user's own: not of labkit, Python or an installed package?"""
     if file.startswith("<"):
-        return file in ("<stdin>", "<string>", "<dynamic-code>") or file.startswith("<ipython-input")
+        return file in TYPED or file.startswith(TYPED_N)
     return not os.path.abspath(file).startswith(_not_own()) and not {"site-packages", "dist-packages"} & set(Path(file).parts)
+
+
+def _frames(error: BaseException) -> tuple[list[types.TracebackType], list[int]]:
+    """The parts of its traceback, the outermost first, and which of them are of the user's own."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(trace)
+        trace = trace.tb_next
+    return frames, [at for at, each in enumerate(frames) if is_own_code(each.tb_frame.f_code.co_filename)]
+
+
+def _place(trace: types.TracebackType) -> str:
+    code = trace.tb_frame.f_code
+    return f"{code.co_filename}:{trace.tb_lineno}, {code.co_qualname}"
+
+
+def _note(error: BaseException, text: str) -> None:
+    if text not in getattr(error, "__notes__", ()):
+        error.add_note(text)
 
 
 def _is_of_labkit(trace: types.TracebackType) -> bool:
@@ -235,7 +258,7 @@ def calling(title: str, error: type[Exception] = ProblemError, passes: type[Exce
     except passes:
         raise
     except Exception as raised:
-        reason = str(raised).strip().partition("\n")[0]
+        reason = str(raised).strip().partition("\n")[0].removesuffix(".")
         raise error(f"{title} raised {type(raised).__name__}{f': {reason}' if reason else ''}.") from raised
 
 

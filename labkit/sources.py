@@ -33,7 +33,6 @@ import re
 import sys
 import sysconfig
 import threading
-import traceback
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,7 +44,7 @@ from typing import Any
 
 import cloudpickle
 
-from labkit.errors import ClusterError, LabError, WorkerError
+from labkit.errors import ClusterError, LabError, WorkerError, traceback_of
 
 PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None))
 PROCESS = uuid.uuid4().hex  # of this process
@@ -438,7 +437,7 @@ class PackedCall:
             except Exception as error:
                 if not unpicklable(error):
                     raise
-                fault = WorkerError(f"{self.__name__}() failed: {_told(error)}", None, traceback.format_exc())
+                fault = WorkerError(f"{self.__name__}() failed: {_told(error)}", None, traceback_of(error))
         if fault is None and not self.here:
             try:
                 made = Returned(dumped(made))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import traceback
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from labkit.errors import file_path, flag, known, real, several, text, whole
+from labkit.errors import (
+    DataError,
+    calling,
+    file_path,
+    flag,
+    is_own_code,
+    known,
+    real,
+    several,
+    shortened,
+    text,
+    traceback_of,
+    whole,
+)
 
 
 def test_known():
@@ -114,3 +129,56 @@ def test_several():
             several("n", bad, whole)
     with pytest.raises(TypeError, match="n=True must be a whole number"):
         several("n", [1, True], whole)
+
+
+def typed(code, file="<python-input-3>"):
+    """What is called `f` in code as somebody types it."""
+    namespace = {"json": json, "calling": calling}
+    exec(compile(code, file, "exec"), namespace)
+    return namespace["f"]
+
+
+def raised(function):
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        function()
+    return caught.value
+
+
+def test_what_is_typed_at_a_prompt_is_own_code():
+    for name in ("<stdin>", "<console>", "<python-input-0>", "<ipython-input-3-abc>", "<doctest readme[2]>", __file__):
+        assert is_own_code(name), name
+    for name in (
+        "<frozen importlib._bootstrap>",
+        "<__array_function__ internals>",
+        json.__file__,
+        torch.__file__,
+        traceback.__file__,
+    ):
+        assert not is_own_code(name), name
+
+
+def test_own_frames_are_first_and_last_and_the_place_in_a_library_is_a_note():
+    error = shortened(raised(typed("def f():\n    return json.loads('[1,')")))
+    own = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    assert own == [__file__, "<python-input-3>"]
+    assert [note.startswith("Raised in ") and "decoder.py:" in note for note in error.__notes__] == [True]
+    assert shortened(error).__notes__ == error.__notes__ and len(error.__notes__) == 1
+    assert not hasattr(shortened(raised(typed("def f():\n    return misspelt"))), "__notes__")
+
+
+def test_of_an_explanation_of_what_a_function_has_raised_no_frame_is_left():
+    def explained():
+        with calling("data=f", DataError):
+            typed("def f():\n    raise KeyError('a')")()
+
+    error = raised(explained)
+    while is_own_code(error.__traceback__.tb_frame.f_code.co_filename):  # as where labkit calls the function for itself
+        error.__traceback__ = error.__traceback__.tb_next
+    text = traceback_of(error)
+    assert "errors.py" not in text.replace(__file__, "") and 'File "<python-input-3>"' in text
+    assert text.splitlines()[-1] == "labkit.errors.DataError: data=f raised KeyError: 'a'."
+
+
+def test_a_message_that_ends_in_a_full_stop_gets_no_second_one():
+    with pytest.raises(DataError, match=r"^data=f raised OSError: It is gone\.$"), calling("data=f", DataError):
+        raise OSError("It is gone.")

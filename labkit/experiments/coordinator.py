@@ -21,14 +21,13 @@ import contextlib
 import math
 import threading
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, LabError, RunError
+from labkit.errors import ClusterError, LabError, RunError, traceback_of
 from labkit.experiments.objectives import Goals, merit
 from labkit.experiments.pruning import PRUNERS
 from labkit.experiments.trials import Notebook, NotebookRun
@@ -369,7 +368,7 @@ class Coordinator:
         except BaseException as error:  # whatever it is, `wait` raises it
             self.error = error
             if not isinstance(error, LabError):
-                self.error = RunError(f"search {self.found.name} failed: {error!r}\n{traceback.format_exc()}")
+                self.error = RunError(f"search {self.found.name} failed: {error!r}\n{traceback_of(error)}")
         finally:
             with contextlib.ExitStack() as last:  # all of it, the last line first
                 last.callback(self._over.set)

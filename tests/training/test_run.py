@@ -136,6 +136,22 @@ def test_a_typo_on_a_worker_shows_the_frames_of_the_user_first_and_last(train):
     assert any("self.haed(x)" in line for line in lines) and "has no attribute 'haed'" in str(raised.value)
 
 
+def late_loss(outputs, y):
+    """Has a typo that is met on workers alone."""
+    if threading.current_thread() is threading.main_thread():
+        return torch.nn.functional.cross_entropy(outputs, y)
+    return misspelt_loss(outputs, y)
+
+
+@pytest.mark.parametrize("update", ["agwu", "allreduce"])
+def test_a_loss_that_fails_on_a_worker_shows_no_frame_of_labkit(train, update):
+    run = train(problem(loss=late_loss), passes=1, update=update)
+    with pytest.raises(labkit.WorkerError, match=r"loss 'late_loss' raised AttributeError: .* 'crossentropy'") as raised:
+        run.wait(60)
+    files = [line.strip() for line in raised.value.remote_traceback.splitlines() if line.strip().startswith("File ")]
+    assert [f'"{__file__}"' in file for file in files] == [True, True] and files[-1].endswith("in misspelt_loss")
+
+
 TYPO = """import os
 from torch import nn
 
