@@ -1,10 +1,11 @@
 """Tables of runs: DataFrames that are shown rounded for people. Their values are exact.
 
-Used by `labkit.runs.record`, `labkit.runs.compare`, and `labkit.experiments`.
+Used by `labkit.runs.record`, `labkit.runs.compare`, `labkit.plots` and `labkit.experiments`.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
 from typing import Any
 
@@ -17,7 +18,14 @@ MOST = 20  # columns that are named
 WIDTH = 80  # characters: the default of pandas, which stands for the width of the terminal
 
 
-class Table(pd.DataFrame):
+class _Shown(type):
+    """A table is a DataFrame that is shown in another way: no other difference counts, also for `pandas.testing.assert_frame_equal`."""
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, pd.DataFrame)
+
+
+class Table(pd.DataFrame, metaclass=_Shown):
     """A DataFrame of which a notebook and a terminal show numbers to three or four digits (`labkit.cards.number`).
 
     As text it shows the first columns that fit into the terminal, and names the others. What pandas makes of it is one, too. With
@@ -30,7 +38,8 @@ class Table(pd.DataFrame):
 
     @property
     def hvplot(self) -> Any:
-        """hvPlot of the same DataFrame, once `labkit.plots.extension()` has loaded it: it and HoloViews tell tables by their exact type."""
+        """hvPlot of the same DataFrame, once `labkit.plots.extension()` or `import hvplot.pandas` has loaded it; after the latter alone
+        HoloViews does not know a `Table` (`register`)."""
         return pd.DataFrame(self).hvplot
 
     def __repr__(self) -> str:
@@ -63,6 +72,16 @@ class Table(pd.DataFrame):
     def _repr_html_(self) -> str | None:
         with _rounded():
             return super()._repr_html_()
+
+
+@functools.cache
+def register() -> None:
+    """HoloViews takes a `Table` for the DataFrame that it is. It knows DataFrames by their exact type, and what is derived from them by
+    narwhals, which has no index and draws no boxes."""
+    from holoviews.core.data import PandasInterface
+
+    applies = PandasInterface.applies.__func__
+    PandasInterface.applies = classmethod(lambda cls, data: issubclass(type(data), Table) or applies(cls, data))
 
 
 def _rounded() -> Any:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
+import holoviews as hv
 import numpy as np
 import pandas as pd
 import pytest
+from pandas.testing import assert_frame_equal
 
+from labkit import plots
 from labkit.tables import Table
 
 
@@ -41,3 +46,28 @@ def test_what_a_user_sets_for_pandas_is_what_is_shown(monkeypatch):
 def test_of_any_length(n):
     table = Table({f"a_long_name_{column}": np.arange(n) for column in range(30)})
     assert repr(table) and "more column" in repr(table)
+
+
+def test_it_is_equal_to_a_dataframe_of_the_same_values_and_back_from_a_file_and_a_pickle(tmp_path):
+    table = Table({"score": [0.1, 0.2], "who": ["a", "b"]})
+    frame = pd.DataFrame(table)
+    for one, other in ((frame, table), (table, frame), (table, table)):
+        assert_frame_equal(one, other)
+        assert one.equals(other)
+    with pytest.raises(AssertionError):
+        assert_frame_equal(frame, table.assign(score=0.3))
+    assert not isinstance({}, Table) and not issubclass(pd.DataFrame, Table)
+    again = pickle.loads(pickle.dumps(table))
+    assert type(again) is Table and again.equals(table)
+    table.to_parquet(tmp_path / "table.parquet")
+    assert_frame_equal(pd.read_parquet(tmp_path / "table.parquet"), table)
+
+
+def test_holoviews_draws_it_as_any_dataframe():
+    plots.extension("static")
+    table = Table({"seconds": [0.0, 1.0, 2.0], "score": [0.1, 0.2, 0.3], "who": ["a", "b", "a"]})
+    for data in (table, pd.DataFrame(table)):
+        curve = hv.Curve(data.set_index("seconds"), "seconds", "score")
+        boxes = hv.BoxWhisker(hv.Dataset(data), "who", "score")
+        assert hv.render(curve, backend="matplotlib") and hv.render(boxes, backend="matplotlib")
+        assert isinstance(curve.dframe(), pd.DataFrame) and curve.range("score") == (0.1, 0.3)
