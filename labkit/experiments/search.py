@@ -266,8 +266,18 @@ def _about(config: Mapping[str, Any]) -> dict[str, Any]:
     return about | {"counts_constants": config.get("counts_constants", True)}
 
 
+def _unpickled(path: Path, id: str, make: Maker | Notebook | None) -> Search:
+    found = load_search(path)
+    if found.config["id"] != id:
+        raise RunError(f"{path} holds another search now than the one that was pickled.")
+    found._make = make
+    return found
+
+
 class Search(Carded, Public):
     """A search: what was tried, and what came out. `path`, `name` and `config` are its directory, name and settings.
+
+    A copy, and what another process gets of it (pickle), is read from its directory, as `labkit.load_search` does.
 
     Examples
     --------
@@ -281,6 +291,9 @@ class Search(Carded, Public):
         self.path, self.name, self.config = path, path.name, dict(config)
         self._study, self._make = study, make
         self._coordinator: Coordinator | None = None
+
+    def __reduce__(self) -> tuple:
+        return _unpickled, (self.path.absolute(), self.config["id"], self._make)
 
     # -- while it goes -------------------------------------------------------------------------------------------
 

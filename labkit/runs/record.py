@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from labkit import locks
 from labkit.cards import Card, Carded, Line, Summary
 from labkit.errors import RunError, file_path, plain_scalar, real, whole
 from labkit.imports import rule_title
@@ -46,7 +47,18 @@ class RunRecord(Carded, Public):
     """
 
     internal: ClassVar = frozenset(
-        ("card", "kept_curve", "layout", "opened_problem", "read_curve", "recorded", "tested", "trained", "warn_of_edits")
+        (
+            "being_measured",
+            "card",
+            "kept_curve",
+            "layout",
+            "opened_problem",
+            "read_curve",
+            "recorded",
+            "tested",
+            "trained",
+            "warn_of_edits",
+        )
     )
 
     def __init__(self, path: str | Path) -> None:
@@ -226,7 +238,16 @@ class RunRecord(Carded, Public):
         return False
 
     @property
+    def being_measured(self) -> bool:
+        """Does the kernel that has trained it still hold the directory of the run that has ended, as it does until the curve is measured?"""
+        if (self.path / metrics.FILE).exists() or not locks.held(self.path, self.config.id):
+            return False
+        return self.recorded()["state"] != "running"
+
+    @property
     def _how_to_measure(self) -> str:
+        if self.being_measured:
+            return "The kernel that has trained it is measuring it now: ask again in a moment."
         return f"run = labkit.load_run({str(self.path)!r}), run.problem() and run.curve() do it, if you trust who made this run."
 
     def _measured(self) -> pd.DataFrame:
@@ -301,7 +322,7 @@ class RunRecord(Carded, Public):
         state = self.state
         measured = state != "running" and (self._measurable or (self.path / metrics.FILE).exists())
         if state != "running" and not measured:
-            self._say(f"No score of run {self.name} was measured. {self._how_to_measure}")
+            self._say(f"No score of run {self.name} is measured yet. {self._how_to_measure}")
         return self.card(state, self.curve() if measured else None)
 
     def card(self, state: str, curve: pd.DataFrame | None) -> dict:

@@ -101,6 +101,13 @@ class Attached:
 
     def wait(self, timeout: float) -> bool:
         limit = time.monotonic() + timeout
+        if not self._ended(limit):
+            return False
+        while self.run.being_measured and time.monotonic() < limit:
+            time.sleep(0.05)
+        return True
+
+    def _ended(self, limit: float) -> bool:
         while self.state == "running":
             if time.monotonic() > limit:
                 return False
@@ -111,7 +118,7 @@ class Attached:
         if self.state == "running":
             with contextlib.suppress(WireError):  # it may end by itself this moment
                 self._ask("stop", reason="")
-            self.wait(timeout)
+            self._ended(time.monotonic() + timeout)
 
     def raise_error(self) -> None:
         status = self.status()

@@ -69,6 +69,11 @@ class Run(RunRecord):
         self._follower = follower
         self._changed: set[str] = set()  # files that were warned of
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and what another process gets, is read from the directory; while the run is running, `attach` follows it from there."""
+        afresh = {"_path": self.path.absolute(), "_seen": None, "_table": None, "_checked": None, "_follower": None}
+        return {**self.__dict__, **afresh}
+
     # -- while it runs -------------------------------------------------------------------------------------------
 
     @property
@@ -237,6 +242,8 @@ class Run(RunRecord):
     def _measured(self) -> pd.DataFrame:
         from labkit.training.evaluation import as_recorded, measure
 
+        if self._problem is None and self.being_measured:
+            raise RunError(f"the curve of run {self.name} is not measured yet. {self._how_to_measure}")
         lab = self._follower.lab if self._follower else None
         problem = as_recorded(self.opened_problem("its curve is measured"), self)
         self._untrained()

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import re
 import runpy
 import socket
@@ -120,6 +122,19 @@ def stand_ins(monkeypatch):
         return launched
 
     return install
+
+
+def test_a_search_is_pickled_by_its_directory(search, problem, stand_ins):
+    stand_ins()
+    found = search(problem, {"lr": (0.01, 0.1)}, method="random", trials=2, workers_per_trial=1)
+    for one in (found, labkit.load_search(found.path)):
+        again = pickle.loads(pickle.dumps(one))
+        assert again.table().equals(found.table()) and again.state == "done" and again.path == found.path
+    pickled = pickle.dumps(found)
+    assert pickle.loads(pickled).problem(1).lr == copy.deepcopy(found).problem(1).lr == found.points[1]["lr"]
+    search(problem, {"lr": (0.01, 0.1)}, method="random", trials=1, workers_per_trial=1, fresh=True)
+    with pytest.raises(RunError, match="holds another search now"):
+        pickle.loads(pickled)
 
 
 def test_a_trial_is_a_run_of_its_point_and_the_search_is_read_back(search, problem, capsys):

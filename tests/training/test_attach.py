@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import labkit
 from labkit.errors import RunError
+from labkit.locks import DirectoryLock
 from labkit.partition import UDPA
 from labkit.runs import server_file
 from labkit.runs.checkpoints import Layout
+from labkit.training import attach
 from labkit.training.server.server import Server, ServerSpec
 from labkit.training.wire import transport
 from labkit.updates import AGWU
@@ -92,6 +96,23 @@ def test_a_run_that_goes_elsewhere_is_followed_to_its_end(tmp_path):
         assert labkit.load_run(tmp_path).state == "done" and run.events.query("kind == 'merge'").samples.sum() == 34
         run.stop()  # it has ended: fine
     assert (tmp_path / server_file.FILE).exists() is False
+
+
+def test_waiting_ends_when_its_kernel_has_measured_the_curve(tmp_path, monkeypatch):
+    asleep = []
+    with going(tmp_path) as server:
+        lock = DirectoryLock(tmp_path, CONFIG.id)
+        run = labkit.load_run(tmp_path).attach()
+        train(server)
+        until(lambda: run.state == "done")
+
+        def sleep(seconds):
+            asleep.append(run.being_measured)
+            lock.release()
+
+        monkeypatch.setattr(attach, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        run.wait(10)
+    assert asleep == [True] and not run.being_measured
 
 
 def test_it_is_stopped_from_afar(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import _thread
+import copy
 import importlib
 import linecache
 import os
+import pickle
 import sys
 import threading
 import time
@@ -25,6 +27,7 @@ from torch import nn
 import labkit
 from labkit import sources
 from labkit.errors import RunError
+from labkit.locks import DirectoryLock
 from labkit.runs.files import read_json, write_json
 from labkit.training.resume import problem_of
 from tests.helpers import Slow, ended, problem, settings, until
@@ -257,12 +260,42 @@ def test_what_a_record_names_is_imported_by_nothing_that_only_reads(train, tmp_p
     card, table = run.summary(), labkit.compare([run, path])
     assert card["score"] is card["loss"] is None and card["samples"] == run.config.budget and run.test_score is None
     assert table.state.tolist() == ["done", "done"] and table.score.isna().all() and "reason" not in table
-    assert "No score of run theirs was measured. run = labkit.load_run(" in capsys.readouterr().out
+    assert "No score of run theirs is measured yet. run = labkit.load_run(" in capsys.readouterr().out
     with pytest.raises(RunError, match=r"\(of_others:Mine, of_others:Mine\). Call run.problem\(\) first, if you trust"):
         run.curve()
     with pytest.raises(RunError, match="is not a Problem"):
         run.problem()
     assert (tmp_path / "imported").exists()
+
+
+def test_a_curve_that_its_kernel_measures_just_now_is_said_to_be(train, capsys):
+    path = ended(train(problem(), passes=1, name="theirs")).path
+    (path / "metrics.parquet").unlink()
+    run = labkit.load_run(path)
+    lock = DirectoryLock(path, run.config.id)  # as the kernel that trains it has it, until the curve is measured
+    try:
+        assert run.summary()["score"] is None
+        assert capsys.readouterr().out == (
+            "No score of run theirs is measured yet. The kernel that has trained it is measuring it now: ask again in a moment.\n"
+        )
+        with pytest.raises(RunError, match="is measuring it now"):
+            run.curve()
+    finally:
+        lock.release()
+    run.summary()
+    assert "No score of run theirs is measured yet. run = labkit.load_run(" in capsys.readouterr().out
+
+
+def test_a_run_is_pickled_by_its_directory(train, tmp_path, monkeypatch):
+    """Also one that is running: elsewhere it is as `load_run` reads it."""
+    monkeypatch.chdir(tmp_path)
+    run = train(problem(), passes=1)
+    going = pickle.loads(pickle.dumps(run))
+    run.wait(60)
+    monkeypatch.chdir("/")
+    for again in (going, pickle.loads(pickle.dumps(run)), copy.deepcopy(run)):
+        assert again.state == "done" and again.path == run.path and again.curve().equals(run.curve())
+        assert again.predict(np.zeros((2, 6, 6), np.uint8)).shape == (2,)
 
 
 @pytest.mark.filterwarnings("ignore:what was written in a notebook")
