@@ -145,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add("report", help="write a page with tables and figures of runs")
     report.add_argument(
-        "runs", nargs="+", metavar="RUN", help="directory of a run, such as runs/first-run; several are put side by side"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="directory of a run, such as runs/first-run, or a folder of runs or of a sweep; several are put side by side",
     )
     report.add_argument(
         "--out", default="report.html", metavar="FILE", help="the page, .html or .pdf (by a Chromium on PATH; default: %(default)s)"
@@ -342,16 +345,24 @@ def _watch(options: argparse.Namespace) -> tuple[int, Any]:
 
 def _report(options: argparse.Namespace) -> tuple[int, Any]:
     from labkit import plots
-    from labkit.training.run import load_run
+    from labkit.plots.style import some_runs
+    from labkit.training.run import read_run
 
-    runs = [load_run(path) for path in options.runs]
+    runs = some_runs(options.runs, read_run)
     plots.extension("static")
     try:
         page = plots.report(runs, options.out)
     except ValueError as error:
         raise LabError(str(error)) from error
     print(os.path.relpath(page))
-    return 0, {"path": str(page), "runs": {str(run.path): plain(run.summary()) for run in runs}}
+    return 0, {"path": str(page), "runs": {str(run.path): _card(run) for run in runs}}
+
+
+def _card(run: Any) -> dict[str, Any]:
+    try:
+        return plain(run.summary())
+    except LabError as error:
+        return {"state": "damaged", "reason": str(error)}
 
 
 def _gallery(options: argparse.Namespace) -> tuple[int, Any]:

@@ -139,7 +139,7 @@ def typed(code, file="<python-input-3>"):
 
 
 def raised(function):
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         function()
     return caught.value
 

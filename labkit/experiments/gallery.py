@@ -24,7 +24,7 @@ from labkit.runs import labels
 from labkit.runs.config import FILE as CONFIG
 from labkit.runs.events import effective
 from labkit.runs.files import is_folder
-from labkit.runs.record import RunRecord
+from labkit.runs.record import RunRecord, directories
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,18 +78,17 @@ def gallery(runs: str | Path | Search | RunRecord | Iterable[RunRecord | str | P
     elif (folder / "sweep.json").exists() or any(folder.glob("*/params.json")):
         rows, what = _of_sweep(folder, less), "rows of a sweep"
     else:
-        rows, what = _of_runs(_directories(folder), less), "runs"
+        rows, what = _of_runs(_runs_in(folder), less), "runs"
     if not rows:
         raise RunError(f"there are no runs in {folder}." if folder is not None else "a gallery needs a run at least.")
     title = folder.resolve().name if folder is not None else what
     return write(page, title, f"{len(rows)} {what}", rows, less)
 
 
-def _directories(folder: Path) -> list[Path]:
-    """The directories of the runs in a folder, down to two levels; a run is one itself."""
-    if (folder / CONFIG).exists():
-        return [folder]
-    return sorted(file.parent for pattern in (f"*/{CONFIG}", f"*/*/{CONFIG}") for file in folder.glob(pattern))
+def _runs_in(folder: Path) -> list[Path]:
+    """The directories of the runs in a folder; none of a folder without one."""
+    found = directories(folder)
+    return [] if found == [folder] and not (folder / CONFIG).exists() else found
 
 
 def _of_runs(runs: Sequence[RunRecord | Path], less: set[str]) -> list[Row]:
@@ -105,10 +104,11 @@ def _of_runs(runs: Sequence[RunRecord | Path], less: set[str]) -> list[Row]:
         differing = {"strategy": strategies, **differing}
     less |= _less(read)
     rows = []
-    for at, (run, label) in enumerate(zip(read, labels.labels(read), strict=True)):
+    of_each = zip(read, labels.ends(read), labels.labels(read, by_directory=False), strict=True)
+    for at, (run, end, label) in enumerate(of_each):
         settings = {name: values[at] for name, values in differing.items()}
         state, results, error = _card(run)
-        name = run.name if run.name == run.path.name else f"{run.name} ({run.path.name})"
+        name = end if run.name == run.path.name else f"{run.name} ({end})"
         rows.append(Row(f"{name}: {label}", state, settings, results, _curves([run]), _links(run.path), error))
     return rows + unread
 
@@ -120,7 +120,7 @@ def _of_sweep(folder: Path, less: set[str]) -> list[Row]:
     rows = []
     for values in table.to_dict("records"):
         own = Path(values["notebook"]).parent
-        runs = _readable(_directories(own))
+        runs = _readable(directories(own))
         less |= _less(runs)
         name = ", ".join(f"{name}={values[name]}" for name in varied if _is_there(values[name])) or own.name
         name += f": {values['label']}" if isinstance(values.get("label"), str) else ""  # of a notebook that reports several rows
@@ -140,7 +140,7 @@ def _of_search(search: Search, less: set[str]) -> list[Row]:
         number = values["trial"]
         folders = sorted(path for path in (search.path / "trials").glob(f"{number}*") if path.name.partition("-")[0] == str(number))
         links = {text: file for own in folders for text, file in _links(own).items()}
-        results, runs = {name: values[name] for name in measured}, [run for own in folders for run in _readable(_directories(own))]
+        results, runs = {name: values[name] for name in measured}, [run for own in folders for run in _readable(directories(own))]
         rows.append(Row(f"trial {number}", values["state"], point, results, _curves(runs), links, str(values["error"] or "")))
     return rows
 

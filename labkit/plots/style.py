@@ -506,7 +506,7 @@ def a_run(name: str, run: Any, read: Callable[[Path], Any] | None = RunRecord) -
     if isinstance(run, str | os.PathLike) and read is not None:
         inside = directories(run)
         if len(inside) > 1:
-            names = ", ".join(path.name for path in inside[:8]) + ", ..." * (len(inside) > 8)
+            names = ", ".join(str(path.relative_to(file_path(name, run))) for path in inside[:8]) + ", ..." * (len(inside) > 8)
             raise RunError(f"{name}={os.fspath(run)!r} is a folder of {len(inside)} runs, and this is of one: {names}.")
         return read(inside[0])
     such = "a run, as labkit.train and labkit.load_run give it"

@@ -34,9 +34,15 @@ FOLD = tuple(f"cross_validation.{name}" for name in ("fold", "of", "seed"))
 DERIVED = {"n_train": ("data", "train_samples", *FOLD)}  # differs because one of these does
 
 
-def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """A label for each run: its strategy and what differs; two runs of one label are one directory."""
-    return _labels(runs, settings(runs), {})
+def labels(runs: Sequence[RunRecord], *, by_directory: bool = True) -> list[str]:
+    """A label for each run: its strategy and what differs; two runs of one label are one directory, unless that is told otherwise (`ends`)."""
+    return _labels(runs, settings(runs), {}, by_directory)
+
+
+def ends(runs: Sequence[RunRecord]) -> list[str]:
+    """Of the directory of each run the name, with so many folders above it as tell it from the others: "a", or "one/a" beside "two/a"."""
+    paths = [_directory(run) for run in runs]
+    return [_end(path, {*paths} - {path}) for path in paths]
 
 
 def lines(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -120,7 +126,9 @@ def _differing(runs: Sequence[RunRecord], read: Sequence[Mapping[str, Any]]) -> 
     return [key for key in found if not any(f"problem.{other}" in found for other in DERIVED.get(key, ()))]
 
 
-def _labels(runs: Sequence[RunRecord], read: Sequence[Mapping[str, Any]], but: Iterable[str]) -> list[str]:
+def _labels(
+    runs: Sequence[RunRecord], read: Sequence[Mapping[str, Any]], but: Iterable[str], by_directory: bool = True
+) -> list[str]:
     keys = [key for key in _differing(runs, read) if key not in but]
     names, parts = _names(keys), {key: _parts(read, key) for key in keys}
     told = [{run.label: None} for run in runs]  # what each label tells, a dict for its order
@@ -146,7 +154,7 @@ def _labels(runs: Sequence[RunRecord], read: Sequence[Mapping[str, Any]], but: I
             told = before
     texts = [", ".join([label, *(_said(*said) for said in rest)]) for label, *rest in told]
     texts = [text + ", ..." * (len(shown) < len(main)) for text in texts]
-    return _by_directory(texts, [_directory(run) for run in runs])
+    return _by_directory(texts, [_directory(run) for run in runs]) if by_directory else texts
 
 
 def _said(name: str, text: str) -> str:
@@ -211,7 +219,13 @@ def _by_directory(texts: list[str], paths: Sequence[str]) -> list[str]:
     shared = {text: sorted({p for t, p in zip(texts, paths, strict=True) if t == text}) for text in texts}
     named = []
     for text, path in zip(texts, paths, strict=True):
-        parts, others = Path(path).parts, [Path(other).parts for other in shared[text] if other != path]
-        n = next((n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)), len(parts))
-        named.append(f"{text} ({'/'.join(parts[-n:])})" if others else text)
+        others = [other for other in shared[text] if other != path]
+        named.append(f"{text} ({_end(path, others)})" if others else text)
     return named
+
+
+def _end(path: str, others: Iterable[str]) -> str:
+    """The last parts of a path, as many as no other one has."""
+    parts, others = Path(path).parts, [Path(other).parts for other in others]
+    n = next((n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)), len(parts))
+    return "/".join(parts[-n:])

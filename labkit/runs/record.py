@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+BELOW = (f"*/{CONFIG}", f"*/*/{CONFIG}")  # where runs are in a folder of them
+
+
 class RunRecord(Carded, Public):
     """One training, read from its directory.
 
@@ -456,10 +459,11 @@ class RunRecord(Carded, Public):
 
 
 def directories(path: str | Path) -> list[Path]:
-    """What a path means: of a folder of runs their directories, by name, else itself, whether there is a run or not."""
+    """What a path means: of a folder of runs, or of folders with runs, as a sweep and a search are, their directories, by name; else itself,
+    whether there is a run or not."""
     path, inside = file_path("path", path), []
     with contextlib.suppress(OSError):  # a name that is too long; a folder that has gone meanwhile
-        inside = [] if (path / CONFIG).exists() else sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
+        inside = [] if (path / CONFIG).exists() else sorted(file.parent for below in BELOW for file in path.glob(below))
     return inside or [path]
 
 

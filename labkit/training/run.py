@@ -538,8 +538,9 @@ def read_run(path: str | Path, problem: Problem | None = None) -> Run:
         near = sorted(p.name for p in path.parent.iterdir() if (p / "config.json").exists()) if is_folder(path.parent) else []
         raise RunError(f"there is no run at {path}." + (f" Runs beside it: {', '.join(near)}." if near else ""))
     if (inside := directories(path)) != [path]:
+        names = ", ".join(str(run.relative_to(path)) for run in inside[:8]) + ", ..." * (len(inside) > 8)
         raise RunError(
-            f"{path} is no run but a folder of {len(inside)}: {', '.join(run.name for run in inside[:8])}{', ...' * (len(inside) > 8)}. "
+            f"{path} is no run but a folder of {len(inside)}: {names}. "
             f"labkit.load_run({str(inside[0])!r}) reads one; labkit.compare({str(path)!r}) and labkit.plots.curves({str(path)!r}) take all."
         )
     if problem is not None:

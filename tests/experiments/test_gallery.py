@@ -62,6 +62,15 @@ def test_runs_of_a_folder_are_rows_with_what_differs_their_results_and_curves(tm
     assert read(labkit.gallery([run, tmp_path / "b"], tmp_path / "two.html"))[0]["setting", "lr"]["values"] == [0.1, 0.2]
 
 
+def test_a_row_names_its_directory_once(tmp_path):
+    for folder, name in (("", "a"), ("", "b"), ("one", "c"), ("two", "c"), ("", "kept")):
+        copied(tmp_path / folder, name)
+    (tmp_path / "kept").rename(tmp_path / "d")
+    _, rows, _ = read(labkit.gallery(tmp_path))
+    label = labkit.load_run(tmp_path / "a").label
+    assert sorted(row["name"] for row in rows) == [f"{name}: {label}" for name in ("a", "b", "kept (d)", "one/c", "two/c")]
+
+
 def test_a_page_loads_nothing_and_lets_one_script_run(tmp_path):
     copied(tmp_path, "a")
     _, _, page = read(labkit.gallery(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import sys
@@ -91,6 +92,27 @@ def test_a_report_from_the_shell(tmp_path, monkeypatch, capsys):
     assert page.name in capsys.readouterr().out and "2 runs" in Page(page).text
     assert main(["report", str(RUNS[0]), "--out", str(tmp_path / "page.txt")]) == 2
     assert main(["report", str(tmp_path / "nowhere")]) == 2 and "there is no run at" in capsys.readouterr().err
+
+
+def test_a_report_of_a_folder_has_all_runs_below(tmp_path, monkeypatch, capsys):
+    for figures in ("OF_ALL", "OF_EACH"):
+        monkeypatch.setattr(reports, figures, {})
+    for name in ("a", "sweep/n-0/run"):
+        shutil.copytree(RUNS[0], tmp_path / name)
+    for name in ("sweep/n-1", "sweep/n-2/damaged"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "sweep" / "n-2" / "damaged" / "config.json").write_text("{")
+    shutil.copytree(RUNS[1], tmp_path / "sweep" / "n-1" / "run")
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "sweep"), "--out", str(page), "--json"]) == 0
+    answer, text = capsys.readouterr(), Page(page).text
+    runs = [str(tmp_path / name) for name in ("a", "sweep/n-0/run", "sweep/n-1/run")]
+    assert list(json.loads(answer.out)["runs"]) == runs and "3 runs" in text and "Left out: " in answer.err
+    (tmp_path / "a" / "events.jsonl").write_text("{<b>\n")
+    assert main(["report", str(tmp_path / "a"), "--out", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][runs[0]]["state"] == "damaged"
+    table = labkit.compare(tmp_path / "sweep")
+    assert table.state.tolist() == ["done", "done", "damaged"]
 
 
 @pytest.fixture

@@ -315,8 +315,11 @@ def test_reading_what_is_no_run(tmp_path, train):
     run = ended(train(problem(), passes=1, name="mine"))
     with pytest.raises(RunError, match=r"there is no run at .*Runs beside it: mine"):
         labkit.load_run(run.path.with_name("mein"))
-    with pytest.raises(RunError, match=r"config\.json is missing"):
+    with pytest.raises(RunError, match=r"is no run but a folder of 1: runs/mine\."):
         labkit.load_run(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"config\.json is missing"):
+        labkit.load_run(tmp_path / "empty")
 
 
 def test_progress_prints_lines_until_the_end(train, capsys, monkeypatch):
