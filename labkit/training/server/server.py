@@ -7,7 +7,8 @@ happen outside the lock: versions are immutable arrays, so one worker can still 
 
 A push is received into memory of its own, which becomes the rule's: those of labkit make the next version in it. So there are the
 newest version, under asynchronous rules those that workers still work from, the pushes under way (of a synchronous rule, of the whole
-round), one version that is being saved, and what the rule remembers (a momentum, an average). Where there is no memory for a push it is
+round; of large ones under an asynchronous rule, half as many as workers: `labkit.training.server.backpressure`), one version that is
+being saved, and what the rule remembers (a momentum, an average). Where there is no memory for a push it is
 refused and its worker joins anew; a version for which there is none is not saved.
 
 A worker whose message cannot be meant is dropped, with the reason in the record, and may join again, as one may that was lost:
@@ -49,6 +50,7 @@ from labkit.runs.checkpoints import Layout
 from labkit.runs.config import RunConfig
 from labkit.runs.events import Recorder
 from labkit.runs.files import check_owner
+from labkit.training.server.backpressure import LARGE, Backpressure
 from labkit.training.server.coordinator import AGAIN, NO_ROOM, Coordinator, NoRoom
 from labkit.training.server.membership import LOSSES, FailureDetector, Losses, Member
 from labkit.training.wire import compression, tls, transport
@@ -99,7 +101,8 @@ class Server:
         self.connections: dict[int, transport.Connection] = {}
         self.generations: dict[int, int] = {}  # by worker: how often the kernel has started its task
         self.versions: queue.SimpleQueue[tuple[int, np.ndarray, dict] | None] = queue.SimpleQueue()  # to be saved
-        self.saving = False  # is one of them being written?
+        self.unsaved = 0  # of them, also the one that is being written; under the lock
+        self.pushes = Backpressure(lambda: len(self.course.members))
         self.over, self.wake_up = threading.Event(), threading.Event()  # wake_up: look at the time, or at `over`
         self.losses = Losses()
         self.asked: dict[int, tuple[int, queue.SimpleQueue[dict]]] = {}  # by number: the worker that is inspected, and its answer
@@ -118,8 +121,8 @@ class Server:
             state=spec.state,
             deliver=lambda worker, answer: self.outboxes[worker].put(answer),
             record=self._record,
-            save=lambda *version: self.versions.put(version),
-            room=lambda: not self.saving and self.versions.empty(),
+            save=self._to_be_saved,
+            room=lambda: not self.unsaved,
             clock=time.monotonic,
             alarm=lambda _: self.wake_up.set(),
             age=spec.age,
@@ -449,11 +452,14 @@ class Server:
         except RuntimeError:  # no thread can be started
             _notify(self.connections[worker], message)
 
+    def _to_be_saved(self, version: int, weights: np.ndarray, state: dict) -> None:
+        self.versions.put((version, weights, state))
+        self.unsaved += 1
+
     def _save_versions(self) -> None:
         """Writes versions to the disk away from the lock, so that a slow disk delays no worker."""
         path = Path(self.spec.path)
         while (item := self.versions.get()) is not None:
-            self.saving = True
             try:
                 self._save(*item)
                 retained = checkpoints.retained(self.recorder.saved, self.config.budget, self.config.checkpoints)
@@ -462,9 +468,9 @@ class Server:
                 self.fail(RunError(self._unwritable(error)))
             except Exception as error:
                 self.fail(error)
-            finally:
-                item, self.saving = None, False
+            item = None
             with self.lock:  # what was due meanwhile
+                self.unsaved -= 1
                 self._guarded(self.course.save_if_due)
 
     def _save(self, version: int, weights: np.ndarray, state: dict) -> None:
@@ -497,6 +503,7 @@ class WorkerConnection:
         self.outbox: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self.dtype = server.config.exchange
         self.push_bytes = compression.n_bytes(self.dtype, server.size)
+        self.takes_turns = self.push_bytes >= LARGE and self.course.update.ahead
         self.buffer: np.ndarray | None = None  # of a push, as it comes; the rule keeps it, or nobody does
         self.pulled: np.ndarray | None = None  # with which it was released last, where it pushes changes
         self.unscored = False  # has it pushed without a score, which may come later?
@@ -516,6 +523,7 @@ class WorkerConnection:
             self.connection.set_timeout(self.detector.timeout)
             self._answer(member)
             while self._receive(member):
+                server.pushes.end(self.connection)
                 self._answer(member)
         except _Expired as expired:
             why = str(expired)
@@ -531,12 +539,13 @@ class WorkerConnection:
             server.fail(error)
             why = server.failure["reason"]
         finally:
+            self.buffer = None
+            server.pushes.end(self.connection)
             with server.lock:
                 if member is None and server.connections.get(index) is self.connection:  # it was about to join
                     member = self.course.members.get(index)
                 if member:
                     server.leave(member, why, diverged=diverged, short=short)
-        self.buffer = None
         if short:
             server.over.wait(NO_ROOM_S)
         if why and self.course.state == "running":
@@ -618,6 +627,7 @@ class WorkerConnection:
             message = self.connection.receive(self._buffer_for)
         except MemoryError as error:
             raise NoRoom("there is no memory for its message.") from error
+        self.server.pushes.received(self.connection)
         self.detector.begin()
         return message
 
@@ -732,6 +742,8 @@ class WorkerConnection:
     def _buffer_for(self, header: dict, n: int) -> Sequence[memoryview]:
         if n != self.push_bytes or header["op"] != "push":
             return _drain(header, n)
+        if self.takes_turns:
+            self.server.pushes.begin(self.connection)
         try:
             self.buffer = compression.buffer(self.dtype, self.server.size)
         except MemoryError:

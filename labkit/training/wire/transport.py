@@ -55,7 +55,7 @@ class Connection(contextlib.AbstractContextManager):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(timeout)
         self.sock, self.max_body, self.check = sock, max_body, check
-        self.received = 0  # bytes
+        self.received, self.came_at = 0, 0.0  # bytes; when the latest came, some of a message or all of it
         self._sending, self._wakes_at = threading.Lock(), 1
         _OPEN.add(self)
         self._held = (
@@ -152,7 +152,7 @@ class Connection(contextlib.AbstractContextManager):
                     continue
                 if not got:
                     raise WireError("the other side closed the connection.")
-                done += got
+                done, self.came_at = done + got, time.monotonic()
             self._wake_at(1)
         except TimeoutError as error:
             raise WireError(f"nothing came from the other side for {self.sock.gettimeout():g} s.") from error

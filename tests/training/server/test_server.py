@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import re
 import socket
 import subprocess
@@ -917,6 +918,34 @@ def test_versions_that_wait_for_a_slow_disk_are_few(tmp_path, monkeypatch):
     assert max(waiting[:40]) <= 2 and len(waiting) == result["version"] == 60  # nobody has waited for the disk
     saved = checkpoints.versions(tmp_path)
     assert saved[0] == 0 and saved[-1] == 60 and len(saved) < 45 and result["state"] == "done"
+
+
+def test_a_version_that_is_about_to_be_written_counts_as_one_that_waits(tmp_path):
+    """Its thread has taken it, and has come no further."""
+    go_on, taken = threading.Event(), []
+
+    class Slow(queue.SimpleQueue):
+        def get(self):
+            item = super().get()
+            taken.append(item)
+            assert item is None or go_on.wait(30)
+            return item
+
+    def slowed(server):
+        first, server.versions = server.versions.get(), Slow()
+        server.versions.put(first)
+
+    with serving(spec(tmp_path, workers=(0,), budget=17 * 9, checkpoints=100), slowed) as (server, _, thread):
+        (worker,) = join(server, 0)
+        until(lambda: taken)
+        for _ in range(3):
+            worker.push()
+            worker.pull()
+        waiting = server.versions.qsize()
+        go_on.set()
+        worker.train()
+        thread.join(10)
+    assert waiting == 0 and checkpoints.versions(tmp_path)[-1] == 9
 
 
 def test_the_server_holds_no_copy_of_the_weights_that_it_began_with(tmp_path):
