@@ -503,7 +503,7 @@ class WorkerConnection:
         self.outbox: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self.dtype = server.config.exchange
         self.push_bytes = compression.n_bytes(self.dtype, server.size)
-        self.takes_turns = self.push_bytes >= LARGE and self.course.update.ahead
+        self.bounded = self.push_bytes >= LARGE and self.course.update.ahead  # a rule of rounds holds all pushes of one anyway
         self.buffer: np.ndarray | None = None  # of a push, as it comes; the rule keeps it, or nobody does
         self.pulled: np.ndarray | None = None  # with which it was released last, where it pushes changes
         self.unscored = False  # has it pushed without a score, which may come later?
@@ -742,7 +742,7 @@ class WorkerConnection:
     def _buffer_for(self, header: dict, n: int) -> Sequence[memoryview]:
         if n != self.push_bytes or header["op"] != "push":
             return _drain(header, n)
-        if self.takes_turns:
+        if self.bounded:
             self.server.pushes.begin(self.connection)
         try:
             self.buffer = compression.buffer(self.dtype, self.server.size)

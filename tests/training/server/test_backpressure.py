@@ -129,6 +129,18 @@ def test_a_sender_that_stops_in_mid_push_holds_nobody_up(limit, tmp_path, waitin
         assert first.pull()["op"] == "grant" and server.course.update.version == 4
 
 
+def test_a_sender_that_goes_on_slowly_does_not_stall(tmp_path, waiting):
+    with serving(spec(tmp_path)) as (server, *_):
+        first, _ = joined(server, 2)
+        link = server.connections[0]
+        rest = half(first)
+        until(lambda: len(waiting) == 1)
+        for byte in rest[:-1]:
+            before = link.came_at
+            first.connection.sock.sendall(bytes([byte]))
+            until(lambda before=before: link.came_at > before)
+
+
 @pytest.mark.parametrize("dies", ["receiving", "waiting"])
 def test_a_sender_that_is_killed_in_mid_push_lets_the_others_go_on(dies, tmp_path, waiting):
     with serving(spec(tmp_path, budget=17 * 6)) as (server, *_):
