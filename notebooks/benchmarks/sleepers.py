@@ -18,12 +18,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ from labkit.runs.events import read_events
 from labkit.training import supervisor
 from labkit.training.server.server import ServerSpec
 from labkit.training.wire import transport
+from labkit.training.worker.process import give_back, prepare
 
 RESERVE = 2e9  # bytes of memory that are left to others
 
@@ -370,20 +373,17 @@ class Wide(nn.Module):
 def multiples(update: str, n_workers: int, megabytes: float, optimiser: str, path: Path) -> list[dict[str, float | str]]:
     """The most memory of the server and of a worker during each of two runs, its curve included, over its weights; Linux only.
 
-    Beyond what the same processes take for a run of hardly any weights.
+    Beyond what the same processes take for a run of hardly any weights. `torch` is what a process takes that trains the same network by a
+    loop of torch alone: weights, gradient, the state of the optimiser, and what a step needs besides.
     """
-    generator, rows, base = np.random.default_rng(0), [], {}
-    data = generator.normal(size=(64, 1, 2, 2)).astype(np.float32), generator.integers(0, 2, 64)
+    rows, base, torch_alone = [], {}, alone(megabytes, optimiser)
     with labkit.connect("dask", n_workers) as lab:
         pids = [worker.pid for worker in lab.workers]
         for number, wide in enumerate((0.1, megabytes, megabytes)):
             for pid in pids:
-                Path(f"/proc/{pid}/clear_refs").write_text("5")  # its high-water mark begins anew
-            plain = {"optimiser": optimiser, "momentum": 0.0 if optimiser == "sgd" else 0.9}
-            plain = {"optimiser": "sgd", "momentum": 0.9} if optimiser == "momentum" else plain
-            problem = labkit.Classifier(Wide, data, batch_size=4, lr=1e-3, model_args={"megabytes": wide}, **plain)
-            how = {"update": update, "partition": "udpa", "passes": 3, "local_steps": 4, "checkpoints": 3}
-            run, server = labkit.train(problem, lab, name=f"{number}", runs=path, **how), 0.0
+                forget_high_water(pid)
+            how = {"update": update, "partition": "udpa", "passes": 3, "local_steps": 4, "checkpoints": 3, "join_timeout": TIMEOUT_S}
+            run, server = labkit.train(wide_problem(wide, optimiser), lab, name=f"{number}", runs=path, **how), 0.0
             pid = next(child.pid for child in psutil.Process().children() if "training.server" in " ".join(child.cmdline()))
             while run.state == "running":
                 with contextlib.suppress(OSError, StopIteration):  # it has ended
@@ -397,9 +397,49 @@ def multiples(update: str, n_workers: int, megabytes: float, optimiser: str, pat
             left = max(psutil.Process(pid).memory_info().rss - base[pid] for pid in pids)
             found = {"server": server - base["server"], "worker": most, "left": left}
             about = {"update": update, "workers": n_workers, "optimiser": optimiser, "MB": megabytes, "run": number}
-            rows.append(about | {name: n / (1e6 * megabytes) for name, n in found.items()})
+            rows.append(about | {name: n / (1e6 * megabytes) for name, n in found.items()} | {"torch": torch_alone})
     shutil.rmtree(path, ignore_errors=True)
     return rows
+
+
+def wide_problem(megabytes: float, optimiser: str) -> labkit.Classifier:
+    """A network of so many MB; `optimiser` is "sgd", "adam", or "momentum" for SGD with it."""
+    generator = np.random.default_rng(0)
+    data = generator.normal(size=(64, 1, 2, 2)).astype(np.float32), generator.integers(0, 2, 64)
+    plain = {"optimiser": optimiser, "momentum": 0.0 if optimiser == "sgd" else 0.9}
+    plain = {"optimiser": "sgd", "momentum": 0.9} if optimiser == "momentum" else plain
+    return labkit.Classifier(Wide, data, batch_size=4, lr=1e-3, model_args={"megabytes": megabytes}, **plain)
+
+
+def alone(megabytes: float, optimiser: str) -> float:
+    """The most memory, over the weights, of a process of its own that trains such a network without labkit: the most of three times."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_train_alone, megabytes, optimiser).result()
+
+
+def _train_alone(megabytes: float, optimiser: str) -> float:
+    prepare(threads=1)
+    most, pid = [], os.getpid()
+    for wide in (0.1, megabytes, megabytes, megabytes):
+        base = psutil.Process().memory_info().rss
+        forget_high_water(pid)
+        problem = wide_problem(wide, optimiser)
+        module = problem.build(0)
+        (made,) = problem.optimisers(module)
+        for _ in range(12):
+            x, y = torch.randn(4, 1, 2, 2), torch.randint(0, 2, (4,))
+            made.zero_grad()
+            nn.functional.cross_entropy(module(x), y).backward()
+            made.step()
+        most.append((high_water(pid) - base) / (1e6 * wide))
+        del module, made
+        give_back()
+    return max(most[1:])
+
+
+def forget_high_water(pid: int) -> None:
+    """The high-water mark of a process begins anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def high_water(pid: int) -> float:
