@@ -382,8 +382,9 @@ def multiples(update: str, n_workers: int, megabytes: float, optimiser: str, pat
         for number, wide in enumerate((0.1, megabytes, megabytes)):
             for pid in pids:
                 forget_high_water(pid)
-            how = {"update": update, "partition": "udpa", "passes": 3, "local_steps": 4, "checkpoints": 3, "join_timeout": TIMEOUT_S}
-            run, server = labkit.train(wide_problem(wide, optimiser), lab, name=f"{number}", runs=path, **how), 0.0
+            how = {"update": update, "partition": "udpa", "passes": 3, "local_steps": 4, "checkpoints": 3}
+            how |= {"join_timeout": TIMEOUT_S, "name": f"{number}", "runs": path}
+            run, server = labkit.train(wide_problem(wide, optimiser), lab, **how), 0.0
             pid = next(child.pid for child in psutil.Process().children() if "training.server" in " ".join(child.cmdline()))
             while run.state == "running":
                 with contextlib.suppress(OSError, StopIteration):  # it has ended
