@@ -124,6 +124,7 @@ def _load(mode: str) -> None:
         with _quiet():  # its own loader would ask the CDN again
             import hvplot.pandas  # noqa: F401
         hv.Store.set_current_backend("bokeh")
+        _leave_stdout()
     hv.Store.renderers["matplotlib"].dpi = 120
     register()
 
@@ -141,6 +142,24 @@ def _inline_styles() -> None:
     if not _loaded.get("styles"):
         _loaded["styles"] = "inline"
         Viewable._preprocessing_hooks.append(inline)
+
+
+class _Uncaptured(list):
+    """In place of what pyviz_comms collects of the output of a message's handler."""
+
+    def __enter__(self) -> _Uncaptured:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+def _leave_stdout() -> None:
+    """Messages of a page are handled without replacing `sys.stdout`: JupyterLab has them handled in a thread of their own, beside a cell that
+    prints, whose lines would be lost."""
+    import pyviz_comms
+
+    pyviz_comms.StandardOutput = _Uncaptured
 
 
 def interactive() -> bool:

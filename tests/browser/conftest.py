@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -32,6 +33,7 @@ SETTINGS = {  # of JupyterLab: every output is drawn, also one that is not in si
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension:notification": {"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True},
 }
+OTHERS = ("Comm not found", "Exception opening new comm")  # JupyterLab of a comm of the other page, also beside an empty notebook
 HERE = ("file:", "http://localhost:", "http://127.0.0.1:", "ws://localhost:", "ws://127.0.0.1:", "data:", "blob:")
 
 
@@ -46,6 +48,18 @@ def browser():
         browser.close()
 
 
+def is_wrong(message):
+    return message.type == "error" and not message.text.startswith(OTHERS)
+
+
+def soon(page, condition, limit=60.0):
+    """Poll a page, which goes on meanwhile, until the condition holds, for at most `limit` seconds; returns what it was last."""
+    end = time.monotonic() + limit
+    while not (found := condition()) and time.monotonic() < end:
+        page.wait_for_timeout(100)
+    return found
+
+
 @pytest.fixture
 def new_page(browser):
     """Makes pages; what one says in its console as an error, or fetches from elsewhere, fails the test."""
@@ -53,7 +67,7 @@ def new_page(browser):
 
     def make():
         page = browser.new_page(viewport={"width": 1200, "height": 1600})
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("console", lambda message: wrong.append(message.text) if is_wrong(message) else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("response", lambda answer: wrong.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
         page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith(HERE) else None)
@@ -99,6 +113,14 @@ class Jupyter:
     def open(self, page, name, workspace="auto"):
         page.goto(f"{self.url}lab/workspaces/{workspace}/tree/{name}?token=token&reset", wait_until="domcontentloaded")
         page.locator(".jp-StatusBar-TextItem", has_text="| Idle").first.wait_for(timeout=120_000)  # before it Run All is dropped
+
+    def write(self, name, sources):
+        """A notebook of code cells."""
+        cell = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+        cells = [{**cell, "id": f"cell-{number}", "source": source} for number, source in enumerate(sources)]
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        book = {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}, "cells": cells}
+        (self.folder / name).write_text(json.dumps(book))
 
     def end_kernels(self):
         with urllib.request.urlopen(f"{self.url}api/sessions?token=token", timeout=30) as answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import numpy as np
@@ -106,6 +107,21 @@ def test_the_mode_is_named_or_guessed(monkeypatch):
         plots.extension()
     monkeypatch.delenv("LABKIT_PLOTS")
     assert plots.extension() == "static"  # this is no notebook
+
+
+def test_what_a_cell_prints_is_not_lost_to_a_message_of_a_page(capsys):
+    from pyviz_comms import Comm
+
+    plots.extension("interactive")
+    handling, printed = threading.Event(), threading.Event()
+    comm = Comm(on_msg=lambda message: (handling.set(), printed.wait(10)))
+    thread = threading.Thread(target=comm._handle_msg, args=({"comm_id": "page"},))
+    thread.start()  # as JupyterLab does with the messages of a figure
+    assert handling.wait(10)
+    print("of a cell")
+    printed.set()
+    thread.join()
+    assert capsys.readouterr().out == "of a cell\n"
 
 
 @pytest.mark.slow
