@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from labkit.errors import RunError
+from labkit.errors import RunError, whole
 from labkit.runs.events import Recorder
 from labkit.runs.files import check_owner, read_json, replacing, run_id, write_json
 
@@ -78,9 +78,10 @@ class Layout:
         file = Path(run) / LAYOUT
         stored = read_json(file, id)
         try:
-            shapes = tuple(tuple(shape) for shape in stored["shapes"])
+            shapes = tuple(tuple(whole("a side of a shape", side, 0) for side in shape) for shape in stored["shapes"])
             types = tuple(stored.get("types", ()))  # format 4
-            layout = cls(tuple(stored["names"]), shapes, stored["n_params"], stored["n_buffers"], types)
+            n_params, n_buffers = (whole(name, stored[name], 0) for name in ("n_params", "n_buffers"))
+            layout = cls(tuple(stored["names"]), shapes, n_params, n_buffers, types)
             ends = list(itertools.accumulate(layout._sizes, initial=0))
             named = len(set(layout.names)) == len(shapes) == len(layout.names) and all(isinstance(n, str) for n in layout.names)
             if not named or (shapes and (layout.size != ends[-1] or layout.n_params not in ends)):  # a simulation names none

@@ -371,7 +371,7 @@ def _columns(rows: list[dict]) -> dict[str, np.ndarray]:
     for name in COLUMNS:
         values = [row.get(name) for row in rows]
         if name in NO_NUMBERS:
-            columns[name] = np.array(values, object)
+            columns[name] = np.array([_encodable(value) for value in values], object)
         else:
             whole = all(type(value) is int for value in values)
             try:
@@ -379,6 +379,11 @@ def _columns(rows: list[dict]) -> dict[str, np.ndarray]:
             except (ValueError, TypeError, OverflowError):  # what is no number, or too large for one, is missing
                 columns[name] = np.array([value if _a_number(value) else np.nan for value in values], np.float64)
     return columns
+
+
+def _encodable(value: Any) -> Any:
+    """A text without halves of surrogate pairs, which JSON may hold and a table cannot."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) and not value.isascii() else value
 
 
 def _a_number(value: Any) -> bool:

@@ -475,6 +475,13 @@ def test_a_layout_splits_scalars_and_empty_tensors():
     assert parts["a"] == 0 and parts["c"].tolist() == [[1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize("shape", ["ab", ["ab", 10**30], [-2, -2], [2.5], [True], 4])
+def test_a_layout_with_a_shape_that_is_none_is_not_whole(shape, tmp_path):
+    write_json(tmp_path / "layout.json", {"names": ["a"], "shapes": [shape], "n_params": 4, "n_buffers": 0}, run="mine")
+    with pytest.raises(RunError, match=r"layout\.json is not whole"):
+        checkpoints.Layout.load(tmp_path, "mine")
+
+
 def test_versions_are_due_evenly_over_the_budget_and_when_the_newest_is_too_old():
     now = [0.0]
     policy = checkpoints.Policy(budget=100, snapshots=2, clock=lambda: now[0], age=30.0)

@@ -250,6 +250,13 @@ def test_what_no_run_writes_is_refused_by_its_line_though_its_checksum_fits(what
             reading()
 
 
+def test_half_a_surrogate_pair_in_a_text_is_read_as_a_question_mark(recorder, tmp_path):
+    """A message of a worker's error may hold one; a table cannot."""
+    recorder.copy({"time": 1.0, "seconds": 1.0, "kind": "leave", "worker": 0, "message": "no such caf\u00e9: \ud800"})
+    recorder.close()
+    assert read_events(tmp_path).message.tolist() == ["no such caf\u00e9: ?"]
+
+
 @pytest.mark.parametrize("body", [b'{"seq":0,"kind"', b"[" * 5000, b'1,{"seq":0', b'"x",{'])
 def test_a_line_that_is_no_event_is_refused_though_its_checksum_fits(body, tmp_path):
     (tmp_path / "events.jsonl").write_bytes(body + CRC % zlib.crc32(body, zlib.crc32(b"")) + b"\n")
