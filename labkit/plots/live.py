@@ -192,8 +192,9 @@ class Screen:
         """Show the figure below the cell, or, if the run has ended, its last picture."""
         from IPython.display import display
 
-        self.displayed = self.displayed or uuid.uuid4().hex
-        display(self.picture(self.latest) if self.ended or self.mute else figure, display_id=self.displayed)
+        place = self.displayed or uuid.uuid4().hex
+        display(self.picture(self.latest) if self.ended or self.mute else figure, display_id=place)
+        self.displayed = place  # from here on it can be replaced
 
     def show(self, seen: Any, last: bool = False) -> None:
         """From any thread; `post` has the kernel draw, which must not do two things at once to a figure."""

@@ -549,7 +549,7 @@ def _axes_of(found: Any) -> list[str]:
 
 def _staggered(names: Sequence[str]) -> list[tuple[int, str]]:
     """Names of axes side by side: where there are many, each second one a line lower, and long ones cut."""
-    per = WIDE // len(names)
+    per = 3 * WIDE // 4 // len(names)  # cells of a notebook are narrower than a figure may be
     if max(map(len, names)) < per:
         return list(enumerate(names))
     return [(at, "\n" * (at % 2) + _cut(name, 2 * per - 2)) for at, name in enumerate(names)]

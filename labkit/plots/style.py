@@ -9,6 +9,7 @@ Used by all figures; `extension`, `interactive` and `save` are public through `l
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -500,16 +501,17 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: bool = T
     figure = figure.collate() if len(elements) > 1 else figure
     named = dict.fromkeys(filter(None, figure.traverse(lambda element: element.label, [hv.Element]))) if legend else {}
     n_columns = max(1, min(len(named), 100 // (max(map(len, named), default=1) + 8)))
+    more = max(0, math.ceil(len(named) / n_columns) - 1)  # rows of the legend, below the first
     fonts = FONTS | {"title": max(9, min(FONTS["title"], FONTS["title"] * WIDE // max(1, len(title))))}
     common = {"title": title, "show_grid": True, **options}
     beside = {"orientation": "vertical", "ncols": n_columns, "location": "left"}
     bokeh = {
         "responsive": True,  # as wide as the cell, at most 8 inches
         "max_width": 960,
-        "height": round(120 * height),
+        "height": round(120 * height) + 26 * more,
         "show_legend": bool(named),
         "legend_position": "bottom",
-        "legend_opts": {**beside, "spacing": 24, "padding": 0, "border_line_alpha": 0},
+        "legend_opts": {**beside, "spacing": 6 if more else 24, "padding": 0, "border_line_alpha": 0},
         "gridstyle": {f"{axis}grid_line_alpha": 0 for axis in "xy" if axis not in grid},
         "fontsize": fonts,
         "hooks": [_bokeh_look(note)],
