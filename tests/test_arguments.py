@@ -23,7 +23,6 @@ import labkit
 from labkit import chaos, plots, updates
 from labkit.cluster import connect
 from labkit.experiments import search, sweep
-from labkit.plots import style
 from labkit.runs import analysis, checkpoints
 from labkit.runs.record import RunRecord
 from labkit.simulation import simulate
@@ -163,9 +162,9 @@ def of_path(function, module, name="read_json"):
     return door
 
 
-def of_figure(draw):
+def of_figure(draw, first="labkit.plots.style.extension"):
     def door(monkeypatch, lab, **given):
-        monkeypatch.setattr(style, "extension", begin)
+        monkeypatch.setattr(first, begin)
         return caught(lambda: draw(**given))
 
     return door
@@ -222,7 +221,7 @@ DOORS = {  # of each call: how far it goes, and (argument, kind, a good value)
     "load_run": (of_path(labkit.load_run, run, "Run"), [("path", Path, "~/there")]),
     "load_subnets": (of_path(labkit.load_subnets, result), [("path", Path, "~/there")]),
     "summary": (of_path(labkit.summary, sweep, "find_json"), [("out", Path, "~/there")]),
-    "plots.curves": (of_figure(lambda **given: plots.curves([], **given)), [("target", float, 0.5), ("x", str, "samples"), ("y", str, "loss")]),
+    "plots.curves": (of_figure(lambda **given: plots.curves([], **given), "labkit.plots.runs._tables"), [("target", float, 0.5), ("x", str, "samples"), ("y", str, "loss")]),
     "plots.errors": (of_figure(lambda **given: plots.errors(None, **given)), [("bar", float, 0.5)]),
     "plots.save": (of_figure(lambda **given: plots.save(None, **given)), [("path", Path, "~/there.png")]),
     "chaos.Storm": (of_storm, [("every", float, 2.0), ("most", int, 3), ("most_joins", int, 3), ("seed", int, 3)]),

@@ -289,9 +289,9 @@ def speed(frame: pd.DataFrame) -> hv.Overlay:
 
 def _tables(runs: list[RunRecord], read: Callable[[RunRecord], pd.DataFrame]) -> dict[RunRecord, pd.DataFrame]:
     """The table of each run; one of several that is damaged is left out, which is printed."""
-    style.extension()
     if not runs:
         raise ValueError("there is no run to draw: pass a run, or a list of at least one.")
+    style.extension()
     found, refused = {}, []
     for run in runs:
         try:
