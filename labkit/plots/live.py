@@ -1,7 +1,7 @@
 """The live view of a run: the held-out score that workers report, their samples/s, and how many are here, redrawn while it runs.
 
 A thread reads what was appended to the record, twice a second or, where reading and drawing take long, less often, and the kernel
-sends it to the figure between its cells. A browser moves the figure only with a free kernel, so `await` the run in the next cell instead
+sends it to the figure between its cells, one panel after the other, so that no cell waits for all of them. A browser moves the figure only with a free kernel, so `await` the run in the next cell instead
 of blocking it; when a page begins to listen, also one that is loaded again or a second one, it gets all that is known then. At the end
 of the run all pages get the last picture, and it takes the place of the output of the cell, where it needs no kernel any more: it is
 there however late the browser was, and in the notebook that is saved. A front end that never begins to listen, as VS Code and Colab, gets
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from labkit.runs.record import RunRecord
 
 PERIOD_S = 0.5  # between two redraws, at least,
-SHARE = 0.1  # and so much of the time they take at most, with what is read for them: workers may share the cores of the kernel
+SHARE, SHARE_LATER = 0.1, 0.02  # and so much of the time they take at most, with what is read for them, in the first
+EARLY_S = 20.0  # seconds of a view and afterwards: workers may share the cores of the kernel and of the browser
 FAILURES = 20  # of reading the record in a row, before the view says so; it goes on looking, more rarely
 RARELY_S = 5.0  # between two looks then
 POINTS = 400  # of a worker's line, at most: a long run must not slow the browser down
@@ -116,9 +117,11 @@ def moving(
         return picture(watch.look())
     import holoviews as hv
 
-    pipe = hv.streams.Pipe(data=watch.look())
-    maps = [hv.DynamicMap(lambda data, draw=draw: draw(grows, data), streams=[pipe]) for draw in views]
-    screen = Screen(pipe, _poster(), picture, nothing, static)
+    seen = watch.look()
+    pipes = [hv.streams.Pipe(data=seen) for _ in views]
+    drawn = zip(views, pipes, strict=True)
+    maps = [hv.DynamicMap(lambda data, draw=draw: draw(grows, data), streams=[pipe]) for draw, pipe in drawn]
+    screen = Screen(pipes, _poster(), picture, nothing, static)
     threading.Thread(target=_feed, args=(grows, watch, screen, timeout), name=f"live-{grows.name}", daemon=True).start()
     figure, shown = style.stack(maps), style.stack(maps)  # what is shown keeps its state, whatever is done with `figure`
     figure._ipython_display_ = lambda: screen.display(shown)  # what a notebook calls instead of showing `figure` in its own way
@@ -181,11 +184,13 @@ class Screen:
     cell was run. Other pages know no ids and get it as before. Where nobody listens, all pictures come that way (`mute`).
     """
 
-    def __init__(self, pipe: Any, post: Post, picture: Callable[[Any], Any], nothing: Any = NOTHING, mute: bool = False) -> None:
-        self.pipe, self.post, self.picture, self.nothing, self.mute = pipe, post, picture, nothing, mute
+    def __init__(
+        self, pipes: Sequence[Any], post: Post, picture: Callable[[Any], Any], nothing: Any = NOTHING, mute: bool = False
+    ) -> None:
+        self.pipes, self.post, self.picture, self.nothing, self.mute = pipes, post, picture, nothing, mute
         self.unheard = 0  # redraws
         self.latest, self.posted, self.ended = nothing, False, False
-        self.took = 0.0  # seconds of the latest drawing
+        self.costs, self.took = [0.0] * len(pipes), 0.0  # seconds of the latest drawing of each panel, and of all
         self.displayed: str | None = None  # the id
 
     def display(self, figure: Any) -> None:
@@ -210,8 +215,9 @@ class Screen:
             comm._on_open = self._again
         began = time.monotonic()
         if not self.mute and all(comm._comm for comm in comms):  # sending would open it from this side, where nobody listens yet
-            self.pipe.send(self.latest)
             self.unheard = 0
+            for number in range(len(self.pipes)):
+                self.post(lambda number=number: self._send(number))
         elif self.displayed:
             self.unheard += 1
             self.mute = self.mute or self.unheard >= MUTE
@@ -221,27 +227,35 @@ class Screen:
             # JupyterLab draws nothing where the new output has the form of the old one; so there is another one between.
             display({"text/plain": ""}, raw=True, display_id=self.displayed, update=True)
             display(self.picture(self.latest), display_id=self.displayed, update=True)
-        self.took = time.monotonic() - began
+            self.took = time.monotonic() - began
+
+    def _send(self, number: int) -> None:
+        began = time.monotonic()
+        self.pipes[number].send(self.latest)
+        self.costs[number] = time.monotonic() - began
+        self.took = sum(self.costs)
 
     def _again(self, _: Any) -> None:
         for wait in AGAIN_S:
-            self.post(self._resend, wait)  # JupyterLab opens comms of a busy kernel in a thread beside the one that draws
+            for pipe in self.pipes:  # JupyterLab opens comms of a busy kernel in a thread beside the one that draws
+                self.post(lambda pipe=pipe: self._resend(pipe), wait)
 
-    def _resend(self) -> None:
-        """Send all: as only what changes travels, the figure is made empty first, which no page is told."""
+    def _resend(self, pipe: Any) -> None:
+        """Send all of a panel: as only what changes travels, it is made empty first, which no page is told."""
         comms = self._comms()
         for comm in comms:
             comm.send = _to_nobody
         try:
-            self.pipe.send(self.nothing)
+            pipe.send(self.nothing)
         finally:
             for comm in comms:
                 del comm.send
-        self.pipe.send(self.latest)
+        pipe.send(self.latest)
 
     def _comms(self) -> list[Any]:
         """Of the figure, in the pages in which the kernel moves it."""
-        return [*{id(plot.comm): plot.comm for plot in map(_plot, self.pipe.subscribers) if getattr(plot, "comm", None)}.values()]
+        plots = [_plot(subscriber) for pipe in self.pipes for subscriber in pipe.subscribers]
+        return [*{id(plot.comm): plot.comm for plot in plots if getattr(plot, "comm", None)}.values()]
 
 
 def _to_nobody(*args: Any, **how: Any) -> None:
@@ -263,7 +277,8 @@ def _poster() -> Post:
 
 def _feed(run: Any, watch: Watched, screen: Screen, timeout: float) -> None:
     """Show what is new until the run ends; the state is read first, so that the last push is drawn too."""
-    limit, shown, failures, seen = time.monotonic() + timeout, None, 0, screen.nothing
+    first = time.monotonic()
+    limit, shown, failures, seen = first + timeout, None, 0, screen.nothing
     while (began := time.monotonic()) < limit:
         try:
             ended = run.state != "running"
@@ -279,7 +294,8 @@ def _feed(run: Any, watch: Watched, screen: Screen, timeout: float) -> None:
             if ended:
                 return
             failures = 0
-        pause = max(PERIOD_S if failures < FAILURES else RARELY_S, (time.monotonic() - began + screen.took) / SHARE)
+        share = SHARE if began - first < EARLY_S else SHARE_LATER
+        pause = max(PERIOD_S if failures < FAILURES else RARELY_S, (time.monotonic() - began + screen.took) / share)
         for _ in range(max(1, math.ceil(min(pause, limit - time.monotonic()) / PERIOD_S))):
             time.sleep(PERIOD_S)
             if _has_ended(run):

@@ -95,7 +95,7 @@ def test_a_page_that_never_listens_gets_pictures_after_a_while(run, monkeypatch)
     monkeypatch.setattr("IPython.display.display", lambda figure, **how: shown.append(figure))
     plot = SimpleNamespace(comm=SimpleNamespace(_comm=None))
     pipe = SimpleNamespace(subscribers=[SimpleNamespace(__self__=plot)], send=sent.append)
-    screen = Screen(pipe, lambda call, wait=0.0: call(), lambda seen: f"picture {seen.test}")
+    screen = Screen([pipe], lambda call, wait=0.0: call(), lambda seen: f"picture {seen.test}")
     screen.display("figure")
     for number in range(MUTE - 1):
         screen.show(NOTHING._replace(test=number))
@@ -176,12 +176,13 @@ def test_at_the_end_the_output_of_the_cell_is_the_last_picture(run, monkeypatch)
 def test_what_is_new_is_drawn_once_between_two_cells_and_a_record_that_cannot_be_read_is_read_again(run):
     posted, drawn = [], []
     pipe = SimpleNamespace(subscribers=[], send=drawn.append)
-    screen = Screen(pipe, lambda call, wait=0.0: posted.append((wait, call)), None)
+    screen = Screen([pipe], lambda call, wait=0.0: posted.append((wait, call)), None)
     for number in range(5):  # while a cell blocks the kernel
         screen.show(NOTHING._replace(test=number))
     assert len(posted) == 1 and not drawn
     posted.pop()[1]()
-    assert [seen.test for seen in drawn] == [4]
+    posted.pop()[1]()  # its one panel; something else may come between two
+    assert not posted and [seen.test for seen in drawn] == [4]
 
     screen._again({})  # a page is loaded, in whichever thread its kernel hears of it, and takes its time to draw the figure
     assert len(drawn) == 1 and posted[0][0] == 0 and posted[-1][0] > 20
