@@ -294,7 +294,7 @@ def test_a_lab_a_run_a_dict_of_another_kind(threads, home):
         lambda: labkit.train(PROBLEM, "threads"),
         lambda: labkit.train_subnets(PROBLEM, None, (2, 2)),
         lambda: labkit.train_subnets(PROBLEM, threads, (2, 2), team=["n_workers"]),
-        lambda: labkit.replay("runs/mine"),
+        lambda: labkit.replay(3),
         lambda: labkit.simulate(3),
         lambda: labkit.connect("dask", 2, resources=["GPU"]),
         lambda: labkit.connect("dask", 2, resources=0),

@@ -86,7 +86,7 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         One of
 
         - a registered name: see `names()`;
-        - arrays `(x, y)` or `(x_train, y_train, x_test, y_test)`;
+        - arrays `(x, y)` or `(x_train, y_train, x_test, y_test)`, also as `{"train": (x, y), "test": (x, y)}`;
         - a dict of arrays or of lists of samples, `{"image": ..., "age": ..., "label": ...}`; one number a sample is an input of shape
           (1,). Texts are labels only. Names in _train and _test, or `{"train": {...}, "test": {...}}`, are two splits;
         - a pandas DataFrame, whose columns of numbers are one input "x" together (also `{"train": frame, "test": frame}`);
@@ -138,6 +138,8 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
     >>> digits.shape, digits.n_classes
     ((1, 8, 8), 10)
     """
+    if _pairs_by_split(data):
+        data = (*data["train"], *data["test"])
     if isinstance(data, str) and data in named.NAMED:
         open_it = named.NAMED[data]
         if isinstance(open_it, str):
@@ -181,6 +183,18 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         f"data is a {type(data).__name__}. Give a registered name ({', '.join(names())}), arrays (x, y) or "
         "(x_train, y_train, x_test, y_test), a dict of arrays, a DataFrame, a torch Dataset, a .parquet, .h5 or .hdf5 file, or a folder of .npy files, of pictures or of "
         "volumes."
+    )
+
+
+def _pairs_by_split(data: Any) -> bool:
+    """Is it {"train": (x, y), "test": (x, y)}, of arrays?"""
+    return (
+        isinstance(data, Mapping)
+        and set(data) == {"train", "test"}
+        and all(
+            isinstance(pair, tuple | list) and len(pair) == 2 and all(hasattr(array, "shape") for array in pair)
+            for pair in data.values()
+        )
     )
 
 

@@ -355,7 +355,7 @@ class Coordinator:
         if row["state"] == "done" and self.found._is_best(number):
             came += " (the best so far)"
         on = "" if not row["workers"] else f", {row['seconds']:.1f} s on workers {', '.join(map(str, row['workers']))}"
-        return f"trial {number + 1} of {self.config['trials']}: {point}: {came}{on}"
+        return f"trial {number} ({number + 1} of {self.config['trials']}): {point}: {came}{on}"
 
     # -- from the first to the last ------------------------------------------------------------------------------
 

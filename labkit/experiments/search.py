@@ -372,7 +372,7 @@ class Search(Carded, Public):
         Columns besides: `seconds` (of the search, when the trial ended), `trials` (how many had ended by then), `best` (score of those that
         were done by then; NaN before the first).
 
-            found.history().hvplot.step("seconds", "best") * found.history().hvplot.scatter("seconds", "score", by="state")
+            found.history().hvplot.step("seconds", "best", where="post") * found.history().hvplot.scatter("seconds", "score", by="state")
         """
         from labkit.plots.search import history
 

@@ -12,7 +12,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -462,7 +462,7 @@ class Problem(Carded):
                 f". Items go to the network as they are, here bytes of shape {shape}. Make them floats, channels first, in __getitem__ (as "
                 "ToTensor of torchvision does)."
             )
-        if len(shape) == 3 and shape[0] == 1 and data.affine_of(name):
+        if len(shape) == 3 and shape[0] == 1 and data.affine_of(name) and _met(error, shape):
             return (
                 f". Arrays (n, {shape[1]}, {shape[2]}) are pictures of one channel. Sequences (n, steps, features) keep their shape, and are "
                 f"not normalised, with open_dataset(..., as_given={name!r})."
@@ -742,21 +742,33 @@ def _reference(data: Any, answers: str | None = None) -> str | Dataset:
     return path
 
 
+def _forwards(error: BaseException) -> Iterator[tuple[nn.Module, list[torch.Tensor]]]:
+    """The networks and layers that were at work when the error came, the innermost last, and the tensors that each was given."""
+    trace = error.__traceback__
+    while trace is not None:
+        code, values = trace.tb_frame.f_code, trace.tb_frame.f_locals
+        layer, *given = [values.get(argument) for argument in code.co_varnames[: code.co_argcount]] or [None]
+        if code.co_name == "forward" and isinstance(layer, nn.Module):
+            yield layer, [value for value in given if isinstance(value, torch.Tensor)]
+        trace = trace.tb_next
+
+
+def _met(error: BaseException, shape: tuple[int, ...]) -> bool:
+    """Did it come in a network or a layer that was given samples of this shape?"""
+    innermost = [given for _, given in _forwards(error)][-1:]
+    return any(tuple(one.shape[1:]) == tuple(shape) for given in innermost for one in given)
+
+
 def _layer_of(error: BaseException) -> str:
     """Which layer was at work when the error came, and the shapes of what it was given; empty where it was no layer in a module."""
     names: dict[int, str] = {}  # by the outermost module
-    found, trace = "", error.__traceback__
-    while trace is not None:
-        code, values = trace.tb_frame.f_code, trace.tb_frame.f_locals
-        layer = values.get(code.co_varnames[0]) if code.co_argcount else None
-        if code.co_name == "forward" and isinstance(layer, nn.Module):
-            names = names or {id(one): name for name, one in layer.named_modules()}
-            if name := names.get(id(layer)):
-                given = [values.get(argument) for argument in code.co_varnames[1 : code.co_argcount]]
-                shapes = ", ".join(str(tuple(value.shape)) for value in given if isinstance(value, torch.Tensor))
-                kind = type(layer).__name__ if [*layer.children()] else repr(layer)
-                found = f"; in its layer {name!r}, {kind}, which was given {shapes or 'no tensor'}"
-        trace = trace.tb_next
+    found = ""
+    for layer, given in _forwards(error):
+        names = names or {id(one): name for name, one in layer.named_modules()}
+        if name := names.get(id(layer)):
+            shapes = ", ".join(str(tuple(value.shape)) for value in given)
+            kind = type(layer).__name__ if [*layer.children()] else repr(layer)
+            found = f"; in its layer {name!r}, {kind}, which was given {shapes or 'no tensor'}"
     return found
 
 

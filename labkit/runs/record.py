@@ -22,7 +22,7 @@ import numpy as np
 from labkit import locks
 from labkit.cards import Card, Carded, Line, Summary
 from labkit.errors import RunError, file_path, plain_scalar, real, whole
-from labkit.imports import rule_title
+from labkit.imports import by_value, rule_title
 from labkit.names import Public
 from labkit.partition import PARTITIONS
 from labkit.runs import analysis, checkpoints, metrics, server_file
@@ -251,7 +251,10 @@ class RunRecord(Carded, Public):
     def _how_to_measure(self) -> str:
         if self.being_measured:
             return "The kernel that has trained it is measuring it now: ask again in a moment."
-        return f"run = labkit.load_run({str(self.path)!r}), run.problem() and run.curve() do it, if you trust who made this run."
+        path = repr(str(self.path))
+        if (lost := by_value(self.config.problem)) is not None:
+            return f"{lost!r} is in the record by its name alone: make its problem again, and labkit.load_run({path}, problem=problem).curve() does it."
+        return f"run = labkit.load_run({path}), run.problem() and run.curve() do it, if you trust who made this run."
 
     def _measured(self) -> pd.DataFrame:
         raise RunError(f"the curve of run {self.name} is not measured yet. {self._how_to_measure}")

@@ -7,6 +7,7 @@ Used from notebooks; the work is done in `labkit.simulation.exact` and `labkit.s
 """
 
 import copy
+import os
 from pathlib import Path
 
 from labkit.errors import RunError, file_path, instance
@@ -20,14 +21,14 @@ from labkit.simulation.counterfactual import Arrivals
 from labkit.simulation.exact import Course, read_lives
 from labkit.simulation.offline import Ledger
 from labkit.training.resume import is_rule_of, problem_of, rule_of
-from labkit.training.run import Run
+from labkit.training.run import Run, read_run
 from labkit.training.train import check_weighed, run_name
 from labkit.updates import Update, make_update
 
 
 @named
 def replay(
-    run: Run,
+    run: Run | str | Path,
     *,
     update: str | dict | Update | None = None,
     partition: Partition | None = None,
@@ -48,7 +49,7 @@ def replay(
     Parameters
     ----------
     run
-        A run that has ended, however: done, stopped, failed, cut off, resumed.
+        A run, or its directory, that has ended, however: done, stopped, failed, cut off, resumed.
     update
         Another rule, by name or as an object; or the run's own, where its class was written in a notebook cell.
     partition, problem
@@ -73,7 +74,11 @@ def replay(
     >>> labkit.replay(run, update="sgwu").config.update["name"]  # what another rule makes of the same arrivals
     'sgwu'
     """
-    instance("run", run, Run, ", such as labkit.load_run(path)")
+    run = (
+        read_run(file_path("run", run))
+        if isinstance(run, str | os.PathLike)
+        else instance("run", run, Run, ", such as labkit.load_run(path)")
+    )
     folder = run.path.parent if runs is None else file_path("runs", runs)
     name = None if name is None else run_name(name)
     rule = rule_of(run, "update", by="replay") if update is None else copy.deepcopy(make_update(update))

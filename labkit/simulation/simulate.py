@@ -6,6 +6,7 @@ Used from notebooks; the work is done in `labkit.simulation.simulator`.
 """
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,14 +20,14 @@ from labkit.simulation import scenario
 from labkit.simulation.offline import Ledger
 from labkit.simulation.simulator import Simulation
 from labkit.training.resume import problem_of, rule_of
-from labkit.training.run import Run
+from labkit.training.run import Run, read_run
 from labkit.training.train import check_weighed, run_name
 from labkit.updates import Update, make_update
 
 
 @named
 def simulate(
-    source: Run | Sequence[Run] | Sequence[float],
+    source: Run | str | Path | Sequence[Run] | Sequence[float],
     *,
     n_workers: int | None = None,
     slowdown: Sequence[float] | None = None,
@@ -61,7 +62,7 @@ def simulate(
     Parameters
     ----------
     source
-        A run that has ended, several (the first is changed, all are fitted; two sizes of model tell latency from bandwidth), or
+        A run that has ended, or its directory, several (the first is changed, all are fitted; two sizes of model tell latency from bandwidth), or
         speeds: samples/s of each worker, for a cluster of which nothing is recorded.
     n_workers, slowdown, jitter, drift, stalls
         Other workers: each is as quick as one of the measured ones without its slowdown, in turn, and slower by `slowdown` (by
@@ -99,6 +100,8 @@ def simulate(
     >>> many.origin, many.config.n_workers
     ('simulated', 8)
     """
+    if isinstance(source, str | os.PathLike):
+        source = read_run(file_path("source", source))
     measured = [source] if isinstance(source, Run) else several("source", source, lambda _, one: one)
     if not measured:
         raise ValueError("simulate() needs a run, several, or the samples/s of at least one worker.")

@@ -188,7 +188,7 @@ class Run(RunRecord):
     def _interrupted(self) -> Interrupted:
         where = repr(str(self.path))
         return Interrupted(
-            f"run {self.name} goes on. run.progress() follows it, run.stop() ends it; another kernel follows it by "
+            f"run {self.name} goes on, as long as its lab is there. run.progress() follows it, run.stop() ends it; another kernel follows it by "
             f"labkit.load_run({where}).attach(), and once its workers are gone labkit.resume({where}) goes on from its last checkpoint."
         )
 

@@ -158,6 +158,8 @@ def test_two_splits_in_one_dict():
     nested = {"train": {"x": IMAGES, "y": Y}, "test": {"x": IMAGES[:9], "y": Y[:9]}}
     assert open_dataset(four).path == open_dataset(nested).path
     assert (open_dataset(four).n_train, open_dataset(four).n_test) == (N, 9)
+    pairs = open_dataset({"train": (IMAGES, Y), "test": [IMAGES[:9], Y[:9]]})
+    assert pairs.path == open_dataset((IMAGES, Y, IMAGES[:9], Y[:9])).path and pairs.n_test == 9
     refused({**four, "z_train": Y}, "z is in one split only")
     refused({**four, "y_test": Y[:9] + 9}, "y_test[0] is 9", "target='y'")
 

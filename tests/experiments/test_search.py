@@ -143,7 +143,7 @@ def test_a_trial_is_a_run_of_its_point_and_the_search_is_read_back(search, probl
     table = found.table()
     assert list(table.columns) == ["trial", "lr", "width", "update", "partition", "score", "state", "error", "seconds", "workers"]
     assert found.state == "done" and list(table.state) == ["done"] * 2 and (table.seconds > 0).all() and table.workers[0] == [0, 1]
-    assert "trial 1 of 2: lr 0." in (said := capsys.readouterr().out) and "(the best so far)" in said
+    assert "trial 0 (1 of 2): lr 0." in (said := capsys.readouterr().out) and "(the best so far)" in said
     best = found.run()
     assert best.config["update"]["name"] == "sgwu" and best.config["problem"]["model_args"] == {"width": found.best.width}
     measured = found.problem().measure(best.model().network, best.problem().score_indices())

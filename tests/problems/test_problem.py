@@ -270,6 +270,7 @@ def test_an_error_inside_the_model_is_explained():
         problem.check()
     assert isinstance(caught.value.__cause__, RuntimeError) and "\n" not in str(caught.value)
     assert "in its layer '1', Linear(in_features=63, out_features=3, bias=True), which was given (2, 64)" in str(caught.value)
+    assert "pictures of one channel" not in str(caught.value), "it has met those"
 
 
 def test_an_error_while_building_is_explained():

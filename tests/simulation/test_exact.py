@@ -132,7 +132,7 @@ def test_a_replay_has_the_same_bits(update, partition, train):
     local_steps = 3 if partition == "udpa" else None
     run = train(update=update, partition=partition, local_steps=local_steps)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    again = labkit.replay(run)
+    again = labkit.replay(str(run.path))
     assert same(run, again)
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
     pushes = len(run.events.query("kind == 'push'"))

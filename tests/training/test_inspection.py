@@ -62,7 +62,9 @@ def test_a_worker_is_made_slower_and_the_record_and_figures_say_so(train, lab):
     until(lambda: "after" in run.inspect(1).stacks["worker"])  # the sleep behind a step
     assert style.caption([run]) == "worker 1 slowed down to 5x in mid-run"
     run.stop()
-    assert run.events.query("kind == 'slow'")[["worker", "message"]].values.tolist() == [[1, "5 times as slow as it is"]]
+    assert run.events.query("kind == 'slow'")[["worker", "message"]].values.tolist() == [
+        [1, "5 times as slow as its machine, in all"]
+    ]
     assert "worker 1 slowed down to 5x" in style.caption([labkit.load_run(run.path)])
     again = labkit.resume(run.path, lab, problem=problem(kind=Slow))  # with workers at their own speed
     until(lambda: again.status().get("started"))

@@ -395,7 +395,9 @@ class Server:
         if (member := self.course.members.get(worker)) is None:
             return
         self.slowed[str(worker)] = factor
-        self._record("slow", worker=worker, incarnation=member.incarnation, message=f"{factor:g} times as slow as it is")
+        self._record(
+            "slow", worker=worker, incarnation=member.incarnation, message=f"{factor:g} times as slow as its machine, in all"
+        )
         self._tell(worker, {"op": "slow", "factor": factor})
 
     def _lost_process(self, worker: int, generation: int, reason: str) -> None:
