@@ -37,7 +37,9 @@ from labkit.runs.files import check_owner, read_json, replacing, run_id, write_j
 AGE_S = 30.0  # at least so often a version is saved, if there is a new one
 FORMAT = 1  # of a checkpoint; a reader refuses what is newer
 FOLDER = "checkpoints"
-WIDTHS = {"bfloat16": 2}  # bytes of the types that numpy has not
+WIDTHS = {"bool": 1, "bfloat16": 2, "complex64": 8, "complex128": 16}  # bytes of the types that buffers may have
+WIDTHS |= {f"float{bits}": bits // 8 for bits in (16, 32, 64)}
+WIDTHS |= {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)}
 PART = 1 << 20  # bytes that are read, or weights that are looked at, at once
 LAYOUT = "layout.json"
 ARRAY, ITEMS = "__array__", "__items__"  # in the JSON: a reference to a member; a dict whose keys are not all text
@@ -115,7 +117,7 @@ class Layout:
 
     @property
     def _sizes(self) -> list[int]:
-        bytes_of = [1] * (len(self.names) - len(self.types)) + [WIDTHS.get(kind) or np.dtype(kind).itemsize for kind in self.types]
+        bytes_of = [1] * (len(self.names) - len(self.types)) + [_width(kind) for kind in self.types]
         return [math.prod(shape) * n for shape, n in zip(self.shapes, bytes_of, strict=True)]
 
     def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
@@ -126,6 +128,12 @@ class Layout:
             part, start = flat[start : start + n], start + n
             tensors[name] = (_from_bytes(part, kind) if kind else part).reshape(shape)
         return tensors
+
+
+def _width(kind: Any) -> int:
+    if not isinstance(kind, str) or kind not in WIDTHS:
+        raise TypeError(f"a buffer of type {kind!r} cannot be stored; those of {', '.join(WIDTHS)} can")
+    return WIDTHS[kind]
 
 
 def _from_bytes(part: np.ndarray, kind: str) -> np.ndarray:

@@ -482,6 +482,14 @@ def test_a_layout_with_a_shape_that_is_none_is_not_whole(shape, tmp_path):
         checkpoints.Layout.load(tmp_path, "mine")
 
 
+@pytest.mark.parametrize("kind", ["a", "object", "float8", "U20000", 3, ["int64"]])
+def test_a_layout_with_a_type_that_no_buffer_has_is_not_whole(kind, tmp_path):
+    stored = {"names": ["a"], "shapes": [[1]], "n_params": 0, "n_buffers": 8, "types": [kind]}
+    write_json(tmp_path / "layout.json", stored, run="mine")
+    with pytest.raises(RunError, match=r"layout\.json is not whole: a buffer of type"):
+        checkpoints.Layout.load(tmp_path, "mine")
+
+
 def test_versions_are_due_evenly_over_the_budget_and_when_the_newest_is_too_old():
     now = [0.0]
     policy = checkpoints.Policy(budget=100, snapshots=2, clock=lambda: now[0], age=30.0)
