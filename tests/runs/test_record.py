@@ -36,6 +36,13 @@ def test_a_directory_holds_how_its_run_ended(run):
     assert run.state == "stopped" and repr(run).startswith("<Run kept: ") and "5 of" in repr(run)
 
 
+def test_what_goes_on_with_a_run_is_told_by_where_it_is_now(run):
+    reason = "its kernel is gone; labkit.resume('/somewhere/else') continues it."
+    write_json(run.path / "status.json", {"state": "failed", "reason": reason, "samples": 5})
+    moved = run.path.rename(run.path.with_name("moved"))
+    assert RunRecord(moved).status()["reason"] == f"its kernel is gone; labkit.resume({str(moved)!r}) continues it."
+
+
 def test_events_are_read_again_when_there_are_more(run):
     assert list(run.allocations().itertuples(index=False, name=None)) == [(0, 1, 7, 7)] and len(run.events) == 2
     recorder = Recorder(run.path)
