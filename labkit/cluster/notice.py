@@ -17,6 +17,7 @@ from typing import Any
 
 AFTER_S = 0.8  # what is quicker is not told
 EVERY_S = 0.5  # between two readings of a text that changes
+EXECUTED = "LABKIT_KERNEL"  # in the environment of a kernel that executes a notebook of a sweep, and of all that it starts
 TERMINAL_S = 10.0  # after so long a terminal is told, once and again
 _telling = threading.Lock()  # one line at a time: what is called in there is part of it
 
@@ -30,11 +31,13 @@ def shell() -> Any:
 def front_end() -> str:
     """What shows the notebook of this kernel to somebody: "jupyter" (its server names the notebook), "vscode" or "colab"; "" where nobody
     looks, as under papermill, in scripts and in consoles."""
-    if not hasattr(shell(), "kernel"):
+    if not hasattr(shell(), "kernel") or EXECUTED in os.environ:
         return ""
     if "google.colab" in sys.modules:
         return "colab"
-    return "vscode" if "VSCODE_PID" in os.environ else "jupyter" if "JPY_SESSION_NAME" in os.environ else ""
+    if hasattr(sys.modules["__main__"], "__vsc_ipynb_file__"):  # which, other than a variable of the environment, is not inherited
+        return "vscode"
+    return "jupyter" if "JPY_SESSION_NAME" in os.environ else ""
 
 
 @contextlib.contextmanager

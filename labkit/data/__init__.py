@@ -86,7 +86,7 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
         One of
 
         - a registered name: see `names()`;
-        - arrays `(x, y)` or `(x_train, y_train, x_test, y_test)`, also as `{"train": (x, y), "test": (x, y)}`;
+        - arrays `(x, y)` or `(x_train, y_train, x_test, y_test)`, also as `{"train": (x, y), "test": (x, y)}` of numpy arrays or tensors;
         - a dict of arrays or of lists of samples, `{"image": ..., "age": ..., "label": ...}`; one number a sample is an input of shape
           (1,). Texts are labels only. Names in _train and _test, or `{"train": {...}, "test": {...}}`, are two splits;
         - a pandas DataFrame, whose columns of numbers are one input "x" together (also `{"train": frame, "test": frame}`);

@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from labkit.cluster.notice import EXECUTED
 from labkit.errors import SweepError
 from labkit.experiments.notebook import import_nbformat, quiet
 from labkit.locks import Scratch, alone
@@ -35,7 +36,7 @@ HEARTBEAT = 60.0  # seconds without a heartbeat after which a run on another hos
 LOG = 10_000_000  # bytes of a kernel's log, into which goes what is written to its file descriptors; a longer one starts anew
 ENVIRONMENT = {"IPP_NONINTERACTIVE": "1", "TQDM_MININTERVAL": "5", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
-MARK = "LABKIT_KERNEL"  # in the environment of a kernel and of all that it starts: the folder of its sockets
+MARK = EXECUTED  # its value: the folder of the kernel's sockets
 RUN = "LABKIT_SWEEP_RUN"  # there, too: the folder of its run
 
 _kernels: dict[str, subprocess.Popen] = {}  # socket folder -> its kernel

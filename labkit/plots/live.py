@@ -1,12 +1,12 @@
 """The live view of a run: the held-out score that workers report, their samples/s, and how many are here, redrawn while it runs.
 
 A thread reads what was appended to the record, twice a second or, where reading and drawing take long, less often, and the kernel
-sends it to the figure between its cells, one panel after the other, so that no cell waits for all of them. A browser moves the figure only with a free kernel, so `await` the run in the next cell instead
-of blocking it; when a page begins to listen, also one that is loaded again or a second one, it gets all that is known then. At the end
-of the run all pages get the last picture, and it takes the place of the output of the cell, where it needs no kernel any more: it is
-there however late the browser was, and in the notebook that is saved. A front end that never begins to listen, as VS Code and Colab, gets
-a new picture in the place of the old one every few seconds. The first figure of a kernel takes seconds; a line says meanwhile how
-far the run is.
+sends it to the figure between its cells, one panel after the other, so that no cell waits for all of them. A browser moves the
+figure only with a free kernel, so `await` the run in the next cell instead of blocking it; when a page begins to listen, also one
+that is loaded again or a second one, it gets all that is known then. At the end of the run all pages get the last picture, and it
+takes the place of the output of the cell, where it needs no kernel any more: it is there however late the browser was, and in the
+notebook that is saved. In a front end that never begins to listen, as VS Code and Colab, a new picture takes the place of the old one
+every few seconds. The first figure of a kernel takes seconds; a line says meanwhile how far the run is.
 
 `moving` is the mechanism, for whatever grows. Used through `labkit.plots` and `Run.live`, and by the figures of a search.
 """
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 PERIOD_S = 0.5  # between two redraws, at least,
 SHARE, SHARE_LATER = 0.1, 0.02  # and so much of the time they take at most, with what is read for them, in the first
 EARLY_S = 20.0  # seconds of a view and afterwards: workers may share the cores of the kernel and of the browser
+LATEST_S = 10.0  # but after so long it is redrawn in any case, also where all of it takes long on a busy machine
 FAILURES = 20  # of reading the record in a row, before the view says so; it goes on looking, more rarely
 RARELY_S = 5.0  # between two looks then
 POINTS = 400  # of a worker's line, at most: a long run must not slow the browser down
@@ -122,6 +123,7 @@ def moving(
     drawn = zip(views, pipes, strict=True)
     maps = [hv.DynamicMap(lambda data, draw=draw: draw(grows, data), streams=[pipe]) for draw, pipe in drawn]
     screen = Screen(pipes, _poster(), picture, nothing, static)
+    screen.latest = seen
     threading.Thread(target=_feed, args=(grows, watch, screen, timeout), name=f"live-{grows.name}", daemon=True).start()
     figure, shown = style.stack(maps), style.stack(maps)  # what is shown keeps its state, whatever is done with `figure`
     figure._ipython_display_ = lambda: screen.display(shown)  # what a notebook calls instead of showing `figure` in its own way
@@ -181,13 +183,15 @@ class Screen:
     before), and by each page that is loaded later: then all is sent, and again after a while, since a page opens the comm before it has
     drawn the figure, which takes long on a busy machine, and drops what comes in between. What is displayed
     under an id can be replaced without a comm: that is how the last picture comes, which `picture(seen)` draws, to the page in which the
-    cell was run. Other pages know no ids and get it as before. Where nobody listens, all pictures come that way (`mute`).
+    cell was run. Other pages know no ids and get it as before. Where nobody listens for long, all pictures come that
+    way (`mute`), and to a page that begins to listen later also as before.
     """
 
     def __init__(
         self, pipes: Sequence[Any], post: Post, picture: Callable[[Any], Any], nothing: Any = NOTHING, mute: bool = False
     ) -> None:
-        self.pipes, self.post, self.picture, self.nothing, self.mute = pipes, post, picture, nothing, mute
+        self.pipes, self.post, self.picture, self.nothing = pipes, post, picture, nothing
+        self.static = self.mute = mute  # static: there is no page that could listen
         self.unheard = 0  # redraws
         self.latest, self.posted, self.ended = nothing, False, False
         self.costs, self.took = [0.0] * len(pipes), 0.0  # seconds of the latest drawing of each panel, and of all
@@ -214,7 +218,7 @@ class Screen:
         for comm in comms:
             comm._on_open = self._again
         began = time.monotonic()
-        if not self.mute and all(comm._comm for comm in comms):  # sending would open it from this side, where nobody listens yet
+        if not self.static and all(comm._comm for comm in comms):  # sending would open it from this side, where nobody listens yet
             self.unheard = 0
             for number in range(len(self.pipes)):
                 self.post(lambda number=number: self._send(number))
@@ -295,7 +299,8 @@ def _feed(run: Any, watch: Watched, screen: Screen, timeout: float) -> None:
                 return
             failures = 0
         share = SHARE if began - first < EARLY_S else SHARE_LATER
-        pause = max(PERIOD_S if failures < FAILURES else RARELY_S, (time.monotonic() - began + screen.took) / share)
+        pause = min(LATEST_S, (time.monotonic() - began + screen.took) / share)
+        pause = max(PERIOD_S if failures < FAILURES else RARELY_S, pause)
         for _ in range(max(1, math.ceil(min(pause, limit - time.monotonic()) / PERIOD_S))):
             time.sleep(PERIOD_S)
             if _has_ended(run):

@@ -112,7 +112,7 @@ class RunRecord(Carded, Public):
         """The status by the directory alone: how the run ended, or that its server is alive, or that it was cut off."""
         ended = self._ended() or {"state": "running", "reason": ""}
         where = f"labkit.resume({str(self.path)!r})"  # the run may have been moved, or set aside, since that was written
-        ended = {**ended, "reason": re.sub(r"labkit\.resume\('[^']*'\)", lambda _: where, ended["reason"])}
+        ended = {**ended, "reason": re.sub(r"""labkit\.resume\(('[^']*'|"[^"]*")\)""", lambda _: where, ended["reason"])}
         return {key: value for key, value in ended.items() if key != "events"}
 
     def _ended(self) -> dict | None:

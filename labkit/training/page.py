@@ -61,7 +61,7 @@ def watch(run: Run | str | Path, timeout: float = START_S) -> Page:
     who is here. Buttons stop the run, save a version, inspect a worker (`Run.inspect`), cut its connection, upon which it joins anew, make it
     slower (which is recorded as emulated), or kill its process where that is on this machine. It ends with `close`, or with this process.
 
-    On a JupyterHub or Binder that has jupyter-server-proxy, `url` is a path of that server, and a link to it stands below the cell. Elsewhere
+    On a JupyterHub or Binder that has jupyter-server-proxy, also beside the kernel, `url` is a path of that server, and a link to it stands below the cell. Elsewhere
     the kernel's machine must be the browser's, or its port be brought here: `ssh -L PORT:localhost:PORT machine`.
 
     Parameters
@@ -158,7 +158,8 @@ def serve(path: str | Path, port: int = 0, with_parent: bool = False, tell: Call
 
 
 def _hub() -> str:
-    """Where a JupyterHub has the user's server, if that passes on to ports of this machine; "" elsewhere."""
+    """Where a JupyterHub has the user's server, if jupyter-server-proxy, by which that passes on to ports of this machine, is installed here; ""
+    elsewhere. Whether the server has it too, where that is of another environment, is not to be seen from here."""
     prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX", "")
     return prefix if prefix.startswith("/") and importlib.util.find_spec("jupyter_server_proxy") else ""
 

@@ -349,8 +349,9 @@ class Run(RunRecord):
             .onnx    the same:        onnxruntime.InferenceSession(path).run(None, {"x": x})[0]      pip install 'labkit[onnx]'
             .pt      the weights:     network.load_state_dict(torch.load(path)), with normalised=False for the network that was trained
 
-        Programs take raw samples of any number, (n, *shape) with the channels first, as `run.model()` does, as float32 where they are normalised, and give what it gives; with
-        `normalised=False` normalised ones, as `run.model(normalised=False)` does. So does each of a problem with a `load` of its own.
+        Programs take raw samples of any number, (n, *shape) with the channels first, as `run.model()` does, as float32 where they are
+        normalised, and give what it gives; with `normalised=False` normalised ones, as `run.model(normalised=False)` does. So does each
+        of a problem with a `load` of its own.
 
         Raises
         ------

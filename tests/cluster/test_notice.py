@@ -65,12 +65,13 @@ def test_a_block_that_fails_takes_its_line_along(shown):
     [
         ({}, (), ""),
         ({"JPY_SESSION_NAME": "a.ipynb"}, (), "jupyter"),
-        ({"VSCODE_PID": "7"}, (), "vscode"),
+        ({"VSCODE_PID": "7"}, (), ""),  # inherited from an editor
+        ({"JPY_SESSION_NAME": "a.ipynb", "LABKIT_KERNEL": "/tmp/x"}, (), ""),  # of a sweep
         ({"JPY_SESSION_NAME": "a.ipynb"}, ("google.colab",), "colab"),
     ],
 )
 def test_the_front_end_of_a_kernel(environment, modules, expected, monkeypatch):
-    for name in ("JPY_SESSION_NAME", "VSCODE_PID"):
+    for name in ("JPY_SESSION_NAME", "VSCODE_PID", "LABKIT_KERNEL"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -79,3 +80,5 @@ def test_the_front_end_of_a_kernel(environment, modules, expected, monkeypatch):
     assert notice.front_end() == "", "a script, which may be started from a terminal of an editor"
     monkeypatch.setattr(notice, "shell", lambda: SimpleNamespace(kernel=None))
     assert notice.front_end() == expected
+    monkeypatch.setattr(sys.modules["__main__"], "__vsc_ipynb_file__", "a.ipynb", raising=False)
+    assert notice.front_end() == ("vscode" if expected != "colab" and "LABKIT_KERNEL" not in environment else expected)

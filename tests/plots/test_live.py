@@ -104,7 +104,8 @@ def test_a_page_that_never_listens_gets_pictures_after_a_while(run, monkeypatch)
         screen.show(NOTHING._replace(test=number))
     plot.comm._comm = "late"
     screen.show(NOTHING._replace(test=3))
-    assert [one for one in shown if isinstance(one, str)] == ["figure", "picture 1", "picture 2", "picture 3"] and not sent
+    assert [one for one in shown if isinstance(one, str)] == ["figure", "picture 1", "picture 2", "picture 3"]
+    assert [seen.test for seen in sent] == [3], "a page that comes late gets all from then on"
 
 
 class Browser:
@@ -271,5 +272,5 @@ def test_what_takes_long_to_read_and_draw_is_read_and_drawn_less_often(monkeypat
         return NOTHING
 
     _feed(run, SimpleNamespace(look=look, at=7), screen, timeout=600)
-    assert (np.diff(looks)[:4] >= 15).all() and len(looks) == 6
+    assert (np.diff(looks)[:4] >= 10).all() and len(looks) == 6
     assert looks[-1] - looks[-2] < 2, "and at the end of the run at once"

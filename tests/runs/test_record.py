@@ -39,8 +39,11 @@ def test_a_directory_holds_how_its_run_ended(run):
 def test_what_goes_on_with_a_run_is_told_by_where_it_is_now(run):
     reason = "its kernel is gone; labkit.resume('/somewhere/else') continues it."
     write_json(run.path / "status.json", {"state": "failed", "reason": reason, "samples": 5})
-    moved = run.path.rename(run.path.with_name("moved"))
+    moved = run.path.rename(run.path.with_name("it's moved"))
     assert RunRecord(moved).status()["reason"] == f"its kernel is gone; labkit.resume({str(moved)!r}) continues it."
+    write_json(moved / "status.json", {"state": "failed", "reason": f"labkit.resume({str(moved)!r}) continues it", "samples": 5})
+    again = moved.rename(moved.with_name("again"))
+    assert RunRecord(again).status()["reason"] == f"labkit.resume({str(again)!r}) continues it"
 
 
 def test_events_are_read_again_when_there_are_more(run):

@@ -124,6 +124,14 @@ class Connection(contextlib.AbstractContextManager):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
+    def is_over(self) -> bool:
+        """Has one side closed it, whatever is still to be read? Of the other side Linux alone tells before that."""
+        if (file := self.sock.fileno()) < 0:
+            return True
+        ends = select.poll()
+        ends.register(file, getattr(select, "POLLRDHUP", 0))
+        return bool(ends.poll(0))
+
     def _broken(self, why: str) -> WireError:
         return WireError("the connection was closed here." if self.sock.fileno() < 0 else why)
 
