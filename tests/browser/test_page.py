@@ -41,5 +41,5 @@ def moves_and_stops(run, page, other, screenshot, server=""):
         screenshot(page, "page")
         page.get_by_role("button", name="Stop the run").click()
         for tab in (page, other):
-            tab.get_by_text("stopped").wait_for(timeout=30_000)
+            tab.get_by_text("stopped").wait_for(timeout=90_000)
         assert run.wait(30).state == "stopped"
