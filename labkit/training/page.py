@@ -225,7 +225,7 @@ def layout(run: Run) -> tuple[Any, Callable[[], None]]:
     save = panel.widgets.Button(name="Checkpoint now")
     inspect = panel.widgets.Button(name="Inspect", align="end")
     cut = panel.widgets.Button(name="Cut its connection", align="end")
-    factor = panel.widgets.FloatInput(name="times, in all", value=4.0, start=1.0, end=SLOWEST, width=100)
+    factor = panel.widgets.FloatInput(name="times as slow, in all", value=4.0, start=1.0, end=SLOWEST, width=150)
     slow = panel.widgets.Button(name="Slow it down", align="end")
     end = panel.widgets.Button(name="Kill it", align="end", visible=not run.config.one_process)
     buttons = {
