@@ -17,7 +17,7 @@ from typing import Any
 
 AFTER_S = 0.8  # what is quicker is not told
 EVERY_S = 0.5  # between two readings of a text that changes
-EXECUTED = "LABKIT_KERNEL"  # in the environment of a kernel that executes a notebook of a sweep, and of all that it starts
+EXECUTED = "LABKIT_KERNEL"  # in the environment of a kernel of a sweep and of all that it starts: the folder of its sockets
 TERMINAL_S = 10.0  # after so long a terminal is told, once and again
 _telling = threading.Lock()  # one line at a time: what is called in there is part of it
 

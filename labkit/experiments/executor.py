@@ -35,9 +35,7 @@ GRACE = 5.0  # seconds that an interrupted kernel has for closing what it opened
 HEARTBEAT = 60.0  # seconds without a heartbeat after which a run on another host counts as dead
 LOG = 10_000_000  # bytes of a kernel's log, into which goes what is written to its file descriptors; a longer one starts anew
 ENVIRONMENT = {"IPP_NONINTERACTIVE": "1", "TQDM_MININTERVAL": "5", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-
-MARK = EXECUTED  # its value: the folder of the kernel's sockets
-RUN = "LABKIT_SWEEP_RUN"  # there, too: the folder of its run
+RUN = "LABKIT_SWEEP_RUN"  # in the environment of a kernel, beside `EXECUTED`: the folder of its run
 
 _kernels: dict[str, subprocess.Popen] = {}  # socket folder -> its kernel
 _starting = threading.Lock()  # kernels start one after another, a little apart
@@ -245,7 +243,7 @@ def _kernel_class() -> type:
         async def start_kernel(self, **options: Any) -> None:
             # Called "session name" by a Jupyter server; with it the figures of a kernel would take it for a lab's.
             inherited = {name: value for name, value in os.environ.items() if name != "JPY_SESSION_NAME"}
-            environment = ENVIRONMENT | inherited | {"LABKIT_PLOTS": "static", MARK: self.folder, RUN: self.run}
+            environment = ENVIRONMENT | inherited | {"LABKIT_PLOTS": "static", EXECUTED: self.folder, RUN: self.run}
             self.context.setsockopt(zmq.RCVHWM, 0)  # a cell with many outputs must not lose the message that it has ended
             with open(f"{self.folder}/kernel.log", "ab") as log:
                 await super().start_kernel(env=environment, stdout=log, stderr=log, **options)
@@ -264,7 +262,7 @@ def _signal(sockets: str, number: int) -> None:
 def _end(sockets: str) -> None:
     """Kill the kernel of a socket folder, and what it started and left, also where that leads a group of its own."""
     _signal(sockets, signal.SIGKILL)
-    _kill(MARK, sockets)
+    _kill(EXECUTED, sockets)
 
 
 def _kill(variable: str, value: str) -> None:
