@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FILE = "status.json"
 STATES = ("done", "stopped", "failed")
 KEYS = {"state": str, "reason": str, "version": int, "samples": int, "events": int}
+ALWAYS = ("state", "reason")
 
 
 def write(path: Path, run: str, status: Mapping[str, Any], events: int | None = None) -> None:
@@ -42,7 +43,7 @@ def read(path: Path, run: str) -> dict[str, Any] | None:
     if not file.exists():
         return None
     status = read_json(file, run)
-    wrong = [name for name, kind in KEYS.items() if name in status and (type(status[name]) is not kind)]
+    wrong = [name for name, kind in KEYS.items() if name in (*status, *ALWAYS) and type(status.get(name)) is not kind]
     if wrong or status.get("state") not in STATES:
         raise RunError(f"{file} is not whole: its {', '.join(wrong) or 'state'} is none that labkit writes.")
     return status

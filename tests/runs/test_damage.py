@@ -20,6 +20,7 @@ from labkit.errors import RunError
 from labkit.runs import checkpoints
 from labkit.runs import status as how_it_ended
 from labkit.runs.events import Recorder, Table, read_events, read_rows
+from labkit.runs.files import read_json, write_json
 from labkit.training import resume as resuming
 from tests.helpers import problem
 from tests.runs.test_old_records import FOLDER, plain, rows
@@ -233,6 +234,16 @@ def test_a_run_that_lost_its_status_and_its_layout_says_how_it_ended(made, tmp_p
     assert "status.json is missing. It was made anew" in text and "layout.json is missing" in text
     again = labkit.load_run(path, problem=problem())
     assert again.state == "done" and again.layout == run.layout and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ("state", "reason"))
+def test_a_status_that_leaves_out_what_each_has_is_made_anew(key, made, tmp_path, capsys):
+    path = Path(shutil.copytree(made[0] / "runs" / "a", tmp_path / "a"))
+    run = labkit.load_run(path, problem=problem())
+    status = read_json(path / "status.json")
+    write_json(path / "status.json", {name: value for name, value in status.items() if name != key}, run=run.config.id)
+    assert plain(run.status()) == plain(made[1]["status"])
+    assert f"status.json is not whole: its {key} is none that labkit writes. It was made anew" in capsys.readouterr().out
 
 
 def test_events_that_do_not_lead_to_the_checkpoint_are_refused_by_resume_and_a_torn_line_is_not(made, tmp_path):
