@@ -255,7 +255,7 @@ def lines(
             fill = {"color": (colour := of_number(COLOURS, number)), "line_alpha": 0}
             area = of_table(edges, "area", x=x, y=band[0], y2=band[1])
             elements.append(styled(area, fill, {"facecolor": colour, "linewidth": 0}, alpha=0.2))
-        dots = of_table(_some(own), "scatter", x, y, label)
+        dots = of_table(some(own), "scatter", x, y, label)
         elements.append(_stroke(of_table(own, x=x, y=y, label=label, **kind), number, steps) * _dots(dots, number))
     return elements
 
@@ -270,7 +270,7 @@ def line(x: Any, y: Any, number: int, label: str, dims: tuple[str, str], steps: 
     """As one of `lines`, of arrays that may be empty: for what moves, which must have the same elements each time."""
     import holoviews as hv
 
-    dots = hv.Scatter((_some(x), _some(y)), *dims, label=label)
+    dots = hv.Scatter((some(x), some(y)), *dims, label=label)
     return _stroke(hv.Curve((x, y), *dims, label=label), number, steps) * _dots(dots, number)
 
 
@@ -301,7 +301,7 @@ def _groups(table: pd.DataFrame, by: str, numbers: dict[str, int] | None) -> lis
     return [(label, numbers[label], own) for label, own in groups.items()]
 
 
-def _some(points: Any) -> Any:
+def some(points: Any) -> Any:
     """Some 15 of them: a marker on each of 500 points hides the line."""
     return points[:: max(1, len(points) // 15)]
 
@@ -495,14 +495,14 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: bool = T
     import holoviews as hv
 
     height, grid = options.pop("height", 4.5), options.pop("grid", "xy")
-    title = title if len(title) <= LONGEST else title[: LONGEST - 1] + "…"
+    title, size = _fitting(title)
     shape = options.pop("shape", {"aspect": "auto", "fig_inches": (8, height), "fig_bounds": (0, 0, 1, 1)})
     figure = hv.Overlay(list(elements))
     figure = figure.collate() if len(elements) > 1 else figure
     named = dict.fromkeys(filter(None, figure.traverse(lambda element: element.label, [hv.Element]))) if legend else {}
     n_columns = max(1, min(len(named), 100 // (max(map(len, named), default=1) + 8)))
     more = max(0, math.ceil(len(named) / n_columns) - 1)  # rows of the legend, below the first
-    fonts = FONTS | {"title": max(9, min(FONTS["title"], FONTS["title"] * WIDE // max(1, len(title))))}
+    fonts = FONTS | {"title": size}
     common = {"title": title, "show_grid": True, **options}
     beside = {"orientation": "vertical", "ncols": n_columns, "location": "left"}
     bokeh = {
@@ -520,6 +520,24 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: bool = T
     look = _matplotlib_look(title, fonts["title"], note, figure if named else None, n_columns, grid)
     matplotlib = {**shape, "fontsize": fonts, "show_legend": False, "hooks": [look]}
     return styled(figure, bokeh, matplotlib, **common)
+
+
+def retitle(figure: Any, title: str, note: str) -> None:
+    """Give a figure of bokeh, which `finish` drew, another title."""
+    title, size = _fitting(title)
+    figure.title.update(text=title, text_font_size=f"{size}pt")
+    figure.html_attributes = _spoken(title, note)
+
+
+def _fitting(title: str) -> tuple[str, int]:
+    """What is shown of a title, and how large."""
+    title = title if len(title) <= LONGEST else title[: LONGEST - 1] + "…"
+    return title, max(9, min(FONTS["title"], FONTS["title"] * WIDE // max(1, len(title))))
+
+
+def _spoken(title: str, note: str) -> dict[str, str]:
+    """What a screen reader says of a picture."""
+    return {"role": "img", "aria-label": ". ".join(filter(None, (title, note)))}
 
 
 def a_run(name: str, run: Any, read: Callable[[Path], Any] | None = RunRecord) -> Any:
@@ -649,8 +667,7 @@ def _bokeh_look(note: str) -> Any:
             axis.update(axis_label_text_font=FONT, axis_label_text_font_style="normal", major_label_text_font=FONT)
         for legend in figure.legend:
             legend.label_text_font = FONT
-        said = [figure.title.text if figure.title else "", note]  # what a screen reader says of the picture
-        figure.html_attributes = {"role": "img", "aria-label": ". ".join(filter(None, said))}
+        figure.html_attributes = _spoken(figure.title.text if figure.title else "", note)
         if note and not any(getattr(above, "name", "") == "note" for above in figure.above):
             text = Title(text=note, name="note", text_font_size="11pt", text_font=FONT, text_font_style="normal", text_color=GREY)
             figure.add_layout(text, "above")

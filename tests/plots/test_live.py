@@ -14,7 +14,7 @@ from bokeh.document import Document
 
 from labkit import plots
 from labkit.errors import RunError
-from labkit.plots.live import FAILURES, MUTE, NOTHING, VIEWS, Screen, Watch, _feed
+from labkit.plots.live import FAILURES, MUTE, NOTHING, VIEWS, Screen, Watch, _feed, _Moved
 from tests.helpers import until
 from tests.plots.helpers import elements, title
 
@@ -274,3 +274,69 @@ def test_what_takes_long_to_read_and_draw_is_read_and_drawn_less_often(monkeypat
     _feed(run, SimpleNamespace(look=look, at=7), screen, timeout=600)
     assert (np.diff(looks)[:4] >= 10).all() and len(looks) == 6
     assert looks[-1] - looks[-2] < 2, "and at the end of the run at once"
+
+
+def drawn(figure):
+    """The panels of a figure, by bokeh."""
+    import holoviews as hv
+    from bokeh.models import Plot
+
+    panels = hv.renderer("bokeh").get_plot(figure).state.select({"type": Plot})
+    return sorted(panels, key=lambda panel: panel.yaxis[0].axis_label)
+
+
+def test_a_live_figure_that_is_shown_once_more_begins_with_what_is_known_then(run, monkeypatch):
+    plots.extension("interactive")
+    shown = []
+    monkeypatch.setattr(
+        "IPython.display.display",
+        lambda figure, **how: shown.append(None if isinstance(figure, dict) else drawn(figure)[0]),
+    )
+    file = run.path / "events.jsonl"
+    lines = file.read_bytes()
+    file.write_bytes(b"")
+    run.state = "running"
+    figure = plots.live(run)
+    figure._ipython_display_()
+    file.write_bytes(lines)
+    until(lambda: "mean held-out score" in shown[0].title.text)
+    figure._ipython_display_()
+    assert shown[1].title.text == shown[0].title.text
+    run.state = "done"
+    until(lambda: not any(thread.name == f"live-{run.name}" for thread in threading.enumerate()))
+
+
+def test_what_is_moved_is_what_would_be_drawn_anew(run):
+    import holoviews as hv
+
+    plots.extension("interactive")
+    whole = Watch(run).look()
+    early = whole._replace(series={0: whole.series[0][:2]}, here=whole.here[:1], workers=frozenset({0}))
+    unscored = whole._replace(series={worker: [(s, np.nan, rate) for s, _, rate in own] for worker, own in whole.series.items()})
+    first = early._replace(series={0: whole.series[0][:1]})
+    states = [first, early, whole, unscored, whole._replace(test=0.75), early._replace(trouble="disk " * 40), NOTHING, whole]
+
+    def panels(seen):
+        pipes = [hv.streams.Pipe(data=seen) for _ in VIEWS]
+        maps = [
+            hv.DynamicMap(lambda data, draw=draw: draw(run, data), streams=[pipe]) for draw, pipe in zip(VIEWS, pipes, strict=True)
+        ]
+        return [_Moved(run, view, pipe) for view, pipe in zip(VIEWS, pipes, strict=True)], drawn(hv.Layout(maps).cols(1))
+
+    moved, shown = panels(NOTHING)
+    for seen in states:
+        for pipe in moved:
+            pipe.send(seen)
+        for one, anew in zip(shown, panels(seen)[1], strict=True):
+            assert (one.title.text, one.title.text_font_size) == (anew.title.text, anew.title.text_font_size)
+            assert one.html_attributes == anew.html_attributes
+            for line, again in zip(one.renderers, anew.renderers, strict=True):
+                columns = line.data_source.data, again.data_source.data
+                assert all(np.array_equal(columns[0][name], values, equal_nan=True) for name, values in columns[1].items())
+            if seen.series and seen is not unscored:
+                assert one.x_range.end == anew.x_range.end
+                height = (anew.y_range.end - anew.y_range.start) * (
+                    20 if seen is first else 1
+                )  # of one value it is anybody's choice
+                assert one.y_range.start == pytest.approx(anew.y_range.start, abs=height / 20)
+                assert one.y_range.end == pytest.approx(anew.y_range.end, abs=height / 20)
