@@ -302,6 +302,7 @@ class Screen:
         comms = self._comms()
         for comm in comms:
             comm._on_open = self._again
+        _ignore_pages({plot.root.ref["id"] for plot in self._plots() if getattr(plot, "root", None)})
         began = time.monotonic()
         if not self.static and all(comm._comm for comm in comms):  # sending would open it from this side, where nobody listens yet
             self.unheard = 0
@@ -341,14 +342,28 @@ class Screen:
                 del comm.send
         pipe.send(self.latest)
 
+    def _plots(self) -> list[Any]:
+        return [_plot(subscriber) for pipe in self.pipes for subscriber in pipe.subscribers]
+
     def _comms(self) -> list[Any]:
         """Of the figure, in the pages in which the kernel moves it."""
-        plots = [_plot(subscriber) for pipe in self.pipes for subscriber in pipe.subscribers]
-        return [*{id(plot.comm): plot.comm for plot in plots if getattr(plot, "comm", None)}.values()]
+        return [*{id(plot.comm): plot.comm for plot in self._plots() if getattr(plot, "comm", None)}.values()]
 
 
 def _to_nobody(*args: Any, **how: Any) -> None:
     pass
+
+
+def _ignore_pages(roots: set[str]) -> None:
+    """Have the kernel not read what pages say of these figures. Panel 1.9 has them send back whatever they are sent, which takes the kernel
+    ten times what sending does, and what is late would take the place of what is newer; and nothing that a page says matters here."""
+    import holoviews as hv
+
+    for comm in [*hv.renderer("bokeh").comm_manager._comms.values()]:
+        if comm._handle_msg is not _to_nobody and not roots.isdisjoint(getattr(comm._on_msg, "args", ())[:1]):
+            comm._handle_msg = _to_nobody
+            if comm._comm:
+                comm._comm.on_msg(_to_nobody)
 
 
 def _plot(subscriber: Any) -> Any:
