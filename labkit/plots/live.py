@@ -1,8 +1,8 @@
 """The live view of a run: the held-out score that workers report, their samples/s, and how many are here, redrawn while it runs.
 
 A thread reads what was appended to the record, twice a second or, where reading and drawing take long, less often, and the kernel
-sends it to the figure between its cells, one panel after the other, so that no cell waits for all of them. What consists of lines is
-drawn by HoloViews once; then only its points, title and limits are sent (`Lines.move`). A browser moves the
+sends it to the figure between its cells. What consists of lines is drawn by HoloViews once; then only its points, title and limits are
+sent (`Lines.move`); what does not is drawn anew, one panel after the other, so that no cell waits for all of them. A browser moves the
 figure only with a free kernel, so `await` the run in the next cell instead of blocking it; when a page begins to listen, also one
 that is loaded again or a second one, it gets all that is known then. At the end of the run all pages get the last picture, and it
 takes the place of the output of the cell, where it needs no kernel any more: it is there however late the browser was, and in the
@@ -176,11 +176,10 @@ def moving(
 
     seen = watch.look()
     pipes = [hv.streams.Pipe(data=seen) for _ in views]
-    drawn = [*zip(views, pipes, strict=True)]
     calls = [hv.Callable(lambda data, draw=draw: draw(grows, data), memoize=False) for draw in views]  # it goes by what is sent
     maps = [hv.DynamicMap(call, streams=[pipe]) for call, pipe in zip(calls, pipes, strict=True)]
-    moved = [_Moved(grows, view, pipe) if isinstance(view, Lines) else pipe for view, pipe in drawn]
-    screen = Screen(moved, _poster(), picture, nothing, static)
+    lines = all(isinstance(view, Lines) for view in views)
+    screen = Screen([_Moved(grows, views, pipes)] if lines else pipes, _poster(), picture, nothing, static)
     screen.latest = seen
     threading.Thread(target=_feed, args=(grows, watch, screen, timeout), name=f"live-{grows.name}", daemon=True).start()
     figure, shown = style.stack(maps), style.stack(maps)  # what is shown keeps its state, whatever is done with `figure`
@@ -195,24 +194,26 @@ def moving(
 
 
 class _Moved:
-    """A pipe that moves what was drawn, instead of having it drawn anew."""
+    """Pipes in one, which moves what was drawn, all panels by one message, instead of having it drawn anew."""
 
-    def __init__(self, grows: Any, view: Lines, pipe: Any) -> None:
-        self.grows, self.view, self.pipe = grows, view, pipe
+    def __init__(self, grows: Any, views: Sequence[Lines], pipes: Sequence[Any]) -> None:
+        self.grows, self.views, self.pipes = grows, views, pipes
 
     @property
     def subscribers(self) -> list[Any]:
-        return self.pipe.subscribers
+        return [subscriber for pipe in self.pipes for subscriber in pipe.subscribers]
 
     def send(self, seen: Any) -> None:
-        self.pipe.update(data=seen)  # of which the figure is drawn where it is shown once more
-        plots = [_plot(subscriber) for subscriber in self.subscribers]
-        for plot in plots:
-            if getattr(plot, "subplots", None) and "y_range" in plot.handles:  # the panel; the others are what it is part of
-                self.view.move(plot, self.grows, seen)
-        for plot in plots:
-            if plot is not None and plot.top_level:
-                plot.push()
+        whole = {}
+        for view, pipe in zip(self.views, self.pipes, strict=True):
+            pipe.update(data=seen)  # of which the figure is drawn where it is shown once more
+            for plot in filter(None, map(_plot, pipe.subscribers)):
+                if plot.top_level:
+                    whole[id(plot)] = plot
+                if "y_range" in plot.handles:  # the panel; the others are what it is part of
+                    view.move(plot, self.grows, seen)
+        for plot in whole.values():
+            plot.push()
 
 
 class Watch:

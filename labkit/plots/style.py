@@ -662,6 +662,7 @@ def _bokeh_look(note: str) -> Any:
 
         figure = plot.state
         figure.toolbar.logo = None
+        figure.output_backend = "canvas"  # for some hundred points WebGL takes longer, and most where there is no graphics card
         figure.title.text_font = FONT
         for axis in figure.axis:
             axis.update(axis_label_text_font=FONT, axis_label_text_font_style="normal", major_label_text_font=FONT)

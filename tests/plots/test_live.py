@@ -321,12 +321,11 @@ def test_what_is_moved_is_what_would_be_drawn_anew(run):
         maps = [
             hv.DynamicMap(lambda data, draw=draw: draw(run, data), streams=[pipe]) for draw, pipe in zip(VIEWS, pipes, strict=True)
         ]
-        return [_Moved(run, view, pipe) for view, pipe in zip(VIEWS, pipes, strict=True)], drawn(hv.Layout(maps).cols(1))
+        return _Moved(run, VIEWS, pipes), drawn(hv.Layout(maps).cols(1))
 
     moved, shown = panels(NOTHING)
     for seen in states:
-        for pipe in moved:
-            pipe.send(seen)
+        moved.send(seen)
         for one, anew in zip(shown, panels(seen)[1], strict=True):
             assert (one.title.text, one.title.text_font_size) == (anew.title.text, anew.title.text_font_size)
             assert one.html_attributes == anew.html_attributes
