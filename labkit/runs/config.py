@@ -122,6 +122,10 @@ class RunConfig(Mapping[str, Any]):
         for name, kind in get_type_hints(RunConfig).items():
             if not _is_a(value := getattr(self, name), kind):
                 raise TypeError(f"{name} is {value!r}")
+        for what in ("update", "partition"):
+            name = getattr(self, what).get("name")
+            if not isinstance(name, str) and not (isinstance(name, Mapping) and "by_value" in name):  # a class of the user's own
+                raise TypeError(f"the name of its {what} is {name!r}")
         _check_workers(self.workers)
         for note in self.resumed:
             if not _is_a(before := note.get("before", {}), Mapping[str, Any]):

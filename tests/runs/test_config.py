@@ -73,6 +73,10 @@ def test_what_is_not_the_settings_of_a_run_is_refused(tmp_path):
     for changes in ({"budget": None}, {"update": None}, *({"workers": [about]} for about in wrong), *before):
         with pytest.raises(RunError, match=r"config.json is not whole: .*Is it the file of a run\?"):
             RunConfig.load(stored(tmp_path, **changes))
+    for what in ("update", "partition"):
+        for name in ({}, {"name": 7}, {"name": {"by": "value"}}):
+            with pytest.raises(RunError, match=rf"config.json is not whole: the name of its {what} is "):
+                RunConfig.load(stored(tmp_path, **{what: name}))
     with pytest.raises(RunError, match=r"config.json is not whole: the name of the run is 'a\\x1b\[2J'"):
         RunConfig.load(stored(tmp_path, name="a\x1b[2J"))
     with pytest.raises(RunError):
