@@ -185,7 +185,7 @@ def timeline(run: RunRecord | str | Path) -> hv.Overlay:
     title = f"{run.label}: worker {waits.idxmax()} waits {_percent(waits.max())} of the time"
     if waits.max() < 0.005:
         title = f"{run.label}: no worker waits more than 0.5 % of the time"
-    rows = style.worker_rows(spent.index, style.slowdowns(run))
+    rows = style.worker_rows(spent.index, run)
     kinds = {activity: (f"{activity} ({_percent(shares[activity])})", number) for activity, number in BUSY.items()}
     merges = run.staleness().query("worker in @rows").dropna(subset=["seconds"])
     elements = [*style.spans(table, "activity", kinds, rows), style.row_ticks(merges, "seconds", rows, (0.34, 0.44))]
@@ -193,14 +193,14 @@ def timeline(run: RunRecord | str | Path) -> hv.Overlay:
     return style.finish(elements, title, note, xlabel="time (s)", xlim=xlim, **style.rows_axis(rows))
 
 
-def latest(run: RunRecord, rows: list[dict], window: float) -> hv.Overlay:
-    """What the workers did in the last `window` seconds, from the latest events alone (`labkit.runs.events.Tail`): it can be live."""
+def latest(run: RunRecord, rows: list[dict], window: float, status: dict | None = None) -> hv.Overlay:
+    """What the workers did in the last `window` seconds, from the latest events alone (`labkit.runs.events.Tail`) and, of the run, the status
+    that its server has sent: it can be live."""
     spans = analysis.spans(as_table(rows))
     end = float(spans["end"].max()) if len(spans) else 0.0
     since = max(0.0, end - window)
     title = f"The last {end - since:.0f} s" if len(spans) else "No worker has pushed yet"
-    slow = style.slowdowns(run)
-    of_workers = style.worker_rows(slow or set(spans["worker"]) or [0], slow)
+    of_workers = style.worker_rows(style.slowdowns(run) or set(spans["worker"]) or [0], run, status)
     spans = spans[spans["end"].gt(since) & spans["worker"].isin(list(of_workers))]
     spans = spans.assign(start=spans["start"].clip(lower=since))
     elements = style.spans(spans, "activity", {activity: (activity, number) for activity, number in BUSY.items()}, of_workers)

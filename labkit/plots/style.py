@@ -391,9 +391,12 @@ def rows_axis(rows: Mapping[Any, str], height: float | None = None) -> dict[str,
     return {"yticks": named if n <= 24 else named[::8], "ylim": (0.5 - n, 0.5), "ylabel": "", "grid": "x", "height": height}
 
 
-def worker_rows(workers: Iterable[int], slowdowns: Mapping[int, float] | None = None) -> dict[int, str]:
-    """The rows of workers, in their order, with what each is slowed down by."""
-    slow = {worker: f" ({by:g}x)" for worker, by in (slowdowns or {}).items() if by != 1}
+def worker_rows(workers: Iterable[int], run: Any = None, status: Mapping[str, Any] | None = None) -> dict[int, str]:
+    """The rows of workers, in their order, with what each is slowed down by in `run`: "worker 1 (4x)", "worker 1 (4x, then 8x)"."""
+    slow, changed = (slowdowns(run), changed_slowdowns(run, status)) if run is not None else ({}, {})
+    slow = {worker: f" ({by:g}x)" for worker, by in slow.items() if by != 1} | {
+        worker: f" ({slow.get(worker, 1):g}x, then {by:g}x)" for worker, by in changed.items()
+    }
     return {worker: f"worker {worker}{slow.get(worker, '')}" for worker in sorted(workers)}
 
 
@@ -632,14 +635,22 @@ def _factor(value: float) -> str:
     return f"{value:.0f}x" if value >= 10 else f"{value:.1f}x".replace(".0x", "x")
 
 
-def slowed(run: Any, status: Mapping[str, Any] | None = None) -> str:
-    """Which workers were made slower while the run went, by its `status`: "worker 1 slowed down to 4x in mid-run"; empty where none was."""
+def changed_slowdowns(run: Any, status: Mapping[str, Any] | None = None) -> dict[int, float]:
+    """By worker, the slowdown to which it was set while the run went (`Run.slow_down`), the latest one, by the `status` of the run."""
     if status is None:
         try:
             status = run.status() if hasattr(run, "status") else {}
         except LabError:  # damaged: whoever reads it is told
             status = {}
-    return ", ".join(f"worker {index} slowed down to {by:g}x in mid-run" for index, by in (status.get("slowed") or {}).items())
+    return {int(index): float(by) for index, by in (status.get("slowed") or {}).items()}
+
+
+def slowed(run: Any, status: Mapping[str, Any] | None = None) -> str:
+    """The same for readers: "worker 1 set from 1x to 4x in mid-run"; empty where nothing was changed."""
+    before, changed = slowdowns(run), changed_slowdowns(run, status)
+    return ", ".join(
+        f"worker {index} set from {before.get(index, 1):g}x to {by:g}x in mid-run" for index, by in sorted(changed.items())
+    )
 
 
 def emulated(factors: Sequence[float]) -> str:

@@ -1,10 +1,10 @@
-"""The client of a run's server: `watch` asks it for its status, or to stop, from any kernel of its owner.
+"""The client of a run's server: `watch` asks it for its status, or to stop, from any kernel of its owner; `slow_down` and `kill` do to a worker.
 
 A server announces itself in the run directory (`labkit.runs.server_file`). `Attached` follows a run that another kernel has
 started: each request has a connection of its own, so nothing stays open and nothing runs in the background; how the run ended is
 read from its directory.
 
-`watch` is used by `labkit.training.supervisor` and `labkit.chaos`, `request` by runs and their pages; `Attached`, a `labkit.training.run.Follower`, by `Run.attach`.
+`watch` is used by `labkit.training.supervisor` and `labkit.chaos`, the functions by runs and their pages; `Attached`, a `labkit.training.run.Follower`, by `Run.attach`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from labkit.errors import RunError, WireError
+import psutil
+
+from labkit.errors import ClusterError, RunError, WireError
 from labkit.runs import server_file
 from labkit.training.wire import transport
 from labkit.training.wire.protocol import check_reply
@@ -54,6 +56,44 @@ def request(run: RunRecord, op: str, timeout: float = ANSWER_S, **fields: Any) -
         raise RunError(f"run {run.name} is not running: it has no server.")
     with watch(server_file.address(server), server["secret"], timeout) as ask:
         return ask(op, **fields)
+
+
+def slow_down(run: RunRecord, worker: int, factor: float, timeout: float = ANSWER_S) -> None:
+    """From now on all work of a worker lasts `factor` times as long as on its machine alone; `ClusterError` where it is not in the run."""
+    _here(run, worker, request(run, "slow", timeout, worker=worker, factor=factor))
+
+
+def kill(run: RunRecord, worker: int, timeout: float = ANSWER_S) -> int:
+    """End the process of a worker of a running run (SIGKILL), if it is here and its own; returns the number that it had.
+
+    It must hold a connection to the server of the run: what a worker says of itself is no reason to end some other process.
+    Raises `ClusterError` where there is no such process.
+    """
+    about = _here(run, worker, request(run, "status", timeout))
+    if run.config.one_process:
+        raise ClusterError(
+            f"the workers of run {run.name} are threads of their kernel, which would end with one of them. Use connect(kind='dask')."
+        )
+    if about.get("host") != (here := socket.gethostname()):
+        raise ClusterError(f"worker {worker} is on {about.get('host')}, not here ({here}): its process cannot be ended from here.")
+    pid, server = about.get("pid"), server_file.find(run.path)
+    try:
+        process = psutil.Process(pid)
+        links = process.net_connections("tcp")
+        if pid is None or server is None or not any(link.raddr and link.raddr.port == server["port"] for link in links):
+            raise ClusterError(f"process {pid} has no connection to the server of run {run.name}.")
+        process.kill()
+    except psutil.Error as error:
+        raise ClusterError(f"process {pid} of worker {worker} cannot be ended: {error}.") from error
+    return pid
+
+
+def _here(run: RunRecord, worker: int, status: dict[str, Any]) -> dict[str, Any]:
+    """What this status says of a worker; `ClusterError` where it is not in the run."""
+    workers = status.get("workers") or {}
+    if str(worker) not in workers:
+        raise ClusterError(f"worker {worker} is not in run {run.name}; workers {sorted(map(int, workers))} are.")
+    return workers[str(worker)]
 
 
 class Attached:

@@ -20,7 +20,6 @@ import importlib.util
 import logging
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -30,8 +29,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
-
 from labkit.cluster.emulation import SLOWEST
 from labkit.errors import LabError, RunError, file_path, real, whole
 from labkit.plots import style
@@ -40,7 +37,7 @@ from labkit.plots.live import Seen as LiveSeen
 from labkit.plots.live import Watch as LiveWatch
 from labkit.plots.runs import latest
 from labkit.runs import server_file
-from labkit.training.attach import request
+from labkit.training.attach import kill, request, slow_down
 from labkit.training.inspection import inspection
 from labkit.training.run import Run, read_run
 
@@ -59,7 +56,7 @@ def watch(run: Run | str | Path, timeout: float = START_S) -> Page:
 
     The page shows how far the run is, the scores and speeds of the workers, what each did in the last minute, how stale the merges were and
     who is here. Buttons stop the run, save a version, inspect a worker (`Run.inspect`), cut its connection, upon which it joins anew, make it
-    slower (which is recorded as emulated), or kill its process where that is on this machine. It ends with `close`, or with this process.
+    slower (`Run.slow_down`), or kill its process where that is on this machine (`Run.kill`). It ends with `close`, or with this process.
 
     On a JupyterHub or Binder that has jupyter-server-proxy, also beside the kernel, `url` is a path of that server, and a link to it stands below the cell. Elsewhere
     the kernel's machine must be the browser's, or its port be brought here: `ssh -L PORT:localhost:PORT machine`.
@@ -178,10 +175,11 @@ class Seen(NamedTuple):
     live: LiveSeen
     latest: list[dict[str, Any]]
     staleness: dict[int, int]  # versions: merges
+    status: dict[str, Any]  # of the run
 
 
 class Watch(LiveWatch):
-    """Also keeps the latest events, and counts how stale merges were."""
+    """Also keeps the latest events, counts how stale merges were, and asks for the status."""
 
     def __init__(self, run: Any) -> None:
         super().__init__(run)
@@ -189,7 +187,8 @@ class Watch(LiveWatch):
         self.staleness: dict[int, int] = {}
 
     def all(self) -> Seen:
-        return Seen(self.look(), list(self.latest), dict(self.staleness))
+        status = state_of(self.run)  # before the record is read: of a run that has ended all is there
+        return Seen(self.look(), list(self.latest), dict(self.staleness), status)
 
     def _count(self, event: dict[str, Any]) -> None:
         super()._count(event)
@@ -216,7 +215,7 @@ def layout(run: Run) -> tuple[Any, Callable[[], None]]:
     seen = read.all()
     pipe.event(data=seen)
     views = [lambda data, draw=draw: draw(run, data.live) for draw in VIEWS]
-    views += [lambda data: latest(run, data.latest, WINDOW_S), lambda data: _staleness(data)]
+    views += [lambda data: latest(run, data.latest, WINDOW_S, data.status), lambda data: _staleness(data)]
     figures = [panel.pane.HoloViews(hv.DynamicMap(view, streams=[pipe]), sizing_mode="stretch_width") for view in views]
     head, done = panel.pane.Markdown(), panel.indicators.Progress(max=1000, sizing_mode="stretch_width")
     said = panel.pane.Str("")
@@ -234,7 +233,7 @@ def layout(run: Run) -> tuple[Any, Callable[[], None]]:
         inspect: lambda: order(run, "inspect", worker=who.value, within=5.0),
         cut: lambda: order(run, "drop", workers=[who.value]),
         slow: lambda: order(run, "slow", worker=who.value, factor=factor.value),
-        end: lambda: kill(run, who.value),
+        end: lambda: order(run, "kill", worker=who.value),
     }
     table = panel.pane.DataFrame(index=False)
     for button, act in buttons.items():
@@ -247,8 +246,8 @@ def layout(run: Run) -> tuple[Any, Callable[[], None]]:
     def look() -> None:
         if drawn.value != sent.value and time.monotonic() - shown["since"] < SLOW_S:
             return
-        status = state_of(run)
         seen = read.all()
+        status = seen.status
         head.object, table.object = heading(run, status), members(status)
         done.value = min(1000, round(1000 * status.get("samples", 0) / max(1, status.get("budget") or 1)))
         for button in buttons:
@@ -277,7 +276,13 @@ def order(run: Run, op: str, **fields: Any) -> str:
     """Ask the server of the run for something; returns what is to be said about it."""
     if server_file.find(run.path) is None:
         return "The run has ended."
+    now = time.strftime("%H:%M:%S")
     try:
+        if op == "slow":
+            slow_down(run, **fields, timeout=5.0)
+            return f"From {now} on worker {fields['worker']} takes {fields['factor']:g} times as long as its machine."
+        if op == "kill":
+            return f"Process {kill(run, **fields, timeout=5.0)} of worker {fields['worker']} was ended at {now}."
         status = request(run, op, 5.0 + fields.get("within", 0.0), **fields)
         if op == "inspect":
             return str(inspection(status, fields["worker"], fields["within"]))
@@ -285,30 +290,7 @@ def order(run: Run, op: str, **fields: Any) -> str:
         return str(error)
     if op == "checkpoint":
         return "Nothing was saved in time." if status.get("saved") is None else f"Version {status['saved']} is saved."
-    return f"Asked for at {time.strftime('%H:%M:%S')}."
-
-
-def kill(run: Run, worker: int) -> str:
-    """End the process of a worker of a running run (SIGKILL), if it is here and its own; returns what is to be said about it.
-
-    It must hold a connection to the server of the run: what a worker says of itself is no reason to end some other process.
-    """
-    about = (state_of(run).get("workers") or {}).get(str(worker)) or {}
-    server = server_file.find(run.path)
-    if server is None or not about.get("pid"):
-        return f"Worker {worker} is not in the run."
-    if run.config.one_process:
-        return "The workers are threads of their kernel, which would end with one of them."
-    if about["host"] != socket.gethostname():
-        return f"Worker {worker} is on {about['host']}, not here."
-    try:
-        process = psutil.Process(about["pid"])
-        if not any(link.raddr and link.raddr.port == server["port"] for link in process.net_connections("tcp")):
-            return f"Process {about['pid']} has no connection to the server of this run."
-        process.kill()
-    except psutil.Error as error:
-        return f"Process {about['pid']} cannot be ended: {error}."
-    return f"Process {about['pid']} of worker {worker} was ended at {time.strftime('%H:%M:%S')}."
+    return f"Asked for at {now}."
 
 
 def heading(run: Run, status: dict[str, Any]) -> str:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from labkit.cluster.emulation import slowdown_of
 from labkit.errors import Interrupted, ProblemError, RunError, file_path, flag, instance, real, whole
 from labkit.runs import checkpoints, summary, unfinished
 from labkit.runs.checkpoints import Layout
 from labkit.runs.files import is_folder, replacing
 from labkit.runs.record import RunRecord, directories
 from labkit.sources import changed
-from labkit.training.attach import ANSWER_S, request
+from labkit.training.attach import ANSWER_S, kill, request, slow_down
 from labkit.training.inspection import Inspection, inspection
 from labkit.training.wire.protocol import MAX_WORKERS, SERVER_TIMEOUT_S
 
@@ -171,6 +172,53 @@ class Run(RunRecord):
         worker, timeout = whole("worker", worker, 0, MAX_WORKERS - 1), real("timeout", timeout, above=0, most=SERVER_TIMEOUT_S)
         self._check_attached()
         return inspection(request(self, "inspect", timeout + ANSWER_S, worker=worker, within=timeout), worker, timeout)
+
+    def slow_down(self, worker: int, factor: float) -> Run:
+        """Make a worker slower while the run goes: all its work lasts `factor` times as long as on its machine alone; returns the run.
+
+        It takes the place of the `slowdown` with which the lab was connected (and of its drift): with 1 the worker is as quick as its
+        machine. The record says that it was emulated, and so do figures. It holds for this run, also for a process that takes the place of a
+        worker that was lost; the lab, and a run that is resumed, keep the lab's own.
+
+        Raises
+        ------
+        ValueError
+            The factor is below 1.
+        ClusterError
+            There is no such worker in the run.
+        RunError
+            The run is not running, or is that of another kernel (`attach`).
+
+        Examples
+        --------
+        >>> run = labkit.train(problem, lab, passes=20, name="slowed")
+        >>> while not run.status().get("started"):  # until the workers are there
+        ...     pass
+        >>> slowed = run.slow_down(1, 4.0)
+        >>> run.stop().events.query("kind == 'slow'").worker.tolist()
+        [1]
+        """
+        worker, factor = whole("worker", worker, 0, MAX_WORKERS - 1), slowdown_of("factor", factor)
+        self._check_attached()
+        slow_down(self, worker, factor)
+        return self
+
+    def kill(self, worker: int) -> int:
+        """End the process of a worker of this machine at once (SIGKILL), to see what the run does; returns its process id.
+
+        The run goes on with the others. Where the lab starts the process again, as Dask does, the worker comes back. `labkit.chaos`
+        has more faults.
+
+        Raises
+        ------
+        ClusterError
+            There is no such worker in the run, it is on another machine, or it is a thread of its kernel.
+        RunError
+            The run is not running, or is that of another kernel (`attach`).
+        """
+        worker = whole("worker", worker, 0, MAX_WORKERS - 1)
+        self._check_attached()
+        return kill(self, worker)
 
     def progress(self) -> None:
         """Show progress: a bar that moves by itself in a notebook; elsewhere a line every few seconds until the end.

@@ -15,7 +15,7 @@ import labkit
 from labkit.errors import ClusterError, RunError
 from labkit.plots import style
 from labkit.runs import checkpoints
-from labkit.training.page import kill, order
+from labkit.training.page import order
 from labkit.training.wire import transport
 from tests.helpers import Slow, problem, until
 from tests.training.test_attach import SECRET, going
@@ -48,9 +48,13 @@ def test_a_worker_shows_where_it_is_and_a_version_is_saved_now(train):
         run.inspect(7)
     assert "Worker 0: process" in order(run, "inspect", worker=0, within=5.0)
     assert f"Version {version}" in order(run, "checkpoint", within=5.0) or run.status()["version"] > version
-    assert "threads of their kernel" in kill(run, 1)
+    with pytest.raises(ClusterError, match="threads of their kernel"):
+        run.kill(1)
+    for ask in (run.kill, lambda worker: run.slow_down(worker, 2)):
+        with pytest.raises(ClusterError, match=r"worker 7 is not in run .*; workers \[0, 1\] are"):
+            ask(7)
     run.stop()
-    for ask in (run.checkpoint, lambda: run.inspect(0)):
+    for ask in (run.checkpoint, lambda: run.inspect(0), lambda: run.slow_down(0, 2), lambda: run.kill(0)):
         with pytest.raises(RunError, match="is not running"):
             ask()
 
@@ -58,16 +62,19 @@ def test_a_worker_shows_where_it_is_and_a_version_is_saved_now(train):
 def test_a_worker_is_made_slower_and_the_record_and_figures_say_so(train, lab):
     run = train(problem(kind=Slow), update="agwu", passes=1000)
     until(lambda: run.status()["version"] >= 2)
-    assert "Asked for" in order(run, "slow", worker=1, factor=5.0) and "closed" in order(run, "slow", worker=1, factor=0.5)
+    with pytest.raises(ValueError, match="factor=0.5"):
+        run.slow_down(1, 0.5)
+    assert run.slow_down(1, 5) is run and "closed" in order(run, "slow", worker=1, factor=0.5)
     until(lambda: "after" in run.inspect(1).stacks["worker"])  # the sleep behind a step
     until(
-        lambda: style.caption([run]) == "worker 1 slowed down to 5x in mid-run"
+        lambda: style.caption([run]) == "worker 1 set from 1x to 5x in mid-run"
     )  # as the server says, which may be late with an answer
     run.stop()
     assert run.events.query("kind == 'slow'")[["worker", "message"]].values.tolist() == [
         [1, "5 times as slow as its machine, in all"]
     ]
-    assert "worker 1 slowed down to 5x" in style.caption([labkit.load_run(run.path)])
+    assert "worker 1 set from 1x to 5x" in style.caption([labkit.load_run(run.path)])
+    assert "worker 1 (1x, then 5x)" in str(labkit.plots.timeline(run).opts.get().kwargs["yticks"])
     again = labkit.resume(run.path, lab, problem=problem(kind=Slow))  # with workers at their own speed
     until(lambda: again.status().get("started"))
     assert not again.status()["slowed"] and style.caption([again]) == ""
@@ -101,7 +108,7 @@ def test_a_process_that_is_frozen_says_nothing_and_one_that_is_killed_comes_back
                 run.inspect(1, timeout=2)
         finally:
             labkit.chaos.thaw(lab, 1)
-        assert run.inspect(1).pid == pid and f"Process {pid} of worker 1 was ended" in kill(run, 1)
+        assert run.inspect(1).pid == pid == run.kill(1)
         until(lambda: (run.status()["workers"].get("1") or {}).get("pid") not in (None, pid), 60)
         run.stop()
 
@@ -133,7 +140,8 @@ def test_one_that_is_silent_is_answered_by_what_is_known_of_it(tmp_path):
             ClusterError, match=r"worker 0 \(process 7 on far\) did not answer within 0.05 s.*'heartbeat'.*5 of 17 samples.*0.25"
         ):
             run.inspect(0, timeout=0.05)
-        assert "is on far, not here" in kill(run, 0)
+        with pytest.raises(ClusterError, match="is on far, not here"):
+            run.kill(0)
 
 
 def test_what_a_worker_answers_is_text_of_some_length_and_of_no_other_worker(tmp_path):

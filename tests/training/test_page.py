@@ -84,7 +84,12 @@ def test_a_page_shows_a_run_and_its_buttons_cut_a_connection_and_stop_it(train, 
     look()
     drawn.value = sent.value
     look()
-    assert "worker 1 slowed down to 3x" in head.object and not end.visible
+    assert (
+        "worker 1 set from 1x to 3x in mid-run" in head.object
+        and "worker 1 takes 3 times as long" in said.object
+        and not end.visible
+    )
+    assert "worker 1 (1x, then 3x)" in str(figures[3].object[()].opts.get().kwargs["yticks"])
     stop.clicks = 1
     until(lambda: run.state == "stopped")
     look()
