@@ -16,6 +16,7 @@ import math
 import numbers
 import operator
 import os
+import sys
 import sysconfig
 import threading
 import traceback
@@ -106,14 +107,32 @@ class UpdateError(LabError):
     """
 
 
-class Interrupted(KeyboardInterrupt):
-    """Waiting was interrupted (Ctrl-C, or the square in the notebook), and nothing else; the message states what goes on.
+def interrupted(text: str, at_exit: Callable[[], str] | None = None) -> KeyboardInterrupt:
+    """What waiting raises when it was interrupted (Ctrl-C, or the square in the notebook): one line without a traceback says what goes on.
 
-    In a notebook it is that one line, without a traceback.
+    That is `text` in a notebook and in a console, and where it ends a script what `at_exit()` says, once the script has left its `with`
+    blocks. It is a KeyboardInterrupt itself, and no subclass, as Python ends by the signal (130 in a shell) for that class alone.
     """
+    error = KeyboardInterrupt(text)
+    error._render_traceback_ = lambda: [f"Interrupted: {text}"]  # of IPython
+    error._at_exit = at_exit or (lambda: text)
+    if not getattr(sys.excepthook, "_says_interrupts", False):
+        sys.excepthook = _saying_interrupts(sys.excepthook)
+    return error
 
-    def _render_traceback_(self) -> list[str]:
-        return [f"Interrupted: {self}"]
+
+def _saying_interrupts(otherwise: Callable[..., object]) -> Callable[..., None]:
+    """What Python calls with an error that nobody has caught: the line of `interrupted`, all others as before."""
+
+    def say(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if not hasattr(error, "_at_exit"):
+            otherwise(kind, error, trace)
+            return
+        goes_on = sys.flags.interactive or hasattr(sys, "ps1")
+        print(f"Interrupted: {error if goes_on else error._at_exit()}", file=sys.stderr)
+
+    say._says_interrupts = True
+    return say
 
 
 class WireError(LabError):

@@ -209,8 +209,8 @@ def public(thing):
 def test_completion_of_a_run_and_a_lab_offers_what_is_public(tmp_path):
     run = labkit.load_run(RUN)
     assert public(run) == {
-        "allocations", "attach", "balance", "checkpoint", "config", "contributions", "curve", "evaluate", "events", "export", "flat", "inspect", "label", "live",
-        "membership", "model", "name", "origin", "path", "predict", "predict_proba", "predictions", "problem", "progress", "save", "staleness",
+        "allocations", "attach", "balance", "checkpoint", "config", "contributions", "curve", "evaluate", "events", "export", "flat", "inspect", "kill", "label", "live",
+        "membership", "model", "name", "origin", "path", "predict", "predict_proba", "predictions", "problem", "progress", "save", "slow_down", "staleness",
         "state", "status", "stop", "summary", "test_score", "time_to", "timeline", "wait", "weights",
     }  # fmt: skip
     with labkit.connect("threads", 1) as lab:

@@ -33,7 +33,7 @@ BACKENDS = {  # kind -> module with `check` and `open`, which is loaded when it 
     "ipyparallel": "labkit.cluster.ipyparallel_backend",
     "slurm": "labkit.cluster.slurm",
 }
-UNFINISHED = "labkit.runs.unfinished:tell"  # says in a notebook which runs of an earlier kernel there are; this layer knows no runs
+UNFINISHED = "labkit.runs.unfinished:tell"  # says which runs of an earlier kernel or script there are; this layer knows no runs
 _labs: dict[str, tuple[Request, Lab]] = {}  # by name, the labs of this process and the requests that made them, the latest last
 _beside: list[Lab] = []  # labs whose name another one has taken while they were in their `with` blocks
 _connecting = threading.Lock()
@@ -64,7 +64,8 @@ def connect(
     by that: it is an error that says how to end it, or how to have both (`name`). A lab in its `with` block stays open, too.
 
     In a notebook a line is printed for each run in the folder "runs" that goes on or was cut off, and that another kernel has started, the
-    one before a restart for instance, with the call that follows or continues it.
+    one before a restart for instance, with the call that follows or continues it. A script in a terminal has the first of them on standard
+    error, and how many more there are.
 
     Parameters
     ----------

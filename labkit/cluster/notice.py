@@ -40,13 +40,18 @@ def front_end() -> str:
     return "jupyter" if "JPY_SESSION_NAME" in os.environ else ""
 
 
+def terminal() -> bool:
+    """Does somebody read this process's standard error in a terminal? Not that of a script whose output goes to a file, nor of a notebook."""
+    return sys.stderr is not None and sys.stderr.isatty() and EXECUTED not in os.environ
+
+
 @contextlib.contextmanager
 def telling(text: str | Callable[[], str], after: float = AFTER_S) -> Iterator[None]:
     """While the block takes longer than `after` seconds, a notebook shows `text`, or what `text()` says now.
 
     A terminal has it on stderr, every ten seconds with the time that has passed. A script whose output goes to a file has nothing.
     """
-    tell = _tell if front_end() else _tell_terminal if sys.stderr is not None and sys.stderr.isatty() else None
+    tell = _tell if front_end() else _tell_terminal if terminal() else None
     if tell is None or not _telling.acquire(blocking=False):
         yield
         return

@@ -27,7 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from labkit.cluster.lab import Lab
-from labkit.errors import ClusterError, LabError, RunError, traceback_of
+from labkit.errors import ClusterError, LabError, RunError, interrupted, traceback_of
 from labkit.experiments.objectives import Goals, merit
 from labkit.experiments.pruning import PRUNERS
 from labkit.experiments.trials import Notebook, NotebookRun
@@ -98,7 +98,7 @@ class Coordinator:
                     raise RunError(f"search {self.found.name} is still running after {timeout:g} s. Wait again, or stop() it.")
         except KeyboardInterrupt:
             self.stop(60)
-            raise
+            raise interrupted(f"search {self.found.name} has stopped. The same call of labkit.search goes on with it.") from None
         if self.error:
             raise self.error.with_traceback(None)
 

@@ -1,7 +1,8 @@
 """Runs that still go on, or were cut off: a line for each that says where it is and how far, with the call that follows or continues it.
 
-A kernel that was restarted knows nothing of the runs of the one before. `labkit.connect` prints these lines for the folder "runs" below
-the working folder, in a notebook, once a kernel for each run; `labkit.load_run` does for the run that it reads. To look takes one look-up
+A kernel that was restarted, and a script that is started again, know nothing of the runs of the one before. `labkit.connect` prints these
+lines for the folder "runs" below the working folder, once a process for each run: in a notebook below the cell, in a terminal one on standard
+error. `labkit.load_run` does for the run that it reads. A script whose output goes to a file is told nothing. To look takes one look-up
 for each of at most `FOLDERS` folders; of those that hold a run which has ended, the latest ones of the last day are read.
 
 Used by `labkit.cluster.connect` (by its import path), `labkit.training.run` and `labkit.training.resume`.
@@ -12,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from labkit.cluster.notice import front_end
+from labkit.cluster.notice import front_end, terminal
 from labkit.errors import RunError
 from labkit.runs import checkpoints, server_file, status
 from labkit.runs.config import FILE as CONFIG
@@ -26,7 +28,7 @@ from labkit.runs.events import FILE as EVENTS
 
 FOLDERS = 1000  # that are looked at
 READ = 20  # runs of either kind that are read
-LINES = 3  # that are printed
+LINES, LINES_TERMINAL = 3, 1  # that are printed in a notebook, and by a script
 RECENT_S = 24 * 3600.0  # what ended before is history
 END = 1 << 16  # bytes at the end of the events, in which the latest merge is looked for
 
@@ -41,21 +43,27 @@ class Unfinished(NamedTuple):
 
 
 def tell(folder: str | Path = "runs") -> None:
-    """Print in a notebook, once a kernel for each run, what `unfinished` finds; never an error."""
+    """Print, once a process for each run, what `unfinished` finds, where somebody reads it; never an error."""
     with contextlib.suppress(OSError, RunError, ValueError):
-        if front_end():
+        if front_end() or terminal():
             found = [run for run in unfinished(folder) if _is_new(run)]
-            for run in found[:LINES]:
-                print(run.text)
-            if (more := len(found) - LINES) > 0:
-                print(f"And {more} more such run{'s' * (more > 1)} in {folder}.")
+            most = LINES if front_end() else LINES_TERMINAL
+            for run in found[:most]:
+                _print(run.text)
+            if (more := len(found) - most) > 0:
+                _print(f"And {more} more such run{'s' * (more > 1)} in {folder}.")
 
 
 def tell_of(path: Path, config: RunConfig) -> None:
-    """Print in a notebook, once a kernel, that this run goes on or was cut off; never an error."""
+    """Print, once a process, that this run goes on or was cut off, where somebody reads it; never an error."""
     with contextlib.suppress(OSError, RunError, ValueError):
-        if front_end() and (run := look(path, config)) and _is_new(run):
-            print(run.text)
+        if (front_end() or terminal()) and (run := look(path, config)) and _is_new(run):
+            _print(run.text)
+
+
+def _print(line: str) -> None:
+    """Below the cell of a notebook; a script's standard output is its own."""
+    print(line, file=None if front_end() else sys.stderr)
 
 
 def _is_new(run: Unfinished) -> bool:

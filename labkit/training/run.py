@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from labkit.cluster.emulation import slowdown_of
-from labkit.errors import Interrupted, ProblemError, RunError, file_path, flag, instance, real, whole
+from labkit.errors import ProblemError, RunError, file_path, flag, instance, interrupted, real, whole
 from labkit.runs import checkpoints, summary, unfinished
 from labkit.runs.checkpoints import Layout
 from labkit.runs.files import is_folder, replacing
@@ -113,7 +113,8 @@ class Run(RunRecord):
     def wait(self, timeout: float = 3600.0) -> Run:
         """Block until the run has ended and its curve is measured; returns the run.
 
-        An interrupt (Ctrl-C, or the square in the notebook) ends the waiting alone, and the run goes on; `stop` ends it.
+        An interrupt (Ctrl-C, or the square in the notebook) ends the waiting alone, and the run goes on; `stop` ends it. A script that does not
+        catch it ends, and the run with it: a line says so, and by which call it is resumed.
 
         Raises
         ------
@@ -233,12 +234,25 @@ class Run(RunRecord):
         except KeyboardInterrupt:
             raise self._interrupted() from None
 
-    def _interrupted(self) -> Interrupted:
+    def _interrupted(self) -> KeyboardInterrupt:
         where = repr(str(self.path))
-        return Interrupted(
+        text = (
             f"run {self.name} goes on, as long as its lab is there. run.progress() follows it, run.stop() ends it; another kernel follows it by "
             f"labkit.load_run({where}).attach(), and once its workers are gone labkit.resume({where}) goes on from its last checkpoint."
         )
+        if self._follower is None or self._follower.lab is None:  # it is trained elsewhere
+            return interrupted(
+                text, lambda: f"run {self.name} goes on. labkit.load_run({where}).attach() follows it, and can stop it."
+            )
+        return interrupted(text, self._ended_with_script)
+
+    def _ended_with_script(self) -> str:
+        """What is said when the interrupt of waiting has ended the script that trains it; its lab is closed then, or is at its exit."""
+        status = self.status()
+        if status["state"] in ("done", "failed"):
+            return f"run {self.name} is {status['state']}{': ' * bool(status.get('reason'))}{status.get('reason') or ''}."
+        far = f"after {status.get('samples', 0):,} of {self.config.budget:,} samples"
+        return f"run {self.name} ends with this script, {far}. labkit.resume({str(self.path)!r}) goes on from its last checkpoint."
 
     def live(self) -> Any:
         """A figure that grows with the run (see `labkit.plots.live`)."""
@@ -564,7 +578,8 @@ class Run(RunRecord):
 def load_run(path: str | Path, *, problem: Problem | None = None) -> Run:
     """Read a run back from its directory; `problem` where its model was written in a notebook cell.
 
-    Where the run still goes on, or was cut off, a notebook is told in a line how far it is, and which call follows or continues it.
+    Where the run still goes on, or was cut off, a notebook, and a script in a terminal on standard error, is told in a line how far it is, and
+    which call follows or continues it.
 
     Every file is checked when it is read: what is damaged, missing or of another run is a RunError with its name. Runs of formats 1 to
     3 (`run.config.format`) hold no digests: their files are checked against each other, and one changed digit of a loss, a score or a

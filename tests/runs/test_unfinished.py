@@ -58,7 +58,7 @@ def test_connect_tells_a_notebook_once_of_the_runs_of_the_kernel_before(runs, ca
     assert not capsys.readouterr().out
 
 
-def test_load_run_tells_of_its_run_and_a_script_is_told_nothing(runs, capsys, monkeypatch):
+def test_load_run_tells_of_its_run_and_a_script_without_a_terminal_is_told_nothing(runs, capsys, monkeypatch):
     labkit.load_run("runs/ended")
     assert not capsys.readouterr().out
     labkit.load_run("runs/cut")
@@ -67,6 +67,22 @@ def test_load_run_tells_of_its_run_and_a_script_is_told_nothing(runs, capsys, mo
     labkit.load_run("runs/going")
     unfinished.tell()
     assert not capsys.readouterr().out
+
+
+def test_a_script_in_a_terminal_is_told_of_one_and_how_many_more_and_its_output_is_its_own(runs, capsys, monkeypatch):
+    monkeypatch.setattr("labkit.runs.unfinished.front_end", lambda: "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for name in ("more", "others"):
+        shutil.copytree(runs / "cut", runs / name)
+    with labkit.connect("threads", 1, name="new"):
+        said = capsys.readouterr()
+    first, more = said.err.splitlines()
+    assert "'going' still goes on" in first and more == "And 3 more such runs in runs." and not said.out
+    labkit.load_run("runs/cut")
+    assert not any(capsys.readouterr()), "it was counted"
+    unfinished._told.clear()
+    labkit.load_run("runs/cut")
+    assert "labkit.resume('runs/cut') continues it" in capsys.readouterr().err
 
 
 def test_of_what_a_power_cut_leaves_the_record_says_how_far_it_is(runs, capsys):

@@ -8,6 +8,8 @@ import importlib
 import linecache
 import os
 import pickle
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -100,6 +102,55 @@ def test_an_interrupt_ends_the_waiting_alone(train, call):
     version = run.status()["version"]
     until(lambda: run.status()["version"] > version)
     assert run.stop().state == "stopped" and len(run.curve())
+
+
+def test_an_interrupt_that_ends_a_script_is_one_line_and_all_other_errors_are_shown_as_before(train, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.delattr(sys, "ps1", raising=False)  # of a shell in another test
+    run = train(problem(kind=Slow), passes=1000)
+
+    def wait(timeout):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(run._follower, "wait", wait)
+        run.wait()
+    run.stop()  # as the `with` block of its lab does
+    capsys.readouterr()
+    sys.excepthook(type(caught.value), caught.value, None)  # what Python calls with an error that ends it
+    far = f"after {run.status()['samples']:,} of {run.config.budget:,} samples"
+    line = (
+        f"Interrupted: run {run.name} ends with this script, {far}. labkit.resume('{run.path}') goes on from its last checkpoint.\n"
+    )
+    assert capsys.readouterr().err == line and type(caught.value) is KeyboardInterrupt
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt("another"), None)
+    assert capsys.readouterr().err == "KeyboardInterrupt: another\n"
+
+
+SCRIPT = """
+import os, signal, sys, time
+import labkit, tests.helpers as t
+if __name__ == "__main__":
+    with labkit.connect("threads", 2) as lab:
+        run = labkit.train(t.problem(kind=t.Slow), lab, passes=1000, runs=sys.argv[1], name="r", update="agwu")
+        t.until(lambda: run.status().get("version", 0) >= 2, 60)
+        run._follower.wait = lambda timeout: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60)  # Ctrl-C while it waits
+        run.wait()
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupted_script_ends_by_the_signal_with_a_line_and_its_run_is_resumed(tmp_path, lab):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == -signal.SIGINT  # 130 in a shell
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("Interrupted: run r ends with this script, after ") and f"labkit.resume('{tmp_path / 'r'}')" in line
+    again = labkit.resume(tmp_path / "r", lab, problem=problem(kind=Slow))
+    until(lambda: again.status().get("started"))
+    assert again.stop().state == "stopped"
 
 
 def cell(width):
