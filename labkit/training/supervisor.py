@@ -82,7 +82,9 @@ class Supervisor:
         self.meeting = f"{MEETING}{secrets.token_hex(4)}"  # where the ranks of an all-reduce find each other
         self._reported: set[tuple[int, int]] = set()  # processes that are gone, and of which the server knows: worker, generation
         self._all_lost_at: float | None = None  # before the start: since when all are lost
-        self._status: dict = {"state": "running", "samples": 0, "budget": spec.config.budget, "version": 0}
+        reached = spec.config.resumed[-1] if spec.config.resumed else {}  # by the checkpoint that it goes on from
+        self._status: dict = {"state": "running", "budget": spec.config.budget}
+        self._status |= {name: int(reached.get(name) or 0) for name in ("samples", "version")}
         self._stop, self._measuring, self._over = threading.Event(), threading.Event(), threading.Event()
 
         self.server: subprocess.Popen | None = None
