@@ -143,7 +143,7 @@ class Subnets(Carded, Public):
         """One torch module from raw images (n, *shape), channels first, to logits (n, K): subnets and coarse network, or a baseline
         that was trained. Its first layer normalises; `.network` is what takes normalised ones."""
         known("by", by, ["coarse", *self.baselines], " Votes are no network: joined.predict(images, by='average').")
-        return Normalised(self.baselines.get(by, self.module), [self._normalise()]).eval()
+        return Normalised(self.baselines.get(by, self.module), [self._normalise()], [self.config["shape"]]).eval()
 
     def _normalise(self) -> Normalise:
         return Normalise(self.config["centre"], self.config["rate"], len(self.config["shape"]))

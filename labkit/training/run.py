@@ -378,7 +378,7 @@ class Run(RunRecord):
         """The trained network as a torch module that takes raw samples, on the CPU, in evaluation mode; `version` as in `flat`.
 
         Its first layer normalises: it takes what was given as data, in its units, channels first, as a tensor (n, *shape) of any
-        type. With `normalised=False`, or as `run.model().network`, it is the network alone, which takes normalised samples, as
+        type; a single channel may be left out, as for `predict`. With `normalised=False`, or as `run.model().network`, it is the network alone, which takes normalised samples, as
         `run.problem().load(indices)` gives them; the names in its `state_dict()` are those
         of `run.weights()`, those of the whole have "network." in front. A problem with a `load` of its own is the only one to know
         what it makes of raw samples: there the first layer does nothing, and a warning says so.
@@ -389,7 +389,7 @@ class Run(RunRecord):
 
         if not flag("normalised", normalised):
             return self._network(version)
-        problem, layers = self.problem(), [torch.nn.Identity()]
+        problem, layers, shapes = self.problem(), [torch.nn.Identity()], []
         if problem.is_own_load:
             warnings.warn(
                 f"{type(problem).__name__} loads its samples itself, so that run.model() cannot normalise raw ones: give it what "
@@ -398,11 +398,12 @@ class Run(RunRecord):
             )
         else:
             layers, data = [], problem.dataset
+            shapes = [data.fields[name].shape for name in data.inputs]
             for name in data.inputs:
                 window = problem.window if name == data.inputs[0] else ()
                 affine, n_axes = data.affine_of(name), len(data.fields[name].shape)
                 layers.append(Normalise(*affine, n_axes, window) if affine else torch.nn.Identity())
-        return Normalised(self._network(version), layers).eval()
+        return Normalised(self._network(version), layers, shapes).eval()
 
     def save(self, path: str | Path, version: int | str | None = None, *, normalised: bool = True) -> Path:
         """Write the trained network to a file that is opened without labkit; returns its path. Its ending says what it is:
@@ -411,8 +412,9 @@ class Run(RunRecord):
             .onnx    the same:        onnxruntime.InferenceSession(path).run(None, {"x": x})[0]      pip install 'labkit[onnx]'
             .pt      the weights:     network.load_state_dict(torch.load(path)), with normalised=False for the network that was trained
 
-        Programs take raw samples of any number, (n, *shape) with the channels first, as `run.model()` does, as float32 where they are
-        normalised, and give what it gives; with `normalised=False` normalised ones, as `run.model(normalised=False)` does. So does each
+        Programs take raw samples of any number, (n, *shape) with the channels first, a single one included: (n, 1, 8, 8) where `predict` and
+        `run.model()` take (n, 8, 8) too, as a program has inputs of one number of axes. They take them as float32 where they are
+        normalised, and give what `run.model()` gives; with `normalised=False` normalised ones, as `run.model(normalised=False)` does. So does each
         of a problem with a `load` of its own.
 
         Raises

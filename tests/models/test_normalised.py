@@ -48,3 +48,15 @@ def test_it_can_be_saved_and_takes_several_inputs():
 
     both = Normalised(Two(), [Normalise(np.ones(4), np.full(4, 2.0), 1), nn.Identity()])
     assert torch.equal(both((x, torch.ones(3))), 2 * (x - 1).sum(1) + 1)
+
+
+def test_a_single_channel_may_be_left_out_and_what_has_other_axes_is_named():
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3)), torch.randn(5, 1, 8, 8)
+    whole = Normalised(network, [Normalise(np.ones(1), np.full(1, 2.0), 3)], [(1, 8, 8)]).eval()
+    assert torch.equal(whole(x[:, 0]), whole(x)) and torch.equal(whole(x[0]), whole(x[:1]))
+    with pytest.raises(ValueError, match=r"x has shape \(5, 64\); this network takes \(n, 1, 8, 8\), channels first\."):
+        whole(x.flatten(1))
+    colours = Normalised(nn.Flatten(), [Normalise(np.ones(3), np.ones(3), 3)], [(3, 8, None)])
+    with pytest.raises(ValueError, match=r"takes \(n, 3, 8, any\), channels first\. For one sample give x\[None\]\."):
+        colours(torch.randn(3, 8, 8))

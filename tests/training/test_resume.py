@@ -339,7 +339,9 @@ def test_a_run_whose_server_was_killed_goes_on_with_another_number_of_workers(la
     with labkit.connect("threads", n_workers) as other:
         again = labkit.resume(run.path, other)
         shown = again.status()  # before its server has said anything
-        assert shown["samples"] >= again.config.resumed[-1]["samples"] > 0 and shown["version"] >= again.config.resumed[-1]["version"]
+        assert (
+            shown["samples"] >= again.config.resumed[-1]["samples"] > 0 and shown["version"] >= again.config.resumed[-1]["version"]
+        )
         again.wait(60)
     assert again.state == "done"
     assert_whole(again)
