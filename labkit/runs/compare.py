@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> pd.DataFrame:
     """The cost cards of several runs, a row a run, labelled by its strategy and what differs among them: "AGWU + IDPA, lr 0.01".
 
-    The settings that differ are columns too, behind the partition. `score` and `loss` are those of the test set; a column
+    A label has two settings, or as many as tell the runs apart, and "..." where there are more. All that differ are columns, behind the
+    partition (the loss as "loss function"). `score` and `loss` are those of the test set; a column
     `lower_is_better` says of which runs that holds of the score. A run that cannot be
     read does not take the table down: its `state` is "damaged", and `reason` says why. Directories of runs, and folders of them, can be
     given as well.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from labkit.runs.record import RunRecord
 
-MOST = 4  # settings in a label, unless more are needed to tell two runs apart
+MOST = 2  # settings in a label, unless more are needed to tell two runs apart; "..." stands for others, which `differing` has
 OF_STRATEGY = ("update.", "partition.", "origin.")  # compared among runs of one strategy
 ASIDE = ("checkpoints", "heartbeat_timeout", "join_timeout", "one_process", "budget", "batch_size", "labkit", "hosts", "source")
 ASIDE += ("exact_buffers", "still", "balanced_end")
@@ -31,7 +31,10 @@ LAST = ("code", *ASIDE)  # said only where nothing else tells two runs apart; ot
 UNSAID = ("format", "id", "name", "created", "data_note", "synthetic", "emulated", "problem", "update", "partition", "workers")
 UNSAID += ("origin", "scenario", "resumed", "sources", "milestones", "ema", "lower_is_better")
 FOLD = tuple(f"cross_validation.{name}" for name in ("fold", "of", "seed"))
-DERIVED = {"n_train": ("data", "train_samples", *FOLD)}  # differs because one of these does
+DERIVED = {
+    "n_train": ("data", "train_samples", *FOLD),
+    "batch_size": ("batch_size",),
+}  # differs because one of these of the problem does
 
 
 def labels(runs: Sequence[RunRecord], *, by_directory: bool = True) -> list[str]:
@@ -66,10 +69,14 @@ def lines(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """The settings in which the runs differ, by name: a value for each run, None where it has no such setting."""
+    """The settings in which the runs differ, by name: a value for each run, None where it has no such setting.
+
+    Beside them stand results: the loss that was trained with is "loss function" here.
+    """
     read = settings(runs)
     keys = [key for key in _differing(runs, read) if key not in ASIDE]
-    return {name: [own.get(key) for own in read] for key, name in _names(keys).items()}
+    named = {key: "loss function" if name == "loss" else name for key, name in _names(keys).items()}
+    return {name: [own.get(key) for own in read] for key, name in named.items()}
 
 
 def settings(runs: Iterable[RunRecord]) -> list[dict[str, Any]]:
@@ -164,12 +171,9 @@ def _said(name: str, text: str) -> str:
 
 
 def _names(keys: Sequence[str]) -> dict[str, str]:
-    """Each by its last word, `update.lr` as "update lr" where there is another `lr`."""
-    last = [key.rpartition(".")[2] for key in keys]
-    short = {
-        key: name if last.count(name) == 1 and name != "name" else key.replace(".", " ")
-        for key, name in zip(keys, last, strict=True)
-    }
+    """Each by its last word, `update.lr` as "update lr" where there is another `lr`; `problem.loss.name` is "loss"."""
+    last = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
+    short = {key: name if last.count(name) == 1 else key.replace(".", " ") for key, name in zip(keys, last, strict=True)}
     return (
         short | {key: "origin" for key in keys if key == "origin.kind"} | {key: "problem" for key in keys if key == "problem.kind"}
     )

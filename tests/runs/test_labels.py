@@ -39,6 +39,8 @@ def of_run(name, *values):
         (of_problem("data", "/c/arrays-0123456789abcdef0123", "digits"), ("data arrays-012345", "data digits")),
         (of_problem("channels_last", True, False), ("channels_last", "not channels_last")),
         (of_problem("model_args", {"width": 0.5}, {"width": 0.5, "depth": 3}), ("", "depth 3")),
+        (of_problem("loss", {"name": "huber", "delta": 2.0}, {"name": "mse"}), ("loss huber, delta 2", "loss mse")),
+        ([{"problem": {"batch_size": n}, "changes": {"batch_size": n}} for n in (32, 64)], ("batch_size 32", "batch_size 64")),
         (of_run("passes", 3, 4.5), ("passes 3", "passes 4.5")),
         (of_run("local_steps", None, 8), ("no local_steps", "local_steps 8")),
         (of_run("kind", "dask", "threads"), ("kind dask", "kind threads")),
@@ -89,10 +91,16 @@ def test_seeds_share_a_line_and_are_said_where_they_differ_between_lines(tmp_pat
 def test_labels_of_many_settings_stay_short_and_unique_and_the_table_has_them_all(tmp_path):
     names = ["lr", "momentum", "batch_size", "weight_decay", "train_samples", "score_samples"]
     runs = [recorded(tmp_path, f"r{i}", {name: i + 1 for name in names}) for i in range(3)]
-    assert labels.labels(runs)[1] == "AGWU + IDPA, lr 2, batch_size 2, momentum 2, weight_decay 2, ..."
+    assert labels.labels(runs)[1] == "AGWU + IDPA, lr 2, batch_size 2, ..."
     assert labels.differing(runs) == {name: [1, 2, 3] for name in names}
     grid = [recorded(tmp_path, f"{n:b}", {name: n >> bit & 1 for bit, name in enumerate(names)}) for n in range(64)]
     assert len(set(labels.labels(grid))) == 64
+
+
+def test_the_loss_that_was_trained_with_is_no_result(tmp_path):
+    both = pair(tmp_path, *of_problem("loss", "huber", "mse"))
+    assert labels.labels(both) == ["AGWU + IDPA, loss huber", "AGWU + IDPA, loss mse"]
+    assert labels.differing(both) == {"loss function": ["huber", "mse"]}
 
 
 def test_two_settings_of_one_name_are_told_apart(tmp_path):
