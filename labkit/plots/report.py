@@ -30,7 +30,7 @@ from labkit.errors import LabError, file_path
 from labkit.plots import style
 from labkit.plots.membership import membership
 from labkit.plots.runs import balance, curves, staleness, timeline, weights
-from labkit.runs.calls import calls
+from labkit.runs.calls import calls, from_record
 from labkit.runs.export import settings
 from labkit.runs.files import find_json, replacing
 from labkit.runs.labels import labels
@@ -161,14 +161,8 @@ def _page(runs: list[RunRecord], opened: bool) -> Iterator[str]:
         yield "<h3>How to reproduce</h3>"
         if versions := _versions(machine):
             yield f"<p>Made with {escape(versions)}; seed {run.config.seed}.</p>"
-        where = str(run.path)
-        again = [f"run = labkit.load_run({where!r})"]
-        if run.origin == "live":
-            again.append("labkit.replay(run)  # the same weights again, from the record")
-        if run.origin == "live" and run.state in ("failed", "stopped"):
-            again.append(f"labkit.resume({where!r}, lab)  # goes on from the last checkpoint")
         yield f"<p>Trained anew:</p><pre>{escape(calls(run))}</pre>"
-        yield f"<p>From its record:</p><pre>{escape(chr(10).join(again))}</pre>"
+        yield f"<p>From its record:</p><pre>{escape(from_record(run))}</pre>"
     yield "</body></html>"
 
 

@@ -4,8 +4,9 @@
     lab = labkit.connect(...)            where
     run = labkit.train(problem, lab, ...)
 
-What has no value in the record is left out. What was written in a notebook is in it by its name alone: it is `...` in the code, and named
-behind it. A run that no cluster has made is one call of `labkit.replay` or `labkit.simulate`.
+What has no value in the record is left out. What was written in a notebook or a script is in it by its name alone: it is `...` in the code,
+and named behind it. A run that no cluster has made is one call of `labkit.replay` or `labkit.simulate`. `from_record` has the calls that
+read a run back, replay it and go on with it, which are given again what the record does not hold.
 
 Used by `labkit.plots.report`.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from labkit.imports import by_value
+from labkit.runs.config import JOINT, REPLAYABLE
 
 if TYPE_CHECKING:
     from labkit.runs.record import RunRecord
@@ -30,6 +32,35 @@ WIDE = 100  # characters of a call in one line
 def calls(run: RunRecord) -> str:
     """The code that makes a run again: its problem, its lab and the call of `train`, or the call that made it without a lab."""
     return "\n".join(["import labkit", "", *(_trained(run) if run.origin == "live" else _made(run))])
+
+
+def from_record(run: RunRecord) -> str:
+    """The code that reads a run back, makes its weights again from the record, and goes on with it, or why one of these cannot be done.
+
+    Problem, update and partition that `calls` writes with `...` are called by these names.
+    """
+    config, where = run.config, repr(str(run.path))
+    lost = [what for what in ("problem", "update", "partition") if by_value(_plain(config[what])) is not None]
+    rules = "".join(f", {rule}={rule}" for rule in lost if rule != "problem")
+    problem = ", problem=problem" if "problem" in lost else ""
+    lines = [f"# With {' and '.join(lost)} as {'it was' if len(lost) == 1 else 'they were'} given to train."] if lost else []
+    lines += [f"run = labkit.load_run({where}{problem})"]
+    if run.origin != "live":
+        return "\n".join(lines)
+    devices = {str(worker.get("device") or "cpu").partition(":")[0] for worker in config.workers} - {"cpu"}
+    if devices:
+        lines.append(
+            f"# No labkit.replay(run): it was computed on {', '.join(sorted(devices))}, where sums are not the same to the last bit."
+        )
+    elif config.format < (JOINT if config.update["name"] == "allreduce" else REPLAYABLE):
+        lines.append(f"# No labkit.replay(run): a record of format {config.format} does not hold all that it needs.")
+    elif run.state == "running":
+        lines.append("# labkit.replay(run) makes the same weights again, once it has ended.")
+    else:
+        lines.append(f"labkit.replay(run{rules})  # the same weights again, from the record")
+    if run.state in ("failed", "stopped"):
+        lines.append(f"labkit.resume({where}, lab{problem}{rules})  # goes on from the last checkpoint")
+    return "\n".join(lines)
 
 
 def _trained(run: RunRecord) -> Iterator[str]:
@@ -53,7 +84,11 @@ def _trained(run: RunRecord) -> Iterator[str]:
 def _made(run: RunRecord) -> Iterator[str]:
     """The call of a replay or of a simulation."""
     config, origin = run.config, run.config.origin or {}
-    source = "..." if origin.get("run") is None else f"labkit.load_run({str(run.path.parent / str(origin['run']))!r})"
+    lost = by_value(_plain(config.problem)) is not None
+    if lost:
+        yield from _problem(config.problem)
+    given = ", problem=problem" if lost else ""
+    source = "..." if origin.get("run") is None else f"labkit.load_run({str(run.path.parent / str(origin['run']))!r}{given})"
     if run.origin != "simulated":
         rule = {} if run.origin == "replay" else {"update": config.update}
         yield _call("run", "labkit.replay", [source], {**rule, "name": config.name})
@@ -70,7 +105,7 @@ def _problem(config: Mapping[str, Any]) -> Iterator[str]:
     kind, fold = settings.pop("kind", None), settings.pop("cross_validation", None)
     module, _, name = kind.partition(":") if isinstance(kind, str) else ("", "", "")
     if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):  # of a notebook, or of a strange record
-        yield f"problem = ...  # {by_value(kind) or kind!r} was written in a notebook: the record holds its name alone"
+        yield f"problem = ...  # {by_value(kind) or kind!r} was written in a notebook or a script: the record holds its name alone"
         return
     outer = name.partition(".")[0]
     if module != "labkit":
@@ -104,7 +139,8 @@ def _call(result: str, function: str, given: list[str], settings: Mapping[str, A
     if len(whole) <= WIDE and not lost:
         return whole
     notes = [
-        f"  # {lost[name]!r} was written in a notebook: the record holds its name alone" if name in lost else "" for name in kept
+        f"  # {lost[name]!r} was written in a notebook or a script: the record holds its name alone" if name in lost else ""
+        for name in kept
     ]
     rows = [*(f"{own}," for own in given), *(f"{line},{note}" for line, note in zip(lines, notes, strict=True))]
     return "\n".join([f"{result} = {function}(", *(f"    {row}" for row in rows), ")"])
@@ -112,6 +148,10 @@ def _call(result: str, function: str, given: list[str], settings: Mapping[str, A
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _listed(value) for name, value in settings.items()}
 
 
 def _code(value: Any) -> str:

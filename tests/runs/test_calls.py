@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import labkit
-from labkit.runs.calls import calls
+from labkit.runs.calls import calls, from_record
 from labkit.runs.record import RunRecord
-from tests.helpers import SEED, ended, problem
+from tests.helpers import SEED, ended, net, problem
 from tests.runs.test_old_records import FOLDER
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -33,6 +33,24 @@ def test_the_code_of_a_run_trains_it_again(tmp_path, monkeypatch):
     assert again.path != run.path and np.array_equal(again.flat(), run.flat())
     own = ("id", "name", "created", "workers")
     assert {**again.config, **dict.fromkeys(own)} == {**run.config, **dict.fromkeys(own)}
+
+
+def test_what_the_record_does_not_hold_is_given_again_to_replay_it(tmp_path):
+    """The model of a script; the rules of one, of which the settings alone are made up here, and a GPU."""
+    given = problem(lambda shape, n: net(shape, n))
+    with labkit.connect("threads", 2) as lab:
+        run = ended(labkit.train(given, lab, partition="udpa", update="sgwu", passes=1, runs=tmp_path))
+    code = f"import labkit\n{from_record(run)}"
+    made = {"problem": given}
+    exec(code.replace("labkit.replay", "again = labkit.replay"), made)
+    assert "labkit.replay(run)" in code and np.array_equal(made["again"].flat(), run.flat())
+    assert "was written in a notebook or a script" in calls(run)
+    assert "labkit.replay(" in calls(made["again"]) and f"labkit.load_run({str(run.path)!r}, problem=problem)" in calls(made["again"])
+    plain = run.config.replace(problem={"kind": "labkit:Classifier", "model": "lenet"})
+    run.config = plain.replace(update={"name": {"by_value": "Mine"}})
+    assert "With update as it was given" in from_record(run) and "labkit.replay(run, update=update)" in from_record(run)
+    run.config = plain.replace(workers=[{**worker, "device": "cuda:0"} for worker in run.config.workers])
+    assert "# No labkit.replay(run): it was computed on cuda" in from_record(run) and "\nlabkit.replay" not in from_record(run)
 
 
 @pytest.mark.slow
