@@ -46,15 +46,19 @@ ELSEWHERE = {
 
 def where_given(name: str, names: Iterable[str]) -> str:
     """What to say of an argument that a call does not have: where labkit has it, by which name; `names` are those that the call has."""
-    names, ours = list(names), NEIGHBOURS.get(name, name)
+    names = list(names)
+    return called_here(name, names) or did_you_mean(name, names) or f" It has: {', '.join(names)}."
+
+
+def called_here(name: str, names: Iterable[str]) -> str:
+    """What labkit calls something that other libraries call `name`, or where it has it; "" where nothing is known of it."""
+    ours = NEIGHBOURS.get(name, name)
     owner = next((owner for owner, own in ARGUMENTS.items() if ours in own), None)
     if ours in names:
         return f" In labkit it is {ours}=."
     if name in ELSEWHERE:
         return f" {ELSEWHERE[name]}"
-    if owner is not None:
-        return f" {ours}= is an argument of {owner}."
-    return did_you_mean(name, names) or f" It has: {', '.join(names)}."
+    return "" if owner is None else f" {ours}= is an argument of {owner}."
 
 
 def named(function: F) -> F:

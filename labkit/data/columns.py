@@ -83,7 +83,7 @@ class Asked:
 def _names(option: str, value: Any) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple | set) else (None,)
     if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{option}={value!r}: give the name of a column, or several in a list.")
+        raise TypeError(f"{option}={value!r}: give the name of a column, a text, or several in a list.")
     return names
 
 
@@ -277,7 +277,8 @@ def _check_rows_and_names(name: str, columns: Mapping[str, Any]) -> None:
     named = list(columns.keys())
     for column in named:
         if not isinstance(column, str):
-            raise DataError(f"{name}: the column {column!r} has no name. Columns are named by texts.")
+            how = f" Name them so: {name}.columns = {name}.columns.map(str)." if hasattr(columns, "iloc") else ""
+            raise DataError(f"{name}: the column {column!r} is not named by a text, as columns are here.{how}")
         if named.count(column) > 1:
             raise DataError(f"{name}: {named.count(column)} columns are called {column!r}. Rename them, or drop all but one.")
     rows = (

@@ -31,6 +31,7 @@ from optuna.distributions import (
 )
 
 from labkit.errors import MOST, LabError, did_you_mean, known, plain_scalar
+from labkit.names import called_here
 from labkit.imports import rule_title, short
 from labkit.sources import held
 
@@ -86,7 +87,9 @@ class Space:
         taken = [*taken, *given]
         for name, form in given.items():
             if not isinstance(name, str) or not name.isidentifier():
-                raise TypeError(f"space has the name {name!r}; parameters are named by texts, as arguments are.")
+                plain = name.replace("-", "_") if isinstance(name, str) else ""
+                meant = f" Did you mean {plain!r}?" if plain.isidentifier() else ""
+                raise TypeError(f"space has the name {name!r}; parameters are named by texts, as arguments are.{meant}")
             if taken.count(name) > 1:
                 raise ValueError(f"space {name!r} stands within {within} and outside of it. Leave out one of them.")
             key = name + f" [{within}]" * bool(within)
@@ -208,9 +211,8 @@ def check_names(space: Space, accepted: Mapping[str, Sequence[str]] | None, need
         for name in space.names:
             if name not in options:
                 listed = "; ".join(f"{who}: {', '.join(names)}" for who, names in accepted.items() if names)
-                raise ValueError(
-                    f"space {name!r} is nothing that is set here.{did_you_mean(name, options)} There are, of {listed}."
-                )
+                meant = called_here(name, options) or did_you_mean(name, options)
+                raise ValueError(f"space {name!r} is nothing that is set here.{meant} There are, of {listed}.")
     for name in needed:
         if name not in space.parameters:
             raise ValueError(f"the problem needs {name!r}, and the space has no such parameter for every point.")

@@ -76,7 +76,10 @@ def curves(
     if not found and any(len(table) for table in tables.values()):
         return style.message(title, f"{_names(runs)}: {y} is NaN in every row of the curve.")
     if not found:
-        return style.message(title, f"{_names(runs)}: no version was retained, so there is nothing to evaluate.")
+        why = "no version was retained, so there is nothing to evaluate."
+        if all(run.config.without_weights for run in runs):
+            why = "simulated without numerics, which makes times alone; labkit.simulate(..., numerics=True) trains, too."
+        return style.message(title, f"{_names(runs)}: {why}")
     lines, texts = {label: _median(own, x, y) for label, own in found.items()}, _counted(runs)
     if target is not None:
         reached, each = {}, {}

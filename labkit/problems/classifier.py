@@ -124,7 +124,7 @@ class Classifier(Supervised):
         if len(targets) != 1 or len(targets[0].shape) != 1:
             raise ProblemError(
                 f"data {data.name!r} have no classes, and a Classifier needs them: one field of labels, or one of multi-hot targets of "
-                f"shape (K,). They have {data.described()}."
+                f"shape (K,). They have {data.described()}. Numbers are predicted by labkit.Regressor."
             )
         return targets[0].shape[0]
 
@@ -141,6 +141,8 @@ class Classifier(Supervised):
             advice = (
                 "Give labels of one number a sample: (n,), not (n, 1)." if targets.shape[1:] == (1,) and not by_class else advice
             )
+            if self.n_outputs == 1:
+                advice += f" {self._loss.title} takes one output for two classes; 'cross-entropy' takes one for each."
             raise ProblemError(
                 f"{self._title()} gave {got} for {n} samples of shape {self.dataset.shape}; a Classifier needs "
                 f"logits of shape {expected}, one for each class. {advice}"
@@ -165,6 +167,12 @@ class Classifier(Supervised):
                     f"data {data.name!r}: {name} is {', '.join(map(str, counted))} in places, which is no class of 0..{self.n_outputs - 1}. "
                     + (f"Have the loss ignore it: loss={how}." if len(counted) == 1 else "Give one value to what a loss ignores.")
                 )
+        one_label = (data.n_classes or 0) > 2 and type(self).fitted is Classifier.fitted
+        if one_label and not loss.of_classes and not loss.is_own:
+            raise ProblemError(
+                f"{loss.title} takes a number for each output, and data {data.name!r} have labels of {data.n_classes} classes. Use "
+                "loss='cross-entropy'; numbers are predicted by labkit.Regressor(model, data, loss=...)."
+            )
         super().check(seed, scored)
 
     def predicted(self, outputs: np.ndarray) -> np.ndarray:

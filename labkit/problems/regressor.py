@@ -13,6 +13,7 @@ from torch import nn
 
 from labkit.errors import ProblemError
 from labkit.names import named
+from labkit.problems.losses import Loss
 from labkit.problems.metrics import Meter
 from labkit.problems.supervised import Supervised
 
@@ -118,6 +119,15 @@ class Regressor(Supervised):
             advice = ADVICE if self.dataset.answers else f"{NO_TARGET} {ADVICE}"
             raise ProblemError(f"{self._title()} gave {_shapes(outputs)} for targets of {_shapes(targets)}. {advice}")
         return outputs, targets
+
+    def check(self, seed: int = 0, scored: bool = True) -> None:
+        data, loss = self.dataset, Loss(self.loss)
+        if loss.of_classes and data.answers and all(data.fields[name].shape == () for name in data.answers):
+            raise ProblemError(
+                f"{loss.title} is of classes, and a Regressor predicts numbers. Use loss='mse' or 'huber'; classes are predicted by "
+                "labkit.Classifier(model, data, loss=...)."
+            )
+        super().check(seed, scored)
 
     def scorer(self) -> Meter:
         return _Explained(self._loss)

@@ -136,6 +136,12 @@ class RunConfig(Mapping[str, Any]):
         if not self.name.isprintable():  # names are printed, and a terminal obeys control characters
             raise ValueError(f"the name of the run is {self.name!r}")
 
+    @property
+    def without_weights(self) -> bool:
+        """Was it simulated without numerics, so that it has times alone?"""
+        origin = self.origin or {}
+        return origin.get("kind") == "simulated" and not origin.get("numerics")
+
     def save(self, run: Path) -> None:
         """Write `config.json`, in the present format. What a run does not have is left out."""
         write_json(Path(run) / FILE, {**self, "format": FORMAT}, run=self.id)

@@ -189,6 +189,18 @@ class RunRecord(Carded, Public):
 
             run.curve().hvplot.line("seconds", "score")     # after labkit.plots.extension(), or import hvplot.pandas
         """
+        curve = self._curve()
+        if curve.empty and self.config.without_weights:
+            self._say(f"{self._timed_alone()} Its curve is empty.")
+        return curve
+
+    def _timed_alone(self) -> str:
+        return (
+            f"Run {self.name} was simulated without numerics: it has times alone, no weights and no scores. labkit.simulate(..., "
+            "numerics=True) trains the network, too."
+        )
+
+    def _curve(self) -> pd.DataFrame:
         why = None
         if (self.path / metrics.FILE).exists():
             try:
@@ -332,7 +344,7 @@ class RunRecord(Carded, Public):
         measured = state != "running" and (self._measurable or (self.path / metrics.FILE).exists())
         if state != "running" and not measured:
             self._say(f"No score of run {self.name} is measured yet. {self._how_to_measure}")
-        return self.card(state, self.curve() if measured else None)
+        return self.card(state, self._curve() if measured else None)
 
     def card(self, state: str, curve: pd.DataFrame | None) -> dict:
         """`summary()` of a run in this state with this curve; without a curve no score and no loss."""
@@ -379,6 +391,8 @@ class RunRecord(Carded, Public):
             raise RunError(f"run {self.name} makes no average of its weights. Give its problem ema=0.999, say, and train it again.")
         if version is None or average:
             versions = checkpoints.versions(self.path)
+            if not versions and self.config.without_weights:
+                raise RunError(self._timed_alone())
             if not versions:
                 raise RunError(f"run {self.name} has no weights in {self.path / checkpoints.FOLDER}.")
             version = versions[-1]

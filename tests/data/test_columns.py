@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from labkit.data import Field, cache, open_dataset
@@ -184,7 +185,8 @@ def test_wrong_columns_are_refused_by_name():
     refused({"x": IMAGES, "y": AGE}, "y[1]", "target='y'", label="y")
     refused({"x": IMAGES, "y": Y.astype("datetime64[s]")}, "y is of type datetime64")
     refused({"x": IMAGES[:0], "y": Y[:0]}, "x of the train split is empty")
-    refused({3: IMAGES, "y": Y}, "column 3 has no name")
+    refused({3: IMAGES, "y": Y}, "column 3 is not named by a text")
+    refused(pd.DataFrame({0: AGE, 1: Y}), "column 0 is not named by a text", "table.columns = table.columns.map(str)")
     refused((IMAGES, AGE), "target='y'")
     with pytest.raises(TypeError, match="pad='0' must be a number"):
         open_dataset({"x": IMAGES}, pad="0")

@@ -178,5 +178,17 @@ def test_names_that_nobody_has_are_refused_with_the_nearest():
     space = Space({"widht": [1], "lr": [2]})
     with pytest.raises(ValueError, match=r"'widht' is nothing that is set here\. Did you mean 'width'\?.*net: width"):
         check_names(space, {"Classifier": ["lr"], "net": ["width"]})
+    accepted = {"Classifier": ["lr", "batch_size"], "the training": ["passes"]}
+    for name, said in {
+        "learning_rate": "In labkit it is lr=",
+        "batch": "In labkit it is batch_size=",
+        "epochs": "In labkit it is passes=",
+        "n_jobs": "n_workers= is an argument of labkit.connect",
+        "device": "Each worker has its device",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name!r} is nothing that is set here\\. {said}.* There are, of Classifier: lr"):
+            check_names(Space({name: [1]}), accepted)
+    with pytest.raises(TypeError, match=r"'batch-size'; .* Did you mean 'batch_size'\?"):
+        Space({"batch-size": [1]})
     with pytest.raises(ValueError, match="the problem needs 'depth'"):
         check_names(space, None, ["lr", "depth"])

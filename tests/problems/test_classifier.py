@@ -138,6 +138,15 @@ def test_a_wrong_last_layer_is_named_with_both_shapes():
         problem.check()
 
 
+@pytest.mark.parametrize("loss", ["mse", "huber", "bce-with-logits", nn.L1Loss()])
+def test_a_loss_of_numbers_for_labels_of_classes_is_named_with_what_takes_them(loss):
+    with pytest.raises(ProblemError, match=r"^loss .* labels of 3 classes\. Use loss='cross-entropy'; .* labkit\.Regressor"):
+        tiny(loss=loss).check()
+    two = Classifier(nn.Linear(4, 2), (np.zeros((20, 4), np.float32), np.arange(20) % 2), loss="mse")
+    with pytest.raises(ProblemError, match="loss 'mse' takes one output for two classes; 'cross-entropy' takes one for each"):
+        two.check()
+
+
 def test_a_model_that_returns_no_tensor():
     class Pair(nn.Linear):
         def forward(self, x):

@@ -112,5 +112,8 @@ def test_what_does_not_fit_is_named():
         made(lambda: nn.Linear(4, 3)).check()
     with pytest.raises(ProblemError, match=r"needs 1 positional argument\(s\): width"):
         made(lambda width: nn.Linear(4, width)).check()
+    for loss in ("cross-entropy", "nll", nn.CrossEntropyLoss()):
+        with pytest.raises(ProblemError, match=r"is of classes, and a Regressor predicts numbers\. .* labkit\.Classifier"):
+            made(loss=loss).check()
     with pytest.raises(ProblemError, match=r"loss '.*lambda.*' gave a tensor of shape \(2,\)"):
         made(loss=lambda outputs, targets: (outputs - targets) ** 2).check()

@@ -45,7 +45,9 @@ def test_what_the_record_does_not_hold_is_given_again_to_replay_it(tmp_path):
     exec(code.replace("labkit.replay", "again = labkit.replay"), made)
     assert "labkit.replay(run)" in code and np.array_equal(made["again"].flat(), run.flat())
     assert "was written in a notebook or a script" in calls(run)
-    assert "labkit.replay(" in calls(made["again"]) and f"labkit.load_run({str(run.path)!r}, problem=problem)" in calls(made["again"])
+    assert "labkit.replay(" in calls(made["again"]) and f"labkit.load_run({str(run.path)!r}, problem=problem)" in calls(
+        made["again"]
+    )
     plain = run.config.replace(problem={"kind": "labkit:Classifier", "model": "lenet"})
     run.config = plain.replace(update={"name": {"by_value": "Mine"}})
     assert "With update as it was given" in from_record(run) and "labkit.replay(run, update=update)" in from_record(run)

@@ -213,11 +213,16 @@ def test_when_all_are_lost_the_run_has_failed(simulate):
 # -- what it says of itself --------------------------------------------------------------------------------------------
 
 
-def test_figures_tables_and_words_say_that_it_is_simulated(simulate):
+def test_figures_tables_and_words_say_that_it_is_simulated(simulate, capsys):
     run = simulate(slowdown=[1, 2, 2])
     assert run.origin == run.summary()["origin"] == "simulated" and run.label == "AGWU + UDPA (simulated)"
     assert "simulated" in style.caption([run]) and "emulated" not in style.caption([run])
-    assert run.curve().empty and run.summary()["score"] is None and checkpoints.versions(run.path) == []
+    capsys.readouterr()
+    assert run.summary()["score"] is None and checkpoints.versions(run.path) == [] and not capsys.readouterr().out
+    assert run.curve().empty and "was simulated without numerics" in capsys.readouterr().out
+    with pytest.raises(RunError, match=r"without numerics: .* labkit\.simulate\(\.\.\., numerics=True\)"):
+        run.flat()
+    assert "simulated without numerics" in str(plots.curves(run).traverse(lambda text: text.data, ["Text"]))
     merges = run.events.query("kind == 'merge'")
     assert merges.samples.sum() == run.config["budget"] and run.events.seconds.is_monotonic_increasing
     for figure in (plots.timeline, plots.staleness, plots.balance, plots.weights, plots.curves):
