@@ -53,6 +53,12 @@ def conda_file(path: str) -> tuple[dict, set[str]]:
     return content, {f"{one.name}{one.specifier}" for one in others}  # bounds in one order
 
 
+def test_the_readme_says_what_each_extra_is_for():
+    rows = re.findall(r"^\| (`[^|]+`) \| [^|]+ \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([a-z]+)`", row)]
+    assert sorted(named) == sorted(PROJECT["optional-dependencies"])
+
+
 def test_environment_yml_names_the_packages_of_pyproject():
     content, packages = conda_file("environment.yml")
     assert packages == required("test", names=CONDA_NAMES)

@@ -31,8 +31,8 @@ from optuna.distributions import (
 )
 
 from labkit.errors import MOST, LabError, did_you_mean, known, plain_scalar
-from labkit.names import called_here
 from labkit.imports import rule_title, short
+from labkit.names import called_here
 from labkit.sources import held
 
 WORDS = ("log", "int")
