@@ -290,6 +290,25 @@ def test_a_search_that_was_stopped_goes_on_and_nothing_is_lost_or_doubled(search
     assert (tmp_path / "cut.1" / search_module.FILE).exists()
 
 
+def test_an_interrupt_stops_a_search_and_says_how_it_goes_on(search, problem, stand_ins, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    launched = stand_ins(state=lambda number: "running" if number == 2 else "done")
+    found = search(problem, {"lr": (0.1, 0.9)}, method="random", trials=4, name="cut", wait=False)
+    until(lambda: len(launched) == 3)
+    over, presses = found._coordinator._over, iter([KeyboardInterrupt])
+    wait = over.wait
+
+    def interrupted(timeout):
+        for press in presses:
+            raise press
+        return wait(timeout)
+
+    monkeypatch.setattr(over, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"^search cut has stopped\. The same call of labkit\.search goes on with it\.$"):
+        found.wait()
+    assert found.state == "stopped"
+
+
 CELL = """
 import labkit
 from tests.helpers import data, net
