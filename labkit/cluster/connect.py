@@ -12,8 +12,10 @@ Used by every notebook.
 """
 
 import atexit
+import contextlib
 import importlib
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -194,6 +196,11 @@ def close_all() -> None:
     """Close every lab of this process."""
     for lab in [*_beside, *(lab for _, lab in _labs.values())]:
         lab.close()
+    if getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1"):
+        # An interrupt ends this script, and Python means to end by the signal (130 in a shell). It forgets that with every text that is
+        # executed, which dataclasses of modules that are imported only now do; a text that is interrupted reminds it.
+        with contextlib.suppress(KeyboardInterrupt):
+            exec("raise KeyboardInterrupt")
 
 
 def _of_class(client: type) -> str:

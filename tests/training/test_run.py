@@ -130,20 +130,27 @@ def test_an_interrupt_that_ends_a_script_is_one_line_and_all_other_errors_are_sh
 SCRIPT = """
 import os, signal, sys, time
 import labkit, tests.helpers as t
+
+def main(lab):
+    run = labkit.train(t.problem(kind=t.Slow), lab, passes=1000, runs=sys.argv[1], name="r", update="agwu")
+    t.until(lambda: run.status().get("version", 0) >= 2, 60)
+    run._follower.wait = lambda timeout: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60)  # Ctrl-C while it waits
+    run.wait()
+
 if __name__ == "__main__":
-    with labkit.connect("threads", 2) as lab:
-        run = labkit.train(t.problem(kind=t.Slow), lab, passes=1000, runs=sys.argv[1], name="r", update="agwu")
-        t.until(lambda: run.status().get("version", 0) >= 2, 60)
-        run._follower.wait = lambda timeout: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60)  # Ctrl-C while it waits
-        run.wait()
+    if sys.argv[2] == "block":
+        with labkit.connect("threads", 2) as lab:
+            main(lab)
+    main(labkit.connect("threads", 2))  # closed as the script exits
 """
 
 
 @pytest.mark.slow
-def test_an_interrupted_script_ends_by_the_signal_with_a_line_and_its_run_is_resumed(tmp_path, lab):
+@pytest.mark.parametrize("closed", ["block", "exit"])
+def test_an_interrupted_script_ends_by_the_signal_with_a_line_and_its_run_is_resumed(closed, tmp_path, lab):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), closed]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert ended.returncode == -signal.SIGINT  # 130 in a shell
     (line,) = ended.stderr.splitlines()
