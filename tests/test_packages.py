@@ -90,10 +90,10 @@ def test_scripts_can_be_run(path):
 @pytest.mark.parametrize("prefix", ["/user/ada/", None])
 def test_binder_start_sets_small_defaults_and_the_dashboard_link(prefix):
     env = {"PATH": os.environ["PATH"]} | ({"JUPYTERHUB_SERVICE_PREFIX": prefix} if prefix else {})
-    show = ["bash", "-c", 'echo "$LABKIT_SMALL" "$DASK_DISTRIBUTED__DASHBOARD__LINK"']
+    show = ["bash", "-c", 'echo "$LABKIT_SMALL" "$MALLOC_ARENA_MAX" "$DASK_DISTRIBUTED__DASHBOARD__LINK"']
     start = [ROOT / "binder/start", *show]
     printed = subprocess.run(start, env=env, check=True, capture_output=True, text=True, timeout=10).stdout
-    assert printed.split() == ["1", f"{prefix or '/'}proxy/{{port}}/status"]
+    assert printed.split() == ["1", "2", f"{prefix or '/'}proxy/{{port}}/status"]
     assert (ROOT / "binder/start").read_text().endswith('\nexec "$@"\n')
 
 

@@ -44,6 +44,7 @@ GEV = 100.0  # the unit of energies in the networks
 PROFILED = 4000  # showers of the training split that a reduced network begins from
 NOISE_SEED = 1  # of what is made to be measured
 MEASURED = 128  # showers that are made at once there
+BLOCK = 256  # that are read at once to be looked at
 LOOK_EVERY = 16  # steps of a worker; to look at each waits for a GPU
 EMPTY = 0.01  # of the mean total of real showers
 ALIKE = 0.002  # of the spread of real layers' shares: a reduced generator begins at 0.02 to 0.04, and without its latent numbers it is below 0.001
@@ -174,30 +175,32 @@ class Showers(Problem):
     @cached_property
     def profile(self) -> Profile:
         """Of the first showers of the training split; DataError where these cannot be showers."""
-        cells, energies = self._first(PROFILED)
-        return Profile.of(cells, energies / GEV)
+        return Profile.of((cells, energies / GEV) for cells, energies in self._first(PROFILED))
 
-    def _first(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cells (n, X, Y, Z) and energies of the first showers of the training split, looked at."""
-        indices, name = np.sort(self.train_indices()[:n]), self.dataset.inputs[0]
-        cells, energies = self.dataset.batch(indices, fields=[name, "energy"]).values()
-        cells = cells[:, 0]
-        if (wrong := np.flatnonzero(~(energies > 0))).size:
+    def _first(self, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Cells (n, X, Y, Z) and energies of the first showers of the training split, BLOCK of them at a time, looked at."""
+        first, name, seen = np.sort(self.train_indices()[:n]), self.dataset.inputs[0], False
+        for at in range(0, len(first), BLOCK):
+            indices = first[at : at + BLOCK]
+            cells, energies = self.dataset.batch(indices, fields=[name, "energy"]).values()
+            cells = cells[:, 0]
+            if (wrong := np.flatnonzero(~(energies > 0))).size:
+                raise DataError(
+                    f"data {self.dataset.name!r}: energy {indices[wrong[0]]} of the training split is {energies[wrong[0]]:g} GeV. Each is above "
+                    "0: leave out what is not."
+                )
+            least = np.array([one.min() for one in cells])
+            if (wrong := np.flatnonzero(~(least >= 0))).size:
+                raise DataError(
+                    f"data {self.dataset.name!r}: {name} {indices[wrong[0]]} of the training split has cells of {least[wrong[0]]:g} MeV. None is "
+                    "below 0: set those that are, such as noise, to 0."
+                )
+            seen = seen or bool(cells.any())
+            yield cells, energies
+        if not seen:
             raise DataError(
-                f"data {self.dataset.name!r}: energy {indices[wrong[0]]} of the training split is {energies[wrong[0]]:g} GeV. Each is above 0: leave "
-                "out what is not."
+                f"data {self.dataset.name!r}: all showers are empty ({len(first)} of the training split were looked at)."
             )
-        least = np.array([one.min() for one in cells])
-        if (wrong := np.flatnonzero(~(least >= 0))).size:
-            raise DataError(
-                f"data {self.dataset.name!r}: {name} {indices[wrong[0]]} of the training split has cells of {least[wrong[0]]:g} MeV. None is "
-                "below 0: set those that are, such as noise, to 0."
-            )
-        if not cells.any():
-            raise DataError(
-                f"data {self.dataset.name!r}: all showers are empty ({len(cells)} of the training split were looked at)."
-            )
-        return cells, energies
 
     def check_cells(self, name: str, shape: tuple[int, int, int] | None) -> None:
         """ProblemError where the data are no showers, or not of the cells that the network `name` is for."""
@@ -215,7 +218,8 @@ class Showers(Problem):
                 f"{'x'.join(map(str, cells))}. {'Take ' + ' or '.join(map(repr, fits)) + '.' if fits else 'No network here fits them.'}"
             )
         if shape is not None:  # else `profile` looks at them
-            self._first(MEASURED)
+            for _ in self._first(MEASURED):
+                pass
 
 
 class ShowerGAN(Showers):

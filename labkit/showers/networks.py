@@ -16,7 +16,7 @@ Used by `labkit.showers.gan`; `Profile` also by `labkit.showers.flow`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,6 @@ FLOOR_MEV = 0.1  # below it the energy of a layer is counted linearly, above it 
 CELL_MEV = 0.05  # the same of a cell, for the critic
 LEAST_MEV = 1e-3  # of a cell that is hit
 HALF_NORMAL = 0.635  # -mean of ln|z|, z normal
-BLOCK = 256  # showers that are looked at together
 
 
 class Verdict(NamedTuple):
@@ -218,16 +217,18 @@ class Profile(NamedTuple):
     sway: np.ndarray
 
     @classmethod
-    def of(cls, cells: np.ndarray, energy: np.ndarray) -> Profile:
-        """Of showers (n, X, Y, Z) in MeV and their energies (n,) / 100 GeV."""
-        n, depth = len(cells), cells.shape[3]
-        sums, layers, centres = np.zeros((3, *cells.shape[1:])), [], []
-        for at in range(0, n, BLOCK):
-            some = cells[at : at + BLOCK].astype(np.float32)
+    def of(cls, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Profile:
+        """Of showers in parts, of which one is in memory at a time: cells (n, X, Y, Z) in MeV and their energies (n,) / 100 GeV."""
+        sums, layers, centres, energies = 0.0, [], [], []
+        for cells, energy in parts:
+            some = cells.astype(np.float32)
             hit = some >= LEAST_MEV
             layers.append(some.sum((1, 2), dtype=np.float64))
             centres.append(centre(torch.from_numpy(some)).numpy())
-            sums += [some.sum(0), hit.sum(0), np.log(some / LEAST_MEV, out=np.zeros_like(some), where=hit).sum(0)]
+            energies.append(energy)
+            sums += np.stack([some.sum(0), hit.sum(0), np.log(some / LEAST_MEV, out=np.zeros_like(some), where=hit).sum(0)])
+        energy = np.concatenate(energies)
+        n, depth = len(energy), sums.shape[3]
         image, hits, logs = sums.reshape(3, -1, depth)
         layers = np.concatenate(layers)
         layers = np.column_stack([layers, layers.sum(1)])

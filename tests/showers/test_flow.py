@@ -29,7 +29,7 @@ def tiny(small, **options):
 def test_the_network_for_25_cubed_is_small_and_takes_eight_steps_at_most(small):
     cells, energies = np.random.default_rng(0).random((4, 25, 25, 25), np.float32), np.float32([0.1, 0.2, 0.3, 0.4])
     given = ShowerFlow(small)
-    n = sum(p.numel() for p in Flows(Profile.of(cells, energies), given.channels, given.blocks, given.width).parameters())
+    n = sum(p.numel() for p in Flows(Profile.of([(cells, energies)]), given.channels, given.blocks, given.width).parameters())
     assert 70_000 <= n <= 500_000 and given.steps <= 8
     with pytest.raises(ValueError, match="steps=9 must be at most 8"):
         ShowerFlow(small, steps=9)

@@ -280,6 +280,18 @@ def test_a_fold_begins_from_its_own_showers_also_after_a_check(small):
         np.testing.assert_array_equal(used._folded((k, 2, 0)).profile.image, expected[k])
 
 
+@pytest.mark.parametrize("kind", [ShowerGAN, ShowerFlow])
+def test_what_a_network_begins_from_is_read_in_blocks(kind, small, monkeypatch):
+    whole = kind(small).profile
+    given, asked = kind(small), []
+    read = given.dataset.batch
+    monkeypatch.setattr(given.dataset, "batch", lambda indices, **more: asked.append(len(indices)) or read(indices, **more))
+    monkeypatch.setattr(gan, "BLOCK", 16)
+    for one, other in zip(given.profile, whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert max(asked) == 16 and sum(asked) == len(given.train_indices())
+
+
 class Collapsing(ShowerGAN):
     """Its generator makes nothing more after the first pass."""
 

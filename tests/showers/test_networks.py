@@ -162,7 +162,7 @@ def test_the_angle_is_measured_from_the_image():
 
 def test_the_reduced_generator_begins_at_the_mean_shower_and_a_gradient_reaches_all_of_it():
     cells, energies = showers(200)
-    profile = Profile.of(cells, energies / 100)
+    profile = Profile.of([(cells, energies / 100)])
     torch.manual_seed(0)
     generator, critic = networks.Reduced(profile), networks.ReducedCritic(profile)
     noise, condition = torch.randn(200, generator.n_noise), torch.from_numpy(energies / 100)[:, None]
@@ -181,7 +181,7 @@ def test_the_reduced_generator_begins_at_the_mean_shower_and_a_gradient_reaches_
 def test_a_shower_of_any_logits_has_its_energy_and_a_gradient(far):
     """Of all cells, and of one of each layer."""
     torch.manual_seed(0)
-    profile = Profile.of(torch.rand(50, 9, 9, 4).numpy() * 100, np.linspace(0.02, 0.5, 50))
+    profile = Profile.of([(torch.rand(50, 9, 9, 4).numpy() * 100, np.linspace(0.02, 0.5, 50))])
     whole, peaked = (networks.Reduced(profile, 8) for _ in range(2))
     peaked.load_state_dict(whole.state_dict())
     noise, energies = torch.randn(20, whole.n_noise), torch.full((20, 1), 0.3)
