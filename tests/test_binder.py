@@ -51,6 +51,20 @@ def test_each_notebook_has_small_values_that_its_cell_takes(small, tmp_path):
         assert all("elsewhere" in one.help for one in after if one.name in SMALL[path.stem])
 
 
+@pytest.mark.usefixtures("cache")
+def test_the_small_data_hold_as_many_samples_as_are_asked_for():
+    counted = 0
+    for name, values in SMALL.items():
+        given = {one.name: one.default for one in labkit.parameters(ROOT / "notebooks" / f"{name}.ipynb")} | values
+        asked = {key: given[key] for key in ("train_samples", "test_samples") if key in given}
+        if "data" in values and asked:
+            problem = labkit.Classifier("lenet", data=given["data"], **asked)
+            found = {"train_samples": problem.train_indices(), "test_samples": problem.test_indices()}
+            assert {key: len(found[key]) for key in asked} == asked, name
+            counted += 1
+    assert counted > 5
+
+
 def test_a_name_that_a_notebook_does_not_have_is_refused(small):
     assert (
         small.rewritten("lr: float = 0.1  # rate\n", {"lr": 0.2}) == "lr: float = 0.2  # rate (small, for Binder; elsewhere 0.1)\n"
