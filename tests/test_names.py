@@ -113,6 +113,15 @@ def test_a_path_means_its_run_or_the_runs_in_it(tmp_path):
         assert str(draw(str(RUN)).opts) and repr(draw(RUN)) == repr(draw(labkit.load_run(RUN)))
 
 
+def test_a_folder_means_all_runs_below_it_but_not_what_lies_in_a_run(tmp_path):
+    """Plain runs beside a sweep, one of whose rows holds a search."""
+    names = ["plain", "sweep/0-a/run", "sweep/0-a/search/trials/00"]
+    for name in (*names, "plain/old", ".hidden/run"):
+        shutil.copytree(RUN, tmp_path / name)
+    assert [str(run.path.relative_to(tmp_path)) for run in style.some_runs(tmp_path)] == names
+    assert len(labkit.compare(tmp_path)) == 3
+
+
 def test_what_is_no_client_is_led_to_one():
     ipyparallel = pytest.importorskip("ipyparallel")
     with pytest.raises(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-BELOW = (f"*/{CONFIG}", f"*/*/{CONFIG}")  # where runs are in a folder of them
+LEVELS = 5  # below a folder on which runs are looked for: runs/sweep/row/search/trials/trial is the deepest that is made here
 
 
 class RunRecord(Carded, Public):
@@ -479,12 +480,30 @@ class RunRecord(Carded, Public):
 
 
 def directories(path: str | Path) -> list[Path]:
-    """What a path means: of a folder of runs, or of folders with runs, as a sweep and a search are, their directories, by name; else itself,
-    whether there is a run or not."""
+    """What a path means: of a folder of runs, or of folders with runs, as sweeps and searches are, their directories, the nearest first and by
+    name; else itself, whether there is a run or not. Not looked into are runs, what is hidden, and folders that may not be read."""
     path, inside = file_path("path", path), []
-    with contextlib.suppress(OSError):  # a name that is too long; a folder that has gone meanwhile
-        inside = [] if (path / CONFIG).exists() else sorted(file.parent for below in BELOW for file in path.glob(below))
+    level = [] if _is_run(path) else [path]
+    for _ in range(LEVELS):
+        below = sorted(chain.from_iterable(map(_folders, level)))
+        level = [folder for folder in below if not _is_run(folder)]
+        inside += [folder for folder in below if _is_run(folder)]
     return inside or [path]
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG).exists()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    except OSError:  # no folder, or none that may be read, or it has gone meanwhile
+        return []
 
 
 def _table(frame: pd.DataFrame) -> pd.DataFrame:

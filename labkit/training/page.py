@@ -20,14 +20,17 @@ import importlib.util
 import logging
 import os
 import secrets
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from labkit.cluster.emulation import SLOWEST
 from labkit.errors import LabError, RunError, file_path, real, whole
@@ -37,6 +40,7 @@ from labkit.plots.live import Seen as LiveSeen
 from labkit.plots.live import Watch as LiveWatch
 from labkit.plots.runs import latest
 from labkit.runs import server_file
+from labkit.runs.files import find_json
 from labkit.training.attach import kill, request, slow_down
 from labkit.training.inspection import inspection
 from labkit.training.run import Run, read_run
@@ -48,6 +52,7 @@ WINDOW_S = 60.0  # that the timeline shows
 ROWS = 2000  # latest events that are kept for it
 START_S = 120.0  # the process of a page has so long to begin
 PERIOD_MS = 500  # between two looks at the record
+ANSWER_S = 5.0  # in which a Jupyter server says whether it passes on to ports
 SLOW_S = 10.0  # a browser that has not drawn the picture before gets the next one after so long nevertheless
 
 
@@ -58,7 +63,7 @@ def watch(run: Run | str | Path, timeout: float = START_S) -> Page:
     who is here. Buttons stop the run, save a version, inspect a worker (`Run.inspect`), cut its connection, upon which it joins anew, make it
     slower (`Run.slow_down`), or kill its process where that is on this machine (`Run.kill`). It ends with `close`, or with this process.
 
-    On a JupyterHub or Binder that has jupyter-server-proxy, also beside the kernel, `url` is a path of that server, and a link to it stands below the cell. Elsewhere
+    On a JupyterHub or Binder whose server has jupyter-server-proxy, `url` is a path of that server, and a link to it stands below the cell. Elsewhere
     the kernel's machine must be the browser's, or its port be brought here: `ssh -L PORT:localhost:PORT machine`.
 
     Parameters
@@ -155,10 +160,45 @@ def serve(path: str | Path, port: int = 0, with_parent: bool = False, tell: Call
 
 
 def _hub() -> str:
-    """Where a JupyterHub has the user's server, if jupyter-server-proxy, by which that passes on to ports of this machine, is installed here; ""
-    elsewhere. Whether the server has it too, where that is of another environment, is not to be seen from here."""
+    """Where a JupyterHub has the user's server, if that passes on to ports of this machine by jupyter-server-proxy; "" elsewhere. The server is
+    asked; where it is not found, on another machine say, it is taken to have what is installed here."""
     prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX", "")
-    return prefix if prefix.startswith("/") and importlib.util.find_spec("jupyter_server_proxy") else ""
+    if not prefix.startswith("/"):
+        return ""
+    found = _has_proxy(prefix)
+    if found is None:
+        found = importlib.util.find_spec("jupyter_server_proxy") is not None
+    return prefix if found else ""
+
+
+def _has_proxy(prefix: str) -> bool | None:
+    """Has the Jupyter server whose path is `prefix` jupyter-server-proxy? As it answers; None where none on this machine does."""
+    try:
+        from jupyter_core.paths import jupyter_runtime_dir
+    except ImportError:  # no kernel either
+        return None
+    for file in Path(jupyter_runtime_dir()).glob("jpserver-*.json"):
+        about = find_json(file)
+        if not isinstance(about, dict) or about.get("base_url") != prefix:
+            continue
+        token = about.get("token") or os.environ.get("JUPYTERHUB_API_TOKEN", "")
+        with contextlib.suppress(OSError, ValueError, HTTPException):  # what an earlier server has left, or no such address
+            status = _status(str(about.get("url")), f"{prefix}server-proxy/servers-info", {"Authorization": f"token {token}"})
+            if status < 500:
+                return status != 404  # also one that asks who is asking has it
+    return None
+
+
+def _status(server: str, path: str, headers: dict[str, str]) -> int:
+    """Of the answer to a GET, which is not redirected, at no proxy, and by whatever certificate: it is of this machine."""
+    address = urlsplit(server)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"{server!r} is no address of a host")
+    secure = {"context": ssl._create_unverified_context()} if address.scheme == "https" else {}
+    kind = HTTPSConnection if secure else HTTPConnection
+    with contextlib.closing(kind(address.hostname, address.port, timeout=ANSWER_S, **secure)) as connection:
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse().status
 
 
 def _end_with_parent(server: Any) -> None:

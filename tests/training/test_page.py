@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
@@ -15,6 +20,7 @@ import pytest
 import labkit
 from labkit.errors import RunError
 from labkit.plots import style
+from labkit.training import page as pages
 from labkit.training.page import WINDOW_S, Watch, layout, state_of
 from tests.helpers import Slow, ended, problem, until
 from tests.plots.helpers import title
@@ -49,6 +55,52 @@ def test_a_page_is_for_those_who_have_its_address_and_ends_with_its_kernel(train
         child = psutil.Process(int(kernel.stdout.readline()))
         os.kill(kernel.pid, signal.SIGKILL)
     until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 30)
+
+
+@contextlib.contextmanager
+def jupyter_server(runtime, status):
+    """Answers with this status at the path of jupyter-server-proxy, and keeps what it was asked for."""
+    asked = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(status)
+            self.send_header("Location", "/user/ada/login")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        about = {"base_url": "/user/ada/", "url": f"http://127.0.0.1:{server.server_port}/user/ada/", "token": ""}
+        (runtime / "jpserver-1.json").write_text(json.dumps(about))
+        try:
+            yield asked
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "here", "there"), [(200, False, True), (302, False, True), (404, True, False), (503, True, True)]
+)
+def test_the_server_of_a_hub_says_whether_it_passes_on_to_ports(status, here, there, tmp_path, monkeypatch):
+    """It may be of another environment than the kernel; where it does not answer, what is installed here counts."""
+    pytest.importorskip("jupyter_core")
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", "secret")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if here else None)
+    monkeypatch.delenv("JUPYTERHUB_SERVICE_PREFIX", raising=False)
+    other = {"base_url": "/user/bob/", "url": "http://127.0.0.1:9/user/bob/"}
+    for name, about in (("0", other), ("2", "a text"), ("3", other | {"base_url": "/user/ada/", "url": "http+unix://socket"})):
+        (tmp_path / f"jpserver-{name}.json").write_text(json.dumps(about))
+    with jupyter_server(tmp_path, status) as asked:
+        assert pages._hub() == "" and not asked
+        monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/ada/")
+        assert pages._hub() == ("/user/ada/" if there else "")
+    assert asked == [("/user/ada/server-proxy/servers-info", "token secret")]
+    assert pages._hub() == ("/user/ada/" if here else ""), "of a server that has gone"
 
 
 def test_what_is_no_run_has_no_page(tmp_path):
