@@ -62,7 +62,7 @@ def test_a_worker_shows_where_it_is_and_a_version_is_saved_now(train):
 def test_a_worker_is_made_slower_and_the_record_and_figures_say_so(train, lab):
     run = train(problem(kind=Slow), update="agwu", passes=1000)
     until(lambda: run.status()["version"] >= 2)
-    with pytest.raises(ValueError, match="factor=0.5"):
+    with pytest.raises(ValueError, match=r"factor=0\.5"):
         run.slow_down(1, 0.5)
     assert run.slow_down(1, 5) is run and "closed" in order(run, "slow", worker=1, factor=0.5)
     until(lambda: "after" in run.inspect(1).stacks["worker"])  # the sleep behind a step
