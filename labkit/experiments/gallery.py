@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.errors import LabError, RunError, file_path, plain_scalar, several
 from labkit.experiments.sweep import read
-from labkit.plots.gallery import AXES, Curve, Row, write
+from labkit.plots.gallery import Curve, Row, write
 from labkit.runs import labels
 from labkit.runs.config import FILE as CONFIG
 from labkit.runs.events import effective
@@ -179,7 +179,7 @@ def _curves(runs: Iterable[RunRecord]) -> list[Curve]:
             if table is None:
                 table, dashed = _pushed(run), True
             if len(table):
-                found.append(Curve(*(table[name].tolist() for name in AXES), dashed))
+                found.append(Curve(table, dashed))
     return found
 
 

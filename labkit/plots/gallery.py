@@ -20,10 +20,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from labkit.plots.style import evenly
 from labkit.runs.files import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 POINTS = 60  # of a curve, at most
 CARDS = 300  # small multiples that are shown before a button shows the others
@@ -51,18 +55,14 @@ BODY = """
 
 @dataclass(frozen=True)
 class Curve:
-    """A learning curve: a column each of `AXES`, NaN where there is no value; `dashed` where it is not that of the test set."""
+    """A learning curve: a table with the columns `AXES`, NaN where there is no value; `dashed` where it is not that of the test set."""
 
-    seconds: Sequence[float]
-    samples: Sequence[float]
-    score: Sequence[float]
-    loss: Sequence[float]
+    table: pd.DataFrame
     dashed: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        n = len(self.seconds)
-        kept = range(n) if n <= POINTS else sorted({round(i * (n - 1) / (POINTS - 1)) for i in range(POINTS)})
-        return {name: [_value(getattr(self, name)[i]) for i in kept] for name in AXES} | {"dashed": self.dashed}
+        kept = self.table.iloc[evenly(len(self.table), POINTS)]
+        return {name: [*map(_value, kept[name].tolist())] for name in AXES} | {"dashed": self.dashed}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from labkit.errors import like
 from labkit.plots import style
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     from labkit.inner.profiling import Profile
 
-# Of the kinds of a task: its name in the legend and the number of its colour.
-KINDS = {"forward": ("forward", 0), "input gradient": ("input gradient", 1), "weight gradient": ("weight gradient", 2)}
+# What the legend says of the kinds of a task, and the number of the colour.
+KINDS = {"forward": 0, "input gradient": 1, "weight gradient": 2}
 OTHERS = ("sums, statistics, loss, update", 4)
 CRITICAL = ("on the critical path", 6)
 NAMED = 3  # layers of the roofline that are named, those that take longest
@@ -34,14 +35,13 @@ def gantt(profile: Profile) -> hv.Overlay:
     """
     import pandas as pd
 
-    _check(profile)
-    style.extension()
+    _opened(profile)
     tasks, measured = profile.tasks, profile.schedule
-    kinds = [KINDS.get(task.kind, OTHERS)[0] for task in profile.graph.tasks]
+    kinds = [task.kind if task.kind in KINDS else OTHERS[0] for task in profile.graph.tasks]
     table = pd.DataFrame({"thread": tasks.thread, "start": tasks.start, "end": tasks.end, "kind": kinds})
     table[["start", "end"]] *= 1e3
     rows = {thread: f"thread {thread}" for thread in range(measured.threads)}
-    by = {name: (name, number) for name, number in (*KINDS.values(), OTHERS)}
+    by = {name: (name, number) for name, number in (*KINDS.items(), OTHERS)}
     elements = style.spans(table, "kind", by, rows, "thread", (-0.32, 0.32), "ms", absent=False)
     critical = table.loc[list(tasks.critical_path)].assign(kind=CRITICAL[0])
     elements += style.spans(critical, "kind", {CRITICAL[0]: CRITICAL}, rows, "thread", (-0.44, -0.36), "ms")
@@ -53,9 +53,9 @@ def gantt(profile: Profile) -> hv.Overlay:
     return style.finish(elements, title, note, xlabel="time (ms)", xlim=(0, 1.01 * float(table["end"].max())), **axis)
 
 
-def _check(profile: Any) -> None:
-    if not all(hasattr(profile, name) for name in ("graph", "tasks", "schedule", "peaks")):
-        raise TypeError(f"profile={str(profile)[:80]} must be what labkit.inner.profile returns, not {type(profile).__name__}.")
+def _opened(profile: Any) -> None:
+    like("profile", profile, ("graph", "tasks", "schedule", "peaks"), "what labkit.inner.profile returns")
+    style.extension()
 
 
 def _threads(n: int) -> str:
@@ -72,8 +72,7 @@ def roofline(profile: Profile) -> hv.Overlay:
     """
     import pandas as pd
 
-    _check(profile)
-    style.extension()
+    _opened(profile)
     table, peaks = profile.table(), profile.peaks
     table = table[(table["flops"] > 0) & (table["ms"] > 0)]
     convs, lines = table["op"].str.startswith("Conv"), table["op"] == "Linear"

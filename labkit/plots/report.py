@@ -189,17 +189,15 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """A column a mapping, a row a key."""
-    keys = dict.fromkeys(key for column in columns.values() for key in column)
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *columns)) if any(columns) else ""
-    rows = (
-        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(_shown(column.get(key)))}</td>' for column in columns.values())}</tr>"
-        for key in keys
-    )
-    return f'<div class="wide"><table>{f"<tr>{head}</tr>" if head else ""}{"".join(rows)}</table></div>'
+    import pandas as pd
+
+    with pd.option_context("display.max_colwidth", None):
+        shown = pd.DataFrame(columns, dtype=object).map(_shown).to_html(header=any(columns), border=0)
+    return f'<div class="wide">{shown}</div>'
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None or value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _figure(draw: Callable[..., Any], of: Any, about: str) -> str:

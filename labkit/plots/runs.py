@@ -73,13 +73,13 @@ def curves(
     what, goal = _meaning(runs, y), "" if target is None else _percent(target) if share else f"{y} {target:g}"
     title = f"{what[0].upper()}{what[1:]} against {'time' if x == 'seconds' else 'samples'}"
     found = _series(tables, x, y)
-    if not found and any(len(table) for table in tables.values()):
-        return style.message(title, f"{_names(runs)}: {y} is NaN in every row of the curve.")
     if not found:
         why = "no version was retained, so there is nothing to evaluate."
-        if all(run.config.without_weights for run in runs):
+        if any(map(len, tables.values())):
+            why = f"{y} is NaN in every row of the curve."
+        elif all(run.config.without_weights for run in runs):
             why = "simulated without numerics, which makes times alone; labkit.simulate(..., numerics=True) trains, too."
-        return style.message(title, f"{_names(runs)}: {why}")
+        return style.message(title, f"{style.names(runs)}: {why}")
     lines, texts = {label: _median(own, x, y) for label, own in found.items()}, _counted(runs)
     if target is not None:
         reached, each = {}, {}
@@ -93,16 +93,15 @@ def curves(
     gaps = sum(int(table[y].isna().iloc[int(y.startswith("train_")) :].sum()) for table in tables.values())
     note = style.caption(runs, _seeds(runs), f"{gaps} NaN not drawn" if gaps else "")
     # The untrained weights lie far below the rest and would press what matters against the top.
-    seen = np.concatenate([line.iloc[int(len(line) > 1) :][["low", "high"]].to_numpy().ravel() for line in lines.values()])
-    bottom, top = np.floor(20 * seen.min()) / 20, max(seen.max(), target or 0.0)
-    ylim = (bottom, top + 0.05 * (top - bottom) + 0.005)
-    if not share:
-        bottom, top = (pick(seen.min(), seen.max(), *([] if target is None else [target])) for pick in (min, max))
-        room = 0.05 * (top - bottom) or 0.05 * abs(top) or 0.05
-        ylim = (bottom - room, top + room)
-    levels = [style.level(target)] if target is not None else []
+    goals = [] if target is None else [target]
+    seen = np.concatenate(
+        [goals, *(line.iloc[int(len(line) > 1) :][["low", "high"]].to_numpy().ravel() for line in lines.values())]
+    )
+    bottom, top = np.floor(20 * seen.min()) / 20 if share else seen.min(), seen.max()
+    room = 0.05 * (top - bottom) or 0.05 * abs(top) or 0.05
+    ylim = (bottom, top + room + 0.005) if share else (bottom - room, top + room)
     xlim = (0, 1.03 * max(line[x].max() for line in lines.values()) or None)
-    return style.finish(levels + elements, title, note, xlabel=AXES[x], ylabel=what, xlim=xlim, ylim=ylim)
+    return style.finish([*map(style.level, goals), *elements], title, note, xlabel=AXES[x], ylabel=what, xlim=xlim, ylim=ylim)
 
 
 def _who_reaches(goal: str, reached: dict[str, float], each: dict[str, np.ndarray], x: str, what: str) -> str:
@@ -149,7 +148,7 @@ def balance(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -> 
     runs = list(tables)
     found, texts = _series(tables, "pass", "ratio"), _counted(runs)
     if not found:
-        return style.message("Balance of the local passes", f"{_names(runs)}: no pass that all workers have finished.")
+        return style.message("Balance of the local passes", f"{style.names(runs)}: no pass that all workers have finished.")
     later = {label: [table.ratio[table["pass"] >= 2].mean() for table in own] for label, own in found.items()}
     means = {label: float(np.nanmean(own)) for label, own in later.items() if np.isfinite(own).any()}
     texts |= {label: f"{texts[label]}: mean {mean:.2f} from pass 2 on" for label, mean in means.items()}
@@ -162,7 +161,7 @@ def balance(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -> 
     last = max(table["pass"].max() for own in found.values() for table in own)
     return style.finish(
         [style.level(0.95), *elements], title, style.caption(runs, "dashed: 0.95", _seeds(runs)), xlabel="local pass",
-        ylabel="mean T / max T (1 = equal)", ylim=(0, 1.05), xticks=_ticks(1, last), xlim=(0.5, last + 0.5),
+        ylabel="mean T / max T (1 = equal)", ylim=(0, 1.05), xticks=style.whole_ticks(int(last)), xlim=(0.5, last + 0.5),
     )  # fmt: skip
 
 
@@ -224,7 +223,7 @@ def staleness(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -
     merges = _tables(style.some_runs(runs), lambda run: run.staleness())
     runs = list(merges)
     if not sum(map(len, merges.values())):
-        return style.message("Staleness of the merges", f"{_names(runs)}: nothing merged yet.")
+        return style.message("Staleness of the merges", f"{style.names(runs)}: nothing merged yet.")
     alone, groups = len(runs) == 1, {label: [merges[run]["staleness"] for run in group] for label, group in by_line(runs).items()}
     values = {label: np.concatenate(own) for label, own in groups.items()}
     stalest = claims.stands_out({label: [own.mean() for own in each] for label, each in groups.items()})
@@ -363,18 +362,9 @@ def _median(tables: Sequence[pd.DataFrame], x: str, y: str) -> pd.DataFrame:
     return pd.DataFrame({x: at, y: np.median(every, axis=0), "low": every.min(axis=0), "high": every.max(axis=0)})
 
 
-def _names(runs: Sequence[RunRecord]) -> str:
-    return ", ".join(run.name for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
 def _amount(value: float, x: str, each: Sequence[float]) -> str:
     return f"{claims.amount(value, each)} {'samples' if x == 'samples' else 's'}"
-
-
-def _ticks(first: int, last: float) -> list[tuple[int, str]]:
-    step = int(last - first) // 12 + 1
-    return [(n, str(n)) for n in range(first, int(last) + 1, step)]

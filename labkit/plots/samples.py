@@ -33,6 +33,8 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
     --------
     >>> figure = labkit.plots.confusion(run)
     """
+    import pandas as pd
+
     data_set, table = _predicted(run, data, version)
     if data_set.n_classes is None or "label" not in table:
         raise ProblemError(
@@ -40,9 +42,7 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
         )
     k, names = data_set.n_classes, data_set.classes or [str(n) for n in range(data_set.n_classes)]
     truth, said = (np.concatenate([np.ravel(cell) for cell in table[column]]) for column in ("label", "predicted"))
-    counted = (truth >= 0) & (truth < k)
-    counts = np.zeros((k, k))
-    np.add.at(counts, (truth[counted], said[counted]), 1)
+    counts = pd.crosstab(truth, said).reindex(index=range(k), columns=range(k), fill_value=0).to_numpy(float)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     wrong = counts - np.diag(np.diag(counts))
     row, column = np.unravel_index(wrong.argmax(), wrong.shape)

@@ -9,6 +9,7 @@ Used through `labkit.plots`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,10 +28,10 @@ STATES = {"done": 0, "pruned": 4, "failed": 1, "running": 6}  # and the colour o
 BEST = 0.2  # of the trials are drawn as the best ones,
 MOST = 40  # at most
 POINTS, LINES = 400, 150  # marks or runs, and lines of other trials in a figure: more hide each other, and make a page slow
-MARKS = {"done": 3, "pruned": 4}  # the colours of trials that are marks
+MARKS = {"done": ("a trial", 3), "pruned": ("a pruned trial", 4)}  # trials that are marks, and the colour of each
 # Below and above an axis of parallel coordinates, and where a trial without this parameter passes.
 LOW, HIGH, ABSENT = -0.09, 1.09, -0.24
-SHAPE = {"aspect": 2.8}  # of a figure that moves
+LIVE_SIZE = {"height": 2.8, "shape": {"aspect": 2.8}}  # of a figure that moves
 ROWS, LEADING = 12, 3  # of the table of a search, and the best ones of them
 WIDE = 100  # characters of a row
 BARS = 15  # of importance
@@ -45,10 +46,10 @@ def search_table(found: Any) -> hv.Overlay:
     --------
     >>> figure = labkit.plots.search_table(found)
     """
-    found = _opened(found)
-    if found.table().empty:
+    found, seen = _opened(found)
+    if seen.table.empty:
         return style.message("Where the search stands", f"{found.name}: no trial has begun yet.")
-    return _table(found, _front(found))
+    return _table(found, seen)
 
 
 def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
@@ -70,38 +71,38 @@ def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
     style.extension()
     lower = any(found.lower_is_better for found in searches)
     what = " or ".join(dict.fromkeys(_score_name(found) for found in searches))
-    groups: dict[str, list[pd.DataFrame]] = {}
-    for found in searches:
-        best = history(found).dropna(subset=["best"])
-        if len(best):
-            groups.setdefault(found.config["method"], []).append(best)
+    tables, groups = [history(found) for found in searches], {}
+    for found, table in zip(searches, tables, strict=True):
+        if len(best := table.dropna(subset=["best"])):
+            groups.setdefault(found.config["method"], []).append(best.groupby(x)["best"].last())
     if not groups:
-        return style.message("The best score so far", f"{_names(searches)}: no trial has a score yet.")
-    tables, last = [], {}
+        return style.message("The best score so far", f"{style.names(searches)}: no trial has a score yet.")
+    lines, last = [], {}
     for method, series in groups.items():
-        at = np.unique(np.concatenate([own[x] for own in series]))
-        at = at[(at >= max(own[x].iloc[0] for own in series)) & (at <= min(own[x].iloc[-1] for own in series))]
-        steps = np.array([own["best"].to_numpy()[np.searchsorted(own[x], at, "right") - 1] for own in series])
-        last[method] = steps[:, -1]
-        text = f"{method}: {np.median(steps[:, -1]):.4g} in the end"
-        edges = (steps.min(0), steps.max(0)) if len(series) >= claims.SEEDS else (np.nan, np.nan)
-        tables.append(pd.DataFrame({x: at, what: np.median(steps, 0), "low": edges[0], "high": edges[1], "method": text}))
-    elements = style.lines(pd.concat(tables, ignore_index=True), x, what, "method", None, ("low", "high"), steps=True)
+        steps = pd.concat(series, axis=1).sort_index().ffill().dropna()
+        steps = steps[steps.index <= max(steps.index[0], min(own.index[-1] for own in series))]
+        last[method] = steps.iloc[-1].to_numpy()
+        text = f"{method}: {np.median(last[method]):.4g} in the end"
+        line = pd.DataFrame({what: steps.median(axis=1), "low": steps.min(axis=1), "high": steps.max(axis=1), "method": text})
+        lines.append(line.rename_axis(x).reset_index())
+        if len(series) < claims.SEEDS:
+            lines[-1][["low", "high"]] = np.nan
+    elements = style.lines(pd.concat(lines, ignore_index=True), x, what, "method", None, ("low", "high"), steps=True)
     if len(searches) == 1:
-        for state, drawn, all_of in _trial_marks(history(searches[0])):
-            label = _drawn(f"a {'trial' if state == 'done' else 'pruned trial'}", drawn, all_of)
+        for label, number, drawn, n in _trial_marks(tables[0]):
+            label += f" ({len(drawn)} of {n:,} drawn)" * (len(drawn) < n)
             drawn = drawn.assign(label=label).rename(columns={"score": what})
-            elements += style.points(drawn, x, what, "label", {label: MARKS[state]}, len(all_of) > 100)
+            elements += style.points(drawn, x, what, "label", {label: number}, small=n > 100)
     ends = sorted((float(np.median(own)) for own in last.values()), reverse=not lower)
     winner = claims.stands_out(last, least=lower)
-    title = f"{winner} finds {ends[0]:.4g}{f', the {_most(lower)} of {len(last)}' * (len(last) > 1)}"
+    title = f"{winner} finds {ends[0]:.4g}" + f", the {'lowest' if lower else 'highest'} of {len(last)}" * (len(last) > 1)
     if winner is None:
         title = f"{len(last)} methods find {claims.between([f'{end:.4g}' for end in sorted(ends)])}"
     counts = {len(series) for series in groups.values()}
     note = f"{min(counts)} search{'es' * (min(counts) > 1)} a method"
     note += ", range of the seeds as a band" if max(counts) >= claims.SEEDS else ": what differs may be chance"
-    n_ended = max(len(history(found)) for found in searches)
-    ticks = {"xticks": _whole_ticks(n_ended), "xlim": (0, 1.02 * n_ended)} if x == "trials" else {"xlim": (0, None)}
+    n_ended = max(map(len, tables))
+    ticks = {"xticks": style.whole_ticks(n_ended), "xlim": (0, 1.02 * n_ended)} if x == "trials" else {"xlim": (0, None)}
     return style.finish(
         elements, title, note if len(searches) > 1 else _better(lower, what), xlabel=AXES[x],
         ylabel=what if len(searches) == 1 else f"best {what} so far", **ticks,
@@ -118,11 +119,10 @@ def search_points(found: Any) -> hv.Overlay:
     --------
     >>> figure = labkit.plots.search_points(found)
     """
-    found = _opened(found)
-    table = history(found)
-    if len(table) < 2:
+    found, seen = _opened(found)
+    if len(history(found, seen)) < 2:
         return style.message("Which points are good", f"{found.name}: it needs two trials with a score.")
-    return _points(found, table, _front(found))
+    return _points(found, seen)
 
 
 def search_importance(found: Any) -> hv.Overlay:
@@ -133,12 +133,12 @@ def search_importance(found: Any) -> hv.Overlay:
     --------
     >>> figure = labkit.plots.search_importance(found)
     """
-    found = _opened(found)
+    found, seen = _opened(found)
     try:
         shares = found.importance()
     except RunError as error:
         return style.message("What matters", str(error))
-    return _importance(found, shares, _n_scored(found.table()))
+    return _importance(found, seen._replace(importance=shares, counted=_n_scored(seen.table)))
 
 
 def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.Overlay:
@@ -152,14 +152,15 @@ def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.O
     >>> two = labkit.search(problem, {"lr": (0.01, 0.5, "log")}, lab, trials=2, passes=1, objective=["score", "time"], name="two")
     >>> figure = labkit.plots.search_front(two)
     """
-    found = like("found", _opened(found), ("front", "objectives"), SEARCH)
+    found, seen = _opened(like("found", found, ("front", "objectives"), SEARCH))
     names = list(found.objectives)
     if len(names) < 2:
         raise ValueError(
             f"search {found.name} has one objective, {names[0]}. Give labkit.search several: objective=['score', 'time']."
         )
     x, y = (known(axis, given, names) for axis, given in (("x", x or names[1]), ("y", y or names[0])))
-    table, front = found.table(), found.front()
+    table = seen.table
+    front = table[table.trial.isin(seen.front)]
     if front.empty:
         return style.message(f"{y} against {x}", f"{found.name}: no trial is done that keeps the constraints.")
     at, height = ("score" if name == names[0] else name for name in (x, y))
@@ -186,10 +187,10 @@ def search_timeline(found: Any) -> hv.Overlay:
     --------
     >>> figure = labkit.plots.search_timeline(found)
     """
-    found = _opened(found)
-    if found.timeline().empty:
+    found, seen = _opened(found)
+    if seen.timeline.empty:
         return style.message("Who trained what when", f"{found.name}: no trial has begun yet.")
-    return _timeline(found)
+    return _timeline(found, seen)
 
 
 def search_live(found: Any, timeout: float = 86400) -> hv.Layout:
@@ -205,22 +206,25 @@ def search_live(found: Any, timeout: float = 86400) -> hv.Layout:
     >>> figure = labkit.plots.search_live(found)
     """
     found = like("found", _a_search("found", found), ("state",), SEARCH)
-    return moving(found, _Watch(found), LIVE, NOTHING, real("timeout", timeout, least=0, finite=False), space=0.7, height=20)
+    watch = _Watch(found)
+    return moving(found, watch, LIVE, watch.look(), real("timeout", timeout, least=0, finite=False), space=0.7, height=20)
 
 
 class _Seen(NamedTuple):
     """What is known of a search now."""
 
-    table: Any = None
-    timeline: Any = None
-    front: Any = None  # of several objectives the numbers of the trials on it
-    importance: Any = None  # a series,
+    table: pd.DataFrame
+    timeline: pd.DataFrame
+    front: set[int] | None  # of several objectives the numbers of the trials on it
+    importance: pd.Series | None = None
     counted: int = 0  # of so many trials with a score
-    reason: str = "no trial has a score yet"  # why there is none
+    reason: str = ""  # why there is none
     trouble: str = ""
 
 
-NOTHING = _Seen()
+def _look(found: Any) -> _Seen:
+    """All but the importance, which takes long."""
+    return _Seen(found.table(), found.timeline(), set(found.front().trial) if len(_objectives(found)) > 1 else None)
 
 
 class _Watch:
@@ -228,87 +232,57 @@ class _Watch:
 
     def __init__(self, found: Any) -> None:
         self.found, self.at = found, None
-        self.known: tuple[Any, int, str] = NOTHING.importance, NOTHING.counted, NOTHING.reason
+        self.known: tuple[Any, int, str] = None, 0, "no trial has a score yet"  # importance, counted and reason of `_Seen`
 
     def look(self) -> _Seen:
-        ended = self.found.state != "running"
-        timeline, table = self.found.timeline(), self.found.table()
-        self.at = len(timeline), timeline.end.notna().sum(), (table.state != "running").sum()
-        n_scored = _n_scored(table)
+        ended, seen = self.found.state != "running", _look(self.found)
+        self.at = len(seen.timeline), seen.timeline.end.notna().sum(), (seen.table.state != "running").sum()
+        n_scored = _n_scored(seen.table)
         if n_scored >= GROWTH * self.known[1] + 1 or (ended and n_scored > self.known[1]):
             try:
                 self.known = self.found.importance(), n_scored, ""
             except RunError as error:
                 self.known = None, n_scored, str(error)
-        return _Seen(table, timeline, _front(self.found), *self.known)
-
-
-class _Then:
-    """A search as it was seen, for the figures."""
-
-    def __init__(self, found: Any, seen: _Seen) -> None:
-        self.name, self.config, self.lower_is_better, self.seen = found.name, found.config, found.lower_is_better, seen
-        self.objectives = _objectives(found)
-
-    def table(self) -> pd.DataFrame:
-        import pandas as pd
-
-        return pd.DataFrame(columns=["trial", "state", "score"]) if self.seen.table is None else self.seen.table
-
-    def timeline(self) -> pd.DataFrame:
-        import pandas as pd
-
-        columns = ["trial", "worker", "start", "end"]
-        return pd.DataFrame(columns=columns, dtype=float) if self.seen.timeline is None else self.seen.timeline
+        return _Seen(*seen[:3], *self.known)
 
 
 def _live_history(found: Any, seen: _Seen) -> hv.Overlay:
-    table, what = history(_Then(found, seen)), _score_name(found)
+    table, what = history(found, seen), _score_name(found)
     best = table.dropna(subset=["best"])
     title = f"{found.name}: waiting for a {what}"
     if len(best):
         title = f"{found.name}: best {what} {best['best'].iloc[-1]:.4g} after {len(table)} trial{'s' * (len(table) > 1)}"
     dims = ("time (s)", what)
     elements = [style.line(best.seconds.to_numpy(float), best.best.to_numpy(float), 0, "best so far", dims, steps=True)]
-    for state, drawn, _ in _trial_marks(table):
-        label = "a trial" if state == "done" else "a pruned trial"
+    for label, number, drawn, _ in _trial_marks(table):
         x, y = drawn.seconds.to_numpy(float), drawn.score.to_numpy(float)
-        elements.append(style.marks(x, y, MARKS[state], label, dims, small=True))
+        elements.append(style.marks(x, y, number, label, dims, small=True))
     return style.finish(
         elements, title, _better(found.lower_is_better, what), xlabel=AXES["seconds"], ylabel=what, xlim=(0, None),
-        height=2.8, shape=SHAPE,
+        **LIVE_SIZE,
     )  # fmt: skip
 
 
-LIVE = (  # under each other
-    lambda found, seen: _table(_Then(found, seen), seen.front, trouble=seen.trouble, moves=True),
-    _live_history,
-    lambda found, seen: _points(_Then(found, seen), history(_Then(found, seen)), seen.front, moves=True),
-    lambda found, seen: _importance(_Then(found, seen), seen.importance, seen.counted, seen.reason, moves=True),
-    lambda found, seen: _timeline(_Then(found, seen), moves=True),
-)
-
-
-def _table(found: Any, front: set[int] | None, trouble: str = "", moves: bool = False) -> hv.Overlay:
+def _table(found: Any, seen: _Seen, moves: bool = False) -> hv.Overlay:
     """The rows that `_rows` picks, as text in columns."""
-    table = found.table()
+    table = seen.table
     counts = table.state.value_counts()
     said = ", ".join(f"{counts[state]:,} {state}" for state in STATES if state in counts)
     title = f"{found.name}: {said or 'none begun'} of {found.config.get('trials', len(table)):,} trials"
-    if trouble:
-        title = f"{found.name}: the log cannot be read now: {trouble}"
+    if seen.trouble:
+        title = f"{found.name}: the log cannot be read now: {seen.trouble}"
     failed = table[table.state == "failed"]
     note = ""
     if len(failed) and "error" in failed:
         note = _cut(f"trial {failed.trial.iloc[-1]} failed: {failed.error.iloc[-1]}", WIDE - 5)
-    shown = _rows(found, table, front)
-    lines = _columns([name for name in shown.columns if name != "error"], shown, found) if len(shown) else [""]
+    shown = _rows(found, table, seen.front)
+    lines = _lines(found, shown) if len(shown) else [""]
     texts = [(0.0, float(-at), line.replace(" ", "\N{NO-BREAK SPACE}")) for at, line in enumerate(lines)]
     dims = ("column", "row")
     look = {"size": 9, "dims": dims, "align": "left", "mono": True}
     elements = [style.labels(texts[:1], bold=True, **look), style.labels(texts[1:], **look)]
     n = ROWS if moves else len(shown)
-    shape = {"height": 2.8, "shape": SHAPE} if moves else {"height": max(1.2, 0.22 * (n + 2))}
+    shape = LIVE_SIZE if moves else {"height": max(1.2, 0.22 * (n + 2))}
     return style.finish(elements, title, note, xlim=(0, 1), ylim=(-n - 0.6, 0.6), xaxis=None, yaxis=None, grid="", **shape)
 
 
@@ -324,45 +298,42 @@ def _rows(found: Any, table: pd.DataFrame, front: set[int] | None) -> pd.DataFra
     rest = table[~table.trial.isin(best.trial)].iloc[::-1]
     rest = rest.iloc[np.argsort(rest.state.to_numpy() != "running", kind="stable")].head(ROWS - len(best))
     rows = pd.concat([best, rest])
-    parameters = [name for name in _axes_of(found) if name in rows]
-    measured = [name for name in _objectives(found)[1:] if name in rows]
-    columns = ["trial", "state", "score", *measured, *[name for name in ("seconds",) if name in rows], *parameters]
     ranks = ["best", "2nd", "3rd"] if front is None else ["front"] * LEADING
-    return rows[columns].assign(rank=ranks[: len(best)] + [""] * len(rest))
+    rows = rows.assign(rank=ranks[: len(best)] + [""] * len(rest))
+    columns = ["rank", "trial", "state", "score", *_objectives(found)[1:], "seconds", *_axes_of(found)]
+    return rows[[name for name in columns if name in rows]]
 
 
-def _columns(names: Sequence[str], rows: pd.DataFrame, found: Any) -> list[str]:
+def _lines(found: Any, rows: pd.DataFrame) -> list[str]:
     """A table as lines of equal columns, the first the names; those that are too many are left out, which is said."""
-    names = ["rank", *[name for name in names if name != "rank"]]
+    import pandas as pd
+
     heads = {"rank": "", "score": _score_name(found), "seconds": "s"}
+    digits = {"score": 4}
     cells = {
-        name: [_cut(heads.get(name, name), 14), *(_cell(value, 14, 4 if name == "score" else 3) for value in rows[name])]
-        for name in names
+        name: [heads.get(name, name), *(_text(value, digits.get(name, 3), "-") for value in own)] for name, own in rows.items()
     }
-    widths = {name: max(map(len, column)) + 2 for name, column in cells.items()}
-    fit = [name for name, end in zip(names, np.cumsum([widths[name] for name in names]), strict=True) if end <= WIDE]
-    lines = ["".join(cells[name][at].ljust(widths[name]) for name in fit).rstrip() for at in range(len(rows) + 1)]
-    if len(fit) < len(names):
-        lines[0] += f"  +{len(names) - len(fit)} more"
-    return lines
+    cells = pd.DataFrame(cells).map(_cut, n=14).apply(lambda own: own.str.ljust(own.str.len().max() + 2))
+    fit = cells.iloc[0].str.len().cumsum() <= WIDE
+    head, *lines = cells.loc[:, fit].agg("".join, axis=1).str.rstrip()
+    return [head if fit.all() else f"{head}  +{(~fit).sum()} more", *lines]
 
 
-def _points(found: Any, table: pd.DataFrame, front: set[int] | None, moves: bool = False) -> hv.Overlay:
+def _points(found: Any, seen: _Seen, moves: bool = False) -> hv.Overlay:
     """With `moves` all its elements are there from the beginning."""
-    objectives, space = _objectives(found), _flat(found.config["space"])
-    names, goals = _axes_of(found), ["score", *objectives[1:]]
-    x = np.arange(len(names) + len(goals))
-    columns = [_height(table.get(name, []), space[name], name not in found.config["space"]) for name in names]
-    heights = np.column_stack(
-        [*columns, *(_between(table[name].to_numpy(float) if name in table else np.array([])) for name in goals)]
-    )
+    table, front, objectives = history(found, seen), seen.front, _objectives(found)
+    names, space = _axes_of(found), _flat(found.config["space"])
+    axes, conditional = [(name, space[name]) for name in names], [name for name in names if name not in found.config["space"]]
+    axes += [(name, {"low": float(table[name].min()), "high": float(table[name].max())}) for name in ("score", *objectives[1:])]
+    x = np.arange(len(axes))
+    heights = np.column_stack([_height(table[name], about, name in conditional) for name, about in axes])
     done = (table.state == "done").to_numpy()
     order = np.lexsort((table.score.to_numpy(float) * (-1 if found.lower_is_better else 1), done))  # the best one last
     best, is_on = order[-1:] if done.any() else order[:0], table.trial.isin(front or ()).to_numpy()
     n_good = min(MOST, max(1, round(BEST * len(order)))) if len(order) else 0
     good = order[-n_good:-1] if front is None else order[is_on[order]][-MOST:]
     rest = order[~np.isin(order, [*good, *best])]
-    drawn = _some(rest, LINES)
+    drawn = rest[style.evenly(len(rest), LINES)]
     others = f"the best {n_good} of {len(order):,}" if front is None else f"on the front ({is_on.sum()})"
     if moves:
         others = "others of the best fifth" if front is None else "on the front"
@@ -376,100 +347,86 @@ def _points(found: Any, table: pd.DataFrame, front: set[int] | None, moves: bool
     line = heights[best[0]] if len(best) else np.full(len(x), np.nan)
     elements.append(style.line(x, line, 0, "the best" if front is None else f"the best {objectives[0]}", dims))
     slot = max(6, WIDE // len(x) - 1)
-    conditional = [name for name in names if name not in found.config["space"]]
-    texts = [(float(at), height, _cut(text, slot)) for at, name in enumerate(names) for height, text in _written(space[name])]
+    texts = [(float(at), high, _cut(text, slot)) for at, (_, about) in enumerate(axes) for high, text in _written(about)]
     texts += [(float(names.index(name)), ABSENT, "none") for name in conditional]
-    for at, name in enumerate(goals, len(names)):
-        texts += [(float(at), height, text) for height, text in _written_ends(table.get(name, table.score))]
     elements.append(style.labels(texts, "white", 9, dims))
     title = f"{found.name}: waiting for two trials with a {objectives[0]}" if moves else "Which points are good"
     if len(best):
         row = table.iloc[best[0]]
         own = [name for at, name in enumerate(names) if heights[best[0], at] != ABSENT]
-        title = f"Best {objectives[0]} {row.score:.4g}: " + ", ".join(f"{name} {_short(row[name])}" for name in own)
+        title = f"Best {objectives[0]} {row.score:.4g}: " + ", ".join(f"{name} {_text(row[name])}" for name in own)
     note = "each line a trial; values from the lowest to the highest of the space"
     note += f"; {len(drawn)} of {len(rest):,} others drawn" if len(drawn) < len(rest) else ""
     note += f"; {_better(found.lower_is_better, objectives[0])}" if found.lower_is_better else ""
-    shape = {"height": 3.3, "shape": SHAPE} if moves else {}
+    shape = LIVE_SIZE | {"height": 3.3} if moves else {}
     return style.finish(
         elements, title, note, xlabel="", ylabel="", xticks=_staggered([*names, *objectives]), yaxis=None,
         xlim=(-0.5, len(x) - 0.5), ylim=(ABSENT - 0.12 if conditional else -0.2, 1.2), grid="x", **shape,
     )  # fmt: skip
 
 
-def _importance(found: Any, shares: pd.Series | None, n_trials: int, reason: str = "", moves: bool = False) -> hv.Overlay:
+def _importance(found: Any, seen: _Seen, moves: bool = False) -> hv.Overlay:
     """With `moves` all its elements are there from the beginning."""
-    names, tall = ([], np.array([])) if shares is None else (list(shares.index), 100 * shares.to_numpy(float))
-    title = (
-        f"What matters: {reason}"
-        if shares is None
-        else f"{names[0]} {'seems to matter' if n_trials < ROUGH else 'matters'} most: {tall[0]:.0f} %"
-    )
-    which = "on or next to the front" if len(_objectives(found)) > 1 else "among the best tenth"
-    note = "" if shares is None else f"of whether a trial is {which}; {n_trials:,} trials"
-    note += ", too few for more than a rough guess" if n_trials < ROUGH and note else ""
-    note += f"; {BARS} of {len(names)} parameters" if len(names) > BARS else ""
-    names, tall = names[:BARS], tall[:BARS]
-    y = -np.arange(len(names), dtype=float)
-    bars = style.boxes(
-        (np.zeros(len(y)), y - 0.38, tall, y + 0.38), 0, "importance", ("importance (%)", "below", "end (%)", "above")
-    )
-    texts = [(width + 0.8, at, f"{width:.0f}") for width, at in zip(tall, y, strict=True)]
-    numbers = style.labels(texts, dims=("importance (%)", "below"), align="left")
-    shape = {"height": 2.8, "shape": SHAPE} if moves else {"height": float(np.clip(1.4 + 0.35 * len(names), 2.4, 7))}
-    return style.finish(
-        [bars, numbers], title, note, False, xlabel="importance (%)", ylabel="", grid="x", xlim=(0, 107), ylim=(-max(1, len(names)) + 0.4, 0.6),
-        yticks=[(float(at), _cut(name, 24)) for at, name in zip(y, names, strict=True)] or [(0.0, "")], **shape,
-    )  # fmt: skip
+    import pandas as pd
+
+    shares, title, note = pd.Series(dtype=float), f"What matters: {seen.reason}", ""
+    if seen.importance is not None:
+        shares, is_rough = 100 * seen.importance.head(BARS), seen.counted < ROUGH
+        title = f"{shares.index[0]} {'seems to matter' if is_rough else 'matters'} most: {shares.iloc[0]:.0f} %"
+        which = "on or next to the front" if len(_objectives(found)) > 1 else "among the best tenth"
+        note = f"of whether a trial is {which}; {seen.counted:,} trials{', too few for more than a rough guess' * is_rough}"
+        note += f"; {BARS} of {len(seen.importance)} parameters" if len(seen.importance) > BARS else ""
+    rows = {name: _cut(name, 24) for name in shares.index}
+    table = pd.DataFrame({"parameter": shares.index, "start": 0.0, "end": shares.to_numpy(float), "kind": "importance"})
+    bars = style.spans(table, "kind", {"importance": ("importance", 0)}, rows, "parameter", (-0.38, 0.38), "%")
+    at = style.heights(table["parameter"], rows)
+    texts = [(width + 0.8, height, f"{width:.0f}") for width, height in zip(table["end"], at, strict=True)]
+    numbers = style.labels(texts, dims=("start (%)", "bottom (parameter)"), align="left")
+    axis = style.rows_axis(rows, float(np.clip(1.4 + 0.35 * len(rows), 2.4, 7))) | (LIVE_SIZE if moves else {})
+    return style.finish([*bars, numbers], title, note, False, xlabel="importance (%)", xlim=(0, 107), **axis)
 
 
-def _timeline(found: Any, moves: bool = False) -> hv.Overlay:
+def _timeline(found: Any, seen: _Seen, moves: bool = False) -> hv.Overlay:
     """With `moves` all its elements are there from the beginning, and of many runs the latest."""
-    spans, table = found.timeline(), found.table()
-    end = float(np.nanmax([spans.end.max(), spans.start.max()])) if len(spans) else 0.0
+    spans, table = seen.timeline, seen.table
+    first, end = (float(spans.start.min()), float(spans[["start", "end"]].max().max())) if len(spans) else (0.0, 0.0)
     spans = spans.assign(end=spans.end.fillna(end), state=spans.trial.map(table.set_index("trial").state))
     rows = style.worker_rows(spans.worker.unique())
-    first = float(spans.start.min()) if len(spans) else 0.0
     busy = float((spans.end - spans.start).sum() / (len(rows) * (end - first))) if end > first else 1.0
-    n_runs = len(spans)
-    note = (
-        f"{found.name}: a tick begins each run"
-        if n_runs <= POINTS or moves
-        else f"{found.name}: {len(table):,} trials on {len(rows)} workers"
-    )
-    if moves and n_runs > POINTS:
-        spans = spans.iloc[-POINTS:]
-        first, note = float(spans.start.min()), f"{note}; the latest {POINTS} of {n_runs:,} runs"
-    counts = spans.groupby("state").trial.nunique()
-    texts = {name: name if moves else f"{name} ({n:,} trial{'s' * (n > 1)})" for name in STATES for n in [int(counts.get(name, 0))]}
-    kinds = {name: (texts[name], number) for name, number in STATES.items()}
-    elements = style.spans(spans, "state", kinds, rows, absent=moves)
+    note, xlim, n_runs = f"{found.name}: a tick begins each run", (0, None if moves else end), len(spans)
+    if n_runs > POINTS and moves:
+        spans, note = spans.iloc[-POINTS:], f"{note}; the latest {POINTS} of {n_runs:,} runs"
+        xlim = (float(spans.start.min()), None)
+    elif n_runs > POINTS:
+        note, xlim = f"{found.name}: {len(table):,} trials on {len(rows)} workers", (first, end)
+    counts = spans.groupby("state").trial.nunique().reindex(list(STATES), fill_value=0)
+    texts = {name: name if moves else f"{name} ({n:,} trial{'s' * (n > 1)})" for name, n in counts.items()}
+    elements = style.spans(spans, "state", {name: (texts[name], STATES[name]) for name in STATES}, rows, absent=moves)
     if len(spans) <= POINTS:  # of more they would hide all else
         elements.append(style.row_ticks(spans, "start", rows, (-0.3, 0.3)))
-    axis = style.rows_axis(rows) | ({"height": 2.8, "shape": SHAPE} if moves else {})
+    axis = style.rows_axis(rows) | (LIVE_SIZE if moves else {})
     title = f"Blocks have a run {100 * busy:.0f} % of the time" if len(rows) else "Who trained what when"
-    xlim = (first if n_runs > POINTS else 0, None if moves else end)
     return style.finish(elements, title, note, xlabel=AXES["seconds"], xlim=xlim, **axis)
+
+
+# Under each other.
+LIVE = (partial(_table, moves=True), _live_history, *(partial(draw, moves=True) for draw in (_points, _importance, _timeline)))
 
 
 def _a_search(name: str, found: Any) -> Any:
     return like(name, found, ("table", "timeline", "importance", "lower_is_better"), SEARCH)
 
 
-def _opened(found: Any) -> Any:
+def _opened(found: Any) -> tuple[Any, _Seen]:
     found = _a_search("found", found)
     style.extension()
-    return found
+    return found, _look(found)
 
 
-def _names(searches: Iterable[Any]) -> str:
-    return ", ".join(found.name for found in searches)
-
-
-def history(found: Any) -> pd.DataFrame:
+def history(found: Any, seen: _Seen | None = None) -> pd.DataFrame:
     """See `labkit.experiments.search.Search.history`."""
-    ends = found.timeline().groupby("trial").end.max()
-    table = found.table()
+    table, timeline = (found.table(), found.timeline()) if seen is None else (seen.table, seen.timeline)
+    ends = timeline.groupby("trial").end.max()
     table = table[table.state.isin(["done", "pruned"]) & table.score.notna()]
     if "feasible" in table:
         table = table[table.feasible.astype(bool)]
@@ -487,11 +444,6 @@ def _objectives(found: Any) -> list[str]:
     return list(getattr(found, "objectives", ["score"]))
 
 
-def _front(found: Any) -> set[int] | None:
-    """Of several objectives the numbers of the trials on the front."""
-    return set(found.front().trial) if len(_objectives(found)) > 1 else None
-
-
 def _score_name(found: Any) -> str:
     """What the column `score` is."""
     return _objectives(found)[0]
@@ -501,44 +453,15 @@ def _better(lower: bool, what: str) -> str:
     return f"the lower the {what}, the better" if lower else ""
 
 
-def _most(lower: bool) -> str:
-    return "lowest" if lower else "highest"
-
-
-def _trial_marks(ended: pd.DataFrame) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """By state: which trials are drawn, and all of them."""
-    found = []
-    for state in MARKS:
-        own = ended[ended.state == state]
-        found.append((state, own.iloc[_some(np.arange(len(own)), POINTS)], own))
-    return found
-
-
-def _some(rows: np.ndarray, most: int) -> np.ndarray:
-    """So many of them at most, evenly."""
-    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
-
-
-def _drawn(label: str, drawn: Any, of: Any) -> str:
-    return label if len(drawn) == len(of) else f"{label} ({len(drawn)} of {len(of):,} drawn)"
-
-
-def _whole_ticks(n: int) -> list[int]:
-    step = next(step for base in (1, 10, 100, 1000, 10**4, 10**5, 10**6) for step in (base, 2 * base, 5 * base) if n <= 8 * step)
-    return sorted({1, *range(step, n + 1, step)} - ({1} if step > 5 else set()))
+def _trial_marks(ended: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame, int]]:
+    """Label, colour, the trials that are drawn, and of how many."""
+    of_states = [(*look, ended[ended.state == state]) for state, look in MARKS.items()]
+    return [(label, number, own.iloc[style.evenly(len(own), POINTS)], len(own)) for label, number, own in of_states]
 
 
 def _cut(text: str, n: int) -> str:
     """A text of at most n characters: its beginning and its end."""
     return text if len(text) <= n else f"{text[: n - n // 3 - 1]}…{text[len(text) - n // 3 :]}"
-
-
-def _cell(value: Any, n: int, digits: int) -> str:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return "-"
-    if isinstance(value, float | np.floating):
-        return _number(value, digits)
-    return _cut(str(value), n)
 
 
 def _axes_of(found: Any) -> list[str]:
@@ -556,22 +479,24 @@ def _staggered(names: Sequence[str]) -> list[tuple[int, str]]:
 
 
 def _written(about: Mapping[str, Any]) -> list[tuple[float, str]]:
-    """What stands along the axis of a parameter: its ends, and the choices between where they are few."""
-    if "choices" not in about:
-        return [(LOW, _short(about["low"])), (HIGH, _short(about["high"]))]
-    choices = [_short(choice) for choice in about["choices"]]
-    last = len(choices) - 1
-    between = [(at / last, choices[at]) for at in range(1, last)] if last < 6 else []
-    return [(LOW, choices[0]), *between, *([(HIGH, choices[-1])] if last else [])]
-
-
-def _written_ends(values: pd.Series) -> list[tuple[float, str]]:
-    values = values.dropna().astype(float)
-    return [(LOW, _number(values.min())), (HIGH, _number(values.max()))] if len(values) else []
+    """What stands along an axis: its ends, and the choices between where they are few."""
+    if "choices" not in about and np.isnan(about["low"]):  # an objective of no trial
+        return []
+    texts = [_text(value) for value in about.get("choices") or (about["low"], about["high"])]
+    last = len(texts) - 1
+    between = [(at / last, texts[at]) for at in range(1, last)] if last < 6 else []
+    return [(LOW, texts[0]), *between, *([(HIGH, texts[-1])] if last else [])]
 
 
 def _number(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def _text(value: Any, digits: int = 3, none: str = "None") -> str:
+    """A value, with `none` for what is none."""
+    if value is None or value != value:
+        return none
+    return _number(value, digits) if isinstance(value, float) else str(value)
 
 
 def _flat(space: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -594,12 +519,7 @@ def _height(values: Any, about: Mapping[str, Any], within: bool) -> np.ndarray:
     low, high, values = float(about["low"]), float(about["high"]), np.asarray(values, float)
     if about.get("log"):
         low, high, values = np.log(low), np.log(high), np.log(values)
-    return np.nan_to_num((values - low) / (high - low or 1.0), nan=ABSENT)
-
-
-def _between(scores: np.ndarray) -> np.ndarray:
-    low, spread = (scores.min(), np.ptp(scores)) if len(scores) else (0.0, 0.0)
-    return (scores - low) / spread if spread else np.full(len(scores), 0.5)
+    return np.nan_to_num((values - low) / (high - low) if high > low else values - low + 0.5, nan=ABSENT)
 
 
 def _ends_of(values: pd.Series) -> str:
@@ -610,9 +530,3 @@ def _said(bounds: Any) -> str:
     """A constraint in words."""
     low, high = bounds
     return f"at most {high:g}" if low is None else f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return "None" if np.isnan(value) else f"{value:.3g}"
-    return str(value)

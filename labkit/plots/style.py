@@ -9,11 +9,12 @@ Used by all figures; `extension`, `interactive` and `save` are public through `l
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,7 @@ def _load(mode: str) -> None:
     register()
 
 
+@functools.cache
 def _inline_styles() -> None:
     """Figures carry the styles of Panel, which HoloViews would fetch from its CDN in a notebook."""
     from bokeh.models import UIElement
@@ -140,9 +142,7 @@ def _inline_styles() -> None:
         for model in root.select({"type": UIElement}):
             patch_inline_stylesheets(model)
 
-    if not _loaded.get("styles"):
-        _loaded["styles"] = "inline"
-        Viewable._preprocessing_hooks.append(inline)
+    Viewable._preprocessing_hooks.append(inline)
 
 
 class _Uncaptured(list):
@@ -247,7 +247,7 @@ def lines(
 ) -> list[Any]:
     """A line with markers for each value of `by`, drawn by hvPlot. Colour, marker and dash go by `numbers`, else by the order;
     between the columns `band` (low, high) it is shaded, where they differ. With `steps` each value holds until the next one."""
-    kind, elements = {"kind": "step", "where": "post"} if steps else {"kind": "line"}, []
+    elements = []
     for label, number, own in sorted(_groups(table, by, numbers), key=lambda group: group[1]):
         if band is not None and (own[band[1]] > own[band[0]]).any():
             edges, n = own[[x, *band]], np.arange(2 * len(own) - 1)
@@ -255,8 +255,8 @@ def lines(
             fill = {"color": (colour := of_number(COLOURS, number)), "line_alpha": 0}
             area = of_table(edges, "area", x=x, y=band[0], y2=band[1])
             elements.append(styled(area, fill, {"facecolor": colour, "linewidth": 0}, alpha=0.2))
-        dots = of_table(some(own), "scatter", x, y, label)
-        elements.append(_stroke(of_table(own, x=x, y=y, label=label, **kind), number, steps) * _dots(dots, number))
+        curve, dots = of_table(own, "line", x, y, label), of_table(some(own), "scatter", x, y, label)
+        elements.append(_stroke(curve, number, steps) * _dots(dots, number))
     return elements
 
 
@@ -306,11 +306,16 @@ def some(points: Any) -> Any:
     return points[:: max(1, len(points) // 15)]
 
 
+def evenly(n: int, most: int) -> np.ndarray:
+    """Which of n are drawn: all of them, or `most`, evenly, with both ends."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
+
+
 def _stroke(curve: Any, number: int, steps: bool = False, width: float = 2, **look: Any) -> Any:
     dash, look = of_number(DASHES, number), {"color": of_number(COLOURS, number), **look}
-    course = {"interpolation": "steps-post" if steps else "linear"}
     bokeh = {"line_dash": dash[0], "line_width": width, "framewise": True}
-    return styled(curve, bokeh, {"linestyle": dash[1], "linewidth": width}, **look, **course)
+    matplotlib = {"linestyle": dash[1], "linewidth": width}
+    return styled(curve, bokeh, matplotlib, interpolation="steps-post" if steps else "linear", **look)
 
 
 def _dots(dots: Any, number: int, size: tuple[int, int] = (8, 36)) -> Any:
@@ -369,7 +374,7 @@ def spans(
     for kind, (text, number) in kinds.items():
         own = bars[(table[column] == kind).to_numpy(bool)]
         if absent or len(own):
-            elements.append(boxes(tuple(own.T), number, text, (f"start ({unit})", "bottom", f"end ({unit})", "top")))
+            elements.append(boxes(tuple(own.T), number, text, (f"start ({unit})", f"bottom ({row})", f"end ({unit})", "top")))
     return elements
 
 
@@ -398,6 +403,12 @@ def worker_rows(workers: Iterable[int], run: Any = None, status: Mapping[str, An
         worker: f" ({slow.get(worker, 1):g}x, then {by:g}x)" for worker, by in changed.items()
     }
     return {worker: f"worker {worker}{slow.get(worker, '')}" for worker in sorted(workers)}
+
+
+def whole_ticks(n: int) -> list[int]:
+    """Ticks of an axis that counts from 1 to n."""
+    step = next(step for base in (1, 10, 100, 1000, 10**4, 10**5, 10**6) for step in (base, 2 * base, 5 * base) if n <= 8 * step)
+    return sorted({1, *range(step, n + 1, step)} - ({1} if step > 5 else set()))
 
 
 def heat(values: np.ndarray, what: str, text: Callable[[float], str], cell: tuple[float, float] = (1, 1)) -> list[Any]:
@@ -603,6 +614,11 @@ def message(title: str, text: str) -> Any:
     return finish([reason], title, xlim=(0, 1), ylim=(0, 1), xaxis=None, yaxis=None, grid="")
 
 
+def names(several: Sequence[Any]) -> str:
+    """Which runs or searches a message is about."""
+    return ", ".join(one.name for one in several[:3]) + (f" and {len(several) - 3} more" if len(several) > 3 else "")
+
+
 def caption(runs: Sequence[Any], *more: str) -> str:
     """What a reader must know to believe a figure of `runs`: emulated slowdown, asked for and reached, synthetic data, and `more`."""
     slow = dict.fromkeys(emulated(list(slowdowns(run).values())) for run in runs if run.config["emulated"])
@@ -619,14 +635,11 @@ def reached(runs: Sequence[Any]) -> str:
     """The slowdown that emulation reached in `runs` that have ended, where it is not what was asked for: "reached: 4.6x for 4x"; empty elsewhere."""
     found: dict[float, list[float]] = {}
     for run in runs:
-        try:
+        with suppress(LabError):  # damaged: whoever reads it is told
             is_over = run.config["emulated"] and getattr(run, "state", "running") != "running"  # what moves is drawn often
-            made = slowdown_reached(run.events, run.config) if is_over else {}
-        except LabError:  # damaged: whoever reads it is told
-            made = {}
-        for worker, factor in made.items():
-            if abs(factor / (asked := slowdowns(run)[worker]) - 1) > OFF:
-                found.setdefault(asked, []).append(factor)
+            for worker, factor in slowdown_reached(run.events, run.config).items() if is_over else ():
+                if abs(factor / (asked := slowdowns(run)[worker]) - 1) > OFF:
+                    found.setdefault(asked, []).append(factor)
     texts = [f"{between([_factor(min(own)), _factor(max(own))])} for {asked:g}x" for asked, own in sorted(found.items())]
     return f"reached: {', '.join(texts)}" if texts else ""
 

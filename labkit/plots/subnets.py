@@ -44,10 +44,11 @@ def decomposition(parts: Any, image: np.ndarray) -> hv.Overlay:
     elements = [style.raster(grey)]
     for part, (down, across), (row, column) in rows:
         kind = 2 * (row % 2) + column % 2
-        inside = INSET * max(grey.shape) * (kind + 0.6)
-        elements.append(_frame((across.start + inside, down.start + inside, across.stop - inside, down.stop - inside), kind))
-        middle = ((across.start + across.stop) / 2, (down.start + down.stop) / 2, str(part))
-        elements.append(style.labels([middle], style.COLOURS[FRAMES[kind]], 11))
+        inside, colour = INSET * max(grey.shape) * (kind + 0.6), style.COLOURS[FRAMES[kind]]
+        left, top, right, bottom = across.start + inside, down.start + inside, across.stop - inside, down.stop - inside
+        frame = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+        middle = ((left + right) / 2, (top + bottom) / 2, str(part))
+        elements += [style.strokes([frame], "", ("x", "y"), kind, 2.5, color=colour), style.labels([middle], colour, 11)]
     shared = ", ".join(str(pixels) for pixels in dict.fromkeys(parts.overlap))
     title = f"{parts.n_parts} parts of {' x '.join(map(str, parts.shapes(sample.shape)[0][1:]))} pixels, overlap {shared}"
     return style.finish(elements, title, note, **AXES, **style.image_axes(grey.shape, 5.5))
@@ -161,16 +162,6 @@ def _visible(parts: Any, shape: Sequence[int]) -> list[tuple[int, tuple[slice, s
         if len(window) == 2 or parts.place(part)[0] == parts.grid[0] // 2:
             found.append((part, window[-2:], parts.place(part)[-2:]))
     return found
-
-
-def _frame(box: tuple[float, float, float, float], kind: int) -> hv.Element:
-    import holoviews as hv
-
-    colour, dash = style.COLOURS[FRAMES[kind]], style.DASHES[kind]
-    left, bottom, right, top = box
-    path = hv.Path([[(left, bottom), (right, bottom), (right, top), (left, top), (left, bottom)]], ["x", "y"])
-    stroke = {"linestyle": dash[1], "linewidth": 2.5}
-    return style.styled(path, bokeh={"line_dash": dash[0], "line_width": 3}, matplotlib=stroke, color=colour)
 
 
 def _percent(share: float) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import pandas as pd
+
 from labkit.plots.gallery import Curve, Row, in_element, write
 
 EVIL = "</script><!--&amp;\u2028"
@@ -16,7 +19,7 @@ def test_json_in_an_element_is_the_same_and_ends_none():
 
 def test_curves_are_thinned_and_have_their_ends():
     n = 1000
-    curve = Curve(*([float(i) for i in range(n)] for _ in range(3)), [float("nan")] * n)
+    curve = Curve(pd.DataFrame({name: np.arange(n) for name in ("seconds", "samples", "score")} | {"loss": np.nan}))
     thin = curve.as_json()
     assert len(thin["seconds"]) == 60 and (thin["seconds"][0], thin["seconds"][-1]) == (0, n - 1) and set(thin["loss"]) == {None}
 

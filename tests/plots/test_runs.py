@@ -179,6 +179,14 @@ def test_bad_arguments_are_refused(run):
         plots.balance([])
 
 
+def test_a_target_is_drawn_where_no_line_is(run):
+    from holoviews import Store
+
+    for target in (0.01, 1.0):
+        low, high = Store.lookup_options("bokeh", plots.curves(run, target=target), "plot").kwargs["ylim"]
+        assert low <= target < high
+
+
 def test_what_a_resume_has_undone_is_drawn_where_time_went_and_counted_nowhere_else(run):
     merged = run.events[run.events["kind"] == "merge"].groupby("worker").size()
     last = run.events[run.events["kind"] == "merge"]["version"].max()

@@ -10,7 +10,7 @@ import pytest
 
 from labkit import plots
 from labkit.errors import RunError
-from labkit.plots.search import LINES, LIVE, MOST, NOTHING, POINTS, _Watch, history
+from labkit.plots.search import ABSENT, LINES, LIVE, MOST, POINTS, _Watch, history
 from tests.plots.helpers import elements, title
 
 FLOAT = {"name": "FloatDistribution", "attributes": {"low": 1e-3, "high": 1.0, "log": True}}
@@ -234,6 +234,22 @@ def test_a_trial_that_ended_early_is_not_the_best():
     assert elements(plots.search_history(found), "Scatter")["a pruned trial"].array()[:, 1] == [7.0]
 
 
+def test_searches_that_did_not_go_at_the_same_time_have_a_line():
+    early, late = Found(), Found(seed=1)
+    late._timeline[["start", "end"]] += 100
+    (line,) = elements(plots.search_history([early, late], "seconds"), "Curve").values()
+    assert line["seconds"].tolist() == [100.9] and line["score"] == np.median([best_of(early), history(late).best.iloc[0]])
+
+
+def test_a_trial_without_one_of_the_objectives_breaks_no_axis():
+    found = Found()
+    found._table.loc[3, "time"] = np.nan  # pruned before
+    lines = [path for one in elements(plots.search_points(found), "Curve").values() for path in paths(one)]
+    assert all(len(line) == 6 for line in lines)
+    heights = np.array(lines)[:, -1, 1]
+    assert sorted(heights)[:2] == [ABSENT, 0] and max(heights) == 1
+
+
 def test_a_trial_passes_below_the_axis_of_a_parameter_that_it_does_not_have_and_none_is_a_choice():
     found = Found()
     found.objectives = ["score"]
@@ -265,7 +281,7 @@ def test_while_a_search_goes_its_importance_is_computed_ever_more_rarely():
     whole, found, counted = Found(400), Found(0), []
     found.importance = lambda: counted.append(len(found._table)) or pd.Series({"lr": 1.0})
     found.state, watch = "running", _Watch(found)
-    assert watch.look().importance is NOTHING.importance
+    assert watch.look().importance is None
     for n in range(1, 401):
         found._table, found._timeline = whole._table.iloc[:n], whole._timeline.iloc[:n]
         seen = watch.look()

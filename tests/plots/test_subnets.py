@@ -68,7 +68,7 @@ def test_every_figure_is_a_picture_and_a_page(name, tmp_path):
 def test_every_frame_lies_just_inside_its_part():
     decomposition, sample = Decomposition((4, 3), 1), image()
     figure = plots.decomposition(decomposition, sample)
-    frames = figure.traverse(lambda element: element, ["Path"])
+    frames = figure.traverse(lambda element: element, ["Curve"])
     numbers = [label.data["text"].iloc[0] for label in figure.traverse(lambda element: element, ["Labels"])]
     assert len(frames) == 12 and numbers == [str(part) for part in range(12)]
     for (down, across), frame in zip(decomposition.windows(sample.shape), frames, strict=True):
