@@ -228,12 +228,14 @@ def test_jets_on_several_workers_are_normalised_as_one_batch(settings):
         apart = torch.cat(list(pool.map(step, range(2), (x[:3], x[3:]))))
     found = joint(x, 0.3)
     (found.logits.square().mean((1, 2)) + found.embedding.sum(1)).mean().backward()
-    torch.testing.assert_close(apart, found.embedding, rtol=1e-8, atol=1e-10)
+    exact = {"rtol": 1e-8, "atol": 1e-10}
+    in_float32 = settings.get("cluster_by") == "bins"
+    torch.testing.assert_close(apart, found.embedding, **({"rtol": 1e-5, "atol": 1e-6} if in_float32 else exact))
     for other in copies:
-        torch.testing.assert_close(dict(other.named_buffers()), dict(joint.named_buffers()), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(dict(other.named_buffers()), dict(joint.named_buffers()), **exact)
     trained = [p.grad is not None for p in joint.parameters()]
     assert sum(trained) > 20 and trained == [p.grad is not None for p in copies[0].parameters()]
     for whole, *parts in zip(*(one.parameters() for one in (joint, *copies)), strict=True):
         if whole.grad is not None:
             mean = sum(weight * part.grad for weight, part in zip(weights, parts, strict=True))
-            torch.testing.assert_close(mean, whole.grad, rtol=1e-5, atol=1e-7)  # "bins" are in float32
+            torch.testing.assert_close(mean, whole.grad, rtol=1e-5, atol=1e-7)  # as above
