@@ -1,13 +1,13 @@
 """The live view of a run: the held-out score that workers report, their samples/s, and how many are here, redrawn while it runs.
 
-A thread reads what was appended to the record, twice a second or, where reading and drawing take long, less often, and the kernel
-sends it to the figure between its cells. What consists of lines is drawn by HoloViews once; then only its points, title and limits are
-sent (`Lines.move`); what does not is drawn anew, one panel after the other, so that no cell waits for all of them. A browser moves the
-figure only with a free kernel, so `await` the run in the next cell instead of blocking it; when a page begins to listen, also one
-that is loaded again or a second one, it gets all that is known then. At the end of the run all pages get the last picture, and it
-takes the place of the output of the cell, where it needs no kernel any more: it is there however late the browser was, and in the
-notebook that is saved. In a front end that never begins to listen, as VS Code and Colab, a new picture takes the place of the old one
-every few seconds. The first figure of a kernel takes seconds; a line says meanwhile how far the run is.
+A thread reads what was appended to the record, each second at first, later every three seconds, and less often where reading and drawing
+take long, and the kernel sends it to the figure between its cells. What consists of lines is drawn by HoloViews once; then only its points,
+title and limits are sent (`Lines.move`); what does not is drawn anew, one panel after the other, so that no cell waits for all of them. A
+browser moves the figure only with a free kernel, so `await` the run in the next cell instead of blocking it; when a page begins to listen,
+also one that is loaded again or a second one, it gets all that is known then. At the end of the run all pages get the last picture, and it
+takes the place of the output of the cell, where it needs no kernel any more: it is there however late the browser was, and in the notebook
+that is saved. In a front end that never begins to listen, as VS Code and Colab, a new picture takes the place of the old one every few
+seconds. The first figure of a kernel takes seconds; a line says meanwhile how far the run is.
 
 `moving` is the mechanism, for whatever grows. Used through `labkit.plots` and `Run.live`, and by the figures of a search.
 """
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from labkit.runs.record import RunRecord
 
 PERIOD_S = 0.5  # between two redraws, at least,
-SHARE, SHARE_LATER = 0.1, 0.02  # and so much of the time they take at most, with what is read for them and
-PAGE_S = 0.1  # what a page takes to draw one, about, in the first
-EARLY_S = 10.0  # seconds of a view and afterwards: workers may share the cores of the kernel and of the browser
+SHARE, SHARE_LATER = 0.1, 0.02  # and so much of a core at most, with what is read for them, in the first
+EARLY_S = 10.0  # seconds of a view and afterwards: workers may share the cores of the kernel and of the browser,
+PAGE_S = 0.06  # of which a page takes about this long to show one
 LATEST_S = 10.0  # but after so long it is redrawn in any case, also where all of it takes long on a busy machine
 FAILURES = 20  # of reading the record in a row, before the view says so; it goes on looking, more rarely
 RARELY_S = 5.0  # between two looks then
@@ -400,7 +400,7 @@ def _feed(run: Any, watch: Watched, screen: Screen, timeout: float) -> None:
                 return
             failures = 0
         share = SHARE if began - first < EARLY_S else SHARE_LATER
-        pause = min(LATEST_S, (time.monotonic() - began + screen.took) / share)
+        pause = min(LATEST_S, (time.monotonic() - began + screen.took + PAGE_S) / share)
         pause = max(PERIOD_S if failures < FAILURES else RARELY_S, pause)
         for _ in range(max(1, math.ceil(min(pause, limit - time.monotonic()) / PERIOD_S))):
             time.sleep(PERIOD_S)

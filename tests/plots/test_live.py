@@ -253,27 +253,35 @@ def test_live_follows_a_run_and_stops_with_it(run):
     assert [plot.x_range.end for plot in shown] == [last] * 3  # the axes follow
 
 
-def test_what_takes_long_to_read_and_draw_is_read_and_drawn_less_often(monkeypatch):
+def looks_of(monkeypatch, seconds, reads=0.0, draws=0.0):
+    """When a view looks at a run that ends after so many seconds, by a clock that only looks and pauses move."""
     now, looks = [0.0], []
-    monkeypatch.setattr(
-        sys.modules["labkit.plots.live"],
-        "time",
-        SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s)),
-    )
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
+    monkeypatch.setattr(sys.modules["labkit.plots.live"], "time", clock)
     run = SimpleNamespace(state="running")
     screen = SimpleNamespace(nothing=NOTHING, took=0.0, show=lambda seen, last: None)
 
     def look():
         looks.append(now[0])
-        now[0] += 0.5
-        screen.took = 1.0
-        if len(looks) == 5:
+        now[0] += reads
+        screen.took = draws
+        if now[0] >= seconds:
             run.state = "done"
         return NOTHING
 
     _feed(run, SimpleNamespace(look=look, at=7), screen, timeout=600)
+    return looks
+
+
+def test_what_takes_long_to_read_and_draw_is_read_and_drawn_less_often(monkeypatch):
+    looks = looks_of(monkeypatch, 42, reads=0.5, draws=1.0)
     assert (np.diff(looks)[:4] >= 10).all() and len(looks) == 6
     assert looks[-1] - looks[-2] < 2, "and at the end of the run at once"
+
+
+def test_a_page_has_time_for_what_it_draws_and_the_workers_have_the_rest(monkeypatch):
+    looks = np.array(looks_of(monkeypatch, 100))
+    assert set(np.diff(looks[looks < 10])) == {1.0} and set(np.diff(looks[(looks > 10) & (looks < 100)])) == {3.0}
 
 
 def drawn(figure):

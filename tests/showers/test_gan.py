@@ -334,7 +334,9 @@ def test_the_trained_networks_are_copied_pickled_and_saved_whole(small, train):
     for again in (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), _saved):
         other = again(module)
         np.testing.assert_array_equal(generate((problem, other), [5.0, 20.0])[:, None], cells)
-        torch.testing.assert_close(other["critic"](cells, condition).logits, expected, rtol=1e-4, atol=1e-6)  # where its weights lie in memory
+        torch.testing.assert_close(
+            other["critic"](cells, condition).logits, expected, rtol=1e-4, atol=1e-6
+        )  # where its weights lie in memory
 
 
 @pytest.mark.slow
