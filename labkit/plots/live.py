@@ -313,11 +313,7 @@ class Screen:
             self.unheard += 1
             self.mute = self.mute or self.unheard >= MUTE
         if self.displayed and (self.ended or self.mute):
-            from IPython.display import display
-
-            # JupyterLab draws nothing where the new output has the form of the old one; so there is another one between.
-            display({"text/plain": ""}, raw=True, display_id=self.displayed, update=True)
-            display(self.picture(self.latest), display_id=self.displayed, update=True)
+            _replace(self.displayed, self.picture(self.latest))
             self.took = time.monotonic() - began
 
     def _send(self, number: int) -> None:
@@ -349,6 +345,20 @@ class Screen:
     def _comms(self) -> list[Any]:
         """Of the figure, in the pages in which the kernel moves it."""
         return [*{id(plot.comm): plot.comm for plot in self._plots() if getattr(plot, "comm", None)}.values()]
+
+
+def _replace(place: str, figure: Any) -> None:
+    """Have a figure take the place of what is displayed under an id. It is drawn before that goes: a notebook may be saved at any time."""
+    from IPython import get_ipython
+    from IPython.display import display
+
+    shell, how = get_ipython(), {}
+    if shell:
+        figure, how["metadata"] = shell.display_formatter.format(figure)
+        how["raw"] = True
+    # JupyterLab draws nothing where the new output has the form of the old one; so there is another one between.
+    display({"text/plain": ""}, raw=True, display_id=place, update=True)
+    display(figure, display_id=place, update=True, **how)
 
 
 def _to_nobody(*args: Any, **how: Any) -> None:

@@ -174,6 +174,23 @@ def test_at_the_end_the_output_of_the_cell_is_the_last_picture(run, monkeypatch)
     assert title(next(iter(shown[3][0]))) == title(next(iter(last))) and shown[3][1] == first
 
 
+def test_the_last_picture_is_drawn_before_the_one_before_goes_as_the_notebook_may_be_saved_meanwhile(monkeypatch):
+    done = []
+
+    def drawn(figure):
+        done.append("drawn")
+        return {"image/png": figure}, {"width": 2}
+
+    monkeypatch.setattr("IPython.display.display", lambda data, **how: done.append((data, how)))
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(display_formatter=SimpleNamespace(format=drawn)))
+    screen = Screen([], lambda call, wait=0.0: call(), lambda seen: f"picture of {seen.test}")
+    screen.display("the figure that moves")
+    screen.show(NOTHING._replace(test=0.5), last=True)
+    (_, first), then, (between, _), (last, how) = done
+    assert then == "drawn" and between == {"text/plain": ""}
+    assert last == {"image/png": "picture of 0.5"} and how == first | {"update": True, "raw": True, "metadata": {"width": 2}}
+
+
 def test_what_is_new_is_drawn_once_between_two_cells_and_a_record_that_cannot_be_read_is_read_again(run):
     posted, drawn = [], []
     pipe = SimpleNamespace(subscribers=[], send=drawn.append)
