@@ -16,6 +16,7 @@ import labkit
 from labkit import names, plots
 from labkit.errors import ClusterError, RunError
 from labkit.plots import style
+from labkit.runs.record import directories
 from tests.runs.test_old_records import FOLDER
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -120,6 +121,19 @@ def test_a_folder_means_all_runs_below_it_but_not_what_lies_in_a_run(tmp_path):
         shutil.copytree(RUN, tmp_path / name)
     assert [str(run.path.relative_to(tmp_path)) for run in style.some_runs(tmp_path)] == names
     assert len(labkit.compare(tmp_path)) == 3
+
+
+def test_a_run_to_which_links_lead_counts_once_and_a_link_that_leads_nowhere_hides_none(tmp_path):
+    names, far = ["one", "sweep/0-a/run"], tmp_path / "far"
+    for name in names:
+        shutil.copytree(RUN, tmp_path / "runs" / name)
+    shutil.copytree(RUN, far / "run")
+    links = {"up": "..", "same": "sweep", "self": "self", "gone": "nowhere", "scratch": far, "sweep/back": "../../runs", "z": "one"}
+    for name, to in links.items():
+        (tmp_path / "runs" / name).symlink_to(to)
+    assert [path.relative_to(tmp_path / "runs").as_posix() for path in directories(tmp_path / "runs")] == [
+        "one", "scratch/run", "same/0-a/run",
+    ]  # fmt: skip
 
 
 def test_what_is_no_client_is_led_to_one():

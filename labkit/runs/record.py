@@ -481,13 +481,16 @@ class RunRecord(Carded, Public):
 
 def directories(path: str | Path) -> list[Path]:
     """What a path means: of a folder of runs, or of folders with runs, as sweeps and searches are, their directories, the nearest first and by
-    name; else itself, whether there is a run or not. Not looked into are runs, what is hidden, and folders that may not be read."""
+    name; else itself, whether there is a run or not. Not looked into are runs, what is hidden, folders that may not be read, and what a link
+    leads to once more."""
     path, inside = file_path("path", path), []
-    level = [] if _is_run(path) else [path]
+    level, seen = [] if _is_run(path) else [path], {os.path.realpath(path)}
     for _ in range(LEVELS):
-        below = sorted(chain.from_iterable(map(_folders, level)))
-        level = [folder for folder in below if not _is_run(folder)]
-        inside += [folder for folder in below if _is_run(folder)]
+        below = sorted(chain.from_iterable(map(_folders, level)), reverse=True)
+        new = {real: folder for folder in below if (real := os.path.realpath(folder)) not in seen}  # of two ways the first by name
+        seen |= new.keys()
+        inside += sorted(filter(_is_run, new.values()))
+        level = [folder for folder in new.values() if not _is_run(folder)]
     return inside or [path]
 
 
@@ -501,9 +504,14 @@ def _is_run(folder: Path) -> bool:
 def _folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            return [Path(entry) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+            return [Path(entry) for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
     except OSError:  # no folder, or none that may be read, or it has gone meanwhile
         return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Also a link to one; not a link to itself, of which `DirEntry.is_dir` raises an error."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry))
 
 
 def _table(frame: pd.DataFrame) -> pd.DataFrame:
