@@ -46,15 +46,13 @@ LATEST_S = 10.0  # but after so long it is redrawn in any case, also where all o
 FAILURES = 20  # of reading the record in a row, before the view says so; it goes on looking, more rarely
 RARELY_S = 5.0  # between two looks then
 POINTS = 400  # of a worker's line, at most: a long run must not slow the browser down
+PAD, ALONE = 0.09, 0.5  # of the height of the data, below and above them, or so much where all are equal
 
 MUTE = 40  # redraws that no page has listened to, after which new pictures take the place of the figure
 AGAIN_S = (0.0, 1.0, 3.0, 9.0, 27.0)  # after a page has begun to listen, all is sent
 
 Post = Callable[..., Any]  # post(call, wait=0.0): from any thread, have the kernel make a call in `wait` seconds
 Series = dict[int, list[tuple[float, float, float]]]  # worker: (seconds, score, samples/s) of each push
-
-
-PAD, ALONE = 0.09, 0.5  # of the height of the data, below and above them, or so much where all are equal
 
 
 class Panel(NamedTuple):
@@ -96,14 +94,12 @@ class Lines:
                 handles["source"].data = dict(zip((handles["glyph"].x, handles["glyph"].y), columns, strict=True))
         x, y = (np.concatenate([np.asarray(line[axis], float) for line in panel.lines] or [[]]) for axis in (1, 2))
         x, y = x[np.isfinite(x)], y[np.isfinite(y)]
-        if len(x):
-            plot.handles["x_range"].end = x.max()
-        limits = panel.ylim
-        if limits is None and len(y):
+        plot.handles["x_range"].end = x.max(initial=0) or 1
+        limits = panel.ylim or (0, 1)  # also of nothing there are some: a page that is sent all anew is told those that differ
+        if panel.ylim is None and len(y):
             pad = PAD * np.ptp(y) or ALONE
             limits = y.min() - pad, y.max() + pad
-        if limits is not None:
-            plot.handles["y_range"].update(start=limits[0], end=limits[1])
+        plot.handles["y_range"].update(start=limits[0], end=limits[1])
         style.retitle(plot.state, panel.title, panel.note)
 
 

@@ -339,7 +339,18 @@ def test_what_is_moved_is_what_would_be_drawn_anew(run):
     early = whole._replace(series={0: whole.series[0][:2]}, here=whole.here[:1], workers=frozenset({0}))
     unscored = whole._replace(series={worker: [(s, np.nan, rate) for s, _, rate in own] for worker, own in whole.series.items()})
     first = early._replace(series={0: whole.series[0][:1]})
-    states = [first, early, whole, unscored, whole._replace(test=0.75), early._replace(trouble="disk " * 40), NOTHING, whole]
+    joined = NOTHING._replace(here=[(0.0, 1)], workers=frozenset({0}))  # as the clock begins
+    states = [
+        joined,
+        first,
+        early,
+        whole,
+        unscored,
+        whole._replace(test=0.75),
+        early._replace(trouble="disk " * 40),
+        NOTHING,
+        whole,
+    ]
 
     def panels(seen):
         pipes = [hv.streams.Pipe(data=seen) for _ in VIEWS]
@@ -357,10 +368,7 @@ def test_what_is_moved_is_what_would_be_drawn_anew(run):
             for line, again in zip(one.renderers, anew.renderers, strict=True):
                 columns = line.data_source.data, again.data_source.data
                 assert all(np.array_equal(columns[0][name], values, equal_nan=True) for name, values in columns[1].items())
-            if seen.series and seen is not unscored:
-                assert one.x_range.end == anew.x_range.end
-                height = (anew.y_range.end - anew.y_range.start) * (
-                    20 if seen is first else 1
-                )  # of one value it is anybody's choice
-                assert one.y_range.start == pytest.approx(anew.y_range.start, abs=height / 20)
-                assert one.y_range.end == pytest.approx(anew.y_range.end, abs=height / 20)
+            assert one.x_range.end == anew.x_range.end
+            height = (anew.y_range.end - anew.y_range.start) * (20 if seen is first else 1)  # of one value it is anybody's choice
+            assert one.y_range.start == pytest.approx(anew.y_range.start, abs=height / 20)
+            assert one.y_range.end == pytest.approx(anew.y_range.end, abs=height / 20)
