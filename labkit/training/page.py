@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
+import psutil
+
 from labkit.cluster.emulation import SLOWEST
 from labkit.errors import LabError, RunError, file_path, real, whole
 from labkit.plots import style
@@ -181,22 +183,28 @@ def _has_proxy(prefix: str) -> bool | None:
         about = find_json(file)
         if not isinstance(about, dict) or about.get("base_url") != prefix:
             continue
-        token = about.get("token") or os.environ.get("JUPYTERHUB_API_TOKEN", "")
-        with contextlib.suppress(OSError, ValueError, HTTPException):  # what an earlier server has left, or no such address
-            status = _status(str(about.get("url")), f"{prefix}server-proxy/servers-info", {"Authorization": f"token {token}"})
+        # What an earlier server has left, or no such address.
+        with contextlib.suppress(OSError, ValueError, HTTPException, psutil.Error):
+            status = _status(about, f"{prefix}server-proxy/servers-info")
             if status < 500:
                 return status != 404  # also one that asks who is asking has it
     return None
 
 
-def _status(server: str, path: str, headers: dict[str, str]) -> int:
-    """Of the answer to a GET, which is not redirected, at no proxy, and by whatever certificate: it is of this machine."""
-    address = urlsplit(server)
+def _status(about: dict[str, Any], path: str) -> int:
+    """Of the answer to a GET of the server that says this of itself, which is not redirected, at no proxy, and by whatever certificate: it is of
+    this machine. A process of its number must listen at its port: where it has ended, the port may be of somebody who is to have no token."""
+    address, pid = urlsplit(str(about.get("url"))), about.get("pid")
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise ValueError(f"{server!r} is no address of a host")
+        raise ValueError(f"{address.geturl()!r} is no address of a host")
+    port = address.port or {"http": 80, "https": 443}[address.scheme]
+    links = psutil.Process(pid).net_connections("tcp") if isinstance(pid, int) else []
+    if not any(link.status == psutil.CONN_LISTEN and link.laddr.port == port for link in links):
+        raise ValueError(f"process {pid!r} does not listen at port {port}")
+    headers = {"Authorization": f"token {about.get('token') or os.environ.get('JUPYTERHUB_API_TOKEN', '')}"}
     secure = {"context": ssl._create_unverified_context()} if address.scheme == "https" else {}
     kind = HTTPSConnection if secure else HTTPConnection
-    with contextlib.closing(kind(address.hostname, address.port, timeout=ANSWER_S, **secure)) as connection:
+    with contextlib.closing(kind(address.hostname, port, timeout=ANSWER_S, **secure)) as connection:
         connection.request("GET", path, headers=headers)
         return connection.getresponse().status
 

@@ -74,7 +74,12 @@ def jupyter_server(runtime, status):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        about = {"base_url": "/user/ada/", "url": f"http://127.0.0.1:{server.server_port}/user/ada/", "token": ""}
+        about = {
+            "base_url": "/user/ada/",
+            "url": f"http://127.0.0.1:{server.server_port}/user/ada/",
+            "token": "",
+            "pid": os.getpid(),
+        }
         (runtime / "jpserver-1.json").write_text(json.dumps(about))
         try:
             yield asked
@@ -101,6 +106,19 @@ def test_the_server_of_a_hub_says_whether_it_passes_on_to_ports(status, here, th
         assert pages._hub() == ("/user/ada/" if there else "")
     assert asked == [("/user/ada/server-proxy/servers-info", "token secret")]
     assert pages._hub() == ("/user/ada/" if here else ""), "of a server that has gone"
+
+
+@pytest.mark.parametrize("pid", [None, "1", -1, 2**40, os.getppid()])
+def test_no_token_is_sent_to_who_has_the_port_of_a_server_that_has_ended(pid, tmp_path, monkeypatch):
+    pytest.importorskip("jupyter_core")
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", "secret")
+    monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/ada/")
+    with jupyter_server(tmp_path, 200) as asked:
+        left = tmp_path / "jpserver-1.json"
+        left.write_text(json.dumps(json.loads(left.read_text()) | {"pid": pid}))
+        pages._hub()
+    assert not asked
 
 
 def test_what_is_no_run_has_no_page(tmp_path):
