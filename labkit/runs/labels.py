@@ -113,9 +113,11 @@ def _settings(run: RunRecord) -> dict[str, Any]:
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:
+    """By name with dots; what a problem takes with options, loss={"name": "huber", "delta": 2}, by the name that it has without them."""
     if not isinstance(value, Mapping) or "by_value" in value:
         return {name: value}
-    return {key: inner for part, own in value.items() for key, inner in _flat(f"{name}.{part}", own).items()}
+    inside = {name if part == "name" and name.startswith("problem.") else f"{name}.{part}": own for part, own in value.items()}
+    return {key: inner for part, own in inside.items() for key, inner in _flat(part, own).items()}
 
 
 def _differing(runs: Sequence[RunRecord], read: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -171,9 +173,12 @@ def _said(name: str, text: str) -> str:
 
 
 def _names(keys: Sequence[str]) -> dict[str, str]:
-    """Each by its last word, `update.lr` as "update lr" where there is another `lr`; `problem.loss.name` is "loss"."""
-    last = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
-    short = {key: name if last.count(name) == 1 else key.replace(".", " ") for key, name in zip(keys, last, strict=True)}
+    """Each by its last word, `update.lr` as "update lr" where there is another `lr`."""
+    last = [key.rpartition(".")[2] for key in keys]
+    short = {
+        key: name if last.count(name) == 1 and name != "name" else key.replace(".", " ")
+        for key, name in zip(keys, last, strict=True)
+    }
     return (
         short | {key: "origin" for key in keys if key == "origin.kind"} | {key: "problem" for key in keys if key == "problem.kind"}
     )

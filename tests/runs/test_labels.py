@@ -40,6 +40,7 @@ def of_run(name, *values):
         (of_problem("channels_last", True, False), ("channels_last", "not channels_last")),
         (of_problem("model_args", {"width": 0.5}, {"width": 0.5, "depth": 3}), ("", "depth 3")),
         (of_problem("loss", {"name": "huber", "delta": 2.0}, {"name": "mse"}), ("loss huber, delta 2", "loss mse")),
+        (of_problem("loss", {"name": "huber", "delta": 2.0}, "mse"), ("loss huber, delta 2", "loss mse")),
         ([{"problem": {"batch_size": n}, "changes": {"batch_size": n}} for n in (32, 64)], ("batch_size 32", "batch_size 64")),
         (of_run("passes", 3, 4.5), ("passes 3", "passes 4.5")),
         (of_run("local_steps", None, 8), ("no local_steps", "local_steps 8")),
