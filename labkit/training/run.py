@@ -250,7 +250,8 @@ class Run(RunRecord):
         """What is said when the interrupt of waiting has ended the script that trains it; its lab is closed then, or is at its exit."""
         status = self.status()
         if status["state"] in ("done", "failed"):
-            return f"run {self.name} is {status['state']}{': ' * bool(status.get('reason'))}{status.get('reason') or ''}."
+            reason = (status.get("reason") or "").rstrip(".")
+            return f"run {self.name} {'is done' if status['state'] == 'done' else 'failed'}{': ' * bool(reason)}{reason}."
         far = f"after {status.get('samples', 0):,} of {self.config.budget:,} samples"
         return f"run {self.name} ends with this script, {far}. labkit.resume({str(self.path)!r}) goes on from its last checkpoint."
 

@@ -123,6 +123,9 @@ def test_an_interrupt_that_ends_a_script_is_one_line_and_all_other_errors_are_sh
         f"Interrupted: run {run.name} ends with this script, {far}. labkit.resume('{run.path}') goes on from its last checkpoint.\n"
     )
     assert capsys.readouterr().err == line and type(caught.value) is KeyboardInterrupt
+    monkeypatch.setattr(run, "status", lambda: {"state": "failed", "reason": "the disk is full."})
+    sys.excepthook(type(caught.value), caught.value, None)
+    assert capsys.readouterr().err == f"Interrupted: run {run.name} failed: the disk is full.\n"
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt("another"), None)
     assert capsys.readouterr().err == "KeyboardInterrupt: another\n"
 
