@@ -397,10 +397,12 @@ def rows_axis(rows: Mapping[Any, str], height: float | None = None) -> dict[str,
 
 
 def worker_rows(workers: Iterable[int], run: Any = None, status: Mapping[str, Any] | None = None) -> dict[int, str]:
-    """The rows of workers, in their order, with what each is slowed down by in `run`: "worker 1 (4x)", "worker 1 (4x, then 8x)"."""
+    """The rows of workers, in their order, with what each is slowed down by in `run`: "worker 1 (4x)", "worker 1 (4x, then 8x)", and
+    "worker 1 (4x again)" where it was set back."""
     slow, changed = (slowdowns(run), changed_slowdowns(run, status)) if run is not None else ({}, {})
     slow = {worker: f" ({by:g}x)" for worker, by in slow.items() if by != 1} | {
-        worker: f" ({slow.get(worker, 1):g}x, then {by:g}x)" for worker, by in changed.items()
+        worker: f" ({before:g}x, then {by:g}x)" if by != (before := slow.get(worker, 1)) else f" ({by:g}x again)"
+        for worker, by in changed.items()
     }
     return {worker: f"worker {worker}{slow.get(worker, '')}" for worker in sorted(workers)}
 
@@ -659,11 +661,12 @@ def changed_slowdowns(run: Any, status: Mapping[str, Any] | None = None) -> dict
 
 
 def slowed(run: Any, status: Mapping[str, Any] | None = None) -> str:
-    """The same for readers: "worker 1 set from 1x to 4x in mid-run"; empty where nothing was changed."""
-    before, changed = slowdowns(run), changed_slowdowns(run, status)
-    return ", ".join(
-        f"worker {index} set from {before.get(index, 1):g}x to {by:g}x in mid-run" for index, by in sorted(changed.items())
-    )
+    """The same for readers: "worker 1 set from 1x to 4x in mid-run", or "to 1x again" where it was set back; empty where nothing was changed."""
+    before, texts = slowdowns(run), []
+    for index, by in sorted(changed_slowdowns(run, status).items()):
+        how = f"from {since:g}x to {by:g}x" if by != (since := before.get(index, 1)) else f"to {by:g}x again"
+        texts.append(f"worker {index} set {how} in mid-run")
+    return ", ".join(texts)
 
 
 def emulated(factors: Sequence[float]) -> str:

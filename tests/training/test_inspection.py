@@ -66,15 +66,16 @@ def test_a_worker_is_made_slower_and_the_record_and_figures_say_so(train, lab):
         run.slow_down(1, 0.5)
     assert run.slow_down(1, 5) is run and "closed" in order(run, "slow", worker=1, factor=0.5)
     until(lambda: "after" in run.inspect(1).stacks["worker"])  # the sleep behind a step
-    until(
-        lambda: style.caption([run]) == "worker 1 set from 1x to 5x in mid-run"
-    )  # as the server says, which may be late with an answer
+    run.slow_down(0, 3).slow_down(0, 1)
+    changed = "worker 0 set to 1x again in mid-run, worker 1 set from 1x to 5x in mid-run"
+    until(lambda: style.caption([run]) == changed)  # as the server says, which may be late with an answer
     run.stop()
     assert run.events.query("kind == 'slow'")[["worker", "message"]].values.tolist() == [
-        [1, "5 times as slow as its machine, in all"]
+        [worker, f"{factor} times as slow as its machine, in all"] for worker, factor in ((1, 5), (0, 3), (0, 1))
     ]
-    assert "worker 1 set from 1x to 5x" in style.caption([labkit.load_run(run.path)])
-    assert "worker 1 (1x, then 5x)" in str(labkit.plots.timeline(run).opts.get().kwargs["yticks"])
+    assert changed in style.caption([labkit.load_run(run.path)])
+    ticks = str(labkit.plots.timeline(run).opts.get().kwargs["yticks"])
+    assert "worker 0 (1x again)" in ticks and "worker 1 (1x, then 5x)" in ticks
     again = labkit.resume(run.path, lab, problem=problem(kind=Slow))  # with workers at their own speed
     until(lambda: again.status().get("started"))
     assert not again.status()["slowed"] and style.caption([again]) == ""
@@ -132,6 +133,8 @@ def test_one_that_is_silent_is_answered_by_what_is_known_of_it(tmp_path):
         with pytest.raises(RunError, match=r"Call run\.attach\(\) first"):
             run.inspect(0)
         run.attach()
+        with pytest.raises(ClusterError, match=r"worker 0 is not in run far; none is now: run\.status\(\)\['started'\] says"):
+            run.slow_down(0, 2)
         worker.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01, "pid": 7, "host": "far"})
         worker.receive(lambda header, n: [bytearray(n)])
         worker.send({"op": "heartbeat", "samples": 5, "loss": 0.25})
