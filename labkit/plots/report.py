@@ -191,13 +191,14 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """A column a mapping, a row a key."""
     import pandas as pd
 
+    texts = {name: {key: _shown(value) for key, value in column.items()} for name, column in columns.items()}
     with pd.option_context("display.max_colwidth", None):
-        shown = pd.DataFrame(columns, dtype=object).map(_shown).to_html(header=any(columns), border=0)
+        shown = pd.DataFrame(texts, dtype=object).fillna("").to_html(header=any(columns), border=0)
     return f'<div class="wide">{shown}</div>'
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None or value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _figure(draw: Callable[..., Any], of: Any, about: str) -> str:

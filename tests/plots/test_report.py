@@ -121,6 +121,15 @@ def _no_figures(monkeypatch):
         monkeypatch.setattr(reports, figures, {})
 
 
+@pytest.mark.usefixtures("_no_figures")
+def test_a_loss_that_is_no_number_is_said_and_what_there_is_not_is_left_empty(tmp_path, monkeypatch):
+    runs = [labkit.load_run(path) for path in RUNS]
+    card = dict(runs[0].summary())
+    monkeypatch.setattr(runs[0], "summary", lambda: card | {"loss": float("nan"), "own": None})
+    rows = Page(plots.report(runs, tmp_path / "report.html")).text
+    assert re.search(r" loss nan [\d.]+ ", rows) and rows.count("nan") == 1 and "None" not in rows.partition("Settings")[0]
+
+
 @pytest.fixture
 def printer(tmp_path, monkeypatch):
     """Stands in for Chromium on PATH, and does what it is told, with `given`, its arguments by name, and `page`, that of the report."""
