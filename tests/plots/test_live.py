@@ -132,7 +132,14 @@ class Browser:
 
     def titles(self):
         """The titles of the first panel that were sent to the latest page, in their order."""
-        return re.findall(r'"(AGWU[^"]*)"', "".join(part for part in self.sent[len(self.sent) - 1] if isinstance(part, str)))
+        return re.findall(r'"(AGWU[^"]*)"', self._text())
+
+    def ends(self):
+        """The ends of axes that were sent to the latest page."""
+        return {float(end) for end in re.findall(r'"attr":"end","new":([-\d.]+)', self._text())}
+
+    def _text(self):
+        return "".join(part for part in self.sent[len(self.sent) - 1] if isinstance(part, str))
 
 
 @pytest.mark.slow
@@ -153,6 +160,7 @@ def test_a_browser_that_comes_late_or_again_gets_the_last_picture(run, monkeypat
         last = run.events.loc[run.events["kind"] == "push", "seconds"].max()
         end = f"AGWU + IDPA: test score 0.750 after {last:.0f} s"  # and never an empty figure
         assert browser.titles()[0] == end and all(title.startswith(end) for title in browser.titles())
+        assert last in browser.ends()
 
 
 def test_at_the_end_the_output_of_the_cell_is_the_last_picture(run, monkeypatch):
