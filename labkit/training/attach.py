@@ -92,11 +92,9 @@ def _here(run: RunRecord, worker: int, status: dict[str, Any]) -> dict[str, Any]
     """What this status says of a worker; `ClusterError` where it is not in the run."""
     workers = status.get("workers") or {}
     if str(worker) not in workers:
-        there = (
-            f"workers {sorted(map(int, workers))} are"
-            if workers
-            else "none is now: run.status()['started'] says whether it has begun"
-        )
+        there = "none is now: run.status().get('started') says whether it has begun"
+        if workers:
+            there = f"workers {sorted(map(int, workers))} are"
         raise ClusterError(f"worker {worker} is not in run {run.name}; {there}.")
     return workers[str(worker)]
 

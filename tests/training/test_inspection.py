@@ -133,7 +133,7 @@ def test_one_that_is_silent_is_answered_by_what_is_known_of_it(tmp_path):
         with pytest.raises(RunError, match=r"Call run\.attach\(\) first"):
             run.inspect(0)
         run.attach()
-        with pytest.raises(ClusterError, match=r"worker 0 is not in run far; none is now: run\.status\(\)\['started'\] says"):
+        with pytest.raises(ClusterError, match=r"worker 0 is not in run far; none is now: run\.status\(\)\.get\('started'\) says"):
             run.slow_down(0, 2)
         worker.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01, "pid": 7, "host": "far"})
         worker.receive(lambda header, n: [bytearray(n)])
