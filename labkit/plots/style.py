@@ -43,6 +43,7 @@ ORIGINS = {"counterfactual": "counterfactual: another update on recorded arrival
 FONTS = {"title": 14, "labels": 12, "xticks": 12, "yticks": 12, "legend": 12}  # points of a page, of which 96 pixels are an inch
 PICTURE = 0.8  # of a point of a page is one of a picture, of which 120 are: 960 pixels wide, both have the same text
 FONT, PICTURE_FONT = "DejaVu Sans, Verdana, sans-serif", "DejaVu Sans"  # matplotlib brings it along; Verdana is as wide
+IN_A_ROW = 72  # characters of a row of the legend, with 8 for each mark, that fit a cell of 750 pixels
 WIDE = 72  # characters of a title that fit; longer ones are smaller,
 LONGEST = 115  # and of more the rest is left out: a picture would become as wide as its title
 
@@ -516,7 +517,7 @@ def finish(elements: Sequence[Any], title: str, note: str = "", legend: bool = T
     figure = hv.Overlay(list(elements))
     figure = figure.collate() if len(elements) > 1 else figure
     named = dict.fromkeys(filter(None, figure.traverse(lambda element: element.label, [hv.Element]))) if legend else {}
-    n_columns = max(1, min(len(named), 100 // (max(map(len, named), default=1) + 8)))
+    n_columns = max(1, min(len(named), IN_A_ROW // (max(map(len, named), default=1) + 8)))
     more = max(0, math.ceil(len(named) / n_columns) - 1)  # rows of the legend, below the first
     fonts = FONTS | {"title": size}
     common = {"title": title, "show_grid": True, **options}

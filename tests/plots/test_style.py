@@ -61,6 +61,26 @@ def test_a_figure_is_a_drawing_too_and_other_endings_are_refused(run, tmp_path):
         plots.save(figure, tmp_path / "x.jpg")
 
 
+@pytest.mark.parametrize("length", [8, 20, 30, 39])
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_legend_is_within_the_cell_of_a_page(length, n):
+    """Of 750 pixels, 90 of them left of the axes."""
+    import holoviews as hv
+    from matplotlib.font_manager import findfont, get_font
+
+    labels = [f"AGWU + IDPA, {k} seeds: 20 % not reached, lr"[:length] for k in range(n)]
+    plots.extension()
+    figure = style.finish([style.line([0, 1], [k, 1], k, label, ("x", "y")) for k, label in enumerate(labels)], "Title")
+    legend = hv.renderer("bokeh").get_plot(figure).state.legend[0]
+    font = get_font(findfont("DejaVu Sans"))
+    font.set_size(float(legend.label_text_font_size.removesuffix("pt")), 96)
+    widths = []
+    for item in legend.items:
+        font.set_text(item.label.value)
+        widths.append(font.get_width_height()[0] / 64 + legend.glyph_width + legend.label_standoff + legend.spacing)
+    assert legend.ncols == 1 or legend.ncols * max(widths) < 660
+
+
 def test_the_text_of_a_page_is_that_of_a_picture(run):
     """Of 96 pixels an inch, and of 120."""
     import holoviews as hv
