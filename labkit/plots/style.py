@@ -65,11 +65,15 @@ for (const title of titles) {
   }
   const shown = lines.join("\\n")
   title.wrapped = {whole, shown}
-  if (title.text !== shown) title.text = shown
+  if (title.text !== shown) [title.text, plot.stale] = [shown, true]
   height += Math.round((lines.length - 1) * parseFloat(title.text_font_size) * 1.6)
 }
 plot.wanted = height  // the latest: a page lays a figure out several times, at first with hardly any width
-setTimeout(() => { if (plot.height !== plot.wanted) plot.height = plot.wanted }, 0)  // not in the middle of a layout
+setTimeout(() => {  // not in the middle of a layout
+  if (plot.stale && plot.height === plot.wanted) plot.height += 1  // from one line to two and back: it is laid out for one
+  plot.stale = false
+  if (plot.height !== plot.wanted) plot.height = plot.wanted
+}, 0)
 """
 PICTURES = (".png", ".svg", ".pdf")  # what matplotlib writes
 MODES = ("static", "interactive")

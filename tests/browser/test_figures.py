@@ -48,3 +48,24 @@ def test_title_and_note_are_as_wide_as_the_frame_at_most(note, tmp_path, new_pag
     assert page.evaluate(CUT) == 0
     page.set_viewport_size({"width": 1300, "height": 700})
     page.wait_for_function(f"() => ({LINES})().every(title => title.lines.length === 1 && title.beyond <= 0)", timeout=20_000)
+
+
+def test_titles_are_whole_however_a_page_is_resized(tmp_path, new_page):
+    titles = [
+        "340 cells are hit in a generated shower, 330 in a simulated one",
+        "The sampling fraction by energy is 2 layers off at most",
+    ]
+    plots.extension("interactive")
+    try:
+        panels = [style.finish([style.line([0, 1], [0, 10.0**k], 0, "a", ("x", "y"))], titles[k % 2], height=2.8) for k in range(4)]
+        file = plots.save(style.stack(panels), tmp_path / "figure.html")
+    finally:
+        plots.extension("static")
+    page = new_page()
+    page.goto(file.as_uri())
+    page.wait_for_function("() => Bokeh.index.roots?.length", timeout=20_000)
+    for width in range(641, 800, 12):
+        for beside in (3, -3, 4, 0):  # there and back before it is drawn
+            page.set_viewport_size({"width": width + beside, "height": 2000})
+        page.wait_for_timeout(400)
+        assert page.evaluate(CUT) == 0, width
