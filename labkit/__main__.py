@@ -27,7 +27,8 @@ from typing import Any
 import pandas as pd
 
 from labkit.cluster.connect import connect
-from labkit.data import open_dataset
+from labkit.data import named, open_dataset
+from labkit.data.fetch import ways
 from labkit.errors import LabError, SweepError
 from labkit.experiments.demo import copy_notebooks, demo
 from labkit.experiments.notebook import parameters
@@ -427,6 +428,10 @@ def _torch() -> str:
 
 
 def _fashion() -> str:
+    """What is on this machine: nothing is fetched, and a lab needs none."""
+    if named.fashion_folder() is None:
+        by = f"fetches {named.FASHION.megabytes} MB by {' or '.join(way for way, _ in ways(named.FASHION))}"
+        return f'not on this machine; the first labkit.open_dataset("fashion-mnist") {by}, or set LABKIT_DATA to a folder with its files'
     data = open_dataset("fashion-mnist")
     return f"{data.n_train:,} training samples from {data.path}" + (f" ({data.note})" if data.note else "")
 

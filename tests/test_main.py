@@ -220,6 +220,22 @@ def test_the_doctor_goes_on_after_a_failed_probe(monkeypatch, capsys):
     assert answer["found"]["fashion-mnist"] == "FAILED: OSError: no such thing"
 
 
+def test_the_doctor_fetches_nothing(monkeypatch, capsys, own_cache):
+    from labkit.data import fetch
+
+    def fail(*arguments, **options):
+        raise AssertionError(f"it fetched {arguments}")
+
+    monkeypatch.setattr(fetch, "fetch", fail)
+    monkeypatch.setattr(fetch, "_has_apt", lambda: True)
+    monkeypatch.setattr(cli, "_lab", lambda: "starts")
+    main(["doctor", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["found"]["fashion-mnist"].startswith("not on this machine; the first labkit.open_dataset")
+    assert "fetches 31 MB by apt-get or raw.github" in answer["found"]["fashion-mnist"]
+    assert "fashion-mnist" not in answer["not_in_order"] and not own_cache.exists()
+
+
 @pytest.mark.slow
 def test_the_doctor_finds_this_environment_in_order(capsys, cache):
     assert main(["doctor"]) == 0, capsys.readouterr().out

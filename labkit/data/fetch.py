@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from labkit.data.cache import cache_dir, print_once, reading, replacing_folder
@@ -57,29 +58,44 @@ def published(path: Path, read: Callable[[Path], bytes], sha256: str, source: st
 def find(name: str, origin: Origin, names: Collection[str], check: Callable[[Path], object]) -> tuple[Path | None, list[str]]:
     """The folder with the files `names` of the data set `name`, or None and the reasons why there is none.
 
-    Looked for in this order: `LABKIT_DATA` (in its subfolder `name`, or itself), where Debian's package puts them, the
-    cache, and into that they are fetched. `check(folder)` raises DataError where a fetched file is not the right one.
+    Where they are not on this machine (`located`), they are fetched into the cache. `check(folder)` raises DataError where a fetched
+    file is not the right one.
     """
+    if (folder := located(name, origin, names)) is not None:
+        return folder, []
+    cached = cache_dir() / name
+    reasons = fetch(cached, list(names), origin, lambda: not _missing(cached, names), check)
+    return (None, reasons) if reasons else (cached, [])
 
-    def missing(folder: Path) -> list[str]:
-        return [file for file in names if not (folder / file).is_file()]
 
+def located(name: str, origin: Origin, names: Collection[str]) -> Path | None:
+    """The folder on this machine with the files `names` of the data set `name`; None where they would have to be fetched.
+
+    Looked for in this order: `LABKIT_DATA` (in its subfolder `name`, or itself), where Debian's package puts them, the cache.
+    """
     if given := os.environ.get("LABKIT_DATA"):
         base = Path(given).expanduser().absolute()
         if not base.is_dir():
             raise DataError(f"LABKIT_DATA is {given!r}, which is no folder. Make it, or unset LABKIT_DATA.")
         for folder in (base / name, base):
-            lacks = missing(folder)
+            lacks = _missing(folder, names)
             if not lacks:
-                return folder, []
+                return folder
             if len(lacks) < len(names):
                 raise DataError(f"{folder} lacks {', '.join(lacks)} of {origin.title}. Put all {len(names)} files there, or none.")
-    installed, cached = ROOT / origin.unpacked, cache_dir() / name
-    for folder in ([installed] if origin.debian else []) + [cached]:
-        if not missing(folder):
-            return folder, []
-    reasons = fetch(cached, list(names), origin, lambda: not missing(cached), check)
-    return (None, reasons) if reasons else (cached, [])
+    folders = [*([ROOT / origin.unpacked] if origin.debian else []), cache_dir() / name]
+    return next((folder for folder in folders if not _missing(folder, names)), None)
+
+
+def _missing(folder: Path, names: Collection[str]) -> list[str]:
+    return [file for file in names if not (folder / file).is_file()]
+
+
+def ways(origin: Origin) -> list[tuple[str, Callable[[Path, list[str], float], None]]]:
+    """What `fetch` tries on this machine, in this order: a program or a host, and what puts files into a folder until a time is over."""
+    found = [("apt-get", partial(_from_apt, origin))] if origin.debian and _has_apt() else []
+    found += [("npm", partial(_from_npm, origin))] if origin.npm and shutil.which("npm") else []
+    return found + [(url.split("/")[2], partial(_from_url, url)) for url in origin.urls]
 
 
 def fetch(target: Path, names: list[str], origin: Origin, good: Callable[[], bool], check: Callable[[Path], object]) -> list[str]:
@@ -92,11 +108,7 @@ def fetch(target: Path, names: list[str], origin: Origin, good: Callable[[], boo
         return reasons
     end = time.monotonic() + LIMIT_S
     reasons = []
-    ways = [("apt-get", lambda folder: _from_apt(origin, folder, names, end))] if origin.debian and _has_apt() else []
-    if origin.npm and shutil.which("npm"):
-        ways.append(("npm", lambda folder: _from_npm(origin, folder, names, end)))
-    ways += [(url.split("/")[2], lambda folder, url=url: _from_url(url, folder, names, end)) for url in origin.urls]
-    for way, get in ways:
+    for way, get in (tried := ways(origin)):
         if time.monotonic() > end:
             reasons.append(f"{way}: not tried, {LIMIT_S:.0f} s were over")
             continue
@@ -104,14 +116,14 @@ def fetch(target: Path, names: list[str], origin: Origin, good: Callable[[], boo
         try:
             with replacing_folder(target, good) as folder:
                 try:
-                    get(folder)
+                    get(folder, names, end)
                 except (OSError, http.client.HTTPException) as error:
                     raise DataError(str(error)) from error
                 check(folder)
             return []
         except DataError as error:
             reasons.append(f"{way}: {error}")
-    if not ways:
+    if not tried:
         needed = [tool for tool, wanted in (("apt-get", origin.debian), ("npm", origin.npm)) if wanted]
         reasons.append(f"it is fetched with {' or '.join(needed)}, which this machine lacks")
     _FAILED[target] = (time.monotonic(), reasons)

@@ -20,7 +20,7 @@ import numpy as np
 
 from labkit.data.cache import Source, cached, file_key, in_blocks
 from labkit.data.dataset import Dataset
-from labkit.data.fetch import Origin, find, published
+from labkit.data.fetch import Origin, find, located, published
 from labkit.errors import DataError
 
 FASHION = Origin(
@@ -64,6 +64,11 @@ def fashion_mnist(pad: int = 0) -> Dataset:
 
     name = f"fashion-mnist-{28 + 2 * pad}" if pad else "fashion-mnist"
     return cached(name, file_key([folder / file for file in FILES]), load, classes=CLOTHES)
+
+
+def fashion_folder() -> Path | None:
+    """Where its files are on this machine; None where the first `open_dataset` fetches them."""
+    return located("fashion-mnist", FASHION, FILES)
 
 
 def _digits_instead(origin: Origin, files: str, reasons: list[str], enlarge: int = 1) -> Dataset:
