@@ -156,7 +156,7 @@ def test_a_search_from_the_shell(tmp_path, capsys, cache):
     assert main([*command, "--set", "width=3", "--constraint", "siez=3"]) == 2 and "mean 'size'" in capsys.readouterr().err
     about = ["--target", "2", "--local-steps", "2", "--constraint", "size=1:"]
     assert main([*command, "--set", "width=0.1,-1", *about]) == 0
-    assert "2 of 2 trials, best score" in capsys.readouterr().out and (tmp_path / "search" / "log.jsonl").exists()
+    assert "2 of 2 trials, best held-out score" in capsys.readouterr().out and (tmp_path / "search" / "log.jsonl").exists()
     assert {"table.png", "history.png", "points.png", "timeline.png"} <= {path.name for path in (tmp_path / "search").iterdir()}
     assert main([*command, "--set", "width=0.1,-1", *about, "--json"]) == 0  # all of it is there already
     answer = json.loads(capsys.readouterr().out)

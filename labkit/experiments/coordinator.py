@@ -351,9 +351,10 @@ class Coordinator:
         row = self.found._row(number, self.study.trials[number])
         point = ", ".join(f"{name} {_short(value)}" for name, value in self.study.trials[number]["point"].items())
         others = "".join(f", {name} {row[name]:.4g}" for name in self.goals.names[1:] if row["state"] == "done")
-        came = row["error"] if row["error"] else f"score {row['score']:.4g}{others}" + " (pruned)" * (row["state"] == "pruned")
-        if row["state"] == "done" and self.found._is_best(number):
-            came += " (the best so far)"
+        score = f"{self.found._score_name} {row['score']:.4g}{others}"
+        came = row["error"] if row["error"] else score + " (pruned)" * (row["state"] == "pruned")
+        if row["state"] == "done" and (standing := self.found._standing(number)):
+            came += f" ({standing})"
         on = "" if not row["workers"] else f", {row['seconds']:.1f} s on workers {', '.join(map(str, row['workers']))}"
         return f"trial {number} ({number + 1} of {self.config['trials']}): {point}: {came}{on}"
 
@@ -365,6 +366,9 @@ class Coordinator:
             with contextlib.suppress(_Stopped):
                 run_on_blocks(self.lab, self.workers, self.size, self, self._begin, self._each, timeout=math.inf)
             state = "done" if self.found._is_done() else "stopped"
+            if self.progress:
+                with contextlib.suppress(RunError):  # no trial has a score, as the line of each says
+                    print(self.found._result(), flush=True)
         except BaseException as error:  # whatever it is, `wait` raises it
             self.error = error
             if not isinstance(error, LabError):

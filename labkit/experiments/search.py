@@ -67,6 +67,7 @@ SAME = (
     "sense",
 )  # by which a search is found again
 SINCE = ("sense", "code")  # what earlier records do not hold: whoever goes on with one is believed
+RETRAIN = "labkit.train(found.problem(), lab, **found.training())"  # for the test score of what was found
 COLUMNS = ("score", "state", "error", "seconds", "workers")  # of the table, behind the parameters
 TRIALS = 40
 ENDING_S = 10.0  # so long a server that was stopped may take to let go of its directory
@@ -391,10 +392,7 @@ class Search(Carded, Public):
     def front(self) -> pd.DataFrame:
         """The rows of `table()` that no other one is better than in every objective (the Pareto front), the best score first; of those
         that keep the constraints. Of a single objective that is the best one."""
-        told = {number: trial["values"] for number, trial in enumerate(self._trials()) if _counts(trial)}
-        values = np.array(list(told.values())).reshape(len(told), self._study.n_objectives)
-        best = [number for number, own in told.items() if not ((values >= own).all(1) & (values > own).any(1)).any()]
-        return self.table().iloc[sorted(best, key=lambda number: [-value for value in told[number]])]
+        return self.table().iloc[self._front()]
 
     def importance(self) -> pd.Series:
         """By parameter, the largest first: how much it decides whether a trial is among the best tenth (PED-ANOVA, Watanabe et al., IJCAI
@@ -407,7 +405,12 @@ class Search(Carded, Public):
 
     @property
     def best(self) -> pd.Series:
-        """The row of `table()` with the best score, of those that keep the constraints; RunError while none has one."""
+        """The row of `table()` with the best score, of those that keep the constraints; of several objectives the best by the first one
+        alone. RunError while none has one.
+
+        As the best of all trials it is an optimistic score: `labkit.train(found.problem(), lab, **found.training())` measures it on the
+        test set.
+        """
         return self.table().iloc[self._best()]
 
     def run(self, trial: int | None = None, fold: int | None = None) -> Run:
@@ -463,7 +466,7 @@ class Search(Carded, Public):
     def __repr__(self) -> str:
         n = len(self._trials())
         try:
-            best = f", best score {self.best.score:.4g}"
+            best = f", {self._best_text()}"
         except RunError:
             best = ""
         return f"<Search {self.name}: {self.config['method']}, {self.state}, {n} of {self.config['trials']} trials{best}>"
@@ -472,14 +475,47 @@ class Search(Carded, Public):
         n, best = len(self._trials()), {}
         with contextlib.suppress(RunError):
             number = self._best()
-            best = {"best score": self.table().score.iloc[number], "at": settings_text(self._trials()[number]["point"])}
+            best = {
+                self._best_name: f"{self.best.score:.4g}, of {self._n_scored()} trials",
+                "at": settings_text(self._trials()[number]["point"]),
+            }
+            best |= {"on the front": f"{len(self._front())} trials"} if len(self.objectives) > 1 else {}
         rows = {"method": self.config["method"], "state": self.state, "trials": f"{n} of {self.config['trials']}", **best}
         calls = {
             "found.table()": "all trials",
             "found.best": "the best one",
             "labkit.plots.search_history(found)": "the best score over them",
         }
+        calls |= {RETRAIN: "train the best one, for its test score"} if best and not self._is_notebook else {}
         return Card(f"Search {self.name}", rows={**rows, "directory": str(self.path)}, calls=calls)
+
+    @property
+    def _score_name(self) -> str:
+        """What the column `score` is, in words."""
+        from labkit.plots.search import score_name
+
+        return score_name(self)
+
+    @property
+    def _best_name(self) -> str:
+        """Of several objectives there is no single best, but one by the first of them."""
+        return f"best {'by ' * (len(self.objectives) > 1)}{self._score_name}"
+
+    def _best_text(self) -> str:
+        """ "best held-out score 0.98"; RunError where there is none."""
+        front = f", {len(self._front())} on the front" if len(self.objectives) > 1 else ""
+        return f"{self._best_name} {self.best.score:.4g}{front}"
+
+    def _result(self) -> str:
+        """What came out, in a line: a score that is the best of many is an optimistic one. RunError where no trial has one."""
+        n, number = self._n_scored(), self._best()
+        said = f"Search {self.name}: {self._best_text()}, trial {number}"
+        if n == 1 or not self._score_name.startswith("held-out"):
+            return f"{said}, of {n} trial{'s' * (n > 1)}."
+        return f"{said}. As the best of {n} trials it is optimistic: {RETRAIN} measures the test score."
+
+    def _n_scored(self) -> int:
+        return sum(trial["value"] is not None for trial in self._trials())
 
     def _trials(self) -> list[dict[str, Any]]:
         """All trials, with what another process has written meanwhile."""
@@ -532,12 +568,19 @@ class Search(Carded, Public):
         n_told = sum(trial["told"] is not None for trial in trials)
         return n_told >= self.config["trials"] or (n_told == len(trials) and self._has_reached())
 
-    def _is_best(self, number: int) -> bool:
-        """Is this trial, of which was told just now, the best one, or on the front?"""
-        trials = self._trials()
-        own = trials[number]["values"]
-        others = [trial["values"] for at, trial in enumerate(trials) if at != number and _counts(trial)]
-        return _counts(trials[number]) and not any(all(a >= b for a, b in zip(it, own, strict=True)) for it in others)
+    def _front(self) -> list[int]:
+        """The numbers of the trials that no other one is better than in every objective, the best score first."""
+        told = {number: trial["values"] for number, trial in enumerate(self._trials()) if _counts(trial)}
+        values = np.array(list(told.values())).reshape(len(told), self._study.n_objectives)
+        best = [number for number, own in told.items() if not ((values >= own).all(1) & (values > own).any(1)).any()]
+        return sorted(best, key=lambda number: [-value for value in told[number]])
+
+    def _standing(self, number: int) -> str:
+        """What a trial is of which was told just now: the best so far (none that another one equals), or on the front; else ""."""
+        front = self._front()
+        if len(self.objectives) > 1:
+            return "on the front so far" if number in front else ""
+        return "the best so far" if front == [number] else ""
 
     def _best(self) -> int:
         trials = self._trials()

@@ -70,7 +70,7 @@ def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
     searches = [_a_search("searches", searches)] if one else several("searches", searches, _a_search)
     style.extension()
     lower = any(found.lower_is_better for found in searches)
-    what = " or ".join(dict.fromkeys(_score_name(found) for found in searches))
+    what = " or ".join(dict.fromkeys(score_name(found) for found in searches))
     tables, groups = [history(found) for found in searches], {}
     for found, table in zip(searches, tables, strict=True):
         if len(best := table.dropna(subset=["best"])):
@@ -95,16 +95,18 @@ def search_history(searches: Any, x: str = "trials") -> hv.Overlay:
             elements += style.points(drawn, x, what, "label", {label: number}, small=n > 100)
     ends = sorted((float(np.median(own)) for own in last.values()), reverse=not lower)
     winner = claims.stands_out(last, least=lower)
-    title = f"{winner} finds {ends[0]:.4g}" + f", the {'lowest' if lower else 'highest'} of {len(last)}" * (len(last) > 1)
+    title = f"{winner} finds {what} {ends[0]:.4g}" + f", the {'lowest' if lower else 'highest'} of {len(last)}" * (len(last) > 1)
     if winner is None:
-        title = f"{len(last)} methods find {claims.between([f'{end:.4g}' for end in sorted(ends)])}"
+        title = f"{len(last)} methods find {what} {claims.between([f'{end:.4g}' for end in sorted(ends)])}"
     counts = {len(series) for series in groups.values()}
     note = f"{min(counts)} search{'es' * (min(counts) > 1)} a method"
     note += ", range of the seeds as a band" if max(counts) >= claims.SEEDS else ": what differs may be chance"
+    note = note if len(searches) > 1 else _better(lower, what)
+    alone = f"by {what} alone" if any(len(_objectives(found)) > 1 for found in searches) else ""
     n_ended = max(map(len, tables))
     ticks = {"xticks": style.whole_ticks(n_ended), "xlim": (0, 1.02 * n_ended)} if x == "trials" else {"xlim": (0, None)}
     return style.finish(
-        elements, title, note if len(searches) > 1 else _better(lower, what), xlabel=AXES[x],
+        elements, title, "; ".join(filter(None, [alone, note])), xlabel=AXES[x],
         ylabel=what if len(searches) == 1 else f"best {what} so far", **ticks,
     )  # fmt: skip
 
@@ -173,11 +175,12 @@ def search_front(found: Any, x: str | None = None, y: str | None = None) -> hv.O
     labelled = rest.assign(label=np.where(broken, f"breaks a constraint ({sum(broken)})", f"another trial ({sum(~broken)})"))
     others = labelled.sort_values("label", kind="stable")
     elements += style.points(others, at, height, "label", {text: 5 if text[0] == "a" else 1 for text in others["label"]})
-    title = f"{len(front)} of {len(front) + len(rest)} trials are worth a choice: {y} from {_ends_of(front[height])}, {x} from {_ends_of(front[at])}"
+    said = {name: name for name in names} | {names[0]: score_name(found)}
+    title = f"{len(front)} of {len(front) + len(rest)} trials are worth a choice: {said[y]} from {_ends_of(front[height])}, {said[x]} from {_ends_of(front[at])}"
     third = [] if is_curve else [f"the front is also of {', '.join(name for name in names if name not in (x, y))}, not drawn"]
     limits = [f"{name} {_said(bounds)}" for name, bounds in (found.config.get("constraints") or {}).items()]
-    units = {"time": "time of a run (s)", "size": "parameters of the network"}
-    return style.finish(elements, title, "; ".join(third + limits), xlabel=units.get(x, x), ylabel=units.get(y, y))
+    units = said | {"time": "time of a run (s)", "size": "parameters of the network"}
+    return style.finish(elements, title, "; ".join(third + limits), xlabel=units[x], ylabel=units[y])
 
 
 def search_timeline(found: Any) -> hv.Overlay:
@@ -247,11 +250,13 @@ class _Watch:
 
 
 def _live_history(found: Any, seen: _Seen) -> hv.Overlay:
-    table, what = history(found, seen), _score_name(found)
+    table, what = history(found, seen), score_name(found)
     best = table.dropna(subset=["best"])
     title = f"{found.name}: waiting for a {what}"
     if len(best):
-        title = f"{found.name}: best {what} {best['best'].iloc[-1]:.4g} after {len(table)} trial{'s' * (len(table) > 1)}"
+        title = (
+            f"{found.name}: best {_by(found)}{what} {best['best'].iloc[-1]:.4g} after {len(table)} trial{'s' * (len(table) > 1)}"
+        )
     dims = ("time (s)", what)
     elements = [style.line(best.seconds.to_numpy(float), best.best.to_numpy(float), 0, "best so far", dims, steps=True)]
     for label, number, drawn, _ in _trial_marks(table):
@@ -272,9 +277,11 @@ def _table(found: Any, seen: _Seen, moves: bool = False) -> hv.Overlay:
     if seen.trouble:
         title = f"{found.name}: the log cannot be read now: {seen.trouble}"
     failed = table[table.state == "failed"]
-    note = ""
+    what, notes = score_name(found), []
+    if what != _objectives(found)[0] and len(table):
+        notes = [f"score: {what}"]
     if len(failed) and "error" in failed:
-        note = _cut(f"trial {failed.trial.iloc[-1]} failed: {failed.error.iloc[-1]}", WIDE - 5)
+        notes.append(f"trial {failed.trial.iloc[-1]} failed: {failed.error.iloc[-1]}")
     shown = _rows(found, table, seen.front)
     lines = _lines(found, shown) if len(shown) else [""]
     texts = [(0.0, float(-at), line.replace(" ", "\N{NO-BREAK SPACE}")) for at, line in enumerate(lines)]
@@ -283,6 +290,7 @@ def _table(found: Any, seen: _Seen, moves: bool = False) -> hv.Overlay:
     elements = [style.labels(texts[:1], bold=True, **look), style.labels(texts[1:], **look)]
     n = ROWS if moves else len(shown)
     shape = LIVE_SIZE if moves else {"height": max(1.2, 0.22 * (n + 2))}
+    note = _cut("; ".join(notes), WIDE - 5)
     return style.finish(elements, title, note, xlim=(0, 1), ylim=(-n - 0.6, 0.6), xaxis=None, yaxis=None, grid="", **shape)
 
 
@@ -308,7 +316,7 @@ def _lines(found: Any, rows: pd.DataFrame) -> list[str]:
     """A table as lines of equal columns, the first the names; those that are too many are left out, which is said."""
     import pandas as pd
 
-    heads = {"rank": "", "score": _score_name(found), "seconds": "s"}
+    heads = {"rank": "", "score": _objectives(found)[0], "seconds": "s"}
     digits = {"score": 4}
     cells = {
         name: [heads.get(name, name), *(_text(value, digits.get(name, 3), "-") for value in own)] for name, own in rows.items()
@@ -322,7 +330,7 @@ def _lines(found: Any, rows: pd.DataFrame) -> list[str]:
 def _points(found: Any, seen: _Seen, moves: bool = False) -> hv.Overlay:
     """With `moves` all its elements are there from the beginning."""
     table, front, objectives = history(found, seen), seen.front, _objectives(found)
-    names, space = _axes_of(found), _flat(found.config["space"])
+    names, space, what = _axes_of(found), _flat(found.config["space"]), score_name(found)
     axes, conditional = [(name, space[name]) for name in names], [name for name in names if name not in found.config["space"]]
     axes += [(name, {"low": float(table[name].min()), "high": float(table[name].max())}) for name in ("score", *objectives[1:])]
     x = np.arange(len(axes))
@@ -345,22 +353,22 @@ def _points(found: Any, seen: _Seen, moves: bool = False) -> hv.Overlay:
         if len(part) or moves:
             elements.append(style.strokes([np.column_stack([x, heights[at]]) for at in part], label, dims, **look))
     line = heights[best[0]] if len(best) else np.full(len(x), np.nan)
-    elements.append(style.line(x, line, 0, "the best" if front is None else f"the best {objectives[0]}", dims))
+    elements.append(style.line(x, line, 0, "the best" if front is None else f"the best by {what}", dims))
     slot = max(6, WIDE // len(x) - 1)
     texts = [(float(at), high, _cut(text, slot)) for at, (_, about) in enumerate(axes) for high, text in _written(about)]
     texts += [(float(names.index(name)), ABSENT, "none") for name in conditional]
     elements.append(style.labels(texts, "white", 9, dims))
-    title = f"{found.name}: waiting for two trials with a {objectives[0]}" if moves else "Which points are good"
+    title = f"{found.name}: waiting for two trials with a {what}" if moves else "Which points are good"
     if len(best):
         row = table.iloc[best[0]]
         own = [name for at, name in enumerate(names) if heights[best[0], at] != ABSENT]
-        title = f"Best {objectives[0]} {row.score:.4g}: " + ", ".join(f"{name} {_text(row[name])}" for name in own)
+        title = f"Best {_by(found)}{what} {row.score:.4g}: " + ", ".join(f"{name} {_text(row[name])}" for name in own)
     note = "each line a trial; values from the lowest to the highest of the space"
     note += f"; {len(drawn)} of {len(rest):,} others drawn" if len(drawn) < len(rest) else ""
-    note += f"; {_better(found.lower_is_better, objectives[0])}" if found.lower_is_better else ""
+    note += f"; {_better(found.lower_is_better, what)}" if found.lower_is_better else ""
     shape = LIVE_SIZE | {"height": 3.3} if moves else {}
     return style.finish(
-        elements, title, note, xlabel="", ylabel="", xticks=_staggered([*names, *objectives]), yaxis=None,
+        elements, title, note, xlabel="", ylabel="", xticks=_staggered([*names, what, *objectives[1:]]), yaxis=None,
         xlim=(-0.5, len(x) - 0.5), ylim=(ABSENT - 0.12 if conditional else -0.2, 1.2), grid="x", **shape,
     )  # fmt: skip
 
@@ -444,9 +452,17 @@ def _objectives(found: Any) -> list[str]:
     return list(getattr(found, "objectives", ["score"]))
 
 
-def _score_name(found: Any) -> str:
-    """What the column `score` is."""
-    return _objectives(found)[0]
+def score_name(found: Any) -> str:
+    """What the column `score` is, in words: trials are measured on the score set, but for what a function or a notebook says."""
+    name, config = _objectives(found)[0], found.config
+    by_function = not config.get("objectives") and "objective" in config.get("code", {})
+    by_notebook = isinstance(config.get("problem"), Mapping) and "notebook" in config["problem"]
+    return f"held-out {name}" if name in ("score", "loss") and not by_function and not by_notebook else name
+
+
+def _by(found: Any) -> str:
+    """Of several objectives there is no single best, but one by the first of them."""
+    return "by " if len(_objectives(found)) > 1 else ""
 
 
 def _better(lower: bool, what: str) -> str:

@@ -143,7 +143,14 @@ def test_a_trial_is_a_run_of_its_point_and_the_search_is_read_back(search, probl
     table = found.table()
     assert list(table.columns) == ["trial", "lr", "width", "update", "partition", "score", "state", "error", "seconds", "workers"]
     assert found.state == "done" and list(table.state) == ["done"] * 2 and (table.seconds > 0).all() and table.workers[0] == [0, 1]
-    assert "trial 0 (1 of 2): lr 0." in (said := capsys.readouterr().out) and "(the best so far)" in said
+    said = capsys.readouterr().out
+    assert "trial 0 (1 of 2): lr 0." in said and "(the best so far)" in said
+    line = said.splitlines()[-1]
+    assert line.startswith(
+        f"Search search: best held-out score {table.score.max():.4g}, trial {found.best.trial}. As the best of 2"
+    )
+    assert "it is optimistic: labkit.train(found.problem(), lab, **found.training()) measures the test score." in line
+    assert f"best held-out score {table.score.max():.4g}" in repr(found)
     best = found.run()
     assert best.config["update"]["name"] == "sgwu" and best.config["problem"]["model_args"] == {"width": found.best.width}
     measured = found.problem().measure(best.model().network, best.problem().score_indices())
@@ -238,7 +245,8 @@ def test_trials_that_fail_are_rows_with_their_errors(search, problem, stand_ins,
     assert found.best.width == 4 and table.score.notna().sum() == 2 and "its score is nan" in capsys.readouterr().out
     assert found.replay().points == found.points
     text = " ".join(card_of(found).split())
-    assert "best score 4" in text and "at width: 4, lr: 0.1" in text and "trials 8 of 8" in text
+    assert "best held-out score 4, of 2 trials" in text and "at width: 4, lr: 0.1" in text and "trials 8 of 8" in text
+    assert "labkit.train(found.problem(), lab, **found.training())" in text
 
 
 def test_a_model_that_does_not_build_is_a_row(search, problem):
@@ -819,9 +827,15 @@ def test_several_objectives_have_a_front_and_constraints_are_kept(search, proble
     table = found.table()
     assert table.columns[:4].tolist() == ["trial", "lr", "score", "costs"] and table.costs.tolist() == [-c for c in cost.values()]
     assert found.front().lr.tolist() == [0.5, 0.4, 0.2, 0.1] and found.best.lr == 0.5
-    assert found.objectives == ["score", "costs"] and "score 0.1, costs -1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert found.objectives == ["score", "costs"] and "held-out score 0.1, costs -1" in said
+    lines = [line.partition(":")[0] for line in said.splitlines() if "(on the front so far)" in line]
+    assert lines == [f"trial {number} ({number + 1} of 5)" for number in range(5)], "also of trial 2, until the next one"
+    assert "the best so far" not in said and "best by held-out score 0.5, 4 on the front, trial 4. As the best" in said
+    assert "best by held-out score 0.5, 4 on the front" in repr(found) and "best by held-out score" in card_of(found)
     kept = search(problem, {"lr": list(cost)}, **about, name="kept", constraints={"costs": (-10, None), "score": 0.35})
     assert kept.table().feasible.tolist() == [True, True, True, False, False] and kept.front().lr.tolist() == [0.3, 0.2, 0.1]
+    assert capsys.readouterr().out.count("(on the front so far)") == 3
     read = labkit.load_search(kept.path)
     assert read.best.lr == 0.3 and read.table().equals(kept.table()) and read.front().equals(kept.front())
     none = search(problem, {"lr": list(cost)}, **about, name="none", constraints={"score": (1, None)})

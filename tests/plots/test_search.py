@@ -10,7 +10,7 @@ import pytest
 
 from labkit import plots
 from labkit.errors import RunError
-from labkit.plots.search import ABSENT, LINES, LIVE, MOST, POINTS, _Watch, history
+from labkit.plots.search import ABSENT, LINES, LIVE, MOST, POINTS, _Watch, history, score_name
 from tests.plots.helpers import elements, title
 
 FLOAT = {"name": "FloatDistribution", "attributes": {"low": 1e-3, "high": 1.0, "log": True}}
@@ -92,25 +92,54 @@ def best_of(found):
 def test_titles_are_the_answers():
     found = Found()
     best = found.table().score.max()
-    assert title(plots.search_history(found)) == f"gp finds {best:.4g}"
+    assert title(plots.search_history(found)) == f"gp finds held-out score {best:.4g}"
     both = [Found(method=method, seed=seed) for method in ("gp", "random") for seed in range(3)]
     for other in both[3:]:
         other._table["score"] -= 0.5
     high = np.median([best_of(other) for other in both[:3]])
-    assert title(plots.search_history(both)) == f"gp finds {high:.4g}, the highest of 2"
-    assert title(plots.search_history([both[0], both[3]])) == f"2 methods find {best_of(both[3]):.4g} to {best_of(both[0]):.4g}", (
-        "a seed"
-    )
-    assert title(plots.search_history([found, Found(method="other")])) == f"2 methods find {best:.4g}"
+    assert title(plots.search_history(both)) == f"gp finds held-out score {high:.4g}, the highest of 2"
+    assert title(plots.search_history([both[0], both[3]])) == (
+        f"2 methods find held-out score {best_of(both[3]):.4g} to {best_of(both[0]):.4g}"
+    ), "a seed"
+    assert title(plots.search_history([found, Found(method="other")])) == f"2 methods find held-out score {best:.4g}"
     lowest = Found(lower=True).table().score.min()
-    assert title(plots.search_history(Found(lower=True))) == f"gp finds {lowest:.4g}"
+    assert title(plots.search_history(Found(lower=True))) == f"gp finds held-out score {lowest:.4g}"
     row = found.table().loc[found.table().score.idxmax()]
-    assert title(plots.search_points(found)).startswith(f"Best score {row.score:.4g}: lr {row.lr:.3g}, width {row.width}, optim")
+    assert title(plots.search_points(found)).startswith(
+        f"Best by held-out score {row.score:.4g}: lr {row.lr:.3g}, width {row.width}, optim"
+    )
     assert title(plots.search_table(found)) == "found: 10 done, 1 pruned, 1 failed of 12 trials"
     assert title(plots.search_importance(found)) == "lr seems to matter most: 75 %"
     assert title(plots.search_importance(Found(40))) == "lr matters most: 75 %"
-    assert title(plots.search_front(found)).startswith(f"{len(found.front())} of 10 trials are worth a choice: score from ")
+    assert title(plots.search_front(found)).startswith(
+        f"{len(found.front())} of 10 trials are worth a choice: held-out score from "
+    )
     assert title(plots.search_timeline(found)) == "Blocks have a run 92 % of the time"  # 0.9 of each second, but for the last gap
+
+
+def words(figure):
+    """Title and note of a page."""
+    import holoviews as hv
+
+    return hv.renderer("bokeh").get_plot(figure).state.html_attributes["aria-label"]
+
+
+def test_a_score_is_named_by_what_it_is_measured_on():
+    found = Found()
+    assert score_name(found) == "held-out score" and "by held-out score alone" in words(plots.search_history(found))
+    assert "score: held-out score" in words(plots.search_table(found))
+    found.objectives = ["score"]
+    assert title(plots.search_points(found)).startswith("Best held-out score ") and "alone" not in words(
+        plots.search_history(found)
+    )
+    found.config["problem"] = {"notebook": "n.ipynb"}
+    assert score_name(found) == "score" and title(plots.search_history(found)).startswith("gp finds score ")
+    found.config |= {"problem": "m:p", "code": {"python": "3", "objective": {"mine": "0"}}}
+    assert score_name(found) == "score", "of a function of a run"
+    found.config["objectives"] = [["score", None], ["mine", None]]
+    assert score_name(found) == "held-out score"
+    found.objectives = ["time"]
+    assert score_name(found) == "time"
 
 
 @pytest.mark.parametrize("figure", [one for name, one in FIGURES.items() if name != "history-of-several"])
@@ -156,8 +185,8 @@ def test_the_live_figure_has_the_same_elements_from_the_beginning(monkeypatch):
     kinds = [[type(element) for element in panel[()].traverse(lambda element: element, [hv.Element])] for panel in panels]
     assert [title(panel[()]) for panel in panels] == [
         "found: none begun of 0 trials",
-        "found: waiting for a score",
-        "found: waiting for two trials with a score",
+        "found: waiting for a held-out score",
+        "found: waiting for two trials with a held-out score",
         "What matters: no trial has a score yet",
         "Who trained what when",
     ]
@@ -166,7 +195,7 @@ def test_the_live_figure_has_the_same_elements_from_the_beginning(monkeypatch):
         if thread.name == "live-found":
             thread.join(10)
             assert not thread.is_alive()
-    assert title(panels[1][()]) == f"found: best score {whole.table().score.max():.4g} after 11 trials"
+    assert title(panels[1][()]) == f"found: best by held-out score {whole.table().score.max():.4g} after 11 trials"
     assert [title(panel[()]) for panel in panels[:1] + panels[2:]] == [
         title(figure(whole)) for figure in (plots.search_table, plots.search_points, plots.search_importance, plots.search_timeline)
     ]
@@ -229,8 +258,8 @@ def test_a_trial_that_ended_early_is_not_the_best():
     assert np.array_equal(table.best, table.score.where(table.state == "done").cummax().ffill())
     best = found._table[found._table.state == "done"].score.max()
     found._table.loc[3, "score"] = 7.0
-    assert title(plots.search_history(found)) == f"gp finds {best:.4g}"
-    assert title(plots.search_points(found)).startswith(f"Best score {best:.4g}")
+    assert title(plots.search_history(found)) == f"gp finds held-out score {best:.4g}"
+    assert title(plots.search_points(found)).startswith(f"Best by held-out score {best:.4g}")
     assert elements(plots.search_history(found), "Scatter")["a pruned trial"].array()[:, 1] == [7.0]
 
 
@@ -238,7 +267,7 @@ def test_searches_that_did_not_go_at_the_same_time_have_a_line():
     early, late = Found(), Found(seed=1)
     late._timeline[["start", "end"]] += 100
     (line,) = elements(plots.search_history([early, late], "seconds"), "Curve").values()
-    assert line["seconds"].tolist() == [100.9] and line["score"] == np.median([best_of(early), history(late).best.iloc[0]])
+    assert line["seconds"].tolist() == [100.9] and line["held-out score"] == np.median([best_of(early), history(late).best.iloc[0]])
 
 
 def test_a_trial_without_one_of_the_objectives_breaks_no_axis():
@@ -306,5 +335,5 @@ def test_the_legend_of_a_picture_is_that_of_a_page_and_has_what_is_drawn():
     page = hv.renderer("bokeh").get_plot(figure).state.legend[0]
     picture = hv.renderer("matplotlib").get_plot(figure).handles["axis"].get_legend()
     said = [text.get_text() for text in picture.get_texts()]
-    assert said == [item.label.value for item in page.items] == ["on the front (4)", "the best score"]
+    assert said == [item.label.value for item in page.items] == ["on the front (4)", "the best by held-out score"]
     assert [handle.get_marker() for handle in picture.legend_handles] == ["None", "o"], "lines without and with markers"
