@@ -151,8 +151,9 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     """The table of a sweep's folder: a row a run, or as many as the run reported.
 
     Columns: the parameters that differ between the runs, the results (a name that is taken gets the ending `_result`), `status` (done,
-    failed, interrupted, running, or damaged: a file of it cannot be read), `error` (cell and error in a line), `seconds`, the parameters
-    that were set and are the same for all, `notebook` (the executed one), `id`.
+    failed, interrupted, running, or damaged: a file of it cannot be read), `error` (cell and error in a line), `seconds` that the notebook
+    was executed (`notebook_seconds` where a notebook has a result or a parameter `seconds` of its own), the parameters that were set and
+    are the same for all, `notebook` (the executed one), `id`.
 
     Examples
     --------
@@ -183,12 +184,14 @@ def read(out: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[str]]:
     runs.sort(key=lambda run: order.get(run[1]["id"], len(order)))
     given = list(dict.fromkeys(name for _, record in runs for name in [*record["given"], *_differing(runs)]))
     varied = given if len(runs) < 2 else [name for name in given if name in _differing(runs)]
-    last = ["status", "error", "seconds", "notebook", "id"]
+    reports = [find_json(folder / "results.json") for folder, _ in runs]
+    reports = [reported if _is_results(reported) else None for reported in reports]
+    own = {*given, *(name for reported in reports for result in reported or () for name in result)}
+    last = ["status", "error", "notebook_seconds" if "seconds" in own else "seconds", "notebook", "id"]
     table, results = [], {}
-    for folder, record in runs:
-        status, reported = state(folder), find_json(folder / "results.json")
-        if not _is_results(reported):
-            reported = None
+    for (folder, record), reported in zip(runs, reports, strict=True):
+        status = state(folder)
+        if reported is None:
             status = _damaged(folder / "results.json") if (folder / "results.json").exists() else status
         row = {name: record["parameters"].get(name) for name in given}
         tail = [status["state"], status.get("error", ""), status.get("seconds", math.nan), folder / "notebook.ipynb"]

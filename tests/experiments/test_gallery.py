@@ -112,7 +112,9 @@ def test_a_sweep_has_its_parameters_its_results_and_its_notebooks(tmp_path):
     copied(tmp_path / "n-0", "run")
     columns, rows, _ = read(labkit.gallery(tmp_path))
     assert [row["name"] for row in rows] == ["lr=0.1", "lr=0.2"] and [len(row["curves"]) for row in rows] == [1, 0]
-    assert columns["result", "accuracy"]["values"] == [0.05, 0.1] and columns["result", "seconds_result"]["values"] == [1, 1]
+    assert columns["result", "accuracy"]["values"] == [0.05, 0.1]
+    assert columns["result", "seconds"]["values"] == [1, 1], "its own, of which the first front is"
+    assert columns["result", "notebook_seconds"]["values"] == [3, 3]
     assert rows[1]["links"] == [{"text": "notebook", "href": "./n-1/notebook.ipynb"}]
 
 

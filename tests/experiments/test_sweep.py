@@ -16,6 +16,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import psutil
@@ -259,12 +260,27 @@ def test_summary_shows_each_reported_row_and_keeps_names_apart(tmp_path, instant
     table = summary(tmp_path / "out")
     assert list(table["seed"]) == [1, 1, 2] and list(table["status"]) == ["done"] * 3
     assert list(table["seed_result"][:2]) == [7, 8] and table["status_result"][0] == "x"
+    assert "seconds" in table and "notebook_seconds" not in table
+    report(Path(table["notebook"][0]).parent, {"seconds": 0.75})
+    timed = summary(tmp_path / "out")
+    assert (
+        timed["seconds"].dropna().tolist() == [0.75] and timed["notebook_seconds"].notna().all() and "seconds_result" not in timed
+    )
+    report(Path(table["notebook"][0]).parent, [{"seed": 7}, {"seed": 8}])
     sweep(notebook, {"lr": 1}, out=tmp_path / "out", progress=False)  # another grid in the same folder
     assert list(summary(tmp_path / "out")["seed"]) == [0, 1, 1, 2]
     with pytest.raises(SweepError, match="no folder"):
         summary(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert list(summary(tmp_path / "empty")["status"]) == []
+
+
+def test_a_parameter_called_seconds_has_its_column(tmp_path, instant):
+    code = "seconds: float = 1.0\nseed: int = 0\nrun_dir: str = ''"
+    cell = nbformat.v4.new_code_cell(code, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
+    table = sweep(tmp_path / "n.ipynb", {"seconds": [5.0, 7.0]}, out=tmp_path / "out", progress=False)
+    assert table.columns.is_unique and table["seconds"].tolist() == [5, 7] and "notebook_seconds" in table
 
 
 def test_the_first_columns_are_what_was_varied_what_came_out_and_the_status(tmp_path, instant):
