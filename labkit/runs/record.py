@@ -443,6 +443,7 @@ class RunRecord(Carded, Public):
             line = _line("held-out score", scored.score.rolling(max(1, config.n_workers), 1).mean(), f"{len(scored)} local passes")
         rows |= {"loss on the test set": results["loss"]} if results["loss"] is not None else {}
         rows |= {"seconds": results["seconds"], "samples/s": results["samples_per_s"], "versions": results["versions"]}
+        rows |= {"simulated range": self._spread()} if self._spread() else {}
         rows |= {"workers": f"{config.n_workers} ({config.kind}{', emulated speeds' if config.emulated else ''})"}
         rows |= {"data": "synthetic"} if config.synthetic else {}
         rows["directory"] = str(self.path)
@@ -476,7 +477,13 @@ class RunRecord(Carded, Public):
         reason = f": {status['reason']}" if status.get("reason") else ""
         source = (self.config.origin or {}).get("run")
         label = f"{self._strategy} ({self.origin} of {source})" if source else self.label
-        return f"<Run {self.name}: {label}, {self.state}{reason}{done}>"
+        spread = f", {self._spread()}" if self._spread() else ""
+        return f"<Run {self.name}: {label}, {self.state}{reason}{done}{spread}>"
+
+    def _spread(self) -> str:
+        """Of a simulated run: between which times it lies, by the spread of what was recorded."""
+        low, high = (self.config.origin or {}).get("range_s") or (None, None)
+        return "" if low is None else f"{low:.3g} to {high:.3g} s by the spread of what was recorded"
 
 
 def directories(path: str | Path) -> list[Path]:

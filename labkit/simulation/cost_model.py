@@ -13,6 +13,8 @@ Emulated slowdown is taken out, f = E[max(1, s exp(jitter z))] with s the slowdo
 a pace is a worker's own, and its spread is what the machine adds to the jitter and the stalls that were asked for. What all
 workers go through at the same time (on a machine that they share, say) is no spread: it makes nobody wait for another.
 
+How well a few local passes tell a pace is asked by drawing them anew (bootstrap; Efron, Annals of Statistics 7, 1979): `Timing.redrawn`.
+
 Used by `labkit.simulation.simulator` and `labkit.simulation.scenario`. Imports neither torch nor sockets.
 """
 
@@ -54,12 +56,26 @@ class Line:
 
 @dataclass(frozen=True)
 class Pace:
-    """One worker as it is without emulation: seconds per sample and of a score; what multiplies a pass (mean 1), and a probe."""
+    """One worker as it is without emulation: seconds per sample and of a score; what multiplies a pass (mean 1), and a probe; its index
+    where it was measured, and by run the seconds per sample of each of its local passes."""
 
     seconds: float
     score_s: float = 0.0
     spread: tuple[float, ...] = (1.0,)
     probe: tuple[float, ...] = (1.0,)
+    worker: int = 0
+    recorded: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def passes(self) -> np.ndarray:
+        """Seconds per sample of all local passes that were recorded."""
+        return np.array([seconds for run in self.recorded for seconds in run])
+
+    def redrawn(self, runs: Sequence[int], chance: np.random.Generator) -> Pace:
+        """This worker by as many passes of these runs, drawn with repetition; of all runs where it was in none of these."""
+        there = [self.recorded[run] for run in runs if self.recorded[run]] or [run for run in self.recorded if run]
+        drawn = np.concatenate([chance.choice(run, len(run)) for run in there])
+        return replace(self, seconds=self.seconds * float(drawn.mean() / self.passes.mean()))
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,12 @@ class Timing:
         """The weights cut into n parts, each on a server of its own: merged side by side, each in its time for one part."""
         return replace(self, server=Line(self.server.fixed, self.server.per_byte / n))
 
+    def redrawn(self, chance: np.random.Generator) -> Timing:
+        """The workers as another recording might have shown them: runs, and local passes in each, are drawn with repetition."""
+        n_runs = len(self.paces[0].recorded)
+        runs = chance.integers(n_runs, size=n_runs)
+        return replace(self, paces=tuple(pace.redrawn(runs, chance) for pace in self.paces))
+
 
 def stretch(uneven: Unevenness, ages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of the factor by which emulation stretches one step, at these ages of the worker; stalls come on top."""
@@ -95,7 +117,8 @@ def fit(runs: Sequence[Run]) -> Timing:
     """The timing that the events of `runs` show; RunError where there is too little."""
     measured: dict[int, list[tuple]] = {}
     exchanges, merges, scores, settled = [], [], [], []
-    for run in runs:
+    recorded: dict[int, list[tuple[float, ...]]] = {}
+    for number, run in enumerate(runs):
         events = effective(run.events)
         size = n_bytes(run.config.exchange, run.layout.size)
         joins = run.events.query("kind == 'join'").groupby("worker")
@@ -104,6 +127,8 @@ def fit(runs: Sequence[Run]) -> Timing:
         for worker, own in passes.items():
             unshared = _unshared(ratios, worker)
             measured.setdefault(worker, []).append(_pace(run, worker, own, unshared, joins.get_group(worker)))
+            seconds = max(1e-9, own.own_s.sum()) / own.samples.sum() * _unasked(run, worker, own, ratios[worker][1])
+            recorded.setdefault(worker, [()] * len(runs))[number] = tuple(seconds.tolist())
             exchanges += [(size, seconds) for seconds in own.exchange_s.dropna()]
         merges += [(4 * run.layout.size, seconds) for seconds in _merge_times(events)]
         scores += events.score.dropna().tolist()
@@ -112,10 +137,10 @@ def fit(runs: Sequence[Run]) -> Timing:
         names = ", ".join(run.name for run in runs)
         raise RunError(f"nothing can be fitted from {names}: no worker has made two local passes. Give a longer run.")
     paces = []
-    for _, own in sorted(measured.items()):
+    for worker, own in sorted(measured.items()):
         compute, samples, score_s = (sum(part[i] for part in own) for i in range(3))
         spread, probe = (tuple(np.concatenate([part[i] for part in own]).tolist()) for i in (3, 4))
-        paces.append(Pace(compute / samples, score_s / len(own), spread, probe or (1.0,)))
+        paces.append(Pace(compute / samples, score_s / len(own), spread, probe or (1.0,), worker, tuple(recorded[worker])))
     score = float(np.mean(scores)) if scores else 1.0
     return Timing(
         tuple(paces),
@@ -190,16 +215,22 @@ def _unshared(ratios: dict[int, tuple[np.ndarray, np.ndarray]], worker: int) -> 
 
 def _pace(run: Run, worker: int, passes, ratios: np.ndarray, joins) -> tuple:
     """Seconds of computing without emulation, samples, seconds of a score, and the relative times of passes and of probes."""
-    uneven, still = run.config.unevenness(worker), _still(run, worker)
     compute, samples = float(passes.own_s.sum()), float(passes.samples.sum())
+    own = _unasked(run, worker, passes, ratios)
+    stretched = float(stretch(run.config.unevenness(worker), np.zeros(1))[0][0])
+    probed = joins.probe_s.dropna().to_numpy() / stretched * samples / max(compute, 1e-9)
+    score_s = float(passes.own_score_s.sum()) / max(1, passes.score.notna().sum())
+    return compute, samples, score_s, np.resize(own / own.mean(), len(passes)), probed
+
+
+def _unasked(run: Run, worker: int, passes, ratios: np.ndarray) -> np.ndarray:
+    """What multiplies a pass, of these log ratios, less the variance that emulated jitter and stalls give them."""
+    uneven, still = run.config.unevenness(worker), _still(run, worker)
     steps = max(1.0, float(passes.samples.median()) / (run.config.batch_size or 1))
     seen, asked = float(np.var(ratios)), float(passes.variance.mean()) / steps
     if uneven.stalls:
         asked += uneven.stalls[1] * (still - 1) / still / max(1e-9, float(passes.compute_s.mean()))
-    own = np.exp(math.sqrt(max(0.0, 1 - asked / seen)) * ratios) if seen > 0 else np.ones(1)
-    probed = joins.probe_s.dropna().to_numpy() / float(stretch(uneven, np.zeros(1))[0][0]) * samples / max(compute, 1e-9)
-    score_s = float(passes.own_score_s.sum()) / max(1, passes.score.notna().sum())
-    return compute, samples, score_s, np.resize(own / own.mean(), len(passes)), probed
+    return np.exp(math.sqrt(max(0.0, 1 - asked / seen)) * ratios) if seen > 0 else np.ones(len(ratios))
 
 
 def _merge_times(events) -> list[float]:

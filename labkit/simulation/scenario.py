@@ -29,6 +29,8 @@ from labkit.training.wire.protocol import MAX_WORKERS
 from labkit.updates import Update, make_update
 
 RECORDED = "as recorded"
+ENOUGH, VARIES = 3, 2.0  # local passes of a worker, and by how much they may differ, before a fit is called rough
+DRAWS, MOST_PUSHES = 10, 3000  # simulations by what was recorded, drawn anew; together they take a second at most
 # Of the first of the runs that were fitted, since curves ask for it again and again: the runs and their sizes, timing, and error.
 _fits: weakref.WeakKeyDictionary[Run, dict] = weakref.WeakKeyDictionary()
 # Where nothing is recorded: a small network, a gigabyte per second, and what small messages were measured to take.
@@ -66,8 +68,45 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, RunConfig]:
             raise RunError(f"run {run.name} is an all-reduce, which exchanges within every step. Give a run of another update.")
     state = [(run.path, len(run.events)) for run in runs]
     if runs[0] not in _fits or _fits[runs[0]]["state"] != state:
-        _fits[runs[0]] = {"state": state, "timing": fit(runs)}
+        _fits[runs[0]] = {"state": state, "timing": (timing := fit(runs))}
+        if rough := list(map(_rough, filter(_is_rough, timing.paces))):
+            without = " (emulation taken out)" if any(run.config.emulated for run in runs) else ""
+            print(
+                f"The fit is rough: {'; '.join(rough)}{without}. A prediction from it is as uncertain. Record more local passes, on a machine "
+                "that does nothing else, or give several runs."
+            )
     return _fits[runs[0]]["timing"], runs[0].config
+
+
+def _is_rough(pace: Pace) -> bool:
+    """Do its passes not tell how fast a worker is?"""
+    return len(pace.passes) < ENOUGH or pace.passes.max() > VARIES * pace.passes.min()
+
+
+def _rough(pace: Pace) -> str:
+    slow, fast = 1 / max(pace.passes.max(), 1e-9), 1 / max(pace.passes.min(), 1e-9)
+    speeds = f"{slow:,.0f}" if f"{slow:,.0f}" == f"{fast:,.0f}" else f"{slow:,.0f} to {fast:,.0f}"
+    return f"worker {pace.worker} made {speeds} samples/s in {len(pace.passes)} local pass{'es' * (len(pace.passes) > 1)}"
+
+
+def spread(
+    config: RunConfig, timing: Timing, n_weights: int, update: Update, partition: Partition, changes: Sequence[Change]
+) -> list[float] | None:
+    """Lowest and highest seconds of `DRAWS` simulations: by the fit, and by what was recorded drawn anew. None where that would take
+    long, where a worker has one local pass alone, or where a course has no end."""
+    n_pushes = config.budget / (config.local_steps * config.batch_size if config.local_steps else config.n_train / config.n_workers)
+    if DRAWS * n_pushes > MOST_PUSHES or any(len(pace.passes) < 2 for pace in timing.paces):
+        return None
+    seconds = []
+    for draw in range(DRAWS):
+        chance = np.random.default_rng(np.random.SeedSequence([config.seed, draw, 1 << 22]))
+        rules = {"update": copy.deepcopy(update), "partition": copy.deepcopy(partition)}
+        own = config.replace(seed=(config.seed + draw) % SEEDS)
+        made = Simulation(own, timing.redrawn(chance) if draw else timing, n_weights, changes=changes, **rules).run()
+        if made.it.state != "done":
+            return None
+        seconds.append(round(made.merged_at, 6))
+    return [min(seconds), max(seconds)]
 
 
 def changed(recorded: RunConfig, update: Update, partition: Partition, given: Mapping[str, Any]) -> RunConfig:
@@ -194,5 +233,8 @@ def _compared(run: Run, timing: Timing, update: Update, partition: Partition, ba
         run.config.replace(batch_size=batch_size), timing, run.layout.size, **own, changes=recorded_changes(run)
     ).run()
     error = again.merged_at / measured - 1
-    print(f"Run {run.name} took {measured:.2f} s; simulated as it was, it takes {again.merged_at:.2f} s ({100 * error:+.1f} %).")
+    print(
+        f"Run {run.name} took {measured:.2f} s; simulated as it was, it takes {again.merged_at:.2f} s ({100 * error:+.1f} %).",
+        "That is the error of the fit on the run that it is made from, not that of a prediction.",
+    )
     return error

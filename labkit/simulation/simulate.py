@@ -57,7 +57,10 @@ def simulate(
     Update and partition are driven as in a live run, on a clock that jumps from event to event. Computing (with its spread),
     scoring, exchange and the server's time for a merge are fitted from recorded runs. What is not given stays as it was there. How
     well the fit gives back the first of these runs is printed, once for each fit, and kept in `config["origin"]["error"]` (of the
-    wall time).
+    wall time); it is not the error of a prediction. For that stands `config["origin"]["range_s"]`, which `repr` of the run has too: the lowest
+    and the highest wall time of ten simulations, one by the fit and nine by the recorded runs and local passes drawn anew (None for speeds, beyond some 300
+    local passes, and where a worker has made one alone). Where passes are few or differ much, that is printed. What no recording has seen, another
+    day's load say, is in neither.
 
     Parameters
     ----------
@@ -134,13 +137,20 @@ def simulate(
         failures = None if failures is None else scenario.checked_failures(failures, config.n_workers)
         changes = scenario.changes(failures or ())
     error = scenario.compared(base, update, partition, batch_size) if base else None
-    origin = {"kind": "simulated", "run": base.name if base else None, "numerics": bool(numerics), "error": error}
     asked = {"bandwidth": bandwidth, "latency": latency, "servers": servers, "n_weights": None if n_weights is None else size}
     asked |= {"failures": failures}
     config = config.replace(batch_size=batch_size, scenario=asked)
     folder = file_path("runs", runs) if runs is not None else base.path.parent if base else Path("runs")
     name, default = None if name is None else run_name(name), f"{base.name}-simulated" if base else "simulated"
     timing = timing.with_links(bandwidth, latency).on_servers(servers)
+    spread = scenario.spread(config, timing, size, update, partition, changes) if base else None
+    origin = {
+        "kind": "simulated",
+        "run": base.name if base else None,
+        "numerics": bool(numerics),
+        "error": error,
+        "range_s": spread,
+    }
     ledger = Ledger(folder, name, default, config, layout, origin)
     rules = {"update": update, "partition": partition, "changes": changes, "problem": problem}
     with ledger, meter(f"simulation of {config.n_workers} workers", config.budget) as progress:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import shutil
 import time
 
 import numpy as np
@@ -26,6 +28,7 @@ from labkit.training import supervisor
 from labkit.updates import AGWU
 from tests.helpers import data, ended, net_with_statistics, problem
 from tests.simulation.test_exact import Slow
+from tests.test_cards import card_of
 
 pytestmark = pytest.mark.usefixtures("cache")
 EXCHANGE, MERGE = (UNKNOWN[what](4 * UNKNOWN["n_weights"]) for what in ("exchange", "server"))
@@ -330,6 +333,46 @@ def test_its_own_error_is_printed_once_and_kept(recorded, tmp_path, capsys):
     assert "took" not in capsys.readouterr().out
     wider = labkit.simulate(live, slowdown=[1, 1, 1, 1], numerics=True, problem=live.problem(), runs=tmp_path, name="wider")
     assert len(wider.curve()) > 2 and wider.summary()["seconds"] < simulated
+
+
+def changed(run, folder, factor):
+    """A copy of a run in which the local passes of worker 0 took so many times as long: `factor(number of the pass)`."""
+    shutil.copytree(run.path, folder)
+    rows = read_rows(folder)
+    for row in rows:
+        if row["kind"] == "push" and row["worker"] == 0:
+            row["compute_s"] *= factor(row["pass"])
+    (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return labkit.load_run(folder, problem=run.problem())
+
+
+@pytest.mark.slow
+def test_the_range_of_a_prediction_is_by_the_spread_of_what_was_recorded(recorded, tmp_path, capsys):
+    even = changed(recorded["agwu"], tmp_path / "even", lambda number: 1)
+    unsteady = changed(recorded["agwu"], tmp_path / "unsteady", lambda number: 10 if number % 2 else 1)
+    ranges, said = [], []
+    for live in (even, unsteady, [even, unsteady]):
+        run = labkit.simulate(live, slowdown=[1] * 4, update="sgwu", passes=3, runs=tmp_path / "made")
+        said.append(capsys.readouterr().out)
+        low, high = run.config["origin"]["range_s"]
+        assert low <= run.summary()["seconds"] + 1e-3 and run.summary()["seconds"] <= high + 1e-3
+        assert f"{low:.3g} to {high:.3g} s by the spread of what was recorded" in repr(labkit.load_run(run.path))
+        assert "by the spread" in card_of(run)
+        ranges.append([low, high])
+    wide = [high / low for low, high in ranges]
+    assert min(wide[1:]) > wide[0] and min(wide[1:]) > 1.2, wide
+    assert re.search(r"The fit is rough: .*worker 0 made [\d,]+ to [\d,]+ samples/s in \d+ local passes", said[1])
+    assert "not that of a prediction" in said[1]
+    again = labkit.simulate(unsteady, slowdown=[1] * 4, update="sgwu", passes=3, runs=tmp_path / "again")
+    assert again.config["origin"]["range_s"] == ranges[1]
+    assert "rough" not in capsys.readouterr().out, "once for each fit"
+
+
+def test_there_is_no_range_without_a_recording_or_of_many_local_passes(recorded, simulate, tmp_path, monkeypatch):
+    assert simulate().config["origin"]["range_s"] is None and "spread" not in repr(simulate())
+    monkeypatch.setattr(scenario, "MOST_PUSHES", 10)
+    many = labkit.simulate(recorded["agwu"], passes=3, runs=tmp_path)
+    assert many.config["origin"]["range_s"] is None
 
 
 def test_only_what_was_measured_is_fitted(recorded, tmp_path):
