@@ -44,11 +44,11 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
     truth, said = (np.concatenate([np.ravel(cell) for cell in table[column]]) for column in ("label", "predicted"))
     counts = pd.crosstab(truth, said).reindex(index=range(k), columns=range(k), fill_value=0).to_numpy(float)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    wrong = counts - np.diag(np.diag(counts))
+    wrong = shares - np.diag(np.diag(shares))  # as drawn: the most samples would be those of the largest class
     row, column = np.unravel_index(wrong.argmax(), wrong.shape)
     title = f"{run.label}: every sample is classified correctly"
     if wrong.any():
-        title = f"{run.label}: {names[row]} is taken for {names[column]} most often, {shares[row, column]:.0f} % of its samples"
+        title = f"{run.label}: {names[row]} is taken for {names[column]} most often, in {shares[row, column]:.0f} % of its samples"
     right = np.trace(counts) / max(counts.sum(), 1)
     note = style.caption([run], f"% of each class; {int(counts.sum()):,} labels, {100 * right:.1f} % right", "1 seed")
     ticks = [(n + 0.5, name) for n, name in enumerate(names)][:: -(-k // 40)]
