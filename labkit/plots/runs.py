@@ -184,14 +184,14 @@ def timeline(run: RunRecord | str | Path) -> hv.Overlay:
     spent = table.pivot_table(index="worker", columns="activity", values="length", aggfunc="sum", fill_value=0.0)
     spent = spent.reindex(columns=list(BUSY), fill_value=0.0)
     waits, shares = spent["wait"] / spent.sum(axis=1), spent.sum() / spent.to_numpy().sum()
-    title = f"{run.label}: worker {waits.idxmax()} waits {_percent(waits.max())} of the time"
+    title = f"{run.label}: worker {waits.idxmax()} waits {_percent(waits.max())} of its time"
     if waits.max() < 0.005:
-        title = f"{run.label}: no worker waits more than 0.5 % of the time"
+        title = f"{run.label}: no worker waits more than 0.5 % of its time"
     rows = style.worker_rows(spent.index, run)
     kinds = {activity: (f"{activity} ({_percent(shares[activity])})", number) for activity, number in BUSY.items()}
     merges = run.staleness().query("worker in @rows").dropna(subset=["seconds"])
     elements = [*style.spans(table, "activity", kinds, rows), style.row_ticks(merges, "seconds", rows, (0.34, 0.44))]
-    note, xlim = style.caption([run], "ticks: merges"), (0, float(table["end"].max()))
+    note, xlim = style.caption([run], "ticks: merges; in brackets: of all workers' time"), (0, float(table["end"].max()))
     return style.finish(elements, title, note, xlabel="time (s)", xlim=xlim, **style.rows_axis(rows))
 
 

@@ -114,6 +114,13 @@ def title(figure, backend="bokeh"):
     return hv.Store.lookup_options(backend, figure, "plot").kwargs["title"]
 
 
+def note(figure):
+    """The line under the title, as a page of the figure has it for who cannot see it."""
+    import holoviews as hv
+
+    return hv.render(figure, backend="bokeh").html_attributes["aria-label"].removeprefix(f"{title(figure)}. ")
+
+
 def elements(figure, kind):
     """The elements of one kind in a figure, by label."""
     return {element.label: element for element in figure.traverse(lambda element: element, [kind])}

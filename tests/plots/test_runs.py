@@ -10,7 +10,7 @@ from labkit import plots
 from labkit.plots import style
 from labkit.plots.claims import rounded
 from labkit.runs.events import COLUMNS, effective
-from tests.plots.helpers import Recorded, elements, rates, title
+from tests.plots.helpers import Recorded, elements, note, rates, title
 
 
 def test_curves_hold_the_curve_and_the_crossing(tmp_path):
@@ -123,11 +123,12 @@ def test_timeline_names_who_waits_most(tmp_path, run):
     slow = Recorded(tmp_path, "sync", "SGWU")
     releases = slow.events[slow.events["kind"] == "release"]
     share = (releases.groupby("worker")["wait_s"].sum() / releases.groupby("worker")["seconds"].max()).astype(float)
-    expected = f"SGWU + IDPA: worker {share.idxmax()} waits {100 * share.max():.1f} % of the time"
+    expected = f"SGWU + IDPA: worker {share.idxmax()} waits {100 * share.max():.1f} % of its time"
     figure = plots.timeline(slow)
     assert title(figure) == expected.replace(".0 %", " %")
+    assert "in brackets: of all workers' time" in note(figure)
     assert len(elements(figure, "Segments")[""]) == (slow.events["kind"] == "merge").sum()
-    assert title(plots.timeline(run)) == "AGWU + IDPA: no worker waits more than 0.5 % of the time"
+    assert title(plots.timeline(run)) == "AGWU + IDPA: no worker waits more than 0.5 % of its time"
 
 
 def test_staleness_counts_every_merge_once(tmp_path, run):
