@@ -639,7 +639,8 @@ def caption(runs: Sequence[Any], *more: str) -> str:
 
 
 def reached(runs: Sequence[Any]) -> str:
-    """The slowdown that emulation reached in `runs` that have ended, where it is not what was asked for: "reached: 4.6x for 4x"; empty elsewhere."""
+    """The slowdown that emulation reached in `runs` that have ended, where it is not what was asked for: "slowdown asked 4x, reached
+    4.6x"; empty elsewhere."""
     found: dict[float, list[float]] = {}
     for run in runs:
         with suppress(LabError):  # damaged: whoever reads it is told
@@ -647,8 +648,10 @@ def reached(runs: Sequence[Any]) -> str:
             for worker, factor in slowdown_reached(run.events, run.config).items() if is_over else ():
                 if abs(factor / (asked := slowdowns(run)[worker]) - 1) > OFF:
                     found.setdefault(asked, []).append(factor)
-    texts = [f"{between([_factor(min(own)), _factor(max(own))])} for {asked:g}x" for asked, own in sorted(found.items())]
-    return f"reached: {', '.join(texts)}" if texts else ""
+    texts = [
+        f"asked {asked:g}x, reached {between([_factor(min(own)), _factor(max(own))])}" for asked, own in sorted(found.items())
+    ]
+    return f"slowdown {'; '.join(texts)}" if texts else ""
 
 
 def _factor(value: float) -> str:

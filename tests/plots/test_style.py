@@ -167,7 +167,7 @@ def test_the_caption_states_what_a_reader_must_know(tmp_path):
     assert style.caption([emulated]) == "slowdown emulated: 1x, 4x"
     assert style.caption([even], "1 seed") == "synthetic data; 1 seed"
     emulated.config = emulated.config.replace(workers=[{**of, "host": "here", "device": "cpu"} for of in emulated.config.workers])
-    assert style.caption([emulated]) == "slowdown emulated: 1x, 4x; reached: 6.1x for 4x"
+    assert style.caption([emulated]) == "slowdown emulated: 1x, 4x; slowdown asked 4x, reached 6.1x"
     pushes = emulated.events.kind == "push"
     emulated.events.loc[pushes, "compute_s"] = np.where(emulated.events.worker[pushes] == 1, 1.05, 1.0)
     assert style.caption([emulated]) == "slowdown emulated: 1x, 4x"
