@@ -44,10 +44,10 @@ def membership(run: RunRecord | str | Path, faults: pd.DataFrame | None = None) 
         return style.message(f"{run.label}: who was here when", f"{run.name}: no worker has joined, or no version was retained.")
     end = 1.02 * max(float(table.end.max()), float(curve.seconds.max()))
     lost = int((table.message != "").sum())
-    times = "once" if lost == 1 else f"{lost} times"
+    losses = {0: "no worker was lost", 1: "a worker was lost once"}.get(lost, f"a worker was lost {lost} times")
     last = curve.score.iloc[-1]
     what, amount = ("test score", f"{last:.4g}") if run.config.lower_is_better else ("test accuracy", f"{100 * last:.1f} %")
-    title = f"{run.label}: a worker was lost {times}, {what} {amount} in the end"
+    title = f"{run.label}: {losses}, {what} {amount} in the end"
     upper = style.lines(curve.assign(weights="global weights"), "seconds", "score", "weights")
     upper = style.finish(upper, title, style.caption([run]), False, xlabel="", ylabel=what, xlim=(0, end), **_size(HEIGHTS[0]))
     return style.stack([upper, _bars(table, faults, end)], space=0.1)
@@ -67,7 +67,7 @@ def _bars(table: pd.DataFrame, faults: pd.DataFrame | None, end: float) -> hv.Ov
     numbers = {text: MARKS[fault] for fault, text in texts.items()}
     elements += style.points(drawn.assign(fault=faults.fault.map(texts)), "seconds", "bottom", "fault", numbers)
     n = int(counts.drop("thaw", errors="ignore").sum())
-    title = f"Who was here, and the {n} faults injected" if n else "Who was here"
+    title = f"Who was here, and {'one fault' if n == 1 else f'the {n} faults'} injected" if n else "Who was here"
     axis = style.rows_axis(rows) | {"ylim": (-len(rows) + 0.5, 0.6)} | _size(min(8.0, HEIGHTS[1] + 0.45 * len(rows)))
     return style.finish(elements, title, "a tick begins each bar", xlabel="time (s)", xlim=(0, end), **axis)
 

@@ -37,6 +37,17 @@ def test_the_table_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
     assert below == "Who was here, and the 3 faults injected"
 
 
+@pytest.mark.parametrize(("n", "said"), [(0, "no worker was lost"), (1, "a worker was lost once"), (2, "a worker was lost 2 times")])
+def test_the_titles_say_how_often_a_worker_was_lost(run, n, said):
+    rows = [{"kind": "join", "seconds": 0.0, "worker": i, "incarnation": 0} for i in range(3)]
+    rows += [{"kind": "leave", "seconds": 1.0, "worker": i, "incarnation": 0, "message": "it broke."} for i in range(n)]
+    run.events = pd.DataFrame([*rows, {"kind": "push", "seconds": 7.0, "worker": 2, "incarnation": 0}], columns=COLUMNS)
+    faults = pd.DataFrame([(1.0, "kill", i) for i in range(n)], columns=["seconds", "fault", "worker"])
+    above, below = (title(view) for view in plots.membership(run, faults))
+    assert above.startswith(f"AGWU + IDPA: {said}, test accuracy")
+    assert below == "Who was here" + ("", ", and one fault injected", ", and the 2 faults injected")[n]
+
+
 def test_faults_are_a_table(tmp_path):
     with pytest.raises(TypeError, match="a dict was given; give a pandas DataFrame with the columns seconds, fault, worker"):
         plots.membership(Recorded(tmp_path), {"worker": [1]})
