@@ -441,7 +441,7 @@ def _scores(run: RunRecord, seen: Seen) -> Panel:
 
 def _rates(run: RunRecord, seen: Seen) -> Panel:
     rates = [points[-1][2] for worker, points in seen.series.items() if worker in seen.workers]
-    title = f"{sum(rates):,.0f} samples/s, all workers together" if rates else "Speed of the workers"
+    title = f"Latest local passes: {sum(rates):,.0f} samples/s, all workers together" if rates else "Speed of the workers"
     return Panel(_workers(run, seen.series, 2), title, "speed (samples/s)", legend=True)
 
 

@@ -69,7 +69,10 @@ def test_a_push_without_a_score_keeps_the_latest_and_a_late_score_is_that_of_its
 def test_live_static_waits_for_the_end(run):
     run.state = "running"
     threading.Timer(0.2, setattr, (run, "state", "done")).start()
-    assert len(elements(plots.live(run), "Curve")["worker 0"]) == 7
+    figure = plots.live(run)
+    assert len(elements(figure, "Curve")["worker 0"]) == 7
+    latest = sum(points[-1][2] for points in Watch(run).look().series.values())
+    assert [*map(title, figure)][1] == f"Latest local passes: {latest:,.0f} samples/s, all workers together"
 
 
 def test_in_vscode_and_colab_each_picture_takes_the_place_of_the_one_before(run, monkeypatch):
