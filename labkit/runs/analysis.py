@@ -17,6 +17,7 @@ Used by `labkit.runs.record`, `labkit.plots` and `labkit.chaos`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -201,6 +202,12 @@ def staleness(events: pd.DataFrame) -> pd.DataFrame:
     return merges.reset_index(drop=True).astype({"worker": int, "version": int, "staleness": int})
 
 
+def quantile(staleness: Sequence[int], share: float) -> float:
+    """The least number of versions that so large a share of the merges, in (0, 1], do not exceed: always one that occurred. NaN do not count."""
+    values = np.asarray(staleness, float)
+    return float(np.quantile(values[~np.isnan(values)], share, method="inverted_cdf"))
+
+
 def contributions(events: pd.DataFrame) -> pd.DataFrame:
     """See `labkit.runs.record.RunRecord.contributions`."""
     import pandas as pd
@@ -257,8 +264,8 @@ def summary(events: pd.DataFrame, config: RunConfig, curve: pd.DataFrame | None)
         "wait_share": waited / busy if busy else 0.0,
         "send_share": sent / busy if busy else 0.0,
         "load_share": None if pushes.load_s.isna().all() or not busy else float(pushes.load_s.sum()) / busy,
-        "staleness_p50": float(merges.staleness.median()) if len(merges) else 0.0,
-        "staleness_p95": float(merges.staleness.quantile(0.95)) if len(merges) else 0.0,
+        "staleness_p50": quantile(merges.staleness, 0.5) if len(merges) else 0.0,
+        "staleness_p95": quantile(merges.staleness, 0.95) if len(merges) else 0.0,
         "balance": float(later.mean()) if len(later) else None,
         "weight_per_worker": {int(w): float(c) / total for w, c in coefficients.items()} if total else {},
         "exchange": config.exchange,

@@ -338,7 +338,8 @@ class RunRecord(Carded, Public):
 
         Samples count once, also where a run was cut off and made some again; time, waiting and traffic are all that it cost. Of the
         workers' time `wait_share` went into waiting for each other, `send_share` into exchanges and `load_share` into reading batches
-        (None where that was not recorded). Where no curve was measured, and it cannot be without importing what the record names, score and
+        (None where that was not recorded). Half of the merges have a staleness of at most `staleness_p50`, 95 % of at most `staleness_p95`,
+        each one that occurred, as in figures. Where no curve was measured, and it cannot be without importing what the record names, score and
         loss are None, which is printed.
         """
         state = self.state

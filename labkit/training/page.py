@@ -42,6 +42,7 @@ from labkit.plots.live import Seen as LiveSeen
 from labkit.plots.live import Watch as LiveWatch
 from labkit.plots.runs import latest
 from labkit.runs import server_file
+from labkit.runs.analysis import quantile
 from labkit.runs.files import find_json
 from labkit.training.attach import kill, request, slow_down
 from labkit.training.inspection import inspection
@@ -365,7 +366,7 @@ def _staleness(seen: Seen) -> hv.Overlay:
     counts = seen.staleness or {0: 0}
     values, n = np.array(sorted(counts)), sum(counts.values())
     at = np.repeat(values, [counts[value] for value in values])
-    title = f"Median staleness of {n:,} merges, in versions: {np.median(at):.0f}" if n else "Staleness: nothing merged yet"
+    title = f"Median staleness of {n:,} merges, in versions: {quantile(at, 0.5):.0f}" if n else "Staleness: nothing merged yet"
     boxes = (values - 0.4, np.zeros(len(values)), values + 0.4, np.array([counts[value] / max(1, n) for value in values]))
     element = style.boxes(boxes, 0, "share of the merges", ("from", "zero", "to", "share"))
     return style.finish(

@@ -9,6 +9,7 @@ import pytest
 from labkit import plots
 from labkit.plots import style
 from labkit.plots.claims import rounded
+from labkit.runs.analysis import summary
 from labkit.runs.events import COLUMNS, effective
 from tests.plots.helpers import Recorded, elements, note, rates, title
 
@@ -142,6 +143,16 @@ def test_staleness_counts_every_merge_once(tmp_path, run):
     bars = elements(plots.staleness([run, other]), "Rectangles")
     assert np.allclose(bars["AGWU + IDPA"]["top"], 100 * np.bincount(merges["staleness"].astype(int)) / len(merges))
     assert list(bars["SGWU + IDPA"]["top"]) == [100, 0, 0], "shares, as one run may have more merges than another"
+
+
+@pytest.mark.parametrize("values", [[0] * 7 + [1] * 7, [*range(14)], [0] * 13 + [9], [2] * 14], ids=str)
+def test_table_and_figure_have_the_same_quantiles_of_staleness_and_each_occurred(run, values):
+    run.events.loc[run.events["kind"] == "merge", "staleness"] = values
+    card = summary(run.events, run.config, None)
+    said = f"median staleness {card['staleness_p50']:g}, 95 % of the merges at most {card['staleness_p95']:g}"
+    assert title(plots.staleness(run)) == f"AGWU + IDPA: {said}"
+    for name, share in (("staleness_p50", 0.5), ("staleness_p95", 0.95)):
+        assert card[name] in values and np.mean(np.array(values) < card[name]) < share <= np.mean(np.array(values) <= card[name])
 
 
 def test_far_staleness_still_fits(tmp_path, run):
