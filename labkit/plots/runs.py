@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 AXES = {"seconds": "time (s)", "samples": "samples trained on, all workers"}
 BUSY = {"compute": 0, "wait": 4, "exchange": 6}  # what time goes into, and its colour: far apart in lightness
+SQUEEZED = 1 / 3  # of the height of an axis: what is drawn in less is squeezed
 
 
 # -- over time ---------------------------------------------------------------------------------------------------------
@@ -51,6 +52,8 @@ def curves(
     of two the mean between them. A `target` (of a score in (0, 1], but where lower is better) is drawn as a level, and the legend has where
     each line crosses it, straight between points, from whichever side it comes; which is first is said of three seeds each whose crossings do not
     overlap. RunError while a run is running: it has no curve yet.
+
+    The axis holds the first point of every line, unless that squeezes the others into less than a third of it; the caption says so then.
 
     One run is drawn in a line of your own by `run.curve().hvplot.line("seconds", "score")`, several by
     `pandas.concat({run.name: run.curve() for run in runs}, names=["run"]).hvplot.line("seconds", "score", by="run")`.
@@ -91,17 +94,24 @@ def curves(
         title = _who_reaches(goal, reached, each, x, what if share else "")
     elements = _draw(found, lines, texts, x, y)
     gaps = sum(int(table[y].isna().iloc[int(y.startswith("train_")) :].sum()) for table in tables.values())
-    note = style.caption(runs, _seeds(runs), f"{gaps} NaN not drawn" if gaps else "")
-    # The untrained weights lie far below the rest and would press what matters against the top.
     goals = [] if target is None else [target]
-    seen = np.concatenate(
-        [goals, *(line.iloc[int(len(line) > 1) :][["low", "high"]].to_numpy().ravel() for line in lines.values())]
-    )
-    bottom, top = np.floor(20 * seen.min()) / 20 if share else seen.min(), seen.max()
+    seen = _in_sight(list(lines.values()), goals)
+    bottom, top = max(0.0, np.floor(20 * seen.min() - 0.1) / 20) if share else seen.min(), seen.max()
     room = 0.05 * (top - bottom) or 0.05 * abs(top) or 0.05
     ylim = (bottom, top + room + 0.005) if share else (bottom - room, top + room)
+    firsts = sorted(line[y].iloc[0] for line in lines.values())
+    outside = [f"{first:.3g}" for first in firsts if not ylim[0] <= first <= ylim[1]]
+    cut = f"axis cut: first points, at {claims.between(outside)}, are outside" if outside else ""
+    note = style.caption(runs, _seeds(runs), f"{gaps} NaN not drawn" if gaps else "", cut)
     xlim = (0, 1.03 * max(line[x].max() for line in lines.values()) or None)
     return style.finish([*map(style.level, goals), *elements], title, note, xlabel=AXES[x], ylabel=what, xlim=xlim, ylim=ylim)
+
+
+def _in_sight(lines: Sequence[pd.DataFrame], goals: Sequence[float]) -> np.ndarray:
+    """The values that set the limits of the axis: all, unless the first points, of weights untrained or barely trained, squeeze the rest."""
+    later = np.concatenate([goals, *(line.iloc[int(len(line) > 1) :][["low", "high"]].to_numpy().ravel() for line in lines)])
+    every = np.concatenate([later, *(line.iloc[0][["low", "high"]].to_numpy() for line in lines)])
+    return later if 0 < np.ptp(later) < SQUEEZED * np.ptp(every) else every
 
 
 def _who_reaches(goal: str, reached: dict[str, float], each: dict[str, np.ndarray], x: str, what: str) -> str:

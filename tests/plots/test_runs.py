@@ -51,6 +51,21 @@ def test_a_winner_and_a_band_are_of_three_seeds(n, tmp_path):
     assert title(plots.balance([*late, *quick])).startswith("Local passes are balanced to 0.8"), "their ranges overlap"
 
 
+@pytest.mark.parametrize("y", ["score", "loss"])
+@pytest.mark.parametrize("later", [(0.5, 0.8), (0.85, 0.88), (0.5, 0.5)], ids=str)
+def test_the_first_point_of_a_line_is_in_sight_or_the_caption_says_that_the_axis_is_cut(run, y, later):
+    from holoviews import Store
+
+    values = np.array([0.1, *np.linspace(*later, 9)]) if y == "score" else np.array([9.0, *np.linspace(*later, 9)])
+    curve = run.curve().iloc[:10].assign(**{y: values})
+    run.curve = lambda: curve
+    figure = plots.curves(run, y=y)
+    bottom, top = Store.lookup_options("bokeh", figure, "plot").kwargs["ylim"]
+    assert (bottom <= values[1:]).all() and (values[1:] <= top).all()
+    assert bottom <= values[0] <= top or f"axis cut: first points, at {values[0]:.3g}, are outside" in note(figure)
+    assert ("axis cut" in note(figure)) == (np.ptp(later) > 0 and np.ptp(values[1:]) < np.ptp(values) / 3)
+
+
 def test_axes_of_time_and_of_samples_begin_at_zero(run):
     from holoviews import Store
 
