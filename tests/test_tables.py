@@ -33,6 +33,42 @@ def test_the_first_columns_that_fit_are_shown_and_the_others_named(monkeypatch):
     assert repr(Table({"a": [1]})) == repr(pd.DataFrame({"a": [1]})) and "Empty" in repr(Table({"a": []}))
 
 
+LABELS = {
+    "settings": [f"AGWU + IDPA, problem Classifier, model Net, data spirals-cba123, lr {lr}, ..." for lr in (0.01, 0.015, 0.02)],
+    "strategies": [
+        f"{update} + IDPA, problem Classifier, model Net, data spirals-cba123, ..." for update in ("AGWU", "SGWU", "SSP")
+    ],
+    "middle": [f"AGWU + IDPA, {'a' * 30} {seed} {'b' * 30}, {'c' * 60}" for seed in range(3)],
+    "mixed": ["AGWU + IDPA, model Net" + ", more" * 12, "AGWU + IDPA, model Lenet" + ", more" * 12, "SGWU"],
+    "one": ["x" * 90, "x" * 90, "x" * 90],
+}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("of", LABELS)
+def test_long_labels_leave_room_for_what_came_out_and_still_differ(of, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    whole = {"score": [0.1, 0.2, 0.3], "seconds": [1.0, 20.0, 300.5], **{f"column_{n}": ["abc"] * 3 for n in range(20)}}
+    table = Table(whole, index=pd.Index(LABELS[of], name="run"))
+    head, name, *rows, last = repr(table).splitlines()
+    assert head.split()[:2] == ["score", "seconds"] and name.strip() == "run" and last.startswith("and ")
+    assert max(map(len, [head, *rows])) <= width and all("0." in row for row in rows)
+    labels = [row[: row.index("  0.")].strip() for row in rows]
+    assert len(set(labels)) == len(set(LABELS[of])) and list(table.index) == LABELS[of]
+
+
+@pytest.mark.parametrize("names", [["score"], ["who", "score"], [f"column_{n}" for n in range(9)] + ["score"]], ids=len)
+def test_columns_that_were_selected_are_all_shown(names, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    whole = {f"column_{n}": [n, n] for n in range(20)} | {"who": ["a-long-name-of-a-run-" * 2] * 2, "score": [0.125, 0.25]}
+    table = Table(whole, index=LABELS["settings"][:2])
+    for shown in (table[names], table[names].sort_values("score"), table[table.score > 0.2][names]):
+        text = repr(shown)
+        assert "more column" not in text and all(name in text.split() for name in names) and "0.250" in text
+        assert all(len(line) <= 80 for line in text.splitlines())
+    assert "more column" in repr(table) and "more column" in repr(table[table.score > 0.2])
+
+
 def test_what_a_user_sets_for_pandas_is_what_is_shown(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     table = Table(np.arange(24.0).reshape(2, 12), columns=[f"column_{number}" for number in range(12)])

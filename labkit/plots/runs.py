@@ -240,7 +240,9 @@ def staleness(runs: RunRecord | str | Path | Sequence[RunRecord | str | Path]) -
     told = [own for own in values.values() if len(own)] if stalest is None else [values[stalest]]
     medians, most = (sorted(analysis.quantile(own, share) for own in told) for share in (0.5, 0.95))
     title = f"{runs[0].label}: " if alone else f"{stalest} is stalest: " if stalest and len(groups) > 1 else ""
-    title += f"median staleness {claims.between([f'{median:.0f}' for median in medians])}, 95 % of the merges at most {most[-1]:.0f}"
+    title += (
+        f"median staleness {claims.between([f'{median:.0f}' for median in medians])}, 95 % of the merges at most {most[-1]:.0f}"
+    )
     if alone and merges[runs[0]]["worker"].nunique() <= len(style.COLOURS):
         values = {f"worker {worker}": own["staleness"] for worker, own in merges[runs[0]].groupby("worker")}
     highest = int(max(own.max() for own in values.values() if len(own)))

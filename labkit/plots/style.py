@@ -648,9 +648,7 @@ def reached(runs: Sequence[Any]) -> str:
             for worker, factor in slowdown_reached(run.events, run.config).items() if is_over else ():
                 if abs(factor / (asked := slowdowns(run)[worker]) - 1) > OFF:
                     found.setdefault(asked, []).append(factor)
-    texts = [
-        f"asked {asked:g}x, reached {between([_factor(min(own)), _factor(max(own))])}" for asked, own in sorted(found.items())
-    ]
+    texts = [f"asked {asked:g}x, reached {between([_factor(min(own)), _factor(max(own))])}" for asked, own in sorted(found.items())]
     return f"slowdown {'; '.join(texts)}" if texts else ""
 
 

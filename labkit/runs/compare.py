@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+FIRST = ("run", "score", "loss", "seconds", "state", "reason")  # a narrow terminal has room for few columns
+
+
 def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> pd.DataFrame:
     """The cost cards of several runs, a row a run, labelled by its strategy and what differs among them: "AGWU + IDPA, lr 0.01".
 
-    A label has two settings, or as many as tell the runs apart, and "..." where there are more. All that differ are columns, behind the
-    partition (the loss as "loss function"). `score` and `loss` are those of the test set; a column
-    `lower_is_better` says of which runs that holds of the score. A run that cannot be
-    read does not take the table down: its `state` is "damaged", and `reason` says why. Directories of runs, and folders of them, can be
-    given as well.
+    A label has two settings, or as many as tell the runs apart, and "..." where there are more. The first columns are what came out; all
+    settings that differ are columns behind the partition (the loss as "loss function"). `score` and `loss` are those of the test set; a
+    column `lower_is_better` says of which runs that holds of the score. A run that cannot be read does not take the table down: its
+    `state` is "damaged", and `reason` says why. Directories of runs, and folders of them, can be given as well.
 
         labkit.compare(runs).hvplot.scatter("seconds", "score", by="update")    # after labkit.plots.extension()
 
@@ -58,6 +60,7 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
     runs = [run for run, _ in cards]
     rows = [{"run": label, **card} for label, (_, card) in zip(labels.labels(runs), cards, strict=True)] + unread
     columns = dict.fromkeys(name for row in sorted(rows, key=lambda row: "reason" in row) for name in row)
+    columns = dict.fromkeys([*(name for name in FIRST if name in columns), *columns])
     table = Table(rows, columns=list(columns))
     if table.empty:
         return table

@@ -37,7 +37,9 @@ def test_the_table_has_a_row_for_each_incarnation_and_the_figure_a_bar(run):
     assert below == "Who was here, and the 3 faults injected"
 
 
-@pytest.mark.parametrize(("n", "said"), [(0, "no worker was lost"), (1, "a worker was lost once"), (2, "a worker was lost 2 times")])
+@pytest.mark.parametrize(
+    ("n", "said"), [(0, "no worker was lost"), (1, "a worker was lost once"), (2, "a worker was lost 2 times")]
+)
 def test_the_titles_say_how_often_a_worker_was_lost(run, n, said):
     rows = [{"kind": "join", "seconds": 0.0, "worker": i, "incarnation": 0} for i in range(3)]
     rows += [{"kind": "leave", "seconds": 1.0, "worker": i, "incarnation": 0, "message": "it broke."} for i in range(n)]

@@ -100,6 +100,15 @@ def test_one_run_is_compared_as_a_list_of_it_is_and_what_is_no_run_is_refused(ru
             compare(bad)
 
 
+def test_what_came_out_are_the_first_columns(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    table = compare([run])
+    assert [*table.columns[:4]] == ["score", "loss", "seconds", "state"] and table.columns.is_unique
+    (run.path / "events.jsonl").write_text("{}\n")
+    table = compare([run.path])
+    assert "damaged" in repr(table) and table.reason.notna().all() and "reason" in repr(table)
+
+
 def test_figures_of_a_record_load_nothing_that_trains(run):
     code = "import sys; from labkit.runs.record import RunRecord; from labkit.plots import timeline\n"
     code += f"assert timeline and RunRecord({str(run.path)!r}).timeline().empty\n"
