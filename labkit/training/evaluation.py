@@ -1,6 +1,7 @@
 """The learning curve of a run: every retained version of the global weights, measured on the test set after the run.
 
-It is measured afterwards, so that the times that are compared do not include it.
+It is measured afterwards, so that the times that are compared do not include it. A large test set takes seconds a version, which a notebook
+and a terminal are told.
 
 Used by `labkit.training.supervisor` at the end of a run, and by `Run.curve` where that was cut off.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from labkit.cluster.notice import telling
 from labkit.inner.precision import Precision
 from labkit.models.flat import Flat
 from labkit.runs import checkpoints, metrics
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from labkit.runs.record import RunRecord
 
 BATCH = 250
+TOLD_S = 3.0  # what takes longer to measure is told
 
 
 def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: Sequence[int] | None = None) -> pd.DataFrame:
@@ -39,7 +42,15 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     n = len(workers or lab.free()) or 1 if lab else 1
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
     items = [(problem, str(run.path), share, run.config) for share in shares]
-    results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item) for item in items]
+    measured: list[dict[str, float]] = []  # here; what workers have is not known before they are done
+    on = "the whole test set" if problem.test_samples is None else f"{problem.test_samples:,} test samples"
+
+    def text() -> str:
+        how_far = f"{len(versions)} versions" if lab else f"{len(measured)} of {len(versions)} versions"
+        return f"The curve of run {run.name} is being measured, {how_far}, on {on}; the problem's test_samples= makes that shorter."
+
+    with telling(text, TOLD_S):
+        results = lab.map(_evaluate, items, workers=workers) if lab else [_evaluate(item, measured) for item in items]
     rows = sorted((row for share in results for row in share), key=lambda row: row["version"])
     events = effective(run.events)
     merges = events[events.kind.isin(VERSIONS)].groupby("version")[["seconds", "total"]].max()
@@ -64,25 +75,29 @@ def as_recorded(problem: Problem, run: RunRecord) -> Problem:
     return problem
 
 
-def _evaluate(item: tuple[Problem, str, list[int], RunConfig]) -> list[dict[str, float]]:
-    """Runs on a worker: version, loss, score and so on of some versions of a run."""
+def _evaluate(
+    item: tuple[Problem, str, list[int], RunConfig], rows: list[dict[str, float]] | None = None
+) -> list[dict[str, float]]:
+    """Runs on a worker: version, loss, score and so on of some versions of a run; `rows` grows by each one as it is measured."""
     prepare()
     try:
-        return _evaluated(*item)
+        return _evaluated(*item, [] if rows is None else rows)
     finally:
         give_back()
 
 
-def _evaluated(problem: Problem, path: str, versions: list[int], config: RunConfig) -> list[dict[str, float]]:
+def _evaluated(
+    problem: Problem, path: str, versions: list[int], config: RunConfig, rows: list[dict[str, float]]
+) -> list[dict[str, float]]:
     module = problem.new_module(config.seed)
     state = Flat(module, exact=config.exact_buffers)
     indices = problem.test_indices()
-    rows = []
     readers = {"": checkpoints.read_weights} | ({"ema_": checkpoints.read_average} if config.ema else {})
     for version in versions:
-        rows.append({"version": version})
+        row = {"version": version}
         for prefix, read in readers.items():
             state.load(torch.from_numpy(read(Path(path), version, len(state.vector), writable=True)))
             measured = problem.measure(module, indices, "test", batch_size=BATCH)
-            rows[-1] |= {f"{prefix}{name}": value for name, value in measured.items()}
+            row |= {f"{prefix}{name}": value for name, value in measured.items()}
+        rows.append(row)
     return rows

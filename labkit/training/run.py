@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from labkit.cluster.emulation import slowdown_of
+from labkit.cluster.notice import telling
 from labkit.errors import ProblemError, RunError, file_path, flag, instance, interrupted, real, whole
 from labkit.runs import checkpoints, summary, unfinished
 from labkit.runs.checkpoints import Layout
@@ -514,7 +515,9 @@ class Run(RunRecord):
         from labkit.training.evaluation import BATCH
 
         problem, indices = self.tested(data)
-        return {**problem.measure(self._network(version), indices, "test", batch_size=BATCH), "samples": len(indices)}
+        with self._telling(indices):
+            measured = problem.measure(self._network(version), indices, "test", batch_size=BATCH)
+        return {**measured, "samples": len(indices)}
 
     def predictions(self, data: Any = None, version: int | str | None = None) -> pd.DataFrame:
         """One row for each of the samples that `evaluate(data)` measures, those with the largest loss first.
@@ -526,10 +529,18 @@ class Run(RunRecord):
         import pandas as pd
 
         problem, indices = self.tested(data)
-        columns = problem.each(self._network(version), indices, "test")
+        with self._telling(indices):
+            columns = problem.each(self._network(version), indices, "test")
         cells = {name: list(values) if values.ndim > 1 else values for name, values in columns.items()}
         table = pd.DataFrame({"sample": indices, **cells})
         return table.sort_values("loss", ascending=False, kind="stable").reset_index(drop=True)
+
+    def _telling(self, indices: np.ndarray) -> contextlib.AbstractContextManager[None]:
+        from labkit.training.evaluation import TOLD_S
+
+        return telling(
+            f"Run {self.name} is being measured on {len(indices):,} samples; fewer, as by test_samples=, take less.", TOLD_S
+        )
 
     def tested(self, data: Any = None) -> tuple[Problem, np.ndarray]:
         """The problem on the samples that `evaluate(data)` measures, and their numbers in its test split."""

@@ -9,7 +9,8 @@ import torch
 import labkit
 from labkit.runs import checkpoints
 from labkit.training.evaluation import measure
-from tests.helpers import ended, net_with_statistics, problem
+from labkit.training.run import Run
+from tests.helpers import ended, net_with_statistics, problem, until
 from tests.models.zoo import BY_BATCH, Zoo
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -32,6 +33,45 @@ def test_a_curve_that_was_not_measured_is_measured_when_it_is_asked_for(train):
     curve = run.curve()
     (run.path / "metrics.parquet").unlink()
     assert labkit.load_run(run.path, problem=a_problem).curve().equals(curve) and (run.path / "metrics.parquet").exists()
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What a notebook shows while something is measured, from the first moment on."""
+    told = []
+    monkeypatch.setattr("labkit.cluster.notice.front_end", lambda: "jupyter")
+    monkeypatch.setattr("labkit.cluster.notice.EVERY_S", 0.01)
+    monkeypatch.setattr("labkit.training.evaluation.TOLD_S", 0.01)
+    monkeypatch.setattr("IPython.display.display", lambda what, **how: told.append(what.get("text/plain", "")))
+    return told
+
+
+def test_what_takes_long_to_measure_is_told_with_how_far_it_is_and_what_makes_it_shorter(train, told, monkeypatch):
+    run = ended(train(problem(), passes=2, checkpoints=4))
+    n = len(checkpoints.versions(run.path))
+    a_problem, counted = problem(test_samples=20), []
+
+    def measure_when_told(*given, **options):
+        until(lambda: any(f" {len(counted)} of {n} versions, on 20 test samples; " in text for text in told))
+        counted.append(1)
+        return {"loss": 0.5, "score": 0.5}
+
+    monkeypatch.setattr(a_problem, "measure", measure_when_told)
+    assert len(measure(run, a_problem)) == n == len(counted)
+    assert all("test_samples=" in text for text in told[-n - 1 : -1]) and told[-1] == "", "the line is gone afterwards"
+
+
+@pytest.mark.parametrize("ask", [Run.evaluate, Run.predictions])
+def test_measuring_one_version_is_told_too(ask, train, told, monkeypatch):
+    run, of_set = ended(train(problem(), passes=1)), "measure" if ask is Run.evaluate else "each"
+    measured, tested = getattr(run.problem(), of_set), len(run.problem().test_indices())
+
+    def when_told(*given, **options):
+        until(lambda: any(f"is being measured on {tested} samples" in text for text in told))
+        return measured(*given, **options)
+
+    monkeypatch.setattr(run.problem(), of_set, when_told)
+    assert len(ask(run)) and told[-1] == ""
 
 
 RULES = {"sgwu": [0], "agwu": [0, 1], "ssp": [0, 1], "fedbuff": [0, 1], "diloco": [0, 1], "easgd": [0, 1], "allreduce": [0, 1]}
