@@ -101,7 +101,7 @@ def curves(
     ylim = (bottom, top + room + 0.005) if share else (bottom - room, top + room)
     firsts = sorted(line[y].iloc[0] for line in lines.values())
     outside = [f"{first:.3g}" for first in firsts if not ylim[0] <= first <= ylim[1]]
-    cut = f"axis cut: first points, at {claims.between(outside)}, are outside" if outside else ""
+    cut = f"axis cut: lines begin at {claims.between(outside)}" if outside else ""
     note = style.caption(runs, _seeds(runs), f"{gaps} NaN not drawn" if gaps else "", cut)
     xlim = (0, 1.03 * max(line[x].max() for line in lines.values()) or None)
     return style.finish([*map(style.level, goals), *elements], title, note, xlabel=AXES[x], ylabel=what, xlim=xlim, ylim=ylim)

@@ -62,7 +62,7 @@ def test_the_first_point_of_a_line_is_in_sight_or_the_caption_says_that_the_axis
     figure = plots.curves(run, y=y)
     bottom, top = Store.lookup_options("bokeh", figure, "plot").kwargs["ylim"]
     assert (bottom <= values[1:]).all() and (values[1:] <= top).all()
-    assert bottom <= values[0] <= top or f"axis cut: first points, at {values[0]:.3g}, are outside" in note(figure)
+    assert bottom <= values[0] <= top or f"axis cut: lines begin at {values[0]:.3g}" in note(figure)
     assert ("axis cut" in note(figure)) == (np.ptp(later) > 0 and np.ptp(values[1:]) < np.ptp(values) / 3)
 
 
