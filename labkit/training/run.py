@@ -515,7 +515,7 @@ class Run(RunRecord):
         from labkit.training.evaluation import BATCH
 
         problem, indices = self.tested(data)
-        with self._telling(indices):
+        with _telling(self.name, len(indices)):
             measured = problem.measure(self._network(version), indices, "test", batch_size=BATCH)
         return {**measured, "samples": len(indices)}
 
@@ -529,18 +529,11 @@ class Run(RunRecord):
         import pandas as pd
 
         problem, indices = self.tested(data)
-        with self._telling(indices):
+        with _telling(self.name, len(indices)):
             columns = problem.each(self._network(version), indices, "test")
         cells = {name: list(values) if values.ndim > 1 else values for name, values in columns.items()}
         table = pd.DataFrame({"sample": indices, **cells})
         return table.sort_values("loss", ascending=False, kind="stable").reset_index(drop=True)
-
-    def _telling(self, indices: np.ndarray) -> contextlib.AbstractContextManager[None]:
-        from labkit.training.evaluation import TOLD_S
-
-        return telling(
-            f"Run {self.name} is being measured on {len(indices):,} samples; fewer, as by test_samples=, take less.", TOLD_S
-        )
 
     def tested(self, data: Any = None) -> tuple[Problem, np.ndarray]:
         """The problem on the samples that `evaluate(data)` measures, and their numbers in its test split."""
@@ -626,3 +619,10 @@ def read_run(path: str | Path, problem: Problem | None = None) -> Run:
 
         instance("problem", problem, Problem, " such as labkit.Classifier(...)")
     return Run(path, problem=problem)
+
+
+def _telling(name: str, n: int) -> contextlib.AbstractContextManager[None]:
+    """Tell a notebook and a terminal of measuring a run of this name on `n` samples, where that takes long."""
+    from labkit.training.evaluation import TOLD_S
+
+    return telling(f"Run {name} is being measured on {n:,} samples; fewer, as by test_samples=, take less.", TOLD_S)
