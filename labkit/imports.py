@@ -103,7 +103,7 @@ def by_value(value: Any) -> str | None:
         if "by_value" in value:
             return str(value["by_value"])
         value = value.values()
-    elif not isinstance(value, list):
+    elif not isinstance(value, list | tuple):
         return None
     return next((name for name in map(by_value, value) if name is not None), None)
 

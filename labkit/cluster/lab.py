@@ -305,7 +305,8 @@ class Lab(Carded, Public, AbstractContextManager):
                 who = ", ".join(f"worker {index} by {other!r}" for index, other in held.items())
                 there = dict.fromkeys(filter(None, (getattr(other, "path", "") for other in held.values())))
                 how = "".join(
-                    f" Stop it: labkit.load_run({at!r}).attach().stop(); labkit.resume({at!r}) goes on with it." for at in there
+                    f" Stop it: labkit.load_run({at!r}).attach().stop(); its card then has the call that goes on with it."
+                    for at in there
                 )
                 raise ClusterError(f"workers are held: {who}. Wait for that run, stop it, or train on others: workers=[...].{how}")
             self._seen.setdefault(holder, len(self._arrivals))

@@ -40,7 +40,7 @@ def from_record(run: RunRecord) -> str:
     Problem, update and partition that `calls` writes with `...` are called by these names.
     """
     config, where = run.config, repr(str(run.path))
-    lost = [what for what in ("problem", "update", "partition") if by_value(_plain(config[what])) is not None]
+    lost = config.by_name_alone
     rules = "".join(f", {rule}={rule}" for rule in lost if rule != "problem")
     problem = ", problem=problem" if "problem" in lost else ""
     lines = [f"# With {' and '.join(lost)} as {'it was' if len(lost) == 1 else 'they were'} given to train."] if lost else []
@@ -59,7 +59,7 @@ def from_record(run: RunRecord) -> str:
     else:
         lines.append(f"labkit.replay(run{rules})  # the same weights again, from the record")
     if run.state in ("failed", "stopped"):
-        lines.append(f"labkit.resume({where}, lab{problem}{rules})  # goes on from the last checkpoint")
+        lines.append(f"{config.resume_call(run.path, lab=True)}  # goes on from the last checkpoint")
     return "\n".join(lines)
 
 
@@ -84,7 +84,7 @@ def _trained(run: RunRecord) -> Iterator[str]:
 def _made(run: RunRecord) -> Iterator[str]:
     """The call of a replay or of a simulation."""
     config, origin = run.config, run.config.origin or {}
-    lost = by_value(_plain(config.problem)) is not None
+    lost = "problem" in config.by_name_alone
     if lost:
         yield from _problem(config.problem)
     given = ", problem=problem" if lost else ""
@@ -134,7 +134,7 @@ def _call(result: str, function: str, given: list[str], settings: Mapping[str, A
         name: value for name, value in settings.items() if name.isidentifier() and value is not None and value not in ([], {}, ())
     }
     lines = [f"{name}={_code(value)}" for name, value in kept.items()]
-    lost = {name: by_value(_listed(value)) for name, value in kept.items() if by_value(_listed(value)) is not None}
+    lost = {name: by_value(value) for name, value in kept.items() if by_value(value) is not None}
     whole = f"{result} = {function}({', '.join([*given, *lines])})"
     if len(whole) <= WIDE and not lost:
         return whole
@@ -144,14 +144,6 @@ def _call(result: str, function: str, given: list[str], settings: Mapping[str, A
     ]
     rows = [*(f"{own}," for own in given), *(f"{line},{note}" for line, note in zip(lines, notes, strict=True))]
     return "\n".join([f"{result} = {function}(", *(f"    {row}" for row in rows), ")"])
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _listed(value) for name, value in settings.items()}
 
 
 def _code(value: Any) -> str:

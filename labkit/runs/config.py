@@ -32,6 +32,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from labkit.cluster.emulation import Unevenness
 from labkit.errors import RunError
+from labkit.imports import by_value
 from labkit.runs.files import find_json, read_json, write_json
 
 FORMAT = 7  # of the run directory; what is newer is refused
@@ -141,6 +142,16 @@ class RunConfig(Mapping[str, Any]):
         """Was it simulated without numerics, so that it has times alone?"""
         origin = self.origin or {}
         return origin.get("kind") == "simulated" and not origin.get("numerics")
+
+    @property
+    def by_name_alone(self) -> list[str]:
+        """Which of problem, update and partition the record has by name alone, so that they are given again to what makes them anew."""
+        return [what for what in ("problem", "update", "partition") if by_value(getattr(self, what)) is not None]
+
+    def resume_call(self, run: str | Path, lab: bool = False) -> str:
+        """The call that goes on with this run, which is in the directory `run`; with `lab` it names one."""
+        again = [f"{what}={what}" for what in self.by_name_alone]
+        return f"labkit.resume({', '.join([repr(str(run)), *['lab'] * lab, *again])})"
 
     def save(self, run: Path) -> None:
         """Write `config.json`, in the present format. What a run does not have is left out."""

@@ -112,8 +112,8 @@ class RunRecord(Carded, Public):
     def recorded(self) -> dict:
         """The status by the directory alone: how the run ended, or that its server is alive, or that it was cut off."""
         ended = self._ended() or {"state": "running", "reason": ""}
-        where = f"labkit.resume({str(self.path)!r})"  # the run may have been moved, or set aside, since that was written
-        ended = {**ended, "reason": re.sub(r"""labkit\.resume\(('[^']*'|"[^"]*")\)""", lambda _: where, ended["reason"])}
+        call = self.config.resume_call(self.path)  # the run may have been moved, or set aside, since that was written
+        ended = {**ended, "reason": re.sub(r"""labkit\.resume\(('[^']*'|"[^"]*")(, \w+=\w+)*\)""", lambda _: call, ended["reason"])}
         return {key: value for key, value in ended.items() if key != "events"}
 
     def _ended(self) -> dict | None:
@@ -135,7 +135,7 @@ class RunRecord(Carded, Public):
         if anew is None and file.exists():
             raise RunError(f"{why} No other file says how the run ended. Delete this one: the run then counts as cut off.") from why
         if anew is None:
-            return {"state": "failed", "reason": f"cut off; labkit.resume({str(self.path)!r}) continues it"}
+            return {"state": "failed", "reason": f"cut off; {self.config.resume_call(self.path)} continues it"}
         with contextlib.suppress(OSError):
             how_it_ended.write(self.path, self.config.id, anew)
         self._say(f"{why} It was made anew from the events of the run: {anew['state']}.")
@@ -452,7 +452,6 @@ class RunRecord(Carded, Public):
 
     def _next(self, running: bool, state: str) -> dict[str, str]:
         """What to do with the run now, by the calls."""
-        where = repr(str(self.path))
         if running:
             return {
                 "run.progress()": "follows it",
@@ -460,13 +459,22 @@ class RunRecord(Carded, Public):
                 "run.wait()": "waits until it has ended",
                 "run.stop()": "ends it",
             }
-        again = {f"labkit.resume({where})": "goes on from its last checkpoint"} if state != "done" else {}
+        again = (
+            {self.config.resume_call(self.path): "goes on from its last checkpoint"}
+            if state != "done" and self.origin == "live"
+            else {}
+        )
+        network = {"run.predict(x)": "applies it to raw samples"}
+        if "problem" in self.config.by_name_alone and not self._measurable:
+            network = {
+                f"labkit.load_run({str(self.path)!r}, problem=problem)": "reads it with its model, of which the record has the name"
+            }
         return {
             **again,
             "run.summary()": "the cost card",
             "run.curve()": "the learning curve",
             "labkit.plots.curves(run)": "draws it",
-            "run.predict(x)": "applies it to raw samples",
+            **network,
         }
 
     def __repr__(self) -> str:

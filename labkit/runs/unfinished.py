@@ -105,7 +105,9 @@ def look(path: Path, config: RunConfig) -> Unfinished | None:
     far = f"after {'some' if done is None else f'{done:,}'} of {config.budget:,} samples"
     if ended is not None or alive is False:
         saved = checkpoints.versions(path)
-        call = f"labkit.resume({where}) continues it from version {saved[-1]}" if saved else "No version was saved: train it again"
+        call = (
+            f"{config.resume_call(path)} continues it from version {saved[-1]}" if saved else "No version was saved: train it again"
+        )
         return Unfinished(path, config.id, False, f"Run {path.name!r} was cut off {far}. {call}.")
     call = f"labkit.load_run({where}).attach() follows it"
     if alive is None:

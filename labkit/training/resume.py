@@ -205,7 +205,9 @@ def rule_of(run: Run, what: str, given: Any = None, by: str = "resume") -> Updat
 
 
 def _call(run: Run, by: str, what: str) -> str:
-    return f"labkit.{by}({repr(str(run.path)) if by == 'resume' else 'run'}, {what}={what})"
+    """The call with all that the record does not hold; a simulation can do without the rest of it."""
+    again = dict.fromkeys([*(run.config.by_name_alone if by != "simulate" else []), what])
+    return f"labkit.{by}({', '.join([repr(str(run.path)) if by == 'resume' else 'run', *(f'{one}={one}' for one in again)])})"
 
 
 def is_rule_of(run: Run, what: str, rule: Update | Partition) -> bool:
@@ -218,7 +220,9 @@ def _lab_like(run: Run) -> Lab:
     """A lab such as the run had, started here."""
     kind, workers = run.config.kind, run.config.workers
     if kind == "slurm" or {worker["host"] for worker in workers} != {socket.gethostname()}:
-        raise RunError(f"run {run.name} had a lab of kind {kind!r} elsewhere. Connect one: labkit.resume(path, lab).")
+        raise RunError(
+            f"run {run.name} had a lab of kind {kind!r} elsewhere. Connect one: {run.config.resume_call(run.path, lab=True)}."
+        )
     slowdown = [worker["slowdown"] for worker in workers]
     return connect(
         kind,

@@ -239,7 +239,7 @@ class Run(RunRecord):
         where = repr(str(self.path))
         text = (
             f"run {self.name} goes on, as long as its lab is there. run.progress() follows it, run.stop() ends it; another kernel follows it by "
-            f"labkit.load_run({where}).attach(), and once its workers are gone labkit.resume({where}) goes on from its last checkpoint."
+            f"labkit.load_run({where}).attach(), and once its workers are gone {self.config.resume_call(self.path)} goes on from its last checkpoint."
         )
         if self._follower is None or self._follower.lab is None:  # it is trained elsewhere
             return interrupted(
@@ -254,7 +254,9 @@ class Run(RunRecord):
             reason = (status.get("reason") or "").rstrip(".")
             return f"run {self.name} {'is done' if status['state'] == 'done' else 'failed'}{': ' * bool(reason)}{reason}."
         far = f"after {status.get('samples', 0):,} of {self.config.budget:,} samples"
-        return f"run {self.name} ends with this script, {far}. labkit.resume({str(self.path)!r}) goes on from its last checkpoint."
+        return (
+            f"run {self.name} ends with this script, {far}. {self.config.resume_call(self.path)} goes on from its last checkpoint."
+        )
 
     def live(self) -> Any:
         """A figure that grows with the run (see `labkit.plots.live`)."""

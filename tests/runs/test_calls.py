@@ -6,15 +6,20 @@ Used by pytest.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
+import re
 
 import numpy as np
 import pytest
 
 import labkit
+from labkit import SGWU, UDPA
+from labkit.errors import RunError
+from labkit.runs import unfinished
 from labkit.runs.calls import calls, from_record
 from labkit.runs.record import RunRecord
-from tests.helpers import SEED, ended, net, problem
+from tests.helpers import SEED, Slow, ended, net, problem, until
 from tests.runs.test_old_records import FOLDER
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -53,6 +58,35 @@ def test_what_the_record_does_not_hold_is_given_again_to_replay_it(tmp_path):
     assert "With update as it was given" in from_record(run) and "labkit.replay(run, update=update)" in from_record(run)
     run.config = plain.replace(workers=[{**worker, "device": "cuda:0"} for worker in run.config.workers])
     assert "# No labkit.replay(run): it was computed on cuda" in from_record(run) and "\nlabkit.replay" not in from_record(run)
+
+
+@pytest.mark.parametrize("rules", [{}, {"update": SGWU}, {"partition": UDPA}])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_wherever_a_run_is_gone_on_with_the_call_has_what_the_record_does_not_hold(by_name, rules, tmp_path, monkeypatch):
+    """Its card, its line in a new kernel, what an interrupt says, its status, its code, and what says that something was missing."""
+    given = problem((lambda shape, n: net(shape, n)) if by_name else "tests.helpers:net", kind=Slow)
+    made = {what: type("Mine", (rule,), {"name": "mine"})() for what, rule in rules.items()}
+    with labkit.connect("threads", 2) as lab:
+        run = labkit.train(given, lab, passes=1000, runs=tmp_path, **made)
+        until(lambda: run.status().get("version", 0) >= 1)
+        said = [str(run._interrupted()), run._ended_with_script()]
+        run.stop()
+        there = labkit.load_run(run.path)
+        said += [" ".join(there._card().calls), from_record(there)]
+        with pytest.raises(RunError, match=r"Make .* again") if by_name or made else contextlib.nullcontext():
+            try:
+                labkit.resume(run.path, lab).stop()
+            except RunError as error:
+                said.append(str(error))
+                raise
+        (run.path / "status.json").unlink()  # as of a power cut
+        monkeypatch.setattr("labkit.runs.status.anew", lambda *_: None)
+        cut = labkit.load_run(run.path)
+        said += [cut.status()["reason"], unfinished.look(run.path, run.config).text]
+        written = {call.replace(", lab", "") for text in said for call in re.findall(r"labkit\.resume\([^)]*\)", text)}
+        (call,) = written
+        again = eval(call.replace(")", ", lab=lab)"), {"labkit": labkit, "lab": lab, "problem": given, **made})
+        assert again.stop().state == "stopped"
 
 
 @pytest.mark.slow

@@ -254,7 +254,7 @@ class Server:
     def _fail_without_kernel(self) -> None:
         if not self.spec.kernel or os.getppid() == self.spec.kernel or self.course.state != "running":
             return
-        since, again = self.course.last_lost_at, f"labkit.resume({self.spec.path!r}) continues it"
+        since, again = self.course.last_lost_at, f"{self.spec.config.resume_call(self.spec.path)} continues it"
         if self.spec.local:
             self.stop("failed", f"its kernel is gone, and the workers of its local lab with it; {again}.")
         elif since is not None and time.monotonic() - since > ORPHANED_S:
