@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from contextlib import closing
 
-from labkit.errors import RunError
 from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.simulation.exact import Life
@@ -32,10 +31,6 @@ class Arrivals:
     def __init__(
         self, run: Run, problem: Problem, update: Update, partition: Partition, ledger: Ledger, life: Life, progress: Progress
     ) -> None:
-        if not life.last:
-            raise RunError(
-                f"run {run.name} was resumed: some of its arrivals happened twice, and another rule has no part in that."
-            )
         self.ledger, self.progress = ledger, progress
         self.rows = life.rows
         self.row, self.paces, self.dismissed = self.rows[0], {}, set()

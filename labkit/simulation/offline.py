@@ -10,6 +10,7 @@ Used by `labkit.simulation.exact`, `labkit.simulation.joint`, `labkit.simulation
 
 import contextlib
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ from labkit.partition import Partition
 from labkit.problems.problem import Problem
 from labkit.runs import checkpoints, metrics, status, summary
 from labkit.runs.config import RunConfig
-from labkit.runs.events import Recorder
+from labkit.runs.events import Recorder, read_rows
 from labkit.runs.record import RunRecord
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.train import labels_for, new_run, under_name
@@ -136,7 +137,8 @@ class Replicas:
 class Ledger(contextlib.AbstractContextManager):
     """A new run directory beside no cluster, until the end of a `with` block; `origin` says what kind of run it holds.
 
-    Its driver sets the clock of the `recorder`, and the `status` when the run has `ended`.
+    Its driver sets the clock of the `recorder`, and the `status` when the run has `ended`. What is refused before a first push leaves no
+    directory.
     """
 
     def __init__(
@@ -170,8 +172,11 @@ class Ledger(contextlib.AbstractContextManager):
         if isinstance(error, RunError):
             self.status["reason"] = str(error)
         self.recorder.close()
-        status.write(self.path, self.config.id, self.status, self.recorder.events)
-        summary.write(RunRecord(self.path))
+        if error and not any(row["kind"] == "push" for row in read_rows(self.path)):
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            status.write(self.path, self.config.id, self.status, self.recorder.events)
+            summary.write(RunRecord(self.path))
         self._lock.release()
 
 

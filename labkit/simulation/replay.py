@@ -63,7 +63,8 @@ def replay(
         The record cannot be replayed: it still grows, is older than replays (of an all-reduce: than format 5), has a hole, was
         computed on a GPU, or drew random numbers from torch's generator where that was or is of several: workers that were threads,
         ranks of an all-reduce, which are threads in a replay. Another `update` of an all-reduce, or an all-reduce of another run:
-        they exchange at every step, and the arrivals of one say nothing about the other. Or the replay differs from the record: the
+        they exchange at every step, and the arrivals of one say nothing about the other. Another `update` of a run that was resumed, since
+        some of its arrivals happened twice: its own is replayed, and `simulate` takes others. Or the replay differs from the record: the
         first difference, with its event and worker.
 
     Examples
@@ -88,6 +89,12 @@ def replay(
     check_weighed(problem, rule, None if exact else run)
     partition = rule_of(run, "partition", partition, by="replay")
     lives = read_lives(run)
+    if len(lives) > 1 and not exact:
+        raise RunError(
+            f"run {run.name} was resumed: some of its arrivals happened twice, which another rule cannot follow. labkit.replay(run) makes its "
+            f"own weights again; with {rule_title(rule.config())}, train anew, labkit.train(..., update=...), or ask labkit.simulate(run, "
+            "update=...) for the time that it would take."
+        )
     origin = {"kind": "replay" if exact else "counterfactual", "run": run.name, "id": run.config.id}
     config = run.config if exact else run.config.replace(update=rule.config())
     layout = run.layout

@@ -8,7 +8,9 @@ Used from notebooks; the work is done in `labkit.simulation.simulator`.
 import copy
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from labkit.errors import file_path, flag, real, several, whole
 from labkit.names import named
@@ -16,6 +18,7 @@ from labkit.partition import Partition, make_partition
 from labkit.plots.progress import meter
 from labkit.problems.problem import Problem
 from labkit.runs.checkpoints import Layout
+from labkit.runs.record import directories
 from labkit.simulation import scenario
 from labkit.simulation.offline import Ledger
 from labkit.simulation.simulator import Simulation
@@ -27,7 +30,7 @@ from labkit.updates import Update, make_update
 
 @named
 def simulate(
-    source: Run | str | Path | Sequence[Run] | Sequence[float],
+    source: Run | str | Path | Sequence[Run | str | Path] | Sequence[float],
     *,
     n_workers: int | None = None,
     slowdown: Sequence[float] | None = None,
@@ -65,8 +68,8 @@ def simulate(
     Parameters
     ----------
     source
-        A run that has ended, or its directory, several (the first is changed, all are fitted; two sizes of model tell latency from bandwidth), or
-        speeds: samples/s of each worker, for a cluster of which nothing is recorded.
+        A run that has ended, or its directory, several, or a folder of runs (the first is changed, all are fitted; two sizes of model tell
+        latency from bandwidth), or speeds: samples/s of each worker, for a cluster of which nothing is recorded.
     n_workers, slowdown, jitter, drift, stalls
         Other workers: each is as quick as one of the measured ones without its slowdown, in turn, and slower by `slowdown` (by
         default as recorded, in turn). `jitter`, `drift` and `stalls` as in `connect`; 0, 0 and () for none.
@@ -103,9 +106,8 @@ def simulate(
     >>> many.origin, many.config.n_workers
     ('simulated', 8)
     """
-    if isinstance(source, str | os.PathLike):
-        source = read_run(file_path("source", source))
-    measured = [source] if isinstance(source, Run) else several("source", source, lambda _, one: one)
+    given = [_measured("source", source)] if isinstance(source, Run | str | os.PathLike) else several("source", source, _measured)
+    measured = list(chain.from_iterable(given))
     if not measured:
         raise ValueError("simulate() needs a run, several, or the samples/s of at least one worker.")
     base = measured[0] if isinstance(measured[0], Run) else None
@@ -159,3 +161,8 @@ def simulate(
         if not numerics:
             ledger.no_curve()
     return Run(ledger.path, problem=problem)
+
+
+def _measured(name: str, given: Any) -> list[Any]:
+    """A run in a list, the runs that a path means, or a speed, which is checked with the others."""
+    return [read_run(path) for path in directories(file_path(name, given))] if isinstance(given, str | os.PathLike) else [given]

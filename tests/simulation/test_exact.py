@@ -6,6 +6,7 @@ Tests `labkit/simulation/exact.py`, `counterfactual.py`, `replay.py` and `offlin
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from functools import partial
@@ -236,6 +237,18 @@ def test_a_run_that_began_without_a_worker_is_replayed(lab, tmp_path, monkeypatc
     assert same(run, labkit.replay(run))
 
 
+def test_another_rule_of_a_resumed_run_is_refused_before_anything_is_written_with_what_can_be_done(lab, tmp_path):
+    run = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=100, local_steps=2, name="r", checkpoints=5)
+    for _ in range(2):
+        version = run.status().get("version", 0)
+        until(lambda: run.status().get("version", 0) > version)  # noqa: B023
+        run = run.stop() if run.config.resumed else labkit.resume(run.stop().path, lab, problem=run.problem())
+    with pytest.raises(RunError, match=r"r was resumed.* labkit\.replay\(run\) .*labkit\.simulate\(run, update="):
+        labkit.replay(run, update="sgwu")
+    assert os.listdir(tmp_path) == ["r"]
+    assert same(run, labkit.replay(run)) and labkit.simulate(run, update="sgwu").origin == "simulated"
+
+
 @pytest.mark.slow
 def test_a_run_that_was_cut_off_and_resumed_is_replayed(lab, tmp_path, capsys):
     run = labkit.train(problem(kind=Slow), lab, runs=tmp_path, passes=8, local_steps=2, name="r", checkpoints=5)
@@ -279,7 +292,7 @@ def test_a_run_with_an_update_and_a_partition_of_the_users_own_is_resumed_and_re
     if given is rules:
         for what in ("update", "partition"):
             with pytest.raises(
-                RunError, match=rf"the {what} of run .* Give the object itself.* labkit.resume\(.*, {what}={what}\)"
+                RunError, match=rf"the {what} of run .* Give the object itself.* labkit.resume\(.*, {what}={what}.*\)"
             ):
                 labkit.resume(run.path, lab, problem=run.problem(), **{key: rule for key, rule in rules().items() if key != what})
     with pytest.raises(RunError, match=r"this update is not the one of run .*'share': 0\.4"):
@@ -301,7 +314,9 @@ def test_what_else_would_have_been_and_what_would_be_with_rules_of_a_notebook(tr
     rules = {"update": in_a_notebook(Cautious)(0.3), "partition": in_a_notebook(Backwards)()}
     for what in rules:
         for again in ("replay", "simulate"):
-            with pytest.raises(RunError, match=rf"the {what} of run r is not known here.* labkit.{again}\(run, {what}={what}\)"):
+            with pytest.raises(
+                RunError, match=rf"the {what} of run r is not known here.* labkit.{again}\(run, .*{what}={what}.*\)"
+            ):
                 getattr(labkit, again)(run, **{key: rule for key, rule in rules.items() if key != what})
     other = labkit.replay(run, update="sgwu", partition=rules["partition"])
     assert other.origin == "counterfactual" and other.label == "SGWU + Backwards (counterfactual)"
@@ -405,6 +420,25 @@ def test_another_machine_is_named_where_bits_differ(train):
     write_json(run.path / "environment.json", environment)
     with pytest.raises(RunError, match=r"It was made with torch 0\.4\.1, which is not what is here"):
         labkit.replay(rewrite(run, lambda rows: nth(rows, "push").update(loss=0.1)))
+
+
+def test_what_is_refused_before_a_first_push_leaves_no_run_behind(train, tmp_path):
+    """Whether it shows in the settings, as the course begins, or in its first local pass."""
+    run, chance = train(), train(problem(net_with_chance), name="chance")
+    few = labkit.UDPA(stratified=True)
+    few.start = lambda *_, **__: 1 / 0
+    calls = (
+        lambda: labkit.replay(chance),
+        lambda: labkit.replay(run, update="allreduce"),
+        lambda: labkit.simulate(run, n_workers=1000),
+        lambda: labkit.simulate(run, partition=few, numerics=True),
+    )
+    there = sorted(os.listdir(tmp_path))
+    for call in calls:
+        with pytest.raises((LabError, ValueError, ZeroDivisionError)):
+            call()
+        assert sorted(os.listdir(tmp_path)) == there
+    assert labkit.compare(tmp_path).index.size == 2
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -257,12 +258,13 @@ def test_figures_tables_and_words_say_that_it_is_simulated(simulate, capsys):
         ({"servers": 0}, ValueError, "servers=0 must be at least 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, error, words, simulate):
+def test_what_makes_no_sense_is_refused_and_leaves_nothing(options, error, words, simulate, tmp_path):
     if error is None:
         assert simulate(**options).config["n_workers"] == 2
         return
     with pytest.raises(error, match=words):
         simulate(**options)
+    assert not os.listdir(tmp_path)
 
 
 # -- fitted ------------------------------------------------------------------------------------------------------------
@@ -373,6 +375,16 @@ def test_there_is_no_range_without_a_recording_or_of_many_local_passes(recorded,
     monkeypatch.setattr(scenario, "MOST_PUSHES", 10)
     many = labkit.simulate(recorded["agwu"], passes=3, runs=tmp_path)
     assert many.config["origin"]["range_s"] is None
+
+
+def test_runs_are_given_as_to_compare(recorded, tmp_path, capsys):
+    """As objects, as directories, in a list of both, or as their folder."""
+    runs = list(recorded.values())
+    given = [runs, [run.path for run in runs], [str(runs[0].path), *runs[1:]], [run.path.resolve() for run in runs]]
+    made = [labkit.simulate(source, runs=tmp_path) for source in given]
+    assert len({one.summary()["seconds"] for one in made}) == 1
+    folder = labkit.simulate(runs[0].path.parent, runs=tmp_path)
+    assert folder.config.origin["run"] == min(run.name for run in runs)
 
 
 def test_only_what_was_measured_is_fitted(recorded, tmp_path):
