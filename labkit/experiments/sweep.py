@@ -230,7 +230,7 @@ def _differing(runs: Sequence[tuple[Path, Mapping]]) -> list[str]:
     return [name for name, own in values.items() if any(value != own[0] for value in own)]
 
 
-def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping] | pd.DataFrame) -> None:
+def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping] | pd.DataFrame | None = None) -> None:
     """Hand in the results of a run, as the last cell of its notebook does: `labkit.report(run_dir, {"score": 0.9})`.
 
     `run_dir` is a parameter of the notebook, `run_dir: str = "runs/my-notebook"`; a sweep sets it to a folder of each run.
@@ -238,15 +238,23 @@ def report(run_dir: str | os.PathLike[str], results: Mapping | Sequence[Mapping]
     A dict is one row of the sweep's table, a list of dicts or a DataFrame several. A second call replaces the first. Where another
     notebook of this Jupyter server has reported into the same folder, its results stay: these go to `results-<notebook>.json`.
 
+    It is not the report of runs as a page of tables and figures: that is `labkit.plots.report(runs, "report.html")`.
+
     Examples
     --------
     >>> labkit.report("", {"score": 0.9})  # in a notebook that is run by hand, where run_dir is empty: the table alone
     """
+    page = 'The report of runs, as a page, is labkit.plots.report(runs, "report.html").'
     if hasattr(results, "columns"):
         results = results.to_dict("records")
     rows = [results] if isinstance(results, Mapping) else results
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
-        raise SweepError(f"report() needs a dict, a list of dicts or a DataFrame, not {type(results).__name__}.")
+        got = "nothing" if results is None else f"a {type(results).__name__}"
+        raise SweepError(
+            f"report(run_dir, results) hands in the results of a notebook, a dict, a list of dicts or a DataFrame, and got {got}. {page}"
+        )
+    if not isinstance(run_dir, str | os.PathLike):
+        raise TypeError(f"run_dir must be the folder of a notebook's results, not a {type(run_dir).__name__}. {page}")
     rows = [{str(name): plain(value, str(name), strict=False) for name, value in row.items()} for row in rows]
     run_dir = file_path("run_dir", run_dir).absolute()
     try:

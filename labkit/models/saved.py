@@ -2,7 +2,7 @@
 
     .pt2     a program (torch.export)       torch.export.load(path).module()(x)
     .onnx    the same as ONNX               onnxruntime.InferenceSession(path).run(None, {"x": x})
-    .pt      its weights by name            module.load_state_dict(torch.load(path))
+    .pt      its weights by name            module.load_state_dict(torch.load(path)), of the network alone or with its normalisation
 
 Programs take any number of samples. No file holds pickled code.
 
@@ -21,14 +21,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from labkit.errors import ProblemError, calling, known
+from labkit.errors import ProblemError, calling, did_you_mean
 
 ENDINGS = (".pt2", ".onnx", ".pt")
 
 
 def ending(path: Path) -> str:
     """The ending of a path, if it is one of `ENDINGS`; ValueError otherwise."""
-    return known("the ending of path", path.suffix, ENDINGS)
+    if path.suffix not in ENDINGS:
+        near = did_you_mean(path.suffix, ENDINGS) if path.suffix else ""
+        raise ValueError(f"path={str(path)!r} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}.{near}")
+    return path.suffix
 
 
 def contents(module: nn.Module, inputs: Any, names: Sequence[str], kind: str) -> bytes:

@@ -414,7 +414,17 @@ class Run(RunRecord):
 
             .pt2     a program:       torch.export.load(path).module()(x)
             .onnx    the same:        onnxruntime.InferenceSession(path).run(None, {"x": x})[0]      pip install 'labkit[onnx]'
-            .pt      the weights:     network.load_state_dict(torch.load(path)), with normalised=False for the network that was trained
+            .pt      the weights:     net.load_state_dict(torch.load(path)), saved with normalised=False
+
+        Weights that are saved with `normalised=False` have the names of your own network, which was trained on normalised samples: it is
+        called as `net.eval()(run.model().normalise(x))`. By default the file holds what normalises raw samples as well, and
+        its names are those of `run.model()`. Without labkit, of one input:
+
+            saved = torch.load("model.pt")
+            net.load_state_dict({name.removeprefix("network."): saved[name] for name in saved if name.startswith("network.")})
+            outputs = net.eval()((x - saved["normalise.centre"]) * saved["normalise.rate"])
+
+        Data that are not normalised, such as token ids, have no such entries: their network takes x itself. Missing folders are made.
 
         Programs take raw samples of any number, (n, *shape) with the channels first, a single one included: (n, 1, 8, 8) where `predict` and
         `run.model()` take (n, 8, 8) too, as a program has inputs of one number of axes. They take them as float32 where they are
@@ -433,8 +443,10 @@ class Run(RunRecord):
         path, problem = file_path("path", path), self.problem()
         kind, normalised = ending(path), flag("normalised", normalised) and not problem.is_own_load
         inputs, names = self._example(normalised)
+        made = contents(self.model(version, normalised=normalised), inputs, names, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            file.write(contents(self.model(version, normalised=normalised), inputs, names, kind))
+            file.write(made)
         return path
 
     def _example(self, normalised: bool) -> tuple[Any, list[str]]:

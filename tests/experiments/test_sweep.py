@@ -348,6 +348,14 @@ def test_what_differs_between_two_sweeps_into_one_folder_is_in_the_table(tmp_pat
     assert table[["seed", "lr"]].to_numpy().tolist() == [[1, 0.2], [2, 0.2], [1, 0.1], [2, 0.1]] and "steps" not in table
 
 
+@pytest.mark.parametrize("given", [("runs/s",), ("runs/s", "out.html"), (object(), {"score": 1}), (["runs/a", "runs/b"], {})])
+def test_who_wants_the_page_of_runs_is_led_to_it(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SweepError, TypeError), match=r"labkit\.plots\.report\(runs, "):
+        report(*given)
+    assert not list(tmp_path.iterdir()) and "labkit.plots.report(" in report.__doc__
+
+
 def test_report_accepts_dicts_and_frames_and_foreign_values(tmp_path):
     def reported(results):
         report(tmp_path / "a" / "run", results)
@@ -359,7 +367,7 @@ def test_report_accepts_dicts_and_frames_and_foreign_values(tmp_path):
     assert reported(pd.DataFrame({"x": [1, 2], "y": ["a", "b"]})) == [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}]
     assert reported([{"x": 1}, {"y": None}]) == [{"x": 1}, {"y": None}]
     for wrong in (3, "text", [1]):
-        with pytest.raises(SweepError, match="needs a dict"):
+        with pytest.raises(SweepError, match="a dict, a list of dicts or a DataFrame, and got a "):
             report(tmp_path, wrong)
     (tmp_path / "file").touch()
     with pytest.raises(SweepError, match="cannot be written"):

@@ -6,6 +6,7 @@ Used by pytest.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 
@@ -84,8 +85,20 @@ def test_weights_are_loaded_by_plain_torch(train, tmp_path):
     assert torch.equal(other(x), run.model(normalised=False)(x)) and torch.equal(other(x), run.model().network(x))
     run.save(path)
     run.model().load_state_dict(torch.load(path, weights_only=True))
-    with pytest.raises(ValueError, match=r"path='.pth' is not known. Known: .pt2, .onnx, .pt. Did you mean '.pt'"):
-        run.save(tmp_path / "weights.pth")
+    raw = torch.from_numpy(run.problem().dataset.raw(np.arange(5), "test"))
+    made = {"torch": torch, "net": net_with_statistics((1, 6, 6), 3), "x": raw, "run": run}
+    lines = inspect.cleandoc(labkit.Run.save.__doc__).split("of one input:\n")[1].split("\n\n")[0]
+    exec(inspect.cleandoc(lines).replace("model.pt", str(path)), made)  # as the docstring says it
+    assert torch.equal(made["outputs"], run.model()(raw)) and torch.equal(made["outputs"], other(run.model().normalise(raw)))
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights", "sub/weights.onnxx"])
+def test_another_ending_is_refused_by_the_path_given_and_missing_folders_are_made(name, tmp_path):
+    run = labkit.load_run(DIGITS)
+    with pytest.raises(ValueError, match=rf"path='{tmp_path / name}' must end in .pt2, .onnx or .pt\."):
+        run.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert run.save(tmp_path / "sub" / "folder" / "weights.pt").exists()
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
