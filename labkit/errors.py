@@ -240,6 +240,12 @@ def is_own_code(file: str) -> bool:
     return not os.path.abspath(file).startswith(_not_own()) and not {"site-packages", "dist-packages"} & set(Path(file).parts)
 
 
+def own_line(error: BaseException) -> str:
+    """Where in the user's own code it was raised, or what that had called raised it: "net.py:12, Net.forward"; "" where there is none of it."""
+    frames, own = _frames(error)
+    return _place(frames[own[-1]]) if own else ""
+
+
 def _frames(error: BaseException) -> tuple[list[types.TracebackType], list[int]]:
     """The parts of its traceback, the outermost first, and which of them are of the user's own."""
     frames, trace = [], error.__traceback__

@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -31,9 +32,12 @@ from labkit.errors import (
     ProblemError,
     RunError,
     calling,
+    did_you_mean,
     file_path,
     flag,
+    is_own_code,
     known,
+    own_line,
     plain_scalar,
     real,
     whole,
@@ -424,6 +428,10 @@ class Problem(Carded):
                     f"{title} cannot be compiled here: {reason}. Leave out torch.compile, or compile with what every machine of the "
                     "lab has: a C++ compiler for the default backend, none for backend='aot_eager'."
                 ) from error
+            if (line := own_line(error)) and _is_of_code(error):
+                raise ProblemError(
+                    f"{title} has an error of its own, whatever the data, in {line}: {reason}{_meant(error)}"
+                ) from error
             raise ProblemError(f"{title} {failed} {data}: {reason}{_layer_of(error)}{self._advice(error)}") from error
         score = measured.get("score", math.nan if scored else 0.0)
         fits = math.isfinite(score) if self.lower_is_better else 0 <= score <= 1
@@ -751,6 +759,24 @@ def _forwards(error: BaseException) -> Iterator[tuple[nn.Module, list[torch.Tens
         if code.co_name == "forward" and isinstance(layer, nn.Module):
             yield layer, [value for value in given if isinstance(value, torch.Tensor)]
         trace = trace.tb_next
+
+
+def _is_of_code(error: Exception) -> bool:
+    """Is it such as a misspelt name makes, and no other data would help? Not what comes of several inputs, or of labels that are not there."""
+    if isinstance(error, TypeError):  # inside a network, which is given tensors
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return any(code.co_name == "forward" and is_own_code(code.co_filename) for code in codes)
+    if isinstance(error, AttributeError):
+        return error.obj is not None and not isinstance(error.obj, tuple | list | Mapping)
+    return isinstance(error, NameError | ImportError | ZeroDivisionError)
+
+
+def _meant(error: Exception) -> str:
+    """The part of a module whose name is near to one that it does not have."""
+    if not (isinstance(error, AttributeError) and isinstance(error.obj, nn.Module)):
+        return ""
+    public = [name for name in (*vars(error.obj), *dict(error.obj.named_children())) if not name.startswith("_")]
+    return f".{near}" if (near := did_you_mean(error.name, public)) else ""
 
 
 def _met(error: BaseException, shape: tuple[int, ...]) -> bool:

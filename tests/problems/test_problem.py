@@ -273,6 +273,50 @@ def test_an_error_inside_the_model_is_explained():
     assert "pictures of one channel" not in str(caught.value), "it has met those"
 
 
+class Misspelt(nn.Module):
+    """A line of its own for each kind of slip, and one that is a matter of shapes."""
+
+    def __init__(self, slip):
+        super().__init__()
+        if slip == "constructor":
+            self.fc = nn.Linaer(64, 3)
+        self.fc, self.slip = nn.Linear(63 if slip == "shape" else 64, 3), slip
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.slip == "layer":
+            return self.fcc(x)
+        if self.slip == "tensor":
+            return self.fc(x.flaten(1))
+        if self.slip == "name":
+            return self.fc(y)  # noqa: F821
+        if self.slip == "call":
+            return self.fc(x, 3)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("slip", "reason"),
+    [
+        ("layer", r"self\.fcc\(x\).*has no attribute 'fcc'.* Did you mean 'fc'\?$"),
+        ("tensor", r"x\.flaten\(1\).*has no attribute 'flaten'"),
+        ("name", r"self\.fc\(y\).*name 'y' is not defined"),
+        ("call", r"self\.fc\(x, 3\).*takes 2 positional arguments"),
+        ("constructor", r"nn\.Linaer\(64, 3\).*has no attribute 'Linaer'"),
+    ],
+)
+def test_a_slip_in_a_network_is_its_own_error_by_its_line_and_no_matter_of_the_data(slip, reason):
+    for shape in ((1, 8, 8), (3, 4, 4)):
+        with pytest.raises(ProblemError) as caught:
+            tiny(model=lambda: Misspelt(slip), model_args=None, data=images(shape=shape)).check()
+        said = str(caught.value)
+        (number,) = re.findall(r"has an error of its own, whatever the data, in .*test_problem\.py:(\d+), Misspelt\.", said)
+        line = Path(__file__).read_text().splitlines()[int(number) - 1].strip()
+        assert re.search(reason, f"{line} {said}") and "open_dataset" not in said and "does not fit" not in said
+    with pytest.raises(ProblemError, match="does not fit data 'arrays'.*pictures of one channel|does not fit data"):
+        tiny(model=lambda: Misspelt("shape"), model_args=None).check()
+
+
 def test_an_error_while_building_is_explained():
     def broken():
         raise KeyError("hidden")
