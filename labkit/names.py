@@ -43,6 +43,9 @@ ELSEWHERE = {
     **dict.fromkeys(("device", "devices", "accelerator", "gpus"), _DEVICE),
 }
 
+# Of a problem: what the columns of its data are.
+OF_DATA = {"label": "label", "labels": "label", "target": "target", "targets": "target", "inputs": "inputs", "features": "inputs"}
+
 
 def where_given(name: str, names: Iterable[str]) -> str:
     """What to say of an argument that a call does not have: where labkit has it, by which name; `names` are those that the call has."""
@@ -58,6 +61,8 @@ def called_here(name: str, names: Iterable[str]) -> str:
         return f" In labkit it is {ours}=."
     if name in ELSEWHERE:
         return f" {ELSEWHERE[name]}"
+    if name in OF_DATA and "data" in names and "batch_size" in names:
+        return f" What the columns of data are is said as they are opened: data=labkit.open_dataset(data, {OF_DATA[name]}=...)."
     return "" if owner is None else f" {ours}= is an argument of {owner}."
 
 

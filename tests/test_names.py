@@ -48,6 +48,8 @@ def test_each_word_of_a_neighbour_leads_to_an_argument_of_labkit():
         (lambda: labkit.Classifier("lenet", "digits", val_data=3), r"data=\(x_train, y_train, x_test, y_test\)"),
         (lambda: labkit.Classifier("lenet", "digits", device="cuda"), r"gives worker i one of them"),
         (lambda: labkit.Classifier("lenet", "digits", momentun=0), r"'momentun'\. Did you mean 'momentum'\?$"),
+        (lambda: labkit.Classifier("lenet", "digits", label="kind"), r"'label'\. What .* data=labkit\.open_dataset\(data, label=\.\.\.\)\.$"),
+        (lambda: labkit.Regressor("lenet", "digits", target="t"), r"data=labkit\.open_dataset\(data, target=\.\.\.\)\.$"),
         (lambda: labkit.train(None, None, epochs=3), r"train\(\) got an unexpected keyword argument 'epochs'. In labkit it is passes=\."),
         (lambda: labkit.train(None, None, callbacks=[]), r"In labkit it is on_version=\."),
         (lambda: labkit.train(None, None, loss="mse"), r"loss= is an argument of a problem, as labkit\.Classifier\."),

@@ -192,9 +192,10 @@ def _roles(name: str, columns: Mapping[str, Source], asked: Asked) -> tuple[dict
 def _texts(name: str, column: str, role: str, given: Mapping[str, Source]) -> np.ndarray:
     """The different texts of a column of labels, in order; DataError for texts in another role."""
     if role not in ("label", "answer") or len(given["train"].shape) > 1:
+        is_class = f" Where it is the class of a sample: labkit.open_dataset(data, label={column!r})." if role == "input" else ""
         raise DataError(
             f"{name}: column {column} is text, and an {role} is numbers. Leave it out (inputs=[...]), or encode it, for instance by "
-            "pandas.get_dummies."
+            f"pandas.get_dummies.{is_class}"
         )
     found = {split: np.unique(np.concatenate(list(source.chunks()))) for split, source in given.items()}
     if len(new := np.setdiff1d(found.get("test", found["train"]), found["train"])):

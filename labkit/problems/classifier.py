@@ -122,9 +122,15 @@ class Classifier(Supervised):
         if len(targets) == 1 and targets[0].shape == () and not self._loss.of_classes:
             return 1  # numbers from 0 to 1: yes or no
         if len(targets) != 1 or len(targets[0].shape) != 1:
+            columns = [column for name in data.inputs for column in data.columns_of(name)]
+            how = (
+                f" Say which column is the label, as by labkit.open_dataset(data, label={columns[-1]!r})."
+                if len(columns) > 1
+                else ""
+            )
             raise ProblemError(
                 f"data {data.name!r} have no classes, and a Classifier needs them: one field of labels, or one of multi-hot targets of "
-                f"shape (K,). They have {data.described()}. Numbers are predicted by labkit.Regressor."
+                f"shape (K,). They have {data.described()}.{how} Numbers are predicted by labkit.Regressor."
             )
         return targets[0].shape[0]
 

@@ -9,11 +9,13 @@ import re
 
 import cloudpickle
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import labkit
 from labkit.errors import DataError, ProblemError, RunError
 from labkit.problems import Classifier, Clock
 from labkit.problems.problem import problem_from_config
@@ -301,3 +303,14 @@ def test_labels_that_are_floats_of_0_and_1_are_yes_or_no():
     problem.check()
     assert problem.n_outputs == 1 and problem.predicted(np.array([[-1.0], [1.0]], np.float32)).tolist() == [0, 1]
     assert problem.probabilities(np.zeros((2, 1), np.float32)).tolist() == [[0.5, 0.5]] * 2
+
+
+@pytest.mark.parametrize("kind", [["a", "b", "c"], [0, 1, 2]])
+def test_the_column_of_a_table_that_is_the_class_is_led_to_where_it_is_said(kind):
+    """By the call that mends it, whether its values are texts or whole numbers."""
+    table = pd.DataFrame({"wide": np.linspace(0, 1, 60), "age": np.linspace(1, 0, 60), "kind": kind * 20})
+    net = lambda shape, n: nn.Linear(shape[0], n)  # noqa: E731
+    with pytest.raises((DataError, ProblemError)) as caught:
+        labkit.Classifier(net, table).check()
+    (call,) = re.findall(r"labkit\.open_dataset\(data, label='kind'\)", str(caught.value))
+    labkit.Classifier(net, eval(call, {"labkit": labkit, "data": table}), score_samples=6).check()
