@@ -73,6 +73,8 @@ def named(function: F) -> F:
     """
     code = function.__code__
     known = frozenset(code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount])
+    places = code.co_varnames[: code.co_argcount]
+    needs = places[: len(places) - len(function.__defaults__ or ())]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -83,6 +85,12 @@ def named(function: F) -> F:
                     (type(args[0]).__name__, _of_class(type(args[0]))) if of_class else (function.__name__, _of(function))
                 )
                 raise TypeError(f"{title}() got an unexpected keyword argument {name!r}.{where_given(name, names)}")
+        if len(args) > len(places) and places[0] == "runs":
+            one = function.__name__
+            raise TypeError(f"{one}() got {len(args)} positional arguments. Give several runs as a list: {one}([a, b]).")
+        if "lab" in needs and len(args) == places.index("lab") and "lab" not in kwargs:
+            whole = f"{function.__name__}({', '.join([*places[: len(args)], 'lab'])})"
+            raise TypeError(f"{function.__name__}() needs a lab: lab = labkit.connect(n_workers=2), and then {whole}.")
         try:
             return function(*args, **kwargs)
         except Exception as error:

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from labkit.cluster.backend import Request, made_by, quiet
@@ -122,6 +123,8 @@ def connect(
     """
     if isinstance(client, type):
         raise ClusterError(_of_class(client))
+    if isinstance(kind, Integral) and not isinstance(kind, bool):
+        raise ClusterError(f"kind={kind!r} is not known. Known: {', '.join(BACKENDS)}. Did you mean connect(n_workers={kind})?")
     kind = known("kind", _kind(address, client, profile) if kind is None else kind, BACKENDS, error=ClusterError)
     joins = sum(there is not None for there in (address, client, profile))
     if joins > 1:

@@ -162,8 +162,9 @@ def open_dataset(data: Any, **options: Any) -> Dataset:
             _check_options(data, options, OF_ITEMS)
             return from_items(data, _asked(options))
         raise DataError(
-            f"No data set and no file or folder is called {str(data)!r}. Registered names: {', '.join(names())}."
-            + did_you_mean(data, names())
+            f"No data set and no file or folder is called {str(data)!r}"
+            + ("" if path.is_absolute() or str(data).isidentifier() else f" in {os.getcwd()}")
+            + f". Registered names: {', '.join(names())}.{did_you_mean(data, names())}"
         )
     pair, named_columns = isinstance(data, tuple | list), isinstance(data, Mapping) or hasattr(data, "iloc")
     if isinstance(data, Mapping) and set(data) == {"import_path", "options"}:  # as a record names it

@@ -626,6 +626,9 @@ def check_labels(name: str, given: dict[str, Source], field: str = "y") -> tuple
     return labels, n_classes, f"{name}: {n_empty} of {n_classes} classes have no sample in {y_train}." if n_empty else ""
 
 
+UNIQUE = " Renumber them with y = numpy.unique(y, return_inverse=True)[1]."
+
+
 def _integers(called: str, y: np.ndarray, n: int) -> np.ndarray:
     if y.ndim != 1:
         hint = " For one-hot rows use y.argmax(axis=1)." if y.ndim == 2 and y.shape[1] > 1 else " Use y.reshape(-1)."
@@ -640,6 +643,14 @@ def _integers(called: str, y: np.ndarray, n: int) -> np.ndarray:
         advice = ""
         if np.isfinite(y[at]) and y[at] != np.floor(y[at]):
             advice = " For numbers to be predicted give open_dataset(..., target='y')."
+        elif np.isfinite(y).all() and y[at] < 0:
+            values = np.unique(y).astype(np.float64)
+            even = len(values) == values[-1] - values[0] + 1
+            advice = (
+                f" They are {values[0]:.0f}..{values[-1]:.0f}: use y + {-values[0]:.0f}, or leave out what is no class."
+                if even
+                else UNIQUE
+            )
         raise DataError(f"{called}[{at}] is {y[at]}. Labels are whole numbers 0..K-1: nothing below 0, or beyond K-1.{advice}")
     return y.astype(np.int64)
 

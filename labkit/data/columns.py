@@ -215,7 +215,9 @@ def _decided(name: str, column: str, role: str, given: Mapping[str, Source], ask
         if not whole:
             return "target", True, ""
         if len(shape) == 1 and shape[0] > 1 and all(b.min() >= 0 and b.max() <= 1 for s in given.values() for b in s.chunks()):
-            note = f"{name}: {column} is {shape[0]} answers of yes or no a sample; give label={column!r} for classes."
+            one_hot = all((block.sum(1) == 1).all() for source in given.values() for block in source.chunks())
+            how = f"it is one-hot; for classes give {column}.argmax(1)" if one_hot else f"give label={column!r} for classes"
+            note = f"{name}: {column} is {shape[0]} answers of yes or no a sample; {how}."
             return "target", True, note
         return "label", True, ""
     if role == "input":

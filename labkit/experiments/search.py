@@ -413,8 +413,8 @@ class Search(Carded, Public):
         """
         return self.table().iloc[self._best()]
 
-    def run(self, trial: int | None = None, fold: int | None = None) -> Run:
-        """The run of a trial, by default of the best one, with its weights and its record. Its curve is measured when it is asked for:
+    def run(self, trial: int | pd.Series | None = None, fold: int | None = None) -> Run:
+        """The run of a trial, by its number or its row of `table()`, by default of the best one, with its weights and its record. Its curve is measured when it is asked for:
         no trial sees the test set."""
         number = self._number(trial)
         units = self._trials()[number]["units"]
@@ -426,12 +426,12 @@ class Search(Carded, Public):
             raise RunError(f"trial {number} of {self.name} is a notebook: {path / 'notebook.ipynb'}")
         return Run(path, problem=self._problem_of(number, fold))
 
-    def problem(self, trial: int | None = None) -> Problem:
+    def problem(self, trial: int | pd.Series | None = None) -> Problem:
         """The problem of a trial, by default of the best one, as `labkit.train` takes it: on all samples, without folds."""
         number = self._number(trial)
         return self._problem_of(number, None) or self.run(number).problem()._folded(None)
 
-    def training(self, trial: int | None = None) -> dict[str, Any]:
+    def training(self, trial: int | pd.Series | None = None) -> dict[str, Any]:
         """What `labkit.train` gets beside the problem in a trial, by default in the best one: update, partition, passes and so on."""
         number = self._number(trial)
         if self._is_notebook:
@@ -592,7 +592,10 @@ class Search(Carded, Public):
             raise RunError(f"no trial of search {self.name} has a score.{errors[0] if errors else ''}")
         return max(told, key=told.__getitem__)
 
-    def _number(self, trial: int | None) -> int:
+    def _number(self, trial: Any) -> int:
+        """Of a trial by its number, or by its row of a table; by default of the best one."""
+        if hasattr(trial, "keys") and "trial" in trial:
+            trial = trial["trial"]
         return self._best() if trial is None else whole("trial", trial, 0, len(self._trials()) - 1)
 
     def _problem_of(self, number: int, fold: int | None) -> Problem | None:

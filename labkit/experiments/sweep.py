@@ -34,6 +34,7 @@ from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.locks import alone
 from labkit.names import named
 from labkit.runs.files import find_json, is_folder, write_json
+from labkit.runs.record import directories
 from labkit.tables import Table
 
 ROOM = 50e6  # bytes that must be free where the runs go
@@ -168,7 +169,12 @@ def summary(out: str | os.PathLike[str]) -> pd.DataFrame:
     >>> labkit.summary("tonight").score.tolist()  # of a sweep that is running, too
     [0.9]
     """
-    return read(out)[0]
+    table, folder = read(out)[0], file_path("out", out)
+    if table.empty and not (folder / "sweep.json").exists():
+        runs = [run for run in directories(folder) if run != folder]
+        what = f"{len(runs)} runs, of which labkit.compare({str(folder)!r}) is the table" if runs else "no runs"
+        print(f"{folder} is no folder of a sweep: it holds {what}.")
+    return table
 
 
 def read(out: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[str]]:

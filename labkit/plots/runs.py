@@ -64,6 +64,8 @@ def curves(
     >>> labkit.plots.save(figure, "curves.png").name
     'curves.png'
     """
+    if hasattr(x, "events"):
+        raise TypeError("curves() got a run as x. Give several runs as a list: curves([a, b]).")
     x, y = known("x", x, AXES), text("y", y)
     runs = style.some_runs(runs)
     lower = any(run.config.lower_is_better for run in runs)  # of scores

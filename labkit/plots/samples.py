@@ -38,7 +38,8 @@ def confusion(run: Any, data: Any = None, version: int | str | None = None) -> h
     data_set, table = _predicted(run, data, version)
     if data_set.n_classes is None or "label" not in table:
         raise ProblemError(
-            "a confusion matrix is of one label a sample, or one a pixel, as a Classifier has them. See run.predictions()."
+            "a confusion matrix is of one label a sample, or one a pixel, as a Classifier has them. See run.predictions(). Where targets are "
+            "one-hot, train on their classes: y.argmax(1) in place of y."
         )
     k, names = data_set.n_classes, data_set.classes or [str(n) for n in range(data_set.n_classes)]
     truth, said = (np.concatenate([np.ravel(cell) for cell in table[column]]) for column in ("label", "predicted"))

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.errors import RunError, instance, plain_scalar, several
 from labkit.imports import rule_title
+from labkit.names import named
 from labkit.runs import labels
 from labkit.runs.record import RunRecord, directories
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
+SHOWN = 5  # names in a line
 FIRST = ("run", "score", "loss", "seconds", "state", "reason")  # a narrow terminal has room for few columns
 
 
+@named
 def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> pd.DataFrame:
     """The cost cards of several runs, a row a run, labelled by its strategy and what differs among them: "AGWU + IDPA, lr 0.01".
 
@@ -44,7 +46,9 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
 
     given = [_runs("runs", runs)] if isinstance(runs, (RunRecord, str, Path)) else several("runs", runs, _runs)
     runs = list(chain.from_iterable(given))
-    cards, unread = [], []  # in the order given; those of which not even the settings can be read come last
+    if not runs:
+        print("No runs were given to compare: the table is empty.")
+    cards, unread, unmeasured = [], [], []  # in the order given; those of which not even the settings can be read come last
     for run in runs:
         try:
             run = RunRecord(run) if isinstance(run, (str, Path)) else run
@@ -52,11 +56,23 @@ def compare(runs: RunRecord | str | Path | Iterable[RunRecord | str | Path]) -> 
             unread.append({"run": Path(run).name, "name": Path(run).name, "state": "damaged", "reason": str(error)})
             continue
         try:
-            cards.append((run, run.summary()))
+            card, is_measured = run.read_summary()
+            cards.append((run, card))
+            unmeasured += [] if is_measured else [run]
         except RunError as error:
             rules = {"update": rule_title(run.config.update), "partition": rule_title(run.config.partition)}
             about = {"name": run.name, **rules, "state": "damaged", "origin": run.origin, "seed": run.config.seed}
             cards.append((run, {**about, "reason": str(error)}))
+    if len(unmeasured) == 1:
+        unmeasured[0].summary()  # which says how to measure it
+    elif unmeasured:
+        names = ", ".join(run.name for run in unmeasured[:SHOWN]) + (
+            f" and {more} more" if (more := len(unmeasured) - SHOWN) > 0 else ""
+        )
+        print(
+            f"No scores of {len(unmeasured)} runs are measured yet: {names}. Of each, run = labkit.load_run(path), run.problem() and run.curve() "
+            "measure them, if you trust who made it; labkit.load_run(path, problem=problem).curve() where its model is of a notebook or a script."
+        )
     runs = [run for run, _ in cards]
     rows = [{"run": label, **card} for label, (_, card) in zip(labels.labels(runs), cards, strict=True)] + unread
     columns = dict.fromkeys(name for row in sorted(rows, key=lambda row: "reason" in row) for name in row)

@@ -59,6 +59,7 @@ class RunRecord(Carded, Public):
             "layout",
             "opened_problem",
             "read_curve",
+            "read_summary",
             "recorded",
             "tested",
             "trained",
@@ -342,11 +343,16 @@ class RunRecord(Carded, Public):
         each one that occurred, as in figures. Where no curve was measured, and it cannot be without importing what the record names, score and
         loss are None, which is printed.
         """
+        card, is_measured = self.read_summary()
+        if not is_measured:
+            self._say(f"No score of run {self.name} is measured yet. {self._how_to_measure}")
+        return card
+
+    def read_summary(self) -> tuple[dict, bool]:
+        """`summary()`, of which nothing is printed, and whether the curve is there, if the run has ended."""
         state = self.state
         measured = state != "running" and (self._measurable or (self.path / metrics.FILE).exists())
-        if state != "running" and not measured:
-            self._say(f"No score of run {self.name} is measured yet. {self._how_to_measure}")
-        return self.card(state, self._curve() if measured else None)
+        return self.card(state, self._curve() if measured else None), measured or state == "running"
 
     def card(self, state: str, curve: pd.DataFrame | None) -> dict:
         """`summary()` of a run in this state with this curve; without a curve no score and no loss."""

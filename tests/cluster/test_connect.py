@@ -81,6 +81,7 @@ def test_a_run_goes_on_where_a_worker_of_its_lab_was_lost(monkeypatch, capsys):
 
 REQUESTS = {
     "kind='thread' is not known. Known: threads, dask, ipyparallel, slurm. Did you mean 'threads'?": {"kind": "thread"},
+    "kind=2 is not known. Known: threads, dask, ipyparallel, slurm. Did you mean connect(n_workers=2)?": {"kind": 2},
     "kind='mpi' is not known. Known: threads, dask, ipyparallel, slurm.": {"kind": "mpi"},
     "n_workers=0 must be at least 1.": {"n_workers": 0},
     "must be at most 65536": {"n_workers": 10**30},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -329,6 +330,16 @@ def test_labels_out_of_range_are_refused():
     refused((x, y + 1), "y - 1")
     refused((x, y, x, np.where(np.arange(17) == 6, 3, y)), "y_test[6] is 3", "end at 2")
     refused((x, np.full(17, 2**63, dtype=np.uint64)), "y[0] is")
+
+
+@pytest.mark.parametrize("labels", [(-1, 0, 1), (1, 2, 3), (-1, 1), (-30, -10, 5), (-2.0, -1.0)])
+def test_labels_that_do_not_count_from_0_are_mended_by_what_the_message_says(labels):
+    x, y = np.random.default_rng(0).random((30, 4)), np.resize(labels, 30)
+    with pytest.raises(DataError) as caught:
+        open_dataset((x, y))
+    (mended,) = re.findall(r"(?:use|with y =) (y [+-] \d+|numpy\.unique\(y, return_inverse=True\)\[1\])", str(caught.value))
+    data = open_dataset((x, eval(mended, {"y": y, "numpy": np})))
+    assert data.n_classes == len(labels)
 
 
 def test_an_empty_class_is_noted():

@@ -271,3 +271,11 @@ def test_files_with_named_columns(tmp_path):
     refused(tmp_path / "a.parquet", "no column 'y'", "label=")
     with pytest.raises(ValueError, match="holds none"):
         open_dataset(os.path.dirname(open_dataset("digits").path), target="price")
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_answers_of_yes_or_no_that_are_one_hot_are_said_to_be(one_hot):
+    y = np.eye(3, dtype=int)[np.arange(30) % 3]
+    y[4, :] = [0, 1, 0] if one_hot else [1, 1, 0]
+    note = open_dataset({"x": np.ones((30, 2)), "y": y}).note
+    assert ("one-hot; for classes give y.argmax(1)" in note) == one_hot and "3 answers of yes or no a sample" in note

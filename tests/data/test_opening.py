@@ -42,6 +42,13 @@ def test_a_dataset_is_returned_as_it_is():
     assert open_dataset(data) is data
 
 
+def test_a_missing_path_is_said_with_the_folder_in_which_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.csv", "data/train.parquet"):
+        refused(name, f"is called {name!r} in {tmp_path}. ")
+    refused("fashon", "is called 'fashon'. ")
+
+
 def test_unknown_and_missing_paths_are_refused(tmp_path):
     refused(str(tmp_path / "nothing.parquet"), "nothing.parquet", "Registered names")
     (tmp_path / "a.csv").write_text("1,2")

@@ -155,7 +155,7 @@ def test_a_trial_is_a_run_of_its_point_and_the_search_is_read_back(search, probl
     assert best.config["update"]["name"] == "sgwu" and best.config["problem"]["model_args"] == {"width": found.best.width}
     measured = found.problem().measure(best.model().network, best.problem().score_indices())
     assert found.best.score == pytest.approx(measured["score"], abs=1e-6)
-    assert found.problem().lr == found.best.lr and found.training()["update"] == "sgwu"
+    assert found.problem().lr == found.problem(found.front().iloc[0]).lr == found.best.lr and found.training()["update"] == "sgwu"
     assert not any(found.path.glob("trials/*/metrics.parquet"))  # no trial has seen the test set
     read = labkit.load_search(found.path)
     assert read.table().equals(table) and read.state == "done" and read.replay().points == found.points == found.replay().points

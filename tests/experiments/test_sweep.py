@@ -253,7 +253,7 @@ def test_a_lab_executes_the_runs_and_its_breakdown_is_an_error(tmp_path, instant
 # -- summary -----------------------------------------------------------------------------------------------------------
 
 
-def test_summary_shows_each_reported_row_and_keeps_names_apart(tmp_path, instant, monkeypatch):
+def test_summary_shows_each_reported_row_and_keeps_names_apart(tmp_path, instant, monkeypatch, capsys):
     notebook = write(tmp_path / "n.ipynb", "1")
     table = sweep(notebook, {"seed": [1, 2]}, out=tmp_path / "out", progress=False)
     report(Path(table["notebook"][0]).parent, [{"seed": 7, "status": "x"}, {"seed": 8, "q": None}])
@@ -273,6 +273,12 @@ def test_summary_shows_each_reported_row_and_keeps_names_apart(tmp_path, instant
         summary(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert list(summary(tmp_path / "empty")["status"]) == []
+    assert "is no folder of a sweep: it holds no runs." in capsys.readouterr().out
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").touch()
+    assert summary(tmp_path / "runs").empty
+    assert f"2 runs, of which labkit.compare({str(tmp_path / 'runs')!r}) is the table" in capsys.readouterr().out
 
 
 def test_a_parameter_called_seconds_has_its_column(tmp_path, instant):

@@ -91,6 +91,15 @@ def test_what_is_missing_is_an_error(run):
     assert compare([]).empty
 
 
+def test_scores_that_are_not_measured_are_said_in_one_line(run, capsys):
+    compare([])
+    assert capsys.readouterr().out == "No runs were given to compare: the table is empty.\n"
+    for n in (1, 2, 7):
+        compare([run] * n)
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 1 and run.name in said[0] and "labkit.load_run(" in said[0] and (n == 1 or f"of {n} runs" in said[0])
+
+
 def test_one_run_is_compared_as_a_list_of_it_is_and_what_is_no_run_is_refused(run):
     whole = compare([run])
     for one in (run, run.path, str(run.path), np.array([str(run.path)])):
