@@ -43,7 +43,8 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     shares = [versions[i::n] for i in range(n) if versions[i::n]]
     items = [(problem, str(run.path), share, run.config) for share in shares]
     measured: list[dict[str, float]] = []  # here; what workers have is not known before they are done
-    on = "the whole test set" if problem.test_samples is None else f"{problem.test_samples:,} test samples"
+    n_test = run.config.problem.get("test_samples")  # of the record: what workers are sent is packed
+    on = "the whole test set" if n_test is None else f"{n_test:,} test samples"
 
     def text() -> str:
         how_far = f"{len(versions)} versions" if lab else f"{len(measured)} of {len(versions)} versions"
