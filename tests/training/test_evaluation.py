@@ -47,7 +47,7 @@ def told(monkeypatch):
 
 
 def test_what_takes_long_to_measure_is_told_with_how_far_it_is_and_what_makes_it_shorter(train, told, monkeypatch):
-    run = ended(train(problem(), passes=2, checkpoints=4))
+    run = ended(train(problem(test_samples=20), passes=2, checkpoints=4))
     n = len(checkpoints.versions(run.path))
     a_problem, counted = problem(test_samples=20), []
 
