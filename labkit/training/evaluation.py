@@ -44,7 +44,7 @@ def measure(run: RunRecord, problem: Problem, lab: Lab | None = None, workers: S
     items = [(problem, str(run.path), share, run.config) for share in shares]
     measured: list[dict[str, float]] = []  # here; what workers have is not known before they are done
     n_test = run.config.problem.get("test_samples")  # of the record: what workers are sent is packed
-    on = "the whole test set" if n_test is None else f"{n_test:,} test samples"
+    on = "the whole test set" if n_test is None else f"{n_test} test samples"  # whatever a problem of one's own has there
 
     def text() -> str:
         how_far = f"{len(versions)} versions" if lab else f"{len(measured)} of {len(versions)} versions"
