@@ -289,14 +289,18 @@ class Tail:
 
 
 class Table:
-    """All events of a run as a table (`read_events`), of which only what was added since is read."""
+    """All events of a run as a table (`read_events`), of which only what was added since is read; safe from several threads."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path, self._reading = Path(path), threading.Lock()
         self._begin()
 
     def read(self) -> pd.DataFrame:
         """The table; it is the same object as before where nothing was added."""
+        with self._reading:
+            return self._refresh()
+
+    def _refresh(self) -> pd.DataFrame:
         try:
             about = (self.path / FILE).stat()
             stamp = about.st_size, about.st_mtime_ns, about.st_ino

@@ -174,11 +174,13 @@ class RunRecord(Carded, Public):
 
     def _fitting(self, ended: dict | None, saved: list[int]) -> pd.DataFrame:
         """The events, of which only what was added is read, and which fit how the run `ended` and the versions `saved`."""
-        if self._table is None or self._table.path != self.path:
-            self._table = Table(self.path)
-        table = self._table.read()
-        if self._checked is None or self._checked[0] is not table or self._checked[1:] != (ended, saved):
-            how_it_ended.check(self.path, table, self.config, ended, saved)
+        path = self.path
+        reader, checked = self._table, self._checked  # once: other threads may read the run, too
+        if reader is None or reader.path != path:
+            reader = self._table = Table(path)
+        table = reader.read()
+        if checked is None or checked[0] is not table or checked[1:] != (ended, saved):
+            how_it_ended.check(path, table, self.config, ended, saved)
             self._checked = table, ended, saved
         return table
 

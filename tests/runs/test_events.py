@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import zlib
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 
 from labkit.errors import RunError
+from labkit.runs import events
 from labkit.runs.events import COLUMNS, CRC, Recorder, Table, Tail, effective, read_events
 
 
@@ -102,6 +104,26 @@ def test_a_tail_gives_each_event_once_and_whole(recorder, tmp_path):
         file.write(' "ä"}\n17\n')
     with pytest.raises(RunError, match=r"line 3 is damaged: it does not fit its checksum"):
         tail.read()
+
+
+def test_threads_that_read_one_table_at_once_get_each_event_once(recorder, tmp_path, monkeypatch):
+    """As a live figure and a cell do, of one run."""
+    for _ in range(20):
+        recorder.event("hold", worker=0)
+    both, read = threading.Barrier(2), events.read_lines_since
+
+    def at_once(*arguments):
+        lines = read(*arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # the other one has read the same lines, if it could
+        return lines
+
+    monkeypatch.setattr(events, "read_lines_since", at_once)
+    table, tables = Table(tmp_path), []
+    threads = [threading.Thread(target=lambda: tables.append(table.read())) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert [list(read.seq) for read in tables] == [list(range(20))] * 2 and list(table.read().seq) == list(range(20))
 
 
 def test_another_clock_sets_the_time_and_a_copy_retains_its_time(tmp_path):
