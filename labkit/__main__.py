@@ -1,4 +1,4 @@
-"""The command line: `python -m labkit demo | notebooks | sweep | summary | search | watch | report | gallery | doctor`.
+"""The command line: `python -m labkit demo | notebooks | sweep | summary | search | compare | watch | report | gallery | doctor`.
 
 Everything here can be done from a notebook too; the commands are for batch systems, for `make run`, and for finding out
 what a machine has. Exit code: 0 when all went well, 1 when a run or a probe failed, 2 for a wrong request.
@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ from labkit.experiments.demo import copy_notebooks, demo
 from labkit.experiments.notebook import parameters
 from labkit.experiments.sweep import summary, sweep
 from labkit.imports import imported
+from labkit.runs.compare import compare
+from labkit.runs.config import RunConfig
+from labkit.runs.record import directories
 from labkit.runs.summary import plain
+from labkit.runs.unfinished import look
 from labkit.training.page import serve
 
 
@@ -137,6 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--kind", choices=["threads", "dask", "ipyparallel"], help="where the workers are")
     search.add_argument("--n-workers", type=int, metavar="N", help="workers of the lab")
     search.set_defaults(run=_search)
+
+    runs = add(
+        "compare", help="print a table of runs: what came out, which still go on, and the calls that follow or continue those"
+    )
+    runs.add_argument(
+        "runs", nargs="*", default=["runs"], metavar="RUN", help="directory of a run, or a folder of runs (default: runs)"
+    )
+    runs.set_defaults(run=_compare)
 
     page = add("watch", help="follow a run on a page of its own, on this machine")
     page.add_argument("path", metavar="RUN", help="its directory")
@@ -327,6 +340,19 @@ def parse_constraints(texts: Sequence[str]) -> dict[str, Any]:
         ends = [_value(end.strip(), "", name) if end.strip() else None for end in values.split(":")]
         found[name] = ends[0] if len(ends) == 1 else tuple(ends)
     return found
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+def _compare(options: argparse.Namespace) -> tuple[int, Any]:
+    table = compare(options.runs)
+    print(repr(table) if sys.stdout.isatty() else table.to_string(max_colwidth=100, float_format="{:.4g}".format))
+    for path in chain.from_iterable(map(directories, options.runs)):
+        with contextlib.suppress(LabError):  # a row of the table says why it cannot be read
+            if run := look(path, RunConfig.load(path)):
+                print(run.text)
+    return int(not {"failed", "damaged"}.isdisjoint(table["state"])), records(table.reset_index())
 
 
 # -- watch -------------------------------------------------------------------------------------------------------------

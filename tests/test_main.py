@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import labkit
 from labkit import __main__ as cli
 from labkit.__main__ import main, parse_grid
 from labkit.errors import SweepError
+from tests.helpers import Slow, ended, problem, until
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_the_version_is_printed(capsys):
 
 def test_each_command_answers_in_json(capsys):
     (commands,) = (action.choices for action in cli._parser()._actions if action.dest == "command")
-    assert {"demo", "doctor", "gallery", "report", "search", "summary", "sweep", "watch"} <= set(commands)
+    assert {"compare", "demo", "doctor", "gallery", "report", "search", "summary", "sweep", "watch"} <= set(commands)
     for name, command in commands.items():
         assert "--json" in command.format_help(), name
 
@@ -107,6 +109,30 @@ def test_sweep_and_summary_in_a_shell(notebook, tmp_path):
     second = run("summary", "out")
     assert second.returncode == 1 and second.stderr == ""
     assert second.stdout == first.stdout.split("failed\n")[-1]
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+def test_compare_names_what_came_out_and_what_still_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with labkit.connect("threads", 1) as lab:
+        ended(labkit.train(problem(), lab, passes=1, name="first"))
+        run = labkit.train(problem(kind=Slow), lab, passes=500, name="second")
+        until(lambda: len(run.events.query("kind == 'merge'")) > 0)
+        assert main(["compare"]) == 0
+        table, _, last = capsys.readouterr().out.rstrip().rpartition("\n")
+        assert last.startswith("Run 'second' still goes on in process ") and last.endswith(
+            "labkit.load_run('runs/second').attach() follows it."
+        )
+        assert [len(re.findall(rf"\b{word}\b", table)) for word in ("first", "second", "done", "running")] == [1, 1, 1, 1]
+        run.stop()
+    (tmp_path / "runs/third").mkdir()
+    (tmp_path / "runs/third/config.json").write_text("{")
+    assert main(["compare", "runs", "--json"]) == 1  # one is damaged
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"]: row["state"] for row in rows} == {"first": "done", "second": "stopped", "third": "damaged"}
+    assert main(["compare", "runs/first"]) == 0 and "goes on" not in capsys.readouterr().out
 
 
 # -- search ------------------------------------------------------------------------------------------------------------
