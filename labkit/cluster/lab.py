@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from labkit.cards import Card, Carded
 from labkit.cluster.backend import About, Answer, Backend, Request, quiet
@@ -357,6 +357,12 @@ class Lab(Carded, Public, AbstractContextManager):
     def __exit__(self, *exc: object) -> None:
         self.entered -= 1
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a lab holds connections of the process that made it, and stays there. In code for workers leave it out: give them what "
+            "they need of it, such as n = len(lab)"
+        )
 
     def __repr__(self) -> str:
         if self.closed:

@@ -218,7 +218,9 @@ def check_travels(*things: Problem | Update | Partition) -> None:
     """ProblemError, by name, where the problem cannot go to workers (also to threads: each has its own), or a rule to the server."""
     for thing in things:
         if error := unpicklable(thing):
-            lost = next((name for name, value in vars(thing).items() if unpicklable(value)), None)
+            travels = thing.__getstate__()
+            attributes = travels.items() if isinstance(travels, dict) else ()
+            lost = next((name for name, value in attributes if unpicklable(value)), None)
             what = f"its {lost!r} holds something that" if lost else "it"
             raise ProblemError(
                 f"{type(thing).__name__} cannot be sent to workers and server: {what} cannot be pickled ({error}). Make locks, files, "

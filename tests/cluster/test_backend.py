@@ -123,6 +123,7 @@ def test_what_cannot_be_sent_is_one_error_on_every_back_end(lab):
             r"abs\(\) or what it is given cannot be sent to a worker \(TypeError: cannot pickle '_thread.lock' object\)",
         ),
         (abs, (i for i in (1,)), r"cannot pickle 'generator' object"),
+        (lambda _: len(lab), 1, r"cannot be sent to a worker \(TypeError: a lab holds connections .* n = len\(lab\)\)"),
         (lambda _, held=threading.Lock(): held, 1, "cannot be sent to a worker"),  # noqa: B008
         (abs, Unloadable(), r"abs\(\) or what it is given cannot be loaded on a worker \(ValueError"),
     ):

@@ -468,6 +468,15 @@ def test_what_cannot_travel_is_refused_by_name_before_anything_is_begun(tmp_path
             labkit.train(problem(model), lab, runs=tmp_path)
         with pytest.raises(ProblemError, match="Waiting cannot be sent to workers and server: its 'lock' holds"):
             labkit.train(problem(), lab, update=Waiting(), runs=tmp_path)
+
+        class Counted(labkit.Classifier):
+            def step(self, *given):
+                return {**super().step(*given), "workers": len(lab)}
+
+        with pytest.raises(
+            ProblemError, match=r"Counted cannot .*: it cannot be pickled \(TypeError: a lab holds connections.* n = len\(lab\)"
+        ):
+            labkit.train(problem(kind=Counted), lab, runs=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
