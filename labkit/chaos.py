@@ -50,6 +50,7 @@ __getattr__, __dir__ = face(__name__)
 
 FAULTS = ("kill", "freeze", "drop", "join")
 FROZEN_S = (0.5, 8.0)  # how long a storm freezes a worker: shorter and longer than heartbeat_timeout
+STOPS_S = 5.0  # so long a process is waited for until it stands still
 JOIN_S = 30.0  # how long a storm waits for a worker that it has added
 
 
@@ -70,6 +71,8 @@ def kill(lab: Lab, worker: int) -> None:
 def freeze(lab: Lab, worker: int) -> None:
     """Stop a worker process (SIGSTOP) until `thaw`: it is there and does nothing, as when its machine swaps or sleeps.
 
+    Returns when all its threads stand still, which on a busy machine takes a moment.
+
     Examples
     --------
     >>> with labkit.connect("dask", 2) as processes:
@@ -79,7 +82,10 @@ def freeze(lab: Lab, worker: int) -> None:
     ...     run.wait().state
     'done'
     """
-    _send(_process(lab, worker), signal.SIGSTOP)
+    _send(process := _process(lab, worker), signal.SIGSTOP)
+    limit = time.monotonic() + STOPS_S
+    while not _stands_still(process) and time.monotonic() < limit:
+        time.sleep(0.002)
 
 
 def thaw(lab: Lab, worker: int) -> None:
@@ -358,6 +364,15 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         raise ClusterError(f"process {process.pid} has ended already.") from error
     except psutil.AccessDenied as error:
         raise ClusterError(f"process {process.pid} is another user's.") from error
+
+
+def _stands_still(process: psutil.Process) -> bool:
+    """Has each of its threads been stopped? So is a process that has ended."""
+    try:
+        threads = [psutil.Process(thread.id) for thread in process.threads()] if psutil.LINUX else [process]
+        return all(thread.status() == psutil.STATUS_STOPPED for thread in threads)
+    except psutil.Error:
+        return not process.is_running()
 
 
 def _server(run: Run) -> dict:

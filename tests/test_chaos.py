@@ -147,6 +147,11 @@ def test_what_is_impossible_is_refused(threads):
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_workers_freeze_thaw_die_and_come_back_and_a_storm_can_be_stopped_with_every_worker_thawed(processes, tmp_path):
+    process = psutil.Process(processes.workers[1].pid)
+    for _ in range(20):  # it stands still when `freeze` returns, also on a busy machine
+        chaos.freeze(processes, 1)
+        assert process.status() == psutil.STATUS_STOPPED
+        chaos.thaw(processes, 1)
     chaos.freeze(processes, 1)
     task = processes.start(1, os.getpid)
     with pytest.raises(ClusterError, match="did not finish within"):

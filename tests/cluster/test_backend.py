@@ -405,7 +405,7 @@ def test_real_processes(place, capfd, monkeypatch, tmp_path):
     assert lab.start(2, os.getpid).result(20) == lab.workers[2].pid
     assert (tmp_path / "begun").read_text() == f"{pids[1]}\n"  # and never again
 
-    os.kill(lab.workers[0].pid, signal.SIGSTOP)
+    labkit.chaos.freeze(lab, 0)
     begun = time.monotonic()
     assert lab.lost() == [] and lab.refresh() == [2]  # who asks under no name hears of those that are free
     with pytest.raises(ClusterError, match=r"worker 0 did not finish within 0\.2 s"):
