@@ -118,7 +118,8 @@ class Ranks(Replicas):
                 "the model or the problem draws random numbers (dropout, say), and the ranks of an all-reduce are replayed side by side in "
                 "one process, which has one generator. What a step draws from clock.generator is replayed."
             )
-        self.done |= {rank: one.result() for rank, one in made.items()}
+        # Who was lost and is back has not made this local pass: its next push is of another one.
+        self.done |= {rank: one.result() for rank, one in made.items() if group[rank] is self.workers[rank]}
 
     def _of_rank(self, rank: int, group: Mapping[int, Incarnation], errors: list[BaseException]) -> dict:
         """In a thread of its own; an error is added to `errors`."""
