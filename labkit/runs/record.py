@@ -87,17 +87,18 @@ class RunRecord(Carded, Public):
     @property
     def path(self) -> Path:
         """Where the run is now. Another run of its name may have taken its place; then it is kept under a number beside that."""
-        seen = _identity(self._path)
+        path = self._path  # once: other threads may follow the run, too
+        seen = _identity(path)
         if seen is None or seen != self._seen:  # another file than the last time: of this run still, as when it is resumed?
-            id = _id(self._path)
+            id = _id(path)
             if id != self.config.id:
-                kept = [it for it in self._path.absolute().parent.glob(f"{self._path.name}.*") if _id(it) == self.config.id]
+                kept = [it for it in path.absolute().parent.glob(f"{path.name}.*") if _id(it) == self.config.id]
                 if kept:
-                    self._path, self._table = kept[0], None
+                    path, seen = kept[0], _identity(kept[0])
                 elif id is not None:
-                    raise RunError(f"{self._path} holds another run now, and run {self.config.name} is not beside it any more.")
-            self._seen = _identity(self._path)
-        return self._path
+                    raise RunError(f"{path} holds another run now, and run {self.config.name} is not beside it any more.")
+            self._path, self._seen = path, seen
+        return path
 
     # -- its state -----------------------------------------------------------------------------------------------
 
@@ -169,8 +170,14 @@ class RunRecord(Carded, Public):
     @property
     def events(self) -> pd.DataFrame:
         """One row an event, in order (columns: `labkit.runs.events.COLUMNS`)."""
-        ended, saved = self._ended(), checkpoints.versions(self.path)  # before the table, which may grow meanwhile
-        return _table(self._fitting(ended, saved).copy())
+        while True:
+            ended, saved = self._ended(), checkpoints.versions(self.path)  # before the table, which may grow meanwhile
+            try:
+                return _table(self._fitting(ended, saved).copy())
+            except RunError:
+                if self._ended() == ended:
+                    raise
+                # else it was resumed meanwhile, or has ended: the one was read before that, the other after it
 
     def _fitting(self, ended: dict | None, saved: list[int]) -> pd.DataFrame:
         """The events, of which only what was added is read, and which fit how the run `ended` and the versions `saved`."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from labkit.errors import RunError
-from labkit.runs import metrics
+from labkit.runs import checkpoints, metrics, record
 from labkit.runs.compare import compare
 from labkit.runs.events import Recorder
 from labkit.runs.files import write_json
@@ -66,6 +68,50 @@ def test_a_renamed_directory_is_followed(run, tmp_path):
         again = RunRecord(path)
         run.config.replace(id="a third").save(path)
         again.flat()
+
+
+def test_threads_find_a_run_that_was_set_aside_at_once(run, tmp_path, monkeypatch):
+    """One has just seen that another run is in its place when the other one has found it."""
+    path, looked, seen, found = run.path, record._id, threading.Event(), threading.Event()
+
+    def look(folder):
+        id = looked(folder)
+        if threading.current_thread() is not threading.main_thread() and folder == path:
+            seen.set()
+            assert found.wait(20)
+        return id
+
+    path.rename(tmp_path / "a.1")
+    path.mkdir()
+    run.config.replace(id="another").save(path)
+    monkeypatch.setattr(record, "_id", look)
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(lambda: run.path)
+        try:
+            assert seen.wait(20) and run.path == tmp_path / "a.1"
+        finally:
+            found.set()
+        assert late.result(20) == tmp_path / "a.1"
+
+
+def test_a_run_that_is_resumed_while_it_is_read_is_not_damaged(run, monkeypatch):
+    write_json(run.path / "status.json", {"state": "stopped", "reason": "", "events": 2})
+    versions = checkpoints.versions
+
+    def resumed(path):
+        if (path / "status.json").exists():
+            (path / "status.json").unlink()
+            recorder = Recorder(path)
+            recorder.event("resume", version=0)
+            recorder.close()
+        return versions(path)
+
+    monkeypatch.setattr(checkpoints, "versions", resumed)
+    assert list(run.events.kind) == ["start", "allocate", "resume"]
+    write_json(run.path / "status.json", {"state": "stopped", "reason": "", "events": 9})
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="holds 3 of 9 events"):
+        run.events  # noqa: B018
 
 
 def test_a_run_whose_place_another_has_taken_is_named_by_its_number(run, tmp_path):
