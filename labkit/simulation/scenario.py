@@ -67,15 +67,16 @@ def of_runs(runs: Sequence[Run]) -> tuple[Timing, RunConfig]:
         if run.config.update["name"] == "allreduce":
             raise RunError(f"run {run.name} is an all-reduce, which exchanges within every step. Give a run of another update.")
     state = [(run.path, len(run.events)) for run in runs]
-    if runs[0] not in _fits or _fits[runs[0]]["state"] != state:
-        _fits[runs[0]] = {"state": state, "timing": (timing := fit(runs))}
+    fitted = _fits.get(runs[0])  # once: another thread may fit it together with other runs
+    if fitted is None or fitted["state"] != state:
+        fitted = _fits[runs[0]] = {"state": state, "timing": (timing := fit(runs))}
         if rough := list(map(_rough, filter(_is_rough, timing.paces))):
             without = " (emulation taken out)" if any(run.config.emulated for run in runs) else ""
             print(
                 f"The fit is rough: {'; '.join(rough)}{without}. A prediction from it is as uncertain. Record more local passes, on a machine "
                 "that does nothing else, or give several runs."
             )
-    return _fits[runs[0]]["timing"], runs[0].config
+    return fitted["timing"], runs[0].config
 
 
 def _is_rough(pace: Pace) -> bool:
@@ -206,13 +207,16 @@ def recorded_changes(run: Run) -> list[Change]:
     ]
 
 
-def compared(run: Run, update: Update, partition: Partition, batch_size: int) -> float | None:
-    """Simulated against measured wall time of a fitted run as it was: the relative error; None where it has no end. Printed once.
+def compared(run: Run, timing: Timing, update: Update, partition: Partition, batch_size: int) -> float | None:
+    """Simulated, by this fit, against measured wall time of a run as it was: the relative error; None where it has no end. Printed once.
 
     `update` and `partition` are used where they are the run's own, which may be of classes that only their user has.
     """
-    if "error" not in (known := _fits[run]):
-        known["error"] = _compared(run, known["timing"], update, partition, batch_size)
+    known = _fits.get(run, {})
+    if known.get("timing") is not timing:  # another thread has fitted it together with other runs meanwhile
+        known = {}
+    if "error" not in known:
+        known["error"] = _compared(run, timing, update, partition, batch_size)
     return known["error"]
 
 

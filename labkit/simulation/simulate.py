@@ -138,7 +138,7 @@ def simulate(
     else:
         failures = None if failures is None else scenario.checked_failures(failures, config.n_workers)
         changes = scenario.changes(failures or ())
-    error = scenario.compared(base, update, partition, batch_size) if base else None
+    error = scenario.compared(base, timing, update, partition, batch_size) if base else None
     asked = {"bandwidth": bandwidth, "latency": latency, "servers": servers, "n_weights": None if n_weights is None else size}
     asked |= {"failures": failures}
     config = config.replace(batch_size=batch_size, scenario=asked)

@@ -11,7 +11,11 @@ import math
 import os
 import re
 import shutil
+import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -309,6 +313,32 @@ def recorded(tmp_path_factory):
             )
             for update, kind, p in (("sgwu", labkit.Classifier, 3), ("agwu", Slow, 8))
         }
+
+
+def test_threads_that_fit_a_run_alone_and_together_with_others_have_each_its_own(recorded, monkeypatch):
+    """One is about to return its fit when the other one has made another."""
+    run, other = recorded["sgwu"], recorded["agwu"]
+    made, others = threading.Event(), threading.Event()
+
+    def is_rough(pace):
+        if pace == 1:
+            made.set()
+            assert others.wait(20)
+        return False
+
+    monkeypatch.setattr(scenario, "fit", lambda runs: SimpleNamespace(paces=[len(runs)]))
+    monkeypatch.setattr(scenario, "_is_rough", is_rough)
+    monkeypatch.setattr(scenario, "_fits", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(scenario, "_compared", lambda run, timing, *rules: timing.paces[0])
+    with ThreadPoolExecutor(1) as pool:
+        alone = pool.submit(scenario.of_runs, [run])
+        try:
+            assert made.wait(20) and scenario.of_runs([run, other])[0].paces == [2]
+        finally:
+            others.set()
+        timing, _ = alone.result(20)
+    assert timing.paces == [1] and scenario.compared(run, timing, None, None, 1) == 1
+    assert scenario.compared(run, scenario.of_runs([run, other])[0], None, None, 1) == 2
 
 
 @pytest.mark.slow
