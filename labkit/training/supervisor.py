@@ -25,7 +25,7 @@ import numpy as np
 from labkit.cluster.lab import Lab, Task, Worker
 from labkit.errors import ClusterError, LabError, RunError, WireError, WorkerError, traceback_of
 from labkit.inner.precision import Precision
-from labkit.locks import DirectoryLock
+from labkit.locks import DirectoryLock, alone
 from labkit.problems.problem import Problem
 from labkit.problems.trial import Fingerprint
 from labkit.runs import status as how_it_ended
@@ -206,7 +206,8 @@ class Supervisor:
             problem = as_recorded(self.problem, self.run)
             if ended and problem is self.problem:
                 problem = self.sent
-            measure(self.run, problem, self.lab if ended else None, ended)
+            with alone(self.path):  # who asks for it meanwhile, by another handle, waits and reads it
+                measure(self.run, problem, self.lab if ended else None, ended)
         except Exception as error:
             return f"its curve is not measured yet: {error}"
         return ""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
 import labkit
+from labkit import locks
 from labkit.runs import checkpoints
+from labkit.training import evaluation, supervisor
 from labkit.training.evaluation import measure
 from labkit.training.run import Run
 from tests.helpers import ended, net_with_statistics, problem, until
@@ -33,6 +38,56 @@ def test_a_curve_that_was_not_measured_is_measured_when_it_is_asked_for(train):
     curve = run.curve()
     (run.path / "metrics.parquet").unlink()
     assert labkit.load_run(run.path, problem=a_problem).curve().equals(curve) and (run.path / "metrics.parquet").exists()
+
+
+def test_a_curve_that_two_threads_ask_for_at_once_is_measured_once(train, monkeypatch):
+    """By one handle, and by another one of the same run."""
+    run = ended(train(problem(), passes=1))
+    (run.path / "metrics.parquet").unlink()
+    again, measured, asked = labkit.load_run(run.path, problem=problem()), [], evaluation.as_recorded
+    at_once = threading.Barrier(3)
+
+    def ask(*given):  # the last thing before it is measured
+        at_once.wait(20)
+        return asked(*given)
+
+    monkeypatch.setattr(evaluation, "as_recorded", ask)
+    monkeypatch.setattr(evaluation, "measure", lambda *given: measured.append(1) or measure(*given))
+    with ThreadPoolExecutor(3) as pool:
+        one, *others = [curve.result(60) for curve in [pool.submit(handle.curve) for handle in (run, run, again)]]
+    assert all(one.equals(other) for other in others) and len(measured) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_asks_for_a_curve_that_is_being_measured_waits_for_it(fails, train, monkeypatch):
+    """As by another handle of the kernel that trains the run."""
+    begun, goes_on, waits, measured, alone = threading.Event(), threading.Event(), threading.Event(), [], locks.alone
+
+    def count(*given):
+        measured.append(1)
+        begun.set()
+        assert goes_on.wait(20)
+        if fails and len(measured) == 1:
+            raise RuntimeError("no curve")
+        return measure(*given)
+
+    def wait(folder):
+        waits.set()
+        return alone(folder)
+
+    monkeypatch.setattr(evaluation, "measure", count)
+    monkeypatch.setattr(supervisor, "measure", count)
+    monkeypatch.setattr(locks, "alone", wait)
+    run = train(problem(), passes=1)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            assert begun.wait(60)
+            curve = pool.submit(labkit.load_run(run.path, problem=problem()).curve)
+            assert waits.wait(20)
+        finally:
+            goes_on.set()
+        assert len(curve.result(20)) and len(measured) == 1 + fails
+    run.wait(60)
 
 
 @pytest.fixture
