@@ -31,6 +31,10 @@ _seeding = threading.RLock()  # workers in threads share the generators
 _turns = threading.Condition()
 _drawing: set[int] = set()  # threads in a step that may draw from torch's generator
 _building: set[int] = set()  # threads that build a module from a seed
+_modes = threading.Lock()
+_evaluated: dict[
+    int, tuple[int, bool]
+] = {}  # by id of a part of a module: how often it is being evaluated, and was it in training before?
 WAIT_S = 1.0  # so long the two wait for each other at most: a step may wait for that of another worker
 
 
@@ -146,7 +150,7 @@ def seeded(seed: int, alone: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[nn.Module]:
-    """The module itself (not its DistributedDataParallel), in evaluation mode and without gradients.
+    """The module itself (not its DistributedDataParallel), in evaluation mode and without gradients; several threads may be inside at once.
 
     Examples
     --------
@@ -159,14 +163,23 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
     """
     if isinstance(module, DistributedDataParallel):
         module = module.module  # a forward pass of the wrapper may wait for the other workers
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+    parts = list(module.modules())
+    with _modes:
+        for part in parts:  # a part that another thread evaluates has been in training if it was before that
+            others, training = _evaluated.get(id(part), (0, part.training))
+            _evaluated[id(part)] = others + 1, training
     try:
+        module.eval()
         with torch.no_grad():
             yield module
     finally:
-        for part in training:
-            part.training = True
+        with _modes:
+            for part in parts:
+                n, training = _evaluated.pop(id(part))
+                if n > 1:
+                    _evaluated[id(part)] = n - 1, training
+                elif training:
+                    part.training = True
 
 
 def describe(model: Any) -> str:

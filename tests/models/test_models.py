@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -68,6 +70,35 @@ def test_a_step_that_waits_for_that_of_another_worker_holds_a_build_up_for_a_whi
         built.set()
     thread.join()
     assert ended.is_set()
+
+
+def test_what_one_thread_has_evaluated_another_one_still_evaluates_without_dropout():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.9), nn.BatchNorm1d(3))
+    net[0].eval()
+    before, evaluates, leaves = copy.deepcopy(net.state_dict()), threading.Barrier(2), threading.Event()
+
+    def other():
+        with evaluating(net):
+            evaluates.wait(20)
+            assert leaves.wait(20)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(other)
+        evaluates.wait(20)
+        try:
+            with evaluating(net) as plain:
+                leaves.set()
+                first.result(20)
+                x = torch.ones(4, 3)
+                assert torch.equal(plain(x), plain(x)) and not any(part.training for part in net.modules())
+                with evaluating(net[1]):
+                    pass
+                assert not net[1].training
+        finally:
+            leaves.set()
+    assert [part.training for part in net.modules()] == [True, False, True, True]
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items()), "statistics were moved"
+    assert not models._evaluated
 
 
 def test_evaluating_restores_after_an_error():
