@@ -132,11 +132,9 @@ class DaskWorkers:
         if self.closed:
             return {}
         if self.in_process:
-            for _ in range(3):
-                with contextlib.suppress(RuntimeError):  # it changed while it was read
-                    states = list(self.client.cluster.scheduler.workers.values())
-                    return {f"{s.address} {s.local_directory}": s.name for s in states if self._has_resources(s.resources)}
-            return self._known
+            # At once, as its own thread adds and removes workers meanwhile: what it holds is a dict that yields its values by their keys.
+            states = list(dict.values(self.client.cluster.scheduler.workers))
+            return {f"{s.address} {s.local_directory}": s.name for s in states if self._has_resources(s.resources)}
         with self._asking:
             return self._ask_who_is_there()
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import dask
@@ -27,6 +28,22 @@ from tests.cluster.test_backend import has_begun, skip_without, until
 from tests.cluster.work import work
 
 pytestmark = pytest.mark.usefixtures("closed")
+
+
+def test_who_is_there_can_be_asked_while_a_worker_is_removed(monkeypatch):
+    """The scheduler does so in a thread of its own: at the worst when the address has been read, and the worker not yet."""
+    with labkit.connect("threads", 3) as lab:
+        scheduler = lab.client.cluster.scheduler
+
+        class Losing(type(scheduler.workers)):
+            def __getitem__(self, address):
+                if threading.current_thread() is threading.main_thread() and len(self) == 3:
+                    del self[address]
+                return super().__getitem__(address)
+
+        monkeypatch.setattr(scheduler, "workers", Losing(scheduler.workers))
+        assert lab.lost() == []
+        monkeypatch.undo()
 
 
 SCRIPT = """
