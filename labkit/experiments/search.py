@@ -344,8 +344,9 @@ class Search(Carded, Public):
         from labkit.tables import Table
 
         feasible = ["feasible"] if self.config.get("constraints") else []
-        signs = self._signs()
-        rows = [self._row(number, trial, signs) for number, trial in enumerate(self._trials())]
+        trials = [dict(trial) for trial in self._trials()]  # as they are now: the search may go on meanwhile
+        signs = self._signs()  # afterwards: a run ends before its trial has a value
+        rows = [self._row(number, trial, signs) for number, trial in enumerate(trials)]
         score, *last = COLUMNS
         names = self._study.space.names
         table = Table(rows, columns=["trial", *names, score, *self._others(), *feasible, *last])
@@ -392,7 +393,8 @@ class Search(Carded, Public):
     def front(self) -> pd.DataFrame:
         """The rows of `table()` that no other one is better than in every objective (the Pareto front), the best score first; of those
         that keep the constraints. Of a single objective that is the best one."""
-        return self.table().iloc[self._front()]
+        numbers = self._front()  # before the table, in which these are then told
+        return self.table().iloc[numbers]
 
     def importance(self) -> pd.Series:
         """By parameter, the largest first: how much it decides whether a trial is among the best tenth (PED-ANOVA, Watanabe et al., IJCAI
@@ -411,7 +413,8 @@ class Search(Carded, Public):
         As the best of all trials it is an optimistic score: `labkit.train(found.problem(), lab, **found.training())` measures it on the
         test set.
         """
-        return self.table().iloc[self._best()]
+        number = self._best()
+        return self.table().iloc[number]
 
     def run(self, trial: int | pd.Series | None = None, fold: int | None = None) -> Run:
         """The run of a trial, by its number or its row of `table()`, by default of the best one, with its weights and its record. Its curve is measured when it is asked for:
@@ -524,7 +527,7 @@ class Search(Carded, Public):
 
     def _signs(self) -> list[int]:
         """Of each objective: -1 where less is better; as the first run that ended without an error says."""
-        units = (unit for trial in self._trials() for unit in trial["units"].values())
+        units = (unit for trial in self._trials() for unit in list(trial["units"].values()))
         return next(
             (unit["signs"] for unit in units if unit["ended"] is not None and not unit["error"]), [1] * self._study.n_objectives
         )

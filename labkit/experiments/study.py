@@ -181,7 +181,7 @@ class Study:
             frozen.datetime_start = began + timedelta(seconds=trial["asked"])
             if trial["told"] is not None:
                 frozen.datetime_complete = began + timedelta(seconds=trial["told"])
-            for fold, unit in trial["units"].items():
+            for fold, unit in list(trial["units"].items()):
                 frozen.set_user_attr("workers" if fold is None else f"workers of fold {fold}", unit["workers"])
             if trial["error"]:
                 frozen.set_user_attr("error", trial["error"])
@@ -297,9 +297,9 @@ class Study:
             trial["worse"] = PRUNERS[self.prune].is_worse(self.trials, line["report"])
         elif "end" in line:
             unit = self.trials[line["end"]]["units"][line["fold"]]
-            unit |= {name: line[name] for name in ("score", "sign", "error", "passes")} | {"ended": line["seconds"]}
+            ended = {name: line[name] for name in ("score", "sign", "error", "passes")} | {"ended": line["seconds"]}
             more = {"measured": {}, "whole": True, "signs": [line["sign"]]}
-            unit |= {name: line.get(name, default) for name, default in more.items()}
+            unit |= ended | {name: line.get(name, default) for name, default in more.items()}  # at once, for who looks meanwhile
         elif "leave" in line:
             trial = self.trials[line["leave"]]
             del trial["units"][line["fold"]]

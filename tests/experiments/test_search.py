@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -805,6 +806,80 @@ def test_a_fold_that_is_stopped_on_its_way_has_no_score(search, problem, monkeyp
 
 
 # -- objectives, constraints, notebooks ------------------------------------------------------------------------------------
+
+
+class Unit(dict):
+    """A run of a trial; when it is looked at, the thread of the search does something."""
+
+    def __init__(self, unit, does):
+        super().__init__(unit)
+        self.todo = [does]
+
+    def __getitem__(self, name):
+        value = super().__getitem__(name)
+        if name in ("ended", "workers") and self.todo:
+            self.todo.pop()()
+        return value
+
+    def __ior__(self, other):
+        self.update(other)
+        for look in self.todo:
+            look()
+        return self
+
+
+def under_way():
+    """A search of which a first run has begun, and its study."""
+    study = Study(Space({"lr": (0.01, 0.1)}), "random", 0, 3)
+    config = {"method": "random", "trials": 9, "target": None, "folds": None, "problem": {}, "objectives": [["loss", -1]]}
+    study.ask()
+    study.begin(0, None, [0])
+    return search_module.Search(Path("s"), config, study), study
+
+
+@pytest.mark.parametrize("look", [lambda found: found.table(), lambda found: found._study.frozen(datetime(2026, 11, 30))])
+def test_a_search_can_be_looked_at_while_another_fold_begins(look):
+    found, study = under_way()
+    study.trials[0]["units"][None] = Unit(study.trials[0]["units"][None], lambda: study.begin(0, 1, [1]))
+    look(found)
+    assert len(study.trials[0]["units"]) == 2 and len(found.table()) == 1
+
+
+def test_a_score_of_which_less_is_better_is_never_shown_with_another_sign():
+    """Who looks in the moment in which the first run has ended, or its trial is told, sees the score as it is, or none yet."""
+    found, study = under_way()
+
+    def end():
+        study.end(0, None, 0.25, -1)
+        study.tell(0, "done", -0.25)
+
+    study.trials[0]["units"][None] = Unit(study.trials[0]["units"][None], end)
+    assert found.table().score.isna().all() and found.table().score.tolist() == [0.25]
+    found, study = under_way()
+    seen, unit = [], study.trials[0]["units"][None]
+    study.trials[0]["units"][None] = unit = Unit(unit, lambda: None)
+    unit.todo = [lambda: seen.append((dict(unit)["ended"] is not None, found.lower_is_better))]
+    study.end(0, None, 0.25, -1)
+    assert seen and seen[-1] == (True, True) and (True, False) not in seen
+
+
+@pytest.mark.parametrize("best", [lambda found: found.best, lambda found: found.front().iloc[0]])
+def test_the_best_trial_is_one_that_has_ended_also_where_a_better_one_ends_just_now(best, monkeypatch):
+    found, study = under_way()
+    study.end(0, None, 0.25, -1)
+    study.tell(0, "done", -0.25)
+    table = search_module.Search.table
+
+    def tell(found):
+        seen = table(found)
+        study.begin(study.ask(), None, [0])
+        study.end(1, None, 0.125, -1)
+        study.tell(1, "done", -0.125)
+        return seen
+
+    monkeypatch.setattr(search_module.Search, "table", tell)
+    row = best(found)
+    assert row.state == "done" and row.score == 0.25
 
 
 def test_several_objectives_have_a_front_and_constraints_are_kept(search, problem, stand_ins, monkeypatch, capsys):
