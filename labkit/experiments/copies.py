@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC
 from pathlib import Path
@@ -71,7 +72,7 @@ class _Lines(BaseJournalBackend):
 def write_sqlite(file: Path, name: str, n_objectives: int, trials: Sequence[FrozenTrial]) -> None:
     """A study as a SQLite file, which replaces an earlier one. Optuna makes the tables; rows are written all at once, as one by one
     they take milliseconds each."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     draft.unlink(missing_ok=True)
     try:
         with quiet():
@@ -130,12 +131,20 @@ def _utc(time: Any) -> str | None:
     return None if time is None else time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
+_inside: list[int] = []  # the verbosity as it was, once for each block that is quiet
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna announces each study, and which optional package of its own is not there."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    """Optuna announces each study, and which optional package of its own is not there. Several threads may be inside at once."""
+    with _lock:
+        _inside.append(_inside[0] if _inside else optuna.logging.get_verbosity())
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         yield
     finally:
-        optuna.logging.set_verbosity(level)
+        with _lock:
+            before = _inside.pop()
+            if not _inside:
+                optuna.logging.set_verbosity(before)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 import optuna
 import pytest
 
-from labkit.experiments.copies import write_sqlite
+from labkit.experiments import copies
+from labkit.experiments.copies import quiet, write_sqlite
 from labkit.experiments.space import Space
 from labkit.experiments.study import STORAGE, Study
 
@@ -46,3 +49,35 @@ def test_optuna_reads_both_copies_alike(tmp_path, n_objectives):
     sqlite.remove_session()
     sqlite.engine.dispose()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.db", "log.jsonl", STORAGE]
+
+
+def test_two_threads_may_write_one_copy_at_once(tmp_path, monkeypatch):
+    """As the end of a search and `to_sqlite` do."""
+    study, both = Study(SPACE, "random", 0, 3), threading.Barrier(2)
+    for _ in range(3):
+        study.ask()
+    tables = copies._tables
+
+    def at_once(trials):
+        both.wait(20)
+        return tables(trials)
+
+    monkeypatch.setattr(copies, "_tables", at_once)
+    with ThreadPoolExecutor(2) as pool:
+        written = [pool.submit(write_sqlite, tmp_path / "a.db", "a", 1, study.frozen(datetime(2026, 11, 29))) for _ in range(2)]
+        assert [one.result(60) for one in written] == [None, None]
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'a.db'}")
+    assert len(optuna.load_study(study_name="a", storage=storage).trials) == 3 and [*tmp_path.iterdir()] == [tmp_path / "a.db"]
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def test_optuna_says_what_it_said_before_also_after_several_threads_were_quiet_at_once():
+    before = optuna.logging.get_verbosity()
+    first, second = quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert optuna.logging.get_verbosity() == optuna.logging.ERROR, "the other one is still inside"
+    second.__exit__(None, None, None)
+    assert optuna.logging.get_verbosity() == before
