@@ -16,6 +16,7 @@ import glob
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -148,16 +149,26 @@ def made_by(thing: Any, package: str) -> bool:
     return any(cls.__module__.partition(".")[0] == package for cls in type(thing).__mro__)
 
 
+_levels: dict[str, int] = {}  # of the loggers that are quiet: as it was before
+_inside = [0]
+_quieting = threading.Lock()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Dask logs a lot about workers that come and go; in a notebook that reads like failure."""
-    below = [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
-    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "asyncio", "bokeh", *below)]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
+    """Dask logs a lot about workers that come and go; in a notebook that reads like failure. Several threads may be inside at once."""
+    with _quieting:
+        _inside[0] += 1
+        below = [name for name in list(logging.root.manager.loggerDict) if name.startswith("distributed.")]
+        for name in ("distributed", "tornado", "asyncio", "bokeh", *below):
+            _levels.setdefault(name, logging.getLogger(name).level)
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        with _quieting:
+            _inside[0] -= 1
+            if not _inside[0]:
+                for name, level in _levels.items():
+                    logging.getLogger(name).setLevel(level)
+                _levels.clear()

@@ -191,13 +191,13 @@ def _free_name() -> str:
 
 def current() -> Lab | None:
     """The lab of this process that was asked for last, of those that are open."""
-    return next((lab for _, lab in reversed(_labs.values()) if not lab.closed), None)
+    return next((lab for _, lab in reversed(list(_labs.values())) if not lab.closed), None)
 
 
 @atexit.register
 def close_all() -> None:
     """Close every lab of this process."""
-    for lab in [*_beside, *(lab for _, lab in _labs.values())]:
+    for lab in [*_beside, *(lab for _, lab in list(_labs.values()))]:
         lab.close()
     if getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1"):
         # An interrupt ends this script, and Python means to end by the signal (130 in a shell). It forgets that with every text that is

@@ -100,6 +100,7 @@ class Lab(Carded, Public, AbstractContextManager):
         self._names: dict[str, str] = {}  # holder -> what messages call it
         self._paths: dict[str, str] = {}  # holder -> the directory of its run
         self._arrivals: list[int] = []
+        self._added: set[int] = set()  # places in these of the workers that `add` has returned
         self._seen: dict[str, int] = {}  # holder -> how many arrivals it has been given
         self._asked: dict[Hashable, Answer | None] = {}  # newcomers that were asked who they are
         self._lock = threading.RLock()
@@ -196,17 +197,28 @@ class Lab(Carded, Public, AbstractContextManager):
         """Start n more workers, where this lab started the cluster itself; their indices, once they have come."""
         self._check_open()
         n, timeout = whole("n", n, error=ClusterError), real("timeout", timeout, above=0)
-        before, limit = len(self._arrivals), time.monotonic() + timeout
-        known = len(self) if self._backend.keeps_names else 0  # who comes back to an old index meanwhile is not new
+        limit = time.monotonic() + timeout
         with quiet():
-            self._backend.add(n)
-            while len(came := [index for index in self._arrivals[before:] if index >= known]) < n:
+            with self._lock:
+                before = len(self._arrivals)
+                known = len(self) if self._backend.keeps_names else 0  # who comes back to an old index meanwhile is not new
+                self._backend.add(n)
+            while len(came := self._came(before, known, n)) < n:
                 if time.monotonic() > limit:
                     raise ClusterError(f"{len(came)} of {n} new workers came in {timeout:g} s. {self._backend.trouble()}".strip())
                 time.sleep(0.05)
                 with self._lock:
                     self._admit(DESCRIBE_S)
         return came
+
+    def _came(self, before: int, known: int, n: int) -> list[int]:
+        """Those of the arrivals behind `before` that are new, and not of another thread that adds workers, too: n of them, or all if they are
+        fewer."""
+        with self._lock:
+            new = [at for at in range(before, len(self._arrivals)) if self._arrivals[at] >= known and at not in self._added]
+            if len(new) >= n:
+                self._added.update(new[:n])
+            return [self._arrivals[at] for at in new[:n]]
 
     def admit(self, request: Request) -> None:
         """Wait for the first workers and number them in the order of their names, or of their ranks under MPI."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from torch import nn
 import labkit
 from labkit import chaos
 from labkit.cluster import connect as connecting
+from labkit.cluster.backend import quiet
 from labkit.errors import ClusterError, WorkerError
 from labkit.runs import checkpoints
 from tests.cluster.work import boom, odd, slow, where, work, worker_error
@@ -418,3 +420,15 @@ def test_real_processes(place, capfd, monkeypatch, tmp_path):
     assert time.monotonic() - begun < 25
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
     assert not list(scratch.iterdir()) and capfd.readouterr() == ("", "")
+
+
+def test_loggers_are_as_before_also_after_several_threads_were_quiet_at_once():
+    """One waits for a worker that it has added while another one closes a lab."""
+    loggers = [logging.getLogger(name) for name in ("asyncio", "tornado", "distributed.scheduler")]
+    before, first, second = [logger.level for logger in loggers], quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert {logger.level for logger in loggers} == {logging.CRITICAL + 1}, "the other one is still inside"
+    second.__exit__(None, None, None)
+    assert [logger.level for logger in loggers] == before

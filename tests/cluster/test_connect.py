@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -179,3 +180,15 @@ def test_a_scheduler_by_its_address(cluster):
     with labkit.connect(address=cluster.scheduler_address) as lab:
         assert lab.lost() == []
     assert cluster.status.name == "running"
+
+
+def test_the_lab_of_this_kernel_can_be_asked_for_while_another_one_is_connected(monkeypatch):
+    class Closed:
+        @property
+        def closed(self):  # when it is looked at, another thread has one more
+            labs.setdefault("third", (None, SimpleNamespace(closed=False, close=lambda: None)))
+            return True
+
+    labs = {"first": (None, SimpleNamespace(closed=False, close=lambda: None)), "second": (None, Closed())}
+    monkeypatch.setattr(connecting, "_labs", labs)
+    assert connecting.current() is labs["first"][1] and connecting.current() is labs["third"][1]

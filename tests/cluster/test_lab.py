@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -131,6 +131,27 @@ def test_who_comes_back_while_another_one_is_added_is_not_the_new_one():
 
     backend.add = add
     assert lab.add(1, timeout=10) == [2] and lab.workers[0].pid == 5 and lab.lost() == []
+
+
+def test_two_threads_that_add_a_worker_each_have_one_each():
+    """As two newcomers of a storm of faults."""
+    backend, both = FakeWorkers(True, a=("0", about(1))), threading.Barrier(2)
+    lab, asked = a_lab(backend), []
+
+    def add(n):
+        asked.append(n)
+        if len(asked) == 2:  # the first one comes when both wait
+            backend.workers["b"] = ("1", about(2))
+            threading.Timer(0.3, backend.workers.update, [{"c": ("2", about(3))}]).start()
+
+    def begin():
+        both.wait(20)
+        return lab.add(1, timeout=10)
+
+    backend.add = add
+    with ThreadPoolExecutor(2) as pool:
+        came = [one.result(20) for one in [pool.submit(begin) for _ in range(2)]]
+    assert sorted(came) == [[1], [2]] and len(lab) == 3
 
 
 def test_newcomers_that_are_frozen_or_die_hold_nobody_up(monkeypatch):
