@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from labkit.inner.inner import Inner
 from labkit.inner.layers import attributes, trace
 from labkit.inner.pool import ThreadPool
 from labkit.inner.samples import has_batch_statistics, refuse
+from labkit.locks import alone
 
 BLOCKS = (128, 64, 32, 16)  # samples; those that are tried beside a thread's whole part
 SEARCHED = 3  # times each
@@ -308,9 +310,12 @@ class Engine:
         folder, own = os.path.dirname(os.fspath(self.remembered)), f"{os.fspath(self.remembered)}.{os.getpid()}"
         try:
             os.makedirs(folder, exist_ok=True)
-            with open(own, "w", encoding="utf-8") as file:
-                json.dump(self._remembered() | {key: block}, file)
-            os.replace(own, self.remembered)
+            with alone(
+                Path(folder)
+            ):  # workers, threads or processes, have searched at the same time: none forgets what others remember
+                with open(own, "w", encoding="utf-8") as file:
+                    json.dump(self._remembered() | {key: block}, file)
+                os.replace(own, self.remembered)
         except OSError:  # such as a full disk: it is searched again next time
             return
 

@@ -283,13 +283,12 @@ class Supervised(Problem):
         if type(self).step is Supervised.step:
             return
         called: list[bool] = []
-        self.backward = lambda *batch: called.append(True) or type(self).backward(self, *batch)
-        try:
-            with seeded(seed):
-                batch = self.load(self.train_indices()[: min(2, self.batch_size)])
-                self.step(module, batch, self.optimisers(module), Clock(0, 1, 0.0, noise(seed, 0)))
-        finally:
-            del self.backward
+        tried = object.__new__(type(self))  # another thread may check, or train, this problem at the same time
+        vars(tried).update(vars(self))
+        tried.backward = lambda *batch: called.append(True) or self.backward(*batch)
+        with seeded(seed):
+            batch = self.load(self.train_indices()[: min(2, self.batch_size)])
+            tried.step(module, batch, tried.optimisers(module), Clock(0, 1, 0.0, noise(seed, 0)))
         if not called:
             raise ProblemError(
                 f"{self._title()}: {type(self).__name__} has a step() of its own, which inner= does not reach. Call self.backward(module, x, y) in "

@@ -1,7 +1,10 @@
 """`labkit.inner.engine`: which way a step is computed, remembered and repeated; and what comes of it in a run."""
 
+import contextlib
 import json
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from torch.nn import functional as F
 import labkit
 from labkit.errors import ProblemError
 from labkit.inner.engine import Engine, Way
+from labkit.models import seeded
+from labkit.problems import supervised
 from labkit.problems.problem import Clock
 from labkit.training.worker.allreduce import ProcessGroup, check_problem
 from labkit.training.worker.heartbeat import Heartbeat
@@ -80,6 +85,22 @@ def test_a_layer_that_is_computed_whole_sees_the_whole_batch():
         other = stepped(Engine(labkit.Inner(threads=2, split="samples", block=1, whole=["2"])), module, n)
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_what_workers_find_at_once_is_all_remembered(tmp_path, monkeypatch):
+    """Threads of one process, say: one has read what is remembered, and is about to write."""
+    file, n, dump = tmp_path / "inner.json", 6, json.dump
+    engine, at_once = Engine(labkit.Inner(threads=2), file), threading.Barrier(n)
+
+    def late(found, to):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            at_once.wait(0.2)  # the others have read as much, if they could
+        dump(found, to)
+
+    monkeypatch.setattr("labkit.inner.engine.json.dump", late)
+    with ThreadPoolExecutor(n) as pool:
+        list(pool.map(engine._remember, [f"key {at}" for at in range(n)], [16] * n))
+    assert json.loads(file.read_text()) == {f"key {at}": 16 for at in range(n)} and [*tmp_path.iterdir()] == [file]
 
 
 def test_what_is_remembered_is_of_a_shape(tmp_path):
@@ -363,6 +384,23 @@ class Parts(labkit.Classifier):
 
 def dense():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.usefixtures("cache")
+def test_two_threads_may_check_one_problem_with_a_step_of_its_own_at_once(pictures, monkeypatch):
+    problem, both = Reached(smooth, pictures, inner=labkit.Inner(threads=2, split="none")), threading.Barrier(2)
+    module = problem.new_module(0)
+
+    @contextlib.contextmanager
+    def at_once(seed):
+        both.wait(20)
+        with seeded(seed):
+            yield
+
+    monkeypatch.setattr(supervised, "seeded", at_once)
+    with ThreadPoolExecutor(2) as pool:
+        assert [one.result(60) for one in [pool.submit(problem._check_step, module, 0) for _ in range(2)]] == [None, None]
+    assert "backward" not in vars(problem)
 
 
 @pytest.mark.usefixtures("cache")
