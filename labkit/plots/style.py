@@ -13,8 +13,10 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +81,7 @@ PICTURES = (".png", ".svg", ".pdf")  # what matplotlib writes
 MODES = ("static", "interactive")
 
 _loaded: dict[str, str | None] = {}
+_replacing = threading.Lock()  # the streams of the process, by one thread at a time
 
 
 def extension(mode: str | None = None) -> str:
@@ -191,13 +194,42 @@ def _cell() -> tuple[str | None, str | None]:
     return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
 
 
-def _quiet() -> Any:
-    """A context in which nothing is displayed in a notebook."""
-    if shell() is None:
-        return nullcontext()
-    from IPython.utils.capture import capture_output
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What this thread prints and displays in a notebook is dropped. Of other threads, which may say how far a run is, all is there."""
+    if (ipython := shell()) is None:
+        yield
+        return
+    with _replacing:
+        publisher, streams, own = ipython.display_pub, (sys.stdout, sys.stderr), threading.get_ident()
+        publish, quiet = publisher.publish, [_OfOthers(stream) for stream in streams]
 
-    return capture_output()
+        def publish_of_others(*args: Any, **named: Any) -> None:
+            if threading.get_ident() != own:
+                publish(*args, **named)
+
+        publisher.publish = publish_of_others
+        sys.stdout, sys.stderr = quiet
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = streams
+            publisher.publish = publish
+            for stream in quiet:
+                stream.own = None  # who has taken it for the stream can go on with it
+
+
+class _OfOthers:
+    """A stream that drops what the thread writes that has made it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.own = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.own else self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> Path:

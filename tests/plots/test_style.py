@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -59,6 +61,29 @@ def test_a_figure_is_a_drawing_too_and_other_endings_are_refused(run, tmp_path):
     assert plots.save(run.balance().hvplot.line("pass", "ratio"), tmp_path / "x.pdf").read_bytes()[:4] == b"%PDF"
     with pytest.raises(ValueError, match=r"'x\.jpg'.*\.png, \.svg, \.pdf or \.html"):
         plots.save(figure, tmp_path / "x.jpg")
+
+
+def test_what_other_threads_say_while_a_library_is_loaded_quietly_is_there(monkeypatch, capsys):
+    """As a search that goes on prints a line for each trial."""
+    displayed = []
+    publisher = SimpleNamespace(publish=lambda data: displayed.append(data))
+    monkeypatch.setattr(style, "shell", lambda: SimpleNamespace(display_pub=publisher))
+
+    def say(text):
+        print(text)
+        print(text, file=sys.stderr)
+        publisher.publish(text)
+
+    before = sys.stdout, sys.stderr
+    with ThreadPoolExecutor(1) as pool, style._quiet():
+        say("loaded")
+        pool.submit(say, "a trial").result(20)
+        taken = sys.stdout
+    assert (sys.stdout, sys.stderr) == before
+    say("drawn")
+    print("by what was loaded", file=taken)
+    assert displayed == ["a trial", "drawn"]
+    assert capsys.readouterr() == ("a trial\ndrawn\nby what was loaded\n", "a trial\ndrawn\n")
 
 
 @pytest.mark.parametrize("length", [8, 20, 30, 39])
