@@ -132,7 +132,7 @@ def _of_sweep(folder: Path, less: set[str]) -> list[Row]:
 def _of_search(search: Search, less: set[str]) -> list[Row]:
     table = search.table()
     less |= {"score"} if search.lower_is_better else set()
-    points = search.points
+    points = search.points[: len(table)]  # more may have been asked for since
     names = dict.fromkeys(name for point in points for name in point)
     measured = [name for name in table.columns if name not in (*names, *ABOUT)]
     rows = []

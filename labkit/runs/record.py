@@ -412,8 +412,10 @@ class RunRecord(Carded, Public):
                 raise RunError(self._timed_alone())
             if not versions:
                 raise RunError(f"run {self.name} has no weights in {self.path / checkpoints.FOLDER}.")
+            if (last := self._last_saved()) > versions[-1]:
+                versions = checkpoints.versions(self.path)  # it may have ended since
             version = versions[-1]
-            if (last := self._last_saved()) > version:
+            if last > version:
                 raise RunError(
                     f"{checkpoints.file_of(self.path, last)} is missing, the last version of run {self.name}. Put a copy of it back; "
                     f"the newest that is there is version {version}."

@@ -15,6 +15,7 @@ import pytest
 import labkit
 from labkit.__main__ import main
 from labkit.errors import RunError
+from labkit.experiments.search import Search
 from labkit.experiments.space import Space
 from labkit.experiments.study import Study
 from tests.plots.test_report import Page
@@ -116,6 +117,22 @@ def test_a_sweep_has_its_parameters_its_results_and_its_notebooks(tmp_path):
     assert columns["result", "seconds"]["values"] == [1, 1], "its own, of which the first front is"
     assert columns["result", "notebook_seconds"]["values"] == [3, 3]
     assert rows[1]["links"] == [{"text": "notebook", "href": "./n-1/notebook.ipynb"}]
+
+
+def test_a_search_that_goes_on_meanwhile_has_the_trials_of_its_table(tmp_path, monkeypatch):
+    study = Study(Space({"lr": (0.01, 0.1)}), "random", 0, 3)
+    config = {"method": "random", "trials": 9, "target": None, "folds": None, "problem": {}}
+    study.ask()
+    table = Search.table
+
+    def asks(found):
+        seen = table(found)
+        study.ask()
+        return seen
+
+    monkeypatch.setattr(Search, "table", asks)
+    page = labkit.gallery(Search(tmp_path, config, study), tmp_path / "gallery.html")
+    assert "1 trials of a search" in page.read_text() and len(study.trials) == 2
 
 
 def test_a_search_has_a_row_for_each_trial(tmp_path):

@@ -114,6 +114,26 @@ def test_a_run_that_is_resumed_while_it_is_read_is_not_damaged(run, monkeypatch)
         run.events  # noqa: B018
 
 
+def test_the_newest_version_is_read_of_a_run_that_ends_just_then(run, monkeypatch):
+    checkpoints.Layout(("w",), ((3,),), 3, 0).save(run.path, run.config.id)
+    (run.path / checkpoints.FOLDER).mkdir()
+    checkpoints.write(run.path, 1, np.full(3, 1, np.float32))
+    versions = checkpoints.versions
+
+    def ends(path):
+        there = versions(path)
+        if not (path / "status.json").exists():
+            checkpoints.write(path, 2, np.full(3, 2, np.float32))
+            write_json(path / "status.json", {"state": "stopped", "reason": "", "version": 2, "samples": 7})
+        return there
+
+    monkeypatch.setattr(checkpoints, "versions", ends)
+    assert run.flat().tolist() == [2, 2, 2]
+    checkpoints.file_of(run.path, 2).unlink()
+    with pytest.raises(RunError, match=r"is missing, the last version of run kept.*newest that is there is version 1"):
+        run.flat()
+
+
 def test_a_run_whose_place_another_has_taken_is_named_by_its_number(run, tmp_path):
     (tmp_path / "kept").mkdir()
     run.config.save(tmp_path / "kept")
