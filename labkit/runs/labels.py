@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from labkit.runs.record import RunRecord
 
 MOST = 2  # settings in a label, unless more are needed to tell two runs apart; "..." stands for others, which `differing` has
+EXACT = 2**53  # whole numbers up to this are floats as well
 OF_STRATEGY = ("update.", "partition.", "origin.")  # compared among runs of one strategy
 ASIDE = ("checkpoints", "heartbeat_timeout", "join_timeout", "one_process", "budget", "batch_size", "labkit", "hosts", "source")
 ASIDE += ("exact_buffers", "still", "balanced_end")
@@ -196,14 +197,15 @@ def _parts(read: Sequence[Mapping[str, Any]], key: str) -> list[str]:
 
 
 def _exact(value: Any) -> str:
-    return json.dumps(float(value) if type(value) is int else value, sort_keys=True, default=str)
+    """2 and 2.0 are one value; whole numbers beyond those that a float holds stay what they are."""
+    return json.dumps(float(value) if type(value) is int and abs(value) <= EXACT else value, sort_keys=True, default=str)
 
 
 def _text(value: Any, length: int) -> str:
     """A value for a label; a path or an import path by its last parts, the more the greater `length`."""
     if value is None or isinstance(value, bool):
         return "none" if value is None else "yes" if value else "no"
-    if isinstance(value, int | float):
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) <= EXACT):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, Mapping):
         return str(value["by_value"]) if "by_value" in value else json.dumps(value, default=str)

@@ -33,6 +33,8 @@ def of_run(name, *values):
     [
         (of_problem("lr", 0.01, 0.1), ("lr 0.01", "lr 0.1")),
         (of_problem("lr", 0.1234567, 0.1234568), ("lr 0.1234567", "lr 0.1234568")),
+        (of_problem("lr", 2**53, 2**53 + 1), ("lr 9007199254740992", "lr 9007199254740993")),
+        (of_problem("lr", 1, 10**400), ("lr 1", f"lr {10**400}")),  # beyond any float
         (of_problem("model", "vgg3", "my.module:net"), ("model vgg3", "model net")),
         (of_problem("model", "one:net", "two:net"), ("model one/net", "model two/net")),
         (of_problem("data", "/d/one/train", "/d/two/train"), ("data one/train", "data two/train")),
