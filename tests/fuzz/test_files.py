@@ -263,11 +263,11 @@ def changed(value, seed):
         elif way == 1 and isinstance(holder, list):
             holder.append(copy.deepcopy(holder[last]))
         elif way == 1:
-            holder[chance.choice(("name", "kind", "x", "", "worker", "version"))] = holder[last]
+            holder[chance.choice(("name", "kind", "x", "", "worker", "version"))] = copy.deepcopy(holder[last])
         elif way == 2:
             holder[last] = [holder[last]] if chance.random() < 0.5 else str(holder[last])
         else:
-            holder[last] = chance.choice(HOSTILE)
+            holder[last] = copy.deepcopy(chance.choice(HOSTILE))  # the next change may be inside it
     return value
 
 
