@@ -146,6 +146,10 @@ class Recorder:
             if not self._file.closed:
                 self._file.close()
 
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
     def _time(self, kind: str) -> tuple[float, float | None]:
         now = time.time()
         if kind == "start":

@@ -58,6 +58,7 @@ from labkit.training.wire.protocol import HEARTBEAT_S, SERVER_TIMEOUT_S, Answer,
 from labkit.updates import BadPush, Diverged, Update
 
 ENDING_S = 5.0  # how long workers may take to leave when the run has been stopped or has failed
+LEAVING_S = 2.0  # how long the threads of those who did not may take to record it, once their links are closed
 ORPHANED_S = 2.0  # a run without a kernel is over when it was without workers for so long
 LATE_PUSHES = 3  # of a worker that was taken to be gone: what was on its way when it was asked to join anew
 PASSING = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors of a moment: others may give files and memory back
@@ -151,6 +152,9 @@ class Server:
             links = list(self.connections.values())
         for link in links if self.course.members else ():  # of workers that did not leave in time
             link.close()
+        limit = time.monotonic() + LEAVING_S
+        while self.course.members and time.monotonic() < limit:
+            time.sleep(0.005)
         self.versions.put(None)
         saver.join()
         status: dict = {}
@@ -234,6 +238,9 @@ class Server:
             reason = self._unwritable(error)
             self.failure = self.failure or {"state": "failed", "reason": reason}
             raise _Unwritable(reason) from error
+        except ValueError:
+            if not self.recorder.closed:  # a thread that is later than `LEAVING_S`: how the run has ended is said already
+                raise
 
     def _unwritable(self, error: OSError) -> str:
         return f"the run directory {self.spec.path} cannot be written: {error}."

@@ -10,7 +10,7 @@ from labkit.errors import RunError
 from labkit.runs import checkpoints
 from labkit.training.server.average import Average
 from labkit.updates import AGWU, SGWU, AllReduce, FedBuff
-from tests.helpers import WORKERS, Course, ended, net_with_statistics, problem, settings, until
+from tests.helpers import WORKERS, Course, ended, net_with_statistics, problem, settings, shortened, until
 
 DECAY = 0.8
 
@@ -57,10 +57,9 @@ def test_bytes_are_those_of_the_newest_version_and_large_weights_stay_finite():
 @pytest.mark.slow
 def test_a_run_measures_keeps_and_goes_on_with_its_average(update, train, lab):
     a_problem = problem(net_with_statistics, ema=0.9)
-    run = train(a_problem, update=update, passes=3, local_steps=4, checkpoints=100)
+    run = train(a_problem, update=update, passes=1000, local_steps=4, checkpoints=30_000)
     until(lambda: run.status()["version"] > 1)
-    run.stop()
-    run = ended(labkit.resume(run.path, lab))
+    run = ended(labkit.resume(shortened(run.stop()), lab))
     assert run.config.ema == run.config.problem["ema"] == 0.9
     curve = run.curve()
     assert np.abs(run.flat("ema") - run.flat()).max() > 1e-4 and curve.ema_loss[0] == pytest.approx(curve.loss[0])

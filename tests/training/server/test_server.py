@@ -41,7 +41,7 @@ SIZE = 5
 
 def spec(path, update=None, workers=(0, 1), partition=None, weights=None, n_buffers=2, **options):
     return ServerSpec(
-        config=settings(workers, **options),
+        config=settings(workers, **{"heartbeat_timeout": 60.0} | options),  # clients made by hand send a heartbeat now and then
         path=str(path),
         secret=SECRET,
         update=update or AGWU(),
@@ -55,7 +55,7 @@ class Client:
     """A worker made by hand."""
 
     def __init__(self, address, index, secret=SECRET, size=SIZE, dtype=np.float32, **hello):
-        self.connection = transport.connect(address, secret, timeout=10)
+        self.connection = transport.connect(address, secret, timeout=60)
         self.index, self.weights, self.holds, self.n_indices = index, np.empty(size, dtype), 0, 0
         self.connection.send({"op": "join", "worker": index, "seconds_per_sample": 0.01, **hello})
 
@@ -100,6 +100,13 @@ def serving(a_spec, change=lambda server: None):
     """The server in a thread of this process; afterwards everything is closed, and it must have ended within seconds."""
     server, result = Server(a_spec), {}
     change(server)
+    serve, server.detectors = server_module.WorkerConnection.serve, {}
+    patch = pytest.MonkeyPatch()
+    patch.setattr(
+        server_module.WorkerConnection,
+        "serve",
+        lambda it: (server.detectors.update({it.join["worker"]: it.detector}), serve(it))[1],
+    )
     thread = threading.Thread(target=lambda: result.update(server.serve()), daemon=True)
     thread.start()
     server.clients = []
@@ -110,9 +117,16 @@ def serving(a_spec, change=lambda server: None):
             client.connection.close()
         with server.lock:
             server.stop("stopped", "the test is over")
-        thread.join(15)
+        thread.join(60)
+        patch.undo()
         assert not thread.is_alive(), "the server does not end"
         assert read_json(server.recorder.path / "status.json", "") == {**result, "events": server.recorder.events}
+
+
+def silence(server, client, seconds=1.0):
+    """From now on this one is taken to be gone when it is silent for so long; the others have a minute, however busy the machine."""
+    server.detectors[client.index].constant = seconds
+    client.connection.send({"op": "heartbeat"})
 
 
 def join(server, *indices, **options):
@@ -124,7 +138,7 @@ def join(server, *indices, **options):
 
 
 def ask(server, **request):
-    with transport.connect(server.address, SECRET, timeout=10) as connection:
+    with transport.connect(server.address, SECRET, timeout=60) as connection:
         connection.send({"op": "watch"})
         connection.send({"op": "status", **request})
         return connection.receive()[0]
@@ -143,8 +157,8 @@ def test_a_whole_run(update, tmp_path):
         ends = []
         threads = [threading.Thread(target=lambda c=c: ends.append(c.train())) for c in (first, second)]
         [t.start() for t in threads]
-        [t.join(10) for t in threads]
-        thread.join(10)
+        [t.join(60) for t in threads]
+        thread.join(60)
         assert [message["op"] for message in ends] == ["stop", "stop"] and not thread.is_alive()
     assert (result["state"], result["samples"]) == ("done", 34)
     assert events(server, "merge").samples.sum() == 34
@@ -166,27 +180,28 @@ def test_nobody_begins_before_everyone_is_there(tmp_path):
 
 def test_strangers_change_nothing(tmp_path, monkeypatch):
     """A wrong secret, foreign bytes, a silent one, and members who claim too much: each is dropped, the run goes on."""
-    monkeypatch.setattr(transport, "HANDSHAKE_S", 0.3)
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         with pytest.raises(WireError, match="closed the connection"):
             Client(server.address, 0, secret=b"y" * 32)
-        with socket.create_connection(server.address, timeout=5) as stranger:
+        with socket.create_connection(server.address, timeout=60) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
             assert drained(stranger)
-        with socket.create_connection(server.address, timeout=5) as silent:
-            assert drained(silent)
+        with monkeypatch.context() as short:
+            short.setattr(transport, "HANDSHAKE_S", 0.3)
+            with socket.create_connection(server.address, timeout=60) as silent:
+                assert drained(silent)
         for prefix in (transport.PREFIX.pack(1 << 31, 0), transport.PREFIX.pack(10, 1 << 60), transport.PREFIX.pack(3, 0) + b"[1]"):
-            with transport.connect(server.address, SECRET, timeout=5) as member:
+            with transport.connect(server.address, SECRET, timeout=60) as member:
                 member.sock.sendall(prefix)
                 with pytest.raises(WireError):
                     member.receive()
-        with transport.connect(server.address, SECRET, timeout=5) as member:
+        with transport.connect(server.address, SECRET, timeout=60) as member:
             member.send({"op": "no such thing"})
             with pytest.raises(WireError):
                 member.receive()
         (worker,) = join(server, 0)
         worker.train()
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "done" and (events(server, "join").worker == 0).all()
 
 
@@ -209,7 +224,7 @@ def test_who_comes_again_replaces_its_earlier_self(tmp_path):
             first.push()
             first.pull()
         assert second.train()["op"] == "stop"
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "done" and result["samples"] == 34 == events(server, "merge").samples.sum()
     assert events(server, "merge").incarnation.isna().all() and (events(server, "push").incarnation == 1).all()
 
@@ -227,7 +242,7 @@ def test_a_push_that_is_overtaken_by_a_new_self_changes_nothing(update, tmp_path
             server.course.join(0)
         (second,) = join(server, 0)
         assert second.train()["op"] == "stop"
-        thread.join(10)
+        thread.join(60)
     assert (result["state"], result["samples"], events(server, "merge").samples.sum()) == ("done", 34, 34)
     assert set(events(server, "push").incarnation) == {2}
 
@@ -238,7 +253,7 @@ def test_a_task_that_was_started_before_another_one_is_sent_away(tmp_path):
         (first,) = join(server, 0, generation=0)
         assert first.message == {"op": "stop", "reason": "worker 0 has been started again elsewhere.", "wait_s": 0.0}
         assert second.train()["op"] == "stop"
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "done"
 
 
@@ -281,8 +296,8 @@ def test_a_bad_push_costs_its_worker_its_membership_and_nobody_else_anything(wha
         [t.start() for t in threads]
         if bad.pull()["op"] == "grant":
             bad.train()
-        [t.join(10) for t in threads]
-        thread.join(10)
+        [t.join(60) for t in threads]
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 34)
     assert events(server, "leave").message.iloc[0] == bad_reason(server, words) and len(events(server, "error")) == 0
     assert (
@@ -306,7 +321,7 @@ def test_weights_that_become_nan_everywhere_fail_the_run_at_once(update, tmp_pat
         second.push(np.full(SIZE, np.nan, np.float32))
         while second.pull()["op"] != "stop":
             pass
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "failed" and result["samples"] == 0 and len(events(server, "join")) == 2
     assert re.fullmatch(
         r"worker 1 at version 0: .*NaN or infinity\. Lower the learning rate\. So it is with every worker\.", result["reason"]
@@ -331,7 +346,7 @@ def test_a_worker_that_is_lost_or_dropped_again_and_again_is_not_let_in_again(tm
         assert bad.message["op"] == "stop" and "5 times in a row without a push that counts" in bad.message["reason"]
         assert list(ask(server)["dropped"]) == ["1"]
         there.train()
-        thread.join(10)
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 34) and "5 times in a row" in result["dropped"]["1"]
     left = events(server, "leave").query("worker == 1").message.tolist()
     assert [re.search(r"(\d) times", text)[1] for text in left[1:]] == ["2", "3", "4", "5"]
@@ -345,7 +360,7 @@ def test_a_run_of_which_no_worker_is_left_fails_with_what_was_wrong(tmp_path, mo
             bad.push(np.zeros(3, np.float32))
             assert bad.pull()["op"] in ("rejoin", "stop")
             bad.connection.close()
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "failed" and "no worker is left" in result["reason"] and "a push of 12 bytes" in result["reason"]
     assert len(events(server, "join")) == membership.LOSSES
 
@@ -359,7 +374,7 @@ def test_processes_that_end_before_they_join_are_counted_too(tmp_path):
         assert "its process ended (5 times in a row" in dropped["1"]
         assert there.pull()["op"] == "grant"  # nobody waits for it any longer
         there.train()
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "done" and len(events(server, "refuse")) == membership.LOSSES
 
 
@@ -370,7 +385,7 @@ def test_scores_and_regroups_that_nobody_asked_for_do_not_fill_the_record(tmp_pa
             bad, there = join(server, 0, 1)
             bad.connection.send(message)
             there.train()
-            thread.join(10)
+            thread.join(60)
         assert result["state"] == "done" and len(events(server, "score")) == len(events(server, "regroup")) == 0
 
 
@@ -385,7 +400,7 @@ def test_a_late_worker_that_goes_on_pushing_does_not_fill_the_record(tmp_path):
             for _ in range(10_000):
                 bad.push()
         there.train()
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "done" and len(events(server, "refuse")) <= 3
 
 
@@ -416,10 +431,27 @@ def test_what_goes_wrong_in_the_users_own_rules_is_the_reason_with_its_traceback
         else:
             clients = [gone, there] if name != "leave" else [there]
             [client.push() for client in clients]
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     assert result["state"] == "failed" and "KeyError" in result["reason"] and "learning_rate" in result["reason"]
     assert "in slip" in result["traceback"]
+
+
+@pytest.mark.parametrize("limit", [server_module.LEAVING_S, 0.0])
+@pytest.mark.parametrize("state", ["stopped", "failed"])
+def test_workers_that_do_not_leave_in_time_change_nothing_of_how_the_run_ended(state, limit, tmp_path, monkeypatch):
+    """Their links are closed; a thread that finds that out when the record is closed has nothing to say any more."""
+    leave = Server.leave
+    monkeypatch.setattr(server_module, "ENDING_S", 0.1)
+    monkeypatch.setattr(server_module, "LEAVING_S", limit)
+    monkeypatch.setattr(Server, "leave", lambda *given, **how: (time.sleep(0.3), leave(*given, **how)))
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
+        join(server, 0, 1)
+        assert ask(server, op="stop", state=state, reason="enough")["state"] == state
+        thread.join(60)
+        until(lambda: not server.course.members)
+    assert (result["state"], result["reason"], server.failure) == (state, "enough", {}) and "traceback" not in result
+    assert len(events(server, "leave")) == 2 or not limit
 
 
 def test_an_exception_of_a_worker_is_the_reason(tmp_path):
@@ -430,7 +462,7 @@ def test_an_exception_of_a_worker_is_the_reason(tmp_path):
         raising.connection.close()
         assert held.pull()["reason"] == "worker 1 failed: no luck"
         held.leave()
-        thread.join(10)
+        thread.join(60)
     assert (result["state"], result["reason"]) == ("failed", "worker 1 failed: no luck")
 
 
@@ -446,7 +478,7 @@ def test_a_worker_that_disappears_leaves_the_run_going(update, pushed, tmp_path)
         gone.connection.close()
         until(lambda: len(events(server, "leave")) == 1)
         there.train()
-        thread.join(10)
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 34)
     assert events(server, "merge").samples.sum() == 34
     assert there.n_indices == 17
@@ -461,7 +493,7 @@ def test_the_last_pass_of_a_lost_worker_is_made_by_those_who_had_nothing_left_to
         lost.connection.close()
         assert idle.pull()["op"] == "grant" and idle.message["samples"] == lost.message["samples"]
         idle.train()
-        thread.join(10)
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 17)
 
 
@@ -501,8 +533,8 @@ def test_a_rank_that_asks_for_another_group_for_ever_is_dropped_and_the_others_m
         assert bad.pull()["op"] == "stop" and "5 times in a row" in bad.message["reason"]
         threads = [threading.Thread(target=other.train) for other in others]
         [t.start() for t in threads]
-        [t.join(10) for t in threads]
-        thread.join(10)
+        [t.join(60) for t in threads]
+        thread.join(60)
     assert (result["state"], list(result["dropped"])) == ("done", ["0"]) and others[0].message["op"] == "stop"
 
 
@@ -526,21 +558,25 @@ def test_who_settles_a_milestone_is_in_no_group_that_could_break(tmp_path):
 
 def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
     """The others go on; when it sends again, that is refused and recorded, and it may join anew."""
-    with serving(spec(tmp_path, SGWU(), heartbeat_timeout=1.0)) as (server, result, thread):
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
         frozen, there = join(server, 0, 1)
         there.push()
+        until(lambda: len(events(server, "hold")) == 1)
+        detector = server.detectors[0]
+        silence(server, frozen)
         there.pull()
         assert there.message["op"] == "grant" and there.message["wait_s"] > 0.3
         frozen.push(samples=3)
         assert frozen.pull() == {"op": "rejoin"}
+        detector.constant = 60.0
         frozen.connection.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01})
         until(lambda: len(events(server, "join")) == 3)
         there.push()
         assert frozen.pull()["op"] == "grant" and frozen.message["incarnation"] == 1 and there.pull()["op"] == "grant"
         threads = [threading.Thread(target=c.train) for c in (frozen, there)]
         [t.start() for t in threads]
-        [t.join(10) for t in threads]
-        thread.join(10)
+        [t.join(60) for t in threads]
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 34)
     assert events(server, "leave").message.iloc[0] == "no sign of life for 1 s"
     (refused,) = events(server, "refuse").itertuples()
@@ -551,13 +587,15 @@ def test_who_is_silent_for_too_long_is_taken_to_be_gone(tmp_path):
 @pytest.mark.parametrize("part", ["half of the length", "the header", "half of the weights"])
 def test_who_falls_silent_in_the_middle_of_a_message_is_taken_to_be_gone(tmp_path, part):
     """As one that is silent between two messages; it may connect and join anew."""
-    with serving(spec(tmp_path, SGWU(), heartbeat_timeout=1.0)) as (server, result, thread):
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
         frozen, there = join(server, 0, 1)
+        there.push()
+        until(lambda: len(events(server, "hold")) == 1)
+        silence(server, frozen)
         text, body = b'{"op": "heartbeat"}', b"" if part == "half of the length" else bytes(frozen.weights.nbytes)
         message = transport.PREFIX.pack(len(text), len(body)) + text + body
         end = {"half of the length": 3, "the header": -len(body), "half of the weights": -len(body) // 2}[part]
         frozen.connection.sock.sendall(message[:end])
-        there.push()
         assert there.pull()["op"] == "grant" and there.message["wait_s"] > 0.3
         assert events(server, "leave").message.iloc[0] == "no sign of life for 1 s"
         again = Client(server.address, 0)
@@ -567,8 +605,8 @@ def test_who_falls_silent_in_the_middle_of_a_message_is_taken_to_be_gone(tmp_pat
         assert again.pull()["op"] == "grant" and again.message["incarnation"] == 1 and there.pull()["op"] == "grant"
         threads = [threading.Thread(target=c.train) for c in (again, there)]
         [t.start() for t in threads]
-        [t.join(10) for t in threads]
-        thread.join(10)
+        [t.join(60) for t in threads]
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 34)
 
 
@@ -592,7 +630,7 @@ def test_who_waits_for_a_killed_worker_is_released_when_its_connection_ends_and_
 def test_by_default_a_worker_that_came_again_after_it_was_taken_to_be_gone_is_given_more_time(tmp_path, monkeypatch):
     monkeypatch.setattr(membership, "SILENCE_S", (0.3, 10.0))
     monkeypatch.setattr(membership, "FIRST_SILENCE_S", 0.3)
-    with serving(spec(tmp_path, workers=(0,))) as (server, *_):
+    with serving(spec(tmp_path, workers=(0,), heartbeat_timeout=None)) as (server, *_):
         (frozen,) = join(server, 0)
         until(lambda: len(events(server, "leave")) == 1)
         frozen.push()
@@ -605,16 +643,14 @@ def test_by_default_a_worker_that_came_again_after_it_was_taken_to_be_gone_is_gi
 
 
 def test_who_is_silent_while_it_is_held_is_not_waited_for(tmp_path):
-    with serving(spec(tmp_path, SGWU(), heartbeat_timeout=1.0)) as (server, result, thread):
+    with serving(spec(tmp_path, SGWU())) as (server, result, thread):
         frozen, there = join(server, 0, 1)
         frozen.push()
-        for _ in range(15):
-            there.connection.send({"op": "heartbeat", "samples": 1, "loss": 0.5})
-            time.sleep(0.1)
+        server.detectors[0].constant = 1.0
         until(lambda: len(events(server, "leave")) == 1)
         assert events(server, "leave").worker.iloc[0] == 0
         there.train()
-        thread.join(10)
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 34) and (events(server, "merge").worker == 1).all()
 
 
@@ -627,7 +663,7 @@ def test_a_link_that_is_dropped_on_request(tmp_path):
             worker.pull()
         (again,) = join(server, 0)
         again.train()
-        thread.join(10)
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 34)
 
 
@@ -638,7 +674,7 @@ def test_a_member_who_does_not_speak_labkit_is_put_out_and_the_run_goes_on(tmp_p
     with serving(spec(tmp_path, workers=(0,), budget=170)) as (server, result, thread):
         (worker,) = join(server, 0)
         for changes in joins:
-            with transport.connect(server.address, SECRET, timeout=5) as member:
+            with transport.connect(server.address, SECRET, timeout=60) as member:
                 member.send({"op": "join", "worker": 0, "seconds_per_sample": 0.1, **changes})
                 with pytest.raises(WireError):
                     member.receive()
@@ -647,34 +683,36 @@ def test_a_member_who_does_not_speak_labkit_is_put_out_and_the_run_goes_on(tmp_p
             until(lambda number=number: len(events(server, "leave")) == number)
             (worker,) = join(server, 0)
         worker.train()
-        thread.join(10)
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 170)
 
 
 def test_a_heartbeat_is_a_sign_of_life_and_of_progress(tmp_path):
-    with serving(spec(tmp_path, workers=(0,), heartbeat_timeout=0.6)) as (server, *_):
+    with serving(spec(tmp_path, workers=(0,), heartbeat_timeout=3.0)) as (server, *_):
         (worker,) = join(server, 0)
         for samples in (3, 5, 9):
             worker.connection.send({"op": "heartbeat", "samples": samples, "loss": 0.7})
             until(lambda samples=samples: ask(server)["samples"] == samples)
-            time.sleep(0.3)
+            time.sleep(1.1)
         assert ask(server)["workers"]["0"] == {"loss": 0.7, "score": None, "passes": 0, "host": "", "pid": None}
         worker.push()
         assert worker.pull()["op"] == "grant"
 
 
 def test_all_workers_lost_is_an_end(tmp_path):
-    with serving(spec(tmp_path, join_timeout=0.3)) as (server, result, thread):
-        for client in join(server, 0, 1):
+    with serving(spec(tmp_path)) as (server, result, thread):
+        clients = join(server, 0, 1)
+        server.config = server.config.replace(join_timeout=0.3)
+        for client in clients:
             client.connection.close()
-        thread.join(10)
+        thread.join(60)
     reason = "every worker was lost after 0 of 34 samples, and none came back within 0.3 s."
     lost = "".join(f" Worker {index}: the other side closed the connection (1 times)." for index in (0, 1))
     assert (result["state"], result["reason"]) == ("failed", reason + lost)
 
 
 def test_the_run_begins_without_a_worker_that_does_not_come_and_takes_it_when_it_does(tmp_path):
-    with serving(spec(tmp_path, SGWU(), budget=170, join_timeout=0.3)) as (server, result, thread):
+    with serving(spec(tmp_path, SGWU(), budget=170, join_timeout=2.0)) as (server, result, thread):
         (there,) = join(server, 0)
         assert there.message["op"] == "grant" and there.n_indices == 17
         late = Client(server.address, 1)
@@ -684,14 +722,14 @@ def test_the_run_begins_without_a_worker_that_does_not_come_and_takes_it_when_it
         assert there.pull()["op"] == late.pull()["op"] == "grant" and there.message["retain"] < 17
         threads = [threading.Thread(target=c.train) for c in (there, late)]
         [t.start() for t in threads]
-        [t.join(10) for t in threads]
-        thread.join(10)
+        [t.join(60) for t in threads]
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 170)
 
 
 def test_no_worker_comes(tmp_path):
     with serving(spec(tmp_path, join_timeout=0.3)) as (_, result, thread):
-        thread.join(10)
+        thread.join(60)
     assert (result["state"], result["reason"]) == ("failed", "no worker joined within 0.3 s.")
 
 
@@ -709,8 +747,8 @@ def test_a_worker_may_come_back(tmp_path):
         assert back.message["op"] == "grant" and back.message["version"] == 0 and back.n_indices > 0
         threads = [threading.Thread(target=c.train) for c in (first, back)]
         [t.start() for t in threads]
-        [t.join(10) for t in threads]
-        thread.join(10)
+        [t.join(60) for t in threads]
+        thread.join(60)
     assert (result["state"], result["samples"]) == ("done", 34)
     assert list(events(server, "join").sort_values("worker").incarnation) == [0, 1, 0, 1]
 
@@ -737,7 +775,7 @@ def test_a_full_disk_fails_the_run_and_frees_everyone(when, tmp_path):
             second.leave()
         assert first.message["op"] == "stop" or first.pull()["op"] == "stop"
         first.leave() if when == "held" else first.connection.close()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     assert result["state"] == "failed" and "cannot be written: [Errno 28] No space left" in result["reason"]
 
@@ -754,7 +792,7 @@ def test_a_version_that_cannot_be_saved_fails_the_run_even_if_it_is_the_last(tmp
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         (worker,) = join(server, 0)
         worker.train()
-        thread.join(10)
+        thread.join(60)
     assert result["version"] == 2 and result["state"] == "failed" and "No space left" in result["reason"]
 
 
@@ -774,7 +812,7 @@ def test_a_version_is_saved_when_files_can_be_opened_again(tmp_path, monkeypatch
         worker.pull()
         until(lambda: len(failed) == 2 and 1 in checkpoints.versions(tmp_path))
         worker.train()
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "done" and failed == [1, 1] and checkpoints.versions(tmp_path)[-1] == 4
 
 
@@ -811,7 +849,7 @@ def test_a_push_for_which_there_is_no_memory_ends_no_run(where, exchange, tmp_pa
             client.push(client.weights)
             client.pull()
         client.leave()
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "done" and result["samples"] == 34
     leaves = events(server, "leave").message.dropna()
     assert sum(why.endswith(NO_ROOM) for why in leaves) == lasts and lasts > membership.LOSSES
@@ -834,7 +872,7 @@ def test_where_memory_ends_after_a_push_was_merged_nobody_waits_for_ever(tmp_pat
         until(lambda: len(events(server, "hold")) == 1)
         second.push()
         assert [first.pull()["op"], second.pull()["op"]] == ["stop", "stop"]
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "failed" and "MemoryError" in result["traceback"]
 
 
@@ -842,7 +880,7 @@ def test_a_worker_is_as_slow_as_was_asked_for_also_when_it_comes_again(tmp_path)
     with serving(spec(tmp_path, workers=(0,))) as (server, *_):
         join(server, 0)
         ask(server, op="slow", worker=0, factor=3.0)
-        with transport.connect(server.address, SECRET, timeout=10) as again:  # its process was started again
+        with transport.connect(server.address, SECRET, timeout=60) as again:  # its process was started again
             again.send({"op": "join", "worker": 0, "generation": 1, "seconds_per_sample": 0.01})
             ops = {}
             while {"slow", "grant"} - ops.keys():
@@ -869,7 +907,7 @@ def test_a_version_for_which_there_is_no_memory_is_left_out_and_the_run_goes_on(
         worker.pull()
         until(lambda: len(events(server, "refuse")))
         worker.train()
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "done" and 1 not in checkpoints.versions(tmp_path) and checkpoints.versions(tmp_path)[-1] == 4
     assert events(server, "refuse").message.item() == "version 1 was not saved: there was no room for it."
 
@@ -887,7 +925,7 @@ def test_strangers_are_let_in_again_when_there_is_memory(tmp_path, monkeypatch):
     with serving(spec(tmp_path, workers=(0,))) as (server, result, thread):
         (worker,) = join(server, 0)
         worker.train()
-        thread.join(10)
+        thread.join(60)
     assert result["state"] == "done" and len(turns) == 3
 
 
@@ -914,7 +952,7 @@ def test_versions_that_wait_for_a_slow_disk_are_few(tmp_path, monkeypatch):
             if server.course.update.version == 40:
                 go_on.set()
         worker.leave()
-        thread.join(10)
+        thread.join(60)
     assert max(waiting[:40]) <= 2 and len(waiting) == result["version"] == 60  # nobody has waited for the disk
     saved = checkpoints.versions(tmp_path)
     assert saved[0] == 0 and saved[-1] == 60 and len(saved) < 45 and result["state"] == "done"
@@ -944,7 +982,7 @@ def test_a_version_that_is_about_to_be_written_counts_as_one_that_waits(tmp_path
         waiting = server.versions.qsize()
         go_on.set()
         worker.train()
-        thread.join(10)
+        thread.join(60)
     assert waiting == 0 and checkpoints.versions(tmp_path)[-1] == 9
 
 
@@ -961,7 +999,7 @@ def test_the_server_holds_no_copy_of_the_weights_that_it_began_with(tmp_path):
 def test_importing_the_server_stays_light():
     heavy = "torch", "dask", "distributed", "pandas", "pyarrow", "sklearn", "bokeh"
     code = f"import labkit.training.server.server, sys; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=True)
     assert done.stdout == "[]\n"
 
 
@@ -983,7 +1021,7 @@ def test_the_server_process_is_small_and_ends_by_itself(tmp_path):
         assert peak < 150e6
         for client in clients:
             client.connection.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         last = json.loads(supervisor._end(process))
     finally:
         supervisor._end(process)
@@ -1033,6 +1071,6 @@ def test_a_server_whose_parent_is_gone_serves_to_the_end(tmp_path):
     client = Client(address, 0)
     client.pull()
     client.train()
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert read_json(tmp_path / "status.json")["state"] == "done"
     assert (tmp_path / "server.log").read_text() == ""
