@@ -17,6 +17,7 @@ from torch import nn
 import labkit
 from labkit.partition import UDPA
 from labkit.runs.config import RunConfig
+from labkit.runs.files import write_json
 from labkit.training.server.coordinator import Coordinator
 from labkit.training.worker.sampler import pass_order
 
@@ -85,8 +86,10 @@ def cut_off(monkeypatch, after=0):
 
 
 class Slow(labkit.Classifier):
+    pause = 0.01  # seconds; longer where times are compared: a busy machine makes a step last a few hundredths longer
+
     def step(self, module, batch, optimisers, clock):
-        time.sleep(0.01)
+        time.sleep(self.pause)
         return super().step(module, batch, optimisers, clock)
 
 
@@ -107,12 +110,19 @@ def poisoned(worker):
     return problem(xy=(x, y), kind=Poisoned)
 
 
-def until(condition, limit=20.0):
+def until(condition, limit=90.0):
     """Poll until the condition holds; fail when it does not within `limit` seconds."""
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end, f"not within {limit:g} s"
         time.sleep(0.01)
+
+
+def shortened(run, samples=500):
+    """Of a run that was stopped, long before its end however busy the machine was, so much is left and not all of it."""
+    done = run.summary()["samples"]
+    write_json(run.path / "config.json", {**run.config, "budget": done + samples})
+    return run.path
 
 
 def ended(run, state="done", timeout=100):
@@ -246,6 +256,7 @@ class Settling(labkit.Classifier):
     at = (1.0, 2.0)
     log = None
     pause = 0.0
+    go_on = None  # a file that is waited for
 
     def milestones(self):
         return self.at
@@ -255,6 +266,8 @@ class Settling(labkit.Classifier):
             with open(self.log, "a") as file:
                 file.write(f"{os.getpid()} {clock.passes:g}\n")
         time.sleep(self.pause)
+        if self.go_on:
+            until(self.go_on.exists)
         with torch.no_grad():
             module[-1].bias.fill_(clock.samples)
 

@@ -34,7 +34,7 @@ def train(lab, folder, update="agwu", passes=400, **options):
     run = labkit.train(
         problem(), lab, update=update, partition="idpa", passes=passes, local_steps=4, runs=folder, name="r", **options
     )
-    until(lambda: run.status().get("version", 0) >= 3, 40)
+    until(lambda: run.status().get("version", 0) >= 3)
     return run
 
 
@@ -56,11 +56,11 @@ def processes():
 
 @pytest.mark.slow
 def test_a_dropped_link_costs_one_incarnation_and_nothing_else(threads, tmp_path):
-    run = train(threads, tmp_path, passes=12)
+    run = train(threads, tmp_path, passes=24, heartbeat_timeout=60.0)
     chaos.drop_link(run, 1)
     with pytest.raises(ClusterError, match=r"worker 7 has no link to run r; workers \[.*\] have one"):
         chaos.drop_link(run, 7)
-    run.wait(60)
+    run.wait(100)
     events = run.events
     assert events.query("kind == 'join' and worker == 1").incarnation.tolist() == [0, 1] and chaos.audit(run) == []
     assert events.query("kind == 'leave' and worker == 1").message.iloc[0] and not events.query("worker == 0").incarnation.any()
@@ -72,7 +72,7 @@ def test_a_run_is_resumed_after_a_killed_server_and_a_corrupt_checkpoint(threads
     until(lambda: len(checkpoints.versions(run.path)) > 2)
     chaos.kill_server(run)
     with pytest.raises(LabError):
-        run.wait(60)
+        run.wait(100)
     before = checkpoints.versions(run.path)
     assert chaos.corrupt_checkpoint(run).stem == f"{before[-1]:08d}" and chaos.audit(run)
     with pytest.raises(RunError, match="run r has no version 12345; it has"):
@@ -100,7 +100,7 @@ def test_a_full_disk_ends_the_run_and_a_freed_one_does_not(threads, tmp_path):
     run = train(threads, tmp_path)
     chaos.fill_disk(run)
     with pytest.raises(LabError, match="cannot be written"):
-        run.wait(60)
+        run.wait(100)
     run = train(threads, tmp_path / "freed")
     pid = chaos._server(run)["pid"]
     os.kill(pid, signal.SIGSTOP)  # frozen: nothing is written in between
@@ -157,14 +157,14 @@ def test_workers_freeze_thaw_die_and_come_back_and_a_storm_can_be_stopped_with_e
     with pytest.raises(ClusterError, match="did not finish within"):
         task.result(0.5)
     chaos.thaw(processes, 1)
-    assert task.result(20) == processes.workers[1].pid
+    assert task.result(60) == processes.workers[1].pid
 
     run = train(processes, tmp_path)
     with chaos.Storm(run, processes, faults=["freeze", "drop"], every=0.2, seed=1) as storm:
-        until(lambda: {"freeze", "drop"} <= set(storm.table.fault), 30)
+        until(lambda: {"freeze", "drop"} <= set(storm.table.fault))
         begun = time.monotonic()
         storm.stop()
-    assert time.monotonic() - begun < 5 and list(storm.table.columns) == ["seconds", "fault", "worker"]
+    assert time.monotonic() - begun < 30 and list(storm.table.columns) == ["seconds", "fault", "worker"]
     frozen, thawed = (sorted(storm.table.query(f"fault == '{name}'").worker) for name in ("freeze", "thaw"))
     assert frozen == thawed and storm.table.seconds.is_monotonic_increasing
     assert all(psutil.Process(worker.pid).status() != psutil.STATUS_STOPPED for worker in processes.workers)
@@ -173,11 +173,11 @@ def test_workers_freeze_thaw_die_and_come_back_and_a_storm_can_be_stopped_with_e
 
     before = processes.workers[1].pid
     chaos.kill(processes, 1)
-    until(lambda: not psutil.pid_exists(before), 10)
+    until(lambda: not psutil.pid_exists(before))
     with pytest.raises(ClusterError, match="worker 1 was lost already"):
         chaos.kill(processes, 1)
-    until(lambda: 1 in processes.refresh("test") or processes.workers[1].pid != before, 40)
-    assert processes.start(1, os.getpid).result(20) == processes.workers[1].pid != before
+    until(lambda: 1 in processes.refresh("test") or processes.workers[1].pid != before)
+    assert processes.start(1, os.getpid).result(60) == processes.workers[1].pid != before
 
 
 def test_a_storm_is_planned_by_its_seed():

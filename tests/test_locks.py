@@ -13,6 +13,7 @@ import pytest
 
 from labkit import locks
 from labkit.locks import DirectoryLock, Scratch, alone, held
+from tests.helpers import until
 
 
 def test_a_directory_is_held_until_it_is_released(tmp_path):
@@ -52,10 +53,7 @@ def test_what_a_holder_forks_holds_nothing(tmp_path):
         os._exit(0)
     os.close(ready)
     lock._close()
-    for _ in range(100):  # until it has closed its own
-        if not held(tmp_path):
-            break
-        threading.Event().wait(0.01)
+    until(lambda: not held(tmp_path))  # it has closed its own
     assert held(tmp_path) is False
     os.close(go_on)
     os.waitpid(child, 0)

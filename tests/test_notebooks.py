@@ -184,14 +184,14 @@ def left(name, folder):
     assert json.loads((folder / "results.json").read_text())
 
 
-def run(path, parameters, out, timeout=600):
+def run(path, parameters, out, timeout=1500):
     table = labkit.sweep(path, [parameters], out=out, timeout=timeout, progress=False)
     assert set(table.status) == {"done"}, table[["error", "notebook"]].to_dict("records")
     return Path(table.notebook.iloc[0]).parent
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(620)
+@pytest.mark.timeout(1520)
 def test_one_runs_and_leaves_results_and_figures(tmp_path, cache):
     left(ALONE, run(path_of(ALONE), TINY[ALONE], tmp_path / "sweep"))
 
@@ -202,7 +202,7 @@ GROUPS |= {f"benchmarks-{i + 1}": BENCHMARKS[i::3] for i in range(3)}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(620)
+@pytest.mark.timeout(1520)
 @pytest.mark.parametrize("group", GROUPS)
 def test_several_run_in_one_kernel_and_leave_results_and_figures(group, tmp_path, cache):
     names = GROUPS[group]

@@ -26,7 +26,7 @@ from labkit.cluster import connect as connecting
 from labkit.cluster.backend import quiet
 from labkit.errors import ClusterError, WorkerError
 from labkit.runs import checkpoints
-from tests.cluster.work import boom, odd, slow, where, work, worker_error
+from tests.cluster.work import boom, odd, slow, together, where, work, worker_error
 
 PLACES = {
     "threads": {"kind": "threads"},
@@ -77,34 +77,34 @@ def test_workers_are_listed(lab):
 
 
 def test_a_task_stays_on_its_worker(lab):
-    places = [{lab.start(index, where).result(20) for _ in range(3)} for index in (0, 1)]
+    places = [{lab.start(index, where).result(60) for _ in range(3)} for index in (0, 1)]
     assert len(places[0]) == len(places[1]) == 1 and places[0] != places[1]
     if not lab.one_process:
-        assert [lab.start(index, os.getpid).result(20) for index in (1, 0)] == [lab.workers[1].pid, lab.workers[0].pid]
+        assert [lab.start(index, os.getpid).result(60) for index in (1, 0)] == [lab.workers[1].pid, lab.workers[0].pid]
         assert lab.map(os.getenv, ["OMP_NUM_THREADS"]) == ["1"]
 
 
-def test_tasks_of_several_workers_run_side_by_side_and_those_of_one_after_the_other(lab):
+def test_tasks_of_several_workers_run_side_by_side_and_those_of_one_after_the_other(lab, tmp_path):
     lab.map(abs, [1, 2])
-    tasks = [lab.start(index, slow, index) for index in (0, 1)]
+    tasks = [lab.start(0, together, str(tmp_path), 0)]
     assert not tasks[0].done and tasks[0].error() is None
-    (begun, ended), (other_begun, other_ended) = (task.result(10) for task in tasks)
-    assert begun < other_ended and other_begun < ended and all(task.done for task in tasks)
+    tasks.append(lab.start(1, together, str(tmp_path), 1))
+    assert [task.result(90) for task in tasks] == [True, True] and all(task.done for task in tasks)
     first, second = lab.start(0, slow, 1), lab.start(0, slow, 1)
-    assert first.result(10)[1] <= second.result(10)[0]
+    assert first.result(60)[1] <= second.result(60)[0]
 
 
 def test_errors_come_back_as_themselves_with_the_traceback_from_there(lab):
     task = lab.start(1, boom)
     with pytest.raises(ZeroDivisionError, match="no 0") as caught:
-        task.result(20)
+        task.result(60)
     assert task.done and isinstance(task.error(), ZeroDivisionError)
     shown = "".join([*map(str, caught.traceback), *getattr(caught.value, "__notes__", [])])
     assert "in boom" in shown or "boom" in shown
     with pytest.raises(ZeroDivisionError, match="no 3"):
         lab.map(boom, [3])
     with pytest.raises(WorkerError, match="worker 3 failed") as caught:
-        lab.start(0, worker_error).result(20)
+        lab.start(0, worker_error).result(60)
     assert caught.value.worker == 3 and "over there" in str(caught.value)
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_sent_is_one_error_on_every_back_end(lab):
         with pytest.raises(ClusterError, match=words):
             lab.map(fn, [item])
     with pytest.raises(WorkerError, match=r"odd\(\) failed: Odd: 1"):
-        lab.start(0, odd).result(20)
+        lab.start(0, odd).result(60)
     if lab.workers[0].here:
         assert type(lab.map(lock, [1])[0]) is type(threading.Lock())
     else:
@@ -203,7 +203,7 @@ def test_a_module_that_was_edited_and_reloaded_is_what_is_trained(lab, edited, t
     def trained(*numbers):
         mine = edited(*numbers)
         problem = labkit.Classifier(mine.Net, data=(x, y), batch_size=8)
-        run = labkit.train(problem, lab, partition="udpa", update=mine.Shifted(), passes=1, runs=tmp_path / "runs").wait(60)
+        run = labkit.train(problem, lab, partition="udpa", update=mine.Shifted(), passes=1, runs=tmp_path / "runs").wait(100)
         return run, run.weights()["layer.weight"] - run.weights(0)["layer.weight"]
 
     run, moved = trained(1.0, 0.0)
@@ -215,7 +215,7 @@ def test_a_module_that_was_edited_and_reloaded_is_what_is_trained(lab, edited, t
 
 
 def test_waits_have_limits(lab):
-    task = lab.start(0, time.sleep, 1.0)
+    task = lab.start(0, time.sleep, 2.0)
     with pytest.raises(ClusterError, match=r"worker 0 did not finish within 0\.1 s"):
         task.result(0.1)
     assert not task.done
@@ -224,7 +224,7 @@ def test_waits_have_limits(lab):
     for worker in (2, -1):
         with pytest.raises(ClusterError, match=rf"there is no worker {worker}; this lab has workers 0 to 1"):
             lab.start(worker, where)
-    assert lab.map(abs, [-1, -2], timeout=20) == [1, 2]
+    assert lab.map(abs, [-1, -2], timeout=60) == [1, 2]
 
 
 def test_leases_are_all_or_nothing(lab):
@@ -251,7 +251,7 @@ def test_two_that_want_the_same_workers_never_wait_for_each_other(lab):
     got, barrier = [], threading.Barrier(4)
 
     def want(number):
-        barrier.wait(10)
+        barrier.wait(100)
         for _ in range(20):
             try:
                 lab.lease([0, 1] if number % 2 else [1, 0], f"run {number}")
@@ -265,7 +265,7 @@ def test_two_that_want_the_same_workers_never_wait_for_each_other(lab):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in threads) and got and lab.free() == [0, 1]
 
 
@@ -273,7 +273,7 @@ def test_several_threads_use_a_lab_at_once(lab):
     results = {}
 
     def use(number):
-        results[number] = [lab.start(number % 2, abs, -number).result(20) for _ in range(5)] + lab.map(abs, [-number, number])
+        results[number] = [lab.start(number % 2, abs, -number).result(60) for _ in range(5)] + lab.map(abs, [-number, number])
 
     threads = [threading.Thread(target=use, args=(number,), daemon=True) for number in range(1, 5)]
     for thread in threads:
@@ -294,12 +294,12 @@ def test_a_back_end_is_a_file_and_a_line(monkeypatch, tmp_path, cache):
     with labkit.connect("one-file", 2, slowdown=[1, 3]) as lab:
         assert labkit.connect("one-file", 2, slowdown=[1, 3]) is lab and lab.kind == "one-file" and lab.one_process
         assert lab.map(abs, range(-7, 0)) == [7, 6, 5, 4, 3, 2, 1]
-        run = labkit.train(problem(), lab, update="sgwu", partition="udpa", passes=5, runs=tmp_path, name="r").wait(60)
+        run = labkit.train(problem(), lab, update="sgwu", partition="udpa", passes=5, runs=tmp_path, name="r").wait(100)
         assert run.state == "done" and run.config["kind"] == "one-file" and set(run.events.worker.dropna()) == {0, 1}
         np.testing.assert_array_equal(run.flat(), WEIGHTS.setdefault("sgwu", run.flat()))
         assert lab.add() == [2] and lab.free() == [0, 1, 2]
         with pytest.raises(ZeroDivisionError, match="no 0"):
-            lab.start(2, boom).result(10)
+            lab.start(2, boom).result(60)
         task = lab.start(0, time.sleep, 0.2)
     assert lab.lost() == [0, 1, 2] and task.lost
 
@@ -331,7 +331,7 @@ class Slow(labkit.Classifier):
 
 @pytest.mark.parametrize(("update", "partition"), [("sgwu", "udpa"), ("agwu", "idpa"), ("allreduce", "idpa")])
 def test_a_run_is_the_same_everywhere(lab, update, partition, tmp_path, cache):
-    run = labkit.train(problem(), lab, update=update, partition=partition, passes=5, runs=tmp_path, name="r").wait(60)
+    run = labkit.train(problem(), lab, update=update, partition=partition, passes=5, runs=tmp_path, name="r").wait(100)
     merges, budget = run.events.query("kind == 'merge'"), run.config["budget"]
     assert run.state == "done" and merges.samples.sum() == run.summary()["samples"] and budget - 2 < merges.samples.sum() <= budget
     assert set(merges.worker) == {0, 1} and run.events.seq.tolist() == list(range(len(run.events)))
@@ -358,7 +358,7 @@ def test_a_worker_is_killed_in_mid_run(place, updates, tmp_path, cache):
             run = labkit.train(problem(Slow), lab, update=update, **settings)
             until(lambda run=run: run.status()["version"] >= 3)
             chaos.kill(lab, there[-1])
-            run.wait(90)
+            run.wait(200)
             merges, left = run.events.query("kind == 'merge'"), run.events.query("kind == 'leave' and message != ''")
             assert run.state == "done" and left.worker.iloc[0] == there[-1]
             assert run.config["budget"] - 3 < merges.samples.sum() <= run.config["budget"]
@@ -390,21 +390,21 @@ def test_real_processes(place, capfd, monkeypatch, tmp_path):
     os.kill(pids[1], signal.SIGKILL)
     until(lambda: lab.lost() == [1])
     with pytest.raises(ClusterError, match=r"worker 1 was lost while its task ran"):
-        task.result(20)
+        task.result(60)
     assert task.done and task.lost and task.error() is None
     with pytest.raises(ClusterError, match=r"worker 1 was lost\. connect\(\) again"):
         lab.start(1, os.getpid)
-    assert lab.map(os.getenv, ["HOME"], timeout=20) == [os.getenv("HOME")]
-    assert time.monotonic() - begun < 30
+    assert lab.map(os.getenv, ["HOME"], timeout=60) == [os.getenv("HOME")]
+    assert time.monotonic() - begun < 55  # its task lasts for a minute
 
     if place == "dask":  # its nanny starts a new process under the old name
-        until(lambda: lab.refresh("run") == [1], 30)
+        until(lambda: lab.refresh("run") == [1])
     else:
         assert lab.add() == [1] and lab.refresh("run") == [1]
     assert lab.lost() == lab.refresh("run") == lab.free() == [] and lab.workers[1].slowdown == 4
-    assert lab.start(1, os.getpid).result(20) == lab.workers[1].pid != pids[1] and task.lost
+    assert lab.start(1, os.getpid).result(60) == lab.workers[1].pid != pids[1] and task.lost
     assert lab.add() == [2] and lab.refresh("run") == lab.free() == [2] and lab.workers[2].slowdown == 1
-    assert lab.start(2, os.getpid).result(20) == lab.workers[2].pid
+    assert lab.start(2, os.getpid).result(60) == lab.workers[2].pid
     assert (tmp_path / "begun").read_text() == f"{pids[1]}\n"  # and never again
 
     labkit.chaos.freeze(lab, 0)
@@ -412,12 +412,12 @@ def test_real_processes(place, capfd, monkeypatch, tmp_path):
     assert lab.lost() == [] and lab.refresh() == [2]  # who asks under no name hears of those that are free
     with pytest.raises(ClusterError, match=r"worker 0 did not finish within 0\.2 s"):
         lab.start(0, os.getpid).result(0.2)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     pids += [worker.pid for worker in lab.workers]
     lab.close()
     lab.close()
     assert deploy["lost-worker-timeout"] == "1ms"
-    assert time.monotonic() - begun < 25
+    assert time.monotonic() - begun < 60
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
     assert not list(scratch.iterdir()) and capfd.readouterr() == ("", "")
 

@@ -56,7 +56,7 @@ if __name__ == "__main__":
         print(*(worker.pid for worker in lab.workers), flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
-        print("interrupted", lab.map(abs, [-1, -2], timeout=20), lab.lost(), flush=True)
+        print("interrupted", lab.map(abs, [-1, -2], timeout=60), lab.lost(), flush=True)
     # no close: the end of the process has to do
 """
 
@@ -123,7 +123,7 @@ def test_a_dask_cluster_elsewhere(tmp_path):
         with pytest.raises(ClusterError, match=r"uses TLS\. Give connect\(\) its certificates"):
             labkit.connect(address=address, timeout=1)
         with pytest.raises(ClusterError, match="0 of 1 workers arrived"):
-            labkit.connect(address=address, security=security, resources={"GPU": 2}, timeout=0.5)
+            labkit.connect(address=address, security=security, resources={"GPU": 2}, timeout=3)
         file = tmp_path / "scheduler.json"
         with pytest.raises(ClusterError, match=r"no scheduler file appeared at .* in 0\.1 s"):
             labkit.connect(address=str(file), security=security, timeout=0.1)
@@ -131,7 +131,7 @@ def test_a_dask_cluster_elsewhere(tmp_path):
         with Client(address, security=security, set_as_default=False) as theirs:
             other = theirs.submit(time.sleep, 0.5)
             with labkit.connect(address=str(file), security=security, resources={"GPU": 1}) as lab:
-                assert len(lab) == 1 and lab.start(0, abs, -3).result(20) == 3 and other.result(20) is None
+                assert len(lab) == 1 and lab.start(0, abs, -3).result(60) == 3 and other.result(60) is None
                 with pytest.raises(ClusterError, match="did not start its cluster"):
                     lab.add()
                 lab.lease([0], "1a", "mine")
@@ -174,10 +174,10 @@ def test_a_worker_that_comes_back_at_its_old_address_is_another_one(tmp_path):
         os.kill(pid, signal.SIGKILL)
         until(lambda: lab.refresh() == [0])
         assert lab.workers[0].pid != pid and [*cluster.scheduler_info["workers"]] == [f"tcp://127.0.0.1:{port}"]
-        assert lab.start(0, abs, -1).result(20) == 1  # in turn: by now Dask has tried
+        assert lab.start(0, abs, -1).result(60) == 1  # in turn: by now Dask has tried
         assert task.lost and task.done and task.error() is None and (tmp_path / "begun").read_text() == f"{pid}\n"
         with pytest.raises(ClusterError, match="was lost while its task ran"):
-            task.result(5)
+            task.result(60)
 
 
 @pytest.mark.cluster
@@ -186,13 +186,13 @@ def test_the_client_says_why_what_it_is_given_waits_beside_a_run(capsys):
     lab.client.gather(lab.client.map(abs, [-1]))
     assert capsys.readouterr().out == ""
     lab.lease([0, 1], "id", "first-run")
-    assert lab.client.submit(abs, -2).result(10) == 2 and lab.map(abs, [-3]) == [3]
+    assert lab.client.submit(abs, -2).result(60) == 2 and lab.map(abs, [-3]) == [3]
     said = capsys.readouterr().out
     assert "'first-run' holds workers" in said and "waits until that has ended" in said
     lab.client.gather(lab.client.map(abs, [-4]))
     assert capsys.readouterr().out == ""  # once for a run
     lab.release("id")
-    assert lab.client.submit(abs, -5).result(10) == 5 and capsys.readouterr().out == ""
+    assert lab.client.submit(abs, -5).result(60) == 5 and capsys.readouterr().out == ""
 
 
 def test_local_workers_with_resources():
@@ -216,7 +216,7 @@ def test_dask_under_mpi_is_found_by_its_scheduler_file(tmp_path):
     )
     try:
         with labkit.connect(address=str(file), n_workers=2, slowdown=[1, 2]) as lab:
-            assert lab.map(os.getenv, ["PMI_SIZE"] * 2, timeout=20) == ["3", "3"]
+            assert lab.map(os.getenv, ["PMI_SIZE"] * 2, timeout=60) == ["3", "3"]
             lab.lease([0, 1], "run")
             os.kill(lab.workers[1].pid, signal.SIGSTOP)
             assert lab.lost() == lab.refresh() == []
@@ -267,7 +267,7 @@ def test_the_leases_of_a_notebook_that_died_end_by_themselves(tmp_path):
                         lab.lease([0, 1], "ours")
                     return lab.free() == []
 
-                until(ours, 60)
+                until(ours)
 
 
 def test_a_script_without_a_guard_is_refused_before_a_process_starts(tmp_path):
@@ -290,7 +290,7 @@ def test_a_script_without_a_guard_is_refused_before_a_process_starts(tmp_path):
         children[name] = subprocess.Popen(
             [sys.executable, tmp_path / f"{name}_.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
         )
-    printed = {name: child.communicate(timeout=60)[0].splitlines() for name, child in children.items()}
+    printed = {name: child.communicate(timeout=110)[0].splitlines() for name, child in children.items()}
     for name, (*_, last) in printed.items():
         if name in ("guard", "left", "threads", "reset"):
             assert last == "went on"
@@ -307,14 +307,14 @@ def begun_with():
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 def test_a_worker_that_is_started_again_has_its_imports_the_environment_and_random_numbers_of_its_own(monkeypatch):
     with labkit.connect("dask", 2) as lab:
-        first = [lab.start(index, begun_with).result(20) for index in (0, 1)]
+        first = [lab.start(index, begun_with).result(60) for index in (0, 1)]
         before = lab.workers[1].pid
         os.kill(before, signal.SIGKILL)
-        until(lambda: (lab.refresh(), lab.workers[1].pid != before)[1], 40)
-        again = lab.start(1, begun_with).result(20)
+        until(lambda: (lab.refresh(), lab.workers[1].pid != before)[1])
+        again = lab.start(1, begun_with).result(60)
     monkeypatch.setenv("LABKIT_TEST", "set between two labs")
     with labkit.connect("dask", 1) as lab:
-        later = lab.start(0, begun_with).result(20)
+        later = lab.start(0, begun_with).result(60)
     answers = [*first, again, later]
     assert all(loaded for loaded, *_ in answers) and len({number for _, number, _ in answers}) == 4
     assert [text for *_, text in answers] == [None, None, None, "set between two labs"]

@@ -28,7 +28,7 @@ try:
     print(*(worker.pid for worker in lab.workers), *(process.pid for process in lab._backend._local.processes), flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
-    print("interrupted", lab.map(abs, [-1], workers=[1], timeout=20), lab.lost(), flush=True)
+    print("interrupted", lab.map(abs, [-1], workers=[1], timeout=60), lab.lost(), flush=True)
     time.sleep(60)
 """
 
@@ -52,7 +52,7 @@ def test_engines_beside_a_notebook_that_is_interrupted_and_killed(tmp_path):
         assert process.stdout.readline() == "interrupted [1] []\n"
     finally:
         process.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
     assert [file.name for file in tmp_path.iterdir()] == ["script.py"]
 

@@ -19,15 +19,20 @@ from labkit.errors import ClusterError
 pytestmark = pytest.mark.usefixtures("closed")
 
 
+THREE = threading.Barrier(3)
+
+
+def side_by_side():
+    return THREE.wait(60)
+
+
 def test_four_things(capfd):
     with labkit.connect("threads", 3, slowdown=[1, 2, 4]) as lab:
         assert [w.index for w in lab.workers] == [0, 1, 2] and len(lab) == 3
         assert [w.slowdown for w in lab.workers] == [1, 2, 4] and lab.emulated
         assert {w.pid for w in lab.workers} == {os.getpid()} and lab.one_process
-        tasks = [lab.start(index, time.sleep, 0.3) for index in (0, 1, 2)]
-        begun = time.monotonic()
-        assert [task.result(10) for task in tasks] == [None] * 3
-        assert time.monotonic() - begun < 0.8, "the tasks did not run side by side"
+        tasks = [lab.start(index, side_by_side) for index in (0, 1, 2)]
+        assert len({task.result(100) for task in tasks}) == 3, "the tasks did not run side by side"
         assert lab.map(abs, range(-7, 0)) == [7, 6, 5, 4, 3, 2, 1] and lab.map(abs, []) == []
         assert lab.lost() == []
         table = lab.table()
@@ -159,12 +164,12 @@ def test_newcomers_that_are_frozen_or_die_hold_nobody_up(monkeypatch):
     backend = FakeWorkers(a=("0", about(1)))
     lab = a_lab(backend)
     backend.workers |= {"frozen": ("1", None), "dies": ("2", OSError("gone")), "well": ("3", about(4))}
-    begun = time.monotonic()
-    assert lab.refresh() == [1] and lab.workers[1].pid == 4 and time.monotonic() - begun < 1
+    assert lab.refresh() == [1] and lab.workers[1].pid == 4
+    monkeypatch.setattr(lab_module, "DESCRIBE_S", 60.0)
     begun = time.monotonic()
     for _ in range(5):
         assert lab.refresh() == []
-    assert time.monotonic() - begun < 0.3  # who did not answer is not waited for again
+    assert time.monotonic() - begun < 50  # who did not answer is not waited for again
     assert backend.asked.count("frozen") == 1 and backend.asked.count("dies") > 1
     backend.workers["frozen"] = ("1", about(8))
     lab._asked["frozen"].set_result(about(8))  # it thaws

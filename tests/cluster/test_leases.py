@@ -128,7 +128,7 @@ def test_the_next_kernel_hears_which_run_holds_the_workers_and_follows_stops_and
                 began = time.monotonic()
                 with pytest.raises(ClusterError, match=rf"worker 0 by 'dead' \(run {dead.config.id} in .*attach\(\)\.stop\(\)"):
                     labkit.train(problem(), lab, passes=1, runs=tmp_path / "runs", name="next")
-                assert time.monotonic() - began < 40 and not (tmp_path / "runs" / "next").exists()
+                assert time.monotonic() - began < 90 and not (tmp_path / "runs" / "next").exists()
                 before = dead.attach().status()["samples"]
                 until(lambda: dead.status()["samples"] > before, 60)  # its workers go on without its kernel
                 assert dead.stop().state == "stopped"
@@ -136,7 +136,7 @@ def test_the_next_kernel_hears_which_run_holds_the_workers_and_follows_stops_and
                 again = labkit.resume(dead.path, lab)
                 until(lambda: (again.events.kind == "push").sum() > pushes, 60)
                 assert again.config.id == dead.config.id and again.stop().state == "stopped"
-                run = labkit.train(problem(), lab, passes=1, runs=tmp_path / "runs", name="next").wait(60)
+                run = labkit.train(problem(), lab, passes=1, runs=tmp_path / "runs", name="next").wait(100)
                 assert run.state == "done"
         finally:
             cluster.close()

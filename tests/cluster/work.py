@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 
 from labkit.errors import WorkerError
 
@@ -42,6 +43,17 @@ def slow(x):
     begun = time.time()
     time.sleep(0.3)
     return begun, time.time()
+
+
+def together(folder, index):
+    """Begins, and ends when the other one has begun."""
+    Path(folder, str(index)).touch()
+    limit = time.monotonic() + 60
+    while not Path(folder, str(1 - index)).exists():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def worker_error():

@@ -50,7 +50,7 @@ class Relay:
         for sock in self._socks:
             transport.shut(sock)
         for thread in self._threads:
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive()
 
     def _start(self, work, *arguments):
@@ -61,7 +61,7 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
-                server = socket.create_connection(self.server, timeout=5)
+                server = socket.create_connection(self.server, timeout=60)
                 server.settimeout(None)
                 self._socks += [client, server]
                 self._start(self._pass_on, client, server, True)
@@ -121,7 +121,7 @@ def test_a_relay_that_watches_sees_no_weights(host, tmp_path):
         client.push(pushed := pulled * np.float32(1.5))
         client.pull()
         client.train()
-        thread.join(10)
+        thread.join(60)
         until(lambda: all(len(relay.seen[up]) > 8 * SIZE for up in (True, False)))
     assert result["state"] == "done"
     seen = [part in relay.seen[up] for up, vector in ((False, pulled), (True, pushed)) for part in pieces(vector)]
@@ -184,16 +184,16 @@ def test_nobody_gets_in_when_a_bit_of_the_beginning_is_changed(at, up, identity)
         def serve():
             with (
                 contextlib.suppress(WireError),
-                transport.accept(listener.accept()[0], SECRET, timeout=5, max_body=9, identity=identity) as it,
+                transport.accept(listener.accept()[0], SECRET, timeout=60, max_body=9, identity=identity) as it,
             ):
                 got.append(it.receive())
 
         thread = threading.Thread(target=serve)
         thread.start()
-        with pytest.raises(WireError), transport.connect(relay.address, SECRET, timeout=5) as client:
+        with pytest.raises(WireError), transport.connect(relay.address, SECRET, timeout=60) as client:
             client.send({"op": "x"})
             client.receive()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive() and not got
 
 
@@ -206,15 +206,15 @@ def test_who_has_another_certificate_gets_nothing(identity):
 
     def imposter():
         try:
-            transport.accept(listener.accept()[0], SECRET, timeout=5, max_body=100, identity=other)
+            transport.accept(listener.accept()[0], SECRET, timeout=60, max_body=100, identity=other)
         except WireError as error:
             refused.append(str(error))
 
     thread = threading.Thread(target=imposter)
     thread.start()
     with pytest.raises(WireError, match="another certificate than the server of this run: somebody stands in between"):
-        transport.connect((*listener.getsockname()[:2], identity.certificate), SECRET, timeout=5)
-    thread.join(5)
+        transport.connect((*listener.getsockname()[:2], identity.certificate), SECRET, timeout=60)
+    thread.join(60)
     transport.shut(listener)
     assert refused and "a peer made no TLS connection" in refused[0]
 
@@ -222,7 +222,7 @@ def test_who_has_another_certificate_gets_nothing(identity):
 def test_who_passes_on_the_proofs_and_then_speaks_itself_is_refused(tmp_path):
     """A relay lets a worker through the door and then takes its place: TLS with the server, which knows it by nothing."""
     with serving(a_spec(tmp_path, EVERYWHERE)) as (server, *_):
-        with socket.create_connection(("127.0.0.1", server.address[1]), timeout=5) as sock:
+        with socket.create_connection(("127.0.0.1", server.address[1]), timeout=60) as sock:
             hello = sock.recv(1000)
             nonce = b"n" * transport.NONCE
             sock.sendall(
@@ -243,7 +243,7 @@ def test_nothing_is_said_beyond_loopback_to_a_server_without_a_certificate():
 
 def test_a_client_without_tls_is_refused_by_a_server_with_it(tmp_path):
     with serving(a_spec(tmp_path, EVERYWHERE)) as (server, *_):
-        with transport.connect(("127.0.0.1", server.address[1]), SECRET, timeout=5) as client:
+        with transport.connect(("127.0.0.1", server.address[1]), SECRET, timeout=60) as client:
             client.send({"op": "watch"})
             with pytest.raises(WireError):
                 client.receive()
@@ -255,7 +255,7 @@ def test_who_is_silent_inside_keeps_nobody_out(tmp_path, monkeypatch):
     with serving(a_spec(tmp_path, EVERYWHERE)) as (server, *_), contextlib.ExitStack() as silent:
 
         def some():
-            return [silent.enter_context(transport.connect(("127.0.0.1", server.address[1]), SECRET, timeout=5)) for _ in range(5)]
+            return [silent.enter_context(transport.connect(("127.0.0.1", server.address[1]), SECRET, timeout=60)) for _ in range(5)]
 
         some()
         join(server, 0, size=SIZE)
@@ -275,11 +275,11 @@ def pair(identity):
     listener, box = transport.listen(), []
 
     def serve():
-        box.append(transport.accept(listener.accept()[0], SECRET, timeout=5, max_body=1 << 23, identity=identity))
+        box.append(transport.accept(listener.accept()[0], SECRET, timeout=60, max_body=1 << 23, identity=identity))
 
     thread = threading.Thread(target=serve)
     thread.start()
-    client = transport.connect((*listener.getsockname()[:2], identity.certificate), SECRET, timeout=5)
+    client = transport.connect((*listener.getsockname()[:2], identity.certificate), SECRET, timeout=60)
     thread.join()
     with client, box[0] as server:
         yield server, client
@@ -297,7 +297,7 @@ def test_what_is_shut_is_not_read_as_if_it_were_plain(pair):
     """Python's own `shutdown` of such a socket lets the next call read what is there, encrypted."""
     server, client = pair
     client.send({"op": "x"}, bytes(100_000))
-    assert server.waiting(5)
+    assert server.waiting(60)
     server.sock.shutdown(socket.SHUT_RDWR)
     buffer = bytearray(b"y" * 100_000)
     with contextlib.suppress(WireError):
@@ -323,7 +323,7 @@ def test_both_sides_send_large_bodies_at_once(pair):
 
     threads = [threading.Thread(target=work, args=(side,)) for side in pair for work in (send, receive)]
     [thread.start() for thread in threads]
-    [thread.join(20) for thread in threads]
+    [thread.join(60) for thread in threads]
     assert not any(thread.is_alive() for thread in threads) and not wrong
     assert not any(side.waiting() for side in pair)
 
@@ -336,7 +336,7 @@ def test_something_decrypted_already_is_something_to_receive(pair):
     while message:
         message = message[client.sock.send(message) :]
     for _ in range(2):
-        assert server.waiting(5) and server.receive()[0] == {"op": "x"}
+        assert server.waiting(60) and server.receive()[0] == {"op": "x"}
     assert not server.waiting()
 
 
@@ -356,7 +356,7 @@ def test_a_run_is_followed_and_stopped_by_tls(tmp_path):
         assert said["certificate"] == server.identity.certificate and server_file.address(said) == server.address
         run = labkit.load_run(tmp_path).attach()
         assert run.status()["budget"] == 34
-        assert run.stop(10).state == "stopped"
+        assert run.stop(60).state == "stopped"
 
 
 def test_on_loopback_there_is_no_certificate(tmp_path):

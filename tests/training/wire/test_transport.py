@@ -44,11 +44,15 @@ def pair(listener, identity):
         connection.close()
 
 
-def connected(listener, identity=None, max_body=10_000, timeout=5.0):
-    result = accepting(listener, max_body=max_body, timeout=timeout, identity=identity)
+def connected(listener, identity=None, max_body=10_000, timeout=60.0):
+    """The time limit is for what comes then: a busy machine may take its time for the handshake."""
+    result = accepting(listener, max_body=max_body, identity=identity)
     certificate = (identity.certificate,) if identity else ()
-    client = transport.connect(listener.getsockname()[:2] + certificate, SECRET, timeout=timeout)
-    return result(), client
+    client = transport.connect(listener.getsockname()[:2] + certificate, SECRET, timeout=60)
+    made = result(), client
+    for connection in made:
+        connection.set_timeout(timeout)
+    return made
 
 
 def put(connection, data):
@@ -63,7 +67,7 @@ def check(header):
         raise WireError("no such op")
 
 
-def accepting(listener, max_body=10_000, timeout=5.0, identity=None):
+def accepting(listener, max_body=10_000, timeout=60.0, identity=None):
     """Accept one peer in a thread; the returned function waits for the connection or raises its error."""
     box = []
 
@@ -78,7 +82,7 @@ def accepting(listener, max_body=10_000, timeout=5.0, identity=None):
     thread = threading.Thread(target=run)
     thread.start()
 
-    def result(limit=10):
+    def result(limit=60):
         thread.join(limit)
         assert box, "accept does not end"
         if isinstance(box[0], Exception):
@@ -128,9 +132,7 @@ def test_waiting_says_whether_something_has_come(pair):
     server, client = pair
     assert not server.waiting()
     client.send({"op": "x"})
-    end = time.monotonic() + 5
-    while not server.waiting():
-        assert time.monotonic() < end
+    until(server.waiting)
     server.receive()
     assert not server.waiting()
 
@@ -141,7 +143,7 @@ def test_waiting_says_whether_something_has_come(pair):
 def test_a_wrong_secret_is_refused_on_both_sides(listener):
     result = accepting(listener)
     with pytest.raises(WireError, match="the other side closed the connection"):
-        transport.connect(listener.getsockname()[:2], b"t" * 32, timeout=5)
+        transport.connect(listener.getsockname()[:2], b"t" * 32, timeout=60)
     with pytest.raises(WireError, match="without the secret of this run was refused"):
         result()
 
@@ -159,7 +161,7 @@ def test_a_server_without_the_secret_is_refused(listener):
     thread = threading.Thread(target=imposter)
     thread.start()
     with pytest.raises(WireError, match="does not know the secret"):
-        transport.connect(listener.getsockname()[:2], SECRET, timeout=5)
+        transport.connect(listener.getsockname()[:2], SECRET, timeout=60)
     thread.join()
 
 
@@ -167,7 +169,7 @@ def test_the_secret_never_crosses_the_wire_and_proofs_do_not_repeat(listener):
     proofs = set()
     for _ in range(3):
         result = accepting(listener)
-        with socket.create_connection(listener.getsockname()[:2], timeout=5) as sock:
+        with socket.create_connection(listener.getsockname()[:2], timeout=60) as sock:
             hello = sock.recv(1000)
             assert hello.startswith(transport.MAGIC) and len(hello) == len(transport.MAGIC) + transport.NONCE
             nonce, theirs = b"m" * transport.NONCE, hello[len(transport.MAGIC) :]
@@ -180,7 +182,7 @@ def test_the_secret_never_crosses_the_wire_and_proofs_do_not_repeat(listener):
 def test_an_echo_of_our_own_proof_is_no_proof(listener):
     """Reflection: who sends back what it hears does not get in."""
     result = accepting(listener)
-    with socket.create_connection(listener.getsockname()[:2], timeout=5) as sock:
+    with socket.create_connection(listener.getsockname()[:2], timeout=60) as sock:
         nonce = sock.recv(1000)[len(transport.MAGIC) :]
         sock.sendall(nonce + nonce)
         with pytest.raises(WireError, match="refused"):
@@ -196,7 +198,7 @@ def test_whoever_speaks_something_else(listener):
     thread = threading.Thread(target=web_server)
     thread.start()
     with pytest.raises(WireError, match="does not use the protocol of this version of labkit"):
-        transport.connect(listener.getsockname()[:2], SECRET, timeout=5)
+        transport.connect(listener.getsockname()[:2], SECRET, timeout=60)
     thread.join()
 
 
@@ -204,7 +206,7 @@ def test_whoever_speaks_something_else(listener):
 def test_a_silent_stranger_and_a_dripping_one_are_dropped_in_time(listener, monkeypatch, drip):
     monkeypatch.setattr(transport, "HANDSHAKE_S", 0.4)
     begun, result, closed = time.monotonic(), accepting(listener), threading.Event()
-    with socket.create_connection(listener.getsockname()[:2], timeout=5) as sock:
+    with socket.create_connection(listener.getsockname()[:2], timeout=60) as sock:
 
         def drop():
             while drip and not closed.wait(0.05):
@@ -219,12 +221,12 @@ def test_a_silent_stranger_and_a_dripping_one_are_dropped_in_time(listener, monk
             result()
         closed.set()
         thread.join()
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 30
 
 
 def test_a_stranger_that_hangs_up(listener):
     result = accepting(listener)
-    sock = socket.create_connection(listener.getsockname()[:2], timeout=5)
+    sock = socket.create_connection(listener.getsockname()[:2], timeout=60)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an orderly end
     sock.close()
     with pytest.raises(WireError):
@@ -238,7 +240,7 @@ def door(listener, slots=None):
 
     def run():
         for sock in handshakes.admitted(listener, SECRET):
-            members.append(transport.Connection(sock, 5, 100))
+            members.append(transport.Connection(sock, 60, 100))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -246,7 +248,7 @@ def door(listener, slots=None):
         yield members, handshakes
     finally:
         transport.shut(listener)
-        thread.join(5)
+        thread.join(60)
         for member in members:
             member.close()
         assert not thread.is_alive() and not handshakes._waiting
@@ -254,7 +256,7 @@ def door(listener, slots=None):
 
 def stranger(listener):
     """Somebody who has been greeted and says nothing."""
-    sock = socket.create_connection(listener.getsockname()[:2], timeout=5)
+    sock = socket.create_connection(listener.getsockname()[:2], timeout=60)
     assert len(sock.recv(1000)) == len(transport.MAGIC) + transport.NONCE
     return sock
 
@@ -265,7 +267,7 @@ def test_when_all_slots_are_taken_the_oldest_stranger_makes_room(listener):
         for gone in strangers[:2]:
             assert gone.recv(1) == b""
         until(lambda: len(handshakes._waiting) == 3)
-        with transport.connect(listener.getsockname()[:2], SECRET, timeout=5) as member:  # comes in all the same
+        with transport.connect(listener.getsockname()[:2], SECRET, timeout=60) as member:  # comes in all the same
             member.send({"op": "hello"})
             until(lambda: members)
             assert members[0].receive()[0] == {"op": "hello"}
@@ -308,8 +310,8 @@ def test_a_door_stays_open_when_the_system_has_nothing_left(listener, error, mon
 
     full = Full()
     with door(full) as (members, _):
-        strangers = [socket.create_connection(listener.getsockname()[:2], timeout=5) for _ in range(3)]
-        made = [transport.connect(listener.getsockname()[:2], SECRET, timeout=5) for _ in range(3)]
+        strangers = [socket.create_connection(listener.getsockname()[:2], timeout=60) for _ in range(3)]
+        made = [transport.connect(listener.getsockname()[:2], SECRET, timeout=60) for _ in range(3)]
         until(lambda: len(members) == 3)
         assert full.failed > 6
         for sock in (*strangers, *made):
@@ -396,7 +398,7 @@ def test_a_large_body_and_what_follows_it(listener, identity):
             sender.join()
             assert not server.waiting()
             client.send({"op": "small"})
-            assert server.waiting(5) and server.receive()[0] == {"op": "small"}
+            assert server.waiting(60) and server.receive()[0] == {"op": "small"}
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -407,12 +409,12 @@ def test_silence_in_the_middle_of_a_large_body_has_a_limit(listener, identity, n
         begun = time.monotonic()
         with pytest.raises(WireError, match=r"nothing came from the other side for 0\.3 s"):
             server.receive(lambda header, size: [memoryview(bytearray(size))])
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 30
 
 
 def test_a_link_may_be_slow(listener, identity):
     """It brings a little each time, and never so much at once that a receiver of a large body would wake up for it."""
-    server, client = connected(listener, identity, max_body=LARGE, timeout=0.5)
+    server, client = connected(listener, identity, max_body=LARGE, timeout=2.0)
     received, failed = [], []
 
     def receive():
@@ -427,9 +429,9 @@ def test_a_link_may_be_slow(listener, identity):
         put(client, packed(b'{"op":"x"}', LARGE))
         for _ in range(10):
             put(client, bytes(100))
-            time.sleep(0.1)
+            time.sleep(0.25)  # 2.5 s together
         put(client, bytes(LARGE - 1000))
-        receiver.join(10)
+        receiver.join(60)
     assert received == [({"op": "x"}, LARGE)] and not failed
 
 
@@ -469,7 +471,7 @@ def test_the_end_of_a_killed_process_is_noticed_although_a_child_of_it_lives(lis
     command = [sys.executable, "-c", FORKING, str(listener.getsockname()[1])]
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE) as process,
-        transport.accept(listener.accept()[0], SECRET, timeout=30, max_body=0) as connection,
+        transport.accept(listener.accept()[0], SECRET, timeout=60, max_body=0) as connection,
     ):
         assert connection.receive()[0] == {"op": "hello"}
         (child,) = psutil.Process(process.pid).children()
@@ -477,7 +479,7 @@ def test_the_end_of_a_killed_process_is_noticed_although_a_child_of_it_lives(lis
         with pytest.raises(WireError, match=r"closed the connection|broke"):
             connection.receive()
         assert child.is_running()
-    psutil.wait_procs([child], timeout=10)
+    psutil.wait_procs([child], timeout=60)
 
 
 def test_nobody_listens(listener):
@@ -500,6 +502,6 @@ def test_shut_wakes_who_accepts(listener):
     thread.start()
     time.sleep(0.1)  # it should be inside accept by then; the outcome is the same if it is not
     transport.shut(listener)
-    thread.join(5)
+    thread.join(60)
     assert woken.is_set()
     transport.shut(listener)

@@ -33,7 +33,7 @@ from tests.problems.test_problem import Gan, TinyGan
 # -- groups between threads --------------------------------------------------------------------------------------------
 
 
-def ranks(n, work, folder, limit=30, **how):
+def ranks(n, work, folder, limit=90, **how):
     """Run `work(group, rank)` in n threads, each with its own membership; returns results and errors by rank."""
     results, errors = [None] * n, [None] * n
 
@@ -251,13 +251,13 @@ def test_waiting_for_a_slow_rank_is_measured(slow, tmp_path):
         module = group.wrap(nn.Sequential(nn.BatchNorm1d(5), network()))
         for _ in range(4):  # DDP meets once more at the beginning of its second step
             if rank == slow:
-                time.sleep(0.2)
+                time.sleep(0.5)
             group.begin(0.5)
             F.cross_entropy(module(x), y).backward()
             waits[rank] = group.waited
 
     _, errors = ranks(2, work, tmp_path)
-    assert not any(errors) and waits[1 - slow] > 0.15 and waits[slow] < 0.7 * waits[1 - slow]
+    assert not any(errors) and waits[1 - slow] > 0.4 and waits[slow] < 0.7 * waits[1 - slow]
 
 
 def test_ranks_in_threads_leave_nothing_that_is_compiled_later_to_torch(tmp_path):
@@ -267,10 +267,10 @@ def test_ranks_in_threads_leave_nothing_that_is_compiled_later_to_torch(tmp_path
     def work(group, rank):
         module = group.wrap(network())
         if rank == 1:
-            assert first.wait(20)
+            assert first.wait(60)
         with module._inside_ddp_forward():
             (second if rank else first).set()
-            assert (left if rank else second).wait(20)
+            assert (left if rank else second).wait(60)
         left.set()
 
     _, errors = ranks(2, work, tmp_path)
@@ -300,7 +300,7 @@ def test_when_a_rank_is_gone_the_others_notice_and_nothing_is_left(tmp_path):
         folder.mkdir()
         begun = time.monotonic()
         _, errors = ranks(2, work, folder)
-        assert errors[1] == "gone" and errors[0] and time.monotonic() - begun < 10
+        assert errors[1] == "gone" and errors[0] and time.monotonic() - begun < 40  # TIMEOUT is a minute
         counts.append(psutil.Process().num_threads())
     until(lambda: psutil.Process().num_threads() <= counts[1] + 1)
 
@@ -314,7 +314,7 @@ def test_a_rank_leaves_at_once_when_a_frozen_one_is_gone(when, tmp_path):
         module = group.wrap(network())
         for step in range(4):
             if step == 3 and rank == 1:  # frozen: it neither takes part nor closes the group
-                assert left.wait(20)
+                assert left.wait(60)
                 return
             if step == 3:
                 begun = time.monotonic()
@@ -332,7 +332,7 @@ def test_a_rank_leaves_at_once_when_a_frozen_one_is_gone(when, tmp_path):
                 raise
 
     _, errors = ranks(2, work, tmp_path)
-    assert errors == ["the server says that a worker is gone", None] and took[0] < 5
+    assert errors == ["the server says that a worker is gone", None] and took[0] < 40
     until(lambda: psutil.Process().num_threads() <= before + 1)  # a group has three: it goes when the other rank has let it end
 
 
@@ -340,6 +340,7 @@ RANK = """
 import sys
 from labkit.training.worker.allreduce import ProcessGroup
 from labkit.training.worker.heartbeat import Heartbeat
+print("here", flush=True)
 group = ProcessGroup(1, [0, 1], 2, Heartbeat(), meeting=sys.argv[1])
 sys.stdin.read()  # who leaves while the other still connects breaks the group
 group.close()
@@ -354,7 +355,8 @@ def test_a_rank_whose_group_was_never_formed_finds_the_others_in_the_next_one(tm
         dist.FileStore(f"{folder}-1-here", 2).set("1", f"{socket.gethostname()} cpu False")  # and then it is gone
         with pytest.raises(Broken, match="could not be formed"):
             ProcessGroup(0, [0, 1], 1, Heartbeat(), meeting=folder)
-    with subprocess.Popen([sys.executable, "-c", RANK, folder], stdin=subprocess.PIPE) as other:
+    with subprocess.Popen([sys.executable, "-c", RANK, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"here\n"
         begun = time.monotonic()
         group = ProcessGroup(0, [0, 1], 2, Heartbeat(), meeting=folder)
         assert time.monotonic() - begun < 30
@@ -373,7 +375,7 @@ def test_a_rank_that_is_gone_while_the_group_is_formed_holds_nobody(one_process,
     with pytest.raises(Broken, match=allreduce.GONE):
         ProcessGroup(0, [0, 1], 1, heartbeat, meeting=folder, one_process=one_process)
     for thread in set(threading.enumerate()) - before:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 

@@ -20,12 +20,12 @@ def ends(monkeypatch):
     listener, box = transport.listen(), []
 
     def accept():
-        box.append(transport.accept(listener.accept()[0], SECRET, timeout=5, max_body=100))
+        box.append(transport.accept(listener.accept()[0], SECRET, timeout=60, max_body=100))
 
     thread = threading.Thread(target=accept)
     thread.start()
-    client = transport.connect(listener.getsockname()[:2], SECRET, timeout=5)
-    thread.join(5)
+    client = transport.connect(listener.getsockname()[:2], SECRET, timeout=60)
+    thread.join(60)
     heartbeat = Heartbeat()
     heartbeat.start(client)
     yield box[0], client, heartbeat

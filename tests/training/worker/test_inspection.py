@@ -18,12 +18,12 @@ def test_of_a_deep_stack_the_innermost_frames_are_left_and_a_thread_that_is_gone
         if n:
             return back(n - 1)
         deep.set()
-        go_on.wait(30)
+        go_on.wait(90)
         return None
 
     thread = threading.Thread(target=descend, args=(300,))
     thread.start()
-    assert deep.wait(10)
+    assert deep.wait(90)
     text = stacks_of({"own": thread.ident, "gone": -1})
     go_on.set()
     thread.join()

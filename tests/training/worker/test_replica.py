@@ -60,8 +60,9 @@ def test_the_time_that_steps_wait_for_data_is_reported_slowness_and_all(monkeypa
     done = one.local_pass(GRANT)  # three steps, which do nothing but wait for data, three times as long
     assert 0.5 * done["compute_s"] < done["load_s"] <= done["compute_s"] and done["load_s"] > 0.089
     monkeypatch.setattr(one.problem, "draw", lambda *_: None)
-    monkeypatch.setattr(one.problem, "step", lambda *_: time.sleep(0.01) or {"loss": torch.zeros(())})
-    assert one.local_pass(GRANT)["load_s"] < 0.03
+    monkeypatch.setattr(one.problem, "step", lambda *_: time.sleep(0.1) or {"loss": torch.zeros(())})
+    done = one.local_pass(GRANT)
+    assert done["load_s"] < 0.5 * done["compute_s"] and done["compute_s"] > 0.3
 
 
 def test_every_piece_of_work_is_followed_by_its_slowness():
