@@ -1,7 +1,7 @@
 """What every test shares: a quiet machine, places to write that are thrown away, and the proof that nothing is left.
 
 A lab starts processes and threads, and its promise is that closing it ends them. So each test, and the session as a
-whole, is followed by a count: whatever runs now and did not run before gets a few seconds, then the test fails and the
+whole, is followed by a count: whatever runs now and did not run before gets a minute, then the test fails and the
 process is killed. What a fixture of wider scope started (a lab shared by a module) was there before the test, and is
 counted when the session ends.
 
@@ -27,7 +27,7 @@ import pytest
 
 from labkit.experiments.notebook import import_nbformat
 
-GRACE = 10.0  # seconds that a process or thread has to end by itself after its test
+GRACE = 60.0  # seconds that a process or thread has to end by itself after its test, on a machine that is busy
 SCRATCH = Path(tempfile.mkdtemp(prefix="labkit-tests-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # first in, last out: after the libraries' own
 
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     )  # the longest first: at the end one job would be left with them
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(400))  # seconds: for those that start processes, on a machine that is busy
+            item.add_marker(pytest.mark.timeout(600))  # seconds: for those that start processes, on a machine that is busy
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

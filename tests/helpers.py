@@ -125,7 +125,7 @@ def shortened(run, samples=500):
     return run.path
 
 
-def ended(run, state="done", timeout=100):
+def ended(run, state="done", timeout=200):
     run.wait(timeout)
     assert run.state == state
     return run

@@ -331,7 +331,8 @@ class Slow(labkit.Classifier):
 
 @pytest.mark.parametrize(("update", "partition"), [("sgwu", "udpa"), ("agwu", "idpa"), ("allreduce", "idpa")])
 def test_a_run_is_the_same_everywhere(lab, update, partition, tmp_path, cache):
-    run = labkit.train(problem(), lab, update=update, partition=partition, passes=5, runs=tmp_path, name="r").wait(100)
+    passes = 5 if update == "sgwu" else 15  # what is learnt of the others depends on who is quicker
+    run = labkit.train(problem(), lab, update=update, partition=partition, passes=passes, runs=tmp_path, name="r").wait(100)
     merges, budget = run.events.query("kind == 'merge'"), run.config["budget"]
     assert run.state == "done" and merges.samples.sum() == run.summary()["samples"] and budget - 2 < merges.samples.sum() <= budget
     assert set(merges.worker) == {0, 1} and run.events.seq.tolist() == list(range(len(run.events)))

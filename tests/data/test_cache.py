@@ -259,7 +259,7 @@ print(data.path, data.batch([0, 1])["x"].sum())
 """
     command = [sys.executable, "-c", code, str(time.time() + 1.5)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    results = {process.communicate(timeout=60)[0] for process in processes}
+    results = {process.communicate(timeout=110)[0] for process in processes}
     assert not any(process.returncode for process in processes) and len(results) == 1
     assert [str(path) for path in (own_cache / "shards").iterdir()] == [results.pop().split()[0]]
 

@@ -79,7 +79,7 @@ def test_a_command_is_ended_at_the_time_limit_with_its_children(tmp_path):
     start = time.monotonic()
     with pytest.raises(OSError, match="time limit"):
         fetch._run(command, tmp_path, start + 0.5)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
     with pytest.raises(OSError, match=r"^it went wrong$"):
         fetch._run(["sh", "-c", "echo first; echo 'E: it went wrong'; echo last; exit 3"], tmp_path, start + 60)
 

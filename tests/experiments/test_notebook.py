@@ -89,11 +89,11 @@ def test_quiet_is_undone_by_the_last_of_several_threads():
     def stay():
         with quiet():
             inside.set()
-            leave.wait(10)
+            leave.wait(60)
 
     thread = threading.Thread(target=stay)
     thread.start()
-    inside.wait(10)
+    inside.wait(60)
     with quiet():
         pass
     assert logging.getLogger("papermill").level > logging.CRITICAL

@@ -61,7 +61,7 @@ def test_a_stream_takes_time_that_is_linear_in_its_length(text):
     began = time.process_time()
     stream = streamed(*(text[i : i + 100_000] for i in range(0, len(text), 100_000)))
     assert len(stream.text()) <= len(text)
-    assert time.process_time() - began < 3  # quadratic, it would be minutes
+    assert time.process_time() - began < 10  # quadratic, it would be minutes
 
 
 def test_the_ends_of_a_message_that_is_too_long_to_be_parsed(monkeypatch):
@@ -147,7 +147,7 @@ def test_displays_are_updated_at_all_their_places_in_constant_time(tmp_path):
     for i in range(2_000):
         cell.show(f"update {i}", kind="update_display_data", display_id="a")
     cell.show("other", kind="update_display_data", display_id="unknown")
-    assert time.process_time() - began < 2  # as nbclient has it, it would be 2 million changes
+    assert time.process_time() - began < 10  # as nbclient has it, it would be 2 million changes
     cell.end()
     assert cell.texts() == ["update 1999"] * 1_000
 
@@ -261,8 +261,8 @@ def test_long_outputs_delay_nothing(tmp_path):
     content = nbformat.read(notebook, 4)
     content.cells[1].metadata.tags = ["raises-exception"]
     nbformat.write(content, tagged := tmp_path / "tagged.ipynb")
-    first = sweep(notebook, {"strategy": list(cells)[:-1]}, out=tmp_path / "out", parallel=4, timeout=60, progress=False)
-    last = sweep(tagged, {"strategy": "expected"}, out=tmp_path / "out2", timeout=60, progress=False)
+    first = sweep(notebook, {"strategy": list(cells)[:-1]}, out=tmp_path / "out", parallel=4, timeout=180, progress=False)
+    last = sweep(tagged, {"strategy": "expected"}, out=tmp_path / "out2", timeout=180, progress=False)
     assert [*first["status"], *last["status"]] == ["done", "done", "failed", "done", "done"], [*first["error"], *last["error"]]
     assert first["error"][2].startswith("In [3]: ValueError: ") and len(first["error"][2]) < 450
     shown = nbformat.read(last["notebook"][0], 4).cells

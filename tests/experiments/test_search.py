@@ -560,7 +560,7 @@ def test_runs_of_several_blocks_are_started_side_by_side_and_points_are_made_one
         inside.remove(lr)
         return labkit.Classifier(net, problem.dataset, lr=lr)
 
-    stand_ins(before=lambda number: both.wait(20))
+    stand_ins(before=lambda number: both.wait(90))
     table = search(make, {"lr": (0.1, 0.2)}, method="random", trials=4, workers_per_trial=1).table()
     assert list(table.state) == ["done"] * 4
 
@@ -609,11 +609,11 @@ def test_a_killed_kernel_leaves_a_search_that_goes_on_as_if_nothing_had_been(sea
 
 @pytest.mark.slow
 def test_a_real_run_is_stopped_by_its_scores(search, problem):
-    found = search(problem, {"lr": [0.05, 1e-5, 2e-5, 3e-5]}, method="grid", prune="asha", passes=16)
+    found = search(problem, {"lr": [0.05, 1e-5, 2e-5, 3e-5]}, method="grid", prune="asha", passes=100)
     state = found.table().set_index("trial").state
     pruned = state.index[state == "pruned"]  # one may end before anybody has looked at it
     assert state[0] == "done" and len(pruned) and found.best.lr == 0.05
-    assert found.timeline().groupby("trial").passes.first()[pruned].max() < 16 and found.run(int(pruned[0])).state == "stopped"
+    assert found.timeline().groupby("trial").passes.first()[pruned].max() < 100 and found.run(int(pruned[0])).state == "stopped"
 
 
 def test_folds_that_are_left_of_a_failed_trial_are_not_trained(search, problem, stand_ins):
@@ -766,10 +766,10 @@ def test_the_clock_goes_on_from_what_was_trained_when_the_kernel_ended(search, p
 
 def test_a_search_that_is_running_elsewhere_is_neither_begun_twice_nor_taken_for_an_old_one(search, problem, stand_ins, tmp_path):
     reached, go_on = threading.Event(), threading.Event()
-    stand_ins(before=lambda number: number == 2 and (reached.set(), go_on.wait(20)))
+    stand_ins(before=lambda number: number == 2 and (reached.set(), go_on.wait(90)))
     about = {"method": "random", "trials": 4, "workers": [0], "workers_per_trial": 1}
     found = search(problem, {"lr": (0.1, 0.2)}, **about, wait=False)
-    assert reached.wait(20)
+    assert reached.wait(90)
     read = labkit.load_search(tmp_path / "search")
     assert read.state == "running" and len(read.points) == 3 and "running" in repr(read)
     for fresh in (False, True):

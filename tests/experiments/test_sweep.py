@@ -191,7 +191,7 @@ def test_two_sweeps_into_one_folder_share_its_runs(tmp_path, monkeypatch):
     def attempt(job, folder, flag):
         ran.append(job["record"]["parameters"]["seed"])
         if ran[-1] == 0 or len(ran) == 2:  # neither goes on before the other has begun a run
-            both.wait(20)
+            both.wait(90)
         report(folder, {"score": ran[-1]})
         return True, "", ""
 
@@ -221,7 +221,7 @@ def test_what_another_sweep_is_at_or_has_done_is_left_to_it(tmp_path, instant):
     kernel = subprocess.Popen(["sleep", "60"], env=os.environ | {kernels.RUN: job["folder"]})
     until(lambda: kernels.RUN in psutil.Process(kernel.pid).environ())  # it has none for a moment, between two programs
     assert kernels.execute(job | {"flag": str(flag)}) == "done"
-    assert instant == [1, 1] and kernel.wait(timeout=10) == -signal.SIGKILL
+    assert instant == [1, 1] and kernel.wait(timeout=60) == -signal.SIGKILL
 
 
 class FakeLab:

@@ -209,7 +209,7 @@ def test_jets_on_several_workers_are_normalised_as_one_batch(settings):
     x, weights = jets().double(), (0.75, 0.25)
     joint = network(**settings).double()
     copies = [copy.deepcopy(joint) for _ in weights]
-    meet, given = threading.Barrier(2, timeout=20), {}
+    meet, given = threading.Barrier(2, timeout=90), {}
 
     def add_up(rank, values):
         given[rank] = values

@@ -45,7 +45,7 @@ def test_what_is_built_from_a_seed_is_the_same_while_other_threads_train_with_dr
     for thread in threads:
         thread.start()
     try:
-        assert begun.wait(20)
+        assert begun.wait(90)
         assert all(torch.equal(build(), expected) for _ in range(10))
     finally:
         over.set()
@@ -61,11 +61,11 @@ def test_a_step_that_waits_for_that_of_another_worker_holds_a_build_up_for_a_whi
     def step():
         with drawing():
             begun.set()
-            ended.set() if built.wait(20) else None
+            ended.set() if built.wait(90) else None
 
     thread = threading.Thread(target=step)
     thread.start()
-    assert begun.wait(20)
+    assert begun.wait(90)
     with seeded(0, alone=True):
         built.set()
     thread.join()

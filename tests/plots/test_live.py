@@ -273,7 +273,7 @@ def test_live_follows_a_run_and_stops_with_it(run):
     run.state = "done"
     for thread in threading.enumerate():
         if thread.name == f"live-{run.name}":
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
     assert {label: len(line) for label, line in elements(panel[()], "Curve").items()} == {"worker 0": 7, "worker 1": 7}
     assert title(panel[()]).startswith("AGWU + IDPA: mean held-out score")

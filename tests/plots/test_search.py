@@ -193,7 +193,7 @@ def test_the_live_figure_has_the_same_elements_from_the_beginning(monkeypatch):
     found._table, found._timeline, found.state = whole._table, whole._timeline, "done"
     for thread in threading.enumerate():
         if thread.name == "live-found":
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
     assert title(panels[1][()]) == f"found: best by held-out score {whole.table().score.max():.4g} after 11 trials"
     assert [title(panel[()]) for panel in panels[:1] + panels[2:]] == [

@@ -159,10 +159,10 @@ def test_what_a_cell_prints_is_not_lost_to_a_message_of_a_page(capsys):
 
     plots.extension("interactive")
     handling, printed = threading.Event(), threading.Event()
-    comm = Comm(on_msg=lambda message: (handling.set(), printed.wait(10)))
+    comm = Comm(on_msg=lambda message: (handling.set(), printed.wait(60)))
     thread = threading.Thread(target=comm._handle_msg, args=({"comm_id": "page"},))
     thread.start()  # as JupyterLab does with the messages of a figure
-    assert handling.wait(10)
+    assert handling.wait(60)
     print("of a cell")
     printed.set()
     thread.join()
@@ -181,7 +181,7 @@ def test_a_notebook_keeps_a_picture_and_no_script(monkeypatch, tmp_path):
     more = "pd.DataFrame({'x': [1, 2], 'y': [3, 4]}).hvplot.line(x='x', y='y')"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (draw, more)])
     config = Config({"KernelManager": {"transport": "ipc", "ip": str(tmp_path / "k")}})
-    NotebookClient(notebook, timeout=60, kernel_name="python3", config=config).execute()
+    NotebookClient(notebook, timeout=110, kernel_name="python3", config=config).execute()
     for cell in notebook.cells:
         assert [set(output.get("data", {})) - {"text/plain"} for output in cell.outputs] == [{"image/png"}], cell.source
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -185,11 +186,12 @@ def test_its_curve_can_be_measured_again(name, stored, alike):
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_replayed_bit_for_bit(name, stored, alike):
     run = labkit.load_run(stored(name))
-    if not alike:
-        with pytest.raises(labkit.RunError, match=r"the replay of run .* differs at event"):
-            labkit.replay(run)
+    try:
+        again = labkit.replay(run)
+    except labkit.RunError as error:
+        if alike or not re.search(r"the replay of run .* differs at event", str(error)):
+            raise
         pytest.skip("this machine computes with other bits than the one that made the record")
-    again = labkit.replay(run)
     assert (again.state, again.origin, again.label) == (run.state, "replay", run.label)
     assert sha(again.flat()) == sha(run.flat())
     assert len(again.events) == len(run.events)

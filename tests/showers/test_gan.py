@@ -306,7 +306,7 @@ class Collapsing(ShowerGAN):
 def test_a_collapse_ends_the_run_with_the_reason_and_what_was_good_stays(small, train):
     run = train(Collapsing(small, batch_size=12, score_samples=10), update="sgwu", passes=4)
     with pytest.raises(WorkerError, match=r"the generator has collapsed after 1.* passes: the showers of a batch are empty"):
-        run.wait(40)
+        run.wait(100)
     assert run.state == "failed" and np.isfinite(run.flat()).all()
     kept = run.model()
     assert kept.network["generator"].layers.bias.min() > -1e3
