@@ -26,7 +26,7 @@ from labkit.updates import AGWU
 from tests.helpers import settings, until
 
 SECRET, SIZE = b"s" * 32, 5
-CONFIG = settings([0], name="far", join_timeout=20.0)
+CONFIG = settings([0], name="far", join_timeout=60.0, heartbeat_timeout=60.0)
 
 
 def spec(path):
@@ -59,14 +59,14 @@ def going(path, host="127.0.0.1"):
     finally:
         with server.lock:
             server.stop("stopped", "the test is over")
-        thread.join(15)
+        thread.join(60)
         assert not thread.is_alive(), "the server does not end"
 
 
 def train(server):
     """The one worker of the run, to the end."""
     weights = np.empty(SIZE, np.float32)
-    with transport.connect(server.address, SECRET, timeout=10) as connection:
+    with transport.connect(server.address, SECRET, timeout=60) as connection:
         connection.send({"op": "join", "worker": 0, "seconds_per_sample": 0.01})
         while True:
             header, _ = connection.receive(lambda header, n: [memoryview(weights), bytearray(n - weights.nbytes)])
@@ -91,7 +91,7 @@ def test_a_run_that_goes_elsewhere_is_followed_to_its_end(tmp_path):
         with pytest.raises(RunError, match="run far is still running after"):
             run.wait(0.3)
         train(server)
-        run.wait(10)
+        run.wait(60)
         assert run.state == "done" and run.status()["samples"] == 34 and "done" in repr(run)
         assert labkit.load_run(tmp_path).state == "done" and run.events.query("kind == 'merge'").samples.sum() == 34
         run.stop()  # it has ended: fine
@@ -111,14 +111,14 @@ def test_waiting_ends_when_its_kernel_has_measured_the_curve(tmp_path, monkeypat
             lock.release()
 
         monkeypatch.setattr(attach, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
-        run.wait(10)
+        run.wait(60)
     assert asleep == [True] and not run.being_measured
 
 
 def test_it_is_stopped_from_afar(tmp_path):
     with going(tmp_path):
         run = labkit.load_run(tmp_path).attach()
-        assert run.stop(10) is run and run.state == "stopped"
+        assert run.stop(60) is run and run.state == "stopped"
         run.stop()
         run.wait()
     with pytest.raises(RunError, match="run far is not running any more, it is stopped"):
@@ -131,7 +131,7 @@ def test_progress_shows_a_run_that_goes_elsewhere(tmp_path, capsys):
         worker = threading.Thread(target=train, args=(server,))
         worker.start()
         run.progress()
-        worker.join(10)
+        worker.join(60)
     assert "AGWU + UDPA: 100%, 34 of 34 samples" in capsys.readouterr().out
 
 
@@ -141,7 +141,7 @@ def test_a_server_that_dies_is_noticed(tmp_path, monkeypatch):
         monkeypatch.setattr(server_file, "_lives", lambda pid, started: False)  # killed
         until(lambda: run.state == "failed")
         with pytest.raises(RunError, match=r"run far failed: cut off; labkit\.resume\(.*\) continues it"):
-            run.wait(5)
+            run.wait(60)
 
 
 def test_a_run_that_was_cut_off_says_how_to_go_on(tmp_path):

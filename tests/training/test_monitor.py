@@ -51,8 +51,8 @@ def test_when_it_ends(scores, limits, ends):
 def test_a_run_ends_at_its_target_and_every_version_was_shown(train):
     seen = []
     run = train(
-        problem(kind=Slow), passes=20, checkpoints=40, target=0.6, on_version=lambda run, *what: seen.append((run.name, *what))
-    ).wait(60)
+        problem(kind=Slow), passes=200, checkpoints=400, target=0.6, on_version=lambda run, *what: seen.append((run.name, *what))
+    ).wait(100)
     assert run.state == "stopped" and run.status()["samples"] < run.config.budget
     assert "the target is 0.6" in run.status()["reason"] and run.config["target"] == 0.6 and "patience" not in run.config
     versions = [version for _, version, _ in seen]
@@ -63,18 +63,18 @@ def test_a_run_ends_at_its_target_and_every_version_was_shown(train):
         assert problem().measure(run.model(version).network, problem().score_indices()) == pytest.approx(measured)
     assert labkit.load_run(run.path).state == "stopped"
     again = labkit.resume(run.path, problem=problem(kind=Slow))  # only what comes now is judged
-    assert again.config.target == 0.6 and again.wait(60).state in ("stopped", "done")
+    assert again.config.target == 0.6 and again.wait(100).state in ("stopped", "done")
 
 
 def test_it_ends_when_nothing_gets_better(train):
-    run = train(problem(kind=Slow, lr=1e-9), passes=60, checkpoints=120, patience=3).wait(60)
+    run = train(problem(kind=Slow, lr=1e-9), passes=600, checkpoints=1200, patience=3).wait(100)
     assert run.state == "stopped" and run.status()["reason"].startswith("3 retained versions up to")
     assert labkit.replay(run).flat().tobytes() == run.flat().tobytes()
 
 
 def test_the_best_version_is_that_of_the_score_set(train):
     a_problem = problem(lr=0.02)
-    run = train(a_problem, passes=6, checkpoints=6).wait(60)
+    run = train(a_problem, passes=6, checkpoints=6).wait(100)
     scores = {
         version: a_problem.measure(run.model(version).network, a_problem.score_indices())["score"]
         for version in run.curve().version.tolist()
@@ -85,7 +85,7 @@ def test_the_best_version_is_that_of_the_score_set(train):
     assert a_problem.measure(run.model("best").network, a_problem.score_indices())["score"] == scores[best]
 
 
-class Distance(labkit.Classifier):
+class Distance(Slow):
     """Its score is an error, beyond 1 at the beginning."""
 
     lower_is_better = True
@@ -100,7 +100,7 @@ def test_where_lower_is_better_target_best_and_curve_follow(train):
     for update in ("agwu", "sgwu"):
         with pytest.raises(ProblemError, match=rf"of which less is better, and {update} weighs pushes by a score"):
             train(a_problem, update=update)
-    run = train(a_problem, update="fedasync", passes=40, checkpoints=80, target=8.0).wait(60)
+    run = train(a_problem, update="fedasync", passes=400, checkpoints=800, target=8.0).wait(100)
     assert run.state == "stopped" and "the target is 8" in run.status()["reason"] and run.events.score.isna().all()
     curve, again = run.curve(), labkit.load_run(run.path)
     assert curve.score[0] > 8 and run.config.lower_is_better and again.config.lower_is_better
@@ -121,12 +121,12 @@ def test_what_the_callback_raises_fails_the_run_and_is_raised(train):
 
     run = train(problem(kind=Slow), passes=400, on_version=callback)
     with pytest.raises(LabError, match=r"on_version=.*callback at version 0 raised ZeroDivisionError: no log today") as caught:
-        run.wait(60)
+        run.wait(100)
     assert run.state == "failed" and isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 def test_a_callback_may_stop_the_run(train):
-    run = train(problem(kind=Slow), passes=400, on_version=lambda run, *what: run.stop()).wait(60)
+    run = train(problem(kind=Slow), passes=400, on_version=lambda run, *what: run.stop()).wait(100)
     assert run.state == "stopped" and run.status()["samples"] < run.config.budget
 
 
@@ -138,12 +138,12 @@ def test_a_slow_callback_is_called_for_every_version_and_what_it_raises_at_the_e
             raise ZeroDivisionError("not the last one")
 
     seen, last = [], None
-    run = train(problem(), update="sgwu", passes=5, checkpoints=5, on_version=callback).wait(60)
+    run = train(problem(), update="sgwu", passes=5, checkpoints=5, on_version=callback).wait(100)
     assert seen == run.curve().version.tolist() and run.state == "done" and seen[-1] == run.status()["version"]
     seen, last = [], seen[-1]
     run = train(problem(), update="sgwu", passes=5, checkpoints=5, on_version=callback, name="again")
     with pytest.raises(LabError, match=r"after the end: .*at version 5 raised ZeroDivisionError: not the last one"):
-        run.wait(60)
+        run.wait(100)
     assert run.state == "done" and seen[-1] == last and labkit.load_run(run.path).state == "done"
 
 

