@@ -292,7 +292,13 @@ class Partition(Carded):
             shares = self._speeds()
             left = max(0, len(self.pool) - self._owed(but=worker))
             add = max(add, int(np.ceil(left * shares[self.workers.index(worker)] / sum(shares.tolist()))))
-        return min(add, max(0, len(self.pool) - self._set_aside(but=worker)))
+        room = len(self.pool) - self._set_aside(but=worker)
+        return min(add, 1 if room <= 0 and self._goes_first(worker) else max(0, room))
+
+    def _goes_first(self, worker: int) -> bool:
+        """Of several who hold nothing, and for each of whom what there is was set aside for the others, one begins."""
+        empty = [late for late in self.late if not self.held[late]]
+        return worker in empty and worker == min(empty) and all(len(self.pool) <= self._set_aside(but=late) for late in empty)
 
     def _hand_out(self, worker: int, n: int) -> np.ndarray:
         n = n if self.units is None else self._front(worker, n)

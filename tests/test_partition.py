@@ -399,6 +399,20 @@ def test_a_newcomer_gets_a_sample_where_nobody_holds_more_than_its_share(seconds
     assert all(it.held.values()) and not it.late
 
 
+def test_of_two_newcomers_that_hold_nothing_and_are_slow_one_begins():
+    """The one sample that there was had been set aside for the other by each of them, for ever."""
+    it = IDPA(1, speeds=[1.0, 1e300], smoothing=1)
+    it.start(9, range(2))
+    it.allocate([0, 1])
+    for worker in (3, 2):
+        it.join(worker)
+    it.allocate([2], {2: 1.0})
+    for worker in [0, 1, 2, 3] * 4:
+        it.reclaim(worker)
+        it.allocate([worker])
+    assert all(it.held.values()) and not len(it.pool)
+
+
 def test_a_newcomer_gets_a_unit_where_there_are_few():
     units = offsets(4)
     rule = UDPA()
