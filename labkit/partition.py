@@ -165,9 +165,9 @@ class Partition(Carded):
         They go to the pool, from which `allocate` serves the latecomers. 0 where nobody waits for samples.
         """
         missing = self._owed() - len(self.pool)
-        if worker in self.late or missing <= 0:
+        if missing <= 0 or (worker in self.late and any(n > 1 for other, n in self.held.items() if other not in self.late)):
             return 0
-        n = min(self.held[worker] - max(1, self._target(worker)), missing)
+        n = 0 if worker in self.late else min(self.held[worker] - max(1, self._target(worker)), missing)
         if n <= 0 and self.held[worker] > 1 and not len(self.pool) and self._set_aside():
             n = 1
         if n <= 0:

@@ -413,6 +413,25 @@ def test_of_two_newcomers_that_hold_nothing_and_are_slow_one_begins():
     assert all(it.held.values()) and not len(it.pool)
 
 
+def test_who_came_late_itself_gives_a_sample_to_one_that_holds_nothing():
+    """Where nobody else holds more than one; it would have waited for ever."""
+    it = IDPA(1, smoothing=1)
+    it.start(9, [0])
+    it.allocate([0])
+    it.leave(0)
+    it.join(1)
+    it.join(2)
+    for workers, seconds in (([2], {2: 1e300}), ([1], {1: 1.0}), ([1, 2], {})):
+        for worker in workers:
+            it.reclaim(worker)
+        it.allocate(workers, seconds)
+    it.join(0, 1e300)
+    for worker in [1, 2, 0] * 4:
+        it.reclaim(worker)
+        it.allocate([worker])
+    assert all(it.held.values()) and sum(it.held.values()) + len(it.pool) == 9
+
+
 def test_a_newcomer_gets_a_unit_where_there_are_few():
     units = offsets(4)
     rule = UDPA()

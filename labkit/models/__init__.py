@@ -32,9 +32,8 @@ _turns = threading.Condition()
 _drawing: set[int] = set()  # threads in a step that may draw from torch's generator
 _building: set[int] = set()  # threads that build a module from a seed
 _modes = threading.Lock()
-_evaluated: dict[
-    int, tuple[int, bool]
-] = {}  # by id of a part of a module: how often it is being evaluated, and was it in training before?
+# By id of a part of a module: how often it is being evaluated, and was it in training before?
+_evaluated: dict[int, tuple[int, bool]] = {}
 WAIT_S = 1.0  # so long the two wait for each other at most: a step may wait for that of another worker
 
 

@@ -98,6 +98,7 @@ class Coordinator:
         self.round = 0  # local passes of the quickest worker; one that joins counts on from there, so that no number comes twice
         self.idle: set[int] = set()  # workers for which nothing is left of the budget, unless another one is lost
         self.shardless: set[int] = set()  # workers for which no samples are in the pool yet; the update does not know them
+        self._serving = False  # one of them is being served now
         self.settling = False  # everybody waits for what a milestone asks for
         self.expires: float | None = None  # the deadline of the rule: `tick`
         self.last_lost_at: float | None = None  # when the last worker of a running run was lost
@@ -451,10 +452,18 @@ class Coordinator:
             self._release(self.update.join(index))
 
     def _serve_shardless(self) -> None:
-        """The pool has samples again: for the next worker that has none."""
-        if self.shardless and len(self.partition.pool) and self.state == "running" and not self.settling:
-            self.shardless.remove(index := min(self.shardless))
-            self._release(self.update.join(index))
+        """The pool has samples again: for the workers that have none, one after the other, as long as one of them gets any."""
+        waiting: set[int] | None = None
+        while not self._serving and self.shardless != waiting:
+            waiting = set(self.shardless)
+            for index in sorted(waiting):
+                if index in self.shardless and len(self.partition.pool) and self.state == "running" and not self.settling:
+                    self.shardless.remove(index)
+                    self._serving = True  # what is there may be set aside for another one: it then waits on
+                    try:
+                        self._release(self.update.join(index))
+                    finally:
+                        self._serving = False
 
     def _finish(self) -> None:
         """The limit is met and no local pass is under way: what the rule has held back is merged, and all are answered."""

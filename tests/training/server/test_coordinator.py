@@ -465,6 +465,22 @@ def test_the_run_begins_without_those_who_are_lost_before_the_start():
     assert course.it.state == "done" and course.of("merge", worker=1)
 
 
+@pytest.mark.parametrize("of", ["agwu", "fedbuff", "delayed-nesterov"])
+def test_a_latecomer_for_whom_nothing_is_left_lets_the_next_one_begin(of):
+    """The one sample in the pool was set aside for the slower one; the server offered it to the other without end."""
+    course = Course(make_update(of), IDPA(1), budget=6 * SAMPLES, balanced_end=False)
+    for worker in WORKERS:
+        course.join(worker, seconds=1.0 + worker)
+    course.join(3, seconds=0.0).join(4, seconds=3.0)
+    first = course.answer(0)
+    course.push(0, first)
+    assert course.of("allocate", worker=4)[0]["total"] == 1 and not course.of("allocate", worker=3)
+    assert course.answer(4).grant.samples and course.it.shardless == {3} and not len(course.it.partition.pool)
+    for worker in (1, 2):  # which hold more than their shares now
+        course.push(worker, course.answer(worker))
+    assert course.of("allocate", worker=3) and course.answer(3).grant.samples and not course.it.shardless
+
+
 def test_an_all_reduce_whose_group_breaks_begins_anew_from_the_latest_version():
     course = Course(AllReduce(), budget=100).join(*WORKERS)
     work = {w: course.answer(w) for w in WORKERS}
