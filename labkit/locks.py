@@ -1,15 +1,15 @@
-"""Locks of the operating system on folders: they end with the process that holds them, also when it is killed.
+"""Locks of the operating system on folders, which end with the process that holds them, also when it is killed; and one of threads.
 
     alone(folder)         a block in which one thread or process at a time works on a folder
     DirectoryLock(path)   a run directory is in use: nobody else writes, renames, prunes or resumes it
     held(path)            does anybody hold that?
+    parsed(parse, ...)    what comes of a text of Python, which one thread at a time may parse
     Scratch(prefix)       a temporary folder that goes with its process: what a killed one has left is deleted by the next
 
 The lock of a run directory is one on the file `.run-lock` in it. It belongs to the open file, not to a process: the server of a run
 inherits it from its kernel, so that the directory is held without a gap for as long as one of the two lives.
 
-Used by `labkit.runs.server_file`, which says whether a run lives, also where a file system has no locks; and by `labkit.cluster`,
-`labkit.simulation` and `labkit.experiments`.
+Used by `labkit.runs.server_file`, which says whether a run lives, also where a file system has no locks; and by all others.
 """
 
 import contextlib
@@ -17,13 +17,17 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 LOCK = ".run-lock"
+TRIES = 10  # of `parsed`
 LOOK_S = 0.2  # so long a lock is tried: `held` holds it for a moment
+_parsing = threading.RLock()
 
 
 class DirectoryLock:
@@ -110,6 +114,19 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def parsed(parse: Callable, *arguments: Any, **options: Any) -> Any:
+    """What `parse` returns, such as `ast.parse`, or `numpy.load`, as the head of its files is such a text.
+
+    One thread at a time: CPython 3.11 and 3.12 count the depth of all trees that are being made together, and raise a SystemError where that
+    is not the one before, as when another thread's turn comes in the middle. Other libraries parse, too: then it is tried again.
+    """
+    with _parsing:
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(SystemError):
+                return parse(*arguments, **options)
+        return parse(*arguments, **options)
 
 
 def _flock(fd: int, *, exclusive: bool = False, wait: bool = False, unlock: bool = False) -> bool | None:

@@ -45,6 +45,7 @@ from typing import Any
 import cloudpickle
 
 from labkit.errors import ClusterError, LabError, WorkerError, traceback_of
+from labkit.locks import parsed
 
 PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None))
 PROCESS = uuid.uuid4().hex  # of this process
@@ -224,14 +225,8 @@ def imported_in(code: CodeType) -> Iterator[str]:
             yield f"{module}.{step.argval}"
 
 
-_parsing = threading.RLock()
-
-
 def _parsed(source: Source) -> ast.Module:
-    """One thread at a time: CPython 3.11 counts the depth of all trees that are being made together, and raises a SystemError where that
-    is not the one before, as when another thread's turn comes in the middle."""
-    with _parsing:
-        return ast.parse(source.text)
+    return parsed(ast.parse, source.text)
 
 
 @functools.lru_cache(1024)

@@ -29,7 +29,7 @@ from labkit.training.server import coordinator, grants, membership, server
 from labkit.training.wire import transport
 from labkit.training.worker import heartbeat, replica, worker
 from labkit.updates import FedBuff
-from tests.helpers import SEED, Settling, Slow, poisoned, problem, until
+from tests.helpers import SEED, Settling, Slow, problem, until
 
 PLACES = (server, coordinator, grants, membership, supervisor, worker, heartbeat, replica)
 CALLED_BY_USERS = {("Supervisor", name) for name in ("status", "wait", "stop", "raise_error")}  # to whom they raise
@@ -148,6 +148,15 @@ def lab():
     gc.collect()  # what servers that did not come to be have opened: its warnings belong here, not to the next test
 
 
+class Breaking(labkit.Classifier):
+    """A step of each worker raises, sooner or later."""
+
+    def step(self, module, batch, optimisers, clock):
+        if clock.samples > 64:
+            raise ValueError("a step")
+        return super().step(module, batch, optimisers, clock)
+
+
 class Story:
     """What happens in a run, whichever of its threads is quicker. An error in `raised` is not overtaken by the end of the run."""
 
@@ -171,7 +180,7 @@ class Story:
         def leaving(it, *arguments):
             if scenario == "all lost":
                 it.connection.close()
-            elif it.spec.index == 1 and it.version and scenario != "all-reduce":
+            elif it.spec.index == 1 and it.version and scenario not in ("all-reduce", "step raises"):
                 self._leave(it)
             return push(it, *arguments)
 
@@ -245,7 +254,7 @@ class Story:
             "watched": {"on_version": lambda *_: None},
         }.get(self.scenario, {})
         options |= {"silent": {"heartbeat_timeout": 1.0}, "all lost": {"join_timeout": 1.0}}.get(self.scenario, {})
-        a_problem = poisoned(1) if self.scenario == "step raises" else problem(kind=Settling)
+        a_problem = problem(kind=Breaking if self.scenario == "step raises" else Settling)
         common = {
             "partition": labkit.IDPA(speeds=[1, 1]),
             "passes": 3000 if self.scenario == "process gone" else 3,  # it must last until that is said

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from labkit import locks
-from labkit.locks import DirectoryLock, Scratch, alone, held
+from labkit.locks import DirectoryLock, Scratch, alone, held, parsed
 from tests.helpers import until
 
 
@@ -158,3 +158,21 @@ def test_a_folder_that_is_deleted_before_it_is_held_is_made_again(tmp_path, monk
     scratch = Scratch("labkit-", str(tmp_path))
     assert len(made) == 2 and scratch.path == made[1] and held(scratch.path)
     scratch.close()
+
+
+def test_what_is_parsed_is_parsed_again_where_a_thread_of_another_library_came_in_between():
+    calls = []
+
+    def parse(text, *, disturbed):
+        calls.append(text)
+        if len(calls) <= disturbed:
+            raise SystemError("AST constructor recursion depth mismatch (before=69, after=71)")
+        return int(text)
+
+    assert parsed(parse, "7", disturbed=2) == 7 and calls == ["7"] * 3
+    calls.clear()
+    with pytest.raises(ValueError, match="invalid literal"):
+        parsed(parse, "x", disturbed=0)
+    assert calls == ["x"]
+    with pytest.raises(SystemError, match="depth mismatch"):  # what is always so is no accident
+        parsed(parse, "7", disturbed=99)

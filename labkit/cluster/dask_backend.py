@@ -29,7 +29,7 @@ import numpy as np
 from labkit.cluster.backend import THREAD_VARIABLES, About, Again, Request, describe, made_by, quiet
 from labkit.cluster.leases import Lease, at_work, give_back, lease_all
 from labkit.errors import ClusterError
-from labkit.locks import Scratch
+from labkit.locks import Scratch, parsed
 
 ASK_S = 0.5  # how old the list of workers may be before the scheduler is asked again
 SILENT_S = 15.0  # a scheduler that has not answered for so long is gone
@@ -344,7 +344,7 @@ def _check_guard() -> None:
         if frame.f_globals is main.__dict__ and frame.f_code.co_name == "<module>" and frame.f_code.co_filename == script:
             line = frame.f_lineno
     try:
-        tree = ast.parse(Path(script).read_bytes())
+        tree = parsed(ast.parse, Path(script).read_bytes())
     except (OSError, SyntaxError, ValueError):
         return
     asks = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]

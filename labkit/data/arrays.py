@@ -19,6 +19,7 @@ from labkit.data.cache import Source, blocks, cached, converted_key, file_key, i
 from labkit.data.columns import Asked
 from labkit.data.dataset import Dataset
 from labkit.errors import DataError
+from labkit.locks import parsed
 
 LISTED = 12  # names that a note lists
 FOUR = ("x_train", "y_train", "x_test", "y_test")
@@ -156,7 +157,7 @@ def _held(path: Path) -> str:
 
 def _npy(path: Path) -> np.ndarray:
     with reading(path, advice="Write it with numpy.save from an array of numbers."):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = parsed(np.load, path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
         array.close()
         raise DataError(f"{path} is an .npz archive. Write each array with numpy.save.")

@@ -25,6 +25,7 @@ import platformdirs
 
 from labkit.data.dataset import SPLITS, Dataset, digest_of, forget, is_whole
 from labkit.errors import DataError
+from labkit.locks import parsed
 
 FORMAT = 1  # x and y
 FORMAT_FIELDS = 2  # fields of any name
@@ -272,7 +273,7 @@ def _write(
         np.save(folder / f"y_{split}.npy", y)
 
     scale = 255 if stored.dtype == np.uint8 else 1
-    mean, std = _moments(np.load(folder / "x_train.npy", "r", allow_pickle=False), scale)
+    mean, std = _moments(parsed(np.load, folder / "x_train.npy", "r", allow_pickle=False), scale)
     ranges["train"].check_normalised(f"{name}: {_label('x', 'train', given)}", scale * np.array(mean), scale * np.array(std))
     notes = (
         about,
@@ -411,7 +412,7 @@ def _write_normalised(
         ranges[split].check(called, source.made, "")
     scale = 255 if stored.dtype == np.uint8 else 1
     if copied:
-        mean, std = _moments(np.load(folder / f"{stem}_train.npy", "r", allow_pickle=False), scale)
+        mean, std = _moments(parsed(np.load, folder / f"{stem}_train.npy", "r", allow_pickle=False), scale)
     else:
         mean, std = _as_given(*moments["train"].found(), scale)
     called = f"{name}: {_label(field, 'train', given)}"

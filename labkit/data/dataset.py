@@ -21,6 +21,7 @@ import numpy as np
 
 from labkit.cards import Card, Carded
 from labkit.errors import DataError, known
+from labkit.locks import parsed
 from labkit.names import Public
 
 SPLITS = ("train", "test")
@@ -252,7 +253,7 @@ class Dataset(Carded, Public):
                     "workers share, or, where it was deleted or damaged, open the data set again."
                 )
             # plain arrays over the maps: indexing np.memmap itself costs several times as much
-            _MAPS[self.path] = {name: np.asarray(np.load(path / name, "r", allow_pickle=False)) for name in self._files}
+            _MAPS[self.path] = {name: np.asarray(parsed(np.load, path / name, "r", allow_pickle=False)) for name in self._files}
         return _MAPS[self.path][f"{self._stems[field]}_{split}.npy"]
 
 

@@ -45,6 +45,7 @@ from labkit.data.cache import (
 from labkit.data.columns import Asked, Columns, fields, noting, read, unread
 from labkit.data.dataset import SPLITS, Column, Dataset
 from labkit.errors import DataError
+from labkit.locks import parsed
 
 IN_USE = 2  # units that a thread holds beside the one that is read ahead: batches go over the end of one
 LARGE_BYTES = 256 << 20  # of a unit: worth a word; of samples that are asked for again and again: not held in memory
@@ -392,7 +393,7 @@ def _sorted(name: str, folder: Path, meta: Mapping[str, Any]) -> str:
     labels = [(field, of) for field, of in meta["fields"].items() if of["role"] == "label" and not of["shape"]]
     if len(labels) != 1 or labels[0][1]["n_values"] < 2:
         return ""
-    y = np.load(folder / f"{labels[0][1]['stem']}_train.npy", "r")
+    y = parsed(np.load, folder / f"{labels[0][1]['stem']}_train.npy", "r")
     offsets = np.append(0, np.cumsum([group[2] for group in meta["groups"]["train"]]))
     alone = [
         at

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from labkit.errors import SweepError, file_path
+from labkit.locks import parsed
 
 _importing = threading.Lock()
 TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list, "tuple": list, "dict": dict}
@@ -144,7 +145,7 @@ def read_parameters(content: dict, name: str) -> list[Parameter]:
     with quiet():
         known = papermill.inspect_notebook(node)
     try:
-        tree = ast.parse(source)
+        tree = parsed(ast.parse, source)
     except SyntaxError as error:
         raise SweepError(f"{name}: line {error.lineno} of the parameters cell is not Python: {error.msg}.") from error
     found = []

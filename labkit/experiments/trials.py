@@ -27,6 +27,7 @@ from labkit.experiments.notebook import conform, load, plain, read_parameters
 from labkit.experiments.objectives import Goals
 from labkit.experiments.space import Space, arguments, check_names
 from labkit.imports import argument_names, constructor_arguments, imported, reference, short
+from labkit.locks import parsed
 from labkit.models import MODELS
 from labkit.problems.problem import Problem
 from labkit.runs.files import find_json
@@ -139,7 +140,7 @@ class Notebook:
         """What it reports, by what stands in its cells; None where that does not tell."""
         found, cells = ["time"], [cell["source"] for cell in self.content["cells"] if cell["cell_type"] == "code"]
         try:
-            nodes = [node for cell in cells for node in ast.walk(ast.parse(cell))]
+            nodes = [node for cell in cells for node in ast.walk(parsed(ast.parse, cell))]
         except SyntaxError:  # commands of IPython
             return None
         for call in [node for node in nodes if isinstance(node, ast.Call) and _name_of(node.func) == "report"]:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from labkit.errors import RunError, whole
+from labkit.locks import parsed
 from labkit.runs.events import Recorder
 from labkit.runs.files import check_owner, read_json, replacing, run_id, write_json
 
@@ -376,15 +377,20 @@ def _read_members(file: Path) -> dict[str, tuple[np.ndarray, bytes]]:
     return members
 
 
-def _array(data: np.ndarray) -> np.ndarray:
-    """The array of a member, whose bytes these are (without a copy)."""
-    stream = io.BytesIO(data[:PART].tobytes())
+def _head(data: bytes) -> tuple[tuple, int]:
+    """Shape, order and type of an array, and where its numbers begin."""
+    stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("it holds arrays of another format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_1_0(stream), stream.tell()
+
+
+def _array(data: np.ndarray) -> np.ndarray:
+    """The array of a member, whose bytes these are (without a copy)."""
+    (shape, fortran, dtype), begins = parsed(_head, data[:PART].tobytes())
     if dtype.kind not in "biuf" or fortran:
         raise _Foreign(f"it holds an array of {dtype}")
-    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+    return np.frombuffer(data, dtype, offset=begins).reshape(shape)
 
 
 def _resolved(value: Any, arrays: Mapping[str, np.ndarray], made: dict[tuple[str, str], np.ndarray]) -> Any:

@@ -84,13 +84,15 @@ def test_a_group_that_breaks_in_the_middle_of_a_local_pass(lab, tmp_path, monkey
 @pytest.mark.parametrize("first", [{2}, {0, 1}])
 def test_a_rank_that_is_lost_after_the_local_pass_and_back_before_the_others_push(first, lab, tmp_path, monkeypatch):
     """The local pass counts for those who push it; the lost one has been a rank of it. Of the next pass the `first` ones push first."""
-    exchange = _Worker._exchange
+    exchange, through = _Worker._exchange, set()
 
     def losing(self, done, grant):
         if self.version == 3 and self.spec.index not in first:
             until(lambda: first <= {*run.events.query("kind == 'push' and base_version == 3").worker})
         if grant.group == 1 and self.version == 2:
+            through.add(self.spec.index)
             if self.spec.index == 2:
+                until(lambda: len(through) == 3)
                 self.connection.close()
             else:
                 until(lambda: (run.events.query("worker == 2").kind == "join").sum() == 2)
