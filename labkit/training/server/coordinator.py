@@ -265,7 +265,7 @@ class Coordinator:
 
     def tick(self) -> None:
         """Time has passed: from `expires` on the rule releases the workers that it holds."""
-        if self.state != "running" or self.expires is None or self.clock() < self.expires:
+        if self.state != "running" or self.finished or self.expires is None or self.clock() < self.expires:
             return
         self.record("expire", version=self.update.version)
         try:

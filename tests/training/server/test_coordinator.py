@@ -768,6 +768,19 @@ def test_a_deadline_after_the_end_of_the_run_does_nothing():
     assert not course.of("expire") and not course.of("merge")
 
 
+def test_a_deadline_after_the_last_push_ends_nobody_twice():
+    course = Course(SGWU(quorum=0.5, grace=3.0), budget=SAMPLES, balanced_end=False).join(*WORKERS)
+    course.push(2, course.answer(2))
+    course.now = 5.0
+    course.it.tick()
+    for worker in (0, 1, 1):
+        course.push(worker, course.answer(worker))
+    assert course.it.finished and course.it.expires == 8.0
+    course.now = 55.0
+    course.it.tick()
+    assert [course.answer(worker).grant for worker in WORKERS] == [None] * 3 and len(course.of("expire")) == 1
+
+
 # -- weights of each worker's own --------------------------------------------------------------------------------------
 
 
